@@ -1,0 +1,1 @@
+"""The wire contract: `seniority.proto` and the stubs generated from it (`make protos`)."""

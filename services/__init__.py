@@ -1,0 +1,1 @@
+"""One package a service; they meet only at `protos`, never at each other."""

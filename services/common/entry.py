@@ -1,0 +1,18 @@
+"""The door of every command: standard library only, so that a missing extra is one clear line."""
+
+import importlib
+import sys
+from typing import NoReturn
+
+
+def enter(module: str, *, program: str, extra: str) -> NoReturn:
+    """Run `main()` of `module`; exit 2 with the pip line when what the extra installs is missing."""
+    try:
+        main = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in {"services", "protos"}:
+            raise  # a broken installation, not a missing extra
+        sys.stderr.write(f"{program}: {error.name} is not installed; run: pip install '.[{extra}]'\n")
+        sys.exit(2)
+    main()
+    sys.exit(0)

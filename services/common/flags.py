@@ -1,0 +1,181 @@
+"""Settings as frozen dataclasses whose fields are also a command's flags.
+
+A field made with `flag()` is declared once: the class is the command's options, their environment
+twins (`--model-target` of `cache-proxy` is `CACHE_PROXY_MODEL_TARGET`) and its help.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from services.common.errors import CommandError
+from services.common.units import parse_duration_seconds, parse_size_bytes
+
+_FLAG = "flag"
+_MAX_RATE = 1e9
+_Settings = TypeVar("_Settings")
+
+
+class _Kind(click.ParamType[Any]):
+    """A flag's type, from a parser that raises ValueError with a sentence about the value."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _parse_list(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() not in {"true", "false"}:
+        message = f"{text!r} is neither true nor false"
+        raise ValueError(message)
+    return text.lower() == "true"
+
+
+def _parse_rate_or_zero(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 <= rate <= _MAX_RATE:  # false for nan too
+        message = f"{text!r} is not a number from 0 to {_MAX_RATE:.0f}"
+        raise ValueError(message)
+    return rate
+
+
+def _parse_rate(text: str) -> float:
+    rate = _parse_rate_or_zero(text)
+    if rate == 0:
+        message = f"{text!r} is not a number above 0"
+        raise ValueError(message)
+    return rate
+
+
+TEXT = click.STRING
+COUNT = click.IntRange(min=1)
+COUNT_OR_ZERO = click.IntRange(min=0)
+RATE = _Kind("number", _parse_rate)
+RATE_OR_ZERO = _Kind("number", _parse_rate_or_zero)
+DURATION = _Kind("duration", parse_duration_seconds)
+SIZE = _Kind("size", parse_size_bytes)
+BOOL = _Kind("true|false", _parse_bool)
+LIST = _Kind("list", _parse_list)
+
+
+def choice(*values: str) -> click.ParamType[Any]:
+    """One of a few words."""
+    return click.Choice(values)
+
+
+def flag(
+    name: str, kind: click.ParamType[Any], default: str | None = None, *, required: bool = False, text: str
+) -> Any:
+    """A dataclass field that is also the flag `name`; `default` is written as a user would."""
+    metadata = {_FLAG: {"name": name, "kind": kind, "default": default, "required": required, "text": text}}
+    if required:
+        return dataclasses.field(metadata=metadata)
+    value = None if default is None else kind.convert(default, None, None)
+    return dataclasses.field(default=() if kind is LIST and value is None else value, metadata=metadata)
+
+
+def options(settings: type, *, prefix: str) -> list[click.Parameter]:
+    """The click options of a settings class; `prefix` begins their environment twins."""
+    return [_option(field.metadata[_FLAG], field.name, prefix) for field in dataclasses.fields(settings)]
+
+
+def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
+    kind, name = spec["kind"], spec["name"]
+    common: dict[str, Any] = {
+        "envvar": f"{prefix}_{name.removeprefix('--').replace('-', '_').upper()}",
+        "help": spec["text"],
+        "show_envvar": True,
+        "metavar": kind.name.upper() if isinstance(kind, _Kind) else None,
+    }
+    if kind is LIST:  # repeatable, and each value may be a list by comma
+        shown = spec["default"]
+        return click.Option(
+            [name, field_name], type=_ListItem(), multiple=True, show_default=shown or False,
+            callback=_flatten(_parse_list(shown or "")), **common,
+        )  # fmt: skip
+    return click.Option(
+        [name, field_name],
+        type=kind,
+        default=spec["default"],
+        required=spec["required"],
+        show_default=spec["default"] is not None,
+        **common,
+    )
+
+
+class _ListItem(click.ParamType[Any]):
+    name = "list"
+
+    def split_envvar_value(self, rv: str) -> Sequence[str]:
+        return [rv]
+
+
+def _flatten(default: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, Any], tuple[str, ...]]:
+    def flatten(_ctx: click.Context, _param: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
+        return tuple(item for value in values for item in _parse_list(value)) or default
+
+    return flatten
+
+
+class SettingsCommand(click.Command):
+    """A command whose booleans may be said as `--x`, `--x true` or `--x=false`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give a bare boolean its `true`, so that it never swallows the argument behind it."""
+        booleans = {name for option in self.params if option.type is BOOL for name in option.opts}
+        spelled: list[str] = []
+        for place, token in enumerate(args):
+            spelled.append(token)
+            following = args[place + 1].lower() if place + 1 < len(args) else ""
+            if token in booleans and "--" not in args[:place] and following not in {"true", "false"}:
+                spelled.append("true")
+        return super().parse_args(ctx, spelled)
+
+
+def read(settings: type[_Settings], values: dict[str, Any]) -> _Settings:
+    """The settings in a command's parsed values (the rest of `values` is left alone)."""
+    names = {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    return settings(**{name: value for name, value in values.items() if name in names})
+
+
+def run(command: click.Command, *, program: str, args: Sequence[str] | None = None) -> NoReturn:
+    """Run `command` and exit; every expected failure is one line on standard error."""
+    try:
+        code = command.main(args=args, prog_name=program, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.stderr.write(error.ctx.get_help() + "\n")
+        sys.exit(2)
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else program
+        _fail(f"{path}: {error.format_message()}", 2)
+    except click.ClickException as error:
+        _fail(f"{program}: {error.format_message()}", error.exit_code)
+    except CommandError as error:
+        _fail(f"{program}: {error}", error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail(f"{program}: interrupted", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    sys.stderr.write(" ".join(line.split()) + "\n")
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""A stand-in for the seniority model, for demos and tests only."""

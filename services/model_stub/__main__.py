@@ -1,0 +1,12 @@
+"""`model-stub` and `python -m services.model_stub`."""
+
+from services.common.entry import enter
+
+
+def main() -> None:
+    """Run the command line."""
+    enter("services.model_stub.cli", program="model-stub", extra="stub")
+
+
+if __name__ == "__main__":
+    main()

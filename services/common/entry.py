@@ -1,12 +1,15 @@
 """The door of every command: standard library only, so that a missing extra is one clear line."""
 
 import importlib
+import os
 import sys
 from typing import NoReturn
 
 
 def enter(module: str, *, program: str, extra: str) -> NoReturn:
     """Run `main()` of `module`; exit 2 with the pip line when what the extra installs is missing."""
+    # gRPC's core writes its own lines about what we report ourselves; an operator may still ask for them.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         main = importlib.import_module(module).main
     except ModuleNotFoundError as error:

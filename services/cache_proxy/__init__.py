@@ -1,0 +1,1 @@
+"""A caching proxy with the seniority model's own gRPC interface."""

@@ -1,0 +1,195 @@
+"""The proxy's settings: frozen, checked once, and the only place that reads flags or environment."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from services.common import flags
+from services.common.errors import UsageError
+from services.common.flags import flag
+
+ENV_PREFIX = "CACHE_PROXY"
+CACHE_SCHEMES = ("embedded", "memory", "redis", "rediss", "unix")
+DEFAULT_EMBEDDED_DIR = ".cache-proxy"
+_MAX_BATCH_PAIRS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeySettings:
+    """What shapes a key in the cache: the same for every replica and command of a deployment."""
+
+    key_prefix: str = flag(
+        "--key-prefix", flags.TEXT, "seniority", text="begins the deployment's keys in Redis"
+    )
+    key_secret_file: str | None = flag(
+        "--key-secret-file", flags.TEXT, text="file whose content keys the hash of every pair"
+    )
+    model_version: str = flag("--model-version", flags.TEXT, "1", text="namespace of the cached answers")
+    normalize: str = flag(
+        "--normalize", flags.choice("fold", "exact"), "fold",
+        text="which spellings share an answer: fold ignores case, width and white space",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheSettings:
+    """How Redis is reached."""
+
+    cache_url: str = flag(
+        "--cache-url", flags.TEXT, "embedded:",
+        text="embedded:[DIR] (a server of its own), memory:, redis://, rediss://, unix://",
+    )  # fmt: skip
+    cache_username: str | None = flag("--cache-username", flags.TEXT, text="Redis ACL user")
+    cache_password_file: str | None = flag("--cache-password-file", flags.TEXT, text="file with the password")
+    cache_tls_ca: str | None = flag("--cache-tls-ca", flags.TEXT, text="CA that signed Redis's certificate")
+    cache_timeout_seconds: float = flag(
+        "--cache-timeout", flags.DURATION, "250ms", text="how long Redis may take to answer"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a URL of no known kind."""
+        scheme = self.cache_url.partition(":")[0]
+        if scheme not in CACHE_SCHEMES or ":" not in self.cache_url:
+            known = ", ".join(f"{name}:" for name in CACHE_SCHEMES)
+            message = f"--cache-url {redact(self.cache_url)!r}: it must begin with one of {known}"
+            raise UsageError(message)
+        if self.cache_timeout_seconds <= 0:
+            message = "--cache-timeout must be above 0"
+            raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """How the model is called, and how much of it may be used."""
+
+    model_target: str = flag("--model-target", flags.TEXT, required=True, text="gRPC target of the model")
+    model_batch_size: int = flag(
+        "--model-batch-size", flags.COUNT, "1000", text="pairs in one call to the model, at most"
+    )
+    model_batch_bytes: int = flag(
+        "--model-batch-bytes", flags.SIZE, "3MiB", text="bytes in one call to the model, at most"
+    )
+    model_rate: float = flag(
+        "--model-rate", flags.RATE, "1000", text="requests a second to the model, all replicas together"
+    )
+    model_calls_per_second: float = flag(
+        "--model-calls-per-second", flags.RATE_OR_ZERO, "1",
+        text="calls a second to the model, all replicas together; 0: no such limit",
+    )  # fmt: skip
+    expected_replicas: int = flag(
+        "--expected-replicas", flags.COUNT, "1", text="replicas that share the rate without a shared queue"
+    )
+    linger_seconds: float = flag(
+        "--linger",
+        flags.DURATION,
+        "20ms",
+        text="how long a miss may wait for company when a call slot is free",
+    )
+    model_deadline_seconds: float = flag(
+        "--model-deadline", flags.DURATION, "30s", text="how long one call to the model may take"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what could never call the model."""
+        if self.model_batch_size > _MAX_BATCH_PAIRS:
+            message = (
+                f"--model-batch-size {self.model_batch_size}: the model takes at most {_MAX_BATCH_PAIRS}"
+            )
+            raise UsageError(message)
+        if not self.model_target.strip():
+            message = "--model-target must not be empty"
+            raise UsageError(message)
+        if self.model_deadline_seconds <= 0:
+            message = "--model-deadline must be above 0"
+            raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """Where the proxy listens, what it bears, and how it ends."""
+
+    listen: tuple[str, ...] = flag(
+        "--listen", flags.LIST, "0.0.0.0:50051",
+        text="address for callers; repeatable; unix:/path too; port 0 picks one",
+    )  # fmt: skip
+    http_listen: str = flag(
+        "--http-listen", flags.TEXT, "0.0.0.0:9464", text="address for /metrics, /healthz and /readyz"
+    )
+    l1_max_bytes: int = flag("--l1-max-bytes", flags.SIZE, "256MiB", text="in-process cache; 0: none")
+    max_request_pairs: int = flag(
+        "--max-request-pairs", flags.COUNT, "100000", text="pairs in one RPC, at most"
+    )
+    max_request_bytes: int = flag(
+        "--max-request-bytes", flags.SIZE, "64MiB", text="bytes in one RPC, at most"
+    )
+    max_field_bytes: int = flag(
+        "--max-field-bytes", flags.SIZE, "4096", text="UTF-8 bytes in a company or a title, at most"
+    )
+    max_queued_pairs: int = flag(
+        "--max-queued-pairs", flags.COUNT, "1000000", text="pairs waiting for the model, at most"
+    )
+    max_queued_bytes: int = flag(
+        "--max-queued-bytes", flags.SIZE, "1GiB", text="bytes of pairs waiting for the model, at most"
+    )
+    max_wait_seconds: float = flag(
+        "--max-wait", flags.DURATION, "5m", text="how long a caller without a deadline waits, at most"
+    )
+    max_connection_age_seconds: float = flag(
+        "--max-connection-age", flags.DURATION, "30m",
+        text="after which a connection is closed gracefully, so that callers find new replicas",
+    )  # fmt: skip
+    drain_delay_seconds: float = flag(
+        "--drain-delay", flags.DURATION, "5s", text="after SIGTERM, still serve so long, as NOT_SERVING"
+    )
+    drain_timeout_seconds: float = flag(
+        "--drain-timeout", flags.DURATION, "30s", text="how long what is in flight may take to end"
+    )
+    log_format: str = flag("--log-format", flags.choice("json", "text"), "json", text="of the log lines")
+    log_level: str = flag(
+        "--log-level", flags.choice("debug", "info", "warning", "error"), "info", text="least level logged"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that contradict each other."""
+        if not self.max_field_bytes:
+            message = "--max-field-bytes must be above 0"
+            raise UsageError(message)
+        if not self.max_wait_seconds:
+            message = "--max-wait must be above 0"
+            raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """All that `serve` is told."""
+
+    server: ServerSettings
+    model: ModelSettings
+    cache: CacheSettings
+    key: KeySettings
+
+
+def read_secret(path: str | None, *, flag_name: str) -> bytes | None:
+    """The content of a secret's file, less its final newline. Raises UsageError."""
+    if path is None:
+        return None
+    try:
+        secret = Path(path).read_bytes().rstrip(b"\r\n")
+    except OSError as error:
+        message = f"{flag_name} {path}: {error.strerror}"
+        raise UsageError(message) from error
+    if not secret:
+        message = f"{flag_name} {path}: the file is empty"
+        raise UsageError(message)
+    return secret
+
+
+def redact(url: str) -> str:
+    """The URL without a password in it, for logs and errors."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(unreadable)"
+    if parts.password is None and parts.username is None:
+        return url
+    return parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}").geturl()

@@ -1,0 +1,117 @@
+"""From the queue to the model and back: claims batches, sends them, ends or returns their pairs."""
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Sequence
+
+from services.cache_proxy.errors import BatchRefused, CallFailed, Refused, Unavailable
+from services.cache_proxy.model import ModelClient
+from services.cache_proxy.queue import Claim, Outcome, Pair, Queue
+from services.cache_proxy.store.guarded import GuardedStore
+
+_log = logging.getLogger(__name__)
+
+_MAX_CALLS_IN_FLIGHT = 128
+_CLAIM_TO_SEND_SECONDS = 0.020  # later, two batches could reach the model closer together than allowed
+_RECHECK_SECONDS = 0.010
+_BACKOFF_SECONDS = (0.25, 5.0)
+
+
+class Dispatcher:
+    """One loop that claims, one task for each call in flight."""
+
+    def __init__(self, *, queue: Queue, model: ModelClient, store: GuardedStore) -> None:
+        self._queue = queue
+        self._model = model
+        self._store = store
+        self._calls: set[asyncio.Task[None]] = set()
+        self._looks: set[asyncio.Future[Sequence[int]]] = set()
+        self._room = asyncio.Semaphore(_MAX_CALLS_IN_FLIGHT)
+        self._failures_in_a_row = 0
+
+    async def run(self) -> None:
+        """Claim and send until cancelled; then the calls in flight are cancelled too."""
+        try:
+            while True:
+                async with self._room:
+                    pass
+                decision = await self._queue.claim()
+                if isinstance(decision, Claim):
+                    await self._room.acquire()
+                    call = asyncio.create_task(self._send(decision))
+                    self._calls.add(call)
+                    call.add_done_callback(self._ended)
+                    continue
+                wait = None if math.isinf(decision.wait_seconds) else decision.wait_seconds
+                try:
+                    await asyncio.wait_for(self._queue.changed(), wait)
+                except TimeoutError:
+                    continue
+        finally:
+            for call in self._calls:
+                call.cancel()
+            await asyncio.gather(*self._calls, return_exceptions=True)
+
+    def _ended(self, call: asyncio.Task[None]) -> None:
+        self._calls.discard(call)
+        self._room.release()
+
+    async def _send(self, claim: Claim) -> None:
+        sent: Sequence[Pair] = ()
+        try:
+            sent = await self._unanswered(claim)
+            late = asyncio.get_running_loop().time() - claim.claimed_at > _CLAIM_TO_SEND_SECONDS
+            if late or not sent:
+                await self._queue.put_back(claim)
+                return
+            answers = await self._model.infer(sent)
+        except BatchRefused as error:
+            self._recovered()
+            named = {sent[position].digest: refused for position, refused in error.named.items()}
+            await self._queue.refuse(claim, Refused(error.code, error.message), named)
+        except CallFailed as error:
+            await self._failed(claim, error.message, error.retry_after_seconds)
+        except Exception as error:  # noqa: BLE001 - the loop must outlive it, and waiters must hear of it
+            _log.exception("a call to the model ended unexpectedly")
+            await self._failed(claim, f"the proxy could not call the model: {type(error).__name__}", None)
+        else:
+            self._recovered()
+            outcomes: dict[bytes, Outcome] = {
+                pair.digest: answer for pair, answer in zip(sent, answers, strict=True)
+            }
+            # Whoever waits first: a store that is slow or full delays no answer, and keeps none from landing.
+            await self._queue.fulfil(claim, outcomes)
+            await self._store.put({key: level for key, level in outcomes.items() if isinstance(level, int)})
+
+    async def _unanswered(self, claim: Claim) -> Sequence[Pair]:
+        """The claim's pairs that no other replica has answered since they were looked up."""
+        look = asyncio.ensure_future(self._store.get([pair.digest for pair in claim.pairs]))
+        await asyncio.wait({look}, timeout=_RECHECK_SECONDS)
+        if not look.done():  # the slot is now or never; at worst a pair is inferred twice
+            look.add_done_callback(self._looks.discard)
+            self._looks.add(look)
+            return claim.pairs
+        levels = look.result()
+        found: dict[bytes, Outcome] = {
+            pair.digest: level for pair, level in zip(claim.pairs, levels, strict=True) if level
+        }
+        if found:
+            await self._queue.fulfil(claim, found)
+        return [pair for pair in claim.pairs if pair.digest not in found]
+
+    async def _failed(self, claim: Claim, message: str, pushback_seconds: float | None) -> None:
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row == 1:
+            _log.warning("a call to the model failed, trying again: %s", message)
+        least, most = _BACKOFF_SECONDS
+        backoff = min(most, least * 2 ** min(self._failures_in_a_row - 1, 10))
+        delay = pushback_seconds if pushback_seconds is not None else backoff * random.uniform(0.8, 1.2)  # noqa: S311
+        error = Unavailable(message, retry_after_seconds=max(1.0, delay))
+        await self._queue.fail(claim, error, retry_after_seconds=delay)
+
+    def _recovered(self) -> None:
+        if self._failures_in_a_row:
+            _log.info("the model answers again, after %d failed calls", self._failures_in_a_row)
+            self._failures_in_a_row = 0

@@ -1,0 +1,105 @@
+"""Every way in which a pair or an RPC can fail; the servicer alone makes statuses of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import grpc
+
+
+class ProxyError(Exception):
+    """The base of what a caller of the proxy may be told."""
+
+
+@dataclass(eq=False)
+class InvalidRequest(ProxyError):
+    """The request breaks a bound; `field` names the place, as in `batch[17].title`."""
+
+    message: str
+    field: str | None = None
+
+
+@dataclass(eq=False)
+class QueueFull(ProxyError):
+    """Nothing was queued: there is no room, or no turn before the caller's deadline."""
+
+    message: str
+    retry_after_seconds: float
+
+
+@dataclass(eq=False)
+class Draining(ProxyError):
+    """The proxy is about to end; another replica, or its successor, will answer."""
+
+    retry_after_seconds: float = 1.0
+
+
+@dataclass(eq=False)
+class DeadlinePassed(ProxyError):
+    """The caller's deadline, or the longest wait, passed before every pair was answered."""
+
+    waited_seconds: float
+
+
+class PairError(ProxyError):
+    """Why one pair has no answer."""
+
+
+@dataclass(eq=False)
+class Refused(PairError):
+    """The model called the pair invalid, in these words; `field` is `.company`, `.title` or empty."""
+
+    code: grpc.StatusCode
+    message: str
+    field: str = ""
+
+
+@dataclass(eq=False)
+class Nonsense(PairError):
+    """The model's answer for the pair was none: missing, twice and different, or out of range."""
+
+    message: str
+
+
+@dataclass(eq=False)
+class Unavailable(PairError):
+    """The model could not be asked, after retries."""
+
+    message: str
+    retry_after_seconds: float
+
+
+@dataclass(eq=False)
+class PairsFailed(ProxyError):
+    """Some pairs of a request failed, by their index; the others were answered and cached."""
+
+    failures: Mapping[int, PairError]
+
+
+class ModelError(Exception):
+    """Why a call to the model gave no answers."""
+
+
+@dataclass(eq=False)
+class BatchRefused(ModelError):
+    """The model called the batch invalid; `named` has the reasons of the pairs it named, by position."""
+
+    code: grpc.StatusCode
+    message: str
+    named: Mapping[int, Refused]
+
+
+@dataclass(eq=False)
+class CallFailed(ModelError):
+    """The model was unreachable, overloaded, too slow or broken; the call may be repeated."""
+
+    code: grpc.StatusCode
+    message: str
+    retry_after_seconds: float | None
+
+
+class StoreError(Exception):
+    """The store could not be reached, or would not do what it was asked."""
+
+
+class StoreRefused(StoreError):
+    """The store answers, but not this: out of memory, read-only."""

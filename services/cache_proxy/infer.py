@@ -1,0 +1,94 @@
+"""`cache-proxy infer`: ask a running proxy from the command line."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from protos import seniority_pb2, seniority_pb2_grpc
+from services.common import flags
+from services.common.errors import CommandError, UsageError
+from services.common.flags import flag
+
+_BATCH_PAIRS = 1000
+_MAX_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferSettings:
+    """What `infer` is told."""
+
+    target: str = flag(
+        "--target", flags.TEXT, required=True, text="gRPC target of the proxy (or of the model)"
+    )
+    company: str | None = flag("--company", flags.TEXT, text="the pair's company")
+    title: str | None = flag("--title", flags.TEXT, text="the pair's title")
+    deadline_seconds: float = flag("--deadline", flags.DURATION, "30s", text="how long the answer may take")
+
+    def __post_init__(self) -> None:
+        """Refuse half a pair."""
+        if (self.company is None) is not (self.title is None):
+            message = "give both --company and --title, or neither and JSON lines on standard input"
+            raise UsageError(message)
+
+
+def run(settings: InferSettings) -> None:
+    """Print a level a pair; with pairs from standard input, followed by the pair."""
+    with grpc.insecure_channel(settings.target) as channel:
+        stub = seniority_pb2_grpc.SeniorityModelStub(channel)
+        if settings.company is not None and settings.title is not None:
+            [level] = _infer(stub, [(settings.company, settings.title)], settings)
+            sys.stdout.write(f"{level}\n")
+            return
+        for pairs in _batches(sys.stdin.buffer):
+            for level, (company, title) in zip(_infer(stub, pairs, settings), pairs, strict=True):
+                sys.stdout.write(f"{level}\t{company}\t{title}\n")
+
+
+def _infer(
+    stub: seniority_pb2_grpc.SeniorityModelStub, pairs: Sequence[tuple[str, str]], settings: InferSettings
+) -> list[int]:
+    request = seniority_pb2.SeniorityRequestBatch(
+        batch=[
+            seniority_pb2.SeniorityRequest(uuid=uuid, company=company, title=title)
+            for uuid, (company, title) in enumerate(pairs)
+        ]
+    )
+    try:
+        response = stub.InferSeniority(request, timeout=settings.deadline_seconds)
+    except grpc.RpcError as error:
+        message = f"{settings.target}: {error.code().name}: {error.details()}"
+        raise CommandError(message) from error
+    levels = {answer.uuid: answer.seniority for answer in response.batch}
+    if len(levels) != len(pairs):
+        message = f"{settings.target}: answered {len(levels)} of {len(pairs)} pairs"
+        raise CommandError(message)
+    return [levels[uuid] for uuid in range(len(pairs))]
+
+
+def _batches(lines: Iterable[bytes]) -> Iterable[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        batch.append(_pair(line, number))
+        if len(batch) == _BATCH_PAIRS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _pair(line: bytes, number: int) -> tuple[str, str]:
+    try:
+        posting = json.loads(line)
+        company, title = posting["company"], posting["title"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        message = f"line {number}: not a JSON object with company and title"
+        raise CommandError(message) from error
+    if not isinstance(company, str) or not isinstance(title, str):
+        message = f"line {number}: company and title must be strings"
+        raise CommandError(message)
+    return company, title

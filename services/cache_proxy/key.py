@@ -1,0 +1,47 @@
+"""From a pair to its key: normal form, then a keyed hash.
+
+Two pairs share a key only if their normal forms are equal: both texts are length-prefixed before they
+are hashed, and 128 bits of BLAKE2b leave a chance of 10^-24 that any two of 20 million collide.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Callable
+
+DIGEST_BYTES = 16
+_MAX_KEY_BYTES = 64
+
+Digester = Callable[[str, str], bytes]
+
+
+def fold(text: str) -> str:
+    """Compatibility-caseless form (Unicode 3.13, D146), white space collapsed: idempotent."""
+    if text.isascii():  # the common case; NFKC leaves ASCII alone and casefold is lower
+        return " ".join(text.lower().split())
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold()).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+def exact(text: str) -> str:
+    """The text itself."""
+    return text
+
+
+NORMAL_FORMS: dict[str, Callable[[str], str]] = {"fold": fold, "exact": exact}
+
+
+def make_digester(*, normalize: str, secret: bytes | None) -> Digester:
+    """A function from (company, title) to `DIGEST_BYTES` bytes; `secret` keeps others from aiming."""
+    normal = NORMAL_FORMS[normalize]
+    key = secret or b""
+    if len(key) > _MAX_KEY_BYTES:
+        key = hashlib.blake2b(key).digest()
+    keyed = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES, person=b"seniority-pair")
+
+    def digest(company: str, title: str) -> bytes:
+        first = normal(company).encode()
+        hasher = keyed.copy()
+        hasher.update(len(first).to_bytes(4, "little") + first + normal(title).encode())
+        return hasher.digest()
+
+    return digest

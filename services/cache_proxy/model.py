@@ -1,0 +1,138 @@
+"""One call to the model: own ids out, strictly joined levels back."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+
+from protos import seniority_pb2, seniority_pb2_grpc
+from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue import Pair
+
+MIN_LEVEL, MAX_LEVEL = 1, 7
+REFUSALS = frozenset(
+    {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
+)
+_MAX_RESPONSE_BYTES = 16 * 2**20
+_MAX_ID = 2**31 - 1
+_INDEX = re.compile(r"batch\[(\d{1,6})\](\.company|\.title)?", re.ASCII)
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_retries", 0),  # retries are the queue's, within the slots
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 300_000),
+]
+
+
+class ModelClient:
+    """Speaks to the model at `target`. An id is never used twice in a row, so a mix-up shows as one."""
+
+    def __init__(self, target: str, *, deadline_seconds: float, metrics: ProxyMetrics) -> None:
+        self._target = target
+        self._deadline_seconds = deadline_seconds
+        self._metrics = metrics
+        self._channel = aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._stub = seniority_pb2_grpc.SeniorityModelStub(self._channel)
+        self._ids = itertools.cycle(range(1, _MAX_ID))
+
+    async def infer(self, pairs: Sequence[Pair]) -> list[int | Nonsense]:
+        """A level or nonsense for each pair, by position. Raises `BatchRefused` and `CallFailed`."""
+        ids = list(itertools.islice(self._ids, len(pairs)))
+        request = seniority_pb2.SeniorityRequestBatch(
+            batch=[
+                seniority_pb2.SeniorityRequest(uuid=uuid, company=pair.company, title=pair.title)
+                for uuid, pair in zip(ids, pairs, strict=True)
+            ]
+        )
+        self._metrics.model_pairs.inc(len(pairs))
+        self._metrics.model_batch_pairs.observe(len(pairs))
+        code = grpc.StatusCode.CANCELLED
+        try:
+            with self._metrics.model_duration.time():
+                response = await self._stub.InferSeniority(request, timeout=self._deadline_seconds)
+            code = grpc.StatusCode.OK
+        except aio.AioRpcError as error:
+            code = error.code()
+            raise self._translated(error, len(pairs)) from error
+        finally:
+            self._metrics.model_calls.labels(code.name).inc()
+        return join(ids, response)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+    def _translated(self, error: aio.AioRpcError, pairs: int) -> BatchRefused | CallFailed:
+        code, message = error.code(), error.details() or ""
+        trailers: dict[str, Any] = dict(error.trailing_metadata() or ())
+        if code in REFUSALS:
+            return BatchRefused(code, message, named_pairs(trailers, code, message, pairs))
+        return CallFailed(
+            code, f"the model at {self._target}: {code.name}: {message}", _pushback_seconds(trailers)
+        )
+
+
+def join(ids: Sequence[int], response: seniority_pb2.SeniorityResponseBatch) -> list[int | Nonsense]:
+    """The response's levels in the order of `ids`; an answer to another id answers nobody."""
+    answers: dict[int, int] = {}
+    contradicted: set[int] = set()
+    for answer in response.batch:
+        if answers.setdefault(answer.uuid, answer.seniority) != answer.seniority:
+            contradicted.add(answer.uuid)
+    joined: list[int | Nonsense] = []
+    for uuid in ids:
+        level = answers.get(uuid)
+        if level is None:
+            joined.append(Nonsense("the model did not answer for it"))
+        elif uuid in contradicted:
+            joined.append(Nonsense("the model answered twice, differently"))
+        elif not MIN_LEVEL <= level <= MAX_LEVEL:
+            joined.append(Nonsense(f"the model answered level {level}, outside {MIN_LEVEL} to {MAX_LEVEL}"))
+        else:
+            joined.append(level)
+    return joined
+
+
+def named_pairs(
+    trailers: Mapping[str, Any], code: grpc.StatusCode, message: str, pairs: int
+) -> dict[int, Refused]:
+    """The pairs that a refusal names by index, in `google.rpc.BadRequest` details or in its message."""
+    named: dict[int, Refused] = {}
+    for field, description in _violations(trailers):
+        found = _INDEX.fullmatch(field)
+        if found and int(found[1]) < pairs:
+            named[int(found[1])] = Refused(code, description or message, found[2] or "")
+    if not named:
+        found = _INDEX.match(message)  # only in front: behind it could be a pair's own text
+        if found and int(found[1]) < pairs:
+            named[int(found[1])] = Refused(code, message, found[2] or "")
+    return named
+
+
+def _violations(trailers: Mapping[str, Any]) -> list[tuple[str, str]]:
+    details = trailers.get("grpc-status-details-bin")
+    if not isinstance(details, bytes):
+        return []
+    try:
+        status = status_pb2.Status.FromString(details)
+        bad_request = error_details_pb2.BadRequest()
+        return [
+            (violation.field, violation.description)
+            for detail in status.details
+            if detail.Unpack(bad_request)
+            for violation in bad_request.field_violations
+        ]
+    except Exception:  # noqa: BLE001 - protobuf's DecodeError has moved between modules; details are a hint
+        return []
+
+
+def _pushback_seconds(trailers: Mapping[str, Any]) -> float | None:
+    text = str(trailers.get("grpc-retry-pushback-ms", ""))
+    return int(text) / 1000 if text.isdecimal() and len(text) < len("86400000") else None

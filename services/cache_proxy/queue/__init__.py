@@ -1,0 +1,101 @@
+"""The miss queue: pairs that wait for the model, and the slots in which it may be called.
+
+`Queue` is what the rest of the proxy knows of it. An implementation decides (who waits, what goes into
+the next call, when a call is allowed); it never calls the model and never touches the cache.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.cache_proxy.errors import PairError
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A pair to be inferred: its key, and its text as the caller spelled it."""
+
+    digest: bytes
+    company: str
+    title: str
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in a call to the model, rounded up."""
+        return len(self.company.encode()) + len(self.title.encode()) + _OVERHEAD_BYTES
+
+
+_OVERHEAD_BYTES = 24  # tags and lengths of message and fields (10), and the longest uuid (11), rounded up
+
+Outcome = int | PairError
+"""How a pair ended: its level, or why it has none."""
+
+Settle = Callable[[bytes, Outcome], None]
+"""Told of every pair that ends, by its digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks: `deadline` is on the event loop's clock."""
+
+    caller: str
+    priority: str
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    """What became of a request's pairs: ended already, or queued by this very request; the rest joined."""
+
+    ended: Mapping[bytes, Outcome]
+    queued: frozenset[bytes]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claim:
+    """A batch whose slot is spent: the claimer sends it at once, or puts it back."""
+
+    pairs: Sequence[Pair]
+    claimed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """No batch now; ask again after so long, or when the queue changes. `inf`: nothing waits."""
+
+    wait_seconds: float
+
+
+class Queue(Protocol):
+    """Each method is one decision: all or nothing, and safe to call from any number of tasks."""
+
+    async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
+        """Have pairs wait; one that waits or is in flight already is joined. Raises `QueueFull`, then
+        nothing was queued.
+        """  # noqa: D205 - one thought
+
+    async def leave(self, digests: Sequence[bytes]) -> None:
+        """Nobody here waits for these any more: those not yet sent are forgotten."""
+
+    async def claim(self) -> Claim | NotYet:
+        """Take the next batch and its slot, if a call is allowed now."""
+
+    async def put_back(self, claim: Claim) -> None:
+        """Undo a claim whose batch was not sent: the pairs wait at the front, the slot is free again."""
+
+    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
+        """End pairs of a claim and tell whoever waits; those not in `outcomes` are still in flight."""
+
+    async def fail(self, claim: Claim, error: PairError, *, retry_after_seconds: float) -> None:
+        """The call failed: its pairs are tried again after so long, or end with `error` if that was often."""
+
+    async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
+        """The model refused the batch: end the pairs that it named. If it named none, one of them is bad:
+        find it; the others are none the worse.
+        """  # noqa: D205 - one thought
+
+    async def changed(self) -> None:
+        """Return when a claim may be worth trying again."""
+
+
+__all__ = ["Asker", "Claim", "Enqueued", "NotYet", "Outcome", "Pair", "Queue", "Settle"]

@@ -1,0 +1,124 @@
+"""The read path: L1, then L2, then the queue for the model."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed
+from services.cache_proxy.key import Digester
+from services.cache_proxy.l1 import L1Cache
+from services.cache_proxy.queue import Asker, Outcome, Pair, Queue
+from services.cache_proxy.store.guarded import GuardedStore
+from services.cache_proxy.waiters import Waiters
+
+_BREATH_PAIRS = 2000  # about 5 ms of work, after which other requests have their turn
+
+
+@dataclass(slots=True)
+class Answers:
+    """By position: each pair's level (0: none) and the outcome that its metrics count."""
+
+    levels: list[int]
+    outcomes: list[str]
+
+    def counted(self) -> dict[str, int]:
+        """How many pairs had which outcome."""
+        return Counter(self.outcomes)
+
+
+class Resolver:
+    """Answers a request's pairs, or says of each why not."""
+
+    def __init__(
+        self, *, digest: Digester, l1: L1Cache, store: GuardedStore, queue: Queue, waiters: Waiters
+    ) -> None:
+        self._digest = digest
+        self._l1 = l1
+        self._store = store
+        self._queue = queue
+        self._waiters = waiters
+
+    async def resolve(self, texts: Sequence[tuple[str, str]], asker: Asker, answers: Answers) -> None:
+        """Fill `answers` for every (company, title), also when it raises: then with all that is known.
+
+        Raises `PairsFailed` when every pair has ended but some without a level, `QueueFull` and
+        `DeadlinePassed` when pairs could not, or not in time, be asked.
+        """
+        positions = await self._look_in_l1(texts, answers)
+        if positions:
+            await self._look_in_l2(positions, answers)
+        if positions:
+            await self._ask_model(texts, positions, asker, answers)
+
+    async def _look_in_l1(self, texts: Sequence[tuple[str, str]], answers: Answers) -> dict[bytes, list[int]]:
+        """The positions of each pair that L1 does not know."""
+        missing: dict[bytes, list[int]] = {}
+        for position, (company, title) in enumerate(texts):
+            digest = self._digest(company, title)
+            level = self._l1.get(digest)
+            if level:
+                answers.levels[position], answers.outcomes[position] = level, "l1"
+            else:
+                missing.setdefault(digest, []).append(position)
+            if position % _BREATH_PAIRS == _BREATH_PAIRS - 1:
+                await asyncio.sleep(0)
+        return missing
+
+    async def _look_in_l2(self, positions: dict[bytes, list[int]], answers: Answers) -> None:
+        """Answer what L2 knows, and take it out of `positions`."""
+        digests = list(positions)
+        levels = await self._store.get(digests)
+        for digest, level in zip(digests, levels, strict=True):
+            if level:
+                self._l1.put(digest, level)
+                for position in positions.pop(digest):
+                    answers.levels[position], answers.outcomes[position] = level, "l2"
+
+    async def _ask_model(
+        self,
+        texts: Sequence[tuple[str, str]],
+        positions: dict[bytes, list[int]],
+        asker: Asker,
+        answers: Answers,
+    ) -> None:
+        pairs = [Pair(digest, *texts[places[0]]) for digest, places in positions.items()]
+        queued: frozenset[bytes] = frozenset()
+        started_at = asyncio.get_running_loop().time()
+        wait = self._waiters.open(list(positions))
+        try:
+            async with asyncio.timeout_at(asker.deadline):
+                enqueued = await self._queue.enqueue(pairs, asker)
+                queued = enqueued.queued
+                self._waiters.settle_one(wait, enqueued.ended.items())
+                await wait.done()
+        except TimeoutError:
+            waited_seconds = asyncio.get_running_loop().time() - started_at
+            raise DeadlinePassed(waited_seconds) from None
+        finally:
+            self._note(wait.outcomes, positions, queued, answers)
+            await self._queue.leave(self._waiters.close(wait))
+        failures = {
+            position: outcome
+            for digest, outcome in wait.outcomes.items()
+            if isinstance(outcome, PairError)
+            for position in positions[digest]
+        }
+        if failures:
+            raise PairsFailed(failures)
+
+    def _note(
+        self,
+        outcomes: dict[bytes, Outcome],
+        positions: dict[bytes, list[int]],
+        queued: frozenset[bytes],
+        answers: Answers,
+    ) -> None:
+        """Write down the levels: the first place of a pair that this request queued was `inferred` for it."""
+        for digest, level in outcomes.items():
+            if isinstance(level, int):
+                self._l1.put(digest, level)
+                for position in positions[digest]:
+                    answers.levels[position], answers.outcomes[position] = level, "coalesced"
+                if digest in queued:
+                    answers.outcomes[positions[digest][0]] = "inferred"

@@ -1,0 +1,115 @@
+"""The RPC: from the wire to the resolver and back, each pair counted once."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+from grpc import aio
+
+from protos import seniority_pb2, seniority_pb2_grpc
+from services.cache_proxy.callers import ANONYMOUS, Caller, Identify
+from services.cache_proxy.errors import Draining, InvalidRequest, ProxyError
+from services.cache_proxy.metrics import ProxyMetrics, outcome_kind
+from services.cache_proxy.queue import Asker
+from services.cache_proxy.resolver import Answers, Resolver
+from services.cache_proxy.statuses import status_of
+
+Context = aio.ServicerContext[seniority_pb2.SeniorityRequestBatch, seniority_pb2.SeniorityResponseBatch]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestLimits:
+    """What one request may hold, and how long a caller without a deadline waits."""
+
+    max_pairs: int
+    max_field_bytes: int
+    max_wait_seconds: float
+
+
+class SeniorityService(seniority_pb2_grpc.SeniorityModelServicer):
+    """Answers as the model would. The only place where errors become statuses."""
+
+    def __init__(
+        self, *, resolver: Resolver, identify: Identify, limits: RequestLimits, metrics: ProxyMetrics
+    ) -> None:
+        self._resolver = resolver
+        self._identify = identify
+        self._limits = limits
+        self._metrics = metrics
+        self._draining = False
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self._draining = True
+
+    async def InferSeniority(  # noqa: N802 - the contract's name
+        self, request: seniority_pb2.SeniorityRequestBatch, context: Context
+    ) -> seniority_pb2.SeniorityResponseBatch:
+        """Answer a batch in its order, with its uuids."""
+        size = len(request.batch)
+        answers = Answers([0] * size, ["failed"] * size)
+        caller = Caller(ANONYMOUS, "interactive")
+        code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
+        with self._metrics.request_duration.time():
+            try:
+                caller = self._identify(context.invocation_metadata() or ())
+                await self._resolver.resolve(self._texts(request), self._asker(caller, context), answers)
+                code = grpc.StatusCode.OK
+                context.set_trailing_metadata(_hits_and_misses(answers.outcomes))
+                return _response(request, answers.levels)
+            except ProxyError as error:
+                status = status_of(error)
+                code = status.code
+                await _abort(context, status)
+            finally:
+                self._metrics.requests.labels(code.name).inc()
+                self._metrics.count_pairs(caller=caller.name, outcomes=answers.counted())
+
+    def _texts(self, request: seniority_pb2.SeniorityRequestBatch) -> Sequence[tuple[str, str]]:
+        if self._draining:
+            raise Draining
+        if len(request.batch) > self._limits.max_pairs:
+            limit = self._limits.max_pairs
+            message = f"batch[{limit}]: the batch holds {len(request.batch)} pairs, the limit is {limit}"
+            raise InvalidRequest(message, f"batch[{limit}]")
+        texts = [(item.company, item.title) for item in request.batch]
+        limit = self._limits.max_field_bytes
+        for index, (company, title) in enumerate(texts):
+            if len(company) + len(title) > limit // 4:  # a character is at most four bytes
+                self._check_field(f"batch[{index}].company", company)
+                self._check_field(f"batch[{index}].title", title)
+        return texts
+
+    def _check_field(self, field: str, text: str) -> None:
+        size, limit = len(text.encode()), self._limits.max_field_bytes
+        if size > limit:
+            message = f"{field}: {size} bytes of text, the limit is {limit}"
+            raise InvalidRequest(message, field)
+
+    def _asker(self, caller: Caller, context: Context) -> Asker:
+        left = context.time_remaining()
+        wait_seconds = self._limits.max_wait_seconds if left is None else left
+        return Asker(caller.name, caller.priority, asyncio.get_running_loop().time() + wait_seconds)
+
+
+def _response(
+    request: seniority_pb2.SeniorityRequestBatch, levels: Sequence[int]
+) -> seniority_pb2.SeniorityResponseBatch:
+    return seniority_pb2.SeniorityResponseBatch(
+        batch=[
+            seniority_pb2.SeniorityResponse(uuid=item.uuid, seniority=level)
+            for item, level in zip(request.batch, levels, strict=True)
+        ]
+    )
+
+
+def _hits_and_misses(outcomes: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    hits = sum(outcome_kind(outcome) == "hit" for outcome in outcomes)
+    return (("x-cache-hits", str(hits)), ("x-cache-misses", str(len(outcomes) - hits)))
+
+
+async def _abort(context: Context, status: Any) -> NoReturn:
+    await context.abort(status.code, status.message, trailing_metadata=status.trailers)
+    raise AssertionError  # abort never returns

@@ -1,0 +1,99 @@
+"""Every error as a gRPC status: code, message, trailers. The table of the contract, and nothing else."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from services.cache_proxy.errors import (
+    DeadlinePassed,
+    Draining,
+    InvalidRequest,
+    Nonsense,
+    PairError,
+    PairsFailed,
+    ProxyError,
+    QueueFull,
+    Refused,
+    Unavailable,
+)
+
+_MAX_VIOLATIONS = 50  # metadata is small: 8 KiB by default
+_MAX_VIOLATIONS_BYTES = 5_000
+_MAX_MESSAGE = 1_000
+_MAX_DESCRIPTION = 200
+
+Trailers = tuple[tuple[str, str | bytes], ...]
+
+
+class Status(NamedTuple):
+    """What the caller gets."""
+
+    code: grpc.StatusCode
+    message: str
+    trailers: Trailers
+
+
+def status_of(error: ProxyError) -> Status:
+    """The status of an error."""
+    if isinstance(error, InvalidRequest):
+        violations = {error.field: error.message} if error.field else {}
+        return _with_details(grpc.StatusCode.INVALID_ARGUMENT, error.message, violations)
+    if isinstance(error, QueueFull):
+        return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message, _pushback(error.retry_after_seconds))
+    if isinstance(error, Draining):
+        message = "this proxy is draining, another one will answer"
+        return Status(grpc.StatusCode.UNAVAILABLE, message, _pushback(error.retry_after_seconds))
+    if isinstance(error, DeadlinePassed):
+        message = (
+            f"no answer from the model within {error.waited_seconds:.1f} s; what it answers later is cached"
+        )
+        return Status(grpc.StatusCode.DEADLINE_EXCEEDED, message, ())
+    if isinstance(error, PairsFailed):
+        return _pairs_failed(error.failures)
+    return Status(grpc.StatusCode.INTERNAL, "the proxy failed", ())
+
+
+def _pairs_failed(failures: Mapping[int, PairError]) -> Status:
+    """One status for pairs that may have failed in different ways.
+
+    Refused pairs come first: they are named, and without them the rest may be asked again; then pairs that
+    the model answered with nonsense; then those that it could not be asked for.
+    """
+    refused = {index: error for index, error in failures.items() if isinstance(error, Refused)}
+    if refused:
+        first = next(iter(refused.values()))
+        same = {index: error for index, error in refused.items() if error.code is first.code}
+        violations = {f"batch[{index}]{error.field}": error.message for index, error in sorted(same.items())}
+        return _with_details(first.code, first.message, violations)
+    nonsense = {index: error for index, error in failures.items() if isinstance(error, Nonsense)}
+    if nonsense:
+        index, first_nonsense = next(iter(sorted(nonsense.items())))
+        message = f"batch[{index}]: {first_nonsense.message}"
+        violations = {f"batch[{index}]": error.message for index, error in sorted(nonsense.items())}
+        return _with_details(grpc.StatusCode.INTERNAL, message, violations)
+    down = [error for error in failures.values() if isinstance(error, Unavailable)]
+    retry_after_seconds = max((error.retry_after_seconds for error in down), default=1.0)
+    message = down[0].message if down else "the model cannot be asked"
+    violations = {f"batch[{index}]": "not answered" for index in sorted(failures)}
+    status = _with_details(grpc.StatusCode.UNAVAILABLE, message, violations)
+    return status._replace(trailers=status.trailers + _pushback(retry_after_seconds))
+
+
+def _with_details(code: grpc.StatusCode, message: str, violations: Mapping[str, str]) -> Status:
+    message = message[:_MAX_MESSAGE]
+    if not violations:
+        return Status(code, message, ())
+    listed = error_details_pb2.BadRequest()
+    for field, description in violations.items():
+        listed.field_violations.add(field=field, description=description[:_MAX_DESCRIPTION])
+        if len(listed.field_violations) == _MAX_VIOLATIONS or listed.ByteSize() > _MAX_VIOLATIONS_BYTES:
+            break
+    status = status_pb2.Status(code=code.value[0], message=message)
+    status.details.add().Pack(listed)
+    return Status(code, message, (("grpc-status-details-bin", status.SerializeToString()),))
+
+
+def _pushback(seconds: float) -> Trailers:
+    return (("grpc-retry-pushback-ms", str(max(1, round(seconds * 1000)))),)

@@ -1,0 +1,120 @@
+"""A store that never raises: while it is down it knows nothing, and what it missed is written later."""
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+
+from services.cache_proxy.errors import StoreError, StoreRefused
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.store import Store
+
+_log = logging.getLogger(__name__)
+
+_PROBE_SECONDS = 1.0
+_MAX_UNSAVED = 1_000_000  # about 200 MB, and 17 minutes of the model's work
+_FLUSH_PAIRS = 10_000
+
+
+class GuardedStore:
+    """One failure marks the store down; then nobody waits for it until a probe, once a second, succeeds.
+
+    State: `_up`, and `_unsaved`, the answers that no write has taken yet: they cost the model a slot, so
+    they are kept (bounded) and written as soon as the store takes them. Event loop only; an answer leaves
+    `_unsaved` only after its write was confirmed, and only if no newer one took its place.
+    """
+
+    def __init__(self, store: Store, *, metrics: ProxyMetrics) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._up = True
+        self._refusing = False
+        self._unsaved: dict[bytes, int] = {}
+        self._probe: asyncio.Task[None] | None = None
+        self._show()
+
+    @property
+    def up(self) -> bool:
+        """Whether the store answered when it was last asked."""
+        return self._up
+
+    async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
+        """The level of each digest, by position; 0 where none is known or nothing can be learnt."""
+        if self._up:
+            try:
+                return await self._store.get(digests)
+            except StoreError as error:
+                self._failed(error)
+        return [self._unsaved.get(digest, 0) for digest in digests]
+
+    async def put(self, levels: Mapping[bytes, int]) -> None:
+        """Remember levels, now or as soon as the store takes them."""
+        if self._up and not self._unsaved:
+            try:
+                await self._store.put(levels)
+            except StoreError as error:
+                self._failed(error)
+            else:
+                return
+        self._unsaved.update(levels)
+        if len(self._unsaved) > _MAX_UNSAVED:
+            for digest in list(itertools.islice(self._unsaved, len(self._unsaved) - _MAX_UNSAVED)):
+                del self._unsaved[digest]
+        self._ensure_probe()
+
+    async def close(self) -> None:
+        """Write what is unsaved if that is possible now, then close the store."""
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+        if self._unsaved:
+            try:
+                await self._flush()
+            except StoreError as error:
+                _log.error("%d answers could not be saved: %s", len(self._unsaved), error)
+        await self._store.close()
+
+    def _failed(self, error: StoreError) -> None:
+        if isinstance(error, StoreRefused):  # it answers: reading may still work, so only say it once
+            if not self._refusing:
+                self._refusing = True
+                _log.warning("the store refuses: %s", error)
+        elif self._up:
+            self._up = False
+            _log.warning("the store is down, answering without it: %s", error)
+            self._show()
+        self._ensure_probe()
+
+    def _ensure_probe(self) -> None:
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.create_task(self._heal())
+
+    async def _heal(self) -> None:
+        while True:
+            await asyncio.sleep(_PROBE_SECONDS)
+            try:
+                await self._store.ping()
+                if not self._up:
+                    self._up = True
+                    _log.info("the store is back")
+                    self._show()
+                await self._flush()
+            except StoreError as error:
+                self._failed(error)
+                continue
+            if self._refusing:
+                self._refusing = False
+                _log.info("the store takes writes again")
+            return
+
+    async def _flush(self) -> None:
+        while self._unsaved:
+            batch = dict(itertools.islice(self._unsaved.items(), _FLUSH_PAIRS))
+            await self._store.put(batch)
+            for digest, level in batch.items():
+                if self._unsaved.get(digest) == level:
+                    del self._unsaved[digest]
+
+    def _show(self) -> None:
+        self._metrics.store_up.set(self._up)
+        self._metrics.degraded.set(not self._up)

@@ -1,0 +1,115 @@
+"""The store on a Redis or Valkey server: hash buckets, one script call for a batch."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from services.cache_proxy.errors import StoreError, StoreRefused
+from services.cache_proxy.metrics import ProxyMetrics
+from services.common.errors import UsageError
+
+_DAY_0_UNIX_SECONDS = 1_704_067_200  # 2024-01-01: the day fits 13 bits until 2046
+_SCRIPT_PAIRS = 1000  # a script call of this size holds Redis for about 2 ms
+_MAX_CONNECTIONS = 16
+_SCRIPTS = Path(__file__).parent
+
+
+class RedisStore:
+    """Looks up and remembers whole batches; both scripts may be repeated, so one retry is safe."""
+
+    def __init__(self, client: "redis.asyncio.Redis", *, namespace: str, metrics: ProxyMetrics) -> None:
+        self._client = client
+        self._metrics = metrics
+        self._keys = [namespace]
+        self._get = client.register_script((_SCRIPTS / "get.lua").read_bytes())
+        self._put = client.register_script((_SCRIPTS / "put.lua").read_bytes())
+
+    async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
+        """See `Store.get`."""
+        levels = bytearray()
+        for chunk in _chunks(digests):
+            with self._operation("get"):
+                found, garbage = await self._get(keys=self._keys, args=[b"".join(chunk)])
+                self._metrics.store_garbage.inc(garbage)
+            if len(found) != len(chunk):
+                message = f"the store answered {len(found)} of {len(chunk)} look-ups"
+                raise StoreError(message)
+            levels += found
+        return levels
+
+    async def put(self, levels: Mapping[bytes, int]) -> None:
+        """See `Store.put`."""
+        for chunk in _chunks(list(levels.items())):
+            packed = b"".join(digest + bytes((level,)) for digest, level in chunk)
+            with self._operation("put"):
+                await self._put(keys=self._keys, args=[packed, _DAY_0_UNIX_SECONDS])
+
+    async def ping(self) -> None:
+        """See `Store.ping`."""
+        with self._operation("ping"):
+            await self._client.ping()
+
+    async def close(self) -> None:
+        """See `Store.close`."""
+        await self._client.aclose()
+
+    @contextmanager
+    def _operation(self, name: str) -> Iterator[None]:
+        with self._metrics.store_duration.labels(name).time():
+            try:
+                yield
+            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+                raise StoreError(str(error) or type(error).__name__) from error
+            except ResponseError as error:
+                raise StoreRefused(str(error)) from error
+            except RedisError as error:
+                raise StoreError(str(error) or type(error).__name__) from error
+
+
+def connect(
+    url: str,
+    *,
+    timeout_seconds: float,
+    username: str | None = None,
+    password: str | None = None,
+    tls_ca: str | None = None,
+) -> "redis.asyncio.Redis":
+    """A client that waits for a free connection instead of raising, and bounds every wait."""
+    options: dict[str, Any] = {
+        "max_connections": _MAX_CONNECTIONS,
+        "timeout": timeout_seconds,
+        "socket_timeout": timeout_seconds,
+        "socket_connect_timeout": timeout_seconds,
+        "health_check_interval": 0,
+        # Once more, for a connection that the server closed while it lay idle; never after a timeout.
+        "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+        "retry_on_timeout": False,
+    }
+    if username is not None:
+        options["username"] = username
+    if password is not None:
+        options["password"] = password
+    if tls_ca is not None:
+        options["ssl_ca_certs"] = tls_ca
+    try:
+        pool = redis.asyncio.BlockingConnectionPool.from_url(url, **options)
+        return redis.asyncio.Redis(connection_pool=pool)
+    except (ValueError, TypeError, OSError) as error:
+        message = f"--cache-url: {error}"
+        raise UsageError(message) from error
+
+
+def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in itertools.count(step=_SCRIPT_PAIRS):
+        if start >= len(items):
+            return
+        yield items[start : start + _SCRIPT_PAIRS]

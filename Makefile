@@ -1,0 +1,86 @@
+# Every target sets up what it needs; nothing but Python 3.11+ (with venv), make and a package index is assumed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# uv does not read pip's settings: hand it the one that matters.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+export UV_CUSTOM_COMPILE_COMMAND := make lock
+export PYTHONDONTWRITEBYTECODE ?= 1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: $(VENV)/.run  ## the main job on sample data, from nothing, and what it cost
+	@$(BIN)/python -m demo
+
+.PHONY: up
+up: $(VENV)/.run  ## a model stub and a proxy on fixed ports until Ctrl-C, with lines to paste
+	@$(BIN)/python -m demo.up
+
+.PHONY: setup
+setup: $(VENV)/.dev  ## everything that development needs, into .venv
+
+.PHONY: test
+test: $(VENV)/.dev  ## the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: test-slow
+test-slow: $(VENV)/.dev  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+.PHONY: lint
+lint: $(VENV)/.dev  ## style, types, imports, stub drift, locks fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/protos.py --check
+	$(BIN)/python scripts/locks.py --check
+
+.PHONY: format
+format: $(VENV)/.dev  ## put the code in its form
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: protos
+protos: $(VENV)/.dev  ## make the stubs again from protos/seniority.proto
+	$(BIN)/python scripts/protos.py
+
+.PHONY: lock
+lock: $(VENV)/.uv  ## bring the locks in line with pyproject.toml (UPGRADE=1: to the newest versions)
+	$(BIN)/python scripts/locks.py $(if $(UPGRADE),--upgrade)
+
+.PHONY: clean
+clean:  ## remove what was made
+	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# --- set-up -----------------------------------------------------------------------------------------------
+
+$(VENV)/.uv: requirements/bootstrap.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+	@touch $@
+
+# uv installs a lock in seconds; where it cannot reach the index that pip was set up for, pip does, in a minute.
+define install
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes $(1) \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes $(1)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
+endef
+
+$(VENV)/.run: $(VENV)/.uv requirements/proxy.txt requirements/augmenter.txt requirements/stub.txt pyproject.toml
+	$(call install,-r requirements/proxy.txt -r requirements/augmenter.txt -r requirements/stub.txt)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.uv requirements/dev.txt pyproject.toml
+	$(call install,-r requirements/dev.txt)
+	@touch $@ $(VENV)/.run

@@ -1,0 +1,1 @@
+"""The main job on sample data (`make demo`), and the two servers on fixed ports (`make up`)."""

@@ -1,0 +1,101 @@
+"""The README's own commands, run as a reader would."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import ROOT, clean_environment
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCKS = _BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+_RUN_BY_THEMSELVES = {"make demo\n", "make up\n"}
+_RUNNABLE = [
+    (language, text)
+    for language, text in _BLOCKS
+    if language in {"sh", "python"} and text not in _RUN_BY_THEMSELVES
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the project's files stand, but where a block may leave what it makes."""
+    made = tmp_path_factory.mktemp("readme")
+    for path in ROOT.iterdir():
+        if path.name not in {".git", ".demo", ".cache-proxy"}:
+            (made / path.name).symlink_to(path)
+    return made
+
+
+@pytest.fixture(scope="module")
+def up(folder: Path) -> Iterator[None]:
+    """`make up` as a reader starts it, and ends it with Ctrl-C."""
+    assert any(text == "make up\n" for _, text in _BLOCKS)
+    process = subprocess.Popen(
+        ["make", "up"], cwd=folder, env=_environment(), stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout
+    with process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "/metrics" in line:
+                break
+        else:
+            pytest.fail(f"make up ended: {''.join(said)}")
+        yield
+        os.killpg(process.pid, signal.SIGINT)
+        process.stdout.read()
+    assert process.wait(20) in {0, 2, -signal.SIGINT}
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), _RUNNABLE, ids=[f"{text.split()[0].rpartition('/')[2]}-{n}" for n, (_, text) in
+                                          enumerate(_RUNNABLE)]
+)  # fmt: skip
+def test_block_runs(language: str, text: str, folder: Path, up: None) -> None:
+    """Every block that is not a picture runs without an error, in the README's order, and says something."""
+    command = (
+        [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+    )
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # grpcurl is among our own tools
+    done = subprocess.run(
+        command, cwd=folder, env=_environment() | {"PATH": path}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[1-7]", done.stdout), done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_every_block_is_known() -> None:
+    """A block in a language that this test does not run would be a claim that nobody checks."""
+    assert {language for language, _ in _BLOCKS} <= {"sh", "python", "text"}
+    assert len(_RUNNABLE) >= 4
+
+
+@pytest.mark.slow
+def test_demo(folder: Path) -> None:
+    """`make demo` keeps every promise it makes, in under a minute, and leaves nothing running."""
+    done = subprocess.run(
+        ["make", "demo"], cwd=folder, env=_environment(), capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "What it cost" in done.stdout
+    left = subprocess.run(["pgrep", "-af", str(folder)], capture_output=True, text=True, check=False).stdout
+    assert "valkey-server" not in left
+    assert "services." not in left
+
+
+def _environment() -> dict[str, str]:
+    environment = clean_environment()
+    environment.pop("MAKEFLAGS", None)  # the tests may themselves run below make
+    environment.pop("MAKELEVEL", None)
+    return environment

@@ -1,0 +1,59 @@
+"""What can go wrong in an augmenting run. Each error is one sentence that a person can act on."""
+
+from services.common.errors import CommandError
+
+
+class FileError(CommandError):
+    """One file cannot be done; the others go on."""
+
+
+class CorruptInputError(FileError):
+    """The compressed input cannot be read to its end."""
+
+
+class LineTooLongError(FileError):
+    """A line is longer than memory may be spent on."""
+
+    def __init__(self, *, line: int, limit_bytes: int) -> None:
+        super().__init__(f"line {line} is longer than {limit_bytes // 2**20} MiB")
+        self.line = line
+
+
+class InputChangedError(FileError):
+    """The input is not what it was when it was listed."""
+
+    def __init__(self) -> None:
+        super().__init__("the input changed while it was read; run again")
+
+
+class AccountingError(FileError):
+    """Lines in are not augmented + rejected + blank: a defect, and the output is not completed."""
+
+    def __init__(self, *, lines_in: int, augmented: int, rejected: int, blank: int) -> None:
+        super().__init__(
+            f"{lines_in} lines in, but {augmented} augmented + {rejected} rejected + {blank} blank"
+        )
+
+
+class StoreError(FileError):
+    """A folder or bucket cannot be listed, read or written."""
+
+    def __init__(self, *, place: str, reason: str) -> None:
+        super().__init__(f"{place}: {reason}")
+        self.place = place
+        self.reason = reason
+
+
+class RpcFailedError(FileError):
+    """The answers for a file could not be had: its last status, and what was tried."""
+
+    def __init__(self, *, target: str, code: str, details: str, tried_seconds: float | None = None) -> None:
+        tried = "" if tried_seconds is None else f" (retried for {tried_seconds:.1f} s)"
+        super().__init__(f"{target} answered {code}: {details or 'no message'}{tried}")
+        self.code = code
+
+
+class TerminatedError(CommandError):
+    """SIGTERM ended the run; nothing half-written is left."""
+
+    exit_code = 143

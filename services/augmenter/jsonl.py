@@ -1,0 +1,114 @@
+"""Lines of JSON: what they ask for, and the level spliced into their own bytes. Pure.
+
+A line is parsed twice only when it must be: msgspec reads what nearly all lines are; what it refuses is
+read again by `json`, which is exact about the odd but lawful (a lone surrogate somewhere else in the
+object, a `null` that a later member replaces) and about the reason when the line is rejected.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+
+from services.augmenter.splice import spliced
+
+_SPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
+Pair: TypeAlias = tuple[str, str]
+
+
+class Posting(msgspec.Struct, gc=False):
+    """What matters in a line: the pair, and whether the object has a `seniority` already."""
+
+    company: str
+    title: str
+    seniority: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def pair(self) -> Pair:
+        """What is asked."""
+        return self.company, self.title
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A line that cannot be augmented, and why."""
+
+    reason: str
+
+
+Entry: TypeAlias = Posting | Rejected | None  # None: a blank line
+_decode = msgspec.json.Decoder(Posting).decode
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def strip(line: bytes) -> bytes:
+    """The line without its outer white space."""
+    return line.strip(_SPACE)
+
+
+def parse(texts: Sequence[bytes]) -> list[Entry]:
+    """What each stripped line holds."""
+    try:
+        b"\n".join(texts).decode()  # msgspec does not look at the text of members that it skips
+        return list(map(_decode, texts))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return [_parse_line(text) for text in texts]
+
+
+def _parse_line(text: bytes) -> Entry:
+    if not text:
+        return None
+    try:
+        decoded = text.decode()
+    except UnicodeDecodeError as error:
+        return Rejected(f"not valid UTF-8 (byte {error.start + 1})")
+    try:
+        return _decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return _parse_exactly(decoded)
+
+
+def _parse_exactly(text: str) -> Posting | Rejected:
+    try:
+        value = json.loads(text, parse_constant=_refuse, parse_int=_number, parse_float=_number)
+    except json.JSONDecodeError as error:
+        return Rejected(f"not JSON: {error.msg} (character {error.pos + 1})")
+    except ValueError as error:
+        return Rejected(f"not JSON: {error}")
+    except RecursionError:
+        return Rejected("nested too deeply")
+    if not isinstance(value, dict):
+        return Rejected("not a JSON object")
+    wrong = _wrong(value, "company") or _wrong(value, "title")
+    if wrong:
+        return Rejected(wrong)
+    existing = msgspec.Raw() if "seniority" in value else msgspec.UNSET
+    return Posting(company=value["company"], title=value["title"], seniority=existing)
+
+
+def _wrong(value: dict[str, Any], name: str) -> str | None:
+    if name not in value:
+        return f"{name} is missing"
+    if not isinstance(value[name], str):
+        return f"{name} is not a string"
+    if _SURROGATE.search(value[name]):
+        return f"{name} holds a lone surrogate, which is not text"
+    return None
+
+
+def _refuse(constant: str) -> Any:
+    message = f"{constant} is not a JSON value"
+    raise ValueError(message)
+
+
+def _number(_digits: str) -> int:
+    """Numbers are checked, not read: `int` would refuse one of 5,000 digits."""
+    return 0
+
+
+def augmented_line(text: bytes, posting: Posting, level: int) -> bytes:
+    """The output line, with its end."""
+    return spliced(text, level, replace=posting.seniority is not msgspec.UNSET)

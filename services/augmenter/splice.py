@@ -1,0 +1,97 @@
+"""A level put into the bytes of a JSON object, everything else left as it stands.
+
+The bytes are known to be one valid JSON object; so the scanner only finds where members begin and end.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+
+from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
+
+_NAME = b"seniority"
+_ENDINGS = {level: b', "seniority": %d}\n' % level for level in range(MIN_LEVEL, MAX_LEVEL + 1)}
+_SPACE = re.compile(rb"[ \t\r\n]*")
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_SCALAR = re.compile(rb"[^,}\]\s]+")
+_STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
+
+
+def spliced(text: bytes, level: int, *, replace: bool) -> bytes:
+    """The object with `seniority` as its last member, and a line end.
+
+    `replace` says that it has members of that name, which are removed. It has another member too.
+    """
+    if replace:
+        text = _without_seniority(text)
+    return text[:-1] + _ENDINGS[level]
+
+
+def _without_seniority(text: bytes) -> bytes:
+    """The object without its own members named `seniority`, each gone with one comma."""
+    kept: list[bytes] = []
+    copied = 0  # up to where `text` has been kept or dropped
+    previous_comma = -1  # of the last member, -1 as long as every member was dropped
+    for start, end, is_seniority in _members(text):
+        comma = _after_space(text, end)  # the comma behind the member, or the closing brace
+        if not is_seniority:
+            previous_comma = comma
+        elif previous_comma < 0:  # nothing in front of it: the comma behind goes
+            kept.append(text[copied:start])
+            copied = comma + 1
+        else:  # the comma in front goes
+            kept.append(text[copied:previous_comma])
+            copied, previous_comma = end, comma
+    kept.append(text[copied:])
+    return b"".join(kept)
+
+
+def _members(text: bytes) -> Iterator[tuple[int, int, bool]]:
+    """Where each member of the object begins and ends, and whether it is named `seniority`."""
+    position = _after_space(text, 1)
+    while text[position] != ord("}"):
+        start = position
+        key_end = _string_end(text, start)
+        key = text[start + 1 : key_end - 1]
+        if b"\\" in key:
+            key = json.loads(text[start:key_end]).encode(errors="surrogatepass")
+        end = _value_end(text, _after_space(text, _after_space(text, key_end) + 1))
+        yield start, end, key == _NAME
+        position = _after_space(text, end)
+        if text[position] == ord(","):
+            position = _after_space(text, position + 1)
+
+
+def _after_space(text: bytes, position: int) -> int:
+    return _match(_SPACE, text, position).end()
+
+
+def _string_end(text: bytes, position: int) -> int:
+    return _match(_STRING, text, position).end()
+
+
+def _value_end(text: bytes, position: int) -> int:
+    if text[position] == ord('"'):
+        return _string_end(text, position)
+    if text[position] not in b"{[":
+        return _match(_SCALAR, text, position).end()
+    depth = 0
+    while True:  # not recursion: lines nest as deeply as they like
+        found = _match(_STRUCTURE, text, position)
+        position = found.end()
+        if found[1]:
+            position = _string_end(text, position - 1)
+        elif found[2]:
+            depth += 1
+        else:
+            depth -= 1
+            if depth == 0:
+                return position
+
+
+def _match(pattern: re.Pattern[bytes], text: bytes, position: int) -> re.Match[bytes]:
+    found = pattern.match(text, position)
+    if found is None:
+        message = f"not a valid JSON object (byte {position + 1})"
+        raise ValueError(message)
+    return found

@@ -1,0 +1,85 @@
+"""Formats: streaming both ways, concatenated parts, damaged input."""
+
+import gzip
+import random
+
+import pytest
+import zstandard
+
+from services.augmenter.codec import SUFFIXES, format_of
+from services.augmenter.errors import CorruptInputError
+
+_TEXT = b'{"company":"Acme","title":"Clerk"}\n' * 2_000
+
+
+def _decoded(name: str, data: bytes, *, piece: int) -> bytes:
+    known = format_of(name)
+    assert known
+    decoder = known.decoder()
+    decoded = b"".join(
+        out for start in range(0, len(data), piece) for out in decoder.feed(data[start : start + piece])
+    )
+    decoder.finish()
+    return decoded
+
+
+def _encoded(name: str, text: bytes) -> bytes:
+    known = format_of(name)
+    assert known
+    encoder = known.encoder()
+    half = len(text) // 2
+    return encoder.compress(text[:half]) + encoder.compress(text[half:]) + encoder.flush()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("text", [b"", _TEXT, random.Random(1).randbytes(50_000)])
+def test_what_is_encoded_is_decoded(suffix: str, text: bytes) -> None:
+    """Each format gives back what went in, however the bytes are cut on their way."""
+    data = _encoded(f"a{suffix}", text)
+    assert _decoded(f"a{suffix}", data, piece=1 if len(data) < 1000 else 999) == text
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_concatenated_parts_are_one_text(piece: int) -> None:
+    """Gzip members (zero padding between too) and zstd frames follow one another, as their tools allow."""
+    members = gzip.compress(b"a\n") + b"\0\0" + gzip.compress(b"") + gzip.compress(b"b\n") + b"\0" * 9
+    frames = zstandard.compress(b"a\n") + zstandard.compress(b"") + zstandard.compress(b"b\n")
+    assert _decoded("x.jsonl.gz", members, piece=piece) == b"a\nb\n"
+    assert _decoded("x.jsonl.zst", frames, piece=piece) == b"a\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("x.jsonl.gz", gzip.compress(_TEXT)), ("x.jsonl.zst", zstandard.compress(_TEXT))],
+)
+def test_damaged_input_is_a_typed_error(name: str, whole: bytes) -> None:
+    """Input that is cut short, not of its format, or followed by something else is said to be damaged."""
+    for damaged, said in (
+        (whole[:-1], "cut short"),
+        (whole[:3], "cut short"),
+        (b"plain text\n", "corrupt"),
+        (whole + b"plain text\n", "corrupt"),
+        (whole[: len(whole) // 2] + b"\xff\x00\xff\x00" * 8 + whole[len(whole) // 2 :], "corrupt|cut short"),
+    ):
+        with pytest.raises(CorruptInputError, match=said):
+            _decoded(name, damaged, piece=64)
+
+
+def test_file_of_no_bytes_is_empty() -> None:
+    """An empty file is an empty text, whatever its name says."""
+    assert [_decoded(f"x{suffix}", b"", piece=1) for suffix in SUFFIXES] == [b"", b"", b""]
+
+
+def test_pieces_stay_small_whatever_the_ratio() -> None:
+    """A small input that holds a large text comes out in pieces, never at once."""
+    known = format_of("x.jsonl.gz")
+    assert known
+    pieces = [len(piece) for piece in known.decoder().feed(gzip.compress(bytes(64 * 2**20)))]
+    assert sum(pieces) == 64 * 2**20
+    assert max(pieces) < 5 * 2**20
+
+
+@pytest.mark.parametrize("name", ["a.json", "jsonl", "a.jsonl.bz2", "a.gz", "a.JSONL"])
+def test_other_names_have_no_format(name: str) -> None:
+    """Only the three suffixes are known."""
+    assert format_of(name) is None

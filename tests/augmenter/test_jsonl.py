@@ -1,0 +1,117 @@
+"""What a line holds: every odd line, and what comes of it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.augmenter.jsonl import Posting, Rejected, augmented_line, parse
+
+_GOOD = b'"company":"Acme","title":"Clerk"'
+
+
+def _one(text: bytes) -> Posting | Rejected | None:
+    """The entry of a line; the same alone, and in a window with a good and a bad one."""
+    alone = parse([text])[0]
+    among = parse([b"{" + _GOOD + b"}", text, b"not JSON"])[1]
+    if isinstance(alone, Posting):
+        assert isinstance(among, Posting)
+        assert among.pair == alone.pair
+    else:
+        assert among == alone
+    return alone
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"nonsense", "not JSON: Expecting value (character 1)"),
+        (b"{" + _GOOD, "not JSON"),
+        (b"{" + _GOOD + b"} x", "not JSON: Extra data"),
+        (b"{" + _GOOD + b"}{" + _GOOD + b"}", "not JSON: Extra data"),
+        (b"{" + _GOOD + b',"x":NaN}', "not JSON: NaN is not a JSON value"),
+        (b"{" + _GOOD + b',"x":-Infinity}', "not JSON: -Infinity is not a JSON value"),
+        (b"{" + _GOOD + b',"x":"\x01"}', "not JSON: Invalid control character"),
+        (b"{" + _GOOD + b',"x":01}', "not JSON"),
+        (b"{" + _GOOD + b",}", "not JSON"),
+        (b"{'company':'a','title':'b'}", "not JSON"),
+        (b"\xef\xbb\xbf{" + _GOOD + b"}", "not JSON: Unexpected UTF-8 BOM"),
+        (b"{" + _GOOD + b"}\x0c", "not JSON"),
+        (b'["company","title"]', "not a JSON object"),
+        (b'"company"', "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b"7", "not a JSON object"),
+        (b"{}", "company is missing"),
+        (b'{"title":"b"}', "company is missing"),
+        (b'{"company":"a"}', "title is missing"),
+        (b'{"x":{"company":"a","title":"b"}}', "company is missing"),
+        (b'{"company":null,"title":"b"}', "company is not a string"),
+        (b'{"company":"a","title":7}', "title is not a string"),
+        (b'{"company":["a"],"title":"b"}', "company is not a string"),
+        (b"{" + _GOOD + b',"company":null}', "company is not a string"),
+        (b"{" + _GOOD + b',"\\u0074itle":1}', "title is not a string"),
+        (b'{"company":"\\ud800","title":"b"}', "company holds a lone surrogate"),
+        (b'{"company":"a","title":"x\\udfff"}', "title holds a lone surrogate"),
+        (b'{"company":"\xff","title":"b"}', "not valid UTF-8 (byte 13)"),
+        (b"{" + _GOOD + b',"x":"\xc3"}', "not valid UTF-8"),
+        (b"{" + _GOOD + b',"\xed\xa0\x80":1}', "not valid UTF-8"),
+        (b"{" + _GOOD + b',"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+    ],
+)
+def test_bad_line_is_rejected_with_its_reason(text: bytes, reason: str) -> None:
+    """A line that cannot be augmented is rejected, and the reason says what is wrong with it."""
+    entry = _one(text)
+    assert isinstance(entry, Rejected)
+    assert reason in entry.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        (b'{"company":"","title":""}', ("", "")),
+        (b"{" + _GOOD + b',"x":"\\ud800"}', ("Acme", "Clerk")),
+        (b"{" + _GOOD + b',"\\udc00":1}', ("Acme", "Clerk")),
+        (b"{" + _GOOD + b',"x":' + b"9" * 5000 + b',"y":"\\ud800"}', ("Acme", "Clerk")),
+        (b'{"company":null,"company":"last","title":"b"}', ("last", "b")),
+        (b'{"company":"first","title":"b","\\u0063ompany":"last"}', ("last", "b")),
+        (b'{"company":"\\ud83d\\ude00","title":"\\u0000"}', ("\U0001f600", "\0")),
+        ('{"company":"株式会社","title":"Ingénieur"}'.encode(), ("株式会社", "Ingénieur")),
+        (b"{" + _GOOD + b',"x":{"company":1,"title":null,"seniority":3}}', ("Acme", "Clerk")),
+        (b"{" + _GOOD + b',"x":1e999,"y":-0}', ("Acme", "Clerk")),
+        (b"{" + _GOOD + b',"x":"' + b"y" * 2**20 + b'"}', ("Acme", "Clerk")),
+    ],
+)
+def test_odd_but_lawful_line_is_asked(text: bytes, pair: tuple[str, str]) -> None:
+    """A lawful line is asked with the text that JSON readers see in it, and keeps its bytes."""
+    entry = _one(text)
+    assert isinstance(entry, Posting)
+    assert entry.pair == pair
+    assert augmented_line(text, entry, 5) == text[:-1] + b', "seniority": 5}\n'
+
+
+@pytest.mark.parametrize("extra", [b"", b',"x":"\\ud800"'])
+def test_existing_seniority_is_replaced(extra: bytes) -> None:
+    """A line's own `seniority` is seen and replaced, whichever parser read the line."""
+    text = b'{"\\u0073eniority":"high",' + _GOOD + extra + b"}"
+    entry = _one(text)
+    assert isinstance(entry, Posting)
+    assert augmented_line(text, entry, 5) == b"{" + _GOOD + extra + b', "seniority": 5}\n'
+
+
+def test_blank_line_is_no_posting() -> None:
+    """A line that is empty once stripped is blank, neither asked nor rejected."""
+    assert _one(b"") is None
+
+
+@given(st.binary(max_size=12), st.integers(0, 40), st.integers(0, 12))
+def test_nothing_is_accepted_that_a_strict_reader_refuses(noise: bytes, start: int, length: int) -> None:
+    """Whatever bytes a good line is damaged with: if it is asked, `json` reads the same pair in it."""
+    good = b'{"company":"Acme","title":"Clerk","x":[1,2e3,true,null,"y"]}'
+    text = good[:start] + noise.replace(b"\n", b"") + good[start + length :]
+    entry = parse([text])[0]
+    if isinstance(entry, Posting):
+        value = json.loads(text.decode())
+        assert entry.pair == (value["company"], value["title"])

@@ -23,12 +23,13 @@ def infer_level(company: str, title: str) -> int:
 
     Case, width and spacing of either text never matter.
     """
-    words = "".join(char if char.isalnum() else " " for char in _fold(title)).split()
+    words = "".join(char if char.isalnum() else " " for char in fold(title)).split()
     base = max((_BASES[word] for word in words if word in _BASES), default=_DEFAULT_BASE)
-    shift = hashlib.sha256(_fold(company).encode()).digest()[0] % 3 - 1
+    shift = hashlib.sha256(fold(company).encode()).digest()[0] % 3 - 1
     return min(MAX_LEVEL, max(MIN_LEVEL, base + shift))
 
 
-def _fold(text: str) -> str:
+def fold(text: str) -> str:
+    """The text as the stub sees it: without case, width and spacing."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())

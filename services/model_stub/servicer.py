@@ -13,9 +13,9 @@ from protos import seniority_pb2, seniority_pb2_grpc
 from services.model_stub.call_log import CallLog
 from services.model_stub.capacity import Capacity
 from services.model_stub.faults import Faults
-from services.model_stub.levels import MAX_LEVEL, infer_level
+from services.model_stub.levels import MAX_LEVEL, fold, infer_level
 
-_POISON_MESSAGE = "the batch holds a pair that the model cannot judge"
+_POISON_MESSAGE = "the model cannot judge a pair of this batch"
 
 
 class ModelStub(seniority_pb2_grpc.SeniorityModelServicer):
@@ -67,9 +67,9 @@ class ModelStub(seniority_pb2_grpc.SeniorityModelServicer):
             if self._random.random() < share:
                 return code, f"the stub was told to fail with {code.name}", ()
         for index, pair in enumerate(pairs):
-            if any(poison in text for poison in self._faults.poison_named for text in pair):
+            if _holds(pair, self._faults.poison_named):
                 return grpc.StatusCode.INVALID_ARGUMENT, _POISON_MESSAGE, _naming(index)
-            if any(poison in text for poison in self._faults.poison for text in pair):
+            if _holds(pair, self._faults.poison):
                 return grpc.StatusCode.INVALID_ARGUMENT, _POISON_MESSAGE, ()
         return None
 
@@ -95,6 +95,10 @@ class ModelStub(seniority_pb2_grpc.SeniorityModelServicer):
         if self._faults.scramble:
             self._random.shuffle(answers)
         return seniority_pb2.SeniorityResponseBatch(batch=answers)
+
+
+def _holds(pair: tuple[str, str], poisons: Sequence[str]) -> bool:
+    return any(fold(poison) in fold(text) for poison in poisons for text in pair)
 
 
 def _naming(index: int) -> tuple[tuple[str, bytes], ...]:

@@ -70,7 +70,7 @@ def read_lines(path: Path) -> list[bytes]:
     if path.suffix == ".gz":
         content = gzip.decompress(content)
     elif path.suffix == ".zst":
-        content = zstandard.decompress(content)
+        content = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True).read()
     return content.split(b"\n")[:-1]
 
 

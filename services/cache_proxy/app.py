@@ -1,7 +1,6 @@
 """Composition root: builds every part, starts them in order, and ends them in the other."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -76,7 +75,8 @@ async def serve(settings: Settings) -> None:
         stack.push_async_callback(model.close)
         waiters = Waiters()
         queue = LocalQueue(_queue_limits(settings), settle=waiters.settle, metrics=metrics)
-        await stack.enter_async_context(_running(Dispatcher(queue=queue, model=model, store=store)))
+        dispatcher = Dispatcher(queue=queue, model=model, store=store)
+        await stack.enter_async_context(_running(dispatcher))
         l1 = L1Cache(max_bytes=settings.server.l1_max_bytes)
         metrics.l1_bytes.set_function(lambda: l1.size_bytes)
         metrics.l1_entries.set_function(lambda: l1.entries)
@@ -107,21 +107,28 @@ async def serve(settings: Settings) -> None:
         _log.info("draining")
         ready.clear()
         await health.enter_graceful_shutdown()
-        await _drain(settings, server, service, queue)
+        await _drain(settings, server=server, service=service, queue=queue, dispatcher=dispatcher)
     _log.info("stopped")
 
 
 async def _drain(
-    settings: Settings, server: aio.Server, service: SeniorityService, queue: LocalQueue
+    settings: Settings,
+    *,
+    server: aio.Server,
+    service: SeniorityService,
+    queue: LocalQueue,
+    dispatcher: Dispatcher,
 ) -> None:
     await asyncio.sleep(settings.server.drain_delay_seconds)
     service.drain()
+    end_at = time.monotonic() + settings.server.drain_timeout_seconds
     stopped = asyncio.create_task(server.stop(settings.server.drain_timeout_seconds + _GRACE_SECONDS))
     await asyncio.wait({stopped}, timeout=settings.server.drain_timeout_seconds)
     if not stopped.done():
         _log.warning("some requests did not end within the drain timeout")
         queue.end_all(Unavailable("the proxy ended before the model answered", retry_after_seconds=1.0))
     await stopped
+    await dispatcher.finish(within_seconds=max(0.0, end_at - time.monotonic()))
 
 
 def _stop_on_signals() -> asyncio.Event:
@@ -207,8 +214,8 @@ async def _running(dispatcher: Dispatcher) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await asyncio.gather(task, return_exceptions=True)
+        await dispatcher.finish(within_seconds=0)
 
 
 def _die_with(task: "asyncio.Task[None]") -> None:

@@ -1,6 +1,7 @@
 """From the queue to the model and back: claims batches, sends them, ends or returns their pairs."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -32,27 +33,27 @@ class Dispatcher:
         self._failures_in_a_row = 0
 
     async def run(self) -> None:
-        """Claim and send until cancelled; then the calls in flight are cancelled too."""
-        try:
-            while True:
-                async with self._room:
-                    pass
-                decision = await self._queue.claim()
-                if isinstance(decision, Claim):
-                    await self._room.acquire()
-                    call = asyncio.create_task(self._send(decision))
-                    self._calls.add(call)
-                    call.add_done_callback(self._ended)
-                    continue
-                wait = None if math.isinf(decision.wait_seconds) else decision.wait_seconds
-                try:
-                    await asyncio.wait_for(self._queue.changed(), wait)
-                except TimeoutError:
-                    continue
-        finally:
-            for call in self._calls:
-                call.cancel()
-            await asyncio.gather(*self._calls, return_exceptions=True)
+        """Claim and send until cancelled; calls in flight go on until `finish`."""
+        while True:
+            await self._room.acquire()
+            decision = await self._queue.claim()
+            if isinstance(decision, Claim):
+                call = asyncio.create_task(self._send(decision))
+                self._calls.add(call)
+                call.add_done_callback(self._ended)
+                continue
+            self._room.release()
+            wait = None if math.isinf(decision.wait_seconds) else decision.wait_seconds
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._queue.changed(), wait)
+
+    async def finish(self, *, within_seconds: float) -> None:
+        """Wait for the calls in flight, so that no answer that the model gave is thrown away."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=within_seconds)
+        for call in self._calls:
+            call.cancel()
+        await asyncio.gather(*self._calls, return_exceptions=True)
 
     def _ended(self, call: asyncio.Task[None]) -> None:
         self._calls.discard(call)

@@ -17,8 +17,5 @@ class Store(Protocol):
     async def put(self, levels: Mapping[bytes, int]) -> None:
         """Remember levels; repeating a call changes nothing."""
 
-    async def ping(self) -> None:
-        """Return if the store would answer now."""
-
     async def close(self) -> None:
         """Let go of connections and processes."""

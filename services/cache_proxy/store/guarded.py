@@ -6,12 +6,14 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from services.cache_proxy.errors import StoreError, StoreRefused
+from services.cache_proxy.key import DIGEST_BYTES
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store
 
 _log = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 1.0
+_PROBE_DIGEST = bytes(DIGEST_BYTES)
 _MAX_UNSAVED = 1_000_000  # about 200 MB, and 17 minutes of the model's work
 _FLUSH_PAIRS = 10_000
 
@@ -40,12 +42,15 @@ class GuardedStore:
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
         """The level of each digest, by position; 0 where none is known or nothing can be learnt."""
+        levels: Sequence[int] = bytes(len(digests))
         if self._up:
             try:
-                return await self._store.get(digests)
+                levels = await self._store.get(digests)
             except StoreError as error:
                 self._failed(error)
-        return [self._unsaved.get(digest, 0) for digest in digests]
+        if not self._unsaved:
+            return levels
+        return [level or self._unsaved.get(key, 0) for key, level in zip(digests, levels, strict=True)]
 
     async def put(self, levels: Mapping[bytes, int]) -> None:
         """Remember levels, now or as soon as the store takes them."""
@@ -93,7 +98,7 @@ class GuardedStore:
         while True:
             await asyncio.sleep(_PROBE_SECONDS)
             try:
-                await self._store.ping()
+                await self._store.get([_PROBE_DIGEST])
                 if not self._up:
                     self._up = True
                     _log.info("the store is back")
@@ -104,7 +109,7 @@ class GuardedStore:
                 continue
             if self._refusing:
                 self._refusing = False
-                _log.info("the store takes writes again")
+                _log.info("the store refuses no more")
             return
 
     async def _flush(self) -> None:

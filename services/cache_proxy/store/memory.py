@@ -22,8 +22,5 @@ class MemoryStore:
         for digest, level in levels.items():
             self._answers.put(digest, level)
 
-    async def ping(self) -> None:
-        """See `Store.ping`."""
-
     async def close(self) -> None:
         """See `Store.close`."""

@@ -1,8 +1,9 @@
 """The store on a Redis or Valkey server: hash buckets, one script call for a batch."""
 
+import asyncio
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class RedisStore:
         self._client = client
         self._metrics = metrics
         self._keys = [namespace]
+        # Waiting for one's turn is not the server being slow: only the operation itself is timed out.
+        self._turns = asyncio.Semaphore(_MAX_CONNECTIONS)
         self._get = client.register_script((_SCRIPTS / "get.lua").read_bytes())
         self._put = client.register_script((_SCRIPTS / "put.lua").read_bytes())
 
@@ -37,7 +40,7 @@ class RedisStore:
         """See `Store.get`."""
         levels = bytearray()
         for chunk in _chunks(digests):
-            with self._operation("get"):
+            async with self._operation("get"):
                 found, garbage = await self._get(keys=self._keys, args=[b"".join(chunk)])
                 self._metrics.store_garbage.inc(garbage)
             if len(found) != len(chunk):
@@ -50,29 +53,30 @@ class RedisStore:
         """See `Store.put`."""
         for chunk in _chunks(list(levels.items())):
             packed = b"".join(digest + bytes((level,)) for digest, level in chunk)
-            with self._operation("put"):
+            async with self._operation("put"):
                 await self._put(keys=self._keys, args=[packed, _DAY_0_UNIX_SECONDS])
-
-    async def ping(self) -> None:
-        """See `Store.ping`."""
-        with self._operation("ping"):
-            await self._client.ping()
 
     async def close(self) -> None:
         """See `Store.close`."""
         await self._client.aclose()
 
-    @contextmanager
-    def _operation(self, name: str) -> Iterator[None]:
-        with self._metrics.store_duration.labels(name).time():
-            try:
+    @asynccontextmanager
+    async def _operation(self, name: str) -> AsyncIterator[None]:
+        async with self._turns:
+            with self._metrics.store_duration.labels(name).time(), _translated():
                 yield
-            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                raise StoreError(str(error) or type(error).__name__) from error
-            except ResponseError as error:
-                raise StoreRefused(str(error)) from error
-            except RedisError as error:
-                raise StoreError(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        raise StoreError(str(error) or type(error).__name__) from error
+    except ResponseError as error:
+        raise StoreRefused(str(error)) from error
+    except RedisError as error:
+        raise StoreError(str(error) or type(error).__name__) from error
 
 
 def connect(

@@ -1,0 +1,61 @@
+"""The gRPC server: the model's interface, health and reflection on every `--listen` address."""
+
+from dataclasses import dataclass
+
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from protos import seniority_pb2, seniority_pb2_grpc
+from services.cache_proxy.config import ServerSettings
+from services.cache_proxy.servicer import SeniorityService
+from services.common.errors import CommandError
+
+SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
+_HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_MIN_PING_INTERVAL_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcServer:
+    """A server that is bound but not yet started, its health, and the addresses that it really has."""
+
+    server: aio.Server
+    health: HealthServicer
+    bound: list[str]
+
+    async def start(self) -> None:
+        """Begin to answer, as SERVING."""
+        await self.server.start()
+        for name in ("", SERVICE_NAME):
+            await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+
+def listen(settings: ServerSettings, service: SeniorityService) -> GrpcServer:
+    """Bind every address. Raises CommandError naming the one that cannot be had."""
+    age_ms = int(settings.max_connection_age_seconds * 1000)
+    options = [
+        ("grpc.so_reuseport", 0),  # a second proxy on the port is a mistake, not a helper
+        ("grpc.max_receive_message_length", settings.max_request_bytes),
+        ("grpc.max_send_message_length", -1),
+        *((("grpc.max_connection_age_ms", age_ms),) if age_ms else ()),
+        # No shorter than the longest RPC: a connection that is of age still answers what it was asked.
+        ("grpc.max_connection_age_grace_ms", int(settings.max_wait_seconds * 1000)),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
+    ]
+    server = aio.server(options=options)
+    health = HealthServicer()
+    seniority_pb2_grpc.add_SeniorityModelServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME), server)
+    return GrpcServer(server, health, [_bind(server, address) for address in settings.listen])
+
+
+def _bind(server: aio.Server, address: str) -> str:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        message = f"--listen {address}: the address cannot be used (taken, or not this host's)"
+        raise CommandError(message) from error
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def up(folder: Path) -> Iterator[None]:
+def up(folder: Path) -> Iterator[str]:
     """`make up` as a reader starts it, and ends it with Ctrl-C."""
     assert any(text == "make up\n" for _, text in _BLOCKS)
     process = subprocess.Popen(
@@ -49,7 +49,7 @@ def up(folder: Path) -> Iterator[None]:
                 break
         else:
             pytest.fail(f"make up ended: {''.join(said)}")
-        yield
+        yield "".join(said)
         os.killpg(process.pid, signal.SIGINT)
         process.stdout.read()
     assert process.wait(20) in {0, 2, -signal.SIGINT}
@@ -59,7 +59,7 @@ def up(folder: Path) -> Iterator[None]:
     ("language", "text"), _RUNNABLE, ids=[f"{text.split()[0].rpartition('/')[2]}-{n}" for n, (_, text) in
                                           enumerate(_RUNNABLE)]
 )  # fmt: skip
-def test_block_runs(language: str, text: str, folder: Path, up: None) -> None:
+def test_block_runs(language: str, text: str, folder: Path, up: str) -> None:
     """Every block that is not a picture runs without an error, in the README's order, and says something."""
     command = (
         [sys.executable, "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
@@ -72,6 +72,19 @@ def test_block_runs(language: str, text: str, folder: Path, up: None) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"[1-7]", done.stdout), done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_pasted_lines_run(folder: Path, up: str) -> None:
+    """The Python lines that `make up` prints answer as they stand."""
+    lines = [line.removeprefix("    ") for line in up.splitlines() if line.startswith("    ")]
+    last = next(number for number, line in enumerate(lines) if line.startswith("print("))
+    python = "\n".join(lines[: last + 1])
+    done = subprocess.run(
+        [".venv/bin/python", "-c", python], cwd=folder, env=_environment(), capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"seniority: [1-7]", done.stdout)
 
 
 def test_every_block_is_known() -> None:

@@ -1,0 +1,174 @@
+"""A local folder: hidden temporary files, renamed into place when they are whole."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from services.augmenter.errors import InputChangedError, StoreError
+from services.augmenter.object_store.protocol import Item, is_input
+
+_READ_BYTES = 2**20
+_TEMPORARY = ".augmenter-tmp"
+
+
+class LocalStore:
+    """The files under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def place(self, name: str) -> str:
+        """The path."""
+        return str(self._root / name)
+
+    async def list(self) -> AsyncIterator[Item]:
+        """Sorted within each folder; links to files are followed, links to folders are not."""
+        with _named(str(self._root)):
+            for item in self._walk():
+                yield item
+
+    def _walk(self) -> Iterator[Item]:
+        for folder, folders, names in os.walk(self._root, onerror=_raise):
+            folders[:] = sorted(folders)
+            for name in sorted(names):
+                relative = Path(folder, name).relative_to(self._root).as_posix()
+                if is_input(relative) and Path(folder, name).is_file():
+                    yield self._item(relative)
+
+    async def find(self, name: str) -> Item:
+        """One file."""
+        with _named(self.place(name)):
+            return self._item(name)
+
+    async def read(self, item: Item) -> AsyncGenerator[bytes]:
+        """The file's bytes; checked at the end against what `item` says."""
+        with _named(self.place(item.name)):
+            file = await asyncio.to_thread(self._path(item.name).open, "rb")
+        with file:  # a buffered file: its lock keeps `close` behind a read that was abandoned
+            while data := await self._in_thread(item.name, file):
+                yield data
+            with _named(self.place(item.name)):
+                if _version(os.fstat(file.fileno())) != item.version:
+                    raise InputChangedError
+
+    async def _in_thread(self, name: str, file: BinaryIO) -> bytes:
+        with _named(self.place(name)):
+            return await asyncio.to_thread(file.read, _READ_BYTES)
+
+    async def prepare(self) -> None:
+        """Make the folder, and see that files can be made in it."""
+        with _named(str(self._root)):
+            self._root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._root, os.W_OK | os.X_OK):
+                raise StoreError(place=str(self._root), reason="not writable")
+
+    async def is_made_from(self, name: str, source: Item) -> bool:
+        """The output carries its input's time of modification."""
+        with _named(self.place(name)):
+            try:
+                return self._path(name).stat().st_mtime_ns == source.modified_ns
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+
+    def create(self, name: str, source: Item) -> "LocalUpload":
+        """Begin `name`."""
+        with _named(self.place(name)):
+            return LocalUpload(self._path(name), modified_ns=source.modified_ns)
+
+    async def remove(self, name: str) -> None:
+        """Remove `name` if it is there."""
+        with _named(self.place(name)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self._path(name).unlink()
+
+    def _item(self, name: str) -> Item:
+        status = self._path(name).stat()
+        return Item(name, status.st_size, _version(status), status.st_mtime_ns)
+
+    def _path(self, name: str) -> Path:
+        """The path of `name`, which a bucket may have given: it must not lead anywhere else."""
+        if not name or any(part in {"", ".", ".."} for part in name.split("/")):
+            raise StoreError(place=f"{self._root}/{name}", reason="not a name for a local file")
+        return self._root / name
+
+
+class LocalUpload:
+    """A hidden file beside the one to be; removed unless completed."""
+
+    def __init__(self, path: Path, *, modified_ns: int) -> None:
+        self._path = path
+        self._modified_ns = modified_ns
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+        self._file: BinaryIO | None = None
+
+    async def __aenter__(self) -> Self:
+        """Make the folder and the file; remove what a killed run left of this one."""
+        with _named(str(self._path)):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.is_dir():
+                raise StoreError(place=str(self._path), reason="a folder stands there")
+            for stale in self._path.parent.glob(f".{_escaped(self._path.name)}.????????{_TEMPORARY}"):
+                stale.unlink(missing_ok=True)
+            self._file = self._temporary.open("xb")
+        return self
+
+    async def write(self, data: bytes) -> None:
+        """Add bytes."""
+        assert self._file  # noqa: S101 - entered
+        with _named(str(self._path)):
+            await asyncio.to_thread(self._file.write, data)
+
+    async def complete(self) -> None:
+        """Make it durable, then let it appear in one step."""
+        with _named(str(self._path)):
+            await asyncio.to_thread(self._complete)
+
+    def _complete(self) -> None:
+        assert self._file  # noqa: S101 - entered
+        with self._file as file:
+            file.flush()
+            os.utime(file.fileno(), ns=(self._modified_ns, self._modified_ns))
+            os.fsync(file.fileno())
+        self._temporary.replace(self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove the temporary file, which is no longer there after `complete`."""
+        with contextlib.suppress(OSError):  # of no use to anyone: another error is on its way
+            if self._file:
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def _version(status: os.stat_result) -> str:
+    return f"{status.st_mtime_ns}-{status.st_size}"
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Name the place in every error of the operating system."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(place=place, reason=error.strerror or str(error)) from error
+    except ValueError as error:  # a name that no file can have
+        raise StoreError(place=place, reason=str(error)) from error

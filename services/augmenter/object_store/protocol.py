@@ -1,0 +1,76 @@
+"""What the pipeline asks of a folder, wherever it is."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from services.augmenter.codec import format_of
+
+REJECTS_FOLDER = "_rejects"
+REASONS_SUFFIX = ".reasons.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A file as it was when it was looked at. `version` changes when the content does."""
+
+    name: str  # relative to its store, with "/"
+    size_bytes: int
+    version: str
+    modified_ns: int
+
+
+class Upload(Protocol):
+    """An output in the making: it appears whole at `complete`, or not at all."""
+
+    async def write(self, data: bytes) -> None:
+        """Add bytes."""
+
+    async def complete(self) -> None:
+        """Let it appear."""
+
+    async def __aenter__(self) -> Self:
+        """Begin."""
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        """Forget it, unless it was completed."""
+
+
+class Store(Protocol):
+    """A local folder, or a prefix of a bucket. Every failure is a StoreError that names the place."""
+
+    def place(self, name: str) -> str:
+        """The full address of a name, for people."""
+
+    def list(self) -> AsyncIterator[Item]:
+        """Every file to augment, whatever its depth."""
+
+    async def find(self, name: str) -> Item:
+        """One file."""
+
+    def read(self, item: Item) -> AsyncGenerator[bytes]:
+        """The file's bytes in pieces; InputChangedError if it is no longer what `item` says."""
+
+    async def prepare(self) -> None:
+        """Fail now if files could not be written here."""
+
+    async def is_made_from(self, name: str, source: Item) -> bool:
+        """Whether `name` is there, and was made from this very `source`."""
+
+    def create(self, name: str, source: Item) -> Upload:
+        """Begin `name`, to be marked as made from `source`."""
+
+    async def remove(self, name: str) -> None:
+        """Remove `name` if it is there."""
+
+
+def is_input(name: str) -> bool:
+    """Whether a listing takes this name: a known format; nothing hidden; nothing that was rejected."""
+    if format_of(name) is None or name.endswith(
+        tuple(f"{s}{REASONS_SUFFIX}" for s in (".jsonl", ".gz", ".zst"))
+    ):
+        return False
+    return not any(part.startswith(".") or part == REJECTS_FOLDER for part in name.split("/"))

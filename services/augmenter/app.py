@@ -1,0 +1,162 @@
+"""The composition root: builds what a run needs, runs it, tells what came out."""
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import stamina
+from prometheus_client import CollectorRegistry
+
+from services.augmenter import report
+from services.augmenter.config import RunSettings
+from services.augmenter.dry_run import DryRun
+from services.augmenter.errors import TerminatedError
+from services.augmenter.locations import LocalPlace, Place, Plan, S3Place
+from services.augmenter.metrics import Metrics
+from services.augmenter.object_store.local import LocalStore
+from services.augmenter.object_store.protocol import Store
+from services.augmenter.object_store.s3 import S3Store, s3_client
+from services.augmenter.pipeline import Pipeline
+from services.augmenter.proxy_client import ProxyClient, open_channel
+from services.augmenter.retry import RetryBudget, TargetHealth
+from services.augmenter.rpc import SeniorityRpc
+from services.augmenter.runner import Job, Runner, find_jobs
+from services.augmenter.totals import LineCounts, Totals
+from services.common.http import HttpEndpoint
+
+PROGRAM = "augmenter"
+_CONNECTIONS_PER_FILE = 4
+_EXIT_FAILED, _EXIT_REJECTED = 1, 3
+_log = logging.getLogger(PROGRAM)
+
+
+async def run(settings: RunSettings, plan: Plan) -> int:
+    """Do everything that is in INPUT now; the exit code. Raises CommandError."""
+    terminated = _cancel_on_sigterm()
+    try:
+        return await _run(settings, plan)
+    except asyncio.CancelledError:
+        if terminated.is_set():
+            raise TerminatedError("stopped by SIGTERM; run again to go on") from None
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    source: Store
+    sink: Store
+    rejects: Store
+
+
+async def _run(settings: RunSettings, plan: Plan) -> int:
+    totals, registry = Totals(), CollectorRegistry()
+    metrics = Metrics(registry)
+    started = time.monotonic()
+    async with AsyncExitStack() as stack:
+        if settings.http_listen:
+            http = HttpEndpoint(registry=registry)
+            stack.push_async_callback(http.close)
+            _log.info("metrics on http://%s/metrics", await http.start(settings.http_listen))
+        stores = await _stores(settings, plan, stack)
+        shown = sys.stderr.isatty() if settings.progress is None else settings.progress
+        await stack.enter_async_context(report.progress_bar(totals, shown=shown))
+        counting = DryRun(source=stores.source, totals=totals)
+        work: Callable[[Job], Awaitable[LineCounts]] = counting.count
+        if not settings.dry_run:
+            await stores.sink.prepare()
+            work = await _augmenting(settings, stores, stack, totals, metrics)
+        runner = Runner(
+            source=stores.source,
+            sink=stores.sink,
+            overwrite=settings.overwrite,
+            work=work,
+            totals=totals,
+            metrics=metrics,
+        )
+        jobs = find_jobs(stores.source, input_name=plan.input_name, output_name=plan.output_name)
+        await runner.run(jobs, concurrency=settings.concurrency)
+    totals.seconds = time.monotonic() - started
+    report.write_failures(totals, program=PROGRAM)
+    if settings.dry_run:
+        sys.stdout.write(report.dry_run_summary(totals, distinct=counting.distinct))
+    else:
+        sys.stdout.write(report.summary(totals, rejects_place=stores.rejects.place("")))
+    if settings.summary_json:
+        report.write_summary_json(totals, settings.summary_json)
+    return _exit_code(settings, totals)
+
+
+def _exit_code(settings: RunSettings, totals: Totals) -> int:
+    if totals.failures:
+        return _EXIT_FAILED
+    tolerated = settings.ok_rejects or settings.dry_run
+    return _EXIT_REJECTED if totals.lines.rejected and not tolerated else 0
+
+
+async def _augmenting(
+    settings: RunSettings, stores: _Stores, stack: AsyncExitStack, totals: Totals, metrics: Metrics
+) -> Callable[[Job], Awaitable[LineCounts]]:
+    """The work to be done on each file, with a channel that the stack closes."""
+    stamina.instrumentation.set_on_retry_hooks([])  # a line a retry is too many: RetryBudget tells
+    health = TargetHealth(str(settings.target))  # there is one, but in a dry run
+    channel = await stack.enter_async_context(open_channel(health.target))
+    rpc = SeniorityRpc(
+        channel,
+        caller=settings.caller,
+        priority=settings.priority,
+        deadline_seconds=settings.deadline_seconds,
+        totals=totals,
+        metrics=metrics,
+    )
+    pipeline = Pipeline(
+        source=stores.source,
+        sink=stores.sink,
+        rejects=stores.rejects,
+        client=ProxyClient(rpc, batch_size=settings.batch_size, totals=totals),
+        totals=totals,
+    )
+
+    async def augment(job: Job) -> LineCounts:
+        budget = RetryBudget(seconds=settings.retry_budget_seconds, health=health)
+        return await pipeline.augment(
+            job.item, output_name=job.output_name, lines_format=job.lines_format, budget=budget
+        )
+
+    return augment
+
+
+async def _stores(settings: RunSettings, plan: Plan, stack: AsyncExitStack) -> _Stores:
+    """INPUT, OUTPUT and the rejects, with one S3 client for as many of them as need it."""
+    places = (plan.source, plan.sink, plan.rejects)
+    client = None
+    if any(isinstance(place, S3Place) for place in places):
+        connections = _CONNECTIONS_PER_FILE * settings.concurrency
+        client = await stack.enter_async_context(
+            s3_client(endpoint_url=settings.endpoint_url, connections=connections)
+        )
+
+    def store(place: Place) -> Store:
+        if isinstance(place, LocalPlace):
+            return LocalStore(place.path)
+        return S3Store(client, bucket=place.bucket, prefix=place.key)
+
+    return _Stores(*map(store, places))
+
+
+def _cancel_on_sigterm() -> asyncio.Event:
+    """Cancel the current task at SIGTERM; a second one ends the process at once."""
+    loop, task, terminated = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+
+    def terminate() -> None:
+        loop.remove_signal_handler(signal.SIGTERM)
+        terminated.set()
+        if task:
+            task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+    return terminated

@@ -1,0 +1,72 @@
+"""What `augmenter run` is told: flags, their environment twins, and what goes together."""
+
+import string
+from dataclasses import dataclass
+
+from services.common import flags
+from services.common.errors import UsageError
+from services.common.flags import flag
+
+DEFAULT_INPUT = "s3://rl-data/job-postings-raw/"
+DEFAULT_OUTPUT = "s3://rl-data/job-postings-mod/"
+_HEADER_CHARACTERS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """Times in seconds; `progress` is None where the terminal decides."""
+
+    target: str | None = flag(
+        "--target", flags.TEXT, text="gRPC target of the proxy, or of the model itself; required"
+    )
+    once: bool = flag("--once", flags.BOOL, "true", text="do all files that are there now, then end")
+    rejects: str | None = flag(
+        "--rejects", flags.TEXT, text="where lines that cannot be augmented go [default: OUTPUT + _rejects/]"
+    )
+    ok_rejects: bool = flag(
+        "--ok-rejects", flags.BOOL, "false", text="exit 0, not 3, when only lines were rejected"
+    )
+    concurrency: int = flag("--concurrency", flags.COUNT, "4", text="files at a time")
+    batch_size: int = flag("--batch-size", flags.COUNT, "1000", text="pairs in one RPC, at most")
+    deadline_seconds: float = flag("--deadline", flags.DURATION, "120s", text="how long one RPC may take")
+    retry_budget_seconds: float = flag(
+        "--retry-budget", flags.DURATION, "10m", text="how long a file's RPCs are retried in all"
+    )
+    caller: str = flag("--caller", flags.TEXT, "augmenter", text="who asks, for the proxy's books")
+    priority: str = flag("--priority", flags.choice("interactive", "bulk"), "bulk", text="place in the queue")
+    overwrite: bool = flag(
+        "--overwrite",
+        flags.BOOL,
+        "false",
+        text="redo files whose output is already there for this same input",
+    )
+    endpoint_url: str | None = flag("--endpoint-url", flags.TEXT, text="S3-compatible endpoint")
+    dry_run: bool = flag(
+        "--dry-run",
+        flags.BOOL,
+        "false",
+        text="count lines and pairs, and what they could cost; write nothing",
+    )
+    http_listen: str | None = flag(
+        "--http-listen", flags.TEXT, text="host:port for /metrics and /healthz [default: off]"
+    )
+    log_format: str = flag("--log-format", flags.choice("text", "json"), "text", text="of standard error")
+    log_level: str = flag(
+        "--log-level", flags.choice("debug", "info", "warning", "error"), "info", text="least level logged"
+    )
+    progress: bool | None = flag("--progress", flags.BOOL, text="progress bar [default: on a terminal]")
+    summary_json: str | None = flag("--summary-json", flags.TEXT, text="file to which the totals are written")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant, in one line that names it."""
+        if not self.target and not self.dry_run:
+            raise UsageError("--target is required (the proxy's HOST:PORT)")
+        if not self.once:
+            raise UsageError("--once false: there is no other way to run")
+        if self.deadline_seconds == 0:
+            raise UsageError("--deadline 0: an RPC needs time")
+        if not self.caller or not _HEADER_CHARACTERS.issuperset(self.caller):
+            message = f"--caller {self.caller!r}: only printable ASCII can be sent"
+            raise UsageError(message)
+        if self.dry_run and self.summary_json:
+            raise UsageError("--summary-json does not go with --dry-run, which writes nothing")

@@ -1,0 +1,91 @@
+"""What is written for one file: its lines, and its rejects if there are any."""
+
+import asyncio
+import json
+from types import TracebackType
+from typing import Self
+
+from services.augmenter.codec import PLAIN, Encoder, Format
+from services.augmenter.object_store.protocol import REASONS_SUFFIX, Item, Store, Upload
+
+
+class Output:
+    """An upload in a format."""
+
+    def __init__(self, upload: Upload, encoder: Encoder) -> None:
+        self._upload = upload
+        self._encoder = encoder
+
+    async def __aenter__(self) -> Self:
+        """Begin the upload."""
+        await self._upload.__aenter__()
+        return self
+
+    async def write(self, data: bytes) -> None:
+        """Encode beside the event loop (compressors let it run), then send."""
+        await self._upload.write(await asyncio.to_thread(self._encoder.compress, data))
+
+    async def complete(self) -> None:
+        """Write the format's end and let the output appear."""
+        await self._upload.write(self._encoder.flush())
+        await self._upload.complete()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Forget it, unless it was completed."""
+        await self._upload.__aexit__(kind, error, trace)
+
+
+class Rejects:
+    """The file's rejected lines and the reasons, begun with the first of them."""
+
+    def __init__(self, store: Store, item: Item, lines_format: Format) -> None:
+        self._store = store
+        self._item = item
+        self._format = lines_format
+        self._outputs: tuple[Output, Output] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Nothing to begin as long as nothing is rejected."""
+        return self
+
+    async def write(self, rejected: list[tuple[int, bytes, str]]) -> None:
+        """Add lines: number, bytes, reason."""
+        if self._outputs is None:
+            self._outputs = await self._begin()
+        lines, reasons = self._outputs
+        await lines.write(b"".join(line + b"\n" for _, line, _ in rejected))
+        await reasons.write(
+            b"".join(
+                json.dumps({"line": number, "reason": reason}).encode() + b"\n"
+                for number, _, reason in rejected
+            )
+        )
+
+    async def _begin(self) -> tuple[Output, Output]:
+        lines = Output(self._store.create(self._item.name, self._item), self._format.encoder())
+        reasons = Output(self._store.create(self._item.name + REASONS_SUFFIX, self._item), PLAIN.encoder())
+        await lines.__aenter__()
+        try:
+            await reasons.__aenter__()
+        except BaseException as error:
+            await lines.__aexit__(type(error), error, None)
+            raise
+        return lines, reasons
+
+    async def complete(self) -> None:
+        """Let them appear; remove those of an earlier run of this file if there are none now."""
+        if self._outputs is None:
+            await self._store.remove(self._item.name)
+            await self._store.remove(self._item.name + REASONS_SUFFIX)
+            return
+        for output in self._outputs:
+            await output.complete()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Forget what was not completed."""
+        for output in self._outputs or ():
+            await output.__aexit__(kind, error, trace)

@@ -1,0 +1,115 @@
+"""What a run tells people: a progress bar while it lasts, its totals at the end."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from services.augmenter.totals import Totals
+from services.common.errors import CommandError
+
+_REFRESH_SECONDS = 0.2
+_MODEL_BATCH = 1000  # what the model takes in one call, one call a second
+
+
+def summary(totals: Totals, *, rejects_place: str) -> str:
+    """The totals in people's words."""
+    lines = totals.lines
+    fates = f"{lines.augmented:,} augmented + {lines.rejected:,} rejected + {lines.blank:,} blank"
+    rows = [
+        ("Files", f"{totals.done:,} done, {totals.skipped:,} skipped, {len(totals.failures):,} failed"),
+        ("Lines", f"{lines.read:,} in = {fates}"),
+        ("Pairs", f"{totals.pairs_asked:,} distinct pairs asked in {totals.rpcs:,} RPCs; {_hits(totals)}"),
+        ("Time", f"{totals.seconds:.1f} s, {totals.lines_per_second:,.0f} lines/s"),
+    ]
+    if lines.rejected:
+        rows.append(("Rejects", f"{rejects_place} (the lines, and why)"))
+    return "".join(f"{name:<8} {text}\n" for name, text in rows)
+
+
+def dry_run_summary(totals: Totals, *, distinct: int) -> str:
+    """What a run could cost at most, in people's words."""
+    calls = -(-distinct // _MODEL_BATCH)
+    rows = [
+        (
+            "Files",
+            f"{totals.done:,} to do, {totals.skipped:,} already done, {len(totals.failures):,} unreadable",
+        ),
+        ("Lines", f"{totals.lines.read:,}, {totals.lines.rejected:,} of them to be rejected"),
+        ("Pairs", f"{distinct:,} distinct"),
+        ("Cost", f"at most {calls:,} calls to the model, {_duration(calls)} at one call a second"),
+    ]
+    return "".join(f"{name:<8} {text}\n" for name, text in rows) + "Dry run: nothing was written or asked.\n"
+
+
+def write_failures(totals: Totals, *, program: str) -> None:
+    """One line on standard error for each file that failed."""
+    for name, error in totals.failures:
+        sys.stderr.write(f"{program}: {name}: {' '.join(error.split())}\n")
+
+
+def write_summary_json(totals: Totals, path: str) -> None:
+    """The totals for machines. Raises CommandError."""
+    try:
+        Path(path).write_text(json.dumps(totals.as_json(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        message = f"--summary-json {path}: {error.strerror}"
+        raise CommandError(message) from error
+
+
+@asynccontextmanager
+async def progress_bar(totals: Totals, *, shown: bool) -> AsyncIterator[None]:
+    """Show `totals` moving, by the bytes of the input, for as long as the block lasts."""
+    if not shown:
+        yield
+        return
+    columns = (
+        TextColumn("{task.fields[files]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[rate]} {task.fields[hits]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True, force_terminal=True)) as progress:
+        bar = progress.add_task("", total=None, files="", rate="", hits="")
+
+        def update() -> None:
+            elapsed = progress.tasks[0].elapsed or 0.0
+            ended = totals.done + totals.skipped + len(totals.failures)
+            progress.update(
+                bar,
+                completed=totals.bytes_read,
+                total=totals.bytes_found or None,
+                files=f"{ended:,}/{totals.files_found:,} files",
+                rate=f"{totals.lines_read / elapsed:,.0f} lines/s" if elapsed else "",
+                hits="" if totals.hit_rate is None else f"{totals.hit_rate:.1%} hits",
+            )
+
+        async def refresh() -> None:
+            while True:
+                update()
+                await asyncio.sleep(_REFRESH_SECONDS)
+
+        task = asyncio.create_task(refresh())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            update()
+
+
+def _hits(totals: Totals) -> str:
+    if totals.hit_rate is None:
+        return "no word of a cache"
+    return f"{totals.hit_rate:.1%} of them answered from the cache"
+
+
+def _duration(seconds: int) -> str:
+    hours, rest = divmod(seconds, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,111 @@
+"""How long a file's RPCs are retried in all, and what is said about it."""
+
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import stamina
+
+from services.augmenter.errors import RpcFailedError
+from services.augmenter.rpc import CallFailedError
+
+_T = TypeVar("_T")
+_log = logging.getLogger("augmenter")
+_FIRST_WAIT_SECONDS = 0.1
+_LONGEST_WAIT_SECONDS = 10.0
+
+
+class TargetHealth:
+    """Says once that the target is in trouble, and once that it is well again, whatever the files.
+
+    State: `_failing` (RPCs that failed and have not yet ended), `_said` (that there is trouble).
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self._failing = 0
+        self._said = False
+
+    def failed(self, error: CallFailedError) -> None:
+        """An RPC failed for the first time, and is retried."""
+        if not self._said:
+            _log.warning("%s answered %s: %s; retrying", self.target, error.code, error.details)
+        self._failing += 1
+        self._said = True
+
+    def ended(self, *, recovered: bool) -> None:
+        """That RPC succeeded, or was given up."""
+        self._failing -= 1
+        if recovered and self._failing == 0:
+            _log.warning("%s answers again", self.target)
+            self._said = False
+
+
+class RetryBudget:
+    """One file's. It is spent while at least one of the file's RPCs is failing.
+
+    State: `_failing` (RPCs that failed and have not yet ended), `_since` (when the first of them failed),
+    `_spent_seconds` (by earlier troubles that passed).
+    """
+
+    def __init__(self, *, seconds: float, health: TargetHealth) -> None:
+        self._seconds = seconds
+        self._health = health
+        self._failing = 0
+        self._since = 0.0
+        self._spent_seconds = 0.0
+
+    async def call(self, rpc: Callable[[], Awaitable[_T]]) -> _T:
+        """Call until it succeeds. Raises RpcFailedError; whatever is no CallFailedError passes."""
+        failures = 0
+        recovered = False
+
+        def wait_or_stop(error: Exception) -> float | bool:
+            nonlocal failures
+            if not isinstance(error, CallFailedError) or not error.retryable:
+                return False
+            failures += 1
+            if failures == 1:
+                self._begin(error)
+            left = self._seconds - self._spent()
+            if left <= 0:
+                return False
+            if error.pushback_seconds is not None:  # to ask earlier than told would be rude, later useless
+                return error.pushback_seconds if error.pushback_seconds <= left else False
+            longest = min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2.0 ** min(failures, 10))
+            return min(left, longest * random.uniform(0.5, 1))  # noqa: S311 - jitter needs no secrecy
+
+        try:
+            async for attempt in stamina.retry_context(on=wait_or_stop, attempts=None, timeout=None):
+                with attempt:
+                    result = await rpc()
+                    recovered = True
+                    return result
+        except CallFailedError as error:
+            raise RpcFailedError(
+                target=self._health.target,
+                code=error.code,
+                details=error.details,
+                tried_seconds=self._spent() if failures else None,
+            ) from error
+        finally:
+            if failures:
+                self._end(recovered=recovered)
+        raise AssertionError("stamina ends by a result or by an error")
+
+    def _spent(self) -> float:
+        return self._spent_seconds + (time.monotonic() - self._since if self._failing else 0.0)
+
+    def _begin(self, error: CallFailedError) -> None:
+        if self._failing == 0:
+            self._since = time.monotonic()
+        self._failing += 1
+        self._health.failed(error)
+
+    def _end(self, *, recovered: bool) -> None:
+        if self._failing == 1:
+            self._spent_seconds = self._spent()
+        self._failing -= 1
+        self._health.ended(recovered=recovered)

@@ -1,0 +1,153 @@
+"""One RPC to the proxy (or the model): pairs out, levels in the same order, or a typed failure."""
+
+import re
+from collections.abc import Sequence
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+
+from protos import seniority_pb2, seniority_pb2_grpc
+from services.augmenter.jsonl import Pair
+from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
+from services.augmenter.metrics import Metrics
+from services.augmenter.totals import Totals
+
+_REFUSED = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.FAILED_PRECONDITION,
+}
+_RETRIED = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.CANCELLED,  # by the server: our own cancellation is an asyncio.CancelledError
+}
+_FIELD = re.compile(r"batch\[(\d{1,9})\](?:\.\w+)?", re.ASCII)
+_PUSHBACK = "grpc-retry-pushback-ms"
+
+
+class CallFailedError(Exception):
+    """The call as a whole failed. `pushback_seconds` is when the server wants to be asked again."""
+
+    def __init__(
+        self, code: str, details: str, *, retryable: bool, pushback_seconds: float | None = None
+    ) -> None:
+        super().__init__(f"{code}: {details}")
+        self.code = code
+        self.details = details
+        self.retryable = retryable
+        self.pushback_seconds = pushback_seconds
+
+
+class PairsRefusedError(Exception):
+    """Pairs of the call are invalid: reasons by index; none, if the server did not say which."""
+
+    def __init__(self, message: str, reasons: dict[int, str]) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reasons = reasons
+
+
+class SeniorityRpc:
+    """Makes calls on one channel; counts them in `totals`."""
+
+    def __init__(
+        self,
+        channel: aio.Channel,
+        *,
+        caller: str,
+        priority: str,
+        deadline_seconds: float,
+        totals: Totals,
+        metrics: Metrics,
+    ) -> None:
+        self._stub = seniority_pb2_grpc.SeniorityModelStub(channel)
+        self._metadata = (("x-caller", caller), ("x-priority", priority))
+        self._deadline_seconds = deadline_seconds
+        self._totals = totals
+        self._metrics = metrics
+
+    async def infer(self, pairs: Sequence[Pair]) -> list[int]:
+        """The pairs' levels. Raises CallFailedError or PairsRefusedError."""
+        request = seniority_pb2.SeniorityRequestBatch(
+            batch=[
+                seniority_pb2.SeniorityRequest(uuid=uuid, company=company, title=title)
+                for uuid, (company, title) in enumerate(pairs, 1)
+            ]
+        )
+        self._totals.rpcs += 1
+        with self._metrics.rpc_seconds.time():
+            call = self._stub.InferSeniority(request, timeout=self._deadline_seconds, metadata=self._metadata)
+            try:
+                response = await call
+                trailers = dict(await call.trailing_metadata() or ())
+            except aio.AioRpcError as error:
+                raise _failure(error, len(pairs)) from error
+        self._totals.hits += _number(trailers.get("x-cache-hits")) or 0
+        self._totals.misses += _number(trailers.get("x-cache-misses")) or 0
+        return _joined(response, len(pairs))
+
+
+def _joined(response: seniority_pb2.SeniorityResponseBatch, count: int) -> list[int]:
+    """The levels by uuid, 1 to `count`: the answers may come in any order, but each exactly once."""
+    levels = [0] * count
+    wrong = f"{len(response.batch)} answers to {count} pairs" if len(response.batch) != count else ""
+    for answer in response.batch:
+        if not 1 <= answer.uuid <= count:
+            wrong = f"an answer has uuid {answer.uuid}, which was not asked"
+        elif levels[answer.uuid - 1]:
+            wrong = f"uuid {answer.uuid} was answered twice"
+        elif not MIN_LEVEL <= answer.seniority <= MAX_LEVEL:
+            wrong = f"an answer has level {answer.seniority}"
+        else:
+            levels[answer.uuid - 1] = answer.seniority
+    if wrong:
+        raise CallFailedError("INTERNAL", f"nonsense in the answer: {wrong}", retryable=True)
+    return levels
+
+
+def _failure(error: aio.AioRpcError, count: int) -> CallFailedError | PairsRefusedError:
+    code, details = error.code(), error.details() or ""
+    trailers = dict(error.trailing_metadata() or ())
+    if code in _REFUSED:
+        return PairsRefusedError(details or code.name, _reasons(trailers, count, details or code.name))
+    pushback = _number(trailers.get(_PUSHBACK))
+    retryable = code in _RETRIED or (code is grpc.StatusCode.RESOURCE_EXHAUSTED and _PUSHBACK in trailers)
+    if _PUSHBACK in trailers and (pushback is None or pushback < 0):  # gRPC's way to say "do not retry"
+        return CallFailedError(code.name, details, retryable=False)
+    return CallFailedError(
+        code.name,
+        details,
+        retryable=retryable,
+        pushback_seconds=None if pushback is None else pushback / 1000,
+    )
+
+
+def _reasons(trailers: dict[str, str | bytes], count: int, message: str) -> dict[int, str]:
+    """Why each pair that the server names was refused; what cannot be read names nothing."""
+    status, refusal = status_pb2.Status(), error_details_pb2.BadRequest()
+    try:
+        status.ParseFromString(trailers.get("grpc-status-details-bin", b""))
+        violations = [
+            violation
+            for detail in status.details
+            if detail.Unpack(refusal)
+            for violation in refusal.field_violations
+        ]
+    except (DecodeError, ValueError):
+        return {}
+    named = ((_FIELD.fullmatch(violation.field), violation.description) for violation in violations)
+    reasons = {int(found[1]): reason or message for found, reason in named if found}
+    return {index: reason for index, reason in reasons.items() if index < count}
+
+
+def _number(text: str | bytes | None) -> int | None:
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return None

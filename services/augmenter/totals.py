@@ -1,0 +1,73 @@
+"""What a run has done so far: one mutable object, changed only on the event loop, never across an await."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class LineCounts:
+    """What became of lines. `read` is counted where lines are read, the others where they are written."""
+
+    read: int = 0
+    augmented: int = 0
+    rejected: int = 0
+    blank: int = 0
+
+    @property
+    def balanced(self) -> bool:
+        """Whether nothing was lost."""
+        return self.read == self.augmented + self.rejected + self.blank
+
+    def add(self, other: "LineCounts") -> None:
+        """Add another file's."""
+        self.read += other.read
+        self.augmented += other.augmented
+        self.rejected += other.rejected
+        self.blank += other.blank
+
+
+@dataclass(slots=True)
+class Totals:
+    """The run's figures. `lines` are those of files that are done."""
+
+    done: int = 0
+    skipped: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    lines: LineCounts = field(default_factory=LineCounts)
+    pairs_asked: int = 0
+    hits: int = 0
+    misses: int = 0
+    rpcs: int = 0
+    seconds: float = 0.0
+    # Live figures, for the progress bar.
+    files_found: int = 0
+    bytes_found: int = 0
+    bytes_read: int = 0
+    lines_read: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the pairs that the proxy had; None where nobody said (the model itself does not)."""
+        counted = self.hits + self.misses
+        return self.hits / counted if counted else None
+
+    @property
+    def lines_per_second(self) -> float:
+        """Over the whole run."""
+        return self.lines.read / self.seconds if self.seconds else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The shape of `--summary-json`."""
+        return {
+            "files": {"done": self.done, "skipped": self.skipped, "failed": len(self.failures)},
+            "lines": {
+                "in": self.lines.read,
+                "augmented": self.lines.augmented,
+                "rejected": self.lines.rejected,
+                "blank": self.lines.blank,
+            },
+            "pairs": {"asked": self.pairs_asked, "hits": self.hits, "misses": self.misses},
+            "rpcs": self.rpcs,
+            "seconds": round(self.seconds, 3),
+            "failures": [{"file": name, "error": error} for name, error in self.failures],
+        }

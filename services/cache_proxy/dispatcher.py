@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import random
+import time
 from collections.abc import Sequence
 
 from services.cache_proxy.errors import BatchRefused, CallFailed, Refused, Unavailable
@@ -63,7 +64,7 @@ class Dispatcher:
         sent: Sequence[Pair] = ()
         try:
             sent = await self._unanswered(claim)
-            late = asyncio.get_running_loop().time() - claim.claimed_at > _CLAIM_TO_SEND_SECONDS
+            late = time.monotonic() - claim.claimed_at > _CLAIM_TO_SEND_SECONDS
             if late or not sent:
                 await self._queue.put_back(claim)
                 return

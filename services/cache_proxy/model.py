@@ -39,6 +39,7 @@ class ModelClient:
         self._deadline_seconds = deadline_seconds
         self._metrics = metrics
         self._channel = aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._channel.get_state(try_to_connect=True)  # a handshake would make the first call arrive late
         self._stub = seniority_pb2_grpc.SeniorityModelStub(self._channel)
         self._ids = itertools.cycle(range(1, _MAX_ID))
 

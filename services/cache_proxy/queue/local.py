@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -253,4 +254,5 @@ def _pushback_seconds(wait_seconds: float) -> float:
 
 
 def _now() -> float:
-    return asyncio.get_running_loop().time()
+    """The event loop's clock, but not as it was when this turn of the loop began (uvloop keeps that)."""
+    return time.monotonic()

@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# uv does not read pip's settings: hand it the one that matters.
+# uv does not read pip's settings: hand it those that matter, and trust whom this machine trusts.
+export UV_SYSTEM_CERTS ?= 1
 ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
@@ -66,15 +67,16 @@ clean:  ## remove what was made
 
 $(VENV)/.uv: requirements/bootstrap.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
 	@touch $@
 
 # uv installs a lock in seconds; where it cannot reach the index that pip was set up for, pip does, in a minute.
 define install
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes $(1) \
+	@echo "installing into $(VENV)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes $(1) \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes $(1)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
 endef
 
 $(VENV)/.run: $(VENV)/.uv requirements/proxy.txt requirements/augmenter.txt requirements/stub.txt pyproject.toml

@@ -1,6 +1,7 @@
 """Asks for levels: pairs in batches, together, with retries, and refused pairs told from the others."""
 
 import asyncio
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,18 +75,21 @@ class ProxyClient:
     async def _resolve(self, batch: Sequence[Pair], answers: Answers, budget: RetryBudget) -> None:
         """Ask, and ask again without the pairs that were refused, until each pair is settled."""
         waiting = [batch]
+        tries = itertools.count(1)
         while waiting:
             batch = waiting.pop()
             try:
-                levels = await budget.call(partial(self._infer, batch))
+                levels = await budget.call(partial(self._infer, batch, tries))
             except PairsRefusedError as refusal:
                 waiting += _settle(batch, refusal, answers)
             else:
                 answers.levels.update(zip(batch, levels, strict=True))
 
-    async def _infer(self, batch: Sequence[Pair]) -> list[int]:
+    async def _infer(self, batch: Sequence[Pair], tries: Iterator[int]) -> list[int]:
+        # A failed call tells no hits, yet fills the cache: counting the hits of the next would flatter it.
+        first = next(tries) == 1
         async with self._places:  # held for one RPC, never while waiting to retry
-            return await self._rpc.infer(batch)
+            return await self._rpc.infer(batch, count_hits=first)
 
 
 def _settle(batch: Sequence[Pair], refusal: PairsRefusedError, answers: Answers) -> list[Sequence[Pair]]:

@@ -105,8 +105,8 @@ async def progress_bar(totals: Totals, *, shown: bool) -> AsyncIterator[None]:
 
 def _hits(totals: Totals) -> str:
     if totals.hit_rate is None:
-        return "no word of a cache"
-    return f"{totals.hit_rate:.1%} of them answered from the cache"
+        return "hit rate not told by the target"
+    return f"hit rate {totals.hit_rate:.1%}"
 
 
 def _duration(seconds: int) -> str:

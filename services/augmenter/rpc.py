@@ -72,7 +72,7 @@ class SeniorityRpc:
         self._totals = totals
         self._metrics = metrics
 
-    async def infer(self, pairs: Sequence[Pair]) -> list[int]:
+    async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> list[int]:
         """The pairs' levels. Raises CallFailedError or PairsRefusedError."""
         request = seniority_pb2.SeniorityRequestBatch(
             batch=[
@@ -88,8 +88,9 @@ class SeniorityRpc:
                 trailers = dict(await call.trailing_metadata() or ())
             except aio.AioRpcError as error:
                 raise _failure(error, len(pairs)) from error
-        self._totals.hits += _number(trailers.get("x-cache-hits")) or 0
-        self._totals.misses += _number(trailers.get("x-cache-misses")) or 0
+        if count_hits:
+            self._totals.hits += _number(trailers.get("x-cache-hits")) or 0
+            self._totals.misses += _number(trailers.get("x-cache-misses")) or 0
         return _joined(response, len(pairs))
 
 

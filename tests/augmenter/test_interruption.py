@@ -1,6 +1,8 @@
 """Ends that nobody planned: signals, kill -9, inputs that change; never a partial output."""
 
 import asyncio
+import gzip
+import os
 import signal
 import subprocess
 import sys
@@ -133,3 +135,21 @@ async def test_metrics_while_it_runs(source: Path, tmp_path: Path, slow: str) ->
         'augmenter_build_info{version="',
     ):
         assert name in text
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded(stub_with: StubWith, tmp_path: Path) -> None:
+    """A compressed file of 400 MB of text, and one with lines of 30 MB, are augmented within 300 MiB."""
+    source = tmp_path / "in"
+    source.mkdir()
+    block = b"".join(posting(f"C{i % 500}", id=i, text="x" * 120) + b"\n" for i in range(20_000))
+    with gzip.open(source / "many.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(110):
+            file.write(block)
+    long = posting(text="x" * 30 * 2**20)
+    (source / "long.jsonl").write_bytes(b"\n".join([long] * 4))
+    with _running(source, tmp_path / "out", "--target", stub_with().target) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss * 1024 < 300 * 2**20

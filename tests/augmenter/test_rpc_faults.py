@@ -164,4 +164,14 @@ def test_caller_priority_and_cache_trailers(run: Run, tmp_path: Path) -> None:
         )
     assert (model.metadata[0]["x-caller"], model.metadata[0]["x-priority"]) == ("me", "interactive")
     assert json.loads(summary.read_text())["pairs"] == {"asked": 5, "hits": 4, "misses": 1}
-    assert "80.0% of them answered from the cache" in ended.out
+    assert "hit rate 80.0%" in ended.out
+
+
+def test_hits_of_a_repeated_call_are_not_counted(run: Run, tmp_path: Path) -> None:
+    """A failed call may have filled the cache: what its repetition hits says nothing of the cache before."""
+    told = (("x-cache-hits", "4"), ("x-cache-misses", "0"))
+    refused = Fail(code=StatusCode.INVALID_ARGUMENT, trailers=naming(("batch[1]", "too odd")))
+    with scripted_model(refused, Answer(make=all_threes, trailers=told)) as model:
+        assert run(model.target, "--summary-json", str(tmp_path / "s.json")).code == 3
+    pairs = json.loads((tmp_path / "s.json").read_text())["pairs"]
+    assert pairs == {"asked": 5, "hits": 0, "misses": 0}

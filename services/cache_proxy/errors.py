@@ -46,11 +46,15 @@ class PairError(ProxyError):
 
 @dataclass(eq=False)
 class Refused(PairError):
-    """The model called the pair invalid, in these words; `field` is `.company`, `.title` or empty."""
+    """The model called the pair invalid, in these words; `field` is `.company`, `.title` or empty.
+
+    `reason` is what the model said of this very pair, if it named it.
+    """
 
     code: grpc.StatusCode
     message: str
     field: str = ""
+    reason: str = ""
 
 
 @dataclass(eq=False)

@@ -19,11 +19,14 @@ REFUSALS = frozenset(
     {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
 )
 _MAX_RESPONSE_BYTES = 16 * 2**20
+_MAX_METADATA_BYTES = 2**20  # a refusal with a long message is still a refusal, not a broken stream
 _MAX_ID = 2**31 - 1
 _INDEX = re.compile(r"batch\[(\d{1,6})\](\.company|\.title)?", re.ASCII)
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
     ("grpc.max_send_message_length", -1),
+    ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
     ("grpc.enable_retries", 0),  # retries are the queue's, within the slots
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
@@ -109,7 +112,7 @@ def named_pairs(
     for field, description in _violations(trailers):
         found = _INDEX.fullmatch(field)
         if found and int(found[1]) < pairs:
-            named[int(found[1])] = Refused(code, description or message, found[2] or "")
+            named[int(found[1])] = Refused(code, message, found[2] or "", description)
     if not named:
         found = _INDEX.match(message)  # only in front: behind it could be a pair's own text
         if found and int(found[1]) < pairs:

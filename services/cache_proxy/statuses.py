@@ -1,5 +1,6 @@
 """Every error as a gRPC status: code, message, trailers. The table of the contract, and nothing else."""
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ from services.cache_proxy.errors import (
     Unavailable,
 )
 
-_MAX_VIOLATIONS = 50  # metadata is small: 8 KiB by default
-_MAX_VIOLATIONS_BYTES = 5_000
-_MAX_MESSAGE = 1_000
-_MAX_DESCRIPTION = 200
+# Metadata is small: 8 KiB by default. There, a message is percent-encoded, and details are in base 64.
+_MAX_METADATA_BYTES = 7_600
+_MAX_VIOLATIONS = 50
+_VIOLATION_BYTES = 32  # tags, lengths, and the longest field
+_MAX_MESSAGE_BYTES = 600
+_MAX_DESCRIPTION_BYTES = 200
 
 Trailers = tuple[tuple[str, str | bytes], ...]
 
@@ -65,7 +68,10 @@ def _pairs_failed(failures: Mapping[int, PairError]) -> Status:
     if refused:
         first = next(iter(refused.values()))
         same = {index: error for index, error in refused.items() if error.code is first.code}
-        violations = {f"batch[{index}]{error.field}": error.message for index, error in sorted(same.items())}
+        violations = {
+            f"batch[{index}]{error.field}": error.reason or error.message
+            for index, error in sorted(same.items())
+        }
         return _with_details(first.code, first.message, violations)
     nonsense = {index: error for index, error in failures.items() if isinstance(error, Nonsense)}
     if nonsense:
@@ -82,17 +88,30 @@ def _pairs_failed(failures: Mapping[int, PairError]) -> Status:
 
 
 def _with_details(code: grpc.StatusCode, message: str, violations: Mapping[str, str]) -> Status:
-    message = message[:_MAX_MESSAGE]
+    message = _cut(message, _MAX_MESSAGE_BYTES)
     if not violations:
         return Status(code, message, ())
-    listed = error_details_pb2.BadRequest()
-    for field, description in violations.items():
-        listed.field_violations.add(field=field, description=description[:_MAX_DESCRIPTION])
-        if len(listed.field_violations) == _MAX_VIOLATIONS or listed.ByteSize() > _MAX_VIOLATIONS_BYTES:
-            break
+    size_bytes = len(message.encode())
+    sent_bytes = size_bytes if message.isascii() and message.isprintable() else 3 * size_bytes
+    room_bytes = (_MAX_METADATA_BYTES - sent_bytes) * 3 // 4 - size_bytes
+    most_bytes = min(
+        _MAX_DESCRIPTION_BYTES, room_bytes // min(len(violations), _MAX_VIOLATIONS) - _VIOLATION_BYTES
+    )
+    listed = error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(
+                field=field, description=_cut(description, most_bytes)
+            )
+            for field, description in itertools.islice(violations.items(), _MAX_VIOLATIONS)
+        ]
+    )
     status = status_pb2.Status(code=code.value[0], message=message)
     status.details.add().Pack(listed)
     return Status(code, message, (("grpc-status-details-bin", status.SerializeToString()),))
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    return text.encode()[:most_bytes].decode(errors="ignore")
 
 
 def _pushback(seconds: float) -> Trailers:

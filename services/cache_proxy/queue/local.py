@@ -81,6 +81,7 @@ class LocalQueue:
         if fresh:
             self._admit(list(fresh.values()), asker, now)
         for entry in joined:
+            entry.wanted = True
             self._lanes.promote(entry, asker.priority)
         for pair in fresh.values():
             entry = Entry(pair, asker.priority, now)
@@ -95,7 +96,10 @@ class LocalQueue:
         """See `Queue.leave`."""
         for digest in digests:
             entry = self._entries.get(digest)
-            if entry is not None and (self._lanes.discard(entry) or self._suspects.drop(entry)):
+            if entry is None:
+                continue
+            entry.wanted = False
+            if self._lanes.discard(entry) or self._suspects.drop(entry):
                 self._forget(entry)
 
     async def claim(self) -> Claim | NotYet:
@@ -127,7 +131,7 @@ class LocalQueue:
         if claim is self._last_claim:  # the limits are still what this claim made them
             self._limiter.refund(len(claim.pairs))
             self._last_claim = None
-        self._not_judged(claim, self._held(claim))
+        self._not_judged(claim, self._wanted(self._held(claim)))
 
     async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
         """See `Queue.fulfil`."""
@@ -150,7 +154,7 @@ class LocalQueue:
         down = self._failures_in_a_row >= _MAX_ATTEMPTS
         over: list[Entry] = []
         again: list[Entry] = []
-        for entry in self._held(claim):
+        for entry in self._wanted(self._held(claim)):
             entry.attempts += 1
             (over if down or entry.attempts >= _MAX_ATTEMPTS else again).append(entry)
         self._not_judged(claim, again)
@@ -174,7 +178,8 @@ class LocalQueue:
                     self._end(entry, reason)
             else:
                 suspected.append(entry)
-        self._wait_again(innocent + self._suspects.refused(claim, suspected))
+        no_longer_suspected = self._suspects.refused(claim, self._wanted(suspected))
+        self._wait_again(self._wanted(innocent) + no_longer_suspected)
 
     async def changed(self) -> None:
         """See `Queue.changed`."""
@@ -228,6 +233,13 @@ class LocalQueue:
         """The claim's pairs that have not ended meanwhile."""
         found = (self._entries.get(pair.digest) for pair in claim.pairs)
         return [entry for entry, pair in zip(found, claim.pairs, strict=True) if entry and entry.pair is pair]
+
+    def _wanted(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those for which somebody waits; the others are forgotten."""
+        for entry in entries:
+            if not entry.wanted:
+                self._forget(entry)
+        return [entry for entry in entries if entry.wanted]
 
     def _is_live(self, entry: Entry) -> bool:
         return self._entries.get(entry.pair.digest) is entry

@@ -112,10 +112,11 @@ def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
             [name, field_name], type=_ListItem(), multiple=True, show_default=shown or False,
             callback=_flatten(_parse_list(shown or "")), **common,
         )  # fmt: skip
+    if spec["default"] is not None:  # to click, a default of None is one, and nothing is missing
+        common["default"] = spec["default"]
     return click.Option(
         [name, field_name],
         type=kind,
-        default=spec["default"],
         required=spec["required"],
         show_default=spec["default"] is not None,
         **common,

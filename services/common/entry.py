@@ -11,11 +11,10 @@ def enter(module: str, *, program: str, extra: str) -> NoReturn:
     # gRPC's core writes its own lines about what we report ourselves; an operator may still ask for them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        main = importlib.import_module(module).main
+        importlib.import_module(module).main()  # which imports more, once it knows what it is asked for
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in {"services", "protos"}:
             raise  # a broken installation, not a missing extra
         sys.stderr.write(f"{program}: {error.name} is not installed; run: pip install '.[{extra}]'\n")
         sys.exit(2)
-    main()
     sys.exit(0)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from services.common import flags
 from services.common.errors import UsageError
 from services.common.flags import flag
+from services.common.units import is_address
 
 ENV_PREFIX = "CACHE_PROXY"
 CACHE_SCHEMES = ("embedded", "memory", "redis", "rediss", "unix")
@@ -52,6 +52,9 @@ class CacheSettings:
         if scheme not in CACHE_SCHEMES or ":" not in self.cache_url:
             known = ", ".join(f"{name}:" for name in CACHE_SCHEMES)
             message = f"--cache-url {redact(self.cache_url)!r}: it must begin with one of {known}"
+            raise UsageError(message)
+        if self.cache_tls_ca is not None and scheme != "rediss":
+            message = "--cache-tls-ca: only a rediss:// --cache-url is encrypted"
             raise UsageError(message)
         if self.cache_timeout_seconds <= 0:
             message = "--cache-timeout must be above 0"
@@ -150,7 +153,17 @@ class ServerSettings:
     )
 
     def __post_init__(self) -> None:
-        """Refuse bounds that contradict each other."""
+        """Refuse what cannot be listened on, and bounds that let nothing through."""
+        for name, address in [
+            *(("--listen", one) for one in self.listen),
+            ("--http-listen", self.http_listen),
+        ]:
+            if not is_address(address) or (name == "--http-listen" and address.startswith("unix:")):
+                message = f"{name} {address!r}: it must be HOST:PORT, with a port up to 65535"
+                raise UsageError(message)
+        if not self.max_request_bytes:
+            message = "--max-request-bytes must be above 0"
+            raise UsageError(message)
         if not self.max_field_bytes:
             message = "--max-field-bytes must be above 0"
             raise UsageError(message)
@@ -185,11 +198,9 @@ def read_secret(path: str | None, *, flag_name: str) -> bytes | None:
 
 
 def redact(url: str) -> str:
-    """The URL without a password in it, for logs and errors."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "(unreadable)"
-    if parts.password is None and parts.username is None:
-        return url
-    return parts._replace(netloc=f"***@{parts.netloc.rpartition('@')[2]}").geturl()
+    """The URL without a password in it, for logs and errors: neither before an @ nor in a parameter."""
+    address, question, _ = url.partition("?")
+    scheme, slashes, rest = address.partition("://")
+    if "@" in rest:  # the last one: a password that should have been quoted may hold others, and slashes
+        address = f"{scheme}{slashes}***@{rest.rpartition('@')[2]}"
+    return f"{address}?***" if question else address

@@ -5,6 +5,7 @@ import re
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _BYTES |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_MAX_PORT = 2**16 - 1
 _QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)([A-Za-z]*)", re.ASCII)
 
 
@@ -26,6 +27,13 @@ def parse_size_bytes(text: str) -> int:
         message = f"{text!r} is not a size such as 4096, 512KiB or 64MiB"
         raise ValueError(message)
     return int(number * _BYTES[unit])
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is `host:port`, with a port that exists, or `unix:path`."""
+    port = text.rpartition(":")[2] if ":" in text else ""
+    exists = port.isascii() and port.isdecimal() and len(port) <= len("65535") and int(port) <= _MAX_PORT
+    return exists or (text.startswith("unix:") and text != "unix:")
 
 
 def _split(text: str) -> tuple[float, str]:

@@ -11,8 +11,9 @@ from grpc_reflection.v1alpha import reflection
 
 from protos import seniority_pb2, seniority_pb2_grpc
 from services.common import flags, logs
-from services.common.errors import CommandError
+from services.common.errors import CommandError, UsageError
 from services.common.flags import flag
+from services.common.units import is_address
 from services.model_stub.call_log import CallLog
 from services.model_stub.capacity import Capacity
 from services.model_stub.faults import HELP, parse_faults
@@ -33,6 +34,13 @@ class StubSettings:
     latency_seconds: float = flag("--latency", flags.DURATION, "50ms", text="time to answer a batch")
     fail: tuple[str, ...] = flag("--fail", flags.LIST, text=HELP)
     log: str | None = flag("--log", flags.TEXT, text="file to which each call is appended, as JSON lines")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be listened on."""
+        for address in self.listen:
+            if not is_address(address):
+                message = f"--listen {address!r}: it must be HOST:PORT, with a port up to 65535"
+                raise UsageError(message)
 
 
 async def serve(settings: StubSettings) -> None:

@@ -102,14 +102,14 @@ async def _drain(
 ) -> None:
     timeout_seconds = settings.server.drain_timeout_seconds
     await asyncio.sleep(settings.server.drain_delay_seconds)
-    service.drain()
     end_at = time.monotonic() + timeout_seconds
-    stopped = asyncio.create_task(front.server.stop(timeout_seconds + _GRACE_SECONDS))
-    await asyncio.wait({stopped}, timeout=timeout_seconds)
-    if not stopped.done():
+    try:
+        # Connections stay: whoever still calls is told to ask elsewhere, with the time to wait before.
+        await asyncio.wait_for(service.drain(), timeout_seconds)
+    except TimeoutError:
         _log.warning("some requests did not end within the drain timeout")
         queue.end_all(Unavailable("the proxy ended before the model answered", retry_after_seconds=1.0))
-    await stopped
+    await front.server.stop(_GRACE_SECONDS)
     await dispatcher.finish(within_seconds=max(0.0, end_at - time.monotonic()))
 
 

@@ -7,14 +7,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from protos import seniority_pb2, seniority_pb2_grpc
 from services.cache_proxy.config import ServerSettings
-from services.cache_proxy.servicer import SeniorityService
+from services.cache_proxy.servicer import SERVICE_NAME, SeniorityService
 from services.common.errors import CommandError
 
-SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
 _HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _MIN_PING_INTERVAL_MS = 10_000
+_INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +33,26 @@ class GrpcServer:
 
 def listen(settings: ServerSettings, service: SeniorityService) -> GrpcServer:
     """Bind every address. Raises CommandError naming the one that cannot be had."""
-    age_ms = int(settings.max_connection_age_seconds * 1000)
+    age_ms = _milliseconds(settings.max_connection_age_seconds)
     options = [
         ("grpc.so_reuseport", 0),  # a second proxy on the port is a mistake, not a helper
-        ("grpc.max_receive_message_length", settings.max_request_bytes),
+        ("grpc.max_receive_message_length", min(settings.max_request_bytes, _INT_MAX)),
         ("grpc.max_send_message_length", -1),
         *((("grpc.max_connection_age_ms", age_ms),) if age_ms else ()),
         # No shorter than the longest RPC: a connection that is of age still answers what it was asked.
-        ("grpc.max_connection_age_grace_ms", int(settings.max_wait_seconds * 1000)),
+        ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_wait_seconds)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
     ]
     server = aio.server(options=options)
     health = HealthServicer()
-    seniority_pb2_grpc.add_SeniorityModelServicer_to_server(service, server)
+    service.add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME), server)
     return GrpcServer(server, health, [_bind(server, address) for address in settings.listen])
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(min(seconds * 1000, _INT_MAX))
 
 
 def _bind(server: aio.Server, address: str) -> str:

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 
-from protos import seniority_pb2, seniority_pb2_grpc
+from protos import seniority_pb2
 from services.cache_proxy.callers import ANONYMOUS, Caller, Identify
 from services.cache_proxy.errors import Draining, InvalidRequest, ProxyError
 from services.cache_proxy.metrics import ProxyMetrics, outcome_kind
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import status_of
+
+SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
 
 Context = aio.ServicerContext[seniority_pb2.SeniorityRequestBatch, seniority_pb2.SeniorityResponseBatch]
 
@@ -28,8 +31,11 @@ class RequestLimits:
     max_wait_seconds: float
 
 
-class SeniorityService(seniority_pb2_grpc.SeniorityModelServicer):
-    """Answers as the model would. The only place where errors become statuses."""
+class SeniorityService:
+    """Answers as the model would. The only place where errors become statuses.
+
+    State: `_in_flight`, and `_idle`, set while it is 0.
+    """
 
     def __init__(
         self, *, resolver: Resolver, identify: Identify, limits: RequestLimits, metrics: ProxyMetrics
@@ -39,21 +45,51 @@ class SeniorityService(seniority_pb2_grpc.SeniorityModelServicer):
         self._limits = limits
         self._metrics = metrics
         self._draining = False
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
-    def drain(self) -> None:
-        """Take no more requests."""
+    async def drain(self) -> None:
+        """Take no more requests: each is refused with a status. Returns when none is in flight."""
         self._draining = True
+        await self._idle.wait()
 
-    async def InferSeniority(  # noqa: N802 - the contract's name
-        self, request: seniority_pb2.SeniorityRequestBatch, context: Context
+    def add_to(self, server: aio.Server) -> None:
+        """Serve on `server`: as the generated code would, but for requests that cannot be read."""
+        handler = grpc.unary_unary_rpc_method_handler(
+            self._infer,
+            request_deserializer=_parsed,
+            response_serializer=seniority_pb2.SeniorityResponseBatch.SerializeToString,
+        )
+        server.add_registered_method_handlers(SERVICE_NAME, {"InferSeniority": handler})
+
+    async def _infer(
+        self, request: seniority_pb2.SeniorityRequestBatch | None, context: Context
     ) -> seniority_pb2.SeniorityResponseBatch:
         """Answer a batch in its order, with its uuids."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            return await self._answered(request, context)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _answered(
+        self, request: seniority_pb2.SeniorityRequestBatch | None, context: Context
+    ) -> seniority_pb2.SeniorityResponseBatch:
+        readable = request is not None
+        request = request or seniority_pb2.SeniorityRequestBatch()
         size = len(request.batch)
         answers = Answers([0] * size, ["failed"] * size)
         caller = Caller(ANONYMOUS, "interactive")
         code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
         with self._metrics.request_duration.time():
             try:
+                if not readable:
+                    message = "the request is not a SeniorityRequestBatch, or a text in it is not UTF-8"
+                    raise InvalidRequest(message)
                 caller = self._identify(context.invocation_metadata() or ())
                 await self._resolver.resolve(self._texts(request), self._asker(caller, context), answers)
                 code = grpc.StatusCode.OK
@@ -92,6 +128,14 @@ class SeniorityService(seniority_pb2_grpc.SeniorityModelServicer):
         left = context.time_remaining()
         wait_seconds = self._limits.max_wait_seconds if left is None else left
         return Asker(caller.name, caller.priority, asyncio.get_running_loop().time() + wait_seconds)
+
+
+def _parsed(message: bytes) -> seniority_pb2.SeniorityRequestBatch | None:
+    """The request, or None: raised here, an error would read as the proxy's own failure."""
+    try:
+        return seniority_pb2.SeniorityRequestBatch.FromString(message)
+    except DecodeError:
+        return None
 
 
 def _response(

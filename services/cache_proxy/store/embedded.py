@@ -158,7 +158,7 @@ class EmbeddedServer:
             _log.error("the embedded server ended (exit code %s), starting it again", code)
             try:
                 await self._spawn(lock)
-            except CommandError as error:
+            except (CommandError, OSError) as error:
                 _log.error("%s", error)
                 await asyncio.sleep(_RESTART_SECONDS)
 

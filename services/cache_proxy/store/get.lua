@@ -12,7 +12,7 @@ for at = 1, #digests, 16 do
   local level = 0
   if value then
     local number = type(value) == 'string' and string.match(value, '^%d+$') and tonumber(value)
-    level = number and number % 8 or 0
+    level = number and number < 65536 and number % 8 or 0 -- the day has 13 bits, the level 3
     if level == 0 then
       garbage = garbage + 1
     end

@@ -47,7 +47,7 @@ async def open_store(cache: CacheSettings, key: KeySettings, metrics: ProxyMetri
             url,
             timeout_seconds=timeout_seconds,
             username=cache.cache_username,
-            password=password.decode() if password else None,
+            password=password,
             tls_ca=cache.cache_tls_ca,
         )
         if server is None:

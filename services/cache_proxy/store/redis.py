@@ -14,6 +14,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from services.cache_proxy.config import redact
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.common.errors import UsageError
@@ -25,7 +26,10 @@ _SCRIPTS = Path(__file__).parent
 
 
 class RedisStore:
-    """Looks up and remembers whole batches; both scripts may be repeated, so one retry is safe."""
+    """Looks up and remembers whole batches; both scripts may be repeated, so one retry is safe.
+
+    State: `_failures`, so that whoever waited behind a server that fell silent does not wait for it too.
+    """
 
     def __init__(self, client: "redis.asyncio.Redis", *, namespace: str, metrics: ProxyMetrics) -> None:
         self._client = client
@@ -33,6 +37,7 @@ class RedisStore:
         self._keys = [namespace]
         # Waiting for one's turn is not the server being slow: only the operation itself is timed out.
         self._turns = asyncio.Semaphore(_MAX_CONNECTIONS)
+        self._failures = 0
         self._get = client.register_script((_SCRIPTS / "get.lua").read_bytes())
         self._put = client.register_script((_SCRIPTS / "put.lua").read_bytes())
 
@@ -62,9 +67,18 @@ class RedisStore:
 
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:
+        failures = self._failures
         async with self._turns:
-            with self._metrics.store_duration.labels(name).time(), _translated():
-                yield
+            if self._failures != failures:
+                raise StoreError("it failed whoever asked before")
+            try:
+                with self._metrics.store_duration.labels(name).time(), _translated():
+                    yield
+            except StoreRefused:
+                raise  # it answered
+            except StoreError:
+                self._failures += 1
+                raise
 
 
 @contextmanager
@@ -84,7 +98,7 @@ def connect(
     *,
     timeout_seconds: float,
     username: str | None = None,
-    password: str | None = None,
+    password: bytes | None = None,
     tls_ca: str | None = None,
 ) -> "redis.asyncio.Redis":
     """A client that waits for a free connection instead of raising, and bounds every wait."""
@@ -106,10 +120,12 @@ def connect(
         options["ssl_ca_certs"] = tls_ca
     try:
         pool = redis.asyncio.BlockingConnectionPool.from_url(url, **options)
-        return redis.asyncio.Redis(connection_pool=pool)
-    except (ValueError, TypeError, OSError) as error:
-        message = f"--cache-url: {error}"
+        pool.make_connection()  # type: ignore[no-untyped-call]  # not yet opened; it shows a parameter that no connection knows
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        # Never the error's own words: they may quote the part of the URL that holds the password.
+        message = f"--cache-url {redact(url)}: not a URL that can be used ({type(error).__name__})"
         raise UsageError(message) from error
+    return redis.asyncio.Redis(connection_pool=pool)
 
 
 def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

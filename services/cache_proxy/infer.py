@@ -13,7 +13,6 @@ from services.common.errors import CommandError, UsageError
 from services.common.flags import flag
 
 _BATCH_PAIRS = 1000
-_MAX_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +30,9 @@ class InferSettings:
         """Refuse half a pair."""
         if (self.company is None) is not (self.title is None):
             message = "give both --company and --title, or neither and JSON lines on standard input"
+            raise UsageError(message)
+        if not _is_text(self.company or "") or not _is_text(self.title or ""):
+            message = "--company and --title must be valid UTF-8"
             raise UsageError(message)
 
 
@@ -62,7 +64,7 @@ def _infer(
         message = f"{settings.target}: {error.code().name}: {error.details()}"
         raise CommandError(message) from error
     levels = {answer.uuid: answer.seniority for answer in response.batch}
-    if len(levels) != len(pairs):
+    if levels.keys() != set(range(len(pairs))):
         message = f"{settings.target}: answered {len(levels)} of {len(pairs)} pairs"
         raise CommandError(message)
     return [levels[uuid] for uuid in range(len(pairs))]
@@ -91,4 +93,15 @@ def _pair(line: bytes, number: int) -> tuple[str, str]:
     if not isinstance(company, str) or not isinstance(title, str):
         message = f"line {number}: company and title must be strings"
         raise CommandError(message)
+    if not _is_text(company) or not _is_text(title):
+        message = f"line {number}: company and title must be text; a lone surrogate is none"
+        raise CommandError(message)
     return company, title
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-import pytest
 from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ LIMITS = QueueLimits(
     linger_seconds=0, max_pairs=20, max_bytes=10**6,
 )  # fmt: skip
 PAIRS = [Pair(bytes([number]) * 16, "c" * number, f"t{number}") for number in range(10)]
+OUTCOMES: st.SearchStrategy[Outcome] = st.sampled_from([1, 7, Nonsense("none")])
 DOWN = Unavailable("down", retry_after_seconds=0.0)
 
 
@@ -87,9 +87,7 @@ class Play:
         claim = self._claims.pop(self._draw(st.integers(0, len(self._claims) - 1)))
         how = self._draw(st.sampled_from(["fulfil", "put back", "fail", "refuse", "name", "in part"]))
         if how in {"fulfil", "in part"}:
-            outcomes: dict[bytes, Outcome] = {
-                pair.digest: self._draw(st.sampled_from([1, 7, Nonsense("none")])) for pair in claim.pairs
-            }
+            outcomes: dict[bytes, Outcome] = {pair.digest: self._draw(OUTCOMES) for pair in claim.pairs}
             if how == "in part":  # some are found in the store before the rest is sent, or put back
                 first = dict(list(outcomes.items())[: len(outcomes) // 2])
                 await self._queue.fulfil(claim, first)
@@ -111,8 +109,8 @@ class Play:
         for claim in self._claims:
             await self._queue.put_back(claim)
         self._claims.clear()
-        while isinstance(claim := await self._queue.claim(), Claim):
-            await self._queue.fulfil(claim, {pair.digest: 3 for pair in claim.pairs})
+        while isinstance(taken := await self._queue.claim(), Claim):
+            await self._queue.fulfil(taken, {pair.digest: 3 for pair in taken.pairs})
         assert all(not wait.open for wait in self._waits), "a caller waits for ever"
         assert self._queue._entries == {}
         assert (self._queue._held_bytes, self._queue._lanes.size_bytes, len(self._queue._lanes)) == (0, 0, 0)

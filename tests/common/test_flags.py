@@ -1,0 +1,104 @@
+"""Settings classes as commands: kinds, twins, booleans, errors of one line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import click
+import pytest
+
+from services.common import flags
+from services.common.errors import CommandError, UsageError
+from services.common.flags import flag
+
+Run = Callable[..., tuple[object, int, str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Thing:
+    """A settings class with a flag of each kind that is special."""
+
+    words: tuple[str, ...] = flag("--words", flags.LIST, "a,b", text="words")
+    watch: bool = flag("--watch", flags.BOOL, "false", text="go on")
+    rate: float = flag("--rate", flags.RATE, "5", text="rate")
+    name: str | None = flag("--name", flags.TEXT, text="name")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command with `Thing`'s flags and an argument; the settings it read, its exit code, its errors."""
+
+    def run(*args: str, body: Callable[[Thing], None] | None = None) -> tuple[object, int, str]:
+        read: list[object] = []
+
+        def callback(place: str | None, **values: object) -> None:
+            thing = flags.read(Thing, values)
+            read.append((thing, place))
+            if body:
+                body(thing)
+
+        command = flags.SettingsCommand(
+            "thing",
+            params=[*flags.options(Thing, prefix="THING"), click.Argument(["place"], required=False)],
+            callback=callback,
+        )
+        with pytest.raises(SystemExit) as end:
+            flags.run(command, program="thing", args=args)
+        return (read[0] if read else None, int(end.value.code or 0), capsys.readouterr().err)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("args", "watch", "place"),
+    [
+        ([], False, None), (["--watch"], True, None), (["--watch", "true"], True, None),
+        (["--watch=false", "here"], False, "here"), (["--watch", "here"], True, "here"),
+        (["--watch", "FALSE", "here"], False, "here"), (["--", "--watch"], False, "--watch"),
+        (["--watch", "--rate", "3"], True, None),
+    ],
+)  # fmt: skip
+def test_a_boolean_may_be_bare_or_said(run: Run, args: list[str], watch: bool, place: str | None) -> None:
+    """A bare one is true, and never swallows what stands behind it."""
+    read, code, _ = run(*args)
+    assert code == 0
+    assert isinstance(read, tuple)
+    assert (read[0].watch, read[1]) == (watch, place)
+
+
+@pytest.mark.parametrize("text", ["yes", "1", "", "truefalse"])
+def test_a_boolean_is_true_or_false(run: Run, text: str) -> None:
+    """Nothing else is guessed at."""
+    _, code, error = run(f"--watch={text}")
+    assert code == 2
+    assert "--watch" in error
+
+
+def test_every_flag_has_a_variable_and_a_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag wins, then the variable, then what the class says."""
+    read, _, _ = run()
+    assert isinstance(read, tuple)
+    assert read[0] == Thing()
+    monkeypatch.setenv("THING_WORDS", "x,y")
+    monkeypatch.setenv("THING_WATCH", "true")
+    monkeypatch.setenv("THING_RATE", "2")
+    read, _, _ = run("--rate", "3")
+    assert isinstance(read, tuple)
+    assert (read[0].words, read[0].watch, read[0].rate) == (("x", "y"), True, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(CommandError("it\nbroke"), 1), (UsageError("meant\nwrong"), 2), (KeyboardInterrupt(), 130)],
+)
+def test_an_expected_failure_is_one_line_with_its_exit_code(
+    run: Run, error: BaseException, code: int
+) -> None:
+    """Whatever line breaks its message has."""
+
+    def fail(_thing: Thing) -> None:
+        raise error
+
+    _, ended, text = run(body=fail)
+    assert ended == code
+    assert text.strip().count("\n") == 0
+    assert text.strip().startswith("thing: ")

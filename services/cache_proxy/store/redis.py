@@ -63,7 +63,7 @@ class RedisStore:
 
     async def close(self) -> None:
         """See `Store.close`."""
-        await self._client.aclose()
+        await self._client.aclose(close_connection_pool=True)  # which it does not do by itself
 
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:

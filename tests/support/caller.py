@@ -66,7 +66,10 @@ class Asked:
 
     def reply(self) -> Reply:
         """Wait for its end."""
-        error = self._call.exception()
+        try:
+            error = self._call.exception()
+        except grpc.FutureCancelledError:
+            return Reply(grpc.StatusCode.CANCELLED, "by the caller itself", {})
         trailers = dict(self._call.trailing_metadata() or ())
         if error is not None:
             return Reply(self._call.code(), self._call.details(), trailers)

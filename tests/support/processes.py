@@ -1,14 +1,18 @@
 """Real processes for tests: started, waited for by what they say, and always ended."""
 
+import atexit
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +132,20 @@ def run_command(
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without the project's own variables."""
-    prefixes = ("CACHE_PROXY_", "AUGMENTER_", "MODEL_STUB_", "AWS_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    """This process's environment without the project's own variables, and with compiled modules.
+
+    Whoever keeps Python from writing bytecode makes every start compile all that it imports: a second each.
+    """
+    prefixes = ("CACHE_PROXY_", "AUGMENTER_", "MODEL_STUB_", "AWS_", "PYTHONDONTWRITEBYTECODE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    return kept | {"PYTHONPYCACHEPREFIX": _bytecode_folder()}
+
+
+@cache
+def _bytecode_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="bytecode-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def stub_calls(log: Path) -> list[dict[str, Any]]:

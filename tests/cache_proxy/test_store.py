@@ -190,7 +190,7 @@ async def test_a_full_server_refuses_and_keeps_answering(own_redis: RedisServer)
 async def _until_known(store: Store, levels: dict[bytes, int]) -> None:
     """Poll until the store has these levels: the guard writes them as soon as it can."""
     async with asyncio.timeout(10):
-        while list(await store.get(list(levels))) != list(levels.values()):
+        while list(await store.get(list(levels))) != list(levels.values()):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.05)
 
 

@@ -1,6 +1,8 @@
 """The limit as the model sees it, full batches, linger, priorities."""
 
 import time
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from grpc import StatusCode
@@ -8,7 +10,12 @@ from grpc import StatusCode
 from tests.integration.conftest import UNPACED, StageWith
 from tests.support.caller import caller, metrics, pairs_of
 from tests.support.model_server import Call
+from tests.support.processes import cache_proxy, model_stub, stub_calls
 from tests.support.redis_server import wait_for
+
+_CALLS_EVERY_HALF_SECOND = ("--model-calls-per-second", "2", "--model-rate", "2000")
+SEEN_LATE_SECONDS = 0.03
+"""On a busy machine a call may be seen so much later than it came: far less than a batch is worth."""
 
 
 def _worst_window(calls: list[Call], *, rate: float, cost: str) -> float:
@@ -32,32 +39,36 @@ def test_under_a_backlog_no_window_is_over_the_limit_and_the_rate_is_used(stage_
     took = time.monotonic() - started_at
     calls = stage.model.calls
     assert [len(call.pairs) for call in calls] == [200] * 20
-    assert _worst_window(calls, rate=1000, cost="pairs") <= 200
-    assert _worst_window(calls, rate=5, cost="calls") <= 1
+    assert _worst_window(calls, rate=1000, cost="pairs") <= 200 + SEEN_LATE_SECONDS * 1000
+    assert _worst_window(calls, rate=5, cost="calls") <= 1 + SEEN_LATE_SECONDS * 5
     between = calls[-1].at - calls[0].at
     assert 19 * 200 / between >= 0.97 * 1000
     assert took <= 20 / 5 / 0.97 + 0.5
     assert calls[0].at - started_at >= 0.15  # the limit begins as just spent
 
 
-def test_the_limit_holds_while_the_cache_is_hammered(stage_with: StageWith) -> None:
-    """A proxy busy with hits neither passes the limit nor starves the model.
-
-    The model here shares this busy process, so a call may be seen 30 ms later than it came.
-    """
-    stage = stage_with("--model-rate", "2000", "--model-calls-per-second", "2")
-    known = pairs_of("known", 200)
-    assert stage.caller.ask(known).code is StatusCode.OK
-    waiting = stage.caller.start(pairs_of("backlog", 6000))
-    with caller(stage.proxy.target) as busy:
+def test_the_limit_holds_while_the_cache_is_hammered(tmp_path: Path) -> None:
+    """A proxy busy with hits neither passes the limit nor starves the model, by the model's own log."""
+    log = tmp_path / "calls.jsonl"
+    with (
+        model_stub("--rate", "0", "--latency", "0s", "--log", str(log)) as stub,
+        cache_proxy(
+            "--model-target", stub.target, "--cache-url", "memory:", *_CALLS_EVERY_HALF_SECOND
+        ) as proxy,
+        caller(proxy.target) as asking,
+        caller(proxy.target) as busy,
+    ):
+        known = pairs_of("known", 200)
+        assert asking.ask(known).code is StatusCode.OK
+        waiting = asking.start(pairs_of("backlog", 6000))
         while not waiting.ended:
-            big = [busy.start(known * 25) for _ in range(2)]
-            assert all(one.reply().hits == 5000 for one in big)
-    assert waiting.reply().code is StatusCode.OK
-    calls = stage.model.calls_for("backlog")
-    assert _worst_window(calls, rate=2000, cost="pairs") <= 1000 + 0.03 * 2000
-    assert _worst_window(calls, rate=2, cost="calls") <= 1 + 0.03 * 2
-    assert 5 / (calls[-1].at - calls[0].at) >= 0.93 * 2
+            asked = [busy.start(known * 25) for _ in range(2)]
+            assert all(one.reply().hits == 5000 for one in asked)
+        assert waiting.reply().code is StatusCode.OK
+    at = [call["at"] for call in stub_calls(log)[1:]]
+    assert len(at) == 6
+    assert min(later - earlier for earlier, later in pairwise(at)) >= 0.5 - SEEN_LATE_SECONDS
+    assert 5 / (at[-1] - at[0]) >= 0.93 * 2
 
 
 def test_expected_replicas_divide_the_rate(stage_with: StageWith) -> None:
@@ -66,7 +77,7 @@ def test_expected_replicas_divide_the_rate(stage_with: StageWith) -> None:
                        "--expected-replicas", "4")  # fmt: skip
     assert stage.caller.ask(pairs_of("quarter", 800)).code is StatusCode.OK
     calls = stage.model.calls
-    assert _worst_window(calls, rate=5, cost="calls") <= 1
+    assert _worst_window(calls, rate=5, cost="calls") <= 1 + SEEN_LATE_SECONDS * 5
     assert 7 / (calls[-1].at - calls[0].at) >= 0.97 * 5
 
 
@@ -121,6 +132,6 @@ def test_the_default_limit_is_one_batch_of_a_thousand_a_second(stage_with: Stage
     assert stage.caller.ask(pairs_of("default", 8000)).code is StatusCode.OK
     calls = stage.model.calls
     assert [len(call.pairs) for call in calls] == [1000] * 8
-    assert _worst_window(calls, rate=1000, cost="pairs") <= 1000
-    assert _worst_window(calls, rate=1, cost="calls") <= 1
+    assert _worst_window(calls, rate=1000, cost="pairs") <= 1000 + SEEN_LATE_SECONDS * 1000
+    assert _worst_window(calls, rate=1, cost="calls") <= 1 + SEEN_LATE_SECONDS
     assert 7 / (calls[-1].at - calls[0].at) >= 0.97

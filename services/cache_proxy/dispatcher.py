@@ -32,6 +32,7 @@ class Dispatcher:
         self._looks: set[asyncio.Future[Sequence[int]]] = set()
         self._room = asyncio.Semaphore(_MAX_CALLS_IN_FLIGHT)
         self._failures_in_a_row = 0
+        self._failed_at = -math.inf  # when the last of them was noticed
 
     async def run(self) -> None:
         """Claim and send until cancelled; calls in flight go on until `finish`."""
@@ -104,9 +105,11 @@ class Dispatcher:
         return [pair for pair in claim.pairs if pair.digest not in found]
 
     async def _failed(self, claim: Claim, message: str, pushback_seconds: float | None) -> None:
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row == 1:
-            _log.warning("a call to the model failed, trying again: %s", message)
+        if claim.claimed_at >= self._failed_at:  # calls that were under way together fail together: once
+            self._failures_in_a_row += 1
+            self._failed_at = time.monotonic()
+            if self._failures_in_a_row == 1:
+                _log.warning("a call to the model failed, trying again: %s", message)
         least, most = _BACKOFF_SECONDS
         backoff = min(most, least * 2 ** min(self._failures_in_a_row - 1, 10))
         delay = pushback_seconds if pushback_seconds is not None else backoff * random.uniform(0.8, 1.2)  # noqa: S311

@@ -231,7 +231,10 @@ def test_one_failed_call_is_tried_again_for_everyone(stage_with: StageWith) -> N
 
     stage.model.behaviour = blip
     pairs = pairs_of("blip", 80)
+    started_at = time.monotonic()
     assert stage.caller.ask(pairs).levels == [level_of(*pair) for pair in pairs]
+    assert time.monotonic() - started_at < 3  # a backoff of one failure, not of eight
+    assert stage.proxy.log.count("WARNING") == 1
 
 
 def test_the_models_pushback_is_honoured(stage_with: StageWith) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
+from services.common import flags
+from services.model_stub.cli import cli
 from services.model_stub.levels import infer_level
 from tests.support.caller import Caller, caller, pairs_of
 from tests.support.processes import model_stub, run_command, stub_calls
@@ -128,11 +130,15 @@ def test_a_hanging_call_ends_with_its_caller(stub_with: StubWith) -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_a_bad_value_is_exit_code_2_and_one_line(args: tuple[str, ...]) -> None:
+def test_a_bad_value_is_exit_code_2_and_one_line(
+    args: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Named by its flag."""
-    ended = run_command("services.model_stub", "serve", *args)
-    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert args[0] in ended.stderr
+    with pytest.raises(SystemExit) as end:
+        flags.run(cli, program="model-stub", args=["serve", *args])
+    out, err = capsys.readouterr()
+    assert (end.value.code, out, err.count("\n")) == (2, "", 1)
+    assert args[0] in err
 
 
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

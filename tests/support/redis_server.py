@@ -121,7 +121,7 @@ def wait_for(condition: Callable[[], Any], *, seconds: float = 15, what: str) ->
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the kernel hands out with + 10000 for a bus."""
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

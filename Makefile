@@ -74,7 +74,7 @@ $(VENV)/.uv: requirements/bootstrap.txt
 # uv installs a lock in seconds; where it cannot reach the index that pip was set up for, pip does, in a minute.
 define install
 	@echo "installing into $(VENV)"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes $(1) \
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes $(1) \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes $(1)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --offline --editable .
 endef

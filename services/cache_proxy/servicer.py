@@ -1,9 +1,10 @@
 """The RPC: from the wire to the resolver and back, each pair counted once."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -15,9 +16,11 @@ from services.cache_proxy.errors import Draining, InvalidRequest, ProxyError
 from services.cache_proxy.metrics import ProxyMetrics, outcome_kind
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
-from services.cache_proxy.statuses import status_of
+from services.cache_proxy.statuses import Status, status_of
 
 SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
+
+_log = logging.getLogger(__name__)
 
 Context = aio.ServicerContext[seniority_pb2.SeniorityRequestBatch, seniority_pb2.SeniorityResponseBatch]
 
@@ -85,25 +88,32 @@ class SeniorityService:
         answers = Answers([0] * size, ["failed"] * size)
         caller = Caller(ANONYMOUS, "interactive")
         code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
-        with self._metrics.request_duration.time():
-            try:
-                if not readable:
-                    message = "the request is not a SeniorityRequestBatch, or a text in it is not UTF-8"
-                    raise InvalidRequest(message)
+        failure: Status | None = None
+        try:
+            with self._metrics.request_duration.time():
                 caller = self._identify(context.invocation_metadata() or ())
-                await self._resolver.resolve(self._texts(request), self._asker(caller, context), answers)
+                texts = self._texts(request if readable else None)
+                await self._resolver.resolve(texts, self._asker(caller, context), answers)
                 code = grpc.StatusCode.OK
-                context.set_trailing_metadata(_hits_and_misses(answers.outcomes))
-                return _response(request, answers.levels)
-            except ProxyError as error:
-                status = status_of(error)
-                code = status.code
-                await _abort(context, status)
-            finally:
-                self._metrics.requests.labels(code.name).inc()
-                self._metrics.count_pairs(caller=caller.name, outcomes=answers.counted())
+        except ProxyError as error:
+            failure = status_of(error)
+            code = failure.code
+        except Exception:  # noqa: BLE001 - a defect costs this request a clear status, and no other anything
+            _log.exception("a request failed unexpectedly")
+            failure = Status(grpc.StatusCode.INTERNAL, "the proxy failed", ())
+            code = failure.code
+        finally:  # before the answer is on its way: who has it may look at the metrics
+            self._metrics.requests.labels(code.name).inc()
+            self._metrics.count_pairs(caller=caller.name, outcomes=answers.counted())
+        if failure is not None:
+            await _abort(context, failure)
+        context.set_trailing_metadata(_hits_and_misses(answers.outcomes))
+        return _response(request, answers.levels)
 
-    def _texts(self, request: seniority_pb2.SeniorityRequestBatch) -> Sequence[tuple[str, str]]:
+    def _texts(self, request: seniority_pb2.SeniorityRequestBatch | None) -> Sequence[tuple[str, str]]:
+        if request is None:
+            message = "the request is not a SeniorityRequestBatch, or a text in it is not UTF-8"
+            raise InvalidRequest(message)
         if self._draining:
             raise Draining
         if len(request.batch) > self._limits.max_pairs:
@@ -154,6 +164,6 @@ def _hits_and_misses(outcomes: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return (("x-cache-hits", str(hits)), ("x-cache-misses", str(len(outcomes) - hits)))
 
 
-async def _abort(context: Context, status: Any) -> NoReturn:
+async def _abort(context: Context, status: Status) -> NoReturn:
     await context.abort(status.code, status.message, trailing_metadata=status.trailers)
     raise AssertionError  # abort never returns

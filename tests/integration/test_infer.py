@@ -1,12 +1,14 @@
 """`cache-proxy infer`: for people."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from tests.integration.conftest import Stage
 from tests.support.model_server import level_of
-from tests.support.processes import run_command
+from tests.support.processes import ROOT, clean_environment, model_stub, run_command
 from tests.support.redis_server import free_port
 
 INFER = ("services.cache_proxy", "infer")
@@ -77,3 +79,16 @@ def test_a_proxy_that_is_not_there_is_one_line() -> None:
     assert ended.stderr.count("\n") == 1
     assert target in ended.stderr
     assert "UNAVAILABLE" in ended.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """`cache-proxy infer < many | head -1` ends without a traceback."""
+    lines = "\n".join(f'{{"company": "c{number}", "title": "t"}}' for number in range(20_000))
+    with model_stub("--rate", "0") as stub:
+        command = f'"{sys.executable}" -m services.cache_proxy infer --target {stub.target} | head -1'
+        done = subprocess.run(
+            ["bash", "-c", command], input=lines, capture_output=True, text=True, check=False, timeout=60,
+            cwd=ROOT, env=clean_environment(),
+        )  # fmt: skip
+    assert done.stdout.endswith("\tc0\tt\n")
+    assert done.stderr == ""

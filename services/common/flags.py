@@ -6,7 +6,6 @@ twins (`--model-target` of `cache-proxy` is `CACHE_PROXY_MODEL_TARGET`) and its 
 
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -18,7 +17,6 @@ from services.common.units import parse_duration_seconds, parse_size_bytes
 
 _FLAG = "flag"
 _MAX_RATE = 1e9
-_EXIT_PIPE = 141  # what a shell shows for SIGPIPE
 _Settings = TypeVar("_Settings")
 
 
@@ -174,9 +172,6 @@ def run(command: click.Command, *, program: str, args: Sequence[str] | None = No
         _fail(f"{program}: {error.format_message()}", error.exit_code)
     except CommandError as error:
         _fail(f"{program}: {error}", error.exit_code)
-    except BrokenPipeError:  # whoever read our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_EXIT_PIPE)
     except (click.Abort, KeyboardInterrupt):
         _fail(f"{program}: interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -132,9 +132,8 @@ def _outputs(run: Run) -> list[Path]:
 
 def _show(raw: Path, first: Run, second: Run) -> None:
     lines = first.summary["lines"]
-    answered = [call for call in first.calls if call["code"] == "OK"]
     distinct = len({(_key(company), _key(title)) for call in first.calls for company, title in call["pairs"]})
-    inferred = sum(len(call["pairs"]) for call in answered)
+    inferred = _inferred(first)
     table = Table(box=box.SIMPLE, show_header=True, title="What it cost", title_justify="left")
     for heading in ("", "first run", "after kill -9"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -146,15 +145,16 @@ def _show(raw: Path, first: Run, second: Run) -> None:
             f"{lines['rejected']:,}",
             f"{second.summary['lines']['rejected']:,}",
         ),
+        ("blank lines, dropped", f"{lines['blank']:,}", f"{second.summary['lines']['blank']:,}"),
         ("distinct pairs", f"{distinct:,}", f"{distinct:,}"),
-        ("pairs inferred by the model", f"{inferred:,}", "0"),
+        ("pairs inferred by the model", f"{inferred:,}", f"{_inferred(second):,}"),
         ("calls to the model", f"{len(first.calls):,}", f"{len(second.calls):,}"),
         (
             "  of these, to find the pair that it refuses",
             f"{_search_calls(first)}",
             f"{_search_calls(second)}",
         ),
-        ("hit rate: lines that cost no inference", f"{1 - inferred / lines['augmented']:.1%}", "100.0%"),
+        ("hit rate: lines that cost no inference", _hit_rate(first), _hit_rate(second)),
         ("time", f"{first.summary['seconds']:.1f} s", f"{second.summary['seconds']:.1f} s"),
     ]
     for row in rows:
@@ -176,6 +176,14 @@ def _show(raw: Path, first: Run, second: Run) -> None:
         _console.print(line.decode(), markup=False)
     _say(f"\nLook around in [bold]{_FOLDER}[/]: raw, augmented-first, augmented-first/_rejects, calls.jsonl.")
     _say("Nothing was left running.")
+
+
+def _inferred(run: Run) -> int:
+    return sum(len(call["pairs"]) for call in run.calls if call["code"] == "OK")
+
+
+def _hit_rate(run: Run) -> str:
+    return f"{1 - _inferred(run) / run.summary['lines']['augmented']:.1%}"
 
 
 def _key(text: str) -> str:

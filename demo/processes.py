@@ -1,6 +1,7 @@
 """The project's own commands as processes, ended with the block that started them."""
 
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -10,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 _READY_SECONDS = 60
+
+
+def environment() -> dict[str, str]:
+    """Ours, but gRPC goes to this machine directly, whatever proxy leads to a package index."""
+    return os.environ | {"no_grpc_proxy": "127.0.0.1,localhost"}
 
 
 class ServerFailed(Exception):
@@ -35,7 +41,10 @@ def server(module: str, args: Sequence[str], *, log: Path) -> Iterator[Server]:
     """Start `python -m module args`, wait for its `ready` line, stop it at the end."""
     command = [sys.executable, "-m", module, *args]
     with log.open("a") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(),
+            start_new_session=True,  # a Ctrl-C is ours to handle: they are stopped once, by us
+        )  # fmt: skip
     try:
         yield Server(process, _wait_ready(process, module, log))
     finally:

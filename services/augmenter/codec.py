@@ -1,7 +1,7 @@
 """Formats by name, and their streaming codecs: bytes in, bytes out, memory bounded.
 
 Compressed input is fed to the decompressor in small slices, because what comes out of one slice is held
-whole: with deflate at most about a thousandfold, so 4 MiB.
+whole: with deflate at most about a thousandfold, so 4 MiB; with zstd 128 KiB for every 4 bytes, so 8 MiB.
 """
 
 import zlib
@@ -12,7 +12,8 @@ import zstandard
 
 from services.augmenter.errors import CorruptInputError
 
-_SLICE_BYTES = 4096
+_GZIP_SLICE_BYTES = 4096
+_ZSTD_SLICE_BYTES = 256
 _GZIP_WINDOW_BITS: Final = 31  # zlib's way to say "gzip, with its header and checksum"
 _ZSTD_LEVEL = 3
 
@@ -54,20 +55,22 @@ class _Plain:
 class _Frames:
     """Compressed frames (gzip members, zstd frames), one after the other until the end of the file."""
 
-    def __init__(self, new_frame: Callable[[], Any], *, padding: bytes) -> None:
+    def __init__(self, new_frame: Callable[[], Any], *, slice_bytes: int, padding: bytes) -> None:
         self._new_frame = new_frame
+        self._slice_bytes = slice_bytes
+        self._any = False
         self._padding = padding  # what may stand between and behind frames
         self._frame: Any = None  # None: between frames
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        for start in range(0, len(data), _SLICE_BYTES):
-            rest = data[start : start + _SLICE_BYTES]
+        for start in range(0, len(data), self._slice_bytes):
+            rest = data[start : start + self._slice_bytes]
             while rest:
                 if self._frame is None:
-                    rest = rest.lstrip(self._padding) if self._padding else rest
+                    rest = rest.lstrip(self._padding) if self._padding and self._any else rest
                     if not rest:
                         break
-                    self._frame = self._new_frame()
+                    self._frame, self._any = self._new_frame(), True
                 try:
                     yield self._frame.decompress(rest)
                 except (zlib.error, zstandard.ZstdError, MemoryError) as error:
@@ -96,12 +99,16 @@ _FORMATS = (
     PLAIN,
     Format(
         ".jsonl.gz",
-        lambda: _Frames(lambda: zlib.decompressobj(wbits=_GZIP_WINDOW_BITS), padding=b"\0"),
+        lambda: _Frames(
+            lambda: zlib.decompressobj(wbits=_GZIP_WINDOW_BITS), slice_bytes=_GZIP_SLICE_BYTES, padding=b"\0"
+        ),
         lambda: zlib.compressobj(wbits=_GZIP_WINDOW_BITS),
     ),
     Format(
         ".jsonl.zst",
-        lambda: _Frames(lambda: zstandard.ZstdDecompressor().decompressobj(), padding=b""),
+        lambda: _Frames(
+            lambda: zstandard.ZstdDecompressor().decompressobj(), slice_bytes=_ZSTD_SLICE_BYTES, padding=b""
+        ),
         lambda: zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj(),
     ),
 )

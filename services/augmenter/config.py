@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from services.common import flags
 from services.common.errors import UsageError
 from services.common.flags import flag
+from services.common.units import is_address
 
 DEFAULT_INPUT = "s3://rl-data/job-postings-raw/"
 DEFAULT_OUTPUT = "s3://rl-data/job-postings-mod/"
@@ -63,6 +64,9 @@ class RunSettings:
             raise UsageError("--target is required (the proxy's HOST:PORT)")
         if not self.once:
             raise UsageError("--once false: there is no other way to run")
+        if self.http_listen and (not is_address(self.http_listen) or self.http_listen.startswith("unix:")):
+            message = f"--http-listen {self.http_listen!r} is not host:port"
+            raise UsageError(message)
         if self.deadline_seconds == 0:
             raise UsageError("--deadline 0: an RPC needs time")
         if not self.caller or not _HEADER_CHARACTERS.issuperset(self.caller):

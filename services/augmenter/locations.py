@@ -146,6 +146,9 @@ def _check_apart(made: Plan, input_text: str, output_text: str) -> None:
         if is_inside(made.sink, made.source):
             message = f"OUTPUT {output_text} is inside INPUT {input_text}"
             raise UsageError(message)
+        if made.input_name is None and is_inside(made.source, made.sink):
+            message = f"INPUT {input_text} is inside OUTPUT {output_text}: an output could replace an input"
+            raise UsageError(message)
         if is_inside(made.rejects, made.source):
             message = f"--rejects is inside INPUT {input_text}"
             raise UsageError(message)

@@ -8,6 +8,8 @@ import random
 import time
 from collections.abc import Sequence
 
+import grpc
+
 from services.cache_proxy.errors import BatchRefused, CallFailed, Refused, Unavailable
 from services.cache_proxy.model import ModelClient
 from services.cache_proxy.queue import Claim, Outcome, Pair, Queue
@@ -15,6 +17,8 @@ from services.cache_proxy.store.guarded import GuardedStore
 
 _log = logging.getLogger(__name__)
 
+# Not an outage but an exception in the model: a pair may be what it cannot bear.
+_BREAKDOWNS = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS})
 _MAX_CALLS_IN_FLIGHT = 128
 _CLAIM_TO_SEND_SECONDS = 0.020  # later, two batches could reach the model closer together than allowed
 _RECHECK_SECONDS = 0.010
@@ -75,7 +79,8 @@ class Dispatcher:
             named = {sent[position].digest: refused for position, refused in error.named.items()}
             await self._queue.refuse(claim, Refused(error.code, error.message), named)
         except CallFailed as error:
-            await self._failed(claim, error.message, error.retry_after_seconds)
+            suspicious = error.code in _BREAKDOWNS
+            await self._failed(claim, error.message, error.retry_after_seconds, suspicious=suspicious)
         except Exception as error:  # noqa: BLE001 - the loop must outlive it, and waiters must hear of it
             _log.exception("a call to the model ended unexpectedly")
             await self._failed(claim, f"the proxy could not call the model: {type(error).__name__}", None)
@@ -104,7 +109,9 @@ class Dispatcher:
             await self._queue.fulfil(claim, found)
         return [pair for pair in claim.pairs if pair.digest not in found]
 
-    async def _failed(self, claim: Claim, message: str, pushback_seconds: float | None) -> None:
+    async def _failed(
+        self, claim: Claim, message: str, pushback_seconds: float | None, *, suspicious: bool = False
+    ) -> None:
         if claim.claimed_at >= self._failed_at:  # calls that were under way together fail together: once
             self._failures_in_a_row += 1
             self._failed_at = time.monotonic()
@@ -114,7 +121,7 @@ class Dispatcher:
         backoff = min(most, least * 2 ** min(self._failures_in_a_row - 1, 10))
         delay = pushback_seconds if pushback_seconds is not None else backoff * random.uniform(0.8, 1.2)  # noqa: S311
         error = Unavailable(message, retry_after_seconds=max(1.0, delay))
-        await self._queue.fail(claim, error, retry_after_seconds=delay)
+        await self._queue.fail(claim, error, retry_after_seconds=delay, suspicious=suspicious)
 
     def _recovered(self) -> None:
         if self._failures_in_a_row:

@@ -1,5 +1,6 @@
 """`cache-proxy infer`: ask a running proxy from the command line."""
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,8 @@ class InferSettings:
 
 def run(settings: InferSettings) -> None:
     """Print a level a pair; with pairs from standard input, followed by the pair."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     with grpc.insecure_channel(settings.target) as channel:
         stub = seniority_pb2_grpc.SeniorityModelStub(channel)
         if settings.company is not None and settings.title is not None:

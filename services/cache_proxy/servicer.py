@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import grpc
@@ -17,9 +18,11 @@ from services.cache_proxy.metrics import ProxyMetrics, outcome_kind
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import Status, status_of
+from services.cache_proxy.wire import holds_more_than
 
 SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
 
+_LEAST_PAIR_BYTES = 2
 _log = logging.getLogger(__name__)
 
 Context = aio.ServicerContext[seniority_pb2.SeniorityRequestBatch, seniority_pb2.SeniorityResponseBatch]
@@ -61,13 +64,13 @@ class SeniorityService:
         """Serve on `server`: as the generated code would, but for requests that cannot be read."""
         handler = grpc.unary_unary_rpc_method_handler(
             self._infer,
-            request_deserializer=_parsed,
+            request_deserializer=partial(_parsed, max_pairs=self._limits.max_pairs),
             response_serializer=seniority_pb2.SeniorityResponseBatch.SerializeToString,
         )
         server.add_registered_method_handlers(SERVICE_NAME, {"InferSeniority": handler})
 
     async def _infer(
-        self, request: seniority_pb2.SeniorityRequestBatch | None, context: Context
+        self, request: seniority_pb2.SeniorityRequestBatch | InvalidRequest, context: Context
     ) -> seniority_pb2.SeniorityResponseBatch:
         """Answer a batch in its order, with its uuids."""
         self._in_flight += 1
@@ -80,11 +83,10 @@ class SeniorityService:
                 self._idle.set()
 
     async def _answered(
-        self, request: seniority_pb2.SeniorityRequestBatch | None, context: Context
+        self, request: seniority_pb2.SeniorityRequestBatch | InvalidRequest, context: Context
     ) -> seniority_pb2.SeniorityResponseBatch:
-        readable = request is not None
-        request = request or seniority_pb2.SeniorityRequestBatch()
-        size = len(request.batch)
+        batch = seniority_pb2.SeniorityRequestBatch() if isinstance(request, InvalidRequest) else request
+        size = len(batch.batch)
         answers = Answers([0] * size, ["failed"] * size)
         caller = Caller(ANONYMOUS, "interactive")
         code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
@@ -92,7 +94,7 @@ class SeniorityService:
         try:
             with self._metrics.request_duration.time():
                 caller = self._identify(context.invocation_metadata() or ())
-                texts = self._texts(request if readable else None)
+                texts = self._texts(request)
                 await self._resolver.resolve(texts, self._asker(caller, context), answers)
                 code = grpc.StatusCode.OK
         except ProxyError as error:
@@ -108,18 +110,15 @@ class SeniorityService:
         if failure is not None:
             await _abort(context, failure)
         context.set_trailing_metadata(_hits_and_misses(answers.outcomes))
-        return _response(request, answers.levels)
+        return _response(batch, answers.levels)
 
-    def _texts(self, request: seniority_pb2.SeniorityRequestBatch | None) -> Sequence[tuple[str, str]]:
-        if request is None:
-            message = "the request is not a SeniorityRequestBatch, or a text in it is not UTF-8"
-            raise InvalidRequest(message)
+    def _texts(
+        self, request: seniority_pb2.SeniorityRequestBatch | InvalidRequest
+    ) -> Sequence[tuple[str, str]]:
         if self._draining:
             raise Draining
-        if len(request.batch) > self._limits.max_pairs:
-            limit = self._limits.max_pairs
-            message = f"batch[{limit}]: the batch holds {len(request.batch)} pairs, the limit is {limit}"
-            raise InvalidRequest(message, f"batch[{limit}]")
+        if isinstance(request, InvalidRequest):
+            raise request
         texts = [(item.company, item.title) for item in request.batch]
         limit = self._limits.max_field_bytes
         for index, (company, title) in enumerate(texts):
@@ -140,12 +139,19 @@ class SeniorityService:
         return Asker(caller.name, caller.priority, asyncio.get_running_loop().time() + wait_seconds)
 
 
-def _parsed(message: bytes) -> seniority_pb2.SeniorityRequestBatch | None:
-    """The request, or None: raised here, an error would read as the proxy's own failure."""
+def _parsed(message: bytes, *, max_pairs: int) -> seniority_pb2.SeniorityRequestBatch | InvalidRequest:
+    """The request, or why it is none: raised here, an error would read as the proxy's own failure.
+
+    Pairs are counted before they are made: 64 MiB may hold 33 million empty ones, which take gigabytes.
+    """
     try:
+        if len(message) > _LEAST_PAIR_BYTES * max_pairs and holds_more_than(message, max_pairs):
+            # The field is the batch itself: no pair of it is at fault, and without one it would still fail.
+            reason = f"batch[{max_pairs}]: the batch holds more pairs than the limit of {max_pairs}"
+            return InvalidRequest(reason, "batch")
         return seniority_pb2.SeniorityRequestBatch.FromString(message)
-    except DecodeError:
-        return None
+    except (DecodeError, IndexError):
+        return InvalidRequest("the request is not a SeniorityRequestBatch, or a text in it is not UTF-8")
 
 
 def _response(

@@ -172,6 +172,8 @@ def run(command: click.Command, *, program: str, args: Sequence[str] | None = No
         _fail(f"{program}: {error.format_message()}", error.exit_code)
     except CommandError as error:
         _fail(f"{program}: {error}", error.exit_code)
+    except OSError as error:  # standard output may be a full disk
+        _fail(f"{program}: {error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
         _fail(f"{program}: interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)

@@ -83,3 +83,19 @@ def test_pieces_stay_small_whatever_the_ratio() -> None:
 def test_other_names_have_no_format(name: str) -> None:
     """Only the three suffixes are known."""
     assert format_of(name) is None
+
+
+def test_file_of_zeros_is_no_gzip() -> None:
+    """What a crashed disk leaves is corrupt, not empty; padding counts only behind a member."""
+    decoder = format_of("a.jsonl.gz")
+    assert decoder
+    with pytest.raises(CorruptInputError):
+        list(decoder.decoder().feed(b"\0" * 5000))
+
+
+def test_small_zstd_does_not_become_large_at_once() -> None:
+    """128 MiB of line ends in 4 KiB come out in pieces that fit into memory."""
+    bomb = zstandard.compress(b"\n" * 2**27)
+    decoder = format_of("a.jsonl.zst")
+    assert decoder
+    assert max(map(len, decoder.decoder().feed(bomb))) <= 2**23 + 2**18

@@ -58,6 +58,9 @@ def source(tmp_path: Path) -> Path:
         (("in", "out", "--caller", "café"), "--caller"),
         (("in", "out", "--caller", ""), "--caller"),
         (("in", "out", "--dry-run", "--summary-json", "x"), "--summary-json"),
+        (("in", "out", "--http-listen", "nonsense"), "--http-listen"),
+        (("in", "out", "--http-listen", "127.0.0.1:99999"), "--http-listen"),
+        (("in", "."), "INPUT in is inside OUTPUT"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -110,6 +113,7 @@ def test_places_are_read_as_written(source_text: str, sink_text: str, expected: 
         ("s3://b", "s3://b/mod/", None),
         ("s3://b/raw/", "s3://b/mod/", "s3://b/raw/_rejects"),
         ("s3://b/x.jsonl", "s3://b/", None),
+        ("s3://b/mod/raw/", "s3://b/mod/", None),
     ],
 )
 def test_prefixes_within_each_other_are_refused(
@@ -146,3 +150,22 @@ def test_help_and_module_entry() -> None:
     assert ended.returncode == 0
     assert "AUGMENTER_RETRY_BUDGET" in ended.stdout
     assert "AUGMENTER_INPUT" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"AWS_ENDPOINT_URL": "nonsense"},
+        {"AWS_PROFILE": "nope"},
+        {"AWS_DEFAULT_REGION": "bad region"},
+    ],
+)
+def test_settings_that_no_client_can_be_made_of_are_one_line(
+    augment: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    """What AWS's own settings get wrong is one line and exit code 1, as a missing bucket is."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ended = augment("s3://bucket/raw/", str(tmp_path / "out"), "--target", "127.0.0.1:1")
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert "Traceback" not in ended.err

@@ -104,3 +104,26 @@ async def test_probes_take_at_most_a_quarter_while_others_wait() -> None:
     _judge(run, pairs=4000, bad=bad)
     assert run.probes > 20
     assert run.worst_share <= 0.25
+
+
+async def test_new_suspects_do_not_starve_older_ones() -> None:
+    """While a new bad pair comes with every call, a batch that was refused first is sorted out first."""
+    ended: dict[bytes, Outcome] = {}
+    limits = QueueLimits(
+        batch_pairs=16, batch_bytes=10**9, pairs_per_second=0, calls_per_second=0,
+        linger_seconds=0, max_pairs=10**9, max_bytes=10**12,
+    )  # fmt: skip
+    queue = LocalQueue(limits, settle=ended.__setitem__, metrics=ProxyMetrics(CollectorRegistry()))
+    victims = [_pair(number) for number in range(15)]
+    await queue.enqueue([*victims, _pair(1000)], ASKER)
+    for number in range(1001, 1200):
+        claim = await queue.claim()
+        assert isinstance(claim, Claim)
+        if any(int.from_bytes(pair.digest, "big") >= 1000 for pair in claim.pairs):
+            await queue.refuse(claim, Refused(StatusCode.INVALID_ARGUMENT, "bad"), {})
+        else:
+            await queue.fulfil(claim, {pair.digest: 3 for pair in claim.pairs})
+        await queue.enqueue([_pair(number), _pair(number + 10_000)], ASKER)
+        if all(ended.get(pair.digest) == 3 for pair in victims):
+            return
+    raise AssertionError(len(ended))

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
@@ -34,14 +35,17 @@ class Refusing:
 
 
 def test_too_many_pairs_name_the_index_and_the_limit(stage_with: StageWith) -> None:
-    """One pair over `--max-request-pairs` refuses the RPC; as many as allowed pass."""
+    """One pair over `--max-request-pairs` refuses the RPC; as many as allowed pass.
+
+    The details name the batch, not a pair: without that pair, the rest would be refused again.
+    """
     stage = stage_with("--max-request-pairs", "10", *UNPACED)
     assert stage.caller.ask(pairs_of("fits", 10)).code is StatusCode.OK
     reply = stage.caller.ask(pairs_of("many", 11))
     assert reply.code is StatusCode.INVALID_ARGUMENT
-    assert "11" in reply.message
-    assert "limit is 10" in reply.message
-    assert list(reply.violations) == ["batch[10]"]
+    assert "batch[10]" in reply.message
+    assert "limit of 10" in reply.message
+    assert list(reply.violations) == ["batch"]
     assert not stage.model.asked("many")
 
 
@@ -315,3 +319,42 @@ def _queued(proxy: Service) -> float:
 def _reply_is_cached(stage: Stage, pair: tuple[str, str]) -> bool:
     reply = stage.caller.ask([pair], seconds=1)
     return reply.code is grpc.StatusCode.OK and reply.hits == 1
+
+
+def test_a_flood_of_empty_pairs_is_refused_before_it_is_made(stage_with: StageWith) -> None:
+    """Thirty-two million empty pairs in 64 MiB cost neither gigabytes nor other callers their answers."""
+    stage = stage_with(*UNPACED)
+    assert stage.caller.ask(pairs_of("known", 1)).code is StatusCode.OK
+    with grpc.insecure_channel(stage.proxy.target) as channel:
+        raw: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            "/SeniorityModel/InferSeniority"
+        )
+        flood = raw.future(b"\x0a\x00" * (2**25 - 16), timeout=60)
+        with pytest.raises(grpc.RpcError) as refused:
+            flood.result()
+    assert refused.value.code() is StatusCode.INVALID_ARGUMENT
+    status = Path(f"/proc/{stage.proxy.process.pid}/status").read_text()
+    peak_kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    assert peak_kib < 600 * 1024
+    assert stage.caller.ask(pairs_of("known", 1)).code is StatusCode.OK
+
+
+def test_a_pair_that_breaks_the_model_fails_alone(stage_with: StageWith) -> None:
+    """The model answers UNKNOWN for any batch with one pair: that one is found, the others are answered."""
+
+    def breaks(call: Call) -> Answers:
+        if any(company == "breaker" for company, _ in call.pairs):
+            raise Abort(StatusCode.UNKNOWN, "exception in the model")
+        return well(call)
+
+    stage = stage_with(*UNPACED)
+    stage.model.behaviour = breaks
+    pairs = [*pairs_of("innocent", 30), ("breaker", "t")]
+    reply = stage.caller.ask(pairs)
+    assert reply.code is StatusCode.UNAVAILABLE
+    assert reply.pushback_ms
+    calls = len(stage.model.calls)
+    assert stage.caller.ask(pairs[:-1]).code is StatusCode.OK
+    assert len(stage.model.calls) == calls
+    assert stage.caller.ask([("breaker", "t")]).code is StatusCode.UNAVAILABLE
+    assert len(stage.model.calls) == calls, "remembered for a while"

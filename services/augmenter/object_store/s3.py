@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,8 +26,12 @@ _PLAIN_REASONS = {
 }
 
 
-def s3_client(*, endpoint_url: str | None, connections: int) -> AbstractAsyncContextManager[Any]:
-    """A client with the usual AWS credentials; an endpoint of one's own is addressed by path."""
+@asynccontextmanager
+async def s3_client(*, endpoint_url: str | None, connections: int) -> AsyncIterator[Any]:
+    """A client with the usual AWS credentials; an endpoint of one's own is addressed by path.
+
+    Raises StoreError for settings that no client can be made of.
+    """
     config = AioConfig(
         connect_timeout=10,
         read_timeout=60,
@@ -36,10 +40,14 @@ def s3_client(*, endpoint_url: str | None, connections: int) -> AbstractAsyncCon
         s3={"addressing_style": "path"} if endpoint_url else None,
     )
     session: Any = get_session()  # type: ignore[no-untyped-call]
-    client: AbstractAsyncContextManager[Any] = session.create_client(
-        "s3", endpoint_url=endpoint_url, config=config
-    )
-    return client
+    async with AsyncExitStack() as stack:
+        try:
+            client = await stack.enter_async_context(
+                session.create_client("s3", endpoint_url=endpoint_url, config=config)
+            )
+        except (BotoCoreError, ValueError) as error:
+            raise StoreError(place="the S3 client", reason=str(error)) from error
+        yield client
 
 
 class S3Store:

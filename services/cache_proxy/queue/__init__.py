@@ -86,8 +86,13 @@ class Queue(Protocol):
     async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
         """End pairs of a claim and tell whoever waits; those not in `outcomes` are still in flight."""
 
-    async def fail(self, claim: Claim, error: PairError, *, retry_after_seconds: float) -> None:
-        """The call failed: its pairs are tried again after so long, or end with `error` if that was often."""
+    async def fail(
+        self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
+    ) -> None:
+        """The call failed: its pairs are tried again after so long, or end with `error` if that was often.
+
+        `suspicious`: the model broke down in it, perhaps over one of its pairs: then that one is looked for.
+        """
 
     async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
         """The model refused the batch: end the pairs that it named. If it named none, one of them is bad:

@@ -16,6 +16,7 @@ from services.cache_proxy.queue.recent import Recent
 from services.cache_proxy.queue.suspects import Suspects
 
 _MAX_ATTEMPTS = 4  # calls that one pair may see fail; as many in a row mean that the model is down
+_MAX_BREAKDOWNS = 10  # the same for calls that the model broke down in, perhaps over one pair
 _MAX_REFUSALS = 32  # refused batches that one pair may have been in before it is taken for the bad one
 _PUSHBACK_SECONDS = (1.0, 60.0)
 
@@ -144,14 +145,19 @@ class LocalQueue:
             self._suspects.cleared(claim)
             self._changed.set()
 
-    async def fail(self, claim: Claim, error: PairError, *, retry_after_seconds: float) -> None:
+    async def fail(
+        self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
+    ) -> None:
         """See `Queue.fail`."""
         now = _now()
         self._limiter.hold_until(now + retry_after_seconds)
         if claim.claimed_at >= self._failed_at:  # calls that were under way together fail together: once
             self._failures_in_a_row += 1
             self._failed_at = now
-        down = self._failures_in_a_row >= _MAX_ATTEMPTS
+        down = self._failures_in_a_row >= (_MAX_BREAKDOWNS if suspicious else _MAX_ATTEMPTS)
+        if suspicious and not down and all(entry.attempts for entry in self._held(claim)):
+            self._suspect(claim, error, {})  # it failed before, whole: one of its pairs may be why
+            return
         over: list[Entry] = []
         again: list[Entry] = []
         for entry in self._wanted(self._held(claim)):
@@ -166,6 +172,9 @@ class LocalQueue:
     async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
         """See `Queue.refuse`."""
         self._failures_in_a_row = 0
+        self._suspect(claim, error, named)
+
+    def _suspect(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
         innocent, suspected = [], []
         entries = self._held(claim)
         for entry in entries:

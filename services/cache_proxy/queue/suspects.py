@@ -55,10 +55,15 @@ class Suspects(Generic[_E]):
 
     def refused(self, claim: Claim, entries: Iterable[_E]) -> list[_E]:
         """The batch was refused for one of `entries`; those that are no longer suspect."""
+        rest = self._held.pop(claim, None)
         group = dict.fromkeys(entries)
-        if group:
+        if (
+            group and rest is None
+        ):  # behind those that were refused before it: else new ones would starve them
+            self._groups.append(group)
+        elif group:
             self._groups.appendleft(group)
-        return list(self._held.pop(claim, {}))
+        return list(rest or ())
 
     def undo(self, claim: Claim, entries: Iterable[_E]) -> bool:
         """The batch was not judged: if it was a probe, `entries` are suspects again. Whether it was."""

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from services.common.errors import CommandError, UsageError
@@ -107,7 +109,10 @@ class EmbeddedServer:
                 return
 
     async def _stop_orphan(self) -> None:
-        client = redis.asyncio.Redis(unix_socket_path=self._socket, socket_timeout=_STOP_SECONDS)
+        # It may be frozen, and then answers nothing, ever: the loop that calls this has a clock to look at.
+        client = redis.asyncio.Redis(
+            unix_socket_path=self._socket, socket_timeout=1, retry=Retry(NoBackoff(), 0)
+        )
         with contextlib.suppress(RedisError, OSError):  # it is stopping already, or was never there
             await client.shutdown()
         await client.aclose()

@@ -12,7 +12,9 @@ from services.cache_proxy.queue import Asker, Outcome, Pair, Queue
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.waiters import Waiters
 
-_BREATH_PAIRS = 2000  # about 5 ms of work, after which other requests have their turn
+_BREATH_PAIRS = (
+    500  # about 1.5 ms of work, after which others have their turn: a call to the model must be punctual
+)
 
 
 @dataclass(slots=True)

@@ -119,6 +119,8 @@ class SeniorityService:
             raise Draining
         if isinstance(request, InvalidRequest):
             raise request
+        if len(request.batch) > self._limits.max_pairs:
+            raise _too_many(str(len(request.batch)), self._limits.max_pairs)
         texts = [(item.company, item.title) for item in request.batch]
         limit = self._limits.max_field_bytes
         for index, (company, title) in enumerate(texts):
@@ -145,13 +147,18 @@ def _parsed(message: bytes, *, max_pairs: int) -> seniority_pb2.SeniorityRequest
     Pairs are counted before they are made: 64 MiB may hold 33 million empty ones, which take gigabytes.
     """
     try:
-        if len(message) > _LEAST_PAIR_BYTES * max_pairs and holds_more_than(message, max_pairs):
-            # The field is the batch itself: no pair of it is at fault, and without one it would still fail.
-            reason = f"batch[{max_pairs}]: the batch holds more pairs than the limit of {max_pairs}"
-            return InvalidRequest(reason, "batch")
+        most = 2 * max_pairs  # what is not far above the limit is made, so that its pairs can be counted
+        if len(message) > _LEAST_PAIR_BYTES * most and holds_more_than(message, most):
+            return _too_many(f"over {most}", max_pairs)
         return seniority_pb2.SeniorityRequestBatch.FromString(message)
     except (DecodeError, IndexError):
         return InvalidRequest("the request is not a SeniorityRequestBatch, or a text in it is not UTF-8")
+
+
+def _too_many(pairs: str, limit: int) -> InvalidRequest:
+    # The field is the batch itself: no pair of it is at fault, and without one it would still be refused.
+    message = f"batch[{limit}]: the batch holds {pairs} pairs, the limit is {limit}"
+    return InvalidRequest(message, "batch")
 
 
 def _response(

@@ -67,7 +67,7 @@ def test_the_limit_holds_while_the_cache_is_hammered(tmp_path: Path) -> None:
         assert waiting.reply().code is StatusCode.OK
     at = [call["at"] for call in stub_calls(log)[1:]]
     assert len(at) == 6
-    # How punctual this is depends on the machine's spare time; what is tested is that both still hold roughly.
+    # How punctual it is depends on what time the machine has to spare; here both hold roughly.
     assert min(later - earlier for earlier, later in pairwise(at)) >= 0.5 - 0.15
     assert 5 / (at[-1] - at[0]) >= 0.85 * 2
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
@@ -133,7 +134,7 @@ def _violations(trailers: Mapping[str, Any]) -> list[tuple[str, str]]:
             if detail.Unpack(bad_request)
             for violation in bad_request.field_violations
         ]
-    except Exception:  # noqa: BLE001 - protobuf's DecodeError has moved between modules; details are a hint
+    except DecodeError:  # details are a hint; without them the pair is looked for
         return []
 
 

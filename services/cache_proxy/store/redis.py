@@ -17,11 +17,13 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from services.cache_proxy.config import redact
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.riders import Riders
 from services.common.errors import UsageError
 
 _DAY_0_UNIX_SECONDS = 1_704_067_200  # 2024-01-01: the day fits 13 bits until 2046
 _SCRIPT_PAIRS = 1000  # a script call of this size holds Redis for about 2 ms
-_MAX_CONNECTIONS = 16
+_MAX_OPERATIONS = 16
+_MAX_CONNECTIONS = 32  # the queue's scripts and its subscription are on the same client
 _SCRIPTS = Path(__file__).parent
 
 
@@ -36,8 +38,9 @@ class RedisStore:
         self._metrics = metrics
         self._keys = [namespace]
         # Waiting for one's turn is not the server being slow: only the operation itself is timed out.
-        self._turns = asyncio.Semaphore(_MAX_CONNECTIONS)
+        self._turns = asyncio.Semaphore(_MAX_OPERATIONS)
         self._failures = 0
+        self._together = Riders(self._get_together, size=len, most=_SCRIPT_PAIRS)
         self._get = client.register_script((_SCRIPTS / "get.lua").read_bytes())
         self._put = client.register_script((_SCRIPTS / "put.lua").read_bytes())
 
@@ -45,14 +48,19 @@ class RedisStore:
         """See `Store.get`."""
         levels = bytearray()
         for chunk in _chunks(digests):
-            async with self._operation("get"):
-                found, garbage = await self._get(keys=self._keys, args=[b"".join(chunk)])
-                self._metrics.store_garbage.inc(garbage)
-            if len(found) != len(chunk):
-                message = f"the store answered {len(found)} of {len(chunk)} look-ups"
-                raise StoreError(message)
-            levels += found
+            levels += await self._together.ride(chunk)
         return levels
+
+    async def _get_together(self, chunks: Sequence[Sequence[bytes]]) -> Sequence[bytes]:
+        async with self._operation("get"):
+            packed = b"".join(itertools.chain.from_iterable(chunks))
+            found, garbage = await self._get(keys=self._keys, args=[packed])
+            self._metrics.store_garbage.inc(garbage)
+        if len(found) != sum(map(len, chunks)):
+            message = f"the store answered {len(found)} of {sum(map(len, chunks))} look-ups"
+            raise StoreError(message)
+        levels = iter(found)
+        return [bytes(itertools.islice(levels, len(chunk))) for chunk in chunks]
 
     async def put(self, levels: Mapping[bytes, int]) -> None:
         """See `Store.put`."""

@@ -21,7 +21,9 @@ from services.cache_proxy.key import make_digester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import ModelClient
-from services.cache_proxy.queue.local import LocalQueue, QueueLimits
+from services.cache_proxy.queue import QueueLimits
+from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.opening import open_local
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, SeniorityService
 from services.cache_proxy.store.guarded import GuardedStore
@@ -51,7 +53,7 @@ async def serve(settings: Settings) -> None:
         )
         stack.push_async_callback(model.close)
         waiters = Waiters()
-        queue = LocalQueue(_queue_limits(settings), settle=waiters.settle, metrics=metrics)
+        queue = open_local(_queue_limits(settings), settle=waiters.settle, metrics=metrics)
         dispatcher = Dispatcher(queue=queue, model=model, store=store)
         await stack.enter_async_context(_running(dispatcher))
         l1 = L1Cache(max_bytes=settings.server.l1_max_bytes)

@@ -20,7 +20,6 @@ _log = logging.getLogger(__name__)
 # Not an outage but an exception in the model: a pair may be what it cannot bear.
 _BREAKDOWNS = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS})
 _MAX_CALLS_IN_FLIGHT = 128
-_CLAIM_TO_SEND_SECONDS = 0.020  # later, two batches could reach the model closer together than allowed
 _RECHECK_SECONDS = 0.010
 _BACKOFF_SECONDS = (0.25, 5.0)
 
@@ -69,8 +68,8 @@ class Dispatcher:
         sent: Sequence[Pair] = ()
         try:
             sent = await self._unanswered(claim)
-            late = time.monotonic() - claim.claimed_at > _CLAIM_TO_SEND_SECONDS
-            if late or not sent:
+            await asyncio.sleep(claim.send_at - time.monotonic())
+            if not sent or time.monotonic() > claim.send_by:
                 await self._queue.put_back(claim)
                 return
             answers = await self._model.infer(sent)
@@ -112,7 +111,7 @@ class Dispatcher:
     async def _failed(
         self, claim: Claim, message: str, pushback_seconds: float | None, *, suspicious: bool = False
     ) -> None:
-        if claim.claimed_at >= self._failed_at:  # calls that were under way together fail together: once
+        if claim.send_at >= self._failed_at:  # calls that were under way together fail together: once
             self._failures_in_a_row += 1
             self._failed_at = time.monotonic()
             if self._failures_in_a_row == 1:

@@ -5,7 +5,8 @@ from importlib.metadata import version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 OUTCOMES = ("l1", "l2", "stale", "coalesced", "inferred", "failed")
-PRIORITIES = ("interactive", "bulk")
+PRIORITIES = ("interactive", "bulk")  # what a caller may ask for
+LANES = (*PRIORITIES, "refresh")  # and below both, what nobody waits for
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _MAX_CALLERS = 100
@@ -77,7 +78,7 @@ class ProxyMetrics:
         build.labels(version("seniority-cache")).set(1)
         for outcome in OUTCOMES:  # a rate over a counter that is not there yet is no data, not zero
             self.pairs.labels(outcome)
-        for priority in PRIORITIES:
+        for priority in LANES:
             self.queue_pairs.labels(priority)
             self.queue_global_pairs.labels(priority)
         self._callers: set[str] = set()

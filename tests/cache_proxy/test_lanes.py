@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.queue import Pair
-from services.cache_proxy.queue.lanes import Entry, Lanes
+from services.cache_proxy.queue.fair import Entry
+from services.cache_proxy.queue.lanes import Lanes
 
 
 def _lanes(interactive: int, bulk: int, *, text: str = "") -> Lanes:
@@ -13,12 +14,12 @@ def _lanes(interactive: int, bulk: int, *, text: str = "") -> Lanes:
     for priority, count in (("interactive", interactive), ("bulk", bulk)):
         for number in range(count):
             name = f"{priority}{number}"
-            lanes.add(Entry(Pair(name.encode(), name, text), priority, float(number)))
+            lanes.add(Entry(Pair(name.encode(), name, text), priority, "caller", float(number)))
     return lanes
 
 
 def _composed(lanes: Lanes, *, batch_pairs: int, batch_bytes: int = 10**9) -> dict[str, int]:
-    chosen = lanes.compose(batch_pairs=batch_pairs, batch_bytes=batch_bytes)
+    chosen = lanes.take(batch_pairs=batch_pairs, batch_bytes=batch_bytes)
     return {name: sum(entry.priority == name for entry in chosen) for name in ("interactive", "bulk")}
 
 
@@ -50,7 +51,7 @@ def test_a_batch_is_full_and_within_its_bounds(
 ) -> None:
     """Never over either bound (but a pair that is too large alone goes alone), never short of both."""
     lanes = _lanes(interactive, bulk, text="x" * length)
-    chosen = lanes.compose(batch_pairs=batch_pairs, batch_bytes=batch_bytes)
+    chosen = lanes.take(batch_pairs=batch_pairs, batch_bytes=batch_bytes)
     sizes = [entry.pair.size_bytes for entry in chosen]
     assert len(set(map(id, chosen))) == len(chosen) <= batch_pairs
     assert sum(sizes) <= batch_bytes or len(chosen) == 1
@@ -65,8 +66,8 @@ def test_a_promoted_entry_waits_in_the_better_lane_alone() -> None:
     """The better priority of two callers counts, and only upwards."""
     lanes = _lanes(1, 2)
     entry = lanes.entries()[1]
-    lanes.promote(entry, "interactive")
-    lanes.promote(entry, "bulk")
+    lanes.promote(entry, "interactive", "caller")
+    lanes.promote(entry, "bulk", "caller")
     assert (lanes.count("interactive"), lanes.count("bulk"), len(lanes)) == (2, 1, 3)
     size = lanes.size_bytes
     assert lanes.discard(entry)

@@ -12,8 +12,9 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Asker, Claim, NotYet, Outcome, Pair
-from services.cache_proxy.queue.local import LocalQueue, QueueLimits
+from services.cache_proxy.queue import Asker, Claim, NotYet, Outcome, Pair, QueueLimits
+from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.opening import open_local
 from services.cache_proxy.waiters import Wait, Waiters
 
 LIMITS = QueueLimits(
@@ -26,7 +27,7 @@ DOWN = Unavailable("down", retry_after_seconds=0.0)
 
 
 def _queue(limits: QueueLimits, settle: Callable[[bytes, Outcome], None]) -> LocalQueue:
-    return LocalQueue(limits, settle=settle, metrics=ProxyMetrics(CollectorRegistry()))
+    return open_local(limits, settle=settle, metrics=ProxyMetrics(CollectorRegistry()))
 
 
 class Play:

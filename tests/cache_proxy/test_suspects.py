@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import Refused
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Asker, Claim, Outcome, Pair
-from services.cache_proxy.queue.local import LocalQueue, QueueLimits
+from services.cache_proxy.queue import Asker, Claim, Outcome, Pair, QueueLimits
+from services.cache_proxy.queue.opening import open_local
 
 ASKER = Asker("anonymous", "interactive", math.inf)
 
@@ -36,7 +36,7 @@ class Run:
 
     async def play(self) -> "Run":
         """Ask for all pairs, and be the model until nothing waits."""
-        queue = LocalQueue(
+        queue = open_local(
             QueueLimits(
                 batch_pairs=self._batch, batch_bytes=10**9, pairs_per_second=0, calls_per_second=0,
                 linger_seconds=0, max_pairs=10**9, max_bytes=10**12,
@@ -113,7 +113,7 @@ async def test_new_suspects_do_not_starve_older_ones() -> None:
         batch_pairs=16, batch_bytes=10**9, pairs_per_second=0, calls_per_second=0,
         linger_seconds=0, max_pairs=10**9, max_bytes=10**12,
     )  # fmt: skip
-    queue = LocalQueue(limits, settle=ended.__setitem__, metrics=ProxyMetrics(CollectorRegistry()))
+    queue = open_local(limits, settle=ended.__setitem__, metrics=ProxyMetrics(CollectorRegistry()))
     victims = [_pair(number) for number in range(15)]
     await queue.enqueue([*victims, _pair(1000)], ASKER)
     for number in range(1001, 1200):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.cache_proxy.errors import PairError
+from services.cache_proxy.queue.gcra import PACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,9 @@ class Pair:
         return len(self.company.encode()) + len(self.title.encode()) + _OVERHEAD_BYTES
 
 
+SEND_WITHIN_SECONDS = 0.020
+"""How long after its claim a batch may be sent: as much as pacing below the limit makes up for."""
+
 _OVERHEAD_BYTES = 24  # tags and lengths of message and fields (10), and the longest uuid (11), rounded up
 
 Outcome = int | PairError
@@ -32,6 +36,15 @@ Outcome = int | PairError
 
 Settle = Callable[[bytes, Outcome], None]
 """Told of every pair that ends, by its digest."""
+
+
+_PUSHBACK_SECONDS = (1.0, 60.0)
+
+
+def pushback_seconds(wait_seconds: float) -> float:
+    """How long a caller that was not queued should stay away."""
+    least, most = _PUSHBACK_SECONDS
+    return min(most, max(least, wait_seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +68,10 @@ class Enqueued:
 class Claim:
     """A batch whose slot is spent: the claimer sends it at once, or puts it back."""
 
+    id: str
     pairs: Sequence[Pair]
-    claimed_at: float
+    send_at: float  # not before, and not after, on time.monotonic: else two batches could reach the
+    send_by: float  # model closer together than it allows
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +79,30 @@ class NotYet:
     """No batch now; ask again after so long, or when the queue changes. `inf`: nothing waits."""
 
     wait_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueueLimits:
+    """Bounds of the queue and of the calls; a rate of 0 means no limit."""
+
+    batch_pairs: int
+    batch_bytes: int
+    pairs_per_second: float
+    calls_per_second: float
+    linger_seconds: float
+    max_pairs: int
+    max_bytes: int
+
+    @property
+    def paced(self) -> tuple[float, float, int]:
+        """Pairs a second and calls a second as they are spent, a little below the limit; pairs in a batch."""
+        return self.pairs_per_second * PACE, self.calls_per_second * PACE, self.batch_pairs
+
+    @property
+    def slot_seconds(self) -> float:
+        """How far apart full batches are; 0 if nothing limits them."""
+        per_pair, per_call, _ = self.paced
+        return max(self.batch_pairs / per_pair if per_pair else 0.0, 1 / per_call if per_call else 0.0)
 
 
 class Queue(Protocol):
@@ -101,6 +140,3 @@ class Queue(Protocol):
 
     async def changed(self) -> None:
         """Return when a claim may be worth trying again."""
-
-
-__all__ = ["Asker", "Claim", "Enqueued", "NotYet", "Outcome", "Pair", "Queue", "Settle"]

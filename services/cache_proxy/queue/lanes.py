@@ -2,36 +2,19 @@
 
 import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from services.cache_proxy.metrics import PRIORITIES
-from services.cache_proxy.queue import Pair
+from services.cache_proxy.metrics import LANES
+from services.cache_proxy.queue.fair import Entry, FairLane
 
 _BULK_SHARE = 10  # a tenth of a batch, in pairs and in bytes, is kept for bulk
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A pair that has not ended: `attempts` and `refusals` count the failed calls it was in.
-
-    `wanted` is false once nobody waits for it: in flight it may still be answered, but is not sent again.
-    """
-
-    pair: Pair
-    priority: str
-    enqueued_at: float
-    wanted: bool = True
-    attempts: int = 0
-    refusals: int = 0
-
-
 class Lanes:
-    """First in, first out within a priority. State: `_lanes` and the bytes of all that is in them."""
+    """Fair between callers within a priority. State: `_lanes` and the bytes of all that is in them."""
 
     def __init__(self) -> None:
-        self._lanes: dict[str, OrderedDict[bytes, Entry]] = {name: OrderedDict() for name in PRIORITIES}
+        self._lanes = {name: FairLane() for name in LANES}
         self.size_bytes = 0
 
     def __len__(self) -> int:
@@ -43,53 +26,57 @@ class Lanes:
 
     def ahead_of(self, priority: str) -> int:
         """How many wait that a new pair of this priority would have to let pass."""
-        return sum(self.count(name) for name in PRIORITIES[: PRIORITIES.index(priority) + 1])
+        return sum(self.count(name) for name in LANES[: LANES.index(priority) + 1])
 
     def entries(self) -> list[Entry]:
         """All that wait."""
-        return [entry for lane in self._lanes.values() for entry in lane.values()]
+        return [entry for lane in self._lanes.values() for entry in lane]
 
     def oldest_at(self) -> float:
-        """When the pair at the front of a lane came, the earlier; `inf` if nothing waits."""
-        fronts = (next(iter(lane.values())) for lane in self._lanes.values() if lane)
-        return min((entry.enqueued_at for entry in fronts), default=math.inf)
+        """When the pair at the front of a lane came, the earliest; `inf` if nothing waits."""
+        oldest = (lane.oldest() for lane in self._lanes.values())
+        return min((entry.enqueued_at for entry in oldest if entry is not None), default=math.inf)
 
     def add(self, entry: Entry, *, front: bool = False) -> None:
-        """Have an entry wait at the end of its lane, or at the front."""
-        lane = self._lanes[entry.priority]
-        lane[entry.pair.digest] = entry
-        lane.move_to_end(entry.pair.digest, last=not front)
+        """Have an entry wait at the end of its caller's turn, or at the front."""
+        self._lanes[entry.priority].add(entry, front=front)
         self.size_bytes += entry.pair.size_bytes
 
     def discard(self, entry: Entry) -> bool:
         """Take an entry out. Whether it waited here."""
-        lane = self._lanes[entry.priority]
-        if lane.get(entry.pair.digest) is not entry:
+        if entry not in self._lanes[entry.priority]:
             return False
-        del lane[entry.pair.digest]
+        self._lanes[entry.priority].remove(entry)
         self.size_bytes -= entry.pair.size_bytes
         return True
 
-    def promote(self, entry: Entry, priority: str) -> None:
-        """Give an entry the better of its priority and this one; it goes to the end of the better lane."""
-        if PRIORITIES.index(priority) < PRIORITIES.index(entry.priority):
+    def promote(self, entry: Entry, priority: str, caller: str) -> None:
+        """Give an entry the better of its priority and this one; it joins the turn of who asked for that."""
+        if LANES.index(priority) < LANES.index(entry.priority):
             waits = self.discard(entry)
-            entry.priority = priority
+            entry.priority, entry.caller = priority, caller
             if waits:
                 self.add(entry)
 
-    def compose(self, *, batch_pairs: int, batch_bytes: int) -> list[Entry]:
-        """The next batch, at least one pair of it; they still wait."""
-        interactive, bulk = self._lanes["interactive"].values(), self._lanes["bulk"].values()
+    def take(self, *, batch_pairs: int, batch_bytes: int) -> list[Entry]:
+        """The next batch, at least one pair of it; they wait no more."""
+        chosen = self._compose(batch_pairs=batch_pairs, batch_bytes=batch_bytes)
+        for entry in chosen:
+            self._lanes[entry.priority].advance(entry)
+        for entry in chosen:
+            self.discard(entry)
+        return chosen
+
+    def _compose(self, *, batch_pairs: int, batch_bytes: int) -> list[Entry]:
+        interactive, bulk, refresh = (self._lanes[name] for name in LANES)
         kept_pairs = math.ceil(batch_pairs / _BULK_SHARE) if batch_pairs > 1 else 0
         kept = _fitting(bulk, pairs=kept_pairs, size_bytes=batch_bytes // _BULK_SHARE)
         left_bytes = batch_bytes - _size_bytes(kept)
         chosen = _fitting(interactive, pairs=batch_pairs - len(kept), size_bytes=left_bytes) + kept
-        chosen += _fitting(
-            itertools.islice(bulk, len(kept), None),
-            pairs=batch_pairs - len(chosen),
-            size_bytes=batch_bytes - _size_bytes(chosen),
-        )
+        for more in (itertools.islice(bulk, len(kept), None), refresh):
+            chosen += _fitting(
+                more, pairs=batch_pairs - len(chosen), size_bytes=batch_bytes - _size_bytes(chosen)
+            )
         return chosen or self.entries()[:1]  # a pair that is over the bound alone goes alone
 
 

@@ -1,6 +1,28 @@
 """When the model may be called: pairs a second and calls a second, and not before a backoff ends."""
 
+from typing import Protocol
+
 from services.cache_proxy.queue.gcra import Gcra
+
+
+class CallLimiter(Protocol):
+    """When the model may be called. Times are on time.monotonic."""
+
+    @property
+    def slot_seconds(self) -> float:
+        """How far apart full batches are; 0 if nothing limits them."""
+
+    def wait_seconds(self, pairs: int, *, now: float) -> float:
+        """How long until a call with so many pairs is allowed; 0 if now."""
+
+    def spend(self, pairs: int, *, now: float) -> None:
+        """Take the slot; the caller has seen that it may."""
+
+    def refund(self, pairs: int) -> None:
+        """Give the slot back; the caller knows that nobody took another since."""
+
+    def hold_until(self, moment: float) -> None:
+        """Allow no call before `moment`."""
 
 
 class Limiter:

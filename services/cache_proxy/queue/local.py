@@ -4,34 +4,32 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 from services.cache_proxy.errors import PairError, QueueFull
-from services.cache_proxy.metrics import PRIORITIES, ProxyMetrics
-from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair, Settle
-from services.cache_proxy.queue.lanes import Entry, Lanes
-from services.cache_proxy.queue.limiter import Limiter
+from services.cache_proxy.metrics import LANES, ProxyMetrics
+from services.cache_proxy.queue import (
+    SEND_WITHIN_SECONDS,
+    Asker,
+    Claim,
+    Enqueued,
+    NotYet,
+    Outcome,
+    Pair,
+    QueueLimits,
+    Settle,
+    pushback_seconds,
+)
+from services.cache_proxy.queue.fair import Entry
+from services.cache_proxy.queue.lanes import Lanes
+from services.cache_proxy.queue.limiter import CallLimiter
 from services.cache_proxy.queue.recent import Recent
 from services.cache_proxy.queue.suspects import Suspects
 
 _MAX_ATTEMPTS = 4  # calls that one pair may see fail; as many in a row mean that the model is down
 _MAX_BREAKDOWNS = 10  # the same for calls that the model broke down in, perhaps over one pair
 _MAX_REFUSALS = 32  # refused batches that one pair may have been in before it is taken for the bad one
-_PUSHBACK_SECONDS = (1.0, 60.0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QueueLimits:
-    """Bounds of the queue and of the calls; a rate of 0 means no limit."""
-
-    batch_pairs: int
-    batch_bytes: int
-    pairs_per_second: float
-    calls_per_second: float
-    linger_seconds: float
-    max_pairs: int
-    max_bytes: int
 
 
 class LocalQueue:
@@ -43,26 +41,22 @@ class LocalQueue:
     before the pair was enqueued.
     """
 
-    def __init__(self, limits: QueueLimits, *, settle: Settle, metrics: ProxyMetrics) -> None:
+    def __init__(
+        self, limits: QueueLimits, *, limiter: CallLimiter, settle: Settle, metrics: ProxyMetrics
+    ) -> None:
         self._limits = limits
         self._settle = settle
         self._metrics = metrics
         self._entries: dict[bytes, Entry] = {}
         self._held_bytes = 0  # of all entries, waiting or in flight
         self._lanes = Lanes()
-        self._suspects: Suspects[Entry] = Suspects()
+        self._suspects: Suspects[Entry] = Suspects(attrgetter("caller"))
         self._recent = Recent()
-        self._limiter = Limiter(
-            pairs_per_second=limits.pairs_per_second,
-            calls_per_second=limits.calls_per_second,
-            burst=limits.batch_pairs,
-            now=_now(),
-        )
+        self._limiter = limiter
         self._last_claim: Claim | None = None  # the only one whose slot may be refunded
         self._failures_in_a_row = 0
         self._failed_at = -math.inf  # when the last of them was noticed
         self._changed = asyncio.Event()
-        self._show_metrics()
 
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
         """See `Queue.enqueue`."""
@@ -83,12 +77,9 @@ class LocalQueue:
             self._admit(list(fresh.values()), asker, now)
         for entry in joined:
             entry.wanted = True
-            self._lanes.promote(entry, asker.priority)
+            self._lanes.promote(entry, asker.priority, asker.caller)
         for pair in fresh.values():
-            entry = Entry(pair, asker.priority, now)
-            self._entries[pair.digest] = entry
-            self._held_bytes += pair.size_bytes
-            self._lanes.add(entry)
+            self._add(pair, asker, now)
         if fresh:
             self._changed.set()
         return Enqueued(ended, frozenset(fresh))
@@ -115,14 +106,13 @@ class LocalQueue:
         wait_seconds = max(company_comes_until - now, self._limiter.wait_seconds(count, now=now))
         if wait_seconds > 0:
             return NotYet(wait_seconds)
-        entries = probe or self._lanes.compose(
+        entries = probe or self._lanes.take(
             batch_pairs=self._limits.batch_pairs, batch_bytes=self._limits.batch_bytes
         )
         for entry in entries:
-            self._lanes.discard(entry)
             self._metrics.slot_wait.observe(now - entry.enqueued_at)
         self._limiter.spend(len(entries), now=now)
-        claim = Claim([entry.pair for entry in entries], now)
+        claim = Claim("", [entry.pair for entry in entries], now, now + SEND_WITHIN_SECONDS)
         self._suspects.sent(claim, probe)
         self._last_claim = claim
         return claim
@@ -151,7 +141,7 @@ class LocalQueue:
         """See `Queue.fail`."""
         now = _now()
         self._limiter.hold_until(now + retry_after_seconds)
-        if claim.claimed_at >= self._failed_at:  # calls that were under way together fail together: once
+        if claim.send_at >= self._failed_at:  # calls that were under way together fail together: once
             self._failures_in_a_row += 1
             self._failed_at = now
         down = self._failures_in_a_row >= (_MAX_BREAKDOWNS if suspicious else _MAX_ATTEMPTS)
@@ -195,6 +185,28 @@ class LocalQueue:
         await self._changed.wait()
         self._changed.clear()
 
+    def take_over(self, pair: Pair, asker: Asker) -> None:
+        """Have a pair wait that another queue had admitted."""
+        if pair.digest not in self._entries:
+            self._add(pair, asker, _now())
+        self._changed.set()
+
+    def withdraw(self) -> set[bytes]:
+        """Let another queue have all that is not in flight; the pairs that are."""
+        waiting = self._lanes.entries() + self._suspects.clear()
+        for entry in waiting:
+            self._lanes.discard(entry)
+            self._forget(entry)
+        return set(self._entries)
+
+    def end_elsewhere(self, outcomes: Mapping[bytes, Outcome]) -> None:
+        """Pairs were answered by a call that another queue had allowed."""
+        for digest, outcome in outcomes.items():
+            entry = self._entries.get(digest)
+            if entry is not None:
+                self._suspects.drop(entry)
+                self._end(entry, outcome)
+
     def end_all(self, error: PairError) -> None:
         """End every pair, also those in flight, with `error`: the process is about to end."""
         self._suspects.clear()
@@ -209,17 +221,23 @@ class LocalQueue:
         size_bytes = sum(pair.size_bytes for pair in pairs)
         if len(self._entries) + len(pairs) > limits.max_pairs:
             reason = f"the queue is full: {len(self._entries)} pairs wait, the limit is {limits.max_pairs}"
-            raise QueueFull(reason, _pushback_seconds(wait_seconds))
+            raise QueueFull(reason, pushback_seconds(wait_seconds))
         if self._held_bytes + size_bytes > limits.max_bytes:
             reason = f"the queue is full: {self._held_bytes} bytes wait, the limit is {limits.max_bytes}"
-            raise QueueFull(reason, _pushback_seconds(wait_seconds))
+            raise QueueFull(reason, pushback_seconds(wait_seconds))
         left_seconds = asker.deadline - now
         if wait_seconds > left_seconds:
             reason = (
                 f"{len(pairs)} pairs would wait {wait_seconds:.1f} s for the model, "
                 f"but the deadline is in {max(0.0, left_seconds):.1f} s"
             )
-            raise QueueFull(reason, _pushback_seconds(wait_seconds - left_seconds))
+            raise QueueFull(reason, pushback_seconds(wait_seconds - left_seconds))
+
+    def _add(self, pair: Pair, asker: Asker, now: float) -> None:
+        entry = Entry(pair, asker.priority, asker.caller, now)
+        self._entries[pair.digest] = entry
+        self._held_bytes += pair.size_bytes
+        self._lanes.add(entry)
 
     def _full(self) -> bool:
         return (
@@ -265,17 +283,13 @@ class LocalQueue:
         del self._entries[entry.pair.digest]
         self._held_bytes -= entry.pair.size_bytes
 
-    def _show_metrics(self) -> None:
-        for priority in PRIORITIES:
+    def show_metrics(self) -> None:
+        """Let the gauges of the queue read this one."""
+        for priority in LANES:
             for gauge in (self._metrics.queue_pairs, self._metrics.queue_global_pairs):
                 gauge.labels(priority).set_function(partial(self._lanes.count, priority))
         self._metrics.queue_oldest.set_function(lambda: max(0.0, _now() - self._lanes.oldest_at()))
         self._metrics.live_replicas.set(1)
-
-
-def _pushback_seconds(wait_seconds: float) -> float:
-    least, most = _PUSHBACK_SECONDS
-    return min(most, max(least, wait_seconds))
 
 
 def _now() -> float:

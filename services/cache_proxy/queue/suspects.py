@@ -1,13 +1,14 @@
 """Finding the pair for which the model refuses a whole batch, by halving, within a share of the slots.
 
-A refused batch becomes a group of suspects. Half of a group is sent alone (a probe): if it passes, the bad
+A refused batch becomes a group of suspects. Half of a group is sent alone (a probe), split
+by caller first, for whose pairs are fine should not wait for whose are not: if it passes, the bad
 pair is in the other half; if it is refused, it is in this one, and the other half goes back to ordinary
 batches. One bad pair in 1000 costs ten probes, and every probe that passes answers its pairs. While other
 pairs wait, at most every fourth call is a probe, so a bad pair cannot take the model from everybody.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from services.cache_proxy.queue import Claim
@@ -24,7 +25,8 @@ class Suspects(Generic[_E]):
     An entry is in at most one of them; one in flight is in neither, its claim has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, caller: Callable[[_E], str]) -> None:
+        self._caller = caller
         self._groups: deque[_Group[_E]] = deque()
         self._held: dict[Claim, _Group[_E]] = {}
         self._others_since_probe = 0
@@ -33,8 +35,8 @@ class Suspects(Generic[_E]):
         """The entries to send as a probe now; none if it is others' turn."""
         if not self._groups or (others_wait and self._others_since_probe < _OTHERS_PER_PROBE):
             return []
-        group = list(self._groups[0])
-        return group[: (len(group) + 1) // 2]
+        group = sorted(self._groups[0], key=self._caller)
+        return group[: self._half(group)]
 
     def sent(self, claim: Claim, probe: list[_E]) -> None:
         """Note a claim: of the probe that `due` returned, or, with none, of others."""
@@ -84,6 +86,13 @@ class Suspects(Generic[_E]):
                     self._groups.remove(group)
                 return True
         return False
+
+    def _half(self, group: list[_E]) -> int:
+        """How many make about a half; between two callers if there are any, the nearest to the middle."""
+        callers = [self._caller(entry) for entry in group]
+        between = [at for at in range(1, len(group)) if callers[at - 1] != callers[at]]
+        middle = (len(group) + 1) // 2
+        return min(between, key=lambda at: abs(at - middle), default=middle)
 
     def clear(self) -> list[_E]:
         """Forget all but those in flight; what was forgotten."""

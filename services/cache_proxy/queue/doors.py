@@ -1,0 +1,64 @@
+"""Knocks at the doors of replicas that Redis does not hear, to tell the dead and the paused from the cut-off.
+
+Only a replica that lives and lost Redis calls the model at moments of its own, so only its moments must be
+left free. A refused connection, or another replica behind the door, means that it is gone; a door that opens
+and nobody speaks, that it is paused. Whatever else is found (no route, say) proves nothing: its moments stay
+free.
+"""
+
+import asyncio
+
+import aiohttp
+
+from services.cache_proxy.errors import StoreError
+from services.cache_proxy.queue.scripts import Scripts
+
+PATH = "/replica"
+_TIMEOUT_SECONDS = 0.2
+_PAUSED_MS = 3000
+_TIMEOUT = aiohttp.ClientTimeout(sock_connect=_TIMEOUT_SECONDS, sock_read=_TIMEOUT_SECONDS)
+
+
+class Doors:
+    """State: `_knocking`, one knock at a time at each door."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self._scripts = scripts
+        self._session: aiohttp.ClientSession | None = None
+        self._knocking: dict[str, asyncio.Task[None]] = {}
+
+    def knock(self, replica: str, address: str) -> None:
+        """Find out about a replica, and tell Redis; it takes less than a second."""
+        if address and replica not in self._knocking:
+            task = asyncio.create_task(self._knock(replica, address))
+            self._knocking[replica] = task
+            task.add_done_callback(lambda _: self._knocking.pop(replica, None))
+
+    async def close(self) -> None:
+        """Stop knocking."""
+        for task in list(self._knocking.values()):
+            task.cancel()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _knock(self, replica: str, address: str) -> None:
+        found = await self._find(replica, address)
+        if found:
+            try:
+                await self._scripts.run("verdict", [replica, found, _PAUSED_MS])
+            except StoreError:
+                return  # the heartbeat finds out about Redis
+
+    async def _find(self, replica: str, address: str) -> str | None:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=_TIMEOUT)
+        try:
+            async with self._session.get(f"http://{address}{PATH}") as answer:
+                there = (await answer.content.read(200)).decode("ascii", "replace").strip()
+                return "alive" if there == replica else "gone"
+        except aiohttp.ClientConnectorError as error:
+            return "gone" if isinstance(error.os_error, ConnectionRefusedError) else None
+        except aiohttp.SocketTimeoutError:
+            return "paused"
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return None

@@ -1,0 +1,200 @@
+"""The queue that callers see: the one in Redis while that can be reached, else a local one."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+
+from services.cache_proxy.errors import PairError, StoreError
+from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair
+from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.redis import RedisQueue
+from services.cache_proxy.queue.slots import Membership, SlotLimiter
+
+_log = logging.getLogger(__name__)
+
+_QUIET_SECONDS = 1.2  # by then those who still have Redis leave the moments of this replica alone
+_MAX_UNPUBLISHED = 200_000
+_AT_ONCE = 500
+
+
+class FailoverQueue:
+    """State: `_lost`; `_local_claims`, to know whose a claim is; `_unpublished`, what Redis was not told.
+
+    `shared` always knows all that somebody here waits for. While Redis is lost the same pairs wait in `local`
+    too; when it is back, those that are not in flight are taken out there and asked again here. What ends in
+    `local` ends in `shared` (its `settle` is `shared.end`), so nothing that ended is asked again.
+    """
+
+    def __init__(self, *, shared: RedisQueue, local: LocalQueue, limiter: SlotLimiter) -> None:
+        self._shared = shared
+        self._local = local
+        self._limiter = limiter
+        self._lost = False
+        self._local_claims: set[Claim] = set()
+        self._unpublished: dict[bytes, Outcome] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def lost(self) -> bool:
+        """Whether Redis is lost."""
+        return self._lost
+
+    async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
+        """See `Queue.enqueue`."""
+        if not self._lost:
+            try:
+                return await self._shared.enqueue(pairs, asker)
+            except StoreError as error:
+                await self.lose(error)
+        added = self._shared.note(pairs, asker)
+        enqueued = await self._local.enqueue(pairs, asker)
+        self._shared.learn(enqueued.ended, new=added)
+        return enqueued
+
+    async def leave(self, digests: Sequence[bytes]) -> None:
+        """See `Queue.leave`."""
+        await self._local.leave(digests)
+        try:
+            await self._shared.leave(digests, tell=not self._lost)
+        except StoreError as error:
+            await self.lose(error)
+
+    async def claim(self) -> Claim | NotYet:
+        """See `Queue.claim`."""
+        if not self._lost:
+            try:
+                return await self._shared.claim()
+            except StoreError as error:
+                await self.lose(error)
+        decision = await self._local.claim()
+        if isinstance(decision, Claim):
+            self._local_claims.add(decision)
+        return decision
+
+    async def put_back(self, claim: Claim) -> None:
+        """See `Queue.put_back`."""
+        if claim in self._local_claims:
+            await self._local.put_back(claim)
+            await self._local_is_over(claim)
+        else:
+            await self._shared_is_over(claim, self._shared.put_back(claim))
+
+    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
+        """See `Queue.fulfil`. Whatever became of Redis meanwhile, whoever waits here is answered."""
+        if claim in self._local_claims:
+            await self._local.fulfil(claim, outcomes)
+            if all(pair.digest in outcomes for pair in claim.pairs):
+                self._local_claims.discard(claim)
+        else:
+            self._local.end_elsewhere(outcomes)
+        if not self._lost:
+            try:
+                await self._shared.fulfil(claim, outcomes)
+            except StoreError as error:
+                await self.lose(error)
+            else:
+                return
+        self._shared.ended_alone(claim, outcomes)
+        self._unpublished.update(outcomes)
+        while len(self._unpublished) > _MAX_UNPUBLISHED:
+            del self._unpublished[next(iter(self._unpublished))]
+
+    async def fail(
+        self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
+    ) -> None:
+        """See `Queue.fail`."""
+        if claim in self._local_claims:
+            await self._local.fail(
+                claim, error, retry_after_seconds=retry_after_seconds, suspicious=suspicious
+            )
+            await self._local_is_over(claim)
+        else:
+            telling = self._shared.fail(
+                claim, error, retry_after_seconds=retry_after_seconds, suspicious=suspicious
+            )
+            await self._shared_is_over(claim, telling)
+
+    async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
+        """See `Queue.refuse`."""
+        if claim in self._local_claims:
+            await self._local.refuse(claim, error, named)
+            await self._local_is_over(claim)
+        else:
+            await self._shared_is_over(claim, self._shared.refuse(claim, error, named))
+
+    async def changed(self) -> None:
+        """See `Queue.changed`."""
+        events = (self._shared.changed(), self._local.changed(), self._changed.wait())
+        waits: list[asyncio.Future[object]] = [asyncio.ensure_future(event) for event in events]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._changed.clear()
+            for wait in waits:
+                wait.cancel()
+
+    def end_all(self, error: PairError) -> None:
+        """See `LocalQueue.end_all`."""
+        self._local.end_all(error)
+        self._shared.end_all(error)
+
+    def heard(self, membership: Membership) -> None:
+        """Redis answered a heartbeat."""
+        self._limiter.know(membership)
+
+    async def lose(self, error: StoreError) -> None:
+        """Redis is lost: what waits here waits in the local queue from now on."""
+        if self._lost:
+            return
+        self._lost = True
+        _log.warning("the shared queue is lost, going on alone: %s", error)
+        # Not from the last word on: a process that was paused may just have missed the answer.
+        self._limiter.begins_at = time.monotonic() + _QUIET_SECONDS
+        for pair, asker in self._shared.waiting():
+            self._local.take_over(pair, asker)
+        self._changed.set()
+
+    async def regain(self) -> None:
+        """Redis is back: what waits and is not in flight waits there again. Raises `StoreError`.
+
+        What comes meanwhile still waits in the local queue; so there is a second, short round, after which
+        nothing can.
+        """
+        while self._unpublished:
+            some = dict(itertools.islice(self._unpublished.items(), _AT_ONCE))
+            await self._shared.publish(some)
+            for digest, outcome in some.items():
+                if self._unpublished.get(digest) is outcome:
+                    del self._unpublished[digest]
+        asked = self._shared.asked
+        await self._shared.ask_again(but=self._local.withdraw())
+        self._lost = False
+        _log.info("the shared queue is back")
+        self._changed.set()
+        try:
+            await self._shared.ask_again(but=asked | self._local.withdraw())
+        except StoreError as error:
+            await self.lose(error)
+
+    async def _local_is_over(self, claim: Claim) -> None:
+        self._local_claims.discard(claim)
+        if not self._lost:  # Redis came back meanwhile: what was not answered waits there
+            try:
+                await self._shared.ask_again(but=self._local.withdraw())
+            except StoreError as error:
+                await self.lose(error)
+
+    async def _shared_is_over(self, claim: Claim, telling: Coroutine[None, None, None]) -> None:
+        if not self._lost:
+            try:
+                await telling
+            except StoreError as error:
+                await self.lose(error)
+            else:
+                return
+        telling.close()
+        for pair, asker in self._shared.release(claim):
+            self._local.take_over(pair, asker)
+        self._changed.set()

@@ -1,0 +1,181 @@
+"""Keeps a replica in touch: what is published, and a heartbeat that tells what is held and was missed."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from services.cache_proxy.errors import StoreError
+from services.cache_proxy.metrics import LANES, ProxyMetrics
+from services.cache_proxy.queue import QueueLimits
+from services.cache_proxy.queue.doors import Doors
+from services.cache_proxy.queue.failover import FailoverQueue
+from services.cache_proxy.queue.messages import pack, unpack
+from services.cache_proxy.queue.redis import RedisQueue
+from services.cache_proxy.queue.scripts import Scripts
+from services.cache_proxy.queue.slots import Membership
+
+_HEARTBEAT_SECONDS = 0.25
+_ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
+_RECONNECT_SECONDS = 0.2
+
+
+@dataclass(slots=True)
+class _Heard:
+    """`published` of the last message, and of the heartbeat before this one; the queue's own id."""
+
+    number: int = 0
+    number_then: int = 0
+    queue_id: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pulse:
+    """What a heartbeat brings (see `heartbeat.lua`)."""
+
+    now_ms: int
+    published: int
+    queue_id: bytes
+    waiting: Sequence[int]
+    oldest_ms: float
+    members: tuple[str, ...]
+    late: Sequence[tuple[str, str]]
+    moment_ms: float
+
+    @classmethod
+    def read(cls, reply: Any) -> "_Pulse":
+        """Raises `StoreError` if it is none."""
+        try:
+            now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms = reply
+            return cls(
+                int(now_ms), int(published), bytes(queue_id), [int(count) for count in waiting],
+                float(oldest_ms), tuple(members.decode("ascii", "replace").split(",")),
+                [(replica.decode("ascii", "replace"), address.decode("ascii", "replace"))
+                 for replica, address in late],
+                float(moment_ms),
+            )  # fmt: skip
+        except (ValueError, TypeError, AttributeError) as error:
+            message = "the heartbeat's reply cannot be read"
+            raise StoreError(message) from error
+
+
+class Listener:
+    """Asks everything again when messages may have been missed; that changes nothing if none was.
+
+    State: `_heard`; event loop only. A gap in the numbers, another queue's id or a new subscription mean that
+    something may have been missed.
+    """
+
+    def __init__(
+        self, client: "redis.asyncio.Redis", scripts: Scripts, *, queue: FailoverQueue, shared: RedisQueue,
+        replica: str, address: str, limits: QueueLimits, metrics: ProxyMetrics,
+    ) -> None:  # fmt: skip
+        self._client = client
+        self._scripts = scripts
+        self._channels = (scripts.channel, f"{scripts.channel}:{replica}")
+        self._queue = queue
+        self._shared = shared
+        self._replica = replica
+        self._address = address
+        self._limits = [round(limits.slot_seconds * 1000), *limits.paced]
+        self._metrics = metrics
+        self._heard = _Heard()
+        self._missed = asyncio.Event()
+        self._doors = Doors(scripts)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to listen. It does not wait for Redis to be there."""
+        for work in (self._listen, self._beat, self._heal):
+            self._tasks.append(asyncio.create_task(work()))
+
+    async def stop(self) -> None:
+        """Say goodbye and stop."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._doors.close()
+        with contextlib.suppress(StoreError):
+            await self._scripts.run("verdict", [self._replica, "gone", 0])
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(*self._channels)
+                    self._missed.set()
+                    while True:
+                        message = await pubsub.get_message(timeout=None)
+                        if message is not None:
+                            self._take(message["data"])
+            except (RedisError, OSError):
+                await asyncio.sleep(_RECONNECT_SECONDS)
+
+    def _take(self, data: Any) -> None:
+        try:
+            number, levels, errors, all_error = unpack(data)
+            if number > self._heard.number + 1 and self._heard.number:
+                self._missed.set()
+            self._heard.number = max(self._heard.number, number)
+            self._shared.published(levels, errors, all_error)
+        except (StoreError, ValueError, TypeError, IndexError):
+            self._metrics.store_garbage.inc()
+            self._missed.set()
+
+    async def _beat(self) -> None:
+        while True:
+            try:
+                await self._beat_once()
+            except StoreError as error:
+                await self._queue.lose(error)
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
+
+    async def _beat_once(self) -> None:
+        lost, asked_at = self._queue.lost, time.monotonic()
+        arguments = [self._replica, pack(self._shared.held), self._address, int(lost), *self._limits]
+        pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
+        heard_at = (asked_at + time.monotonic()) / 2
+        self._compare(pulse.queue_id, pulse.published)
+        if lost:
+            await self._queue.regain()
+        self._queue.heard(
+            Membership(
+                replica=self._replica,
+                members=pulse.members,
+                moment_seconds=pulse.moment_ms / 1000,
+                clock_offset_seconds=pulse.now_ms / 1000 - heard_at,
+            )
+        )
+        for replica, address in pulse.late:
+            self._doors.knock(replica, address)
+        for priority, count in zip(LANES, pulse.waiting, strict=True):
+            self._metrics.queue_global_pairs.labels(priority).set(count)
+        self._metrics.queue_oldest.set(pulse.oldest_ms / 1000)
+        self._metrics.live_replicas.set(max(0, len(pulse.members) - len(pulse.late)))
+
+    def _compare(self, queue_id: bytes, published: int) -> None:
+        heard = self._heard
+        if queue_id != heard.queue_id:
+            heard.queue_id, heard.number, heard.number_then = queue_id, published, published
+            self._missed.set()
+        elif heard.number < heard.number_then:  # published a heartbeat ago, and not here yet
+            heard.number = heard.number_then
+            self._missed.set()
+        heard.number_then = published
+
+    async def _heal(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._missed.wait(), _ASK_AGAIN_SECONDS)
+            self._missed.clear()
+            if self._queue.lost:
+                continue  # whoever finds Redis again asks for everything
+            try:
+                await self._shared.ask_again()
+            except StoreError as error:
+                await self._queue.lose(error)

@@ -1,0 +1,51 @@
+-- A replica is alive, and really holds these claims.
+-- ARGV[1]  replica   ARGV[2]  msgpack list of the ids of the claims that it holds   ARGV[3]  host:port of its HTTP
+-- ARGV[4]  1 after it was without Redis: it may just have called the model in a slot of its own
+-- ARGV[5]  ms between two calls   ARGV[6]  pairs a second, [7] calls a second, [8] pairs in a batch: if they were lost
+-- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting}, oldest ms,
+--          members (who has which slot if Redis is lost), {replica, address} of those to knock at, ms between moments}
+local replica, held = ARGV[1], {}
+local FORGOTTEN_MS, LATE_MS = 600000, 450
+for _, id in ipairs(cmsgpack.unpack(ARGV[2])) do
+  held[id] = true
+end
+for at, setting in ipairs({ 'pairs_per_second', 'calls_per_second', 'batch_pairs' }) do
+  redis.call('HSETNX', LIMIT, setting, ARGV[at + 5])
+end
+redis.call('ZADD', REPLICAS, now, replica)
+redis.call('HSET', ADDRESSES, replica, ARGV[3])
+redis.call('HDEL', PAUSED, replica)
+reap(replica, held)
+for _, gone in ipairs(redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', now - FORGOTTEN_MS)) do
+  redis.call('ZREM', REPLICAS, gone)
+  redis.call('HDEL', ADDRESSES, gone)
+end
+if ARGV[4] == '1' then
+  redis.call('HSET', LIMIT,
+    'calls_tat', math.max(number(redis.call('HGET', LIMIT, 'calls_tat')) or 0, now + tonumber(ARGV[5])),
+    'pairs_tat', math.max(number(redis.call('HGET', LIMIT, 'pairs_tat')) or 0, now + tonumber(ARGV[5])))
+  redis.call('HDEL', LIMIT, 'last') -- what a claim spent before is not given back
+end
+redis.call('HSETNX', META, 'queue', clock[1] .. '.' .. clock[2] .. replica)
+
+local waiting, oldest = {}, now
+for at, lane in ipairs(LANES) do
+  waiting[at] = redis.call('ZCARD', lane_key(lane))
+  local first = redis.call('ZRANGE', lane_key(lane), 0, 0)
+  load_pairs(first)
+  if records[first[1]] then
+    oldest = math.min(oldest, records[first[1]].at)
+  end
+end
+local late = redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', '(' .. (now - LATE_MS))
+for at, gone in ipairs(late) do
+  late[at] = { gone, redis.call('HGET', ADDRESSES, gone) or '' }
+end
+-- While somebody is silent, slots stay as the silent one knows them; who came since has none.
+if #late == 0 then
+  local all = redis.call('ZRANGE', REPLICAS, 0, -1)
+  table.sort(all)
+  redis.call('HSET', LIMIT, 'members', table.concat(all, ','))
+end
+return cmsgpack.pack({ now, meta('published'), redis.call('HGET', META, 'queue'), waiting, now - oldest,
+  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms() })

@@ -1,0 +1,375 @@
+-- What every script of the queue begins with; the scripts below it are one decision each.
+--
+-- KEYS[1]  the limit, one for a deployment (all model versions share the model), and who shares it
+-- KEYS[2]  the base of a namespace's queue; all keys below share its hash tag
+--
+-- A pair that has not ended has a record in `pairs`: it waits in a lane, is among the suspects, or is in
+-- flight in a claim. Times are milliseconds of Redis's own clock, the only one that all replicas share.
+-- What is read from Redis may be anything: what is not what it should be is treated as not there, and a key of
+-- another type is an error, after which the queue is made anew (`repair.lua`).
+local LIMIT, BASE = KEYS[1], KEYS[2]
+local PAIRS, GROUPS, META, ENDED = BASE .. 'pairs', BASE .. 'suspects', BASE .. 'meta', BASE .. 'ended'
+local CLAIMS, CLAIMED = BASE .. 'claims', BASE .. 'claimed' -- who has it until when; its pairs, which are many
+local RESERVED = BASE .. 'reserved'
+local REPLICAS, ADDRESSES, PAUSED = LIMIT .. ':replicas', LIMIT .. ':addresses', LIMIT .. ':paused'
+local LANES, RANK = { 'interactive', 'bulk', 'refresh' }, { interactive = 1, bulk = 2, refresh = 3 }
+local RECENT_MS, REFUSED_MS = 60000, 600000
+local SILENT_MS = 800 -- heartbeats come every 250 ms
+local CHUNK = 400 -- arguments of one call: many at once, but Lua's stack is not endless
+local DIGEST = 16 -- bytes
+local AT_ONCE = 2000 -- pairs that one script gives back or finds unwanted: Redis does nothing else meanwhile
+local MANY_DEATHS, FEW = 2, 16
+local MAX_CALLERS = 1000 -- names are the callers' to choose: those beyond share one turn
+
+-- With memory full, Redis refuses what may need some until a script has written anything. The queue has bounds
+-- of its own, and it must go on: what ends pairs frees memory.
+redis.call('DEL', BASE .. 'nothing')
+
+local clock = redis.call('TIME')
+local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
+
+local function lane_key(lane)
+  return BASE .. 'lane:' .. lane
+end
+
+local function fair_key(lane)
+  return BASE .. 'fair:' .. lane
+end
+
+local function in_chunks(command, key, arguments)
+  for first = 1, #arguments, CHUNK do
+    redis.call(command, key, unpack(arguments, first, math.min(first + CHUNK - 1, #arguments)))
+  end
+end
+
+local function unpack_safely(packed)
+  if not packed then
+    return nil
+  end
+  local fine, value = pcall(cmsgpack.unpack, packed)
+  return fine and type(value) == 'table' and value or nil
+end
+
+local function number(value)
+  local found = tonumber(value)
+  return found and math.abs(found) < 2 ^ 53 and found or nil -- neither infinite nor what is no number
+end
+
+local function meta(field)
+  return number(redis.call('HGET', META, field)) or 0
+end
+
+local function split(digests)
+  local list = {}
+  for at = 1, #digests - DIGEST + 1, DIGEST do
+    list[#list + 1] = string.sub(digests, at, at + DIGEST - 1)
+  end
+  return list
+end
+
+-- A record: lane, tag, caller, at (when it came), attempts, deaths, refusals, company, title, size,
+-- claim (the one that it is in flight in), suspect, interest (replica -> until when somebody waits there).
+local function is_sound(digest, pair)
+  return pair and #digest == DIGEST and RANK[pair.lane] and type(pair.interest) == 'table'
+    and type(pair.tag) == 'number' and type(pair.at) == 'number' and type(pair.attempts) == 'number'
+    and type(pair.deaths) == 'number' and type(pair.refusals) == 'number' and type(pair.size) == 'number'
+    and type(pair.caller) == 'string' and type(pair.company) == 'string' and type(pair.title) == 'string'
+    or false
+end
+
+-- The pairs that this script has to do with, each loaded once, and what it changes of them: written together
+-- by `write`, for a call into Redis costs more than what it does.
+local records, changed, places, bytes = {}, {}, {}, 0 -- records: false if there is none
+local function load_pairs(digests)
+  local missing = {}
+  for _, digest in ipairs(digests) do
+    if records[digest] == nil then
+      records[digest] = false
+      missing[#missing + 1] = digest
+    end
+  end
+  for first = 1, #missing, CHUNK do
+    local last = math.min(first + CHUNK - 1, #missing)
+    for place, packed in ipairs(redis.call('HMGET', PAIRS, unpack(missing, first, last))) do
+      local digest, pair = missing[first + place - 1], unpack_safely(packed)
+      records[digest] = is_sound(digest, pair) and pair
+    end
+  end
+end
+
+local function save(digest)
+  changed[digest] = true
+end
+
+local function place(lane, digest, tag)
+  places[lane] = places[lane] or {}
+  places[lane][digest] = tag
+end
+
+local function forget(digest)
+  local pair = records[digest]
+  bytes = bytes - pair.size
+  if not pair.claim and not pair.suspect then
+    place(pair.lane, digest, false)
+  end
+  records[digest] = false
+  save(digest)
+end
+
+local function wait_in_lane(digest)
+  local pair = records[digest]
+  pair.claim, pair.suspect = nil, nil
+  place(pair.lane, digest, pair.tag)
+  save(digest)
+end
+
+local virtuals = {}
+local function virtual(lane)
+  virtuals[lane] = virtuals[lane] or meta('virtual:' .. lane)
+  return virtuals[lane]
+end
+
+-- In front of all that came since. (A lane that was empty meanwhile began to count anew.)
+local function wait_in_front(digest)
+  local pair = records[digest]
+  pair.tag = math.min(pair.tag, virtual(pair.lane) - 1)
+  wait_in_lane(digest)
+end
+
+local function write()
+  local gone, kept = {}, {}
+  for digest in pairs(changed) do
+    if records[digest] then
+      kept[#kept + 1] = digest
+      kept[#kept + 1] = cmsgpack.pack(records[digest])
+    else
+      gone[#gone + 1] = digest
+    end
+  end
+  in_chunks('HDEL', PAIRS, gone)
+  in_chunks('HSET', PAIRS, kept)
+  for lane, moves in pairs(places) do
+    local out, into = {}, {}
+    for digest, tag in pairs(moves) do
+      if tag then
+        into[#into + 1] = tag
+        into[#into + 1] = digest
+      else
+        out[#out + 1] = digest
+      end
+    end
+    in_chunks('ZREM', lane_key(lane), out)
+    in_chunks('ZADD', lane_key(lane), into)
+  end
+  if #gone > 0 and redis.call('EXISTS', PAIRS) == 0 then
+    redis.call('HDEL', META, 'bytes')
+  elseif bytes ~= 0 then
+    redis.call('HINCRBY', META, 'bytes', bytes)
+  end
+  changed, places, bytes = {}, {}, 0
+end
+
+-- A claim: replica, at, send_at, slot_at, lease_until; loaded whole, also its digests and, of a probe, the rest.
+local function load_lease(packed)
+  local claim = unpack_safely(packed)
+  if claim and type(claim.replica) == 'string' and type(claim.at) == 'number' and type(claim.send_at) == 'number'
+    and type(claim.slot_at) == 'number' and type(claim.lease_until) == 'number' then
+    return claim
+  end
+end
+
+local function load_claim(id)
+  local claim = load_lease(redis.call('HGET', CLAIMS, id))
+  if claim then
+    local held = unpack_safely(redis.call('HGET', CLAIMED, id)) or {}
+    claim.digests = type(held[1]) == 'string' and split(held[1]) or {}
+    claim.rest = type(held[2]) == 'string' and split(held[2]) or nil
+  end
+  return claim
+end
+
+local function end_claim(id)
+  redis.call('HDEL', CLAIMS, id)
+  redis.call('HDEL', CLAIMED, id)
+end
+
+-- Start-time fair queueing (Goyal, Vin, Cheng 1996): a caller's next pair starts where its last one ends,
+-- and never before the lane's virtual time, so a caller with a thousand pairs does not stand before one with two.
+local ends = {} -- lane -> caller -> where the caller's last pair ends
+local function next_tag(lane, caller)
+  ends[lane] = ends[lane] or {}
+  local known = ends[lane]
+  known[caller] = known[caller] or number(redis.call('HGET', fair_key(lane), caller)) or 0
+  local tag = math.max(virtual(lane), known[caller])
+  known[caller] = tag + 1
+  return tag
+end
+
+-- In whose turn a caller's pairs go.
+local function turn_of(lane, caller)
+  local known = redis.call('HEXISTS', fair_key(lane), caller) == 1
+  return (known or redis.call('HLEN', fair_key(lane)) < MAX_CALLERS) and caller or ''
+end
+
+local function write_ends()
+  for lane, known in pairs(ends) do
+    local fields = {}
+    for caller, tag in pairs(known) do
+      fields[#fields + 1] = caller
+      fields[#fields + 1] = tag
+    end
+    in_chunks('HSET', fair_key(lane), fields)
+  end
+end
+
+local function anybody_waits(pair)
+  for _, deadline in pairs(pair.interest) do
+    if type(deadline) == 'number' and deadline > now then
+      return true
+    end
+  end
+  return false
+end
+
+local function suspects(digests)
+  if #digests > 0 then
+    redis.call('LPUSH', GROUPS, cmsgpack.pack({ table.concat(digests) }))
+  end
+end
+
+-- Tell every replica how pairs ended: `levels` is digest and level byte after byte, `errors` a list of
+-- {digest, error}, `all` an error that ends everything that waits. The number lets a replica notice that it
+-- missed one. With nothing in it, it says that pairs wait which somebody may claim.
+local function publish(levels, errors, all)
+  local published = redis.call('HINCRBY', META, 'published', 1)
+  redis.call('PUBLISH', ENDED, cmsgpack.pack({ published, levels, errors, all or false }))
+end
+
+-- Give a claim's pairs back: to the suspects if it was a probe, else to the front of their lanes. `each` may
+-- change a record, or end it by returning false. Those whose owners died with them go alone; when they are many,
+-- in halves, for somebody may just kill owners. Whether any wait again.
+local function give_back(id, claim, each)
+  end_claim(id)
+  load_pairs(claim.digests)
+  local again, deadly, any = {}, {}, false
+  for _, digest in ipairs(claim.digests) do
+    local pair = records[digest]
+    if pair and pair.claim == id and (not each or each(digest, pair)) then
+      pair.claim = nil
+      if not anybody_waits(pair) then
+        forget(digest)
+      else
+        any = true
+        if claim.rest or pair.deaths >= MANY_DEATHS then
+          pair.suspect = true
+          save(digest)
+          table.insert(pair.deaths >= MANY_DEATHS and deadly or again, digest)
+        else
+          wait_in_front(digest)
+        end
+      end
+    end
+  end
+  if #deadly > FEW then
+    suspects(deadly)
+  else
+    for _, digest in ipairs(deadly) do
+      suspects({ digest })
+    end
+  end
+  for _, digest in ipairs(claim.rest or {}) do
+    again[#again + 1] = digest
+  end
+  suspects(again)
+  return any or #again > 0
+end
+
+-- The claims of the dead go back: of those whose lease is over, and of those that are neither subscribed nor
+-- heard of. A paused process is still subscribed, so it keeps its claims until the model's deadline. So do those
+-- that a replica was granted in a reply that never arrived: its heartbeat (`held`) does not list them.
+local GRANTED_MS = 2000
+local function reap(replica, held)
+  local stored, any, given = redis.call('HGETALL', CLAIMS), false, 0
+  for at = 1, #stored, 2 do
+    if given > AT_ONCE then -- the next heartbeat goes on
+      break
+    end
+    local id, claim = stored[at], load_lease(stored[at + 1])
+    if not claim then
+      end_claim(id)
+    else
+      local heard = number(redis.call('ZSCORE', REPLICAS, claim.replica)) or 0
+      local gone = now - heard > SILENT_MS
+        and redis.call('PUBSUB', 'NUMSUB', ENDED .. ':' .. claim.replica)[2] == 0
+      local unheld = claim.replica == replica and not held[id] and now - claim.at > GRANTED_MS
+      if gone or unheld or now > claim.lease_until then
+        local dead = load_claim(id)
+        given = given + #dead.digests
+        any = give_back(id, dead, function(_, pair)
+          pair.deaths = pair.deaths + (unheld and 0 or 1)
+          return true
+        end) or any
+      end
+    end
+  end
+  write()
+  if any then
+    publish('', {})
+  end
+end
+
+-- Replicas of any model version that are not heard of and may yet call the model: they may have lost Redis alone.
+-- Who asks is not.
+local function silent_replicas(asking)
+  local silent = {}
+  for _, replica in ipairs(redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', '(' .. (now - SILENT_MS))) do
+    if replica ~= asking and (number(redis.call('HGET', PAUSED, replica)) or 0) < now then
+      silent[#silent + 1] = replica
+    end
+  end
+  return silent
+end
+
+-- How far apart full batches are, and, with some room for clocks that differ, the moments of those without Redis.
+local function moment_ms()
+  local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second', 'batch_pairs')
+  local pairs_rate, calls_rate = number(limit[1]) or 0, number(limit[2]) or 0
+  return math.ceil(1.03 * math.max(pairs_rate > 0 and (number(limit[3]) or 0) * 1000 / pairs_rate or 0,
+    calls_rate > 0 and 1000 / calls_rate or 0))
+end
+
+local function recent_key(kind, period, ago)
+  return BASE .. kind .. ':' .. (math.floor(now / period) - ago)
+end
+
+-- `fields` is digest and value in turn. What cannot be remembered is not.
+local function remember(kind, period, fields)
+  if #fields > 0 then
+    local key = recent_key(kind, period, 0)
+    in_chunks('HSET', key, fields)
+    redis.call('PEXPIRE', key, 2 * period)
+  end
+end
+
+-- How each of these ended lately: a level, or the list that is an error.
+local function recall(digests)
+  local outcomes = {}
+  local function look(kind, period, read)
+    for ago = 0, 1 do
+      local key = recent_key(kind, period, ago)
+      for first = 1, redis.call('EXISTS', key) * #digests, CHUNK do
+        local last = math.min(first + CHUNK - 1, #digests)
+        for at, value in ipairs(redis.call('HMGET', key, unpack(digests, first, last))) do
+          local digest = digests[first + at - 1]
+          outcomes[digest] = outcomes[digest] or read(value)
+        end
+      end
+    end
+  end
+  look('recent', RECENT_MS, function(value)
+    local level = number(value)
+    return level and level >= 1 and level <= 7 and level % 1 == 0 and level or nil
+  end)
+  look('refused', REFUSED_MS, unpack_safely)
+  return outcomes
+end

@@ -1,0 +1,15 @@
+-- A script could not work with what it found in Redis: some key or number is not what it should be. The queue is
+-- made anew, as after a flush: the heartbeat shows a new queue, and whoever waits asks again.
+for _, lane in ipairs(LANES) do
+  redis.call('DEL', lane_key(lane), fair_key(lane))
+end
+redis.call('DEL', PAIRS, GROUPS, META, CLAIMS, CLAIMED, RESERVED)
+for key, kind in pairs({ [LIMIT] = 'hash', [REPLICAS] = 'zset', [ADDRESSES] = 'hash', [PAUSED] = 'hash' }) do
+  if redis.call('TYPE', key).ok ~= kind then
+    redis.call('DEL', key)
+  end
+end
+for ago = 0, 1 do
+  redis.call('DEL', recent_key('recent', RECENT_MS, ago), recent_key('refused', REFUSED_MS, ago))
+end
+return redis.status_reply('OK')

@@ -1,0 +1,124 @@
+"""Builds the queue: one of this process alone, or, with a Redis that replicas share, the one of all."""
+
+import logging
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import redis.asyncio
+
+from services.cache_proxy.errors import PairError, StoreError
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue import Queue, QueueLimits, Settle
+from services.cache_proxy.queue.failover import FailoverQueue
+from services.cache_proxy.queue.limiter import Limiter
+from services.cache_proxy.queue.listener import Listener
+from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.redis import RedisQueue
+from services.cache_proxy.queue.scripts import Keys, Scripts
+from services.cache_proxy.queue.slots import SlotLimiter
+
+_log = logging.getLogger(__name__)
+
+
+class ProxyQueue(Queue, Protocol):
+    """A queue that can be told that the process ends."""
+
+    def end_all(self, error: PairError) -> None:
+        """End every pair with `error`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedRedis:
+    """A Redis that replicas share, and what this one needs in it."""
+
+    client: "redis.asyncio.Redis"
+    url: str
+    keys: Keys
+    expected_replicas: int
+    lease_seconds: float
+    http_bound: str
+
+
+def open_local(limits: QueueLimits, *, settle: Settle, metrics: ProxyMetrics) -> LocalQueue:
+    """The queue of a process that shares nothing."""
+    queue = LocalQueue(limits, limiter=_limiter(limits, replicas=1), settle=settle, metrics=metrics)
+    queue.show_metrics()
+    return queue
+
+
+@asynccontextmanager
+async def open_shared(
+    limits: QueueLimits, shared: SharedRedis, *, replica: str, settle: Settle, metrics: ProxyMetrics
+) -> AsyncIterator[ProxyQueue]:
+    """The queue of all replicas, for as long as the block lasts. Redis need not be there yet."""
+    scripts = Scripts(shared.client, shared.keys, metrics=metrics)
+    limiter = SlotLimiter(_limiter(limits, replicas=shared.expected_replicas))
+    asked = RedisQueue(
+        scripts, replica=replica, limits=limits, lease_seconds=shared.lease_seconds, settle=settle,
+        metrics=metrics,
+    )  # fmt: skip
+    local = LocalQueue(
+        limits, limiter=limiter, settle=lambda digest, outcome: asked.end({digest: outcome}), metrics=metrics
+    )
+    queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
+    await _configure(scripts, limits)
+    listener = Listener(
+        shared.client, scripts, queue=queue, shared=asked, replica=replica,
+        address=_address(shared.http_bound, shared.url), limits=limits, metrics=metrics,
+    )  # fmt: skip
+    await listener.start()
+    try:
+        yield queue
+    finally:
+        await listener.stop()
+
+
+def new_replica() -> str:
+    """A name that no other replica has."""
+    return secrets.token_hex(8)
+
+
+def _limiter(limits: QueueLimits, *, replicas: int) -> Limiter:
+    return Limiter(
+        pairs_per_second=limits.pairs_per_second / replicas,
+        calls_per_second=limits.calls_per_second / replicas,
+        burst=limits.batch_pairs,
+        now=time.monotonic(),
+    )
+
+
+async def _configure(scripts: Scripts, limits: QueueLimits) -> None:
+    """The newest start's limits are the deployment's."""
+    mine = limits.paced
+    try:
+        before = await scripts.run("configure", list(mine))
+    except StoreError:
+        return  # the heartbeat will say that Redis is not there
+    if None not in before and tuple(map(float, before)) != tuple(map(float, mine)):
+        _log.warning("the limits of this deployment were others; from now on those of this replica hold")
+
+
+def _address(http_bound: str, redis_url: str) -> str:
+    """Where other replicas can knock: the address that leads towards Redis, if HTTP listens on all."""
+    host, _, port = http_bound.rpartition(":")
+    if host not in {"", "0.0.0.0", "[::]", "::"}:  # noqa: S104 - compared, not bound
+        return http_bound
+    parts = urlsplit(redis_url)
+    if not parts.hostname:
+        return f"127.0.0.1:{port}"
+    try:
+        family, kind, *_, target = socket.getaddrinfo(
+            parts.hostname, parts.port or 6379, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # a datagram socket: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return ""
+    return f"[{own}]:{port}" if ":" in own else f"{own}:{port}"

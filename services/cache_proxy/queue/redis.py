@@ -1,0 +1,389 @@
+"""The miss queue of all replicas, in Redis: this replica's side of it."""
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from services.cache_proxy.errors import PairError, QueueFull, StoreError, Unavailable
+from services.cache_proxy.metrics import LANES, ProxyMetrics
+from services.cache_proxy.queue import (
+    SEND_WITHIN_SECONDS,
+    Asker,
+    Claim,
+    Enqueued,
+    NotYet,
+    Outcome,
+    Pair,
+    QueueLimits,
+    Settle,
+    pushback_seconds,
+)
+from services.cache_proxy.queue.gcra import PACE
+from services.cache_proxy.queue.messages import pack, pack_error, unpack, unpack_error
+from services.cache_proxy.queue.scripts import Scripts
+from services.cache_proxy.riders import Riders
+
+_log = logging.getLogger(__name__)
+
+_CHUNK_PAIRS = 500  # a script call of this size holds Redis for about 5 ms
+_JOINED, _FAILED, _QUEUED = 17, 18, 16
+_MAX_ATTEMPTS = 4
+_MAX_REFUSALS = 32
+_LEASE_MARGIN_SECONDS = 5.0
+_AHEAD_MS = 60
+_DEFER_SECONDS = 0.2  # whose calls just failed lets another replica have the next slot
+_LEVEL_BYTES = 17
+_DIGEST_BYTES = 16
+_LEVELS = range(1, 8)
+_MAX_PATIENCE_SECONDS = 86_400.0
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What this replica waits for: enough to ask again when the queue has lost it."""
+
+    pair: Pair
+    caller: str
+    priority: str
+    deadline: float
+    shared: bool = False  # by more than one request
+
+
+class RedisQueue:
+    """State: `_asked`, the pairs for which somebody waits here, and `_held`, the claims in work here.
+
+    Both are touched only from the event loop. A pair is in `_asked` before the script that queues it runs,
+    so an answer published in between finds it. A lost message costs nothing for long: messages are
+    numbered, and the heartbeat brings the last number (`listener.py`).
+    """
+
+    def __init__(
+        self, scripts: Scripts, *, replica: str, limits: QueueLimits, lease_seconds: float,
+        settle: Settle, metrics: ProxyMetrics,
+    ) -> None:  # fmt: skip
+        self._scripts = scripts
+        self._replica = replica
+        self._limits = limits
+        self._lease_ms = round((lease_seconds + _LEASE_MARGIN_SECONDS) * 1000)
+        self._settle = settle
+        self._metrics = metrics
+        self._together = Riders(
+            self._enqueue_together, size=lambda request: len(request[-1]), most=_CHUNK_PAIRS
+        )
+        self._asked: dict[bytes, _Asked] = {}
+        self._held: dict[str, set[bytes]] = {}
+        self._in_turn = asyncio.Lock()
+        self._ids = itertools.count(1)
+        self._changed = asyncio.Event()
+        self._not_before = 0.0
+        for priority in LANES:
+            metrics.queue_pairs.labels(priority).set_function(partial(self._count, priority))
+
+    @property
+    def held(self) -> list[str]:
+        """The ids of the claims in work here."""
+        return list(self._held)
+
+    @property
+    def asked(self) -> set[bytes]:
+        """What somebody here waits for."""
+        return set(self._asked)
+
+    async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
+        """See `Queue.enqueue`."""
+        added = self.note(pairs, asker)
+        token = self._new_id()
+        ended: dict[bytes, Outcome] = {}
+        queued: set[bytes] = set()
+        done, size_bytes = 0, sum(pair.size_bytes for pair in pairs)
+        try:
+            for chunk in _chunks(pairs):
+                size_bytes -= sum(pair.size_bytes for pair in chunk)
+                following = (len(pairs) - done - len(chunk), size_bytes)
+                states, errors = await self._enqueue(chunk, asker, token, following, polling=False)
+                _sort(chunk, states, errors, ended, queued)
+                done += len(chunk)
+        except QueueFull:  # whoever else asked for the same pairs may still wait
+            mine = [digest for digest in added if digest in self._asked and not self._asked[digest].shared]
+            joined = {pair.digest for pair in pairs[:done]}  # those before the first new one
+            for digest in mine:
+                if digest not in joined:
+                    del self._asked[digest]
+            await self.leave([digest for digest in mine if digest in joined])
+            raise
+        self.learn(ended, new=added)
+        self._changed.set()
+        return Enqueued(ended, frozenset(queued))
+
+    def learn(self, ended: Mapping[bytes, Outcome], *, new: Collection[bytes]) -> None:
+        """These had ended already, as the request is told that asked; so is whoever asked before or since."""
+        alone = set(new)
+        for digest, outcome in ended.items():
+            asked = self._asked.pop(digest, None)
+            if asked is not None and (asked.shared or digest not in alone):
+                self._settle(digest, outcome)
+
+    def note(self, pairs: Sequence[Pair], asker: Asker) -> list[bytes]:
+        """Somebody here waits for these pairs; those that nobody did before."""
+        added = []
+        for pair in pairs:
+            known = self._asked.get(pair.digest)
+            if known is None:
+                added.append(pair.digest)
+                self._asked[pair.digest] = _Asked(pair, asker.caller, asker.priority, asker.deadline)
+            else:
+                known.shared = True
+                known.deadline = max(known.deadline, asker.deadline)
+        return added
+
+    async def ask_again(self, *, but: Collection[bytes] = ()) -> None:
+        """Enqueue once more all that somebody here waits for: heals lost messages and a lost queue."""
+        by_asker: dict[tuple[str, str], list[_Asked]] = {}
+        for digest, asked in self._asked.items():
+            if digest not in but:
+                by_asker.setdefault((asked.caller, asked.priority), []).append(asked)
+        for (caller, priority), group in by_asker.items():
+            asker = Asker(caller, priority, max(asked.deadline for asked in group))
+            for chunk in _chunks([asked.pair for asked in group]):
+                await self._ask_chunk_again([pair for pair in chunk if pair.digest in self._asked], asker)
+        self._changed.set()
+
+    async def _ask_chunk_again(self, pairs: Sequence[Pair], asker: Asker) -> None:
+        states, errors = await self._enqueue(pairs, asker, self._new_id(), (0, 0), polling=True)
+        ended: dict[bytes, Outcome] = {}
+        _sort(pairs, states, errors, ended, set())
+        self.end({digest: outcome for digest, outcome in ended.items() if digest in self._asked})
+        await self._tell_gone(
+            [pair.digest for pair in pairs if pair.digest not in ended]
+        )  # while it was asked
+
+    async def leave(self, digests: Sequence[bytes], *, tell: bool = True) -> None:
+        """See `Queue.leave`."""
+        gone = [digest for digest in digests if self._asked.pop(digest, None) is not None]
+        for chunk in _chunks(gone if tell else []):
+            await self._tell_gone(chunk)
+
+    async def _tell_gone(self, digests: Sequence[bytes]) -> None:
+        if all(digest in self._asked for digest in digests):
+            return
+        async with self._in_turn:
+            gone = [
+                digest for digest in digests if digest not in self._asked
+            ]  # nor asked for again meanwhile
+            if gone:
+                await self._scripts.run("leave", [self._replica, b"".join(gone)])
+
+    def waiting(self) -> list[tuple[Pair, Asker]]:
+        """All that somebody here waits for and that is not in a call of this replica's."""
+        in_flight = set().union(*self._held.values())
+        return [
+            (asked.pair, Asker(asked.caller, asked.priority, asked.deadline))
+            for digest, asked in self._asked.items()
+            if digest not in in_flight
+        ]
+
+    def ended_alone(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
+        """Pairs of a claim ended, and Redis cannot be told yet."""
+        self.end(outcomes)
+        self._let_go(claim, outcomes)
+
+    def release(self, claim: Claim) -> list[tuple[Pair, Asker]]:
+        """The call is over, unanswered, and Redis cannot be told: what somebody here still waits for."""
+        self._held.pop(claim.id, None)
+        claimed = {pair.digest for pair in claim.pairs}
+        return [(pair, asker) for pair, asker in self.waiting() if pair.digest in claimed]
+
+    def end(self, outcomes: Mapping[bytes, Outcome]) -> None:
+        """Pairs have ended: tell whoever waits here."""
+        for digest, outcome in outcomes.items():
+            self._end(digest, outcome)
+
+    def end_all(self, error: PairError) -> None:
+        """End all that somebody here waits for: the process is about to end."""
+        self.end(dict.fromkeys(self._asked, error))
+
+    async def publish(self, outcomes: Mapping[bytes, Outcome]) -> None:
+        """Tell all replicas how pairs ended that were never claimed, or whose claim is long over."""
+        await self._publish("", outcomes)
+
+    async def claim(self) -> Claim | NotYet:
+        """See `Queue.claim`. Only a replica where somebody waits claims: others would only be in the way."""
+        now = time.monotonic()
+        if not self._asked:
+            return NotYet(math.inf)
+        if now < self._not_before:
+            return NotYet(self._not_before - now)
+        limits, claim_id = self._limits, self._new_id()
+        reply = await self._scripts.run("claim", [
+            self._replica, claim_id, limits.pairs_per_second * PACE, limits.calls_per_second * PACE,
+            limits.batch_pairs, limits.batch_bytes, round(limits.linger_seconds * 1000), self._lease_ms,
+            _AHEAD_MS, "",
+        ])  # fmt: skip
+        if reply[0] == b"wait":
+            return NotYet(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))
+        until_send_ms, until_slot_ms, packed = reply[1:4]
+        pairs = list(self._read(unpack(packed)))
+        # Redis's `now` lies somewhere between request and reply; both of two neighbours err alike.
+        half_way_seconds = (time.monotonic() - now) / 2 if until_send_ms else 0.0
+        claim = Claim(
+            claim_id,
+            pairs,
+            send_at=now + until_send_ms / 1000 + half_way_seconds,
+            send_by=now + until_slot_ms / 1000 + SEND_WITHIN_SECONDS,
+        )
+        self._held[claim_id] = {pair.digest for pair in pairs}
+        return claim
+
+    def _read(self, batch: Iterable[tuple[bytes, bytes, bytes, float]]) -> Iterator[Pair]:
+        """The pairs of a batch that can be read; the others nobody here could answer."""
+        for digest, company, title, waited_ms in batch:
+            try:
+                pair = Pair(digest, company.decode(), title.decode())
+            except UnicodeDecodeError:
+                self._metrics.store_garbage.inc()
+                continue
+            self._metrics.slot_wait.observe(waited_ms / 1000)
+            yield pair
+
+    async def put_back(self, claim: Claim) -> None:
+        """See `Queue.put_back`."""
+        await self._over(claim, "put_back", [])
+
+    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
+        """See `Queue.fulfil`."""
+        self.end(outcomes)  # whoever waits here need not wait for Redis
+        try:
+            await self._publish(claim.id, outcomes)
+        finally:
+            self._let_go(claim, outcomes)
+
+    async def fail(
+        self,
+        claim: Claim,
+        error: PairError,
+        *,
+        retry_after_seconds: float,
+        suspicious: bool = False,  # noqa: ARG002 - `fail.lua` does not yet tell a breakdown from an outage
+    ) -> None:
+        """See `Queue.fail`."""
+        self._not_before = time.monotonic() + retry_after_seconds + _DEFER_SECONDS
+        arguments = [round(retry_after_seconds * 1000), pack(pack_error(error)), _MAX_ATTEMPTS]
+        await self._over(claim, "fail", arguments)
+
+    async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
+        """See `Queue.refuse`."""
+        reasons = [[digest, pack_error(reason)] for digest, reason in named.items()]
+        await self._over(claim, "refuse", [pack(pack_error(error)), pack(reasons), _MAX_REFUSALS])
+
+    async def changed(self) -> None:
+        """See `Queue.changed`."""
+        await self._changed.wait()
+        self._changed.clear()
+
+    def published(self, levels: bytes, errors: Iterable[tuple[bytes, Any]], all_error: Any) -> None:
+        """Answers that some replica published."""
+        for at in range(0, len(levels) - _DIGEST_BYTES, _LEVEL_BYTES):
+            level = levels[at + _DIGEST_BYTES]
+            if level in _LEVELS:
+                self._end(levels[at : at + _DIGEST_BYTES], level)
+        for digest, error in errors:
+            self._end(digest, unpack_error(error))
+        if all_error:
+            self.end_all(unpack_error(all_error))
+        self._changed.set()
+
+    def _let_go(self, claim: Claim, ended: Iterable[bytes]) -> None:
+        left = self._held.get(claim.id)
+        if left is not None:
+            left.difference_update(ended)
+            if not left:
+                del self._held[claim.id]
+
+    def _count(self, priority: str) -> int:
+        return sum(asked.priority == priority for asked in self._asked.values())
+
+    async def _publish(self, claim_id: str, outcomes: Mapping[bytes, Outcome]) -> None:
+        for chunk in _chunks(list(outcomes.items())):
+            levels = b"".join(key + bytes((level,)) for key, level in chunk if isinstance(level, int))
+            errors = [[key, pack_error(error)] for key, error in chunk if isinstance(error, PairError)]
+            await self._scripts.run("fulfil", [claim_id, levels, pack(errors)])
+
+    def _end(self, digest: bytes, outcome: Outcome) -> None:
+        self._asked.pop(digest, None)
+        self._settle(digest, outcome)
+
+    async def _over(self, claim: Claim, script: str, arguments: Sequence[Any]) -> None:
+        """The last word on a claim. It stays listed until that is heard, so that it is not given away."""
+        try:
+            await self._scripts.run(script, [claim.id, *arguments])
+        finally:
+            self._held.pop(claim.id, None)
+            self._changed.set()
+
+    async def _enqueue(
+        self, pairs: Sequence[Pair], asker: Asker, token: str, following: tuple[int, int], *, polling: bool
+    ) -> tuple[bytes, list[Any]]:
+        """One byte a pair, and the errors of those that failed (see `enqueue.lua`)."""
+        if not pairs:
+            return b"", []
+        patience_seconds = max(0.0, asker.deadline - asyncio.get_running_loop().time())
+        patience_ms = round(min(patience_seconds, _MAX_PATIENCE_SECONDS) * 1000)
+        request = [
+            asker.caller, asker.priority, patience_ms, *following, token, int(polling),
+            [[pair.digest, pair.company, pair.title, pair.size_bytes] for pair in pairs],
+        ]  # fmt: skip
+        reply = await self._together.ride(request)
+        if reply[0] == b"ok":
+            return reply[1], reply[2]
+        wait_seconds = reply[1] / 1000
+        if reply[0] == b"down":
+            error = pack_error(Unavailable("the model is down", max(1.0, wait_seconds)))
+            return bytes([_FAILED]) * len(pairs), [error] * len(pairs)
+        if reply[0] == b"full":
+            reason = f"the queue is full: {reply[2].decode()} wait"
+            raise QueueFull(reason, pushback_seconds(wait_seconds))
+        reason = (
+            f"the pairs would wait {wait_seconds:.1f} s for the model, "
+            f"but the deadline is in {patience_seconds:.1f} s"
+        )
+        raise QueueFull(reason, pushback_seconds(wait_seconds - patience_seconds))
+
+    async def _enqueue_together(self, requests: Sequence[list[Any]]) -> Sequence[Any]:
+        limits = self._limits
+        arguments = [
+            self._replica, limits.max_pairs, limits.max_bytes, limits.batch_pairs,
+            round(limits.slot_seconds * 1000), _MAX_ATTEMPTS, pack(requests),
+        ]  # fmt: skip
+        async with self._in_turn:
+            replies = unpack(await self._scripts.run("enqueue", arguments))
+        if len(replies) != len(requests):
+            message = f"the queue answered {len(replies)} of {len(requests)} requests"
+            raise StoreError(message)
+        return replies  # type: ignore[no-any-return]
+
+    def _new_id(self) -> str:
+        return f"{self._replica}.{next(self._ids)}"
+
+
+def _sort(
+    pairs: Sequence[Pair], states: bytes, errors: list[Any], ended: dict[bytes, Outcome], queued: set[bytes]
+) -> None:
+    failed = iter(errors)
+    for pair, state in zip(pairs, states, strict=True):
+        if state == _FAILED:
+            ended[pair.digest] = unpack_error(next(failed))
+        elif state in _LEVELS:
+            ended[pair.digest] = state
+        elif state == _QUEUED:
+            queued.add(pair.digest)
+
+
+def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), _CHUNK_PAIRS):
+        yield items[start : start + _CHUNK_PAIRS]

@@ -1,0 +1,95 @@
+"""The limit of a replica that lost Redis: moments of its own, on the last known clock of Redis.
+
+Moments are `moment_seconds` apart, a little more than full batches are. The members, in the order that all of
+them last heard, have them in turn, a block of about a second each. So no two of them ever call at the same
+time, and together they keep the limit without a word. Those who still have Redis leave the moments of the
+silent alone (`claim.lua`). A replica that never saw Redis has no moments: it keeps to its share of the rate.
+"""
+
+import math
+from dataclasses import dataclass
+
+from services.cache_proxy.queue.limiter import Limiter
+
+_PUNCTUAL_SECONDS = 0.010
+_FEW_MOMENTS = 2  # in a block: then the room in each is more than a late call needs
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """What a replica last heard: `clock_offset_seconds` is Redis's clock less time.monotonic."""
+
+    replica: str
+    members: tuple[str, ...]
+    moment_seconds: float
+    clock_offset_seconds: float
+
+
+class SlotLimiter:
+    """`Limiter`'s interface. State: the membership, the last moment that was used, and when."""
+
+    def __init__(self, share: Limiter) -> None:
+        self._share = share
+        self._membership: Membership | None = None
+        self._used = -1
+        self._used_at = -math.inf
+        self._not_before = 0.0
+        self.begins_at = 0.0
+
+    def know(self, membership: Membership) -> None:
+        """Note what was heard."""
+        self._membership = membership
+
+    @property
+    def slot_seconds(self) -> float:
+        """How far apart this replica's batches are."""
+        if self._membership is None:
+            return self._share.slot_seconds
+        return self._membership.moment_seconds * max(1, len(self._membership.members))
+
+    def wait_seconds(self, pairs: int, *, now: float) -> float:
+        """How long until a call is allowed; 0 if now, `inf` if never."""
+        if self._membership is None:
+            return self._share.wait_seconds(pairs, now=now)
+        if self._membership.replica not in self._membership.members:
+            return math.inf
+        held = max(self.begins_at, self._not_before) - now
+        if self._membership.moment_seconds == 0:
+            return max(0.0, held)
+        earliest = max(now, now + held, self._used_at + self._membership.moment_seconds)
+        moment = self._moment(earliest, self._membership)
+        starts_at = moment * self._membership.moment_seconds - self._membership.clock_offset_seconds
+        return max(0.0, earliest - now, starts_at - now)
+
+    def spend(self, pairs: int, *, now: float) -> None:
+        """Use the moment."""
+        self._share.spend(pairs, now=now)
+        if self._membership is not None and self._membership.moment_seconds:
+            self._used, self._used_at = self._moment(now, self._membership), now
+
+    def refund(self, pairs: int) -> None:
+        """A moment that was not used is over."""
+
+    def hold_until(self, moment: float) -> None:
+        """Allow no call before `moment`."""
+        self._not_before = max(self._not_before, moment)
+        self._share.hold_until(moment)
+
+    def _moment(self, now: float, membership: Membership) -> int:
+        """The first of this replica's moments that is not over."""
+        apart, members = membership.moment_seconds, membership.members
+        block = math.ceil(1000 / round(apart * 1000))
+        moment = math.floor((now + membership.clock_offset_seconds - _PUNCTUAL_SECONDS) / apart) + 1
+        moment = max(moment, self._used + 1)
+        turn = members.index(membership.replica)
+        while moment // block % len(members) != turn or _is_between(moment, block):
+            moment = moment + 1 if moment // block % len(members) == turn else (moment // block + 1) * block
+        return moment
+
+
+def _is_between(moment: int, block: int) -> bool:
+    """Whether it is left free, so that a late call of one member keeps apart from the next one's first.
+
+    Moments far apart need none: the room that is in each is more than any lateness.
+    """
+    return block > _FEW_MOMENTS and moment % block == block - 1

@@ -1,0 +1,310 @@
+"""Redis killed, frozen and back again under waiting pairs."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.cache_proxy.errors import StoreError, Unavailable
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue import Claim, Outcome
+from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_shared
+from services.cache_proxy.store.redis import connect
+from services.cache_proxy.waiters import Wait, Waiters
+from tests.support.redis_server import RedisServer, redis_process
+from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
+
+pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
+
+BOUNDS = limits(batch_pairs=4, calls_per_second=10)
+LOST = StoreError("no answer")
+DOWN = Unavailable("down", retry_after_seconds=1.0)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of the test's own."""
+    with redis_process(tmp_path) as running:
+        yield running
+
+
+class Proxy:
+    """A replica as the proxy opens it, with a dispatcher and a model that answers 1 + number % 7."""
+
+    def __init__(self, queue: ProxyQueue, waiters: Waiters) -> None:
+        self.queue = queue
+        self.sent: Counter[int] = Counter()
+        self._waiters = waiters
+
+    async def dispatch(self) -> None:
+        """As the dispatcher does, until cancelled."""
+        while True:
+            decision = await self.queue.claim()
+            if isinstance(decision, Claim):
+                self.sent.update(numbers_of(decision))
+                await asyncio.sleep(0.02)
+                outcomes: dict[bytes, Outcome] = {
+                    item.digest: 1 + number % 7
+                    for number, item in zip(numbers_of(decision), decision.pairs, strict=True)
+                }
+                await self.queue.fulfil(decision, outcomes)
+                continue
+            try:
+                async with asyncio.timeout(min(decision.wait_seconds, 60)):
+                    await self.queue.changed()
+            except TimeoutError:
+                continue
+
+    async def ask(self, numbers: list[int]) -> Wait:
+        """Ask, as the resolver does."""
+        wanted = pairs(numbers)
+        wait = self._waiters.open([item.digest for item in wanted])
+        enqueued = await self.queue.enqueue(wanted, asker())
+        self._waiters.settle_one(wait, enqueued.ended.items())
+        return wait
+
+
+@asynccontextmanager
+async def _proxies(url: str, count: int) -> AsyncIterator[list[Proxy]]:
+    place = Place.new(url)
+    async with AsyncExitStack() as stack:
+        opened = []
+        for number in range(count):
+            client = connect(url, timeout_seconds=0.25)
+            stack.push_async_callback(client.aclose, close_connection_pool=True)
+            shared = SharedRedis(
+                client=client, url=url, keys=place.keys, expected_replicas=count, lease_seconds=5,
+                http_bound="127.0.0.1:1",
+            )  # fmt: skip
+            waiters = Waiters()
+            queue = await stack.enter_async_context(
+                open_shared(
+                    BOUNDS, shared, replica=f"{number:016x}", settle=waiters.settle,
+                    metrics=ProxyMetrics(CollectorRegistry()),
+                )
+            )  # fmt: skip
+            proxy = Proxy(queue, waiters)
+            task = asyncio.create_task(proxy.dispatch())
+            stack.callback(task.cancel)
+            opened.append(proxy)
+        await asyncio.sleep(0.6)  # two heartbeats: everybody has heard who has which moments
+        yield opened
+
+
+def _levels(wait: Wait) -> dict[int, Outcome]:
+    return {int.from_bytes(digest, "big"): level for digest, level in wait.outcomes.items()}
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_every_waiter_is_answered_without_redis_and_after(
+    how: str, server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Killed or frozen under waiting pairs: each goes on alone and returns by itself, says so once, and no
+    answer that was given meanwhile is asked for again.
+    """  # noqa: D205 - one thought
+    caplog.set_level(logging.INFO, logger="services.cache_proxy.queue")
+    async with _proxies(server.url, 2) as (one, other):
+        first = await one.ask(list(range(40)))
+        if how == "kill":
+            server.kill()
+        else:
+            server.pause()
+        second = await one.ask(list(range(30, 50)))
+        third = await other.ask(list(range(100, 110)))
+        async with asyncio.timeout(30):
+            for wait in (first, second, third):
+                await wait.done()
+        assert _levels(first) == {number: 1 + number % 7 for number in range(40)}
+        assert max(one.sent.values()) <= 2  # twice, if Redis went while it was in flight
+        lost = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert len(lost) == 2, [record.getMessage() for record in lost]
+        sent = one.sent + other.sent
+        if how == "kill":
+            server.start()
+        else:
+            server.resume()
+        async with asyncio.timeout(10):
+            while sum("is back" in record.getMessage() for record in caplog.records) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+            again = await other.ask([1, 2, 3, 40, 49])
+            await again.done()
+            fresh = await other.ask(list(range(200, 220)))
+            await fresh.done()
+        assert _levels(again) == {number: 1 + number % 7 for number in (1, 2, 3, 40, 49)}
+        assert one.sent + other.sent - sent == Counter(range(200, 220))
+        assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 2
+
+
+async def test_redis_comes_and_goes(server: RedisServer) -> None:
+    """Three times in a row under a steady stream: every question is answered right."""
+    async with _proxies(server.url, 2) as both:
+        waits = []
+        for turn in range(3):
+            for step in range(12):
+                proxy = both[step % 2]
+                start = 1000 * turn + 5 * step
+                waits.append(await proxy.ask(list(range(start, start + 8))))
+                if step == 4:
+                    server.kill()
+                if step == 8:
+                    server.start()
+                await asyncio.sleep(0.03)
+        async with asyncio.timeout(60):
+            for wait in waits:
+                await wait.done()
+        for wait in waits:
+            assert all(level == 1 + number % 7 for number, level in _levels(wait).items())
+
+
+@pytest.fixture
+async def replica(shared_redis: str) -> AsyncIterator[Replica]:
+    """One whose loss and return a test plays by hand."""
+    async with replicas(Place.new(shared_redis)) as (opened,):
+        yield opened
+
+
+async def _lose(replica: Replica) -> None:
+    await replica.failover.lose(LOST)
+    replica.failover._limiter.begins_at = 0.0  # the others know at once
+
+
+async def _ask(replica: Replica, numbers: list[int]) -> Wait:
+    wanted = pairs(numbers)
+    wait = replica.waiters.open([item.digest for item in wanted])
+    enqueued = await replica.failover.enqueue(wanted, asker())
+    replica.waiters.settle_one(wait, enqueued.ended.items())
+    return wait
+
+
+async def _take(replica: Replica) -> Claim:
+    for _ in range(100):
+        claim = await replica.failover.claim()
+        if isinstance(claim, Claim):
+            return claim
+        assert claim.wait_seconds < 1
+        await asyncio.sleep(claim.wait_seconds)
+    raise AssertionError("no batch")
+
+
+async def _nothing_is_left(replica: Replica) -> None:
+    assert replica.place.left() == {}
+    assert replica.queue.asked == set()
+    assert replica.queue.held == []
+    assert replica.failover._local._entries == {}
+    assert not replica.failover._local_claims
+
+
+@pytest.mark.parametrize("how", ["fail", "refuse", "put back"])
+async def test_a_local_batch_that_ends_unanswered_after_the_return_is_not_stranded(
+    how: str, replica: Replica
+) -> None:
+    """Claimed without Redis, ended with it: its pairs wait in Redis, once, and are answered."""
+    await _lose(replica)
+    wait = await _ask(replica, [1, 2, 3])
+    claim = await _take(replica)
+    await replica.failover.regain()
+    assert not isinstance(await replica.failover.claim(), Claim), "sent twice"
+    if how == "fail":
+        await replica.failover.fail(claim, DOWN, retry_after_seconds=0)
+    elif how == "refuse":
+        await replica.failover.refuse(claim, DOWN, {})
+    else:
+        await replica.failover.put_back(claim)
+    claim = await _take(replica)
+    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+    assert sorted(_levels(wait)) == [1, 2, 3]
+    await _nothing_is_left(replica)
+
+
+@pytest.mark.parametrize("how", ["fulfil", "fail", "put back", "in part"])
+async def test_a_shared_batch_that_ends_after_the_loss_is_not_stranded(how: str, replica: Replica) -> None:
+    """Claimed with Redis, ended without it: whoever waits here is answered or asked again, locally."""
+    wait = await _ask(replica, [1, 2, 3])
+    claim = await _take(replica)
+    await _lose(replica)
+    assert not isinstance(await replica.failover.claim(), Claim), "sent twice"
+    done: dict[bytes, Outcome] = {item.digest: 2 for item in claim.pairs}
+    if how == "in part":
+        await replica.failover.fulfil(claim, {claim.pairs[0].digest: 2})
+        await replica.failover.put_back(claim)
+    elif how == "fail":
+        await replica.failover.fail(claim, DOWN, retry_after_seconds=0)
+    elif how == "put back":
+        await replica.failover.put_back(claim)
+    else:
+        await replica.failover.fulfil(claim, done)
+    if how != "fulfil":
+        claim = await _take(replica)
+        assert len(claim.pairs) == (2 if how == "in part" else 3)
+        await replica.failover.fulfil(claim, done)
+    assert not wait.open
+    replica.place.age_claims(60_000)
+    await replica.failover.regain()
+    await replica.beat()
+    assert not isinstance(await replica.failover.claim(), Claim), "sent twice"
+    await _nothing_is_left(replica)
+
+
+async def test_what_is_asked_during_the_return_waits_in_redis(replica: Replica) -> None:
+    """A question that comes between two steps of the return is neither lost nor left in the local queue."""
+    await _lose(replica)
+    waits = [await _ask(replica, [1])]
+    returning = asyncio.create_task(replica.failover.regain())
+    number = 2
+    while not returning.done():
+        waits.append(await _ask(replica, [number]))
+        number += 1
+        await asyncio.sleep(0)
+    await returning
+    assert replica.failover._local._entries == {}
+    while any(wait.open for wait in waits):
+        claim = await _take(replica)
+        await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+    await _nothing_is_left(replica)
+
+
+async def test_what_ended_without_redis_is_not_asked_again(replica: Replica) -> None:
+    """Refused, failed for good or known already in the local queue: the return does not bring it back."""
+    await _lose(replica)
+    waits = [await _ask(replica, [1])]
+    for _ in range(4):
+        await replica.failover.fail(await _take(replica), DOWN, retry_after_seconds=0)
+    waits.append(await _ask(replica, [2]))
+    claim = await _take(replica)
+    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+    waits.append(await _ask(replica, [2]))
+    assert all(not wait.open for wait in waits)
+    assert replica.queue.asked == set()
+    await replica.failover.regain()
+    await _nothing_is_left(replica)
+
+
+async def test_answers_given_without_redis_are_published_on_return(shared_redis: str) -> None:
+    """Another replica that waits for the same pair is told, and who asks later too."""
+    async with replicas(Place.new(shared_redis), 2) as (alone, other):
+        wait, _ = await other.ask(pairs([1]))
+        await _lose(alone)
+        await _ask(alone, [1, 2])
+        claim = await _take(alone)
+        await alone.failover.fulfil(claim, {item.digest: 4 for item in claim.pairs})
+        await alone.failover.regain()
+        await other.messages()
+        assert list(wait.outcomes.values()) == [4]
+        later, _ = await other.ask(pairs([2]))
+        assert list(later.outcomes.values()) == [4]
+        assert other.place.left() == {}
+
+
+async def test_a_caller_that_leaves_without_redis_is_not_asked_for_on_return(replica: Replica) -> None:
+    """Asked with Redis, gone without it: the return does not ask again."""
+    wait = await _ask(replica, [1])
+    await _lose(replica)
+    await replica.failover.leave(replica.waiters.close(wait))
+    assert not isinstance(await replica.failover.claim(), Claim)
+    await replica.failover.regain()
+    assert replica.queue.asked == set()

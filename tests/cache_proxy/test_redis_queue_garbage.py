@@ -1,0 +1,257 @@
+"""Whatever somebody puts into the queue's keys: the fleet goes on, and no answer is made up."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import redis
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.cache_proxy.errors import PairError, StoreError
+from services.cache_proxy.queue import Claim, NotYet
+from tests.support.redis_server import redis_process
+from tests.support.replicas import Place, Replica, limits, numbers_of, pairs, replicas
+
+pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
+
+KEYS = [
+    "pairs", "claims", "claimed", "suspects", "meta", "reserved", "lane:interactive", "lane:bulk",
+    "lane:refresh", "fair:interactive", "LIMIT", "LIMIT:replicas", "LIMIT:addresses", "LIMIT:paused",
+    "recent", "refused",
+]  # fmt: skip
+
+
+def _names(place: Place, key: str) -> list[str]:
+    """The keys behind a name; those of what was remembered change with time."""
+    if key.startswith("LIMIT"):
+        return [place.keys.limit + key.removeprefix("LIMIT")]
+    if key in {"recent", "refused"}:
+        with place.client() as client:
+            period = {"recent": 60, "refused": 600}[key]
+            now = client.time()[0] // period
+            return [f"{place.keys.base}{key}:{number}" for number in (now - 1, now, now + 1)]
+    return [place.keys.base + key]
+
+
+def _of_another_type(client: "redis.Redis", name: str) -> None:
+    kind = client.type(name)
+    client.delete(name)
+    if kind == b"string":
+        client.rpush(name, "x")
+    else:
+        client.set(name, b"\xc1 what is this")
+
+
+async def _work(replica: Replica, numbers: range) -> None:
+    """Ask, send, refuse and answer, as if nothing were wrong, until all are answered with 1 + number % 7."""
+    for attempt in range(60):
+        try:
+            await replica.beat()
+            wait, _ = await replica.ask(pairs(numbers))
+            await replica.queue.ask_again()  # as the waiters' poll does every now and then
+            claim = await replica.queue.claim()
+            if isinstance(claim, Claim):
+                levels = {
+                    item.digest: 1 + number % 7
+                    for number, item in zip(numbers_of(claim), claim.pairs, strict=True)
+                }
+                if attempt == 0:
+                    await replica.queue.put_back(claim)
+                else:
+                    await replica.queue.fulfil(claim, levels)
+            await replica.close(wait)
+            if not wait.open:
+                assert all(
+                    isinstance(outcome, PairError) or outcome == 1 + int.from_bytes(digest, "big") % 7
+                    for digest, outcome in wait.outcomes.items()
+                ), wait.outcomes
+                return
+        except StoreError:
+            continue  # as if Redis were lost for a moment
+        if isinstance(claim, NotYet):
+            replica.place.age_claims(3000)
+            await asyncio.sleep(min(0.02, claim.wait_seconds))
+    raise AssertionError("stuck")
+
+
+@pytest.mark.parametrize("key", KEYS)
+async def test_a_key_of_another_type_stops_nobody(key: str, shared_redis: str) -> None:
+    """Replaced while pairs wait and are in flight: they and new ones are answered by the model."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 2) as (one, other):
+        await one.ask(pairs(range(12)))
+        await other.ask(pairs(range(12)))
+        await one.take()
+        with place.client() as client:
+            for name in _names(place, key):
+                _of_another_type(client, name)
+        await _work(one, range(12))
+        await _work(other, range(6, 20))
+
+
+MSGPACK = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.binary(max_size=9), inner, max_size=5),
+    max_leaves=10,
+).map(lambda value: bytes(msgpack.packb(value, use_bin_type=False)))
+RECORD: st.SearchStrategy[dict[str, object]] = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.sampled_from([b"bulk", b"x", b"\xff", 0, -1, 1.5, float("nan"), 2**60, None, True, [], {}])
+        for name in (
+            "lane", "tag", "caller", "at", "attempts", "deaths", "refusals", "company", "title", "size",
+            "claim", "suspect", "interest", "replica", "send_at", "slot_at", "lease_until",
+        )
+    },
+)  # fmt: skip
+VALUES = st.one_of(
+    st.binary(max_size=30), MSGPACK, st.sampled_from([b"", b"0", b"3", b"9", b"17", b"1e999", b"nan"]),
+    RECORD.map(lambda value: bytes(msgpack.packb(value, use_bin_type=False))),
+)  # fmt: skip
+
+
+def _merged(packed: bytes | str | None, junk: bytes) -> bytes:
+    """A record with some fields replaced, if both are records."""
+    try:
+        record, change = msgpack.unpackb(packed or b"", raw=True), msgpack.unpackb(junk, raw=True)
+        return bytes(msgpack.packb({**record, **change}, use_bin_type=False))
+    except (ValueError, TypeError):
+        return junk
+
+
+def _spoil(client: "redis.Redis", name: str, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
+    """Put something else into a key, of the right type."""
+    kind = client.type(name)
+    if kind == b"hash":
+        for field, value in list(client.hgetall(name).items()):
+            if draw(st.booleans()):
+                client.hset(name, field, _merged(value, draw(VALUES)))
+        if draw(st.booleans()):
+            client.hset(
+                name,
+                draw(st.sampled_from([b"x", b"y" * 16, b"queue", b"calls_tat", b"not_before"])),
+                draw(VALUES),
+            )
+    elif kind == b"zset":
+        client.zadd(
+            name, {draw(st.sampled_from([b"x", b"z" * 16, b""])): draw(st.sampled_from([-1e300, 0, 1e300]))}
+        )
+    elif kind == b"list":
+        client.lpush(name, draw(VALUES))
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_hostile_values_stop_nobody_and_become_no_answers(data: st.DataObject, shared_redis: str) -> None:
+    """Any field of any key: in the end every question is answered by the model, or with an error."""
+
+    async def run() -> None:
+        place = Place.new(shared_redis)
+        async with replicas(place, 2) as (one, other):
+            await one.ask(pairs(range(12)))
+            await other.ask(pairs(range(6)))
+            claim = await one.take()
+            await one.queue.fulfil(claim, {claim.pairs[0].digest: 1 + numbers_of(claim)[0] % 7})
+            with place.client() as client:
+                for key in data.draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True)):
+                    for name in _names(place, key):
+                        _spoil(client, name, data.draw)
+                for setting in (
+                    "pairs_per_second",
+                    "calls_per_second",
+                ):  # a limit that somebody set is a limit
+                    client.hset(place.keys.limit, setting, 0)
+            await _work(one, range(12))
+            await _work(other, range(20))
+
+    asyncio.run(run())
+
+
+async def test_published_nonsense_is_passed_over(shared_redis: str) -> None:
+    """Levels out of range, torn messages, other types: nobody is told a thing, and the answer arrives."""
+    place = Place.new(shared_redis)
+    async with replicas(place) as (replica,):
+        wait, _ = await replica.ask(pairs([1]))
+        digest = pairs([1])[0].digest
+        chance = random.Random(1)
+        messages = [
+            msgpack.packb([5, digest + bytes([level]), [], False], use_bin_type=False)
+            for level in (0, 8, 255)
+        ]
+        messages += [
+            msgpack.packb(value)
+            for value in (None, [], 7, [1, 2, 3, 4], ["x", b"", [], 0], [1, b"", 5, 0], [1, {}, [[]], 0])
+        ]
+        messages += [chance.randbytes(size) for size in range(40)]
+        with place.client() as client:
+            for message in messages:
+                client.publish(place.keys.channel, message)
+        await replica.messages()
+        assert wait.open
+        assert not replica.settled
+        await replica.heal()
+        claim = await replica.take()
+        await replica.queue.fulfil(claim, {digest: 4})
+        assert list(wait.outcomes.values()) == [4]
+
+
+async def test_a_pair_whose_text_cannot_be_read_is_not_sent(shared_redis: str) -> None:
+    """Somebody changed its record: the rest of its batch is sent."""
+    place = Place.new(shared_redis)
+    async with replicas(place) as (replica,):
+        await replica.ask(pairs([1, 2]))
+        with place.client() as client:
+            digest = pairs([1])[0].digest
+            record = client.hget(f"{place.keys.base}pairs", digest)
+            client.hset(
+                f"{place.keys.base}pairs", digest, _merged(record, msgpack.packb({"company": b"\xff\xfe"}))
+            )
+        assert numbers_of(await replica.take()) == [2]
+
+
+async def test_redis_out_of_memory_still_carries_the_queue(tmp_path: Path) -> None:
+    """What the cache may not write, the queue still may: it is bounded, and what ends frees memory."""
+    with redis_process(tmp_path) as server:
+        place = Place.new(server.url)
+        async with replicas(place, 1, limits(batch_pairs=50)) as (replica,):
+            with place.client() as client:
+                client.config_set("maxmemory", 1)
+                with pytest.raises(redis.exceptions.OutOfMemoryError):
+                    client.set("x", "y")
+            wait, _ = await replica.ask(pairs(range(100)))
+            await replica.beat()
+            claim = await replica.take()
+            await replica.queue.put_back(claim)
+            for _ in range(2):
+                claim = await replica.take()
+                await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+            assert not wait.open
+            assert place.left() == {}
+
+
+@pytest.mark.parametrize(
+    "key", ["pairs", "claims", "claimed", "suspects", "meta", "lane:interactive", "LIMIT"]
+)
+async def test_a_key_that_is_gone_is_healed_by_the_next_poll(key: str, shared_redis: str) -> None:
+    """Deleted or evicted: whoever waits asks again, and is answered."""
+    place = Place.new(shared_redis)
+    async with replicas(place) as (replica,):
+        wait, _ = await replica.ask(pairs(range(8)))
+        await replica.take()
+        with place.client() as client:
+            client.delete(*_names(place, key))
+        await replica.beat()
+        place.age_claims(60_000)
+        await replica.beat()
+        await replica.queue.ask_again()
+        for _ in range(10):
+            if not wait.open:
+                break
+            claim = await replica.take()
+            await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+        assert not wait.open

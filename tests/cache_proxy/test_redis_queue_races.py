@@ -1,0 +1,220 @@
+"""Events that meet: questions, goodbyes, late answers, refusals, a model that is down; and what it costs."""
+
+import asyncio
+import time
+
+import pytest
+from grpc import StatusCode
+
+from services.cache_proxy.errors import QueueFull, Refused, Unavailable
+from services.cache_proxy.queue import Claim, NotYet
+from tests.support.replicas import Place, asker, limits, numbers_of, pair, pairs, replicas
+
+REFUSED = Refused(StatusCode.INVALID_ARGUMENT, "bad")
+DOWN = Unavailable("down", retry_after_seconds=1.0)
+
+
+@pytest.fixture
+def place(shared_redis: str) -> Place:
+    """A deployment of the test's own."""
+    return Place.new(shared_redis)
+
+
+def _interest(place: Place) -> int:
+    with place.client() as client:
+        return int(client.hlen(f"{place.keys.base}pairs"))
+
+
+async def test_a_goodbye_never_undoes_the_next_question(place: Place) -> None:
+    """One caller leaves while the next asks for the same pairs: these wait, whatever is sent first."""
+    async with replicas(place) as (replica,):
+        for turn in range(20):
+            numbers = range(turn * 700, turn * 700 + 700)
+            wait, _ = await replica.ask(pairs(numbers))
+            leaving = asyncio.create_task(replica.close(wait))
+            await asyncio.sleep(0)
+            again, _ = await replica.ask(pairs(numbers))
+            await leaving
+            assert _interest(place) == 700
+            await replica.close(again)
+            assert _interest(place) == 0
+        assert place.left() == {}
+
+
+async def test_who_goes_while_asking_leaves_nothing(place: Place) -> None:
+    """Cancelled at any moment of asking for several calls' worth: no pair stays that nobody waits for."""
+    async with replicas(place) as (replica,):
+        for delay in range(20):
+            wanted = pairs(range(1300))
+            wait = replica.waiters.open([item.digest for item in wanted])
+            asking = asyncio.create_task(replica.queue.enqueue(wanted, asker()))
+            await asyncio.sleep(delay * 0.002)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            await replica.close(wait)
+            assert _interest(place) == 0
+            assert replica.queue.asked == set()
+
+
+async def test_who_is_refused_takes_nobodys_place(place: Place) -> None:
+    """A request that does not fit joined pairs of another; that one is still answered."""
+    async with replicas(place, 1, limits(batch_pairs=1000, max_pairs=1000)) as (replica,):
+        wait, _ = await replica.ask(pairs(range(500)))
+        with pytest.raises(QueueFull):
+            await replica.ask(pairs(range(1200)))
+        assert replica.queue.asked == {item.digest for item in pairs(range(500))}
+        assert _interest(place) == 500
+        claim = await replica.take()
+        await replica.queue.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+        assert not wait.open
+        assert place.left() == {}
+
+
+async def test_two_that_ask_at_once_do_not_share_a_refusal(place: Place) -> None:
+    """The one without time is refused, the other, for the same pair and at the same moment, waits."""
+    bounds = limits(batch_pairs=1, calls_per_second=0.2)
+    async with replicas(place, 1, bounds) as (replica,):
+        await replica.ask(pairs(range(3)))
+        hasty = asyncio.create_task(replica.ask([pair(9)], asker("a", patience=0.5)))
+        patient = asyncio.create_task(replica.ask([pair(9)], asker("b", patience=500)))
+        with pytest.raises(QueueFull):
+            await hasty
+        wait, _ = await patient
+        assert pair(9).digest in replica.queue.asked
+        await replica.queue.publish({pair(9).digest: 5})
+        await replica.messages()
+        assert list(wait.outcomes.values()) == [5]
+
+
+async def test_the_answer_of_a_claim_that_was_given_away_ends_both(place: Place) -> None:
+    """Its owner was thought dead, another sends the pairs again: the first answer ends them."""
+    async with replicas(place, 2) as (slow, other):
+        await slow.ask(pairs([1, 2]))
+        await other.ask(pairs([1, 2]))
+        first = await slow.take()
+        place.age_claims(60_000)
+        second = await other.take()
+        await slow.queue.fulfil(first, {item.digest: 3 for item in first.pairs})
+        await other.messages()
+        assert sorted(level for _, level in other.settled) == [3, 3]  # type: ignore[type-var]
+        await other.queue.refuse(second, REFUSED, {})
+        assert other.queue.held == []
+        assert place.left() == {}
+        assert (await other.ask(pairs([1])))[1].ended == {pair(1).digest: 3}
+
+
+async def test_a_refusal_reaches_who_asked_meanwhile_elsewhere(place: Place) -> None:
+    """Another replica joined a pair in flight: it is told of the refusal, and so is who asks later."""
+    async with replicas(place, 2) as (one, other):
+        await one.ask(pairs([1]))
+        claim = await one.take()
+        wait, _ = await other.ask(pairs([1]))
+        await one.queue.refuse(claim, REFUSED, {})
+        await other.messages()
+        assert [type(outcome) for outcome in wait.outcomes.values()] == [Refused]
+        _, again = await other.ask(pairs([1]))
+        assert [type(outcome) for outcome in again.ended.values()] == [Refused]
+
+
+async def test_a_model_that_is_down_ends_all_that_waits_everywhere(place: Place) -> None:
+    """After four failures in a row: everybody is told, nothing stays queued, the next are told at once."""
+    async with replicas(place, 2) as (one, other):
+        await one.ask(pairs(range(50)))
+        wait, _ = await other.ask(pairs(range(30, 60)))
+        for _ in range(4):
+            one.queue._not_before = 0
+            await one.queue.fail(await one.take(), DOWN, retry_after_seconds=0)
+        await other.messages()
+        assert {type(outcome) for outcome in wait.outcomes.values()} == {Unavailable}
+        assert not wait.open
+        assert place.left() == {}
+        await other.ask([pair(100)])
+        await other.queue.fail(await other.take(), DOWN, retry_after_seconds=5)
+        _, told = await one.ask([pair(101)])
+        assert [type(outcome) for outcome in told.ended.values()] == [Unavailable]
+        assert place.left() == {}
+
+
+async def test_what_is_in_flight_when_the_model_is_taken_for_down_may_be_answered(place: Place) -> None:
+    """It stays in its claim: nobody sends it a second time, and its answer counts."""
+    async with replicas(place, 2) as (one, other):
+        await one.ask(pairs([1]))
+        flying = await one.take()
+        await other.ask(pairs([2]))
+        for _ in range(4):
+            other.queue._not_before = 0
+            await other.ask(pairs([2]))
+            await other.queue.fail(await other.take(), DOWN, retry_after_seconds=0)
+        await other.ask(pairs([1]))
+        assert not isinstance(await other.queue.claim(), Claim)
+        await one.queue.fulfil(flying, {pair(1).digest: 6})
+        await other.messages()
+        assert (pair(1).digest, 6) in other.settled
+        assert place.left() == {}
+
+
+async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(place: Place) -> None:
+    """It stays away a little longer, and who was told that nothing waits is woken."""
+    async with replicas(place, 2) as (broken, sound):
+        await broken.ask(pairs([1]))
+        await sound.ask(pairs([1]))
+        claim = await broken.take()
+        await sound.messages()
+        sound.queue._changed.clear()
+        assert not isinstance(await sound.queue.claim(), Claim)
+        await broken.queue.fail(claim, DOWN, retry_after_seconds=0)
+        await sound.messages()
+        await asyncio.wait_for(sound.queue.changed(), 1)
+        assert isinstance(await broken.queue.claim(), NotYet)
+        assert numbers_of(await sound.take()) == [1]
+
+
+async def test_callers_with_ever_new_names_take_bounded_memory(place: Place) -> None:
+    """Names are theirs to choose: beyond a thousand they share one turn, and nothing is lost."""
+    async with replicas(place, 1, limits(batch_pairs=500)) as (replica,):
+        await asyncio.gather(*(replica.ask([pair(number)], asker(f"n{number}")) for number in range(3000)))
+        with place.client() as client:
+            assert client.hlen(f"{place.keys.base}fair:interactive") <= 1600
+        seen: list[int] = []
+        while isinstance(claim := await replica.queue.claim(), Claim):
+            seen += numbers_of(claim)
+            await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+        assert sorted(seen) == list(range(3000))
+
+
+async def test_pairs_that_nobody_waits_for_any_more_are_cleared_away_in_parts(place: Place) -> None:
+    """A replica died with 10000 waiting pairs, whose time runs out: no script looks at all at once."""
+    async with replicas(place, 2, limits(batch_pairs=1000)) as (dead, other):
+        patience = 1.5
+        await dead.ask(pairs(range(10_000)), asker(patience=patience))
+        until = time.monotonic() + patience
+        await dead.die()
+        await other.ask([pair(10**6)], asker("late", "bulk"))
+        await asyncio.sleep(until - time.monotonic() + 0.01)
+        left = [_interest(place)]
+        while not isinstance(claim := await other.queue.claim(), Claim):
+            left.append(_interest(place))
+            assert left[-2] - left[-1] <= 3500
+        assert numbers_of(claim) == [10**6]
+        await other.queue.fulfil(claim, {pair(10**6).digest: 1})
+        for turn in range(10):
+            await other.ask([pair(10**6 + 1 + turn)])
+            claim = await other.take()
+            await other.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+        assert place.left() == {}
+
+
+async def test_a_thousand_pairs_cost_six_commands_and_no_long_stop_of_redis(place: Place) -> None:
+    """Two to ask, one to claim, two to answer; the fleet's other calls wait for none of them for long."""
+    async with replicas(place, 1, limits(batch_pairs=1000)) as (replica,):
+        with place.client() as client:
+            before, took = 0, 0.0
+            for warm in (range(5000, 5010), range(1000)):
+                before = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+                begun = time.perf_counter()
+                await replica.ask(pairs(warm, text="some title of a job"))
+                claim = await replica.take()
+                await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+                took = time.perf_counter() - begun
+            assert client.info("commandstats")["cmdstat_evalsha"]["calls"] - before <= 6
+            assert took < 1.0

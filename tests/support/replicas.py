@@ -1,0 +1,248 @@
+"""Replicas of the shared queue in one process, over a real Redis, one step at a time."""
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgpack
+import redis
+import redis.asyncio
+from prometheus_client import CollectorRegistry
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from services.cache_proxy.errors import QueueFull, StoreError
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
+from services.cache_proxy.queue.failover import FailoverQueue
+from services.cache_proxy.queue.limiter import Limiter
+from services.cache_proxy.queue.listener import Listener
+from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.redis import RedisQueue
+from services.cache_proxy.queue.scripts import Keys, Scripts
+from services.cache_proxy.queue.slots import SlotLimiter
+from services.cache_proxy.waiters import Wait, Waiters
+from tests.support.redis_server import wait_for
+
+PATIENCE_SECONDS = 60.0
+
+
+def limits(
+    *, batch_pairs: int = 4, batch_bytes: int = 10**6, pairs_per_second: float = 0,
+    calls_per_second: float = 0, linger_seconds: float = 0, max_pairs: int = 10**6, max_bytes: int = 10**9,
+) -> QueueLimits:  # fmt: skip
+    """No limit and no linger, unless a test wants one."""
+    return QueueLimits(
+        batch_pairs=batch_pairs, batch_bytes=batch_bytes, pairs_per_second=pairs_per_second,
+        calls_per_second=calls_per_second, linger_seconds=linger_seconds, max_pairs=max_pairs,
+        max_bytes=max_bytes,
+    )  # fmt: skip
+
+
+def pair(number: int, *, text: str = "t") -> Pair:
+    """A pair of a test; its digest tells its number."""
+    return Pair(number.to_bytes(16, "big"), f"c{number}", text)
+
+
+def pairs(numbers: Iterable[int], *, text: str = "t") -> list[Pair]:
+    """Some of them."""
+    return [pair(number, text=text) for number in numbers]
+
+
+def numbers_of(claim: Claim) -> list[int]:
+    """The numbers of a batch's pairs, in its order."""
+    return [int.from_bytes(item.digest, "big") for item in claim.pairs]
+
+
+def asker(caller: str = "c", priority: str = "interactive", *, patience: float = PATIENCE_SECONDS) -> Asker:
+    """Who asks, by default with a minute's time."""
+    return Asker(caller, priority, asyncio.get_running_loop().time() + patience)
+
+
+class LossyClient(redis.asyncio.Redis):
+    """A client whose connection may break after a script has run: `lose` of the next replies never arrive."""
+
+    lose = 0
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Run it; then perhaps lose the reply."""
+        reply = await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        if self.lose and args[0] == "EVALSHA":
+            self.lose -= 1
+            message = "the reply was lost"
+            raise RedisConnectionError(message)
+        return reply
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a queue of a test lives in Redis."""
+
+    url: str
+    keys: Keys
+
+    @classmethod
+    def new(cls, url: str, *, namespace: str = "n") -> "Place":
+        """A prefix that nobody else has."""
+        return cls(url, Keys(prefix=f"q{secrets.token_hex(6)}", namespace=namespace))
+
+    def beside(self, namespace: str) -> "Place":
+        """Another model version of the same deployment."""
+        prefix = self.keys.limit.partition("}")[0].removeprefix("{")
+        return Place(self.url, Keys(prefix=prefix, namespace=namespace))
+
+    def client(self) -> "redis.Redis":
+        """A client of the test's own."""
+        return redis.Redis.from_url(self.url)
+
+    def left(self) -> dict[str, Any]:
+        """What of unended pairs is in Redis: nothing, when all have ended."""
+        base = self.keys.base
+        with self.client() as client:
+            found = {
+                key.decode().removeprefix(base): client.type(key).decode()
+                for key in client.scan_iter(f"{base}*".replace("{", "[{]").replace("}", "[}]"))
+            }
+            bytes_held = int(client.hget(f"{base}meta", "bytes") or 0)
+        kept = ("meta", "recent:", "refused:", "fair:")  # each bounded in size or time
+        rest: dict[str, Any] = {key: kind for key, kind in found.items() if not key.startswith(kept)}
+        return rest | ({"bytes": bytes_held} if bytes_held else {})
+
+    def flush(self) -> None:
+        """Take all that this deployment has out of Redis, as FLUSHALL would."""
+        prefix = self.keys.limit.partition("}")[0].removeprefix("{")
+        with self.client() as client:
+            for key in client.scan_iter(f"*{prefix}*"):
+                client.delete(key)
+
+    def age_claims(self, milliseconds: int) -> None:
+        """As if that time had passed since they were granted."""
+        with self.client() as client:
+            for claim_id, packed in client.hgetall(f"{self.keys.base}claims").items():
+                claim = msgpack.unpackb(packed, raw=True, strict_map_key=False)
+                claim[b"at"] -= milliseconds
+                claim[b"lease_until"] -= milliseconds
+                client.hset(f"{self.keys.base}claims", claim_id, msgpack.packb(claim, use_bin_type=False))
+
+
+class Replica:
+    """One replica: its queue, its waiters, and its subscription, whose messages are taken by hand."""
+
+    def __init__(self, place: Place, name: str, bounds: QueueLimits) -> None:
+        self.place = place
+        self.name = name
+        self.bounds = bounds
+        self.client = cast("LossyClient", LossyClient.from_url(place.url))
+        metrics = ProxyMetrics(CollectorRegistry())
+        self.scripts = Scripts(self.client, place.keys, metrics=metrics)
+        self.waiters = Waiters()
+        self.settled: list[tuple[bytes, Outcome]] = []
+        self.queue = RedisQueue(
+            self.scripts, replica=name, limits=bounds, lease_seconds=30, settle=self._settle, metrics=metrics
+        )
+        limiter = SlotLimiter(
+            Limiter(pairs_per_second=0, calls_per_second=0, burst=bounds.batch_pairs, now=0)
+        )
+        local = LocalQueue(
+            bounds, limiter=limiter, metrics=metrics,
+            settle=lambda digest, outcome: self.queue.end({digest: outcome}),
+        )  # fmt: skip
+        self.failover = FailoverQueue(shared=self.queue, local=local, limiter=limiter)
+        self.listener = Listener(
+            self.client, self.scripts, queue=self.failover, shared=self.queue, replica=name, address="",
+            limits=bounds, metrics=metrics,
+        )  # fmt: skip
+        self._pubsub = self.client.pubsub(ignore_subscribe_messages=True)
+
+    def _settle(self, digest: bytes, outcome: Outcome) -> None:
+        self.settled.append((digest, outcome))
+        self.waiters.settle(digest, outcome)
+
+    async def join(self) -> "Replica":
+        """Subscribe and be heard of."""
+        await self._pubsub.subscribe(self.scripts.channel, f"{self.scripts.channel}:{self.name}")
+        for _ in range(2):  # the confirmations
+            await self._pubsub.get_message(timeout=5)
+        await self.beat()
+        return self
+
+    async def leave_for_good(self) -> None:
+        """Close what is open."""
+        await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+        await self.client.aclose()
+
+    async def die(self) -> None:
+        """End without a goodbye, some time ago."""
+        await self._pubsub.aclose()  # type: ignore[no-untyped-call]
+        await self.client.aclose()
+        with self.place.client() as client:
+            channel = f"{self.scripts.channel}:{self.name}"
+            wait_for(lambda: client.pubsub_numsub(channel)[0][1] == 0, what="the subscription ends")
+        self.unheard()
+
+    def unheard(self) -> None:
+        """As if its last heartbeat were five seconds ago."""
+        with self.place.client() as client:
+            then = client.time()[0] * 1000 - 5000
+            client.zadd(f"{self.place.keys.limit}:replicas", {self.name: then})
+
+    async def messages(self, *, lost: bool = False) -> None:
+        """Take what was published until now, or lose it."""
+        while (message := await self._pubsub.get_message(timeout=0.005)) is not None:
+            if not lost:
+                self.listener._take(message["data"])
+
+    async def beat(self) -> None:
+        """A heartbeat, and what follows from it."""
+        await self.listener._beat_once()
+        await self.heal()
+
+    async def heal(self) -> None:
+        """Ask again if something may have been missed."""
+        if self.listener._missed.is_set():
+            self.listener._missed.clear()
+            await self.queue.ask_again()
+
+    async def ask(self, wanted: Sequence[Pair], who: Asker | None = None) -> tuple[Wait, Enqueued]:
+        """Ask as the resolver does. Raises `QueueFull`."""
+        wait = self.waiters.open([item.digest for item in wanted])
+        try:
+            enqueued = await self.queue.enqueue(wanted, who or asker())
+        except (QueueFull, StoreError):
+            await self.close(wait)
+            raise
+        self.waiters.settle_one(wait, enqueued.ended.items())
+        return wait, enqueued
+
+    async def close(self, wait: Wait) -> None:
+        """A caller goes, answered or not."""
+        await self.queue.leave(self.waiters.close(wait))
+
+    async def take(self) -> Claim:
+        """A batch, which there must be, by now."""
+        for _ in range(200):
+            decision = await self.queue.claim()
+            if isinstance(decision, Claim):
+                return decision
+            assert decision.wait_seconds < 5, decision
+            await asyncio.sleep(decision.wait_seconds)
+        raise AssertionError("no batch")
+
+
+@asynccontextmanager
+async def replicas(
+    place: Place, count: int = 1, bounds: QueueLimits | None = None
+) -> AsyncIterator[list[Replica]]:
+    """So many, for as long as the block lasts."""
+    names = (f"{number:016x}" for number in itertools.count(1))
+    opened = [Replica(place, next(names), bounds or limits()) for _ in range(count)]
+    try:
+        for replica in opened:
+            await replica.join()
+        yield opened
+    finally:
+        for replica in opened:
+            await replica.leave_for_good()

@@ -8,6 +8,8 @@ import pytest
 from services.cache_proxy.queue import Claim, NotYet
 from tests.support.replicas import Place, Replica, limits, numbers_of, pairs, replicas
 
+pytestmark = pytest.mark.slow  # they wait for a replica to fall silent
+
 
 @pytest.fixture
 def place(shared_redis: str) -> Place:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.postings import POISON, parse_pairs, read_lines, write_postings
-from demo.processes import Server, ServerFailed, server
+from demo.processes import Server, ServerFailed, environment, server
 from services.model_stub.levels import infer_level
 
 _FOLDER = Path(".demo")
@@ -88,7 +88,7 @@ def _augment(proxy: Server, raw: Path, name: str) -> Run:
     output, totals = _FOLDER / f"augmented-{name}", _FOLDER / f"{name}.json"
     command = [sys.executable, "-m", "services.augmenter", "run", str(raw), str(output)]
     command += ["--target", proxy.target, "--concurrency", str(_FILES), "--summary-json", str(totals)]
-    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, env=environment()).returncode
     if code not in {0, _ONLY_REJECTS}:
         raise DemoFailed(f"the augmenter ended with exit code {code}")
     summary = json.loads(totals.read_text())

@@ -41,6 +41,32 @@ async def test_a_goodbye_never_undoes_the_next_question(place: Place) -> None:
         assert place.left() == {}
 
 
+@pytest.mark.parametrize("slow", [(0.05,), (0.0, 0.05)])
+async def test_a_slow_connection_changes_no_order(slow: tuple[float, ...], place: Place) -> None:
+    """The goodbye, or the question after it, is long on its way: the pair waits all the same."""
+    async with replicas(place) as (replica,):
+        wait, _ = await replica.ask([pair(1)])
+        replica.client.slow = slow
+        leaving = asyncio.create_task(replica.close(wait))
+        await asyncio.sleep(0)
+        await replica.ask([pair(1)])
+        await leaving
+        assert _interest(place) == 1
+
+
+async def test_a_question_that_is_long_on_its_way_is_taken_back(place: Place) -> None:
+    """Its caller goes before it arrives: the goodbye arrives after it."""
+    async with replicas(place) as (replica,):
+        wait = replica.waiters.open([pair(1).digest])
+        replica.client.slow = (0.05,)
+        asking = asyncio.create_task(replica.queue.enqueue([pair(1)], asker()))
+        await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await replica.close(wait)
+        assert _interest(place) == 0
+
+
 async def test_who_goes_while_asking_leaves_nothing(place: Place) -> None:
     """Cancelled at any moment of asking for several calls' worth: no pair stays that nobody waits for."""
     async with replicas(place) as (replica,):

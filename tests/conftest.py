@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support.redis_server import redis_url
+from tests.support.redis_server import PROGRAMS, redis_url
 
 settings.register_profile(
     "tests",
@@ -20,3 +20,12 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Redis for the whole session; a test keeps to a `--key-prefix` of its own."""
     with redis_url(tmp_path_factory.mktemp("redis")) as url:
         yield url
+
+
+@pytest.fixture(params=PROGRAMS)
+def redis_program(request: pytest.FixtureRequest) -> str:
+    """Each kind of server that the fleet must work with: Redis, and the Valkey of the embedded store."""
+    program = PROGRAMS[request.param]
+    if program is None:
+        pytest.skip(f"{request.param} is not installed")
+    return program

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
+import redis.asyncio
 from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
@@ -21,9 +22,9 @@ from services.cache_proxy.key import make_digester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import ModelClient
-from services.cache_proxy.queue import QueueLimits
-from services.cache_proxy.queue.local import LocalQueue
-from services.cache_proxy.queue.opening import open_local
+from services.cache_proxy.queue import QueueLimits, Settle, doors
+from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, new_replica, open_local, open_shared
+from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, SeniorityService
 from services.cache_proxy.store.guarded import GuardedStore
@@ -43,8 +44,15 @@ async def serve(settings: Settings) -> None:
         stop = _stop_on_signals()
         registry = _registry()
         metrics = ProxyMetrics(registry)
+        replica = new_replica()
+        ready = asyncio.Event()
+        http = HttpEndpoint(registry=registry)
+        http.add("/readyz", partial(_readyz, ready))
+        http.add(doors.PATH, partial(_replica, replica))
+        stack.push_async_callback(http.close)
+        http_bound = await http.start(settings.server.http_listen)
         opened = await stack.enter_async_context(open_store(settings.cache, settings.key, metrics))
-        store = GuardedStore(opened, metrics=metrics)
+        store = GuardedStore(opened.store, metrics=metrics)
         stack.push_async_callback(store.close)
         model = ModelClient(
             settings.model.model_target,
@@ -53,7 +61,12 @@ async def serve(settings: Settings) -> None:
         )
         stack.push_async_callback(model.close)
         waiters = Waiters()
-        queue = open_local(_queue_limits(settings), settle=waiters.settle, metrics=metrics)
+        queue = await stack.enter_async_context(
+            _open_queue(
+                settings, opened.shared, replica=replica, http_bound=http_bound, settle=waiters.settle,
+                metrics=metrics,
+            )
+        )  # fmt: skip
         dispatcher = Dispatcher(queue=queue, model=model, store=store)
         await stack.enter_async_context(_running(dispatcher))
         l1 = L1Cache(max_bytes=settings.server.l1_max_bytes)
@@ -78,11 +91,6 @@ async def serve(settings: Settings) -> None:
         )
         front = grpc_server.listen(settings.server, service)
         stack.push_async_callback(front.server.stop, 0)
-        ready = asyncio.Event()
-        http = HttpEndpoint(registry=registry)
-        http.add("/readyz", partial(_readyz, ready))
-        stack.push_async_callback(http.close)
-        http_bound = await http.start(settings.server.http_listen)
         await front.start()
         ready.set()
         logs.announce_ready(listen=front.bound, http=http_bound)
@@ -99,7 +107,7 @@ async def _drain(
     *,
     front: grpc_server.GrpcServer,
     service: SeniorityService,
-    queue: LocalQueue,
+    queue: ProxyQueue,
     dispatcher: Dispatcher,
 ) -> None:
     timeout_seconds = settings.server.drain_timeout_seconds
@@ -136,16 +144,37 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 def _queue_limits(settings: Settings) -> QueueLimits:
-    model, share = settings.model, settings.model.expected_replicas
+    model = settings.model
     return QueueLimits(
         batch_pairs=model.model_batch_size,
         batch_bytes=model.model_batch_bytes,
-        pairs_per_second=model.model_rate / share,
-        calls_per_second=model.model_calls_per_second / share,
+        pairs_per_second=model.model_rate,
+        calls_per_second=model.model_calls_per_second,
         linger_seconds=model.linger_seconds,
         max_pairs=settings.server.max_queued_pairs,
         max_bytes=settings.server.max_queued_bytes,
     )
+
+
+@asynccontextmanager
+async def _open_queue(
+    settings: Settings, client: "redis.asyncio.Redis | None", *, replica: str, http_bound: str,
+    settle: Settle, metrics: ProxyMetrics,
+) -> AsyncIterator[ProxyQueue]:  # fmt: skip
+    limits, share = _queue_limits(settings), settings.model.expected_replicas
+    if client is None:
+        yield open_local(limits, expected_replicas=share, settle=settle, metrics=metrics)
+        return
+    shared = SharedRedis(
+        client=client,
+        url=settings.cache.cache_url,
+        keys=Keys(prefix=settings.key.key_prefix, namespace=settings.key.namespace),
+        expected_replicas=share,
+        lease_seconds=settings.model.model_deadline_seconds,
+        http_bound=http_bound,
+    )
+    async with open_shared(limits, shared, replica=replica, settle=settle, metrics=metrics) as queue:
+        yield queue
 
 
 @asynccontextmanager
@@ -169,3 +198,7 @@ def _die_with(task: "asyncio.Task[None]") -> None:
 
 async def _readyz(ready: asyncio.Event, _request: web.Request) -> web.Response:
     return web.Response(text="ready\n") if ready.is_set() else web.Response(text="draining\n", status=503)
+
+
+async def _replica(replica: str, _request: web.Request) -> web.Response:
+    return web.Response(text=f"{replica}\n")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from services.common import flags
 from services.common.errors import UsageError
@@ -29,6 +30,11 @@ class KeySettings:
         "--normalize", flags.choice("fold", "exact"), "fold",
         text="which spellings share an answer: fold ignores case, width and white space",
     )  # fmt: skip
+
+    @property
+    def namespace(self) -> str:
+        """What answers and queues of one kind have in common: normal form, its version, the model's."""
+        return f"{self.normalize}1:{quote(self.model_version, safe='')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +86,10 @@ class ModelSettings:
         text="calls a second to the model, all replicas together; 0: no such limit",
     )  # fmt: skip
     expected_replicas: int = flag(
-        "--expected-replicas", flags.COUNT, "1", text="replicas that share the rate without a shared queue"
+        "--expected-replicas",
+        flags.COUNT,
+        "1",
+        text="the share of the rate of a replica that never saw Redis",
     )
     linger_seconds: float = flag(
         "--linger",

@@ -39,8 +39,8 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path, shared_redis: st
     url = {"memory": "memory:", "redis": shared_redis, "embedded": f"embedded:{tmp_path}"}[request.param]
     key = KeySettings(key_prefix=next(_prefixes))
     async with open_store(CacheSettings(cache_url=url), key, _metrics()) as opened:
-        yield opened
-        await opened.close()
+        yield opened.store
+        await opened.store.close()
 
 
 async def test_what_was_put_is_found_in_the_order_asked(store: Store) -> None:

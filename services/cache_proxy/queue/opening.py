@@ -45,9 +45,12 @@ class SharedRedis:
     http_bound: str
 
 
-def open_local(limits: QueueLimits, *, settle: Settle, metrics: ProxyMetrics) -> LocalQueue:
-    """The queue of a process that shares nothing."""
-    queue = LocalQueue(limits, limiter=_limiter(limits, replicas=1), settle=settle, metrics=metrics)
+def open_local(
+    limits: QueueLimits, *, settle: Settle, metrics: ProxyMetrics, expected_replicas: int = 1
+) -> LocalQueue:
+    """The queue of a process that shares nothing, so keeps to its share of the rate."""
+    limiter = _limiter(limits, replicas=expected_replicas)
+    queue = LocalQueue(limits, limiter=limiter, settle=settle, metrics=metrics)
     queue.show_metrics()
     return queue
 

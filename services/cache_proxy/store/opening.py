@@ -4,8 +4,10 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+
+import redis.asyncio
 
 from services.cache_proxy.config import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings, read_secret, redact
 from services.cache_proxy.metrics import ProxyMetrics
@@ -19,12 +21,22 @@ _log = logging.getLogger(__name__)
 _EMBEDDED_TIMEOUT_SECONDS = 2.0  # no network in between, but a folder on a slow disk
 
 
+@dataclass(frozen=True, slots=True)
+class OpenedStore:
+    """The store, and, if it is in a Redis that other replicas may share, the client that leads there."""
+
+    store: Store
+    shared: "redis.asyncio.Redis | None" = None
+
+
 @asynccontextmanager
-async def open_store(cache: CacheSettings, key: KeySettings, metrics: ProxyMetrics) -> AsyncIterator[Store]:
+async def open_store(
+    cache: CacheSettings, key: KeySettings, metrics: ProxyMetrics
+) -> AsyncIterator[OpenedStore]:
     """The store, and for `embedded:` its server, for as long as the block lasts. Raises CommandError."""
     scheme, _, rest = cache.cache_url.partition(":")
     if scheme == "memory":
-        yield MemoryStore()
+        yield OpenedStore(MemoryStore())
         return
     server = None
     url, timeout_seconds = cache.cache_url, cache.cache_timeout_seconds
@@ -52,12 +64,13 @@ async def open_store(cache: CacheSettings, key: KeySettings, metrics: ProxyMetri
         )
         if server is None:
             _log.info("the cache is at %s", redact(url))
-        yield RedisStore(client, namespace=_namespace(key), metrics=metrics)
+        store = RedisStore(client, namespace=_namespace(key), metrics=metrics)
+        yield OpenedStore(store, client if server is None else None)
     finally:
         if server is not None:
             await server.stop()
 
 
 def _namespace(key: KeySettings) -> str:
-    """The base of the namespace's keys: deployment, then version of layout, normal form and model."""
-    return f"{key.key_prefix}:c1:{key.normalize}1:{quote(key.model_version, safe='')}:"
+    """The base of the namespace's keys: deployment, version of layout, then what `key.namespace` has."""
+    return f"{key.key_prefix}:c1:{key.namespace}:"

@@ -1,0 +1,65 @@
+"""What a stub's log of calls proves: how often each pair was inferred, how full calls were, how they were paced."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call as the model saw it; `at` is unix seconds."""
+
+    at: float
+    code: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+def calls_of(log: Path) -> list[Call]:
+    """The calls in the order in which they came."""
+    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
+    calls = [Call(line["at"], line["code"], tuple(map(tuple, line["pairs"]))) for line in lines]
+    return sorted(calls, key=lambda call: call.at)
+
+
+def inferences(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
+    """How often each pair was sent."""
+    return Counter(pair for call in calls for pair in call.pairs)
+
+
+def per_distinct_pair(calls: Sequence[Call]) -> float:
+    """Inferences for each pair that was sent at all: 1.0 is what no system can be better than."""
+    sent = inferences(calls)
+    return sent.total() / len(sent) if sent else 0.0
+
+
+def fill(calls: Sequence[Call], batch_pairs: int) -> float:
+    """The share of the places in these calls that held a pair."""
+    return sum(len(call.pairs) for call in calls) / (len(calls) * batch_pairs) if calls else 0.0
+
+
+def most_over(
+    calls: Sequence[Call], *, pairs_per_second: float, calls_per_second: float
+) -> tuple[float, float]:
+    """The most seconds by which any window of the log is too short: for its calls, and for its pairs.
+
+    A window may hold `calls * T + 1` calls and `rate * T + one batch` pairs, where `rate` is the lesser of
+    rate and calls x batch; so n calls after a first may come n intervals after it at the earliest.
+    """
+    late_calls, late_pairs = 0.0, 0.0
+    for first, opening in enumerate(calls):
+        pairs = 0
+        for further, call in enumerate(calls[first + 1 :], start=1):
+            pairs += len(call.pairs)
+            lasts = call.at - opening.at
+            if calls_per_second:
+                late_calls = max(late_calls, further / calls_per_second - lasts)
+            late_pairs = max(late_pairs, pairs / pairs_per_second - lasts)
+    return late_calls, late_pairs
+
+
+def rate_used(calls: Sequence[Call], *, pairs_per_second: float) -> float:
+    """The share of the rate that a backlog used: pairs after the first call, over the time they had."""
+    lasts = calls[-1].at - calls[0].at
+    return sum(len(call.pairs) for call in calls[1:]) / (lasts * pairs_per_second)

@@ -68,11 +68,17 @@ class Dispatcher:
         sent: Sequence[Pair] = ()
         try:
             sent = await self._unanswered(claim)
+            batch = self._model.prepare(sent)
             await asyncio.sleep(claim.send_at - time.monotonic())
             if not sent or time.monotonic() > claim.send_by:
                 await self._queue.put_back(claim)
                 return
-            answers = await self._model.infer(sent)
+            answering = await self._model.send(batch)
+            try:
+                await self._queue.sent(claim, at=time.monotonic())
+                answers = await answering
+            finally:
+                answering.cancel()
         except BatchRefused as error:
             self._recovered()
             named = {sent[position].digest: refused for position, refused in error.named.items()}

@@ -1,8 +1,10 @@
 """One call to the model: own ids out, strictly joined levels back."""
 
+import asyncio
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -35,6 +37,17 @@ _CHANNEL_OPTIONS = [
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What goes to the model: an id of our own for each pair, and the message."""
+
+    ids: Sequence[int]
+    request: seniority_pb2.SeniorityRequestBatch
+
+
+Answering = asyncio.Task[list[int | Nonsense]]
+
+
 class ModelClient:
     """Speaks to the model at `target`. An id is never used twice in a row, so a mix-up shows as one."""
 
@@ -47,8 +60,8 @@ class ModelClient:
         self._stub = seniority_pb2_grpc.SeniorityModelStub(self._channel)
         self._ids = itertools.cycle(range(1, _MAX_ID))
 
-    async def infer(self, pairs: Sequence[Pair]) -> list[int | Nonsense]:
-        """A level or nonsense for each pair, by position. Raises `BatchRefused` and `CallFailed`."""
+    def prepare(self, pairs: Sequence[Pair]) -> Batch:
+        """A batch ready to go: what takes time is done before its slot begins."""
         ids = list(itertools.islice(self._ids, len(pairs)))
         request = seniority_pb2.SeniorityRequestBatch(
             batch=[
@@ -56,19 +69,31 @@ class ModelClient:
                 for uuid, pair in zip(ids, pairs, strict=True)
             ]
         )
-        self._metrics.model_pairs.inc(len(pairs))
-        self._metrics.model_batch_pairs.observe(len(pairs))
+        return Batch(ids, request)
+
+    async def send(self, batch: Batch) -> Answering:
+        """Return as soon as gRPC has it: what is returned becomes the answer, a level or nonsense for each
+        pair by position, or raises `BatchRefused` or `CallFailed`.
+        """  # noqa: D205 - one thought
+        self._metrics.model_pairs.inc(len(batch.ids))
+        self._metrics.model_batch_pairs.observe(len(batch.ids))
+        answering = asyncio.create_task(self._answer(batch))
+        for _ in range(2):  # the call's own task hands it over, in the turn after the one that makes it
+            await asyncio.sleep(0)
+        return answering
+
+    async def _answer(self, batch: Batch) -> list[int | Nonsense]:
         code = grpc.StatusCode.CANCELLED
         try:
             with self._metrics.model_duration.time():
-                response = await self._stub.InferSeniority(request, timeout=self._deadline_seconds)
+                response = await self._stub.InferSeniority(batch.request, timeout=self._deadline_seconds)
             code = grpc.StatusCode.OK
         except aio.AioRpcError as error:
             code = error.code()
-            raise self._translated(error, len(pairs)) from error
+            raise self._translated(error, len(batch.ids)) from error
         finally:
             self._metrics.model_calls.labels(code.name).inc()
-        return join(ids, response)
+        return join(batch.ids, response)
 
     async def close(self) -> None:
         """Close the channel."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -11,7 +12,18 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import Nonsense, PairError, QueueFull, Refused, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair, Queue, QueueLimits
+from services.cache_proxy.queue import (
+    SEND_WITHIN_SECONDS,
+    Asker,
+    Claim,
+    Enqueued,
+    NotYet,
+    Outcome,
+    Pair,
+    Queue,
+    QueueLimits,
+)
+from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.opening import open_local
 from tests.support.replicas import Place, asker, limits, numbers_of, pair, pairs, replicas
 
@@ -413,3 +425,22 @@ async def test_a_pair_refused_32_times_ends(opened: Open) -> None:
         ends = await _ends(subject, list(range(8)))
         assert len(ends) == 8
         assert all(isinstance(end, PairError) for end in ends.values())
+
+
+async def test_a_batch_that_left_late_moves_the_next_slot(opened: Open) -> None:
+    """By as much as it was late, once; a punctual one moves nothing."""
+    async with opened(limits(batch_pairs=1, calls_per_second=0.5)) as subject:
+        await subject.ask(pairs(range(3)))
+        decision = await subject.queue.claim()
+        assert isinstance(decision, NotYet)
+        await asyncio.sleep(decision.wait_seconds)
+        claim = await subject.take()
+        slot_at = claim.send_by - SEND_WITHIN_SECONDS
+        waits = []
+        for sent_at in (slot_at + 0.001, slot_at + 0.4, slot_at + 0.4):
+            await subject.queue.sent(claim, at=sent_at)
+            decision = await subject.queue.claim()
+            assert isinstance(decision, NotYet)
+            waits.append(time.monotonic() + decision.wait_seconds - slot_at)
+        interval = 2 / PACE
+        assert waits == [pytest.approx(interval + moved, abs=0.1) for moved in (0, 0.4, 0.4)]

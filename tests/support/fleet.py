@@ -12,7 +12,7 @@ from tests.support.redis_server import RedisServer, redis_process
 
 
 class Fleet:
-    """State: `proxies`, those that a scenario started, also the dead."""
+    """State: `proxies`, those that a scenario started, also the dead; `flags` of those that start later."""
 
     def __init__(self, stack: ExitStack, redis: RedisServer, stub: Service, log: Path) -> None:
         self.redis = redis
@@ -20,6 +20,7 @@ class Fleet:
         self.proxies: list[Service] = []
         self._stub = stub
         self._stack = stack
+        self.flags: tuple[str, ...] = ()
         self._prefix = f"fleet{secrets.token_hex(4)}"
 
     @property
@@ -39,7 +40,8 @@ class Fleet:
         return proxy
 
     def start_all(self, count: int, *flags: str) -> list[Service]:
-        """So many."""
+        """So many, and with these flags those that come later."""
+        self.flags = flags
         return [self.start(*flags) for _ in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""What a stub's log of calls proves: how often each pair was inferred, how full calls were, how they were paced."""
+"""What a log of calls proves: how often each pair was inferred, how full the calls were, and how paced."""
 
 import json
 from collections import Counter

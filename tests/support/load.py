@@ -15,7 +15,8 @@ from services.model_stub.levels import infer_level
 
 Pairs = Sequence[tuple[str, str]]
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
-_AGAIN = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
+# gRPC ends some RPCs as CANCELLED, not UNAVAILABLE, when the server's process is killed under them.
+_AGAIN = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 @dataclass

@@ -12,9 +12,10 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 READY_SECONDS = 20
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,12 @@ class Service:
     def http(self) -> str:
         """Its HTTP base URL."""
         return f"http://{self.ready['http']}"
+
+    @cached_property
+    def replica(self) -> str:
+        """A proxy's name among the replicas."""
+        with urlopen(f"{self.http}/replica", timeout=10) as response:
+            return str(response.read().decode().strip())
 
     @property
     def log(self) -> str:

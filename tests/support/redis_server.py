@@ -1,10 +1,12 @@
 """A real Redis (or Valkey) for tests: a process that can be killed, paused and started again."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -56,6 +58,29 @@ class RedisServer:
     def client(self) -> "redis.Redis":
         """A client of the test's own."""
         return redis.Redis(port=self.port, socket_timeout=5)
+
+    @contextmanager
+    def commands_of_clients(self) -> Iterator[list[str]]:
+        """What clients send within the block: commands that scripts run are not theirs."""
+        commands: list[str] = []
+        end = f"end {secrets.token_hex(8)}"
+        with redis.Redis(port=self.port) as client, client.monitor() as monitor:
+
+            def read() -> None:
+                for seen in monitor.listen():
+                    if end in seen["command"]:
+                        return
+                    if seen["client_type"] != "lua":
+                        commands.append(seen["command"][:60])
+
+            reader = threading.Thread(target=read)
+            reader.start()
+            try:
+                yield commands
+            finally:
+                with self.client() as other:
+                    other.echo(end)
+                reader.join(10)
 
     def start(self) -> None:
         """Return when it answers."""

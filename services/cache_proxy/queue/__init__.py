@@ -27,7 +27,10 @@ class Pair:
 
 
 SEND_WITHIN_SECONDS = 0.020
-"""How long after its claim a batch may be sent: as much as pacing below the limit makes up for."""
+"""How long after its slot began a batch may be sent: as much as pacing below the limit makes up for."""
+
+PUNCTUAL_SECONDS = 0.010
+"""What is sent later than this moves the next slot: half of what pacing makes up for is the way's."""
 
 _OVERHEAD_BYTES = 24  # tags and lengths of message and fields (10), and the longest uuid (11), rounded up
 
@@ -72,6 +75,11 @@ class Claim:
     pairs: Sequence[Pair]
     send_at: float  # not before, and not after, on time.monotonic: else two batches could reach the
     send_by: float  # model closer together than it allows
+
+    def late_seconds(self, sent_at: float) -> float:
+        """How long after its slot began it was sent; 0 if that was punctual."""
+        late_seconds = sent_at - (self.send_by - SEND_WITHIN_SECONDS)
+        return late_seconds if late_seconds > PUNCTUAL_SECONDS else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,9 @@ class Queue(Protocol):
 
     async def claim(self) -> Claim | NotYet:
         """Take the next batch and its slot, if a call is allowed now."""
+
+    async def sent(self, claim: Claim, *, at: float) -> None:
+        """The batch left for the model, on time.monotonic: if that was late, the next slot is later."""
 
     async def put_back(self, claim: Claim) -> None:
         """Undo a claim whose batch was not sent: the pairs wait at the front, the slot is free again."""

@@ -73,6 +73,16 @@ class FailoverQueue:
             self._local_claims.add(decision)
         return decision
 
+    async def sent(self, claim: Claim, *, at: float) -> None:
+        """See `Queue.sent`."""
+        if claim in self._local_claims:
+            await self._local.sent(claim, at=at)
+        elif not self._lost:
+            try:
+                await self._shared.sent(claim, at=at)
+            except StoreError as error:
+                await self.lose(error)
+
     async def put_back(self, claim: Claim) -> None:
         """See `Queue.put_back`."""
         if claim in self._local_claims:

@@ -21,6 +21,9 @@ class CallLimiter(Protocol):
     def refund(self, pairs: int) -> None:
         """Give the slot back; the caller knows that nobody took another since."""
 
+    def delay(self, seconds: float) -> None:
+        """The last call was so much later than it was spent; the caller knows that nobody spent since."""
+
     def hold_until(self, moment: float) -> None:
         """Allow no call before `moment`."""
 
@@ -58,6 +61,11 @@ class Limiter:
         """Give the slot back; the caller knows that nobody took another since."""
         self._pairs.refund(pairs)
         self._calls.refund(1)
+
+    def delay(self, seconds: float) -> None:
+        """The last call was so much later than it was spent; the caller knows that nobody spent since."""
+        self._pairs.tat += seconds
+        self._calls.tat += seconds
 
     def hold_until(self, moment: float) -> None:
         """Allow no call before `moment`."""

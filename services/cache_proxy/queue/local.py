@@ -29,6 +29,7 @@ from services.cache_proxy.queue.suspects import Suspects
 
 _MAX_ATTEMPTS = 4  # calls that one pair may see fail; as many in a row mean that the model is down
 _MAX_BREAKDOWNS = 10  # the same for calls that the model broke down in, perhaps over one pair
+_LEAD_SECONDS = 0.015  # so long before its slot a batch is claimed, to be ready when that begins
 _MAX_REFUSALS = 32  # refused batches that one pair may have been in before it is taken for the bad one
 
 
@@ -103,7 +104,8 @@ class LocalQueue:
             return NotYet(math.inf)
         linger_seconds = 0.0 if probe or self._full() else self._limits.linger_seconds
         company_comes_until = self._lanes.oldest_at() + linger_seconds if linger_seconds else now
-        wait_seconds = max(company_comes_until - now, self._limiter.wait_seconds(count, now=now))
+        slot_at = now + self._limiter.wait_seconds(count, now=now)
+        wait_seconds = max(company_comes_until, slot_at - _LEAD_SECONDS) - now
         if wait_seconds > 0:
             return NotYet(wait_seconds)
         entries = probe or self._lanes.take(
@@ -111,11 +113,18 @@ class LocalQueue:
         )
         for entry in entries:
             self._metrics.slot_wait.observe(now - entry.enqueued_at)
-        self._limiter.spend(len(entries), now=now)
-        claim = Claim("", [entry.pair for entry in entries], now, now + SEND_WITHIN_SECONDS)
+        self._limiter.spend(len(entries), now=slot_at)
+        claim = Claim("", [entry.pair for entry in entries], slot_at, slot_at + SEND_WITHIN_SECONDS)
         self._suspects.sent(claim, probe)
         self._last_claim = claim
         return claim
+
+    async def sent(self, claim: Claim, *, at: float) -> None:
+        """See `Queue.sent`."""
+        late_seconds = claim.late_seconds(at)
+        if late_seconds and claim is self._last_claim:
+            self._limiter.delay(late_seconds)
+            self._last_claim = None
 
     async def put_back(self, claim: Claim) -> None:
         """See `Queue.put_back`."""

@@ -251,6 +251,12 @@ class RedisQueue:
             self._metrics.slot_wait.observe(waited_ms / 1000)
             yield pair
 
+    async def sent(self, claim: Claim, *, at: float) -> None:
+        """See `Queue.sent`."""
+        late_seconds = claim.late_seconds(at)
+        if late_seconds:
+            await self._scripts.run("sent", [claim.id, round(late_seconds * 1000)])
+
     async def put_back(self, claim: Claim) -> None:
         """See `Queue.put_back`."""
         await self._over(claim, "put_back", [])

@@ -22,6 +22,7 @@ _NAMES = (
     "enqueue",
     "leave",
     "claim",
+    "sent",
     "put_back",
     "fulfil",
     "fail",

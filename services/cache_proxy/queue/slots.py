@@ -70,6 +70,11 @@ class SlotLimiter:
     def refund(self, pairs: int) -> None:
         """A moment that was not used is over."""
 
+    def delay(self, seconds: float) -> None:
+        """The moments are what they are; a late call keeps apart from this replica's next."""
+        self._share.delay(seconds)
+        self._used_at += seconds
+
     def hold_until(self, moment: float) -> None:
         """Allow no call before `moment`."""
         self._not_before = max(self._not_before, moment)

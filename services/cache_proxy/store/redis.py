@@ -116,9 +116,9 @@ def connect(
         "socket_timeout": timeout_seconds,
         "socket_connect_timeout": timeout_seconds,
         "health_check_interval": 0,
-        # Once more, for a connection that the server closed while it lay idle; never after a timeout.
-        "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
-        "retry_on_timeout": False,
+        # Once more: the server may have closed a connection that lay idle, and a process that got no time of
+        # the machine finds its own timer over before it reads the answer. Whatever is sent may be sent twice.
+        "retry": Retry(NoBackoff(), 1),
     }
     if username is not None:
         options["username"] = username

@@ -45,7 +45,7 @@ local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local limit = redis.call('HMGET', LIMIT, 'run', 'pairs_tat', 'calls_tat', 'not_before')
 local pairs_tat, calls_tat, not_before = number(limit[2]), number(limit[3]), number(limit[4]) or 0
 local burst = math.max(interval(pairs_rate, batch_pairs), interval(calls_rate, 1))
-local latest = now + burst + ahead + LEAD_MS
+local latest = now + burst + ahead + LEAD_MS + LATE_MS
 if limit[1] ~= run or not pairs_tat or not calls_tat or pairs_tat > latest or calls_tat > latest then
   pairs_tat, calls_tat = now + burst, now + burst
   redis.call('HSET', LIMIT, 'run', run, 'pairs_tat', pairs_tat, 'calls_tat', calls_tat)

@@ -19,6 +19,7 @@ local CHUNK = 400 -- arguments of one call: many at once, but Lua's stack is not
 local DIGEST = 16 -- bytes
 local AT_ONCE = 2000 -- pairs that one script gives back or finds unwanted: Redis does nothing else meanwhile
 local MANY_DEATHS, FEW = 2, 16
+local LATE_MS = 1000 -- a batch that left later than this was held up by what moving the limit does not help
 local MAX_CALLERS = 1000 -- names are the callers' to choose: those beyond share one turn
 
 -- With memory full, Redis refuses what may need some until a script has written anything. The queue has bounds

@@ -12,7 +12,7 @@ import grpc
 
 from services.cache_proxy.errors import BatchRefused, CallFailed, Refused, Unavailable
 from services.cache_proxy.model import ModelClient
-from services.cache_proxy.queue import Claim, Outcome, Pair, Queue
+from services.cache_proxy.queue import LATE_SECONDS, Claim, Outcome, Pair, Queue
 from services.cache_proxy.store.guarded import GuardedStore
 
 _log = logging.getLogger(__name__)
@@ -70,12 +70,12 @@ class Dispatcher:
             sent = await self._unanswered(claim)
             batch = self._model.prepare(sent)
             await asyncio.sleep(claim.send_at - time.monotonic())
-            if not sent or time.monotonic() > claim.send_by:
+            if not sent or not await self._may_leave(claim):
                 await self._queue.put_back(claim)
                 return
             answering = await self._model.send(batch)
             try:
-                await self._queue.sent(claim, at=time.monotonic())
+                await self._may_leave(claim)  # it has left, perhaps late after all
                 answers = await answering
             finally:
                 answering.cancel()
@@ -97,6 +97,11 @@ class Dispatcher:
             # Whoever waits first: a store that is slow or full delays no answer, and keeps none from landing.
             await self._queue.fulfil(claim, outcomes)
             await self._store.put({key: level for key, level in outcomes.items() if isinstance(level, int)})
+
+    async def _may_leave(self, claim: Claim) -> bool:
+        """Whether it is in time, or the next slot could be moved by what it is late."""
+        late_seconds = time.monotonic() - claim.slot_at
+        return late_seconds <= LATE_SECONDS or await self._queue.late(claim, seconds=late_seconds)
 
     async def _unanswered(self, claim: Claim) -> Sequence[Pair]:
         """The claim's pairs that no other replica has answered since they were looked up."""

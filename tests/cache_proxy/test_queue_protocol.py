@@ -3,7 +3,7 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry
 from services.cache_proxy.errors import Nonsense, PairError, QueueFull, Refused, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import (
-    SEND_WITHIN_SECONDS,
     Asker,
     Claim,
     Enqueued,
@@ -48,7 +47,7 @@ class Subject:
             decision = await self.queue.claim()
             if isinstance(decision, Claim):
                 return decision
-            assert decision.wait_seconds < 1, decision
+            assert decision.wait_seconds < 2, decision
             await asyncio.sleep(decision.wait_seconds)
         raise AssertionError("no batch")
 
@@ -128,8 +127,8 @@ async def test_a_pair_that_nobody_waits_for_is_not_sent(opened: Open) -> None:
         assert (await subject.ask([pair(1)])).ended == {pair(1).digest: 3}
 
 
-async def test_an_answer_is_remembered_and_nonsense_is_not(opened: Open) -> None:
-    """Who asks again is told a level and a refusal at once; nonsense is asked of the model anew."""
+async def test_an_answer_is_remembered_and_a_whim_is_not(opened: Open) -> None:
+    """Who asks again is told a level and a refusal at once; nonsense is asked of the model anew, once."""
     async with opened(limits(batch_pairs=3)) as subject:
         await subject.ask(pairs([1, 2, 3]))
         claim = await subject.take()
@@ -138,6 +137,11 @@ async def test_an_answer_is_remembered_and_nonsense_is_not(opened: Open) -> None
         again = await subject.ask(pairs([1, 2, 3]))
         assert again.ended[pair(1).digest] == 7
         assert again.queued == {pair(2).digest}
+        claim = await subject.take()
+        await subject.queue.fulfil(claim, {pair(2).digest: Nonsense("none again")})
+        nonsense = (await subject.ask(pairs([2]))).ended[pair(2).digest]
+        assert isinstance(nonsense, Nonsense)
+        assert nonsense.message == "none again"
         refused = again.ended[pair(3).digest]
         assert isinstance(refused, Refused)
         assert (refused.code, refused.message, refused.field, refused.reason) == (
@@ -316,15 +320,53 @@ async def test_a_request_that_joins_first_is_still_bounded(opened: Open) -> None
         assert await subject.nothing_waits()
 
 
+SLOW = limits(batch_pairs=10, calls_per_second=1, pairs_per_second=10)
+
+
 async def test_who_would_wait_too_long_is_told_at_once(opened: Open) -> None:
-    """With 30 batches ahead, one a second, a deadline in five seconds is hopeless; one in 60 is not."""
-    bounds = limits(batch_pairs=10, calls_per_second=1, pairs_per_second=10)
-    async with opened(bounds) as subject:
+    """With 30 batches of its own ahead, one a second, a deadline in five seconds is hopeless, for pairs that
+    wait already too; one in 60 is not. A refused request changes nothing.
+    """  # noqa: D205 - one thought
+    async with opened(SLOW) as subject:
         await subject.ask(pairs(range(300)), asker("a", patience=60))
         with pytest.raises(QueueFull, match="would wait"):
-            await subject.ask([pair(1000)], asker("b", patience=5))
-        await subject.ask([pair(1000)], asker("b", patience=60))
-        await subject.ask([pair(5)], asker("b", patience=5))  # joining costs nobody anything
+            await subject.ask([pair(1000)], asker("a", patience=5))
+        with pytest.raises(QueueFull, match="would wait"):
+            await subject.ask([pair(1), pair(250)], asker("b", patience=5))
+        await subject.ask([pair(1000)], asker("a", patience=60))
+        assert (await subject.ask([pair(5)], asker("b", patience=5))).queued == frozenset()
+
+
+async def test_a_small_caller_is_admitted_by_its_own_turn(opened: Open) -> None:
+    """Behind 30 batches of another's it goes out in the next call, so five seconds are enough; not for 80
+    pairs, to which every other place of a call is left.
+    """  # noqa: D205 - one thought
+    async with opened(SLOW) as subject:
+        await subject.ask(pairs(range(300)), asker("a", patience=60))
+        await subject.ask(pairs([1000, 1001]), asker("b", patience=5))
+        with pytest.raises(QueueFull, match="would wait"):
+            await subject.ask(pairs(range(2000, 2080)), asker("c", patience=5))
+
+
+async def test_bulk_is_admitted_by_its_tenth(opened: Open) -> None:
+    """With interactive enough for a minute, a bulk pair goes out in the next call; five take five."""
+    async with opened(SLOW) as subject:
+        await subject.ask(pairs(range(600)), asker("a", patience=120))
+        await subject.ask([pair(1000)], asker("b", "bulk", patience=3))
+        with pytest.raises(QueueFull, match="would wait"):
+            await subject.ask(pairs(range(1001, 1006)), asker("b", "bulk", patience=3))
+        await subject.ask(pairs(range(1001, 1006)), asker("b", "bulk", patience=9))
+
+
+async def test_asking_with_a_better_priority_is_admitted_by_that(opened: Open) -> None:
+    """A bulk pair far behind is not too late for an interactive caller, who promotes it."""
+    async with opened(SLOW) as subject:
+        await subject.ask(pairs(range(600)), asker("a", "bulk", patience=120))
+        with pytest.raises(QueueFull, match="would wait"):
+            await subject.ask([pair(599)], asker("b", "bulk", patience=5))
+        await subject.ask([pair(599)], asker("b", patience=5))
+        claim = await subject.take()
+        assert 599 in numbers_of(claim)
 
 
 async def test_a_batch_waits_for_company_but_not_when_it_is_full(opened: Open) -> None:
@@ -338,8 +380,10 @@ async def test_a_batch_waits_for_company_but_not_when_it_is_full(opened: Open) -
         assert len((await subject.take()).pairs) == 3
 
 
-async def _find_bad(subject: Subject, bad: set[int]) -> list[list[int]]:
-    """Be a model that refuses any batch with one of `bad` in it; the batches it saw."""
+async def _find_bad(
+    subject: Subject, bad: set[int], end: Callable[[Claim], Awaitable[None]] | None = None
+) -> list[list[int]]:
+    """Be a model that refuses any batch with one of `bad` in it (or ends it so); the batches it saw."""
     calls: list[list[int]] = []
     for _ in range(500):
         decision = await subject.queue.claim()
@@ -349,10 +393,12 @@ async def _find_bad(subject: Subject, bad: set[int]) -> list[list[int]]:
             await asyncio.sleep(decision.wait_seconds)
             continue
         calls.append(numbers_of(decision))
-        if bad.intersection(numbers_of(decision)):
-            await subject.queue.refuse(decision, BAD, {})
-        else:
+        if not bad.intersection(numbers_of(decision)):
             await subject.answer(decision)
+        elif end:
+            await end(decision)
+        else:
+            await subject.queue.refuse(decision, BAD, {})
     raise AssertionError("no end")
 
 
@@ -427,20 +473,55 @@ async def test_a_pair_refused_32_times_ends(opened: Open) -> None:
         assert all(isinstance(end, PairError) for end in ends.values())
 
 
-async def test_a_batch_that_left_late_moves_the_next_slot(opened: Open) -> None:
-    """By as much as it was late, once; a punctual one moves nothing."""
+async def test_a_batch_that_leaves_late_moves_the_next_slot(opened: Open) -> None:
+    """By as much as it is late, the last word counts; not when the next slot is another's already."""
     async with opened(limits(batch_pairs=1, calls_per_second=0.5)) as subject:
         await subject.ask(pairs(range(3)))
         decision = await subject.queue.claim()
         assert isinstance(decision, NotYet)
         await asyncio.sleep(decision.wait_seconds)
-        claim = await subject.take()
-        slot_at = claim.send_by - SEND_WITHIN_SECONDS
+        first = await subject.take()
         waits = []
-        for sent_at in (slot_at + 0.001, slot_at + 0.4, slot_at + 0.4):
-            await subject.queue.sent(claim, at=sent_at)
+        for late_seconds in (0.3, 0.5, 0.5):
+            assert await subject.queue.late(first, seconds=late_seconds)
             decision = await subject.queue.claim()
             assert isinstance(decision, NotYet)
-            waits.append(time.monotonic() + decision.wait_seconds - slot_at)
-        interval = 2 / PACE
-        assert waits == [pytest.approx(interval + moved, abs=0.1) for moved in (0, 0.4, 0.4)]
+            waits.append(time.monotonic() + decision.wait_seconds - first.slot_at)
+        assert waits == [pytest.approx(2 / PACE + moved, abs=0.1) for moved in (0.3, 0.5, 0.5)]
+        await asyncio.sleep(decision.wait_seconds)
+        await subject.take()
+        assert not await subject.queue.late(first, seconds=0.5)
+
+
+async def test_a_batch_that_is_late_and_goes_back_leaves_the_slot_free(opened: Open) -> None:
+    """What was said of its lateness is undone with it."""
+    async with opened(limits(batch_pairs=1, calls_per_second=0.5)) as subject:
+        await subject.ask(pairs([1]))
+        decision = await subject.queue.claim()
+        assert isinstance(decision, NotYet)
+        await asyncio.sleep(decision.wait_seconds)
+        claim = await subject.take()
+        assert await subject.queue.late(claim, seconds=0.5)
+        await subject.queue.put_back(claim)
+        decision = await subject.queue.claim()
+        assert isinstance(decision, Claim) or decision.wait_seconds < 0.1
+        assert not await subject.queue.late(claim, seconds=0.1)
+
+
+async def test_a_pair_that_breaks_the_model_is_found(opened: Open) -> None:
+    """Calls with it fail as the model's own breakdown: failed twice, the batch is halved, and only that pair
+    ends without a level, remembered for a while.
+    """  # noqa: D205 - one thought
+    async with opened(limits(batch_pairs=8)) as subject:
+        await subject.ask(pairs(range(8)))
+
+        async def breaks(claim: Claim) -> None:
+            await subject.queue.fail(claim, DOWN, retry_after_seconds=0, suspicious=True)
+
+        calls = await _find_bad(subject, {5}, breaks)
+        ends = await _ends(subject, list(range(8)))
+        assert {number: type(end) for number, end in ends.items()} == {
+            number: Unavailable if number == 5 else int for number in range(8)
+        }
+        assert calls.count(calls[0]) == 2
+        assert len(calls) <= 2 + 2 * 3

@@ -116,7 +116,7 @@ class Play:
             await queue.fulfil(claim, outcomes)
             if how == "in part" and len(outcomes) < len(claim.pairs):
                 rest = [item for item in claim.pairs if item.digest not in outcomes]
-                here.claims.append(Claim(claim.id, rest, claim.send_at, claim.send_by))
+                here.claims.append(Claim(claim.id, rest, claim.send_at, claim.slot_at))
         elif how == "put back":
             await queue.put_back(claim)
         elif how == "fail":

@@ -26,11 +26,15 @@ class Pair:
         return len(self.company.encode()) + len(self.title.encode()) + _OVERHEAD_BYTES
 
 
-SEND_WITHIN_SECONDS = 0.020
-"""How long after its slot began a batch may be sent: as much as pacing below the limit makes up for."""
+LATE_SECONDS = 0.010
+"""How long after its slot began a batch may leave: half of what pacing makes up for."""
 
-PUNCTUAL_SECONDS = 0.010
-"""What is sent later than this moves the next slot: half of what pacing makes up for is the way's."""
+MAX_ATTEMPTS = 4  # calls that one pair may see fail; as many in a row mean that the model is down
+MAX_BREAKDOWNS = 10  # the same for calls that the model broke down in, perhaps over one pair
+MAX_REFUSALS = 32  # refused batches that one pair may have been in before it is taken for the bad one
+NONSENSE_SECONDS = (
+    5.0  # for which nonsense is remembered when it comes twice; doubled each time it comes again
+)
 
 _OVERHEAD_BYTES = 24  # tags and lengths of message and fields (10), and the longest uuid (11), rounded up
 
@@ -69,17 +73,12 @@ class Enqueued:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """A batch whose slot is spent: the claimer sends it at once, or puts it back."""
+    """A batch whose slot is spent: the claimer sends it in time, or says that it is late, or puts it back."""
 
     id: str
     pairs: Sequence[Pair]
-    send_at: float  # not before, and not after, on time.monotonic: else two batches could reach the
-    send_by: float  # model closer together than it allows
-
-    def late_seconds(self, sent_at: float) -> float:
-        """How long after its slot began it was sent; 0 if that was punctual."""
-        late_seconds = sent_at - (self.send_by - SEND_WITHIN_SECONDS)
-        return late_seconds if late_seconds > PUNCTUAL_SECONDS else 0.0
+    send_at: float  # not before, on time.monotonic
+    slot_at: float  # when its slot begins, so the latest that it is thought to leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,10 @@ class Queue(Protocol):
     async def claim(self) -> Claim | NotYet:
         """Take the next batch and its slot, if a call is allowed now."""
 
-    async def sent(self, claim: Claim, *, at: float) -> None:
-        """The batch left for the model, on time.monotonic: if that was late, the next slot is later."""
+    async def late(self, claim: Claim, *, seconds: float) -> bool:
+        """The batch leaves, or left, so long after its slot began: the next slot is as much later. False if
+        others count on that slot already: then it must not leave.
+        """  # noqa: D205 - one thought
 
     async def put_back(self, claim: Claim) -> None:
         """Undo a claim whose batch was not sent: the pairs wait at the front, the slot is free again."""

@@ -73,15 +73,16 @@ class FailoverQueue:
             self._local_claims.add(decision)
         return decision
 
-    async def sent(self, claim: Claim, *, at: float) -> None:
-        """See `Queue.sent`."""
+    async def late(self, claim: Claim, *, seconds: float) -> bool:
+        """See `Queue.late`."""
         if claim in self._local_claims:
-            await self._local.sent(claim, at=at)
-        elif not self._lost:
+            return await self._local.late(claim, seconds=seconds)
+        if not self._lost:
             try:
-                await self._shared.sent(claim, at=at)
+                return await self._shared.late(claim, seconds=seconds)
             except StoreError as error:
                 await self.lose(error)
+        return False
 
     async def put_back(self, claim: Claim) -> None:
         """See `Queue.put_back`."""

@@ -6,6 +6,7 @@ does not wait behind one with a hundred thousand.
 """
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +55,17 @@ class FairLane:
         """All that wait, in the order in which they go out."""
         return heapq.merge(*(turn.values() for turn in self._turns.values()), key=attrgetter("start"))
 
+    def start_of(self, caller: str) -> float:
+        """Where the caller's next pair would start."""
+        return max(self._virtual, self._ends.get(caller, 0.0))
+
+    def until(self, start: float) -> int:
+        """How many go out no later than one that starts there: a caller's pairs start one after the other."""
+        return sum(
+            min(len(turn), max(0, math.floor(start - next(iter(turn.values())).start) + 1))
+            for turn in self._turns.values()
+        )
+
     def oldest(self) -> Entry | None:
         """The one that came first."""
         return next(iter(self._arrivals.values()), None)
@@ -65,7 +77,7 @@ class FairLane:
         if front:  # the lane may have been empty meanwhile, and begun to count anew
             entry.start = min(entry.start, self._virtual - 1)
         else:
-            entry.start = max(self._virtual, self._ends.get(entry.caller, 0.0))
+            entry.start = self.start_of(entry.caller)
             self._ends[entry.caller] = entry.start + 1
         for waiting in (self._arrivals, self._turns.setdefault(entry.caller, OrderedDict())):
             waiting[entry.pair.digest] = entry

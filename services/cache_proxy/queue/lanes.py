@@ -10,6 +10,11 @@ from services.cache_proxy.queue.fair import Entry, FairLane
 _BULK_SHARE = 10  # a tenth of a batch, in pairs and in bytes, is kept for bulk
 
 
+def is_better(priority: str, other: str) -> bool:
+    """Whether it goes before the other."""
+    return LANES.index(priority) < LANES.index(other)
+
+
 class Lanes:
     """Fair between callers within a priority. State: `_lanes` and the bytes of all that is in them."""
 
@@ -24,9 +29,26 @@ class Lanes:
         """How many wait in one lane."""
         return len(self._lanes[priority])
 
-    def ahead_of(self, priority: str) -> int:
-        """How many wait that a new pair of this priority would have to let pass."""
-        return sum(self.count(name) for name in LANES[: LANES.index(priority) + 1])
+    def calls_until_new(self, *, priority: str, caller: str, count: int, batch_pairs: int) -> int:
+        """In how many calls at the latest so many new pairs of a caller's would all go out."""
+        lane = self._lanes[priority]
+        last = lane.start_of(caller) + count - 1
+        return self._calls_until(priority, lane.until(last) + count, batch_pairs)
+
+    def calls_until(self, entry: Entry, *, batch_pairs: int) -> int:
+        """In how many calls at the latest one that waits goes out."""
+        return self._calls_until(entry.priority, self._lanes[entry.priority].until(entry.start), batch_pairs)
+
+    def _calls_until(self, priority: str, ahead: int, batch_pairs: int) -> int:
+        """The `ahead` first of a lane: bulk has its tenth of each call, and what interactive leaves."""
+        interactive, bulk = self.count("interactive"), self.count("bulk")
+        tenth = _tenth(batch_pairs)
+        if priority == "interactive":
+            return math.ceil(ahead / (batch_pairs - (tenth if bulk else 0)))
+        if priority == "bulk":
+            behind = math.ceil((interactive + ahead) / batch_pairs)
+            return min(behind, math.ceil(ahead / tenth)) if tenth else behind
+        return math.ceil((interactive + bulk + ahead) / batch_pairs)
 
     def entries(self) -> list[Entry]:
         """All that wait."""
@@ -36,6 +58,10 @@ class Lanes:
         """When the pair at the front of a lane came, the earliest; `inf` if nothing waits."""
         oldest = (lane.oldest() for lane in self._lanes.values())
         return min((entry.enqueued_at for entry in oldest if entry is not None), default=math.inf)
+
+    def waits(self, entry: Entry) -> bool:
+        """Whether it is here, not in flight or suspect."""
+        return entry in self._lanes[entry.priority]
 
     def add(self, entry: Entry, *, front: bool = False) -> None:
         """Have an entry wait at the end of its caller's turn, or at the front."""
@@ -52,7 +78,7 @@ class Lanes:
 
     def promote(self, entry: Entry, priority: str, caller: str) -> None:
         """Give an entry the better of its priority and this one; it joins the turn of who asked for that."""
-        if LANES.index(priority) < LANES.index(entry.priority):
+        if is_better(priority, entry.priority):
             waits = self.discard(entry)
             entry.priority, entry.caller = priority, caller
             if waits:
@@ -69,8 +95,7 @@ class Lanes:
 
     def _compose(self, *, batch_pairs: int, batch_bytes: int) -> list[Entry]:
         interactive, bulk, refresh = (self._lanes[name] for name in LANES)
-        kept_pairs = math.ceil(batch_pairs / _BULK_SHARE) if batch_pairs > 1 else 0
-        kept = _fitting(bulk, pairs=kept_pairs, size_bytes=batch_bytes // _BULK_SHARE)
+        kept = _fitting(bulk, pairs=_tenth(batch_pairs), size_bytes=batch_bytes // _BULK_SHARE)
         left_bytes = batch_bytes - _size_bytes(kept)
         chosen = _fitting(interactive, pairs=batch_pairs - len(kept), size_bytes=left_bytes) + kept
         for more in (itertools.islice(bulk, len(kept), None), refresh):
@@ -78,6 +103,10 @@ class Lanes:
                 more, pairs=batch_pairs - len(chosen), size_bytes=batch_bytes - _size_bytes(chosen)
             )
         return chosen or self.entries()[:1]  # a pair that is over the bound alone goes alone
+
+
+def _tenth(batch_pairs: int) -> int:
+    return math.ceil(batch_pairs / _BULK_SHARE) if batch_pairs > 1 else 0
 
 
 def _fitting(entries: Iterable[Entry], *, pairs: int, size_bytes: int) -> list[Entry]:

@@ -21,21 +21,26 @@ class CallLimiter(Protocol):
     def refund(self, pairs: int) -> None:
         """Give the slot back; the caller knows that nobody took another since."""
 
-    def delay(self, seconds: float) -> None:
-        """The last call was so much later than it was spent; the caller knows that nobody spent since."""
+    def delay(self, seconds: float) -> bool:
+        """The last call leaves so much later than it was spent; the caller knows that nobody spent since, and
+        the last word counts. False if it must not.
+        """  # noqa: D205 - one thought
 
     def hold_until(self, moment: float) -> None:
         """Allow no call before `moment`."""
 
 
 class Limiter:
-    """Two limits that hold together. State: their `tat`s and `_not_before`, all on the caller's clock."""
+    """Two limits that hold together. State: their `tat`s and `_not_before`, all on the caller's clock, and by
+    how much the last call moved the `tat`s on.
+    """  # noqa: D205 - one thought
 
     def __init__(self, *, pairs_per_second: float, calls_per_second: float, burst: int, now: float) -> None:
         self._burst = burst
         self._pairs = Gcra.begin(rate_per_second=pairs_per_second, burst=burst, now=now)
         self._calls = Gcra.begin(rate_per_second=calls_per_second, burst=1, now=now)
         self._not_before = now
+        self._delayed_seconds = 0.0
 
     @property
     def slot_seconds(self) -> float:
@@ -56,16 +61,20 @@ class Limiter:
         """Take the slot; the caller has seen that it may."""
         self._pairs.spend(pairs, now=now)
         self._calls.spend(1, now=now)
+        self._delayed_seconds = 0.0
 
     def refund(self, pairs: int) -> None:
         """Give the slot back; the caller knows that nobody took another since."""
         self._pairs.refund(pairs)
         self._calls.refund(1)
+        self.delay(0.0)
 
-    def delay(self, seconds: float) -> None:
-        """The last call was so much later than it was spent; the caller knows that nobody spent since."""
-        self._pairs.tat += seconds
-        self._calls.tat += seconds
+    def delay(self, seconds: float) -> bool:
+        """See `CallLimiter.delay`."""
+        for limit in (self._pairs, self._calls):
+            limit.tat += seconds - self._delayed_seconds
+        self._delayed_seconds = seconds
+        return True
 
     def hold_until(self, moment: float) -> None:
         """Allow no call before `moment`."""

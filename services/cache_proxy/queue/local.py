@@ -10,7 +10,9 @@ from operator import attrgetter
 from services.cache_proxy.errors import PairError, QueueFull
 from services.cache_proxy.metrics import LANES, ProxyMetrics
 from services.cache_proxy.queue import (
-    SEND_WITHIN_SECONDS,
+    MAX_ATTEMPTS,
+    MAX_BREAKDOWNS,
+    MAX_REFUSALS,
     Asker,
     Claim,
     Enqueued,
@@ -22,15 +24,12 @@ from services.cache_proxy.queue import (
     pushback_seconds,
 )
 from services.cache_proxy.queue.fair import Entry
-from services.cache_proxy.queue.lanes import Lanes
+from services.cache_proxy.queue.lanes import Lanes, is_better
 from services.cache_proxy.queue.limiter import CallLimiter
 from services.cache_proxy.queue.recent import Recent
 from services.cache_proxy.queue.suspects import Suspects
 
-_MAX_ATTEMPTS = 4  # calls that one pair may see fail; as many in a row mean that the model is down
-_MAX_BREAKDOWNS = 10  # the same for calls that the model broke down in, perhaps over one pair
 _LEAD_SECONDS = 0.015  # so long before its slot a batch is claimed, to be ready when that begins
-_MAX_REFUSALS = 32  # refused batches that one pair may have been in before it is taken for the bad one
 
 
 class LocalQueue:
@@ -74,8 +73,7 @@ class LocalQueue:
                 ended[pair.digest] = outcome
             else:
                 fresh[pair.digest] = pair
-        if fresh:
-            self._admit(list(fresh.values()), asker, now)
+        self._admit(list(fresh.values()), joined, asker, now)
         for entry in joined:
             entry.wanted = True
             self._lanes.promote(entry, asker.priority, asker.caller)
@@ -114,17 +112,14 @@ class LocalQueue:
         for entry in entries:
             self._metrics.slot_wait.observe(now - entry.enqueued_at)
         self._limiter.spend(len(entries), now=slot_at)
-        claim = Claim("", [entry.pair for entry in entries], slot_at, slot_at + SEND_WITHIN_SECONDS)
+        claim = Claim("", [entry.pair for entry in entries], slot_at, slot_at)
         self._suspects.sent(claim, probe)
         self._last_claim = claim
         return claim
 
-    async def sent(self, claim: Claim, *, at: float) -> None:
-        """See `Queue.sent`."""
-        late_seconds = claim.late_seconds(at)
-        if late_seconds and claim is self._last_claim:
-            self._limiter.delay(late_seconds)
-            self._last_claim = None
+    async def late(self, claim: Claim, *, seconds: float) -> bool:
+        """See `Queue.late`."""
+        return claim is self._last_claim and self._limiter.delay(seconds)
 
     async def put_back(self, claim: Claim) -> None:
         """See `Queue.put_back`."""
@@ -153,7 +148,7 @@ class LocalQueue:
         if claim.send_at >= self._failed_at:  # calls that were under way together fail together: once
             self._failures_in_a_row += 1
             self._failed_at = now
-        down = self._failures_in_a_row >= (_MAX_BREAKDOWNS if suspicious else _MAX_ATTEMPTS)
+        down = self._failures_in_a_row >= (MAX_BREAKDOWNS if suspicious else MAX_ATTEMPTS)
         if suspicious and not down and all(entry.attempts for entry in self._held(claim)):
             self._suspect(claim, error, {})  # it failed before, whole: one of its pairs may be why
             return
@@ -161,7 +156,7 @@ class LocalQueue:
         again: list[Entry] = []
         for entry in self._wanted(self._held(claim)):
             entry.attempts += 1
-            (over if down or entry.attempts >= _MAX_ATTEMPTS else again).append(entry)
+            (over if down or entry.attempts >= MAX_ATTEMPTS else again).append(entry)
         self._not_judged(claim, again)
         if down:  # whoever waits would wait for nothing
             over += self._lanes.entries() + self._suspects.clear()
@@ -178,7 +173,7 @@ class LocalQueue:
         entries = self._held(claim)
         for entry in entries:
             entry.refusals += 1
-            if named or len(entries) == 1 or entry.refusals >= _MAX_REFUSALS:
+            if named or len(entries) == 1 or entry.refusals >= MAX_REFUSALS:
                 reason = named.get(entry.pair.digest, None if named else error)
                 if reason is None:
                     innocent.append(entry)
@@ -222,25 +217,48 @@ class LocalQueue:
         for entry in list(self._entries.values()):
             self._end(entry, error, remember=False)
 
-    def _admit(self, pairs: Sequence[Pair], asker: Asker, now: float) -> None:
-        limits, limiter, lanes = self._limits, self._limiter, self._lanes
-        slots = math.ceil((lanes.ahead_of(asker.priority) + len(pairs)) / limits.batch_pairs)
-        first_seconds = limiter.wait_seconds(min(len(pairs), limits.batch_pairs), now=now)
-        wait_seconds = first_seconds + (slots - 1) * limiter.slot_seconds
+    def _admit(self, pairs: Sequence[Pair], joined: Sequence[Entry], asker: Asker, now: float) -> None:
+        limits = self._limits
+        wait_seconds = self._wait_seconds(len(pairs), joined, asker, now)
         size_bytes = sum(pair.size_bytes for pair in pairs)
-        if len(self._entries) + len(pairs) > limits.max_pairs:
+        if pairs and len(self._entries) + len(pairs) > limits.max_pairs:
             reason = f"the queue is full: {len(self._entries)} pairs wait, the limit is {limits.max_pairs}"
             raise QueueFull(reason, pushback_seconds(wait_seconds))
-        if self._held_bytes + size_bytes > limits.max_bytes:
+        if pairs and self._held_bytes + size_bytes > limits.max_bytes:
             reason = f"the queue is full: {self._held_bytes} bytes wait, the limit is {limits.max_bytes}"
             raise QueueFull(reason, pushback_seconds(wait_seconds))
         left_seconds = asker.deadline - now
         if wait_seconds > left_seconds:
             reason = (
-                f"{len(pairs)} pairs would wait {wait_seconds:.1f} s for the model, "
+                f"the pairs would wait {wait_seconds:.1f} s for the model, "
                 f"but the deadline is in {max(0.0, left_seconds):.1f} s"
             )
             raise QueueFull(reason, pushback_seconds(wait_seconds - left_seconds))
+
+    def _wait_seconds(self, fresh: int, joined: Sequence[Entry], asker: Asker, now: float) -> float:
+        """How long until the last of a request's pairs goes out: of the new ones and those that it promotes,
+        which wait in the caller's own turn, and of those that it joins where they are.
+        """  # noqa: D205 - one thought
+        batch_pairs, lanes = self._limits.batch_pairs, self._lanes
+        turn, last = fresh, dict[str, Entry]()
+        for entry in joined:
+            if not lanes.waits(entry):
+                continue
+            if is_better(asker.priority, entry.priority):
+                turn += 1
+            elif entry.priority not in last or entry.start > last[entry.priority].start:
+                last[entry.priority] = entry
+        calls = [lanes.calls_until(entry, batch_pairs=batch_pairs) for entry in last.values()]
+        if turn:
+            calls.append(
+                lanes.calls_until_new(
+                    priority=asker.priority, caller=asker.caller, count=turn, batch_pairs=batch_pairs
+                )
+            )
+        if not calls:
+            return 0.0
+        first_seconds = self._limiter.wait_seconds(max(1, min(turn, batch_pairs)), now=now)
+        return first_seconds + (max(1, *calls) - 1) * self._limiter.slot_seconds
 
     def _add(self, pair: Pair, asker: Asker, now: float) -> None:
         entry = Entry(pair, asker.priority, asker.caller, now)

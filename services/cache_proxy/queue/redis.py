@@ -13,7 +13,10 @@ from typing import Any
 from services.cache_proxy.errors import PairError, QueueFull, StoreError, Unavailable
 from services.cache_proxy.metrics import LANES, ProxyMetrics
 from services.cache_proxy.queue import (
-    SEND_WITHIN_SECONDS,
+    MAX_ATTEMPTS,
+    MAX_BREAKDOWNS,
+    MAX_REFUSALS,
+    NONSENSE_SECONDS,
     Asker,
     Claim,
     Enqueued,
@@ -33,8 +36,6 @@ _log = logging.getLogger(__name__)
 
 _CHUNK_PAIRS = 500  # a script call of this size holds Redis for about 5 ms
 _JOINED, _FAILED, _QUEUED = 17, 18, 16
-_MAX_ATTEMPTS = 4
-_MAX_REFUSALS = 32
 _LEASE_MARGIN_SECONDS = 5.0
 _AHEAD_MS = 60
 _DEFER_SECONDS = 0.2  # whose calls just failed lets another replica have the next slot
@@ -229,14 +230,10 @@ class RedisQueue:
             return NotYet(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))
         until_send_ms, until_slot_ms, packed = reply[1:4]
         pairs = list(self._read(unpack(packed)))
-        # Redis's `now` lies somewhere between request and reply; both of two neighbours err alike.
-        half_way_seconds = (time.monotonic() - now) / 2 if until_send_ms else 0.0
-        claim = Claim(
-            claim_id,
-            pairs,
-            send_at=now + until_send_ms / 1000 + half_way_seconds,
-            send_by=now + until_slot_ms / 1000 + SEND_WITHIN_SECONDS,
-        )
+        # Redis's `now` lies somewhere between request and reply; two neighbours err alike.
+        redis_now = now + (time.monotonic() - now) / 2
+        send_at = redis_now + until_send_ms / 1000 if until_send_ms else now
+        claim = Claim(claim_id, pairs, send_at, redis_now + until_slot_ms / 1000)
         self._held[claim_id] = {pair.digest for pair in pairs}
         return claim
 
@@ -251,11 +248,10 @@ class RedisQueue:
             self._metrics.slot_wait.observe(waited_ms / 1000)
             yield pair
 
-    async def sent(self, claim: Claim, *, at: float) -> None:
-        """See `Queue.sent`."""
-        late_seconds = claim.late_seconds(at)
-        if late_seconds:
-            await self._scripts.run("sent", [claim.id, round(late_seconds * 1000)])
+    async def late(self, claim: Claim, *, seconds: float) -> bool:
+        """See `Queue.late`."""
+        moved: int = await self._scripts.run("late", [claim.id, math.ceil(seconds * 1000)])
+        return moved == 1
 
     async def put_back(self, claim: Claim) -> None:
         """See `Queue.put_back`."""
@@ -275,17 +271,20 @@ class RedisQueue:
         error: PairError,
         *,
         retry_after_seconds: float,
-        suspicious: bool = False,  # noqa: ARG002 - `fail.lua` does not yet tell a breakdown from an outage
+        suspicious: bool = False,
     ) -> None:
         """See `Queue.fail`."""
         self._not_before = time.monotonic() + retry_after_seconds + _DEFER_SECONDS
-        arguments = [round(retry_after_seconds * 1000), pack(pack_error(error)), _MAX_ATTEMPTS]
+        arguments = [
+            round(retry_after_seconds * 1000), pack(pack_error(error)), MAX_ATTEMPTS,
+            MAX_BREAKDOWNS if suspicious else MAX_ATTEMPTS, int(suspicious), MAX_REFUSALS,
+        ]  # fmt: skip
         await self._over(claim, "fail", arguments)
 
     async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
         """See `Queue.refuse`."""
         reasons = [[digest, pack_error(reason)] for digest, reason in named.items()]
-        await self._over(claim, "refuse", [pack(pack_error(error)), pack(reasons), _MAX_REFUSALS])
+        await self._over(claim, "refuse", [pack(pack_error(error)), pack(reasons), MAX_REFUSALS])
 
     async def changed(self) -> None:
         """See `Queue.changed`."""
@@ -318,7 +317,9 @@ class RedisQueue:
         for chunk in _chunks(list(outcomes.items())):
             levels = b"".join(key + bytes((level,)) for key, level in chunk if isinstance(level, int))
             errors = [[key, pack_error(error)] for key, error in chunk if isinstance(error, PairError)]
-            await self._scripts.run("fulfil", [claim_id, levels, pack(errors)])
+            await self._scripts.run(
+                "fulfil", [claim_id, levels, pack(errors), round(NONSENSE_SECONDS * 1000)]
+            )
 
     def _end(self, digest: bytes, outcome: Outcome) -> None:
         self._asked.pop(digest, None)
@@ -364,7 +365,7 @@ class RedisQueue:
         limits = self._limits
         arguments = [
             self._replica, limits.max_pairs, limits.max_bytes, limits.batch_pairs,
-            round(limits.slot_seconds * 1000), _MAX_ATTEMPTS, pack(requests),
+            round(limits.slot_seconds * 1000), MAX_ATTEMPTS, pack(requests),
         ]  # fmt: skip
         async with self._in_turn:
             replies = unpack(await self._scripts.run("enqueue", arguments))

@@ -22,7 +22,7 @@ _NAMES = (
     "enqueue",
     "leave",
     "claim",
-    "sent",
+    "late",
     "put_back",
     "fulfil",
     "fail",

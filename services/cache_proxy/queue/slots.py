@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from services.cache_proxy.queue.limiter import Limiter
 
 _PUNCTUAL_SECONDS = 0.010
+_ROOM_SECONDS = 0.020
 _FEW_MOMENTS = 2  # in a block: then the room in each is more than a late call needs
 
 
@@ -70,10 +71,11 @@ class SlotLimiter:
     def refund(self, pairs: int) -> None:
         """A moment that was not used is over."""
 
-    def delay(self, seconds: float) -> None:
-        """The moments are what they are; a late call keeps apart from this replica's next."""
-        self._share.delay(seconds)
-        self._used_at += seconds
+    def delay(self, seconds: float) -> bool:
+        """A moment has some room, and is another's after that."""
+        if self._membership is None:
+            return self._share.delay(seconds)
+        return seconds <= _ROOM_SECONDS
 
     def hold_until(self, moment: float) -> None:
         """Allow no call before `moment`."""

@@ -14,8 +14,8 @@ local settings = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_secon
 local pairs_rate, calls_rate = rate(settings[1]) or tonumber(ARGV[3]), rate(settings[2]) or tonumber(ARGV[4])
 local batch_pairs, batch_bytes, linger = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local LEAD_MS = 15 -- from here to the model takes about so long: the slot of a batch that could go at once
+local PAIRS_A_MS = 50 -- and so many pairs take a millisecond more
 local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wait
-local BULK_SHARE = 10 -- a tenth of a batch, in pairs and in bytes, is kept for bulk
 local HOUR_MS = 3600000
 
 local function as_batch(claim)
@@ -45,7 +45,7 @@ local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local limit = redis.call('HMGET', LIMIT, 'run', 'pairs_tat', 'calls_tat', 'not_before')
 local pairs_tat, calls_tat, not_before = number(limit[2]), number(limit[3]), number(limit[4]) or 0
 local burst = math.max(interval(pairs_rate, batch_pairs), interval(calls_rate, 1))
-local latest = now + burst + ahead + LEAD_MS + LATE_MS
+local latest = now + burst + ahead + LEAD_MS + batch_pairs / PAIRS_A_MS + LATE_MS
 if limit[1] ~= run or not pairs_tat or not calls_tat or pairs_tat > latest or calls_tat > latest then
   pairs_tat, calls_tat = now + burst, now + burst
   redis.call('HSET', LIMIT, 'run', run, 'pairs_tat', pairs_tat, 'calls_tat', calls_tat)
@@ -108,7 +108,7 @@ end
 -- It may be sent from `send_at` on, a little before which it is claimed, so that a busy Redis costs no slot.
 local chosen, size, looked = {}, 0, 0
 local claim = { replica = replica, lease_until = now + wait + tonumber(ARGV[8]), at = now,
-  send_at = now + wait, slot_at = now + math.max(wait, LEAD_MS) }
+  send_at = now + wait, slot_at = now + math.max(wait, LEAD_MS + count / PAIRS_A_MS) }
 local function is_wanted(digest)
   local pair = records[digest]
   if pair and not anybody_waits(pair) then
@@ -243,7 +243,8 @@ redis.call('HSET', CLAIMS, id, cmsgpack.pack({ replica = claim.replica, at = cla
   slot_at = claim.slot_at, lease_until = claim.lease_until }))
 redis.call('HSET', CLAIMED, id, cmsgpack.pack({ table.concat(chosen), rest and table.concat(rest) or false }))
 redis.call('HSET', META, 'since_probe', probing and 0 or meta('since_probe') + 1)
+local pairs_after = math.max(pairs_tat, claim.slot_at) + interval(pairs_rate, #chosen)
+local calls_after = math.max(calls_tat, claim.slot_at) + interval(calls_rate, 1)
 redis.call('HSET', LIMIT, 'last', id, 'pairs_before', pairs_tat, 'calls_before', calls_tat,
-  'pairs_tat', math.max(pairs_tat, claim.slot_at) + interval(pairs_rate, #chosen),
-  'calls_tat', math.max(calls_tat, claim.slot_at) + interval(calls_rate, 1))
+  'pairs_after', pairs_after, 'calls_after', calls_after, 'pairs_tat', pairs_after, 'calls_tat', calls_after)
 return as_batch(claim)

@@ -48,19 +48,44 @@ local limit = redis.call('HMGET', LIMIT, 'failures', 'not_before', 'calls_tat', 
 local failures, not_before = number(limit[1]) or 0, number(limit[2]) or 0
 local first_wait = math.max(0, math.max(number(limit[3]) or 0, not_before) - now)
 
-local function refusal(lane, patience, count, size)
-  if failures >= most_failures and not_before > now then
+-- In how many calls at the latest the pairs up to a place in a lane go out, with `more` of this script's own that
+-- wait there too: bulk has its tenth of each, and what interactive leaves.
+local function calls_until(lane, tag, more)
+  local ahead = redis.call('ZCOUNT', lane_key(lane), '-inf', tag) + more
+  if lane == 'interactive' then
+    local left = waiting[2] > 0 and batch_pairs > 1 and batch_pairs - math.ceil(batch_pairs / BULK_SHARE) or batch_pairs
+    return math.ceil(ahead / left)
+  elseif lane == 'bulk' then
+    local tenth = batch_pairs > 1 and math.ceil(batch_pairs / BULK_SHARE) or 0
+    local behind = math.ceil((waiting[1] + ahead) / batch_pairs)
+    return tenth > 0 and math.min(behind, math.ceil(ahead / tenth)) or behind
+  end
+  return math.ceil((waiting[1] + waiting[2] + ahead) / batch_pairs)
+end
+
+local added = { 0, 0, 0 } -- by this script, so not yet in the lanes
+local function wait_of(count, calls)
+  local pairs_wait = (number(limit[4]) or 0) + math.min(1, count / batch_pairs) * batch_ms - batch_ms - now
+  return math.max(first_wait, pairs_wait) + (math.max(1, calls) - 1) * batch_ms
+end
+
+-- Of `turn` pairs that would wait in the caller's own turn, of which `count` are new and would be held, and of the
+-- last place that a joined pair has in each lane.
+local function refusal(caller, lane, patience, turn, count, size, joined)
+  if count > 0 and failures >= most_failures and not_before > now then
     return { 'down', not_before - now, '' } -- until then; who asks next is the probe
   end
-  local ahead = 0
-  for rank = 1, RANK[lane] do
-    ahead = ahead + waiting[rank]
+  local wait = 0
+  if turn > 0 then
+    local last = first_tag(lane, turn_of(lane, caller)) + turn - 1
+    wait = wait_of(turn, calls_until(lane, last, added[RANK[lane]] + turn))
   end
-  local pairs_wait = (number(limit[4]) or 0) + math.min(1, count / batch_pairs) * batch_ms - batch_ms - now
-  local wait = math.max(first_wait, pairs_wait) + (math.ceil((ahead + count) / batch_pairs) - 1) * batch_ms
-  if held + count > most_pairs then
+  for other, tag in pairs(joined) do
+    wait = math.max(wait, wait_of(1, calls_until(other, tag, 0)))
+  end
+  if count > 0 and held + count > most_pairs then
     return { 'full', math.ceil(wait), held .. ' pairs' }
-  elseif held_bytes + size > most_bytes then
+  elseif count > 0 and held_bytes + size > most_bytes then
     return { 'full', math.ceil(wait), held_bytes .. ' bytes' }
   elseif wait > patience then
     return { 'late', math.ceil(wait), '' }
@@ -105,12 +130,20 @@ local function join(digest, lane, caller, until_ms, polling)
 end
 
 local function enqueue(caller, lane, patience, following, following_bytes, token, polling, asked)
-  local states, errors, fresh, fresh_bytes = {}, {}, {}, 0
+  local states, errors, fresh, fresh_bytes, promoted, joined = {}, {}, {}, 0, 0, {}
   for index, item in ipairs(asked) do
     local digest = item[1]
     local outcome = outcomes[digest]
-    if records[digest] then
+    local pair = records[digest]
+    if pair then
       states[index] = 17
+      if not pair.claim and not pair.suspect then
+        if RANK[lane] < RANK[pair.lane] then
+          promoted = promoted + 1
+        else
+          joined[pair.lane] = math.max(joined[pair.lane] or pair.tag, pair.tag)
+        end
+      end
     elseif type(outcome) == 'number' then
       states[index] = outcome
     elseif outcome then
@@ -122,12 +155,14 @@ local function enqueue(caller, lane, patience, following, following_bytes, token
       fresh_bytes = fresh_bytes + item[4]
     end
   end
-  if #fresh > 0 and polling ~= 1 then
-    local refused = not reserved[token]
-      and refusal(lane, patience, #fresh + following, fresh_bytes + following_bytes)
+  if polling ~= 1 and not reserved[token] then
+    local count = #fresh > 0 and #fresh + following or 0
+    local refused = refusal(caller, lane, patience, count + promoted, count, fresh_bytes + following_bytes, joined)
     if refused then
       return refused
     end
+  end
+  if #fresh > 0 and polling ~= 1 then
     reserve(token, following, following_bytes)
   elseif reserved[token] then
     reserve(token, following, following_bytes)
@@ -148,7 +183,7 @@ local function enqueue(caller, lane, patience, following, following_bytes, token
       }
       wait_in_lane(digest)
       bytes, held, held_bytes = bytes + item[4], held + 1, held_bytes + item[4]
-      waiting[RANK[lane]] = waiting[RANK[lane]] + 1
+      waiting[RANK[lane]], added[RANK[lane]] = waiting[RANK[lane]] + 1, added[RANK[lane]] + 1
     end
   end
   for index, state in ipairs(states) do

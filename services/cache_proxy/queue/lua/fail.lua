@@ -1,7 +1,9 @@
 -- The call failed: its pairs are tried again, or end with the error if that was often.
 -- ARGV[1]  the claim's id   ARGV[2]  ms before the next call to the model by anybody   ARGV[3]  the error, packed
--- ARGV[4]  failed calls that a pair may see, and in a row before the model is taken for down
-local id, error, most = ARGV[1], unpack_safely(ARGV[3]), tonumber(ARGV[4])
+-- ARGV[4]  failed calls that a pair may see   ARGV[5]  in a row, before the model is taken for down
+-- ARGV[6]  1 if the model broke down in it, perhaps over one of its pairs: one that was in another such call
+--          before is then looked for, as in a batch that was refused   ARGV[7]  see refuse.lua, ARGV[4]
+local id, error, most, most_in_a_row = ARGV[1], unpack_safely(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local claim = load_claim(id)
 if not claim then
   return redis.status_reply('OK')
@@ -12,6 +14,19 @@ local failures = number(redis.call('HGET', LIMIT, 'failures')) or 0
 if claim.at >= (number(redis.call('HGET', LIMIT, 'failed_at')) or 0) then -- what is under way together fails as one
   failures = failures + 1
   redis.call('HSET', LIMIT, 'failures', failures, 'failed_at', now)
+end
+local function failed_before()
+  load_pairs(claim.digests)
+  for _, digest in ipairs(claim.digests) do
+    if records[digest] and records[digest].claim == id and records[digest].attempts == 0 then
+      return false
+    end
+  end
+  return true
+end
+if ARGV[6] == '1' and failures < most_in_a_row and failed_before() then
+  convict(id, claim, error, {}, tonumber(ARGV[7]), 'broke', RECENT_MS)
+  return redis.status_reply('OK')
 end
 local ended = {}
 give_back(id, claim, function(digest, pair)
@@ -24,7 +39,7 @@ give_back(id, claim, function(digest, pair)
   return false
 end)
 write()
-if failures < most then
+if failures < most_in_a_row then
   publish('', ended)
   return redis.status_reply('OK')
 end

@@ -1,6 +1,7 @@
 -- End pairs with their levels, whoever holds them: a late answer is an answer.
 -- ARGV[1]  the claim's id   ARGV[2]  17 bytes a pair: digest, level   ARGV[3]  msgpack list of {digest, error},
 --          of pairs that the model answered with nonsense
+-- ARGV[4]  ms for which nonsense is remembered when it comes twice; twice as long each time it comes again
 local id, levels, errors = ARGV[1], ARGV[2], cmsgpack.unpack(ARGV[3])
 publish(levels, errors)
 local digests, answers = {}, {}
@@ -41,4 +42,17 @@ if claim and is_over() then
 end
 write()
 remember('recent', RECENT_MS, answers)
+-- Nonsense may have been a whim of the model's, so whoever comes back at once is asked for again; but not for ever.
+local nonsense = {}
+for _, item in ipairs(errors) do
+  local times = 1
+  for ago = 0, 1 do
+    local seen = unpack_safely(redis.call('HGET', recent_key('nonsense', RECENT_MS, ago), item[1]))
+    times = math.max(times, seen and (number(seen[1]) or 0) + 1 or 1)
+  end
+  local kept_ms = times > 1 and math.min(RECENT_MS, tonumber(ARGV[4]) * 2 ^ (times - 2)) or 0
+  nonsense[#nonsense + 1] = item[1]
+  nonsense[#nonsense + 1] = cmsgpack.pack({ times, now + kept_ms, item[2] })
+end
+remember('nonsense', RECENT_MS, nonsense)
 return redis.status_reply('OK')

@@ -19,7 +19,8 @@ local CHUNK = 400 -- arguments of one call: many at once, but Lua's stack is not
 local DIGEST = 16 -- bytes
 local AT_ONCE = 2000 -- pairs that one script gives back or finds unwanted: Redis does nothing else meanwhile
 local MANY_DEATHS, FEW = 2, 16
-local LATE_MS = 1000 -- a batch that left later than this was held up by what moving the limit does not help
+local BULK_SHARE = 10 -- a tenth of a batch, in pairs and in bytes, is kept for bulk
+local LATE_MS = 1000 -- a batch that is later goes back: others may serve its pairs sooner
 local MAX_CALLERS = 1000 -- names are the callers' to choose: those beyond share one turn
 
 -- With memory full, Redis refuses what may need some until a script has written anything. The queue has bounds
@@ -196,13 +197,18 @@ end
 
 -- Start-time fair queueing (Goyal, Vin, Cheng 1996): a caller's next pair starts where its last one ends,
 -- and never before the lane's virtual time, so a caller with a thousand pairs does not stand before one with two.
-local ends = {} -- lane -> caller -> where the caller's last pair ends
-local function next_tag(lane, caller)
+local ends, moved = {}, {} -- lane -> caller -> where the caller's last pair ends; as it was, and as it is now
+local function first_tag(lane, caller)
   ends[lane] = ends[lane] or {}
   local known = ends[lane]
   known[caller] = known[caller] or number(redis.call('HGET', fair_key(lane), caller)) or 0
-  local tag = math.max(virtual(lane), known[caller])
-  known[caller] = tag + 1
+  return math.max(virtual(lane), known[caller])
+end
+
+local function next_tag(lane, caller)
+  local tag = first_tag(lane, caller)
+  moved[lane] = moved[lane] or {}
+  ends[lane][caller], moved[lane][caller] = tag + 1, tag + 1
   return tag
 end
 
@@ -213,7 +219,7 @@ local function turn_of(lane, caller)
 end
 
 local function write_ends()
-  for lane, known in pairs(ends) do
+  for lane, known in pairs(moved) do
     local fields = {}
     for caller, tag in pairs(known) do
       fields[#fields + 1] = caller
@@ -372,5 +378,56 @@ local function recall(digests)
     return level and level >= 1 and level <= 7 and level % 1 == 0 and level or nil
   end)
   look('refused', REFUSED_MS, unpack_safely)
+  look('broke', RECENT_MS, unpack_safely)
+  look('nonsense', RECENT_MS, function(value)
+    local seen = unpack_safely(value) -- {times, until, error}, see fulfil.lua
+    return seen and number(seen[2]) and seen[2] > now and type(seen[3]) == 'table' and seen[3] or nil
+  end)
   return outcomes
+end
+
+-- The model refused a claim's batch, or broke down in it, for a pair: those that it named (digest -> error) end.
+-- If it named none, one of them is bad, and they are suspects; one that was alone, or in `most` such batches, is
+-- taken for the bad one. What ended is remembered as `kind` for a while, and published.
+local function convict(id, claim, error, named, most, kind, period)
+  end_claim(id)
+  local held, ended, remembered, suspected = {}, {}, {}, {}
+  load_pairs(claim.digests)
+  for _, digest in ipairs(claim.digests) do
+    if records[digest] and records[digest].claim == id then
+      held[#held + 1] = digest
+    end
+  end
+  for _, digest in ipairs(held) do
+    local pair = records[digest]
+    pair.refusals = pair.refusals + 1
+    local reason = named[digest]
+    if not reason and not next(named) and (#held == 1 or pair.refusals >= most) then
+      reason = error
+    end
+    if reason then
+      forget(digest)
+      remembered[#remembered + 1] = digest
+      remembered[#remembered + 1] = cmsgpack.pack(reason)
+      ended[#ended + 1] = { digest, reason }
+    elseif not anybody_waits(pair) then
+      forget(digest)
+    elseif next(named) then
+      wait_in_front(digest)
+    else
+      pair.claim, pair.suspect = nil, true
+      save(digest)
+      suspected[#suspected + 1] = digest
+    end
+  end
+  load_pairs(claim.rest or {})
+  for _, digest in ipairs(claim.rest or {}) do -- the bad one was in the half that was probed
+    if records[digest] and records[digest].suspect then
+      wait_in_front(digest)
+    end
+  end
+  suspects(suspected)
+  write()
+  remember(kind, period, remembered)
+  publish('', ended)
 end

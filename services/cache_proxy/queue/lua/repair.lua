@@ -10,6 +10,7 @@ for key, kind in pairs({ [LIMIT] = 'hash', [REPLICAS] = 'zset', [ADDRESSES] = 'h
   end
 end
 for ago = 0, 1 do
-  redis.call('DEL', recent_key('recent', RECENT_MS, ago), recent_key('refused', REFUSED_MS, ago))
+  redis.call('DEL', recent_key('recent', RECENT_MS, ago), recent_key('refused', REFUSED_MS, ago),
+    recent_key('broke', RECENT_MS, ago), recent_key('nonsense', RECENT_MS, ago))
 end
 return redis.status_reply('OK')

@@ -65,6 +65,9 @@ class ProxyMetrics:
         self.degraded = Gauge(
             "cache_proxy_degraded", "1 while the proxy answers without its store.", registry=registry
         )
+        self.store_evicts = Gauge(
+            "cache_proxy_store_evicts", "1 if Redis may evict the queue and the limit.", registry=registry
+        )
         self.live_replicas = Gauge(
             "cache_proxy_live_replicas", "Replicas that share the queue.", registry=registry
         )

@@ -245,3 +245,17 @@ def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
         assert _up(proxy)
         with redis.Redis(port=own_redis.port, password="s3cret") as client:
             assert any(b":c1:" in key for key in client.scan_iter())
+
+
+def test_a_redis_that_evicts_any_key_is_warned_of_once(own_redis: RedisServer) -> None:
+    """One loud line and a gauge; with a policy that spares the queue, neither."""
+    for policy, evicts in (("allkeys-lru", 1), ("volatile-lru", 0), ("noeviction", 0)):
+        with own_redis.client() as client:
+            client.config_set("maxmemory-policy", policy)
+        with cache_proxy("--model-target", "127.0.0.1:1", "--cache-url", own_redis.url) as proxy:
+            if evicts:
+                wait_for(lambda: policy in proxy.log, what="the warning")  # noqa: B023 - called within the turn
+            else:
+                wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",], what="it is in touch")
+            assert metrics(proxy.http)["cache_proxy_store_evicts",] == evicts
+            assert proxy.log.count("maxmemory-policy") == evicts

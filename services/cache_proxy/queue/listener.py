@@ -14,6 +14,7 @@ from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import LANES, ProxyMetrics
 from services.cache_proxy.queue import QueueLimits
 from services.cache_proxy.queue.doors import Doors
+from services.cache_proxy.queue.eviction import EvictionWatch
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.messages import pack, unpack
 from services.cache_proxy.queue.redis import RedisQueue
@@ -87,6 +88,7 @@ class Listener:
         self._heard = _Heard()
         self._missed = asyncio.Event()
         self._doors = Doors(scripts)
+        self._eviction = EvictionWatch(client, metrics=metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -109,6 +111,7 @@ class Listener:
                 async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     await pubsub.subscribe(*self._channels)
                     self._missed.set()
+                    await self._eviction.look()
                     while True:
                         message = await pubsub.get_message(timeout=None)
                         if message is not None:

@@ -137,6 +137,25 @@ async def test_the_claims_of_many_go_back_a_part_at_a_time(place: Place) -> None
         assert waiting[-1] == 10_000
 
 
+@pytest.mark.parametrize(("verdict", "free"), [("alive", True), ("paused", False), (None, False)])
+async def test_the_claims_of_one_that_lost_redis_alone_go_back(
+    verdict: str | None, free: bool, place: Place
+) -> None:
+    """It lives, still subscribed, and is silent for seconds: whoever else waits for its pairs need not wait
+    for the lease. Of a paused one, or one of which nobody knows, they stay.
+    """  # noqa: D205 - one thought
+    async with replicas(place, 2) as (silent, other):
+        await silent.ask(pairs([1]))
+        await other.ask(pairs([1]))
+        await silent.take()
+        silent.unheard()
+        if verdict:
+            await other.scripts.run("verdict", [silent.name, verdict, 3000])
+        await other.listener._beat_once()
+        assert isinstance(await other.queue.claim(), Claim) == free
+        await other.listener._doors.close()
+
+
 @pytest.mark.parametrize(
     ("verdict", "free"), [("gone", True), ("paused", True), ("alive", False), (None, False)]
 )

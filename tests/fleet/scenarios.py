@@ -1,6 +1,7 @@
 """Scenarios: each sets a fleet to work and returns what its callers and the model's own log say."""
 
 import asyncio
+import itertools
 import random
 import signal
 import time
@@ -134,3 +135,33 @@ async def owner_of_a_call(fleet: Fleet, proxies: Sequence[Service]) -> Service:
                     if there and claim["replica"] in by_name:
                         return by_name[claim["replica"]]
             await asyncio.sleep(0.002)
+
+
+async def steady_misses(
+    targets: Sequence[str], over: asyncio.Event, tally: Tally, *, name: str = "steady"
+) -> None:
+    """Callers, two at each replica, that ask for five new pairs and five that another caller asks for too,
+    again and again until `over`.
+    """  # noqa: D205 - one thought
+    places = list(targets)
+    count = 2 * len(places)
+    turned = [places[number % len(places) :] + places[: number % len(places)] for number in range(count)]
+
+    async def run(caller: LoadCaller, number: int) -> None:
+        for turn in itertools.count():
+            if over.is_set():
+                return
+            pairs = pairs_of(f"{name} {number} {turn}", 5) + pairs_of(f"{name} {number ^ 1} {turn}", 5)
+            await caller.ask(pairs, seconds=60)
+            await asyncio.sleep(0.02)
+
+    async with callers(turned, tally) as each:
+        await asyncio.gather(*(run(caller, number) for number, caller in enumerate(each)))
+
+
+async def hits(target: str, pairs: Pairs, over: asyncio.Event, tally: Tally) -> None:
+    """One caller that asks for pairs that this replica knows, again and again until `over`."""
+    async with callers([[target]], tally) as (caller,):
+        while not over.is_set():
+            await caller.ask(pairs)
+            await asyncio.sleep(0.01)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.support.judge import Call, calls_of
 from tests.support.processes import Service, cache_proxy, model_stub
 from tests.support.redis_server import RedisServer, redis_process
+from tests.support.wire import Wire, wire_to
 
 
 class Fleet:
@@ -28,16 +29,20 @@ class Fleet:
         """What the model saw so far."""
         return calls_of(self.log)
 
-    def start(self, *flags: str) -> Service:
-        """One replica more; flags given here win over the fleet's own."""
+    def start(self, *flags: str, wire: Wire | None = None) -> Service:
+        """One replica more, which reaches Redis directly or by a wire."""
         proxy = self._stack.enter_context(
             cache_proxy(
-                "--model-target", self._stub.target, "--cache-url", self.redis.url,
+                "--model-target", self._stub.target, "--cache-url", wire.url if wire else self.redis.url,
                 "--key-prefix", self._prefix, *flags,
             )
         )  # fmt: skip
         self.proxies.append(proxy)
         return proxy
+
+    def wire(self) -> Wire:
+        """A wire to Redis."""
+        return self._stack.enter_context(wire_to(self.redis.port))
 
     def start_all(self, count: int, *flags: str) -> list[Service]:
         """So many, and with these flags those that come later."""

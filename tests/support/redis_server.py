@@ -96,6 +96,12 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
+    def kill_and_start(self, *, seconds: float) -> None:
+        """A crash, and the server is back after so long."""
+        self.kill()
+        time.sleep(seconds)
+        self.start()
+
     def pause(self) -> None:
         """Have it answer nothing, its connections open."""
         assert self._process

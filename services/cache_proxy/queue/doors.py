@@ -15,7 +15,7 @@ from services.cache_proxy.queue.scripts import Scripts
 
 PATH = "/replica"
 _TIMEOUT_SECONDS = 0.2
-_PAUSED_MS = 3000
+_RELIED_ON_MS = 3000
 _TIMEOUT = aiohttp.ClientTimeout(sock_connect=_TIMEOUT_SECONDS, sock_read=_TIMEOUT_SECONDS)
 
 
@@ -45,7 +45,7 @@ class Doors:
         found = await self._find(replica, address)
         if found:
             try:
-                await self._scripts.run("verdict", [replica, found, _PAUSED_MS])
+                await self._scripts.run("verdict", [replica, found, _RELIED_ON_MS])
             except StoreError:
                 return  # the heartbeat finds out about Redis
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 
@@ -14,14 +15,16 @@ from services.cache_proxy.queue.slots import Membership, SlotLimiter
 
 _log = logging.getLogger(__name__)
 
-_QUIET_SECONDS = 1.2  # by then those who still have Redis leave the moments of this replica alone
+_QUIET_SECONDS = 1.2  # after its last word, those who still have Redis leave the moments of a replica alone
+_PAUSE_SECONDS = 2.5  # nobody who runs takes so long to find Redis lost
 _MAX_UNPUBLISHED = 200_000
 _AT_ONCE = 500
 
 
 class FailoverQueue:
-    """State: `_lost`; `_local_claims`, to know whose a claim is; `_unpublished`, what Redis was not told.
+    """State: `_lost`, `_heard_at`, `_local_claims` (to know whose a claim is), `_unpublished`.
 
+    `_heard_at` is when Redis last heard of this replica; `_unpublished` is what Redis was not told.
     `shared` always knows all that somebody here waits for. While Redis is lost the same pairs wait in `local`
     too; when it is back, those that are not in flight are taken out there and asked again here. What ends in
     `local` ends in `shared` (its `settle` is `shared.end`), so nothing that ended is asked again.
@@ -32,6 +35,7 @@ class FailoverQueue:
         self._local = local
         self._limiter = limiter
         self._lost = False
+        self._heard_at = -math.inf
         self._local_claims: set[Claim] = set()
         self._unpublished: dict[bytes, Outcome] = {}
         self._changed = asyncio.Event()
@@ -151,9 +155,10 @@ class FailoverQueue:
         self._local.end_all(error)
         self._shared.end_all(error)
 
-    def heard(self, membership: Membership) -> None:
-        """Redis answered a heartbeat."""
+    def heard(self, membership: Membership, *, at: float) -> None:
+        """Redis answered a heartbeat that it got at this time or later."""
         self._limiter.know(membership)
+        self._heard_at = at
 
     async def lose(self, error: StoreError) -> None:
         """Redis is lost: what waits here waits in the local queue from now on."""
@@ -161,8 +166,10 @@ class FailoverQueue:
             return
         self._lost = True
         _log.warning("the shared queue is lost, going on alone: %s", error)
-        # Not from the last word on: a process that was paused may just have missed the answer.
-        self._limiter.begins_at = time.monotonic() + _QUIET_SECONDS
+        # From its last word on, unless this process was paused: then the others may be using its moments.
+        now = time.monotonic()
+        quiet_from = self._heard_at if now - self._heard_at < _PAUSE_SECONDS else now
+        self._limiter.begins_at = quiet_from + _QUIET_SECONDS
         for pair, asker in self._shared.waiting():
             self._local.take_over(pair, asker)
         self._changed.set()

@@ -152,7 +152,8 @@ class Listener:
                 members=pulse.members,
                 moment_seconds=pulse.moment_ms / 1000,
                 clock_offset_seconds=pulse.now_ms / 1000 - heard_at,
-            )
+            ),
+            at=asked_at,
         )
         for replica, address in pulse.late:
             self._doors.knock(replica, address)

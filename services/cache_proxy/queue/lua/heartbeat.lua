@@ -15,10 +15,13 @@ end
 redis.call('ZADD', REPLICAS, now, replica)
 redis.call('HSET', ADDRESSES, replica, ARGV[3])
 redis.call('HDEL', PAUSED, replica)
+redis.call('HDEL', ALONE, replica)
 reap(replica, held)
 for _, gone in ipairs(redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', now - FORGOTTEN_MS)) do
   redis.call('ZREM', REPLICAS, gone)
   redis.call('HDEL', ADDRESSES, gone)
+  redis.call('HDEL', PAUSED, gone)
+  redis.call('HDEL', ALONE, gone)
 end
 if ARGV[4] == '1' then
   redis.call('HSET', LIMIT,

@@ -11,10 +11,11 @@ local LIMIT, BASE = KEYS[1], KEYS[2]
 local PAIRS, GROUPS, META, ENDED = BASE .. 'pairs', BASE .. 'suspects', BASE .. 'meta', BASE .. 'ended'
 local CLAIMS, CLAIMED = BASE .. 'claims', BASE .. 'claimed' -- who has it until when; its pairs, which are many
 local RESERVED = BASE .. 'reserved'
-local REPLICAS, ADDRESSES, PAUSED = LIMIT .. ':replicas', LIMIT .. ':addresses', LIMIT .. ':paused'
+local REPLICAS, ADDRESSES = LIMIT .. ':replicas', LIMIT .. ':addresses'
+local PAUSED, ALONE = LIMIT .. ':paused', LIMIT .. ':alone' -- replica -> until when that may be relied on
 local LANES, RANK = { 'interactive', 'bulk', 'refresh' }, { interactive = 1, bulk = 2, refresh = 3 }
 local RECENT_MS, REFUSED_MS = 60000, 600000
-local SILENT_MS = 800 -- heartbeats come every 250 ms
+local SILENT_MS, CUT_OFF_MS = 800, 2000 -- heartbeats come every 250 ms
 local CHUNK = 400 -- arguments of one call: many at once, but Lua's stack is not endless
 local DIGEST = 16 -- bytes
 local AT_ONCE = 2000 -- pairs that one script gives back or finds unwanted: Redis does nothing else meanwhile
@@ -293,6 +294,7 @@ end
 
 -- The claims of the dead go back: of those whose lease is over, and of those that are neither subscribed nor
 -- heard of. A paused process is still subscribed, so it keeps its claims until the model's deadline. So do those
+-- of a replica that lives and lost Redis alone: whatever the model answers it, nobody else would hear. So do those
 -- that a replica was granted in a reply that never arrived: its heartbeat (`held`) does not list them.
 local GRANTED_MS = 2000
 local function reap(replica, held)
@@ -308,12 +310,13 @@ local function reap(replica, held)
       local heard = number(redis.call('ZSCORE', REPLICAS, claim.replica)) or 0
       local gone = now - heard > SILENT_MS
         and redis.call('PUBSUB', 'NUMSUB', ENDED .. ':' .. claim.replica)[2] == 0
+      local cut_off = now - heard > CUT_OFF_MS and (number(redis.call('HGET', ALONE, claim.replica)) or 0) > now
       local unheld = claim.replica == replica and not held[id] and now - claim.at > GRANTED_MS
-      if gone or unheld or now > claim.lease_until then
+      if gone or cut_off or unheld or now > claim.lease_until then
         local dead = load_claim(id)
         given = given + #dead.digests
         any = give_back(id, dead, function(_, pair)
-          pair.deaths = pair.deaths + (unheld and 0 or 1)
+          pair.deaths = pair.deaths + ((unheld or cut_off) and 0 or 1)
           return true
         end) or any
       end

@@ -4,7 +4,8 @@ for _, lane in ipairs(LANES) do
   redis.call('DEL', lane_key(lane), fair_key(lane))
 end
 redis.call('DEL', PAIRS, GROUPS, META, CLAIMS, CLAIMED, RESERVED)
-for key, kind in pairs({ [LIMIT] = 'hash', [REPLICAS] = 'zset', [ADDRESSES] = 'hash', [PAUSED] = 'hash' }) do
+for key, kind in pairs({ [LIMIT] = 'hash', [REPLICAS] = 'zset', [ADDRESSES] = 'hash', [PAUSED] = 'hash',
+  [ALONE] = 'hash' }) do
   if redis.call('TYPE', key).ok ~= kind then
     redis.call('DEL', key)
   end

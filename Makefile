@@ -37,6 +37,10 @@ test: $(VENV)/.dev  ## the tests, but for the slow ones
 test-slow: $(VENV)/.dev  ## the slow tests
 	$(BIN)/python -m pytest -m slow
 
+.PHONY: bench
+bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/
+	$(BIN)/python -m benchmarks
+
 .PHONY: lint
 lint: $(VENV)/.dev  ## style, types, imports, stub drift, locks fresh
 	$(BIN)/ruff check .
@@ -61,7 +65,7 @@ lock: $(VENV)/.uv  ## bring the locks in line with pyproject.toml (UPGRADE=1: to
 
 .PHONY: clean
 clean:  ## remove what was made
-	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .demo .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # --- set-up -----------------------------------------------------------------------------------------------
 

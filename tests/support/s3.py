@@ -1,5 +1,6 @@
 """A real S3 server for tests: SeaweedFS as a process of its own, in a folder of its own."""
 
+import random
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 
 _READY_SECONDS = 30
 _PORTS = ("s3", "master", "volume", "filer", "admin")
-_BASE_PORT, _END_PORT = 20_000, 45_000  # the server also takes each port + 10,000
+_PORTS_FROM = range(20_000, 22_700)  # the server also takes each port + 10,000; outgoing connections take
+# those from 32,768 on
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
 def _free_ports(count: int) -> list[int]:
     """Ports that are free, and free too when 10,000 is added."""
     found: list[int] = []
-    for port in range(_BASE_PORT, _END_PORT):
+    for port in random.sample(_PORTS_FROM, len(_PORTS_FROM)):
         if _is_free(port) and _is_free(port + 10_000):
             found.append(port)
         if len(found) == count:

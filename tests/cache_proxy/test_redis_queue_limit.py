@@ -112,10 +112,11 @@ async def test_a_backlog_uses_the_rate(shared_redis: str) -> None:
         slots.sort(key=lambda slot: slot[2])
         apart = 1 / (20 * PACE)
         for (before, after, earlier), (asked_at, claimed_at, later) in pairwise(slots):
-            # Redis's clock is known to half of a round trip, and counts whole milliseconds.
-            assert later - earlier >= apart - (after - before + claimed_at - asked_at) / 2 - 0.003
+            # Redis's clock is known to a round trip, and counts whole milliseconds.
+            unsure = after - before + claimed_at - asked_at + 0.003
+            assert later - earlier >= apart - unsure
             # Claimed in time, it follows at once; claimed late, it begins a moment after (`LEAD_MS`).
-            assert later <= max(earlier + apart, claimed_at) + 0.02
+            assert later <= max(earlier + apart, claimed_at) + 0.017 + unsure
 
 
 async def _wait(replica: Replica) -> float:
@@ -147,14 +148,14 @@ async def test_a_limit_that_was_lost_is_a_spent_one(lost: str, shared_redis: str
 
 async def test_a_limit_that_is_idle_is_free(shared_redis: str) -> None:
     """After one interval a lone pair goes at once, and the next after an interval."""
-    bounds = limits(calls_per_second=4)
+    bounds = limits(calls_per_second=0.5)
     async with replicas(Place.new(shared_redis), 1, bounds) as (replica,):
         await replica.ask(pairs([1]))
-        assert 0 < await _wait(replica) <= 0.25 / PACE
+        assert 0 < await _wait(replica) <= 2 / PACE
         claim = await replica.take()
         await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
         await replica.ask(pairs([2]))
-        assert 0.2 < await _wait(replica) <= 0.25 / PACE + 0.015
+        assert 1 < await _wait(replica) <= 2 / PACE + 0.015
 
 
 async def test_only_the_last_claim_gives_its_slot_back(shared_redis: str) -> None:
@@ -206,13 +207,13 @@ async def test_a_batch_found_in_the_store_gives_its_slot_back(shared_redis: str)
 
 async def test_two_model_versions_share_one_limit_and_no_answers(shared_redis: str) -> None:
     """What one namespace spends the other has not, and the same pair is asked in each."""
-    bounds = limits(calls_per_second=2)
+    bounds = limits(calls_per_second=0.5)
     place = Place.new(shared_redis)
     async with replicas(place, 1, bounds) as (one,), replicas(place.beside("m"), 1, bounds) as (other,):
         await one.ask(pairs([1]))
         await other.ask(pairs([1]))
         claim = await one.take()
-        assert await _wait(other) > 0.4
+        assert await _wait(other) > 1
         await one.queue.fulfil(claim, {item.digest: 5 for item in claim.pairs})
         assert not other.settled
         await one.beat()
@@ -249,9 +250,10 @@ async def test_probes_keep_to_the_limit_in_pairs(calls: float, shared_redis: str
         with place.client() as client:
             await replica.queue.claim()
             client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
+            begun_at = time.monotonic()
             claim = await replica.take()
             await replica.queue.refuse(claim, _refused(), {})
-            assert await _wait(replica) > 1
+            assert await _wait(replica) + time.monotonic() - begun_at > 1
 
 
 def _refused() -> Refused:

@@ -36,7 +36,7 @@ async def test_a_dead_sockets_pairs_go_back_at_once(place: Place) -> None:
         await dead.die()
         await other.beat()
         await other.messages()
-        await asyncio.wait_for(other.queue.changed(), 1)
+        await asyncio.wait_for(other.queue.changed(), 30)
         assert sorted(numbers_of(await other.take())) == [1, 2]
 
 

@@ -179,8 +179,13 @@ async def test_what_is_in_flight_when_the_model_is_taken_for_down_may_be_answere
         assert place.left() == {}
 
 
-async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(place: Place) -> None:
+async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It stays away a little longer, and who was told that nothing waits is woken."""
+    monkeypatch.setattr(
+        "services.cache_proxy.queue.redis._DEFER_SECONDS", 60
+    )  # longer than a slow test takes
     async with replicas(place, 2) as (broken, sound):
         await broken.ask(pairs([1]))
         await sound.ask(pairs([1]))
@@ -190,7 +195,7 @@ async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(place:
         assert not isinstance(await sound.queue.claim(), Claim)
         await broken.queue.fail(claim, DOWN, retry_after_seconds=0)
         await sound.messages()
-        await asyncio.wait_for(sound.queue.changed(), 1)
+        await asyncio.wait_for(sound.queue.changed(), 30)
         assert isinstance(await broken.queue.claim(), NotYet)
         assert numbers_of(await sound.take()) == [1]
 
@@ -234,13 +239,17 @@ async def test_a_thousand_pairs_cost_six_commands_and_no_long_stop_of_redis(plac
     """Two to ask, one to claim, two to answer; the fleet's other calls wait for none of them for long."""
     async with replicas(place, 1, limits(batch_pairs=1000)) as (replica,):
         with place.client() as client:
-            before, took = 0, 0.0
+
+            def busy_seconds() -> float:  # what it worked, not what it waited for a busy machine
+                found = client.info("cpu")
+                return float(found["used_cpu_user"] + found["used_cpu_sys"])
+
+            before, busy_before = 0, 0.0
             for warm in (range(5000, 5010), range(1000)):
                 before = client.info("commandstats")["cmdstat_evalsha"]["calls"]
-                begun = time.perf_counter()
+                busy_before = busy_seconds()
                 await replica.ask(pairs(warm, text="some title of a job"))
                 claim = await replica.take()
                 await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
-                took = time.perf_counter() - begun
+            assert busy_seconds() - busy_before < 0.3
             assert client.info("commandstats")["cmdstat_evalsha"]["calls"] - before <= 6
-            assert took < 1.0

@@ -110,8 +110,8 @@ async def test_a_driver_that_loses_count_is_an_error_for_all_and_not_a_wait_for_
 
     riders = Riders(short, size=lambda _: 1, most=10)
     with pytest.raises(ValueError, match="zip"):
-        await asyncio.wait_for(riders.ride(1), 1)
+        await asyncio.wait_for(riders.ride(1), 30)
     results = await asyncio.wait_for(
-        asyncio.gather(riders.ride(1), riders.ride(2), return_exceptions=True), 1
+        asyncio.gather(riders.ride(1), riders.ride(2), return_exceptions=True), 30
     )
     assert all(isinstance(result, ValueError) for result in results)

@@ -172,7 +172,7 @@ class Replica:
         """Subscribe and be heard of."""
         await self._pubsub.subscribe(self.scripts.channel, f"{self.scripts.channel}:{self.name}")
         for _ in range(2):  # the confirmations
-            await self._pubsub.get_message(timeout=5)
+            await self._pubsub.get_message(timeout=PATIENCE_SECONDS)
         await self.beat()
         return self
 
@@ -197,10 +197,15 @@ class Replica:
             client.zadd(f"{self.place.keys.limit}:replicas", {self.name: then})
 
     async def messages(self, *, lost: bool = False) -> None:
-        """Take what was published until now, or lose it."""
-        while (message := await self._pubsub.get_message(timeout=0.005)) is not None:
-            if not lost:
-                self.listener._take(message["data"])
+        """Take what was published until now, or lose it: all that comes before a mark of our own."""
+        mark = secrets.token_bytes(16)
+        await self.client.publish(f"{self.scripts.channel}:{self.name}", mark)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (message := await self._pubsub.get_message(timeout=None)) is None or (
+                message["data"] != mark
+            ):
+                if message is not None and not lost:
+                    self.listener._take(message["data"])
 
     async def beat(self) -> None:
         """A heartbeat, and what follows from it."""

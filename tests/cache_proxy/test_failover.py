@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from services.cache_proxy.errors import StoreError, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Claim, Outcome
+from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_shared
 from services.cache_proxy.store.redis import connect
 from services.cache_proxy.waiters import Wait, Waiters
@@ -75,7 +76,7 @@ async def _proxies(url: str, count: int) -> AsyncIterator[list[Proxy]]:
     async with AsyncExitStack() as stack:
         opened = []
         for number in range(count):
-            client = connect(url, timeout_seconds=0.25)
+            client = connect(url, timeout_seconds=1.5)  # a busy machine is no lost Redis
             stack.push_async_callback(client.aclose, close_connection_pool=True)
             shared = SharedRedis(
                 client=client, url=url, keys=place.keys, expected_replicas=count, lease_seconds=5,
@@ -92,8 +93,17 @@ async def _proxies(url: str, count: int) -> AsyncIterator[list[Proxy]]:
             task = asyncio.create_task(proxy.dispatch())
             stack.callback(task.cancel)
             opened.append(proxy)
-        await asyncio.sleep(0.6)  # two heartbeats: everybody has heard who has which moments
+        async with asyncio.timeout(30):
+            while not all(_knows(proxy.queue, count) for proxy in opened):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
         yield opened
+
+
+def _knows(queue: ProxyQueue, members: int) -> bool:
+    """Whether it has heard that so many have moments."""
+    assert isinstance(queue, FailoverQueue)
+    membership = queue._limiter._membership
+    return membership is not None and len(membership.members) == members
 
 
 def _levels(wait: Wait) -> dict[int, Outcome]:
@@ -128,7 +138,7 @@ async def test_every_waiter_is_answered_without_redis_and_after(
             server.start()
         else:
             server.resume()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while sum("is back" in record.getMessage() for record in caplog.records) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             again = await other.ask([1, 2, 3, 40, 49])

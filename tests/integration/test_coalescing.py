@@ -57,7 +57,7 @@ def test_a_caller_that_goes_costs_the_others_nothing(stage: Stage) -> None:
 
 def test_the_last_to_go_takes_unsent_pairs_along(stage_with: StageWith) -> None:
     """While one of two still waits they stay queued; when both are gone the model never hears of them."""
-    stage = stage_with("--model-calls-per-second", "0.5")
+    stage = stage_with("--model-batch-size", "100", *UNPACED, "--linger", "60s")
     pairs = pairs_of("unsent", 40)
     asked = [stage.caller.start(pairs), stage.caller.start(pairs)]
     queued = "cache_proxy_queue_pairs", "interactive"
@@ -70,7 +70,7 @@ def test_the_last_to_go_takes_unsent_pairs_along(stage_with: StageWith) -> None:
     assert metrics(stage.proxy.http)[queued] == 40
     asked[1].cancel()
     wait_for(lambda: metrics(stage.proxy.http)[queued] == 0, what="nothing waits")
-    assert stage.caller.ask([("other", "t")]).code is StatusCode.OK
+    assert stage.caller.ask(pairs_of("other", 100)).code is StatusCode.OK  # full, so it goes at once
     assert not stage.model.asked("unsent")
 
 

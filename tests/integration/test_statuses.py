@@ -150,21 +150,22 @@ def test_the_same_answer_twice_is_no_contradiction(stage: Stage) -> None:
 
 
 def test_a_full_queue_refuses_at_once_and_queues_nothing(stage_with: StageWith) -> None:
-    """Beyond `--max-queued-pairs`: RESOURCE_EXHAUSTED with pushback, and the model never hears of them."""
-    stage = stage_with("--max-queued-pairs", "100", "--model-calls-per-second", "2")
+    """Beyond `--max-queued-pairs`: RESOURCE_EXHAUSTED with pushback while the others still wait, and the
+    model never hears of them.
+    """  # noqa: D205 - one thought
+    stage = stage_with("--max-queued-pairs", "100", "--model-batch-size", "100", *UNPACED, "--linger", "60s")
     waiting = stage.caller.start(pairs_of("waits", 80))
     wait_for(lambda: _queued(stage.proxy) == 80, what="80 pairs wait")
-    started_at = time.monotonic()
     reply = stage.caller.ask(pairs_of("refused", 21))
-    assert time.monotonic() - started_at < 0.4
+    assert not waiting.ended
     assert reply.code is StatusCode.RESOURCE_EXHAUSTED
     assert "limit is 100" in reply.message
     assert (reply.pushback_ms or 0) >= 1000
-    fits = stage.caller.start(pairs_of("fits", 20))
+    fits = stage.caller.start(pairs_of("fits", 20))  # with these the batch is full, and goes
     assert waiting.reply().code is StatusCode.OK
     assert fits.reply().code is StatusCode.OK
     assert not stage.model.asked("refused")
-    assert stage.caller.ask(pairs_of("refused", 21)).code is StatusCode.OK
+    assert stage.caller.ask(pairs_of("room again", 100)).code is StatusCode.OK
 
 
 def test_a_queue_full_by_bytes_refuses_too(stage_with: StageWith) -> None:
@@ -181,15 +182,15 @@ def test_a_queue_full_by_bytes_refuses_too(stage_with: StageWith) -> None:
 
 
 def test_a_deadline_before_its_turn_is_refused_at_once(stage_with: StageWith) -> None:
-    """2,500 pairs at a batch a second cannot be answered in a second and a half: nothing is queued."""
+    """40,000 pairs at a batch a second cannot be answered in thirty seconds: nothing is queued."""
     stage = stage_with("--model-calls-per-second", "1")
     started_at = time.monotonic()
-    reply = stage.caller.ask(pairs_of("late", 2500), seconds=1.5)
-    assert time.monotonic() - started_at < 0.8
+    reply = stage.caller.ask(pairs_of("late", 40_000), seconds=30)
+    assert time.monotonic() - started_at < 15  # and not when they are over
     assert reply.code is StatusCode.RESOURCE_EXHAUSTED
     assert reply.pushback_ms is not None
     assert _queued(stage.proxy) == 0
-    assert stage.caller.ask([("in time", "t")], seconds=5).code is StatusCode.OK
+    assert stage.caller.ask([("in time", "t")], seconds=30).code is StatusCode.OK
     assert not stage.model.asked("late")
 
 
@@ -209,6 +210,7 @@ def test_a_model_that_is_down_is_unavailable_and_recovers(stage_with: StageWith)
     assert 2 <= len(stage.model.asked("down")) <= 8
     stage.model.behaviour = well
     assert stage.caller.ask([("down", "t")]).levels == [level_of("down", "t")]
+    assert stage.proxy.stop() == 0  # now its log is whole
     assert stage.proxy.log.count("WARNING") == 1
 
 
@@ -237,6 +239,7 @@ def test_one_failed_call_is_tried_again_for_everyone(stage_with: StageWith) -> N
     started_at = time.monotonic()
     assert stage.caller.ask(pairs).levels == [level_of(*pair) for pair in pairs]
     assert time.monotonic() - started_at < 3  # a backoff of one failure, not of eight
+    assert stage.proxy.stop() == 0  # now its log is whole
     assert stage.proxy.log.count("WARNING") == 1
 
 
@@ -300,7 +303,7 @@ def test_max_wait_bounds_a_caller_without_a_deadline(stage_with: StageWith) -> N
     reply = stage.caller.ask([("max wait", "t")], seconds=None)
     release.set()
     assert reply.code is StatusCode.DEADLINE_EXCEEDED
-    assert 0.35 < time.monotonic() - started_at < 3
+    assert 0.4 <= time.monotonic() - started_at < 10
 
 
 def test_a_message_over_the_limit_is_refused_by_grpc(stage_with: StageWith) -> None:

@@ -18,6 +18,9 @@ from tests.support.model_server import level_of, scripted_model
 from tests.support.processes import Service, cache_proxy, run_command
 from tests.support.redis_server import RedisServer, redis_process, wait_for
 
+PATIENT = ("--cache-timeout", "10s")
+"""For tests of what is in Redis: a busy machine does not make it a Redis that is lost."""
+
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
@@ -32,10 +35,11 @@ def test_two_proxies_on_one_redis_share_answers_over_restarts(
     """What one asked the other knows, and so does a third that starts later; another deployment's prefix,
     model version, secret or normal form does not.
     """  # noqa: D205 - one thought
-    flags = ("--cache-url", shared_redis, "--key-prefix", "shared", *UNPACED)
+    flags = ("--cache-url", shared_redis, "--key-prefix", "shared", *UNPACED, *PATIENT)
     pairs = pairs_of("shared", 30)
     first = stage_with(*flags)
     assert first.caller.ask(pairs).misses == 30
+    _wait_until_saved(first)
     second = stage_with(*flags, "--model-version", "1", model=first.model)
     assert second.caller.ask(pairs).hits == 30
     found = metrics(second.proxy.http)
@@ -45,10 +49,16 @@ def test_two_proxies_on_one_redis_share_answers_over_restarts(
     assert other.caller.ask(pairs).misses == 30
 
 
+def _wait_until_saved(stage: Stage) -> None:
+    """An answer is on its way before it is written."""
+    puts = "cache_proxy_store_duration_seconds_count", "put"
+    wait_for(lambda: metrics(stage.proxy.http).get(puts), what="the answers are written")
+
+
 def _asks_well(stage: Stage, company: str, *, count: int = 20) -> float:
     """Ask for new pairs; the seconds it took."""
     started_at = time.monotonic()
-    reply = stage.caller.ask(pairs_of(company, count), seconds=10)
+    reply = stage.caller.ask(pairs_of(company, count), seconds=30)
     assert reply.levels == [level_of(*pair) for pair in pairs_of(company, count)]
     return time.monotonic() - started_at
 
@@ -58,7 +68,7 @@ def test_callers_are_answered_whatever_redis_does(stage_with: StageWith, own_red
     change, and what was answered meanwhile is saved.
     """  # noqa: D205 - one thought
     own_redis.kill()
-    stage = stage_with("--cache-url", own_redis.url, "--cache-timeout", "200ms", *UNPACED)
+    stage = stage_with("--cache-url", own_redis.url, "--cache-timeout", "3s", *UNPACED)
     _asks_well(stage, "down at start")
     own_redis.start()
     wait_for(lambda: _up(stage.proxy), what="the store is back")
@@ -70,7 +80,7 @@ def test_callers_are_answered_whatever_redis_does(stage_with: StageWith, own_red
             number = 0
             while not going.is_set():
                 number += 1
-                reply = asking.ask(pairs_of(f"load {name} {number}", 5), seconds=10)
+                reply = asking.ask(pairs_of(f"load {name} {number}", 5), seconds=30)
                 if reply.code is not StatusCode.OK:
                     failed.append(reply)
 
@@ -83,24 +93,25 @@ def test_callers_are_answered_whatever_redis_does(stage_with: StageWith, own_red
     own_redis.start()
     wait_for(lambda: _up(stage.proxy), what="the store is back again")
     own_redis.pause()
-    assert _asks_well(stage, "while paused") < 2
+    assert _asks_well(stage, "while paused") < 15  # store and queue each find out
     wait_for(lambda: not _up(stage.proxy), what="the silence is noticed")
-    assert _asks_well(stage, "while down") < 1
-    own_redis.resume()
-    wait_for(lambda: _up(stage.proxy), what="the store is back once more")
     going.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert not failed
+    took = _asks_well(stage, "while down") + _asks_well(stage, "while still down")
+    assert took < 3  # the second would have waited for all of a timeout
+    own_redis.resume()
+    wait_for(lambda: _up(stage.proxy), what="the store is back once more")
+    assert stage.proxy.stop() == 0
     assert stage.proxy.log.count("the store is down") == 3
     assert stage.proxy.log.count("the store is back") == 3
     assert "Traceback" not in stage.proxy.log
-    stage.proxy.stop()
     with (
-        cache_proxy("--model-target", "127.0.0.1:1", "--cache-url", own_redis.url) as later,
+        cache_proxy("--model-target", "127.0.0.1:1", "--cache-url", own_redis.url, *PATIENT) as later,
         caller(later.target) as asking,
     ):
-        for company in ("down at start", "while killed", "while paused", "while down"):
+        for company in ("down at start", "while killed", "while paused", "while down", "while still down"):
             assert asking.ask(pairs_of(company, 20)).hits == 20
 
 
@@ -132,7 +143,7 @@ def test_an_embedded_store_outlives_a_kill_and_leaves_no_server(
     pairs = pairs_of("embedded", 200)
     assert first.caller.ask(pairs).code is StatusCode.OK
     assert len(_servers(folder)) == 1
-    wait_for(lambda: _saved(folder, 200), seconds=5, what="the answers are in the file")
+    wait_for(lambda: _saved(folder, 200), what="the answers are in the file")
     first.proxy.stop(signal.SIGKILL)
     second = stage_with(*flags, model=first.model)
     assert second.caller.ask(pairs).hits == 200
@@ -190,13 +201,15 @@ def test_a_secret_keys_the_cache(stage_with: StageWith, shared_redis: str, tmp_p
     """Another secret knows nothing of the answers, the same one all of them; it is never logged."""
     secret = tmp_path / "secret"
     secret.write_bytes(b"hunter2\xff\n")
-    flags = ("--cache-url", shared_redis, "--key-prefix", "secret", *UNPACED)
+    flags = ("--cache-url", shared_redis, "--key-prefix", "secret", *UNPACED, *PATIENT)
     plain = stage_with(*flags)
     pairs = pairs_of("secret", 5)
     plain.caller.ask(pairs)
+    _wait_until_saved(plain)
     for misses in (5, 0):
         keyed = stage_with(*flags, "--key-secret-file", str(secret), model=plain.model)
         assert keyed.caller.ask(pairs).misses == misses
+        assert keyed.proxy.stop() == 0  # now all is written, also its log
         assert "hunter2" not in keyed.proxy.log
 
 
@@ -224,6 +237,7 @@ def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
             caller(proxy.target) as asking,
         ):
             assert asking.ask([("password", "t")]).code is StatusCode.OK
+            assert proxy.stop() == 0
             assert "hunter" not in proxy.log
             assert proxy.log.count("the store is down") == 1
     path.write_bytes(b"s3cret\n")
@@ -237,6 +251,7 @@ def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
             "--cache-password-file",
             str(path),
             *UNPACED,
+            *PATIENT,
         ) as proxy,
         caller(proxy.target) as asking,
     ):
@@ -244,7 +259,7 @@ def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
         assert "s3cret" not in proxy.log
         assert _up(proxy)
         with redis.Redis(port=own_redis.port, password="s3cret") as client:
-            assert any(b":c1:" in key for key in client.scan_iter())
+            wait_for(lambda: any(b":c1:" in key for key in client.scan_iter()), what="it is written")
 
 
 def test_a_redis_that_evicts_any_key_is_warned_of_once(own_redis: RedisServer) -> None:

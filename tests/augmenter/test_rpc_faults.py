@@ -1,6 +1,7 @@
 """Statuses, trailers and nonsense from the other side of the wire, and what the augmenter makes of them."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from grpc import StatusCode
 from tests.augmenter.conftest import Augment, Ended, StubWith, posting, reasons
 from tests.augmenter.scripted_model import Answer, Fail, all_threes, naming, scripted_model
 from tests.support.processes import stub_calls
+from tests.support.redis_server import wait_for
 
 Run = Callable[..., Ended]
 _PUSHBACK = "grpc-retry-pushback-ms"
@@ -104,17 +106,19 @@ def test_budget_ends_retries(run: Run) -> None:
         started = time.monotonic()
         ended = run(model.target, "--retry-budget", "500ms")
     assert ended.code == 1
-    assert 0.5 < time.monotonic() - started < 2
-    assert f"answered UNAVAILABLE: no {len(model.calls) - 1} (retried for 0.5 s)" in ended.err
+    assert 0.5 <= time.monotonic() - started < 30
+    said = rf"answered UNAVAILABLE: no {len(model.calls) - 1} \(retried for (\d+\.\d) s\)"
+    [seconds] = re.findall(said, ended.err)
+    assert float(seconds) >= 0.5
 
 
 def test_slow_rpc_ends_at_its_deadline(run: Run, stub_with: StubWith) -> None:
     """An RPC that is never answered ends at --deadline, and is retried like one that failed."""
     stub = stub_with("--fail", "hang")
-    ended = run(stub.target, "--deadline", "100ms", "--retry-budget", "500ms")
+    ended = run(stub.target, "--deadline", "100ms", "--retry-budget", "2s")
     assert ended.code == 1
     assert "DEADLINE_EXCEEDED" in ended.err.splitlines()[-1]
-    assert len(stub_calls(stub.log)) >= 2
+    wait_for(lambda: len(stub_calls(stub.log)) >= 2, what="two calls are logged")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What every test may use: where Redis comes from, and how hypothesis looks for counterexamples."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("tests")
+
+# A shell ignores Ctrl-C for what it starts in the background, and every process of a test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

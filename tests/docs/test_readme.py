@@ -51,8 +51,12 @@ def up(folder: Path) -> Iterator[str]:
             pytest.fail(f"make up ended: {''.join(said)}")
         yield "".join(said)
         os.killpg(process.pid, signal.SIGINT)
-        process.stdout.read()
-    assert process.wait(20) in {0, 2, -signal.SIGINT}
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    assert code in {0, 2, -signal.SIGINT}
 
 
 @pytest.mark.parametrize(

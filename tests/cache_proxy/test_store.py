@@ -153,7 +153,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 async def test_many_who_wait_for_a_silent_server_wait_once(own_redis: RedisServer) -> None:
-    """Look-ups and writes for many calls of a script all fail before a second timeout would be over."""
+    """Look-ups and writes for many calls of a script all fail with the first, which is tried twice."""
     opened = RedisStore(connect(own_redis.url, timeout_seconds=2), namespace="p:", metrics=_metrics())
     assert list(await opened.get([_digest(1)])) == [0]
     own_redis.pause()
@@ -163,7 +163,7 @@ async def test_many_who_wait_for_a_silent_server_wait_once(own_redis: RedisServe
     gets, puts = (opened.get(many) for _ in range(100)), (opened.put({_digest(1): 1}) for _ in range(100))
     ended = await asyncio.gather(*gets, *puts, return_exceptions=True)
     assert all(isinstance(error, StoreError) for error in ended)
-    assert loop.time() - started_at < 4
+    assert loop.time() - started_at < 4 * 2  # as a second one would take
     own_redis.resume()
     assert list(await opened.get([_digest(1)])) == [0]
     await opened.close()

@@ -14,7 +14,7 @@ from services.cache_proxy.errors import Refused
 from services.cache_proxy.queue import Claim, NotYet, QueueLimits
 from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.opening import _configure
-from tests.support.replicas import Place, Replica, asker, limits, pairs, replicas
+from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
 
 pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
 
@@ -144,6 +144,18 @@ async def test_a_limit_that_was_lost_is_a_spent_one(lost: str, shared_redis: str
                 value = {"nonsense": "x", "far": 10**15}[lost]
                 client.hset(place.keys.limit, mapping={"pairs_tat": value, "calls_tat": value})
         assert 1.9 <= await _wait(replica) <= 2 / PACE
+
+
+@pytest.mark.parametrize("far", ["pairs_tat", "calls_tat", "not_before"])
+async def test_a_limit_that_lies_far_ahead_refuses_nobody(far: str, shared_redis: str) -> None:
+    """A clock that was wrong, say, wrote it: who asks is admitted, so that the next claim puts it right."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 1, limits(calls_per_second=10)) as (replica,):
+        with place.client() as client:
+            client.hset(place.keys.limit, mapping={far: (time.time() + 86_400) * 1000, "failures": 9})
+        _, asked = await replica.ask(pairs([1]))
+        assert asked.queued
+        assert numbers_of(await replica.take()) == [1]
 
 
 async def test_a_limit_that_is_idle_is_free(shared_redis: str) -> None:

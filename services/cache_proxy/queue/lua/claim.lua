@@ -16,7 +16,6 @@ local batch_pairs, batch_bytes, linger = tonumber(ARGV[5]), tonumber(ARGV[6]), t
 local LEAD_MS = 15 -- from here to the model takes about so long: the slot of a batch that could go at once
 local PAIRS_A_MS = 50 -- and so many pairs take a millisecond more
 local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wait
-local HOUR_MS = 3600000
 
 local function as_batch(claim)
   local batch = {}
@@ -43,16 +42,13 @@ local function interval(per_second, cost)
 end
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local limit = redis.call('HMGET', LIMIT, 'run', 'pairs_tat', 'calls_tat', 'not_before')
-local pairs_tat, calls_tat, not_before = number(limit[2]), number(limit[3]), number(limit[4]) or 0
+local pairs_tat, calls_tat, not_before = number(limit[2]), number(limit[3]), not_before_of(limit[4])
 local burst = math.max(interval(pairs_rate, batch_pairs), interval(calls_rate, 1))
 local latest = now + burst + ahead + LEAD_MS + batch_pairs / PAIRS_A_MS + LATE_MS
 if limit[1] ~= run or not pairs_tat or not calls_tat or pairs_tat > latest or calls_tat > latest then
   pairs_tat, calls_tat = now + burst, now + burst
   redis.call('HSET', LIMIT, 'run', run, 'pairs_tat', pairs_tat, 'calls_tat', calls_tat)
   redis.call('HDEL', LIMIT, 'last') -- what was spent before is not given back
-end
-if not_before > now + HOUR_MS then
-  not_before = 0
 end
 
 local waiting, oldest = 0, nil

@@ -45,8 +45,12 @@ for at = 1, #stored, 2 do
   end
 end
 local limit = redis.call('HMGET', LIMIT, 'failures', 'not_before', 'calls_tat', 'pairs_tat')
-local failures, not_before = number(limit[1]) or 0, number(limit[2]) or 0
-local first_wait = math.max(0, math.max(number(limit[3]) or 0, not_before) - now)
+local failures, not_before = number(limit[1]) or 0, not_before_of(limit[2])
+-- What no call can have spent (by another clock, say) the next claim puts right; but who is refused never claims.
+local function spent_until(tat)
+  return math.min(number(tat) or 0, now + batch_ms + LATE_MS)
+end
+local first_wait = math.max(0, math.max(spent_until(limit[3]), not_before) - now)
 
 -- In how many calls at the latest the pairs up to a place in a lane go out, with `more` of this script's own that
 -- wait there too: bulk has its tenth of each, and what interactive leaves.
@@ -65,7 +69,7 @@ end
 
 local added = { 0, 0, 0 } -- by this script, so not yet in the lanes
 local function wait_of(count, calls)
-  local pairs_wait = (number(limit[4]) or 0) + math.min(1, count / batch_pairs) * batch_ms - batch_ms - now
+  local pairs_wait = spent_until(limit[4]) + math.min(1, count / batch_pairs) * batch_ms - batch_ms - now
   return math.max(first_wait, pairs_wait) + (math.max(1, calls) - 1) * batch_ms
 end
 

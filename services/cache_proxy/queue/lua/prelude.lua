@@ -22,6 +22,7 @@ local AT_ONCE = 2000 -- pairs that one script gives back or finds unwanted: Redi
 local MANY_DEATHS, FEW = 2, 16
 local BULK_SHARE = 10 -- a tenth of a batch, in pairs and in bytes, is kept for bulk
 local LATE_MS = 1000 -- a batch that is later goes back: others may serve its pairs sooner
+local HOUR_MS = 3600000
 local MAX_CALLERS = 1000 -- names are the callers' to choose: those beyond share one turn
 
 -- With memory full, Redis refuses what may need some until a script has written anything. The queue has bounds
@@ -346,6 +347,12 @@ local function moment_ms()
   local pairs_rate, calls_rate = number(limit[1]) or 0, number(limit[2]) or 0
   return math.ceil(1.03 * math.max(pairs_rate > 0 and (number(limit[3]) or 0) * 1000 / pairs_rate or 0,
     calls_rate > 0 and 1000 / calls_rate or 0))
+end
+
+-- Before when nobody may call the model, as the last failed call said; what is hours away is no such moment.
+local function not_before_of(value)
+  local found = number(value) or 0
+  return found <= now + HOUR_MS and found or 0
 end
 
 local function recent_key(kind, period, ago)

@@ -197,7 +197,7 @@ async def test_only_the_last_claim_gives_its_slot_back(shared_redis: str) -> Non
             await replica.queue.put_back(third)
             assert calls_tat() == spent
             fourth = await replica.take()
-            heartbeat = [replica.name, b"\x90", "", 1, 250, 0, 4, 2]  # from somebody who was without Redis
+            heartbeat = [replica.name, b"\x90", "", 1, 0, 4, 2]  # from somebody who was without Redis
             await replica.scripts.run("heartbeat", heartbeat)
             spent = calls_tat()
             await replica.queue.put_back(fourth)
@@ -250,6 +250,27 @@ async def test_the_newest_start_sets_the_limit(shared_redis: str, caplog: pytest
             place.flush()
             await old.beat()
             assert client.hget(place.keys.limit, "calls_per_second") == str(1 * PACE).encode()
+
+
+async def test_the_newest_start_sets_the_batch_too(shared_redis: str) -> None:
+    """One that knows another size of batch neither sends more, nor takes what a full batch spent for free."""
+    rate = 10
+    place = Place.new(shared_redis)
+    big = limits(batch_pairs=20, pairs_per_second=rate)
+    small = limits(batch_pairs=2, pairs_per_second=rate)
+    async with replicas(place, 1, small) as (old,), replicas(place, 1, big) as (new,):
+        await _configure(new.scripts, big)
+        with place.client() as client:
+            await new.ask(pairs(range(20)))
+            await new.queue.claim()
+            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
+            assert len((await new.take()).pairs) == 20
+            await old.ask(pairs(range(100, 120)))
+            assert await _wait(old) > 1.9
+            await _configure(old.scripts, small)
+            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
+            await new.ask(pairs(range(100, 120)))
+            assert len((await new.take()).pairs) == 2
 
 
 @pytest.mark.parametrize("calls", [0, 5])

@@ -105,12 +105,6 @@ class QueueLimits:
         """Pairs a second and calls a second as they are spent, a little below the limit; pairs in a batch."""
         return self.pairs_per_second * PACE, self.calls_per_second * PACE, self.batch_pairs
 
-    @property
-    def slot_seconds(self) -> float:
-        """How far apart full batches are; 0 if nothing limits them."""
-        per_pair, per_call, _ = self.paced
-        return max(self.batch_pairs / per_pair if per_pair else 0.0, 1 / per_call if per_call else 0.0)
-
 
 class Queue(Protocol):
     """Each method is one decision: all or nothing, and safe to call from any number of tasks."""

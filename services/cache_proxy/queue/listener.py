@@ -83,7 +83,7 @@ class Listener:
         self._shared = shared
         self._replica = replica
         self._address = address
-        self._limits = [round(limits.slot_seconds * 1000), *limits.paced]
+        self._limits = limits.paced
         self._metrics = metrics
         self._heard = _Heard()
         self._missed = asyncio.Event()

@@ -364,8 +364,8 @@ class RedisQueue:
     async def _enqueue_together(self, requests: Sequence[list[Any]]) -> Sequence[Any]:
         limits = self._limits
         arguments = [
-            self._replica, limits.max_pairs, limits.max_bytes, limits.batch_pairs,
-            round(limits.slot_seconds * 1000), MAX_ATTEMPTS, pack(requests),
+            self._replica, limits.max_pairs, limits.max_bytes, limits.batch_pairs, MAX_ATTEMPTS,
+            pack(requests),
         ]  # fmt: skip
         async with self._in_turn:
             replies = unpack(await self._scripts.run("enqueue", arguments))

@@ -1,7 +1,7 @@
 -- Take the next batch and its slot, if a call is allowed now.
 -- ARGV[1]  replica   ARGV[2]  the claim's id, chosen by the claimer: repeated, it gives the same batch
--- ARGV[3]  pairs a second   ARGV[4]  calls a second   (0: no limit; the deployment's own, in Redis, come first)
--- ARGV[5]  most pairs, [6] most bytes in a batch   ARGV[7]  linger, ms   ARGV[8]  lease, ms
+-- ARGV[3]  pairs a second   ARGV[4]  calls a second   (0: no limit)   ARGV[5]  most pairs in a batch
+--          (of these three the deployment's own, in Redis, come first)   ARGV[6]  most bytes in a batch   ARGV[7]  linger, ms   ARGV[8]  lease, ms
 -- ARGV[9]  how long before its slot a full batch may be claimed, ms
 -- Returns  {'wait', ms; -1 if nothing waits}
 --          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited}}
@@ -12,7 +12,7 @@ local function rate(value)
 end
 local settings = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second')
 local pairs_rate, calls_rate = rate(settings[1]) or tonumber(ARGV[3]), rate(settings[2]) or tonumber(ARGV[4])
-local batch_pairs, batch_bytes, linger = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local batch_pairs, batch_bytes, linger = pairs_in_batch(tonumber(ARGV[5])), tonumber(ARGV[6]), tonumber(ARGV[7])
 local LEAD_MS = 15 -- from here to the model takes about so long: the slot of a batch that could go at once
 local PAIRS_A_MS = 50 -- and so many pairs take a millisecond more
 local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wait

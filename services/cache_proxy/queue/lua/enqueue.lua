@@ -1,7 +1,8 @@
 -- Have pairs wait, or learn how they ended. Repeating it changes nothing: it is also the waiters' poll.
--- ARGV[1]  replica   ARGV[2]  most pairs, [3] most bytes that may be held   ARGV[4]  pairs in a batch
--- ARGV[5]  ms that a batch takes   ARGV[6]  failed calls in a row after which the model is taken for down
--- ARGV[7]  requests: msgpack list of {caller, lane, ms that the caller will wait, pairs and bytes of the request
+-- ARGV[1]  replica   ARGV[2]  most pairs, [3] most bytes that may be held
+-- ARGV[4]  pairs in a batch, if the deployment's were lost
+-- ARGV[5]  failed calls in a row after which the model is taken for down
+-- ARGV[6]  requests: msgpack list of {caller, lane, ms that the caller will wait, pairs and bytes of the request
 --          that follow in further calls, token (what follows was admitted with the first new pair), polling (1:
 --          admitted before), list of {digest, company, title, size}}
 -- Returns  msgpack list of a reply a request, by position:
@@ -9,8 +10,8 @@
 --          {'ok', one byte a pair: 1-7 its level, 16 queued by this call, 17 joined, 18 failed,
 --           list of the errors of those that failed}
 local replica, most_pairs, most_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local batch_pairs, batch_ms, most_failures = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local requests = cmsgpack.unpack(ARGV[7])
+local batch_pairs, batch_ms, most_failures = pairs_in_batch(tonumber(ARGV[4])), slot_ms(), tonumber(ARGV[5])
+local requests = cmsgpack.unpack(ARGV[6])
 local RESERVATION_MS = 10000
 
 local wanted = {}

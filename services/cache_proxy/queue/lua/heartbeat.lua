@@ -1,7 +1,7 @@
 -- A replica is alive, and really holds these claims.
 -- ARGV[1]  replica   ARGV[2]  msgpack list of the ids of the claims that it holds   ARGV[3]  host:port of its HTTP
 -- ARGV[4]  1 after it was without Redis: it may just have called the model in a slot of its own
--- ARGV[5]  ms between two calls   ARGV[6]  pairs a second, [7] calls a second, [8] pairs in a batch: if they were lost
+-- ARGV[5]  pairs a second, [6] calls a second, [7] pairs in a batch: if they were lost
 -- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting}, oldest ms,
 --          members (who has which slot if Redis is lost), {replica, address} of those to knock at, ms between moments}
 local replica, held = ARGV[1], {}
@@ -10,7 +10,7 @@ for _, id in ipairs(cmsgpack.unpack(ARGV[2])) do
   held[id] = true
 end
 for at, setting in ipairs({ 'pairs_per_second', 'calls_per_second', 'batch_pairs' }) do
-  redis.call('HSETNX', LIMIT, setting, ARGV[at + 5])
+  redis.call('HSETNX', LIMIT, setting, ARGV[at + 4])
 end
 redis.call('ZADD', REPLICAS, now, replica)
 redis.call('HSET', ADDRESSES, replica, ARGV[3])
@@ -25,8 +25,8 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', now - FORGOT
 end
 if ARGV[4] == '1' then
   redis.call('HSET', LIMIT,
-    'calls_tat', math.max(number(redis.call('HGET', LIMIT, 'calls_tat')) or 0, now + tonumber(ARGV[5])),
-    'pairs_tat', math.max(number(redis.call('HGET', LIMIT, 'pairs_tat')) or 0, now + tonumber(ARGV[5])))
+    'calls_tat', math.max(number(redis.call('HGET', LIMIT, 'calls_tat')) or 0, now + slot_ms()),
+    'pairs_tat', math.max(number(redis.call('HGET', LIMIT, 'pairs_tat')) or 0, now + slot_ms()))
   redis.call('HDEL', LIMIT, 'last') -- what a claim spent before is not given back
 end
 redis.call('HSETNX', META, 'queue', clock[1] .. '.' .. clock[2] .. replica)

@@ -23,6 +23,7 @@ local MANY_DEATHS, FEW = 2, 16
 local BULK_SHARE = 10 -- a tenth of a batch, in pairs and in bytes, is kept for bulk
 local LATE_MS = 1000 -- a batch that is later goes back: others may serve its pairs sooner
 local HOUR_MS = 3600000
+local MAX_BATCH_PAIRS = 1000 -- the model takes no more
 local MAX_CALLERS = 1000 -- names are the callers' to choose: those beyond share one turn
 
 -- With memory full, Redis refuses what may need some until a script has written anything. The queue has bounds
@@ -341,12 +342,23 @@ local function silent_replicas(asking)
   return silent
 end
 
--- How far apart full batches are, and, with some room for clocks that differ, the moments of those without Redis.
-local function moment_ms()
-  local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second', 'batch_pairs')
+-- Pairs in a batch, as the newest start has it; `own` where that was lost.
+local function pairs_in_batch(own)
+  local found = math.floor(number(redis.call('HGET', LIMIT, 'batch_pairs')) or 0)
+  return found >= 1 and found <= MAX_BATCH_PAIRS and found or own
+end
+
+-- How far apart full batches are.
+local function slot_ms()
+  local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second')
   local pairs_rate, calls_rate = number(limit[1]) or 0, number(limit[2]) or 0
-  return math.ceil(1.03 * math.max(pairs_rate > 0 and (number(limit[3]) or 0) * 1000 / pairs_rate or 0,
-    calls_rate > 0 and 1000 / calls_rate or 0))
+  return math.max(pairs_rate > 0 and pairs_in_batch(0) * 1000 / pairs_rate or 0,
+    calls_rate > 0 and 1000 / calls_rate or 0)
+end
+
+-- How far apart the moments of those without Redis are: with some room for clocks that differ.
+local function moment_ms()
+  return math.ceil(1.03 * slot_ms())
 end
 
 -- Before when nobody may call the model, as the last failed call said; what is hours away is no such moment.

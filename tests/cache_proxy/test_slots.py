@@ -126,6 +126,17 @@ def test_no_call_before_the_others_know_or_the_model_wants_one() -> None:
     assert limiter.wait_seconds(1, now=106.0) == 0
 
 
+def test_moments_that_became_fewer_or_another_clocks_do_not_stop_it() -> None:
+    """Lost a second time, under another limit or after a failover to a clock that is behind: it goes on."""
+    limiter = _limiter("a", ("a",), 0.05, 1e9)
+    limiter.spend(1, now=10.0)
+    limiter.know(Membership("a", ("a",), 1.0, 1e9))
+    assert limiter.wait_seconds(1, now=20.0) <= 1.0
+    limiter.spend(1, now=20.0)
+    limiter.know(Membership("a", ("a",), 1.0, 1e9 - 3600))
+    assert limiter.wait_seconds(1, now=30.0) <= 1.0
+
+
 def test_how_far_apart_a_members_batches_are() -> None:
     """As far as all members' moments together."""
     assert _limiter("a", ("a", "b", "c"), 1.05, 0.0).slot_seconds == 1.05 * 3

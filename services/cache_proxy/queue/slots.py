@@ -27,12 +27,11 @@ class Membership:
 
 
 class SlotLimiter:
-    """`Limiter`'s interface. State: the membership, the last moment that was used, and when."""
+    """`Limiter`'s interface. State: the membership, and when a moment was last used."""
 
     def __init__(self, share: Limiter) -> None:
         self._share = share
         self._membership: Membership | None = None
-        self._used = -1
         self._used_at = -math.inf
         self._not_before = 0.0
         self.begins_at = 0.0
@@ -66,7 +65,7 @@ class SlotLimiter:
         """Use the moment."""
         self._share.spend(pairs, now=now)
         if self._membership is not None and self._membership.moment_seconds:
-            self._used, self._used_at = self._moment(now, self._membership), now
+            self._used_at = now
 
     def refund(self, pairs: int) -> None:
         """A moment that was not used is over."""
@@ -87,7 +86,6 @@ class SlotLimiter:
         apart, members = membership.moment_seconds, membership.members
         block = math.ceil(1000 / round(apart * 1000))
         moment = math.floor((now + membership.clock_offset_seconds - _PUNCTUAL_SECONDS) / apart) + 1
-        moment = max(moment, self._used + 1)
         turn = members.index(membership.replica)
         while moment // block % len(members) != turn or _is_between(moment, block):
             moment = moment + 1 if moment // block % len(members) == turn else (moment // block + 1) * block

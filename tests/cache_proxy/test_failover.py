@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import StoreError, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Claim, Outcome
+from services.cache_proxy.queue import Claim, NotYet, Outcome
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_shared
 from services.cache_proxy.store.redis import connect
@@ -276,6 +276,50 @@ async def test_what_is_asked_during_the_return_waits_in_redis(replica: Replica) 
         claim = await _take(replica)
         await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
     await _nothing_is_left(replica)
+
+
+async def test_no_call_of_its_own_while_it_returns(replica: Replica) -> None:
+    """The others count on its heartbeat: what comes during the return, or when that fails, waits."""
+    await replica.beat()
+    await _lose(replica)
+    waits = [await _ask(replica, [1])]
+    replica.client.slow = (0.0, 0.1)  # the heartbeat, and what follows from it
+    returning = asyncio.create_task(replica.listener._beat_once())
+    await asyncio.sleep(0.05)
+    waits.append(await _ask(replica, [2]))
+    assert not isinstance(await replica.failover.claim(), Claim)
+    await returning
+    while any(wait.open for wait in waits):
+        claim = await _take(replica)
+        await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+    await _nothing_is_left(replica)
+
+
+async def test_a_pushback_outlives_the_loss_of_redis(replica: Replica) -> None:
+    """The model wants no call for a while: going on alone does not make one."""
+    await replica.beat()
+    wait = await _ask(replica, [1])
+    await replica.failover.fail(await _take(replica), DOWN, retry_after_seconds=5)
+    await _lose(replica)
+    decision = await replica.failover.claim()
+    assert isinstance(decision, NotYet)
+    assert decision.wait_seconds > 4
+    await replica.failover.leave(replica.waiters.close(wait))
+
+
+async def test_who_asks_again_is_not_forgotten_with_who_left(replica: Replica) -> None:
+    """A pair in flight without Redis, wanted by nobody, is asked for with it; Redis goes, the call fails."""
+    await _lose(replica)
+    left = await _ask(replica, [1])
+    claim = await _take(replica)
+    await replica.failover.leave(replica.waiters.close(left))
+    await replica.failover.regain()
+    wait = await _ask(replica, [1])
+    await _lose(replica)
+    await replica.failover.fail(claim, DOWN, retry_after_seconds=0)
+    claim = await _take(replica)
+    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+    assert not wait.open
 
 
 async def test_what_ended_without_redis_is_not_asked_again(replica: Replica) -> None:

@@ -120,6 +120,7 @@ class FailoverQueue:
         self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
     ) -> None:
         """See `Queue.fail`."""
+        self._limiter.hold_until(time.monotonic() + retry_after_seconds)  # whichever queue is next
         if claim in self._local_claims:
             await self._local.fail(
                 claim, error, retry_after_seconds=retry_after_seconds, suspicious=suspicious
@@ -159,6 +160,7 @@ class FailoverQueue:
         """Redis answered a heartbeat that it got at this time or later."""
         self._limiter.know(membership)
         self._heard_at = at
+        self._limiter.begins_at = at + _QUIET_SECONDS
 
     async def lose(self, error: StoreError) -> None:
         """Redis is lost: what waits here waits in the local queue from now on."""
@@ -166,10 +168,9 @@ class FailoverQueue:
             return
         self._lost = True
         _log.warning("the shared queue is lost, going on alone: %s", error)
-        # From its last word on, unless this process was paused: then the others may be using its moments.
         now = time.monotonic()
-        quiet_from = self._heard_at if now - self._heard_at < _PAUSE_SECONDS else now
-        self._limiter.begins_at = quiet_from + _QUIET_SECONDS
+        if now - self._heard_at > _PAUSE_SECONDS:  # it was paused: the others may be using its moments
+            self._limiter.begins_at = now + _QUIET_SECONDS
         for pair, asker in self._shared.waiting():
             self._local.take_over(pair, asker)
         self._changed.set()

@@ -144,8 +144,6 @@ class Listener:
         pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
         heard_at = (asked_at + time.monotonic()) / 2
         self._compare(pulse.queue_id, pulse.published)
-        if lost:
-            await self._queue.regain()
         self._queue.heard(
             Membership(
                 replica=self._replica,
@@ -155,6 +153,8 @@ class Listener:
             ),
             at=asked_at,
         )
+        if lost:  # the others count on having heard it: until that is done it calls by no moments
+            await self._queue.regain()
         for replica, address in pulse.late:
             self._doors.knock(replica, address)
         for priority, count in zip(LANES, pulse.waiting, strict=True):

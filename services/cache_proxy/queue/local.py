@@ -191,8 +191,11 @@ class LocalQueue:
 
     def take_over(self, pair: Pair, asker: Asker) -> None:
         """Have a pair wait that another queue had admitted."""
-        if pair.digest not in self._entries:
+        entry = self._entries.get(pair.digest)
+        if entry is None:
             self._add(pair, asker, _now())
+        else:
+            entry.wanted = True
         self._changed.set()
 
     def withdraw(self) -> set[bytes]:

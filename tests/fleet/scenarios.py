@@ -20,7 +20,9 @@ from tests.support.processes import Service
 from tests.support.redis_server import wait_for
 
 _DICE_SEED = 1
-_ON_THE_WAY_MS = 50
+_ON_THE_WAY_MS = (
+    120  # by then it has left; who is stopped as it leaves sends when it wakes, whatever was decided
+)
 _WAITING_BATCHES, _ABOVE_THE_RATE = 3, 1.02  # enough that a batch always waits
 
 
@@ -200,11 +202,14 @@ def _places(calls: Sequence[judge.Call], pairs: Pairs) -> list[int]:
     return [place for place, call in enumerate(calls) if wanted.intersection(call.pairs)]
 
 
-async def lone_misses(target: str, *, count: int) -> Tally:
-    """One new pair after the other, with nobody else there."""
-    tally = Tally()
-    async with callers([[target]], tally) as (caller,):
+async def lone_misses(fleet: Fleet, target: str, *, count: int) -> tuple[float, float]:
+    """One new pair after the other at a replica, nobody else there, and by turns one at the model itself.
+    Seconds that half of them took, through the replica and directly.
+    """  # noqa: D205 - one thought
+    through, direct = Tally(), Tally()
+    async with callers([[target]], through) as (caller,), callers([[fleet.model]], direct) as (other,):
         for number in range(count):
             await caller.ask([(f"lone {number}", "t")])
-    assert (tally.wrong, tally.failed) == ([], [])
-    return tally
+            await other.ask([(f"direct {number}", "t")])
+    assert (through.wrong, through.failed, direct.failed) == ([], [], [])
+    return through.percentile(0.5), direct.percentile(0.5)

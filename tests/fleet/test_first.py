@@ -22,7 +22,7 @@ async def test_small_callers_go_before_a_hundred_thousand_pairs(running: Fleet) 
 
 
 async def test_a_lone_miss_waits_for_linger_and_model_alone(running: Fleet) -> None:
-    """With the limit far away: half of the misses within linger, the model's 200 ms and the way."""
+    """With the limit far away: half of the misses within linger, what the model itself takes, and the way."""
     proxy = running.start("--model-calls-per-second", "0", "--model-rate", "1000000", "--linger", "20ms")
-    tally = await lone_misses(proxy.target, count=40)
-    assert tally.percentile(0.5) <= 0.020 + 0.200 + 0.030  # 5 ms on an idle machine: see `make bench`
+    through, direct = await lone_misses(running, proxy.target, count=40)
+    assert through <= direct + 0.020 + 0.030  # 5 ms on an idle machine: see `make bench`

@@ -25,6 +25,11 @@ class Fleet:
         self._prefix = f"fleet{secrets.token_hex(4)}"
 
     @property
+    def model(self) -> str:
+        """Where the stub itself listens."""
+        return self._stub.target
+
+    @property
     def calls(self) -> list[Call]:
         """What the model saw so far."""
         return calls_of(self.log)

@@ -295,6 +295,23 @@ async def test_no_call_of_its_own_while_it_returns(replica: Replica) -> None:
     await _nothing_is_left(replica)
 
 
+async def test_a_return_that_fails_again_and_again_leaves_it_its_moments(replica: Replica) -> None:
+    """Heartbeats get through, questions do not: it is silent for a while each time, and calls meanwhile."""
+    replica.client.most_bytes = 2000
+    wait = await _ask(replica, list(range(100)))
+    beating = asyncio.create_task(replica.listener._beat())
+    async with asyncio.timeout(5):
+        while wait.open:
+            claim = await replica.failover.claim()
+            if isinstance(claim, Claim):
+                await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+            else:
+                await asyncio.sleep(min(claim.wait_seconds, 0.1))
+    replica.client.most_bytes = 10**9
+    beating.cancel()
+    assert replica.failover.lost
+
+
 async def test_a_pushback_outlives_the_loss_of_redis(replica: Replica) -> None:
     """The model wants no call for a while: going on alone does not make one."""
     await replica.beat()

@@ -65,17 +65,22 @@ def asker(caller: str = "c", priority: str = "interactive", *, patience: float =
 class LossyClient(redis.asyncio.Redis):
     """A client whose connection may break after a script has run: `lose` of the next replies never arrive.
 
-    `slow` are seconds that the next scripts take to reach the server, each on its own connection.
+    `slow` are seconds that the next scripts take to reach the server, each on its own connection; what is
+    longer than `most_bytes` does not reach it.
     """
 
     lose = 0
     slow: Sequence[float] = ()
+    most_bytes = 10**9
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Run it; then perhaps lose the reply."""
         if self.slow and args[0] == "EVALSHA":
             delay, self.slow = self.slow[0], self.slow[1:]
             await asyncio.sleep(delay)
+        if args[0] == "EVALSHA" and sum(len(str(arg)) for arg in args) > self.most_bytes:
+            message = "the connection broke"
+            raise RedisConnectionError(message)
         reply = await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         if self.lose and args[0] == "EVALSHA":
             self.lose -= 1

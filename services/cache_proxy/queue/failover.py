@@ -171,6 +171,9 @@ class FailoverQueue:
         now = time.monotonic()
         if now - self._heard_at > _PAUSE_SECONDS:  # it was paused: the others may be using its moments
             self._limiter.begins_at = now + _QUIET_SECONDS
+        self._go_on_alone()
+
+    def _go_on_alone(self) -> None:
         for pair, asker in self._shared.waiting():
             self._local.take_over(pair, asker)
         self._changed.set()
@@ -188,7 +191,11 @@ class FailoverQueue:
                 if self._unpublished.get(digest) is outcome:
                     del self._unpublished[digest]
         asked = self._shared.asked
-        await self._shared.ask_again(but=self._local.withdraw())
+        try:
+            await self._shared.ask_again(but=self._local.withdraw())
+        except StoreError:
+            self._go_on_alone()
+            raise
         self._lost = False
         _log.info("the shared queue is back")
         self._changed.set()

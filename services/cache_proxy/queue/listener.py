@@ -24,6 +24,7 @@ from services.cache_proxy.queue.slots import Membership
 _HEARTBEAT_SECONDS = 0.25
 _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
 _RECONNECT_SECONDS = 0.2
+_SILENT_SECONDS = 5.0
 
 
 @dataclass(slots=True)
@@ -153,8 +154,12 @@ class Listener:
             ),
             at=asked_at,
         )
-        if lost:  # the others count on having heard it: until that is done it calls by no moments
-            await self._queue.regain()
+        if lost:
+            try:
+                await self._queue.regain()
+            except StoreError:  # heard, but not served: only a silent replica has moments of its own
+                await asyncio.sleep(_SILENT_SECONDS)
+                raise
         for replica, address in pulse.late:
             self._doors.knock(replica, address)
         for priority, count in zip(LANES, pulse.waiting, strict=True):

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 _CHUNK = 2**16
 
@@ -17,6 +17,7 @@ class Wire:
         self._whole = threading.Event()
         self._whole.set()
         self._dice = random.Random(1)
+        self._writers: set[asyncio.StreamWriter] = set()
         self.lose_share = 0.0
         self.lost = 0
         self.url = ""
@@ -36,6 +37,10 @@ class Wire:
         started.set()
         await over.wait()
         server.close()
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+        await asyncio.sleep(0)  # what was aborted closes in the next turn
 
     async def _connected(self, near: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
         try:
@@ -48,13 +53,14 @@ class Wire:
             asyncio.create_task(self._there(near, far_out, ran_script)),
             asyncio.create_task(self._back(far, near_out, ran_script)),
         ]
+        self._writers |= {near_out, far_out}
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         for way in ways:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
         for writer in (near_out, far_out):
-            with suppress(OSError):
-                writer.close()
+            writer.transport.abort()
+        self._writers -= {near_out, far_out}
 
     async def _there(
         self, near: asyncio.StreamReader, far: asyncio.StreamWriter, ran_script: asyncio.Event
@@ -88,10 +94,6 @@ def wire_to(port: int) -> Iterator[Wire]:
 
     def run() -> None:
         loop.run_until_complete(wire.serve(started, over))
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                loop.run_until_complete(task)
         loop.close()
 
     thread = threading.Thread(target=run)

@@ -209,6 +209,25 @@ async def test_members_stay_as_the_silent_one_knows_them(place: Place) -> None:
         await other.listener._doors.close()
 
 
+async def test_a_slow_heartbeat_does_not_move_the_moments(place: Place) -> None:
+    """Redis is slow before it is lost: the clock is then still known as well as a quick reply told it."""
+    async with replicas(place) as (replica,):
+
+        def offset() -> float:
+            membership = replica.failover._limiter._membership
+            assert membership is not None
+            return membership.clock_offset_seconds
+
+        await replica.beat()
+        known = offset()
+        replica.client.slow = (0.2,)
+        await replica.beat()
+        assert abs(offset() - known) < 0.01
+        replica.listener._heard.clock_offset_seconds = known - 3600  # as before a failover to another clock
+        await replica.beat()
+        assert abs(offset() - known) < 0.01
+
+
 async def test_a_lost_message_is_noticed_by_the_next_but_one_heartbeat(place: Place) -> None:
     """The number of what was published tells; what was missed is asked for again."""
     async with replicas(place, 2) as (one, other):

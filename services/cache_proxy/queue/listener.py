@@ -25,15 +25,19 @@ _HEARTBEAT_SECONDS = 0.25
 _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
 _RECONNECT_SECONDS = 0.2
 _SILENT_SECONDS = 5.0
+_MILLISECOND = 0.001  # Redis's clock is told in whole ones
 
 
 @dataclass(slots=True)
 class _Heard:
-    """`published` of the last message, and of the heartbeat before this one; the queue's own id."""
+    """`published` of the last message, and of the heartbeat before this one; the queue's own id; Redis's
+    clock less time.monotonic.
+    """  # noqa: D205 - one thought
 
     number: int = 0
     number_then: int = 0
     queue_id: bytes = b""
+    clock_offset_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +147,14 @@ class Listener:
         lost, asked_at = self._queue.lost, time.monotonic()
         arguments = [self._replica, pack(self._shared.held), self._address, int(lost), *self._limits]
         pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
-        heard_at = (asked_at + time.monotonic()) / 2
+        clock_offset_seconds = self._clock_offset(pulse.now_ms / 1000, asked_at, time.monotonic())
         self._compare(pulse.queue_id, pulse.published)
         self._queue.heard(
             Membership(
                 replica=self._replica,
                 members=pulse.members,
                 moment_seconds=pulse.moment_ms / 1000,
-                clock_offset_seconds=pulse.now_ms / 1000 - heard_at,
+                clock_offset_seconds=clock_offset_seconds,
             ),
             at=asked_at,
         )
@@ -166,6 +170,14 @@ class Listener:
             self._metrics.queue_global_pairs.labels(priority).set(count)
         self._metrics.queue_oldest.set(pulse.oldest_ms / 1000)
         self._metrics.live_replicas.set(max(0, len(pulse.members) - len(pulse.late)))
+
+    def _clock_offset(self, redis_now: float, asked_at: float, heard_at: float) -> float:
+        """A reply bounds it, a slow one widely: what was known holds within the bounds."""
+        least, most = redis_now - heard_at, redis_now + _MILLISECOND - asked_at
+        known = self._heard.clock_offset_seconds
+        offset = (least + most) / 2 if known is None else min(most, max(least, known))
+        self._heard.clock_offset_seconds = offset
+        return offset
 
     def _compare(self, queue_id: bytes, published: int) -> None:
         heard = self._heard

@@ -31,6 +31,7 @@ from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.waiters import Waiters
 from services.common import logs
+from services.common.endings import end
 from services.common.http import HttpEndpoint
 
 _log = logging.getLogger(__name__)
@@ -184,8 +185,7 @@ async def _running(dispatcher: Dispatcher) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task])
         await dispatcher.finish(within_seconds=0)
 
 

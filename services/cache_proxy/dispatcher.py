@@ -14,6 +14,7 @@ from services.cache_proxy.errors import BatchRefused, CallFailed, Refused, Unava
 from services.cache_proxy.model import ModelClient
 from services.cache_proxy.queue import LATE_SECONDS, Claim, Outcome, Pair, Queue
 from services.cache_proxy.store.guarded import GuardedStore
+from services.common.endings import end
 
 _log = logging.getLogger(__name__)
 
@@ -56,9 +57,7 @@ class Dispatcher:
         """Wait for the calls in flight, so that no answer that the model gave is thrown away."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=within_seconds)
-        for call in self._calls:
-            call.cancel()
-        await asyncio.gather(*self._calls, return_exceptions=True)
+        await end(self._calls)
 
     def _ended(self, call: asyncio.Task[None]) -> None:
         self._calls.discard(call)

@@ -12,6 +12,7 @@ import aiohttp
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.queue.scripts import Scripts
+from services.common.endings import end
 
 PATH = "/replica"
 _TIMEOUT_SECONDS = 0.2
@@ -36,8 +37,7 @@ class Doors:
 
     async def close(self) -> None:
         """Stop knocking."""
-        for task in list(self._knocking.values()):
-            task.cancel()
+        await end(list(self._knocking.values()))
         if self._session is not None:
             await self._session.close()
 

@@ -20,6 +20,7 @@ from services.cache_proxy.queue.messages import pack, unpack
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Scripts
 from services.cache_proxy.queue.slots import Membership
+from services.common.endings import end
 
 _HEARTBEAT_SECONDS = 0.25
 _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
@@ -103,9 +104,7 @@ class Listener:
 
     async def stop(self) -> None:
         """Say goodbye and stop."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
         await self._doors.close()
         with contextlib.suppress(StoreError):
             await self._scripts.run("verdict", [self._replica, "gone", 0])

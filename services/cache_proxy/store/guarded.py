@@ -9,6 +9,7 @@ from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.key import DIGEST_BYTES
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store
+from services.common.endings import end
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +71,7 @@ class GuardedStore:
     async def close(self) -> None:
         """Write what is unsaved if that is possible now, then close the store."""
         if self._probe is not None:
-            self._probe.cancel()
-            await asyncio.gather(self._probe, return_exceptions=True)
+            await end([self._probe])
         if self._unsaved:
             try:
                 await self._flush()

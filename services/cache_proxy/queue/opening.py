@@ -108,20 +108,36 @@ async def _configure(scripts: Scripts, limits: QueueLimits) -> None:
 
 
 def _address(http_bound: str, redis_url: str) -> str:
-    """Where other replicas can knock: the address that leads towards Redis, if HTTP listens on all."""
+    """Where other replicas can knock: the address that leads towards Redis, if HTTP listens on all.
+
+    None if it listens on this machine alone and Redis is on another, where others may be: behind the same
+    address they would find a stranger.
+    """
     host, _, port = http_bound.rpartition(":")
-    if host not in {"", "0.0.0.0", "[::]", "::"}:  # noqa: S104 - compared, not bound
+    listens_on_all = host in {"", "0.0.0.0", "[::]", "::"}  # noqa: S104 - compared, not bound
+    if not listens_on_all and not _is_loopback(host):
         return http_bound
+    own = _own_address(redis_url)
+    if not listens_on_all:
+        return http_bound if _is_loopback(own) else ""
+    return f"[{own}]:{port}" if ":" in own else own and f"{own}:{port}"
+
+
+def _own_address(redis_url: str) -> str:
     parts = urlsplit(redis_url)
     if not parts.hostname:
-        return f"127.0.0.1:{port}"
+        return "127.0.0.1"
     try:
         family, kind, *_, target = socket.getaddrinfo(
             parts.hostname, parts.port or 6379, type=socket.SOCK_DGRAM
         )[0]
         with socket.socket(family, kind) as probe:
             probe.connect(target)  # a datagram socket: nothing is sent
-            own = probe.getsockname()[0]
+            own: str = probe.getsockname()[0]
+            return own
     except OSError:
         return ""
-    return f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    return host in {"localhost", "::1", "[::1]"} or host.startswith("127.")

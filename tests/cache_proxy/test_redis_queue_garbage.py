@@ -214,6 +214,14 @@ async def test_a_pair_whose_text_cannot_be_read_is_not_sent(shared_redis: str) -
         assert numbers_of(await replica.take()) == [2]
 
 
+async def test_scripts_that_are_flushed_as_they_are_loaded_are_loaded_again(shared_redis: str) -> None:
+    """Redis restarts, or an operator flushes, between load and call: that is no loss of the queue."""
+    async with replicas(Place.new(shared_redis)) as (replica,):
+        replica.client.forgotten = 3
+        await replica.ask(pairs([1]))
+        assert numbers_of(await replica.take()) == [1]
+
+
 async def test_redis_out_of_memory_still_carries_the_queue(tmp_path: Path) -> None:
     """What the cache may not write, the queue still may: it is bounded, and what ends frees memory."""
     with redis_process(tmp_path) as server:

@@ -66,12 +66,14 @@ class LossyClient(redis.asyncio.Redis):
     """A client whose connection may break after a script has run: `lose` of the next replies never arrive.
 
     `slow` are seconds that the next scripts take to reach the server, each on its own connection; what is
-    longer than `most_bytes` does not reach it.
+    longer than `most_bytes` does not reach it. Before `forgotten` of the next ones the server loses all
+    scripts.
     """
 
     lose = 0
     slow: Sequence[float] = ()
     most_bytes = 10**9
+    forgotten = 0
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Run it; then perhaps lose the reply."""
@@ -81,6 +83,9 @@ class LossyClient(redis.asyncio.Redis):
         if args[0] == "EVALSHA" and sum(len(str(arg)) for arg in args) > self.most_bytes:
             message = "the connection broke"
             raise RedisConnectionError(message)
+        if args[0] == "EVALSHA" and self.forgotten:
+            self.forgotten -= 1
+            await super().execute_command("SCRIPT FLUSH")  # type: ignore[no-untyped-call]
         reply = await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
         if self.lose and args[0] == "EVALSHA":
             self.lose -= 1

@@ -9,7 +9,7 @@ from typing import Any
 import redis.asyncio
 from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError
@@ -80,6 +80,9 @@ class Scripts:
             try:
                 with self._metrics.store_duration.labels(name).time():
                     return await self._scripts[name](keys=self._keys, args=args)
+            except NoScriptError as error:  # flushed again since it was loaded
+                if attempt == _ATTEMPTS:
+                    raise _failed(name, error) from error
             except ResponseError:
                 raise
             except (RedisError, OSError) as error:

@@ -512,6 +512,21 @@ async def test_a_batch_that_is_late_and_goes_back_leaves_the_slot_free(opened: O
         assert not await subject.queue.late(claim, seconds=0.1)
 
 
+async def test_a_lone_pair_is_not_blamed_for_an_outage(opened: Open) -> None:
+    """Nothing passed since its last breakdown, so the model may be down for all: it is tried as often as any
+    other, and then not remembered.
+    """  # noqa: D205 - one thought
+    async with opened() as subject:
+        for number, failures in ((1, 3), (2, 4)):
+            await subject.ask([pair(number)])
+            for _ in range(failures):
+                await subject.queue.fail(await subject.take(), DOWN, retry_after_seconds=0, suspicious=True)
+            if failures == 3:
+                await subject.answer(await subject.take(), 5)
+        assert subject.ended()[1] == 5
+        assert (await subject.ask([pair(2)])).queued
+
+
 async def test_a_pair_that_breaks_the_model_is_found(opened: Open) -> None:
     """Calls with it fail as the model's own breakdown: failed twice, the batch is halved, and only that pair
     ends without a level, remembered for a while.

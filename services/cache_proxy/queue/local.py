@@ -149,12 +149,16 @@ class LocalQueue:
             self._failures_in_a_row += 1
             self._failed_at = now
         down = self._failures_in_a_row >= (MAX_BREAKDOWNS if suspicious else MAX_ATTEMPTS)
-        if suspicious and not down and all(entry.attempts for entry in self._held(claim)):
-            self._suspect(claim, error, {})  # it failed before, whole: one of its pairs may be why
+        held = self._held(claim)
+        # It failed before, whole: one of its pairs may be why. Of a lone one that says nothing unless others
+        # passed meanwhile.
+        telling = len(held) > 1 or self._failures_in_a_row == 1
+        if suspicious and not down and telling and all(entry.attempts for entry in held):
+            self._suspect(claim, error, {})
             return
         over: list[Entry] = []
         again: list[Entry] = []
-        for entry in self._wanted(self._held(claim)):
+        for entry in self._wanted(held):
             entry.attempts += 1
             (over if down or entry.attempts >= MAX_ATTEMPTS else again).append(entry)
         self._not_judged(claim, again)

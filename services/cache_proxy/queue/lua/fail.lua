@@ -15,16 +15,21 @@ if claim.at >= (number(redis.call('HGET', LIMIT, 'failed_at')) or 0) then -- wha
   failures = failures + 1
   redis.call('HSET', LIMIT, 'failures', failures, 'failed_at', now)
 end
-local function failed_before()
+-- One of its pairs may be why: all failed before. Of a lone pair that says nothing unless others passed meanwhile.
+local function is_suspect()
+  local held = 0
   load_pairs(claim.digests)
   for _, digest in ipairs(claim.digests) do
-    if records[digest] and records[digest].claim == id and records[digest].attempts == 0 then
-      return false
+    if records[digest] and records[digest].claim == id then
+      held = held + 1
+      if records[digest].attempts == 0 then
+        return false
+      end
     end
   end
-  return true
+  return held > 1 or failures == 1
 end
-if ARGV[6] == '1' and failures < most_in_a_row and failed_before() then
+if ARGV[6] == '1' and failures < most_in_a_row and is_suspect() then
   convict(id, claim, error, {}, tonumber(ARGV[7]), 'broke', RECENT_MS)
   return redis.status_reply('OK')
 end

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
-from protos import seniority_pb2, seniority_pb2_grpc
+from protos import seniority_pb2
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Pair
@@ -21,6 +21,8 @@ MIN_LEVEL, MAX_LEVEL = 1, 7
 REFUSALS = frozenset(
     {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
 )
+_SERVICE = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"]
+_METHOD = f"/{_SERVICE.full_name}/InferSeniority"
 _MAX_RESPONSE_BYTES = 16 * 2**20
 _MAX_METADATA_BYTES = 2**20  # a refusal with a long message is still a refusal, not a broken stream
 _MAX_ID = 2**31 - 1
@@ -57,7 +59,14 @@ class ModelClient:
         self._metrics = metrics
         self._channel = aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
         self._channel.get_state(try_to_connect=True)  # a handshake would make the first call arrive late
-        self._stub = seniority_pb2_grpc.SeniorityModelStub(self._channel)
+        # As the generated stub's, but for answers that cannot be read: gRPC would log a traceback for each.
+        self._infer: aio.UnaryUnaryMultiCallable[
+            seniority_pb2.SeniorityRequestBatch, seniority_pb2.SeniorityResponseBatch | None
+        ] = self._channel.unary_unary(
+            _METHOD,
+            request_serializer=seniority_pb2.SeniorityRequestBatch.SerializeToString,
+            response_deserializer=_parsed,
+        )
         self._ids = itertools.cycle(range(1, _MAX_ID))
 
     def prepare(self, pairs: Sequence[Pair]) -> Batch:
@@ -86,13 +95,16 @@ class ModelClient:
         code = grpc.StatusCode.CANCELLED
         try:
             with self._metrics.model_duration.time():
-                response = await self._stub.InferSeniority(batch.request, timeout=self._deadline_seconds)
-            code = grpc.StatusCode.OK
+                response = await self._infer(batch.request, timeout=self._deadline_seconds)
+            code = grpc.StatusCode.OK if response is not None else grpc.StatusCode.INTERNAL
         except aio.AioRpcError as error:
             code = error.code()
             raise self._translated(error, len(batch.ids)) from error
         finally:
             self._metrics.model_calls.labels(code.name).inc()
+        if response is None:
+            message = f"the model at {self._target}: its answer is not a SeniorityResponseBatch"
+            raise CallFailed(code, message, None)
         return join(batch.ids, response)
 
     async def close(self) -> None:
@@ -107,6 +119,13 @@ class ModelClient:
         return CallFailed(
             code, f"the model at {self._target}: {code.name}: {message}", _pushback_seconds(trailers)
         )
+
+
+def _parsed(message: bytes) -> seniority_pb2.SeniorityResponseBatch | None:
+    try:
+        return seniority_pb2.SeniorityResponseBatch.FromString(message)
+    except DecodeError:
+        return None
 
 
 def join(ids: Sequence[int], response: seniority_pb2.SeniorityResponseBatch) -> list[int | Nonsense]:

@@ -1,0 +1,47 @@
+"""The call to the model, where what comes back is not even a message."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.cache_proxy.errors import CallFailed
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.model import ModelClient
+from tests.support.replicas import pairs
+
+
+@contextmanager
+def _model_that_answers(answer: bytes) -> Iterator[str]:
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(
+        lambda _request, _context: answer
+    )
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("SeniorityModel", {"InferSeniority": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(grace=None).wait()
+
+
+@pytest.mark.parametrize("answer", [b"\xff\xff\xff\xff", b"\x0a\x05hello"])
+async def test_an_answer_that_is_no_message_is_a_failed_call(
+    answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again as any breakdown of the model's, and no traceback tells of it."""
+    with _model_that_answers(answer) as target:
+        model = ModelClient(target, deadline_seconds=5, metrics=ProxyMetrics(CollectorRegistry()))
+        answering = await model.send(model.prepare(pairs([1, 2])))
+        with pytest.raises(CallFailed) as failed:
+            await answering
+        await model.close()
+    assert failed.value.code is grpc.StatusCode.INTERNAL
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -213,6 +213,22 @@ async def test_callers_with_ever_new_names_take_bounded_memory(place: Place) -> 
         assert sorted(seen) == list(range(3000))
 
 
+async def test_many_callers_are_asked_for_again_together(place: Place) -> None:
+    """A thousand callers of a pair each: the poll is a few calls of Redis, not one for each of them."""
+    async with replicas(place, 1, limits(batch_pairs=1000)) as (replica,):
+        await asyncio.gather(*(replica.ask([pair(number)], asker(f"n{number}")) for number in range(1000)))
+        with place.client() as client:
+
+            def calls() -> int:
+                return int(client.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+            client.delete(f"{place.keys.base}pairs", f"{place.keys.base}lane:interactive")
+            before = calls()
+            await replica.queue.ask_again()
+            assert calls() - before <= 5
+        assert len(numbers_of(await replica.take())) == 1000
+
+
 async def test_pairs_that_nobody_waits_for_any_more_are_cleared_away_in_parts(place: Place) -> None:
     """A replica died with 10000 waiting pairs, whose time runs out: no script looks at all at once."""
     async with replicas(place, 2, limits(batch_pairs=1000)) as (dead, other):

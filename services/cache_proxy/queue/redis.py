@@ -149,13 +149,27 @@ class RedisQueue:
         for digest, asked in self._asked.items():
             if digest not in but:
                 by_asker.setdefault((asked.caller, asked.priority), []).append(asked)
+        together: list[tuple[Sequence[Pair], Asker]] = []  # callers may be many, with few pairs each
+        size = 0
         for (caller, priority), group in by_asker.items():
             asker = Asker(caller, priority, max(asked.deadline for asked in group))
             for chunk in _chunks([asked.pair for asked in group]):
-                await self._ask_chunk_again([pair for pair in chunk if pair.digest in self._asked], asker)
+                together.append((chunk, asker))
+                size += len(chunk)
+                if size >= _CHUNK_PAIRS:
+                    await self._ask_chunks_again(together)
+                    together, size = [], 0
+        await self._ask_chunks_again(together)
         self._changed.set()
 
-    async def _ask_chunk_again(self, pairs: Sequence[Pair], asker: Asker) -> None:
+    async def _ask_chunks_again(self, chunks: Iterable[tuple[Sequence[Pair], Asker]]) -> None:
+        asking = (self._ask_chunk_again(pairs, asker) for pairs, asker in chunks)
+        for failed in await asyncio.gather(*asking, return_exceptions=True):
+            if failed is not None:
+                raise failed
+
+    async def _ask_chunk_again(self, chunk: Sequence[Pair], asker: Asker) -> None:
+        pairs = [pair for pair in chunk if pair.digest in self._asked]
         states, errors = await self._enqueue(pairs, asker, self._new_id(), (0, 0), polling=True)
         ended: dict[bytes, Outcome] = {}
         _sort(pairs, states, errors, ended, set())

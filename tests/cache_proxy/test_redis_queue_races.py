@@ -6,7 +6,7 @@ import time
 import pytest
 from grpc import StatusCode
 
-from services.cache_proxy.errors import QueueFull, Refused, Unavailable
+from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
 from services.cache_proxy.queue import Claim, NotYet
 from tests.support.replicas import Place, asker, limits, numbers_of, pair, pairs, replicas
 
@@ -127,6 +127,18 @@ async def test_the_answer_of_a_claim_that_was_given_away_ends_both(place: Place)
         assert other.queue.held == []
         assert place.left() == {}
         assert (await other.ask(pairs([1])))[1].ended == {pair(1).digest: 3}
+
+
+async def test_nonsense_that_is_told_twice_is_a_whim_still(place: Place) -> None:
+    """The reply was lost, so the script ran again: whoever comes back is asked for, as after one answer."""
+    async with replicas(place) as (replica,):
+        await replica.ask(pairs([1]))
+        claim = await replica.take()
+        replica.client.lose = 1
+        await replica.queue.fulfil(claim, {pair(1).digest: Nonsense("none")})
+        assert (await replica.ask(pairs([1])))[1].queued
+        await replica.queue.fulfil(await replica.take(), {pair(1).digest: Nonsense("none")})
+        assert not (await replica.ask(pairs([1])))[1].queued
 
 
 async def test_a_refusal_reaches_who_asked_meanwhile_elsewhere(place: Place) -> None:

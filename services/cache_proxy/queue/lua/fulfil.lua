@@ -48,11 +48,12 @@ for _, item in ipairs(errors) do
   local times = 1
   for ago = 0, 1 do
     local seen = unpack_safely(redis.call('HGET', recent_key('nonsense', RECENT_MS, ago), item[1]))
-    times = math.max(times, seen and (number(seen[1]) or 0) + 1 or 1)
+    local again = seen and seen[4] == id and 0 or 1 -- the same answer may be told twice
+    times = math.max(times, seen and (number(seen[1]) or 0) + again or 1)
   end
   local kept_ms = times > 1 and math.min(RECENT_MS, tonumber(ARGV[4]) * 2 ^ (times - 2)) or 0
   nonsense[#nonsense + 1] = item[1]
-  nonsense[#nonsense + 1] = cmsgpack.pack({ times, now + kept_ms, item[2] })
+  nonsense[#nonsense + 1] = cmsgpack.pack({ times, now + kept_ms, item[2], id })
 end
 remember('nonsense', RECENT_MS, nonsense)
 return redis.status_reply('OK')

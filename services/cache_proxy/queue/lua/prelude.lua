@@ -402,7 +402,7 @@ local function recall(digests)
   look('refused', REFUSED_MS, unpack_safely)
   look('broke', RECENT_MS, unpack_safely)
   look('nonsense', RECENT_MS, function(value)
-    local seen = unpack_safely(value) -- {times, until, error}, see fulfil.lua
+    local seen = unpack_safely(value) -- {times, until, error, claim}, see fulfil.lua
     return seen and number(seen[2]) and seen[2] > now and type(seen[3]) == 'table' and seen[3] or nil
   end)
   return outcomes

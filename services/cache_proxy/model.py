@@ -25,6 +25,8 @@ _SERVICE = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"]
 _METHOD = f"/{_SERVICE.full_name}/InferSeniority"
 _MAX_RESPONSE_BYTES = 16 * 2**20
 _MAX_METADATA_BYTES = 2**20  # a refusal with a long message is still a refusal, not a broken stream
+_MAX_PUSHBACK_SECONDS = 3600.0  # the queue believes no moment further off
+_MAX_PUSHBACK_DIGITS = 15
 _MAX_ID = 2**31 - 1
 _INDEX = re.compile(r"batch\[(\d{1,6})\](\.company|\.title)?", re.ASCII)
 _CHANNEL_OPTIONS = [
@@ -184,4 +186,6 @@ def _violations(trailers: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _pushback_seconds(trailers: Mapping[str, Any]) -> float | None:
     text = str(trailers.get("grpc-retry-pushback-ms", ""))
-    return int(text) / 1000 if text.isdecimal() and len(text) < len("86400000") else None
+    if not text.isdecimal() or len(text) > _MAX_PUSHBACK_DIGITS:
+        return None
+    return min(int(text) / 1000, _MAX_PUSHBACK_SECONDS)

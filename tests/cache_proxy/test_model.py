@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from services.cache_proxy.errors import CallFailed
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import ModelClient
+from tests.support.model_server import Abort, Answers, Call, scripted_model
 from tests.support.replicas import pairs
 
 
@@ -45,3 +46,20 @@ async def test_an_answer_that_is_no_message_is_a_failed_call(
         await model.close()
     assert failed.value.code is grpc.StatusCode.INTERNAL
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("told", "meant"), [("1500", 1.5), ("9000000", 3600.0), ("-1", None), ("x", None), ("9" * 5000, None)]
+)
+async def test_a_pushback_is_at_most_an_hour(told: str, meant: float | None) -> None:
+    """The queue believes no moment further off; what is no number of milliseconds says nothing."""
+
+    def busy(_call: Call) -> Answers:
+        raise Abort(grpc.StatusCode.UNAVAILABLE, trailers=(("grpc-retry-pushback-ms", told),))
+
+    with scripted_model(busy) as server:
+        model = ModelClient(server.target, deadline_seconds=5, metrics=ProxyMetrics(CollectorRegistry()))
+        with pytest.raises(CallFailed) as failed:
+            await (await model.send(model.prepare(pairs([1]))))
+        await model.close()
+    assert failed.value.retry_after_seconds == meant

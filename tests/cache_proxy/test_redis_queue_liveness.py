@@ -2,11 +2,14 @@
 
 import asyncio
 import math
+from urllib.parse import urlsplit
 
 import pytest
 
 from services.cache_proxy.queue import Claim, NotYet
+from services.common.endings import end
 from tests.support.replicas import Place, Replica, limits, numbers_of, pairs, replicas
+from tests.support.wire import wire_to
 
 pytestmark = pytest.mark.slow  # they wait for a replica to fall silent
 
@@ -257,6 +260,25 @@ async def test_a_gap_between_messages_is_noticed_by_the_next_message(place: Plac
         await other.messages()
         await other.heal()
         assert not wait.open
+
+
+async def test_a_subscription_that_fell_silent_is_made_anew(shared_redis: str) -> None:
+    """Its connection is dead and nobody said so: heartbeats tell that messages are missed."""
+    port = urlsplit(shared_redis).port
+    assert port
+    with wire_to(port) as wire:
+        async with replicas(Place.new(wire.url)) as (replica,):
+            listening = asyncio.create_task(replica.listener._listen())
+            while not replica.listener._missed.is_set():  # noqa: ASYNC110 - set when it has subscribed
+                await asyncio.sleep(0.01)
+            wire.deafen()
+            wait, _ = await replica.ask(pairs([1]))
+            async with asyncio.timeout(10):
+                while wait.open:
+                    await replica.listener._beat_once()
+                    await replica.queue.publish({pairs([1])[0].digest: 3})
+                    await asyncio.sleep(0.2)
+            await end([listening])
 
 
 async def test_who_asked_before_is_told_what_the_next_one_learns(place: Place) -> None:

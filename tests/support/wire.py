@@ -18,6 +18,7 @@ class Wire:
         self._whole.set()
         self._dice = random.Random(1)
         self._writers: set[asyncio.StreamWriter] = set()
+        self._connections: list[tuple[asyncio.Event, asyncio.Event]] = []  # subscribed, deaf
         self.lose_share = 0.0
         self.lost = 0
         self.url = ""
@@ -25,6 +26,12 @@ class Wire:
     def cut(self) -> None:
         """What is sent from now on arrives nowhere, and nobody hears of it."""
         self._whole.clear()
+
+    def deafen(self) -> None:
+        """Subscriptions made until now hear nothing any more, as behind a router that forgot them."""
+        for subscribed, deaf in self._connections:
+            if subscribed.is_set():
+                deaf.set()
 
     def mend(self) -> None:
         """It leads somewhere again."""
@@ -48,10 +55,11 @@ class Wire:
         except OSError:
             near_out.close()
             return
-        ran_script = asyncio.Event()
+        ran_script, subscribed, deaf = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._connections.append((subscribed, deaf))
         ways = [
-            asyncio.create_task(self._there(near, far_out, ran_script)),
-            asyncio.create_task(self._back(far, near_out, ran_script)),
+            asyncio.create_task(self._there(near, far_out, ran_script, subscribed)),
+            asyncio.create_task(self._back(far, near_out, ran_script, deaf)),
         ]
         self._writers |= {near_out, far_out}
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -63,9 +71,12 @@ class Wire:
         self._writers -= {near_out, far_out}
 
     async def _there(
-        self, near: asyncio.StreamReader, far: asyncio.StreamWriter, ran_script: asyncio.Event
-    ) -> None:
+        self, near: asyncio.StreamReader, far: asyncio.StreamWriter, ran_script: asyncio.Event,
+        subscribed: asyncio.Event,
+    ) -> None:  # fmt: skip
         while data := await near.read(_CHUNK):
+            if b"SUBSCRIBE" in data:
+                subscribed.set()
             if b"EVALSHA" in data:
                 ran_script.set()
             if self._whole.is_set():
@@ -73,14 +84,15 @@ class Wire:
                 await far.drain()
 
     async def _back(
-        self, far: asyncio.StreamReader, near: asyncio.StreamWriter, ran_script: asyncio.Event
-    ) -> None:
+        self, far: asyncio.StreamReader, near: asyncio.StreamWriter, ran_script: asyncio.Event,
+        deaf: asyncio.Event,
+    ) -> None:  # fmt: skip
         while data := await far.read(_CHUNK):
             if ran_script.is_set() and self._dice.random() < self.lose_share:
                 self.lost += 1
                 return  # it ran, and nobody hears so: the connection breaks
             ran_script.clear()
-            if self._whole.is_set():
+            if self._whole.is_set() and not deaf.is_set():
                 near.write(data)
                 await near.drain()
 

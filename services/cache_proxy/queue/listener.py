@@ -25,6 +25,7 @@ from services.common.endings import end
 _HEARTBEAT_SECONDS = 0.25
 _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
 _RECONNECT_SECONDS = 0.2
+_DEAF_SECONDS = 1.0
 _SILENT_SECONDS = 5.0
 _MILLISECOND = 0.001  # Redis's clock is told in whole ones
 
@@ -39,6 +40,7 @@ class _Heard:
     number_then: int = 0
     queue_id: bytes = b""
     clock_offset_seconds: float | None = None
+    deaf: bool = False  # something was published, and nothing came since
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +118,14 @@ class Listener:
                     await pubsub.subscribe(*self._channels)
                     self._missed.set()
                     await self._eviction.look()
+                    self._heard.deaf = False
                     while True:
-                        message = await pubsub.get_message(timeout=None)
+                        message = await pubsub.get_message(timeout=_DEAF_SECONDS)
                         if message is not None:
+                            self._heard.deaf = False
                             self._take(message["data"])
+                        elif self._heard.deaf:  # the connection is dead, though nobody said so
+                            break
             except (RedisError, OSError):
                 await asyncio.sleep(_RECONNECT_SECONDS)
 
@@ -185,6 +191,7 @@ class Listener:
             self._missed.set()
         elif heard.number < heard.number_then:  # published a heartbeat ago, and not here yet
             heard.number = heard.number_then
+            heard.deaf = True
             self._missed.set()
         heard.number_then = published
 

@@ -47,7 +47,7 @@ def levels(pairs: Pairs) -> list[int]:
     return [level_of(*pair) for pair in pairs]
 
 
-@pytest.mark.parametrize("size", [200, 10_000])
+@pytest.mark.parametrize("size", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_full_queue_is_come_back_to(stage_with: StageWith, size: int) -> None:
     """Refused while another's pairs fill the queue, answered when it has room; also when the request is
     larger than the 256 KiB that gRPC keeps for retries unless told otherwise.
@@ -63,6 +63,7 @@ def test_a_full_queue_is_come_back_to(stage_with: StageWith, size: int) -> None:
     assert metrics(stage.proxy.http)["cache_proxy_requests_total", "RESOURCE_EXHAUSTED"] >= 1
 
 
+@pytest.mark.slow
 def test_a_model_that_is_down_for_a_while_is_come_back_to(stage_with: StageWith) -> None:
     """The proxy says UNAVAILABLE after its own retries; the client's bring the answer with the model back."""
     stage = stage_with(*UNPACED)

@@ -38,6 +38,7 @@ _CHUNK_PAIRS = 500  # a script call of this size holds Redis for about 5 ms
 _JOINED, _FAILED, _QUEUED = 17, 18, 16
 _LEASE_MARGIN_SECONDS = 5.0
 _AHEAD_MS = 60
+_TIMERS_MS = 2  # scripts and the loop's timers count whole milliseconds, and each rounds up
 _DEFER_SECONDS = 0.2  # whose calls just failed lets another replica have the next slot
 _LEVEL_BYTES = 17
 _DIGEST_BYTES = 16
@@ -71,6 +72,7 @@ class RedisQueue:
         self._scripts = scripts
         self._replica = replica
         self._limits = limits
+        self._linger_ms = max(0, round(limits.linger_seconds * 1000) - _TIMERS_MS)
         self._lease_ms = round((lease_seconds + _LEASE_MARGIN_SECONDS) * 1000)
         self._settle = settle
         self._metrics = metrics
@@ -237,7 +239,7 @@ class RedisQueue:
         limits, claim_id = self._limits, self._new_id()
         reply = await self._scripts.run("claim", [
             self._replica, claim_id, limits.pairs_per_second * PACE, limits.calls_per_second * PACE,
-            limits.batch_pairs, limits.batch_bytes, round(limits.linger_seconds * 1000), self._lease_ms,
+            limits.batch_pairs, limits.batch_bytes, self._linger_ms, self._lease_ms,
             _AHEAD_MS, "",
         ])  # fmt: skip
         if reply[0] == b"wait":

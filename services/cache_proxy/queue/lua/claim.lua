@@ -1,7 +1,8 @@
 -- Take the next batch and its slot, if a call is allowed now.
 -- ARGV[1]  replica   ARGV[2]  the claim's id, chosen by the claimer: repeated, it gives the same batch
 -- ARGV[3]  pairs a second   ARGV[4]  calls a second   (0: no limit)   ARGV[5]  most pairs in a batch
---          (of these three the deployment's own, in Redis, come first)   ARGV[6]  most bytes in a batch   ARGV[7]  linger, ms   ARGV[8]  lease, ms
+--          (of these three the deployment's own, in Redis, come first)
+-- ARGV[6]  most bytes in a batch   ARGV[7]  linger, ms   ARGV[8]  lease, ms
 -- ARGV[9]  how long before its slot a full batch may be claimed, ms
 -- Returns  {'wait', ms; -1 if nothing waits}
 --          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited}}

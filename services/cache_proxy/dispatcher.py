@@ -44,9 +44,13 @@ class Dispatcher:
             await self._room.acquire()
             decision = await self._queue.claim()
             if isinstance(decision, Claim):
-                call = asyncio.create_task(self._send(decision))
+                left = asyncio.Event()
+                call = asyncio.create_task(self._send(decision, left))
                 self._calls.add(call)
                 call.add_done_callback(self._ended)
+                # One batch is made ready at a time: those claimed meanwhile would be late by all that goes
+                # before them, go back, and be claimed again.
+                await left.wait()
                 continue
             self._room.release()
             wait = None if math.isinf(decision.wait_seconds) else decision.wait_seconds
@@ -63,7 +67,8 @@ class Dispatcher:
         self._calls.discard(call)
         self._room.release()
 
-    async def _send(self, claim: Claim) -> None:
+    async def _send(self, claim: Claim, left: asyncio.Event) -> None:
+        """From a claim to its end; `left` is set as soon as the batch is on its way, or will not go."""
         sent: Sequence[Pair] = ()
         try:
             sent = await self._unanswered(claim)
@@ -75,6 +80,7 @@ class Dispatcher:
             answering = await self._model.send(batch)
             try:
                 await self._may_leave(claim)  # it has left, perhaps late after all
+                left.set()
                 answers = await answering
             finally:
                 answering.cancel()
@@ -96,6 +102,8 @@ class Dispatcher:
             # Whoever waits first: a store that is slow or full delays no answer, and keeps none from landing.
             await self._queue.fulfil(claim, outcomes)
             await self._store.put({key: level for key, level in outcomes.items() if isinstance(level, int)})
+        finally:
+            left.set()
 
     async def _may_leave(self, claim: Claim) -> bool:
         """Whether it is in time, or the next slot could be moved by what it is late."""

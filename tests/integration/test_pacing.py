@@ -114,6 +114,13 @@ def test_the_limit_holds_while_the_cache_is_hammered(tmp_path: Path) -> None:
     assert at[-1] - at[0] <= 5 * 0.5 / 0.5
 
 
+def test_batches_that_nothing_limits_do_not_make_each_other_late(stage_with: StageWith) -> None:
+    """Fifty at once, which take longer than one may take to the model, are all sent in turn."""
+    stage = stage_with(*UNPACED)
+    assert stage.caller.ask(pairs_of("many", 50_000), seconds=60).code is StatusCode.OK
+    assert len(stage.model.asked()) == 50_000
+
+
 def test_expected_replicas_divide_the_rate(stage_with: StageWith) -> None:
     """Each of four takes a quarter."""
     stage = stage_with("--model-calls-per-second", "20", "--model-rate", "4000", "--model-batch-size", "100",

@@ -2,8 +2,8 @@
 
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import grpc
@@ -11,9 +11,9 @@ import pytest
 
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
-from tests.integration.conftest import UNPACED, StageWith
+from tests.integration.conftest import UNPACED, Stage, StageWith
 from tests.support.caller import Pairs, metrics, pairs_of
-from tests.support.model_server import Abort, Call, level_of, scripted_model, well
+from tests.support.model_server import Abort, Answers, Call, level_of, scripted_model, well
 from tests.support.processes import ROOT, cache_proxy
 from tests.support.redis_server import wait_for
 
@@ -47,38 +47,53 @@ def levels(pairs: Pairs) -> list[int]:
     return [level_of(*pair) for pair in pairs]
 
 
+def requests(stage: Stage, code: str) -> float:
+    """How many requests the proxy ended so."""
+    return metrics(stage.proxy.http).get(("cache_proxy_requests_total", code), 0)
+
+
 @pytest.mark.parametrize("size", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_a_full_queue_is_come_back_to(stage_with: StageWith, size: int) -> None:
     """Refused while another's pairs fill the queue, answered when it has room; also when the request is
     larger than the 256 KiB that gRPC keeps for retries unless told otherwise.
     """  # noqa: D205 - one thought
-    stage = stage_with("--model-calls-per-second", "5", "--model-rate", str(2 * size), "--model-batch-size",
-                       str(min(size, 1000)), "--max-queued-pairs", str(size))  # fmt: skip
+    stage = stage_with("--max-queued-pairs", str(size), *UNPACED)
+    room = threading.Event()
+
+    def full(call: Call) -> Answers:
+        room.wait(30)
+        return well(call)
+
+    stage.model.behaviour = full
     first, second = pairs_of("first" + "x" * 40, size), pairs_of("second" + "x" * 40, size)
     waiting = stage.caller.start(first)
-    wait_for(lambda: metrics(stage.proxy.http)["cache_proxy_queue_pairs", "interactive"], what="they wait")
-    with plain_client(stage.proxy.target, buffer_bytes=4 * MIB) as stub:
-        assert ask(stub, second) == levels(second)
+    wait_for(lambda: len(stage.model.asked()) == size, what="they wait for the model")
+    with plain_client(stage.proxy.target, buffer_bytes=4 * MIB) as stub, ThreadPoolExecutor(1) as aside:
+        asked = aside.submit(ask, stub, second)
+        wait_for(lambda: requests(stage, "RESOURCE_EXHAUSTED"), what="it is refused")
+        room.set()
+        assert asked.result() == levels(second)
     assert waiting.reply().code is grpc.StatusCode.OK
-    assert metrics(stage.proxy.http)["cache_proxy_requests_total", "RESOURCE_EXHAUSTED"] >= 1
 
 
 @pytest.mark.slow
 def test_a_model_that_is_down_for_a_while_is_come_back_to(stage_with: StageWith) -> None:
     """The proxy says UNAVAILABLE after its own retries; the client's bring the answer with the model back."""
     stage = stage_with(*UNPACED)
-    begun = time.monotonic()
+    back = threading.Event()
 
-    def down(call: Call) -> Sequence[tuple[int, int]]:
-        if time.monotonic() < begun + 4:
+    def down(call: Call) -> Answers:
+        if not back.is_set():
             raise Abort(grpc.StatusCode.UNAVAILABLE)
         return well(call)
 
     stage.model.behaviour = down
     pairs = pairs_of("outage", 20)
-    with plain_client(stage.proxy.target) as stub:
-        assert ask(stub, pairs) == levels(pairs)
-    assert metrics(stage.proxy.http)["cache_proxy_requests_total", "UNAVAILABLE"] >= 1
+    with plain_client(stage.proxy.target) as stub, ThreadPoolExecutor(1) as aside:
+        asked = aside.submit(ask, stub, pairs)
+        wait_for(lambda: requests(stage, "UNAVAILABLE"), what="it is refused")
+        back.set()
+        assert asked.result() == levels(pairs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

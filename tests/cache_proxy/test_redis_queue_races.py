@@ -7,7 +7,7 @@ import pytest
 from grpc import StatusCode
 
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
-from services.cache_proxy.queue import Claim, NotYet
+from services.cache_proxy.queue import Claim, NotYet, Pair
 from tests.support.replicas import Place, asker, limits, numbers_of, pair, pairs, replicas
 
 REFUSED = Refused(StatusCode.INVALID_ARGUMENT, "bad")
@@ -239,6 +239,18 @@ async def test_many_callers_are_asked_for_again_together(place: Place) -> None:
             await replica.queue.ask_again()
             assert calls() - before <= 5
         assert len(numbers_of(await replica.take())) == 1000
+
+
+async def test_long_texts_go_in_small_calls(place: Place) -> None:
+    """Of one request or of many at once, asked or asked again: no call is long enough to hold Redis up."""
+    wanted = [Pair(item.digest, item.company + "c" * 4000, "t" * 4000) for item in pairs(range(700))]
+    async with replicas(place, 1, limits(batch_pairs=1000, batch_bytes=10**7)) as (replica,):
+        replica.client.most_bytes = 800_000
+        some = [wanted[at : at + 20] for at in range(300, 700, 20)]
+        await asyncio.gather(*map(replica.ask, [wanted[:300], *some]))
+        place.flush()
+        await replica.queue.ask_again()
+        assert _interest(place) == 700
 
 
 async def test_pairs_that_nobody_waits_for_any_more_are_cleared_away_in_parts(place: Place) -> None:

@@ -35,6 +35,7 @@ from services.cache_proxy.riders import Riders
 _log = logging.getLogger(__name__)
 
 _CHUNK_PAIRS = 500  # a script call of this size holds Redis for about 5 ms
+_PAIR_BYTES = 1024  # texts beyond that count as so many pairs more
 _JOINED, _FAILED, _QUEUED = 17, 18, 16
 _LEASE_MARGIN_SECONDS = 5.0
 _AHEAD_MS = 60
@@ -77,7 +78,9 @@ class RedisQueue:
         self._settle = settle
         self._metrics = metrics
         self._together = Riders(
-            self._enqueue_together, size=lambda request: len(request[-1]), most=_CHUNK_PAIRS
+            self._enqueue_together,
+            size=lambda request: sum(_weight(size_bytes) for *_, size_bytes in request[-1]),
+            most=_CHUNK_PAIRS,
         )
         self._asked: dict[bytes, _Asked] = {}
         self._held: dict[str, set[bytes]] = {}
@@ -106,7 +109,7 @@ class RedisQueue:
         queued: set[bytes] = set()
         done, size_bytes = 0, sum(pair.size_bytes for pair in pairs)
         try:
-            for chunk in _chunks(pairs):
+            for chunk in _parts(pairs):
                 size_bytes -= sum(pair.size_bytes for pair in chunk)
                 following = (len(pairs) - done - len(chunk), size_bytes)
                 states, errors = await self._enqueue(chunk, asker, token, following, polling=False)
@@ -155,9 +158,9 @@ class RedisQueue:
         size = 0
         for (caller, priority), group in by_asker.items():
             asker = Asker(caller, priority, max(asked.deadline for asked in group))
-            for chunk in _chunks([asked.pair for asked in group]):
+            for chunk in _parts([asked.pair for asked in group]):
                 together.append((chunk, asker))
-                size += len(chunk)
+                size += sum(_weight(pair.size_bytes) for pair in chunk)
                 if size >= _CHUNK_PAIRS:
                     await self._ask_chunks_again(together)
                     together, size = [], 0
@@ -410,3 +413,20 @@ def _sort(
 def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), _CHUNK_PAIRS):
         yield items[start : start + _CHUNK_PAIRS]
+
+
+def _parts(pairs: Sequence[Pair]) -> Iterator[Sequence[Pair]]:
+    """The pairs in chunks whose texts are as bounded as their number."""
+    start, size = 0, 0
+    for at, pair in enumerate(pairs):
+        weight = _weight(pair.size_bytes)
+        if at > start and size + weight > _CHUNK_PAIRS:
+            yield pairs[start:at]
+            start, size = at, 0
+        size += weight
+    if pairs:
+        yield pairs[start:]
+
+
+def _weight(size_bytes: int) -> int:
+    return 1 + size_bytes // _PAIR_BYTES

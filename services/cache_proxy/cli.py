@@ -8,6 +8,7 @@ import click
 from services.cache_proxy import infer
 from services.cache_proxy.config import (
     ENV_PREFIX,
+    AnswerSettings,
     CacheSettings,
     KeySettings,
     ModelSettings,
@@ -23,6 +24,7 @@ def _run_serve(**values: Any) -> None:
         model=flags.read(ModelSettings, values),
         cache=flags.read(CacheSettings, values),
         key=flags.read(KeySettings, values),
+        answers=flags.read(AnswerSettings, values),
     )
     import uvloop  # noqa: PLC0415 - what only a server needs would cost the other commands half a second
 
@@ -43,7 +45,7 @@ cli.add_command(
         "serve",
         params=[
             option
-            for part in (ServerSettings, ModelSettings, CacheSettings, KeySettings)
+            for part in (ServerSettings, ModelSettings, CacheSettings, KeySettings, AnswerSettings)
             for option in flags.options(part, prefix=ENV_PREFIX)
         ],
         callback=_run_serve,

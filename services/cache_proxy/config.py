@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from services.cache_proxy.key import NORMAL_FORM_VERSION
 from services.common import flags
 from services.common.errors import UsageError
 from services.common.flags import flag
 from services.common.units import is_address
 
 ENV_PREFIX = "CACHE_PROXY"
-CACHE_SCHEMES = ("embedded", "memory", "redis", "rediss", "unix")
+CACHE_SCHEMES = ("embedded", "memory", "redis", "rediss", "unix", "redis+cluster", "redis+sentinel")
+_ENCRYPTED = ("rediss", "redis+cluster", "redis+sentinel")
 DEFAULT_EMBEDDED_DIR = ".cache-proxy"
+DAY_SECONDS = 86_400
+_MAX_DAYS = 3_650
 _MAX_BATCH_PAIRS = 1000
 
 
@@ -34,7 +38,7 @@ class KeySettings:
     @property
     def namespace(self) -> str:
         """What answers and queues of one kind have in common: normal form, its version, the model's."""
-        return f"{self.normalize}1:{quote(self.model_version, safe='')}"
+        return f"{self.normalize}{NORMAL_FORM_VERSION}:{quote(self.model_version, safe='')}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +47,8 @@ class CacheSettings:
 
     cache_url: str = flag(
         "--cache-url", flags.TEXT, "embedded:",
-        text="embedded:[DIR] (a server of its own), memory:, redis://, rediss://, unix://",
+        text="embedded:[DIR] (a server of its own), memory:, redis://, rediss://, unix://, "
+        "redis+cluster://HOST:PORT,…, redis+sentinel://HOST:PORT,…/SERVICE",
     )  # fmt: skip
     cache_username: str | None = flag("--cache-username", flags.TEXT, text="Redis ACL user")
     cache_password_file: str | None = flag("--cache-password-file", flags.TEXT, text="file with the password")
@@ -59,12 +64,42 @@ class CacheSettings:
             known = ", ".join(f"{name}:" for name in CACHE_SCHEMES)
             message = f"--cache-url {redact(self.cache_url)!r}: it must begin with one of {known}"
             raise UsageError(message)
-        if self.cache_tls_ca is not None and scheme != "rediss":
-            message = "--cache-tls-ca: only a rediss:// --cache-url is encrypted"
+        if self.cache_tls_ca is not None and scheme not in _ENCRYPTED:
+            message = (
+                "--cache-tls-ca: only a rediss:// --cache-url is encrypted, a Cluster or Sentinels may be"
+            )
             raise UsageError(message)
         if self.cache_timeout_seconds <= 0:
             message = "--cache-timeout must be above 0"
             raise UsageError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnswerSettings:
+    """Whose answers are served, and how old they may be."""
+
+    cache_ttl_seconds: float = flag(
+        "--cache-ttl",
+        flags.DURATION,
+        "0",
+        text="whole days (30d) after which a pair is inferred again; 0: never",
+    )
+    serve_stale: bool = flag("--serve-stale", flags.BOOL, "false", text="answer with what is older meanwhile")
+    previous_model_version: str | None = flag(
+        "--previous-model-version", flags.TEXT,
+        text="whose answers are served, and refreshed behind, until this version has its own",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Refuse an age that is not in days: the store knows no hours."""
+        if self.cache_ttl_seconds % DAY_SECONDS or self.cache_ttl_seconds > _MAX_DAYS * DAY_SECONDS:
+            message = f"--cache-ttl: it must be whole days, as in 30d, and at most {_MAX_DAYS}d"
+            raise UsageError(message)
+
+    @property
+    def ttl_days(self) -> int:
+        """0: any age."""
+        return int(self.cache_ttl_seconds // DAY_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +224,12 @@ class Settings:
     model: ModelSettings
     cache: CacheSettings
     key: KeySettings
+    answers: AnswerSettings
+
+    def __post_init__(self) -> None:
+        """Refuse a version that is its own previous one."""
+        if self.answers.previous_model_version == self.key.model_version:
+            raise UsageError("--previous-model-version must not be --model-version")
 
 
 def read_secret(path: str | None, *, flag_name: str) -> bytes | None:

@@ -28,15 +28,13 @@ def exact(text: str) -> str:
 
 
 NORMAL_FORMS: dict[str, Callable[[str], str]] = {"fold": fold, "exact": exact}
+NORMAL_FORM_VERSION = 1  # part of every key in the store: whoever changes a normal form changes this
 
 
 def make_digester(*, normalize: str, secret: bytes | None) -> Digester:
     """A function from (company, title) to `DIGEST_BYTES` bytes; `secret` keeps others from aiming."""
     normal = NORMAL_FORMS[normalize]
-    key = secret or b""
-    if len(key) > _MAX_KEY_BYTES:
-        key = hashlib.blake2b(key).digest()
-    keyed = hashlib.blake2b(key=key, digest_size=DIGEST_BYTES, person=b"seniority-pair")
+    keyed = hashlib.blake2b(key=_key_of(secret), digest_size=DIGEST_BYTES, person=b"seniority-pair")
 
     def digest(company: str, title: str) -> bytes:
         first = normal(company).encode()
@@ -45,3 +43,14 @@ def make_digester(*, normalize: str, secret: bytes | None) -> Digester:
         return hasher.digest()
 
     return digest
+
+
+def fingerprint(secret: bytes | None) -> str:
+    """By which a secret is known again, and nothing else is learnt of it."""
+    hasher = hashlib.blake2b(key=_key_of(secret), digest_size=8, person=b"seniority-mark")
+    return hasher.hexdigest() if secret else "none"
+
+
+def _key_of(secret: bytes | None) -> bytes:
+    key = secret or b""
+    return key if len(key) <= _MAX_KEY_BYTES else hashlib.blake2b(key).digest()

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from services.cache_proxy.cli import cli
-from services.cache_proxy.config import CacheSettings, ModelSettings, ServerSettings, read_secret, redact
+from services.cache_proxy.config import (
+    AnswerSettings,
+    CacheSettings,
+    ModelSettings,
+    ServerSettings,
+    read_secret,
+    redact,
+)
 from services.common import flags
 from services.common.errors import UsageError
 
@@ -52,7 +59,8 @@ def _parsed(settings: type, *args: str) -> object:
         "--max-wait 0", "--model-deadline 0s", "--cache-timeout 0ms", "--max-field-bytes 0",
         "--max-request-bytes 0", "--listen nonsense", "--listen 127.0.0.1:65536", "--listen 127.0.0.1:",
         "--listen 127.0.0.1:-1", "--http-listen 1:2:x", "--http-listen 127.0.0.1:99999", "--http-listen unix:/x",
-        "--cache-tls-ca /dev/null", "--no-such-flag x",
+        "--cache-tls-ca /dev/null", "--cache-ttl 12h", "--cache-ttl 36h", "--cache-ttl 30", "--cache-ttl -1d",
+        "--cache-ttl 9999d", "--previous-model-version 1", "--no-such-flag x",
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line_that_names_its_flag(refused: Refused, flag: str) -> None:
@@ -103,7 +111,9 @@ def test_lists_go_by_comma_or_by_repetition(
 
 def test_the_defaults_are_the_contracts() -> None:
     """What the table of flags promises to those who give none."""
-    server, model, cache = (_parsed(part) for part in (ServerSettings, ModelSettings, CacheSettings))
+    server, model, cache, answers = (
+        _parsed(part) for part in (ServerSettings, ModelSettings, CacheSettings, AnswerSettings)
+    )
     assert server == ServerSettings(
         listen=("0.0.0.0:50051",), http_listen="0.0.0.0:9464", l1_max_bytes=256 * 2**20,
         max_request_pairs=100_000, max_request_bytes=64 * 2**20, max_field_bytes=4096,
@@ -116,6 +126,15 @@ def test_the_defaults_are_the_contracts() -> None:
         model_calls_per_second=1, expected_replicas=1, linger_seconds=0.02, model_deadline_seconds=30,
     )  # fmt: skip
     assert cache == CacheSettings(cache_url="embedded:", cache_timeout_seconds=0.25)
+    assert answers == AnswerSettings(cache_ttl_seconds=0, serve_stale=False, previous_model_version=None)
+
+
+def test_an_age_is_in_whole_days() -> None:
+    """However it is written."""
+    for text, days in (("0", 0), ("30d", 30), ("48h", 2)):
+        answers = _parsed(AnswerSettings, "--cache-ttl", text, "--serve-stale")
+        assert isinstance(answers, AnswerSettings)
+        assert (answers.ttl_days, answers.serve_stale) == (days, True)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +142,7 @@ def test_the_defaults_are_the_contracts() -> None:
     [
         "redis://:hunter2@h:1/0", "redis://user:hunter2@h", "rediss://u:hunter2@h:port", "redis://u:hun/hunter2@h:1",
         "redis://u:hunter2@[h", "redis://u:a@hunter2@h", "redis://h?password=hunter2", "unix://u:hunter2@/s",
-        "unix:///s?db=0&password=hunter2", "redis://u:hunter2#x@h",
+        "unix:///s?db=0&password=hunter2", "redis://u:hunter2#x@h", "redis+cluster://u:hunter2@h:1,h:2", "redis+sentinel://:hunter2@h:x/s",
     ],
 )  # fmt: skip
 def test_a_password_is_never_shown(refused: Refused, url: str) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 
 from services.cache_proxy.errors import StoreError, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Claim, NotYet, Outcome
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_shared
-from services.cache_proxy.store.redis import connect
+from services.cache_proxy.store.connecting import connect
 from services.cache_proxy.waiters import Wait, Waiters
 from tests.support.redis_server import RedisServer, redis_process
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
@@ -77,6 +78,7 @@ async def _proxies(url: str, count: int) -> AsyncIterator[list[Proxy]]:
         opened = []
         for number in range(count):
             client = connect(url, timeout_seconds=1.5)  # a busy machine is no lost Redis
+            assert isinstance(client, Redis)
             stack.push_async_callback(client.aclose, close_connection_pool=True)
             shared = SharedRedis(
                 client=client, url=url, keys=place.keys, expected_replicas=count, lease_seconds=5,

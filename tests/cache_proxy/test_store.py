@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterator
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from prometheus_client import CollectorRegistry
 from services.cache_proxy.config import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.store import Store
+from services.cache_proxy.store import Store, scripts
+from services.cache_proxy.store.connecting import connect, servers
+from services.cache_proxy.store.dated import Lifetime, dated, day_of, level_of, today
 from services.cache_proxy.store.guarded import GuardedStore
+from services.cache_proxy.store.layout import FIELD, TAGS, TagState, state_key, tag_of
 from services.cache_proxy.store.opening import open_store
-from services.cache_proxy.store.redis import RedisStore, connect
+from services.cache_proxy.store.redis import RedisStore
 from tests.support.redis_server import RedisServer, redis_process
 
 _prefixes = (f"store{number}" for number in itertools.count())
@@ -27,6 +31,13 @@ _prefixes = (f"store{number}" for number in itertools.count())
 def _digest(number: int) -> bytes:
     """Spread over all buckets, as hashes are."""
     return (number * 0x9E3779B97F4A7C15F39CC0605CEDC835 % 2**128).to_bytes(16, "big")
+
+
+async def _levels(store: Store, digests: Sequence[bytes]) -> list[int]:
+    """The levels known, all of them of today."""
+    entries = await store.get(digests)
+    assert all(day_of(entry) == today() for entry in entries if entry)
+    return [level_of(entry) for entry in entries]
 
 
 def _metrics() -> ProxyMetrics:
@@ -49,7 +60,7 @@ async def test_what_was_put_is_found_in_the_order_asked(store: Store) -> None:
     levels = {_digest(number): number % 7 + 1 for number in range(2500)}
     await store.put(levels)
     asked = [*reversed(levels), _digest(10**6), *list(levels)[:5]]
-    assert list(await store.get(asked)) == [levels.get(digest, 0) for digest in asked]
+    assert await _levels(store, asked) == [levels.get(digest, 0) for digest in asked]
     assert list(await store.get([])) == []
     await store.put({})
 
@@ -58,7 +69,7 @@ async def test_the_last_write_counts(store: Store) -> None:
     """Repeating changes nothing, a newer level replaces the older."""
     for level in (3, 3, 7, 1):
         await store.put({_digest(1): level})
-        assert list(await store.get([_digest(1)])) == [level]
+        assert await _levels(store, [_digest(1)]) == [level]
 
 
 async def test_operations_at_once_do_not_mix(store: Store) -> None:
@@ -67,7 +78,7 @@ async def test_operations_at_once_do_not_mix(store: Store) -> None:
     async def one(number: int) -> None:
         mine = {_digest(number * 1000 + place): (number + place) % 7 + 1 for place in range(300)}
         await store.put(mine)
-        assert list(await store.get(list(mine))) == list(mine.values())
+        assert await _levels(store, list(mine)) == list(mine.values())
 
     await asyncio.gather(*(one(number) for number in range(40)))
 
@@ -75,8 +86,8 @@ async def test_operations_at_once_do_not_mix(store: Store) -> None:
 @pytest.fixture
 async def on_redis(shared_redis: str) -> AsyncIterator[tuple[RedisStore, ProxyMetrics, "redis.Redis", str]]:
     """A store on the shared server, its metrics, a client beside it, and its namespace."""
-    metrics, namespace = _metrics(), f"{next(_prefixes)}:"
-    opened = RedisStore(connect(shared_redis, timeout_seconds=2), namespace=namespace, metrics=metrics)
+    metrics, namespace = _metrics(), f"{next(_prefixes)}:c2:"
+    opened = RedisStore(servers(connect(shared_redis, timeout_seconds=2)), base=namespace, metrics=metrics)
     with redis.Redis.from_url(shared_redis) as client:
         yield opened, metrics, client, namespace
     await opened.close()
@@ -85,53 +96,253 @@ async def on_redis(shared_redis: str) -> AsyncIterator[tuple[RedisStore, ProxyMe
 OnRedis = tuple[RedisStore, ProxyMetrics, "redis.Redis", str]
 
 
-def _bucket(namespace: str, digest: bytes) -> str:
-    return f"{namespace}{int.from_bytes(digest[:2], 'big') << 2 | digest[2] & 3:05x}"
+def _state(client: "redis.Redis", base: str, digest: bytes) -> TagState:
+    generation, buckets = client.hmget(state_key(base, tag_of(digest)), "generation", "buckets")
+    assert isinstance(generation, bytes)
+    assert isinstance(buckets, bytes)
+    return TagState(generation.decode(), int(buckets))
+
+
+def _bucket(client: "redis.Redis", base: str, digest: bytes) -> str:
+    return _state(client, base, digest).bucket(base, digest)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     value=st.sampled_from(
-        [b"", b"x", b"0", b"8", b"-3", b"3.0", b" 3", b"3\n", b"1e3", b"nan", b"65539", b"9" * 20,
-         b"9007199254740995", b"\xff\xfe", b"0x3", b"3" * 5000]
+        [b"", b"x", b"-4097", b"3.0", b" 3", b"3\n", b"1e3", b"nan", b"99999", b"9" * 20, b"0x3",
+         b"9007199254740995", b"\xff\xfe", b"3" * 5000, b"--3", b"-"]
     )
-    | st.binary(max_size=6).filter(lambda value: not value.isdigit())
+    | st.binary(max_size=6).filter(lambda value: not value.strip(b"-").isdigit())
 )  # fmt: skip
 async def test_garbage_is_a_miss_that_is_counted_and_healed(on_redis: OnRedis, value: bytes) -> None:
     """A value that no proxy wrote becomes no answer, hides no neighbour, and goes with the next write."""
-    opened, metrics, client, namespace = on_redis
+    opened, metrics, client, base = on_redis
     good, bad = _digest(1), _digest(2)
-    await opened.put({good: 5})
-    client.hset(_bucket(namespace, bad), bad[4:].decode("latin-1").encode("latin-1"), value)
+    await opened.put({good: 5, bad: 1})
+    client.hset(_bucket(client, base, bad), bad[FIELD], value)
     before = metrics.store_garbage._value.get()
-    assert list(await opened.get([good, bad])) == [5, 0]
+    assert await _levels(opened, [good, bad]) == [5, 0]
     assert metrics.store_garbage._value.get() == before + 1
     await opened.put({bad: 2})
-    assert list(await opened.get([good, bad])) == [5, 2]
+    assert await _levels(opened, [good, bad]) == [5, 2]
+
+
+async def test_an_answer_from_the_future_is_garbage(on_redis: OnRedis) -> None:
+    """A small number that happens to be one is not taken for an answer of years to come."""
+    opened, metrics, client, base = on_redis
+    await opened.put({_digest(1): 5})
+    for days, level in ((0, 5), (1, 5), (2, 0), (800, 0)):
+        value = -4096 + (today() + days) * 7 + 4
+        client.hset(_bucket(client, base, _digest(1)), _digest(1)[FIELD], str(value))
+        assert [level_of(entry) for entry in await opened.get([_digest(1)])] == [level]
+    assert metrics.store_garbage._value.get() == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda client, key: client.set(key, "x"),
+        lambda client, key: client.delete(key),
+        lambda client, key: client.hset(key, "buckets", "x"),
+        lambda client, key: client.hset(key, "buckets", "3"),
+        lambda client, key: client.hset(key, "buckets", "9" * 30),
+        lambda client, key: client.hset(key, "generation", "{"),
+        lambda client, key: client.hdel(key, "generation"),
+    ],
+)
+async def test_a_tag_whose_state_is_garbage_begins_anew(
+    on_redis: OnRedis, damage: Callable[["redis.Redis", str], None]
+) -> None:
+    """What cannot be found any more is a miss, other tags are none the worse, and the next write heals."""
+    opened, _, client, base = on_redis
+    pairs = {_digest(number): number % 7 + 1 for number in range(400)}
+    hurt = {digest for digest in pairs if tag_of(digest) == tag_of(_digest(3))}
+    await opened.put(pairs)
+    damage(client, state_key(base, tag_of(_digest(3))))
+    expected = {digest: 0 if digest in hurt else level for digest, level in pairs.items()}
+    assert await _levels(opened, list(pairs)) == list(expected.values())
+    await opened.put({digest: pairs[digest] for digest in hurt})
+    assert await _levels(opened, list(pairs)) == list(pairs.values())
 
 
 @pytest.mark.parametrize("kind", ["string", "list", "set"])
 async def test_a_bucket_of_a_wrong_type_is_a_miss_that_is_healed(on_redis: OnRedis, kind: str) -> None:
     """Someone else's key under a bucket's name is no answer and no error."""
-    opened, metrics, client, namespace = on_redis
-    bucket = _bucket(namespace, _digest(3))
+    opened, metrics, client, base = on_redis
+    await opened.put({_digest(3): 1})
+    bucket = _bucket(client, base, _digest(3))
+    client.delete(bucket)
     if kind == "string":
         client.set(bucket, "x")
     elif kind == "list":
         client.rpush(bucket, "x")
     else:
         client.sadd(bucket, "x")
-    assert list(await opened.get([_digest(3)])) == [0]
+    assert await _levels(opened, [_digest(3)]) == [0]
     assert metrics.store_garbage._value.get() == 1
     await opened.put({_digest(3): 6})
-    assert list(await opened.get([_digest(3)])) == [6]
+    assert await _levels(opened, [_digest(3)]) == [6]
 
 
-async def test_buckets_stay_in_the_compact_encoding(on_redis: OnRedis) -> None:
-    """A bucket is a listpack: that is what makes a pair cost 18 bytes."""
-    opened, _, client, namespace = on_redis
-    await opened.put({_digest(4): 6})
-    assert client.object("ENCODING", _bucket(namespace, _digest(4))) in {b"listpack", b"ziplist"}
+async def test_the_cache_grows_bucket_by_bucket_and_buckets_stay_small(on_redis: OnRedis) -> None:
+    """From nothing to 60,000 pairs: every pair is found on the way, each bucket is a listpack of at most 128
+    pairs (the least limit that is set anywhere), no tag lags behind, and the pairs are counted.
+    """  # noqa: D205 - one thought
+    opened, _, client, base = on_redis
+    levels: dict[bytes, int] = {}
+    for first in range(0, 60_000, 6_000):
+        more = {_digest(number): number % 7 + 1 for number in range(first, first + 6_000)}
+        await opened.put(more)
+        levels |= more
+        some = list(levels)[:: 1 + first // 3000]
+        assert await _levels(opened, some) == [levels[digest] for digest in some]
+    assert await _levels(opened, list(levels)) == list(levels.values())
+    counted = 0
+    for tag in range(TAGS):
+        found = await opened.inspect(tag, samples=30, start=0.0)
+        counted += found.pairs
+        assert found.pairs - 56 * (found.buckets - 1) >= 0 or found.buckets == 4
+        assert {encoding for encoding, _, _ in found.samples} == {"listpack"}
+    assert counted == len(levels)
+    sizes = [client.hlen(key) for key in client.scan_iter(f"{base}{{*}}?*:*", count=1000)]
+    assert sum(sizes) == len(levels)
+    assert max(sizes) <= 128
+
+
+async def test_garbage_goes_when_its_bucket_splits(on_redis: OnRedis) -> None:
+    """A field that is none, a value that is none, a bucket that is none: growth takes along what is sound."""
+    opened, metrics, client, base = on_redis
+    levels = {bytes((5,)) + os.urandom(15): 3 for _ in range(200)}
+    await opened.put(dict(list(levels.items())[:30]))
+    kept = next(iter(levels))
+    bucket = _bucket(client, base, kept)
+    client.hset(bucket, "short", "-1000")
+    client.hset(bucket, kept[FIELD], "nonsense")
+    client.set(
+        state_key(base, 1) + _state(client, base, kept).generation + ":4", "a bucket of another column"
+    )
+    await opened.put(levels)
+    await opened.put({bytes((column,)) + os.urandom(15): 2 for column in (4, 6, 7) for _ in range(200)})
+    assert metrics.store_garbage._value.get() >= 2
+    assert await _levels(opened, list(levels)) == [3] * len(levels)
+    assert not [key for key in client.scan_iter(f"{base}*") if client.type(key) != b"hash"]
+
+
+async def test_an_answer_keeps_its_day_and_a_newer_one_its_place(on_redis: OnRedis) -> None:
+    """What is written as of a day is known as of that day; an older answer never replaces a newer one."""
+    opened, _, _, _ = on_redis
+    await opened.put({_digest(1): 5}, day=today() - 10)
+    assert list(await opened.get([_digest(1)])) == [dated(5, today() - 10)]
+    await opened.put({_digest(1): 4}, day=today() - 3)
+    await opened.put({_digest(1): 3}, day=today() - 4)
+    assert list(await opened.get([_digest(1)])) == [dated(4, today() - 3)]
+    await opened.put({_digest(1): 2})
+    await opened.put({_digest(1): 1}, day=today() - 1)
+    assert list(await opened.get([_digest(1)])) == [dated(2, today())]
+
+
+async def _sweep(opened: RedisStore, *, oldest_day: int | None = None) -> int:
+    """Until every tag was looked at from end to end; the pairs removed."""
+    removed = 0
+    for tag in range(TAGS):
+        while True:
+            swept = await opened.sweep(tag, oldest_day=oldest_day, buckets=500)
+            removed += swept.removed
+            if not swept.more:
+                break
+    return removed
+
+
+async def test_the_sweep_drops_what_is_expired_and_nothing_else(on_redis: OnRedis) -> None:
+    """Pairs older than the oldest day that is kept leave memory, as does garbage; the rest stays, counted."""
+    opened, metrics, client, base = on_redis
+    old = {_digest(number): number % 7 + 1 for number in range(3000)}
+    young = {_digest(number): number % 7 + 1 for number in range(3000, 5000)}
+    await opened.put(old, day=today() - 30)
+    await opened.put(young, day=today() - 29)
+    client.hset(_bucket(client, base, _digest(4000)), "garbage", "x")
+    assert await _sweep(opened) == 0
+    assert metrics.store_garbage._value.get() == 1
+    assert await _sweep(opened, oldest_day=today() - 29) == 3000
+    assert not any(await opened.get(list(old)))
+    assert [level_of(entry) for entry in await opened.get(list(young))] == list(young.values())
+    assert sum([(await opened.inspect(tag, samples=1, start=0)).pairs for tag in range(TAGS)]) == 2000
+
+
+async def test_a_step_of_the_sweep_is_bounded_and_the_next_goes_on(on_redis: OnRedis) -> None:
+    """Ten buckets a step: after as many steps as that takes, and no sooner, the whole tag was looked at."""
+    opened, _, _, _ = on_redis
+    await opened.put({bytes((number % 4,)) + os.urandom(15): 1 for number in range(4000)}, day=0)
+    buckets = (await opened.inspect(0, samples=1, start=0)).buckets
+    steps = [
+        (await opened.sweep(0, oldest_day=today(), buckets=10)).removed for _ in range((buckets + 13) // 10)
+    ]
+    assert sum(steps) == 4000
+    assert max(steps) < 10 * 128
+    assert all(steps[: buckets // 10 - 1])
+
+
+async def test_forgetting_a_pair_forgets_that_pair(on_redis: OnRedis) -> None:
+    """It and no other is gone, whether or not it was there."""
+    opened, _, _, _ = on_redis
+    await opened.put({_digest(number): 4 for number in range(100)})
+    assert await opened.forget([_digest(7), _digest(8), _digest(1000)]) == 2
+    assert await _levels(opened, [_digest(number) for number in range(10)]) == [4] * 7 + [0, 0, 4]
+
+
+async def test_clearing_is_at_once_and_the_sweep_frees_the_memory(on_redis: OnRedis) -> None:
+    """After `clear` nothing is known, what is written next is, and the sweep removes what was left behind."""
+    opened, _, client, base = on_redis
+    await opened.put({_digest(number): 4 for number in range(5000)})
+    assert await opened.clear() == 5000
+    assert not any(await opened.get([_digest(number) for number in range(5000)]))
+    await opened.put({_digest(1): 2})
+    assert await opened.clear() == 1  # within the same minute
+    await opened.put({_digest(1): 3})
+    await _sweep(opened)
+    assert await _levels(opened, [_digest(1), _digest(2)]) == [3, 0]
+    assert len([key for key in client.scan_iter(f"{base}{{*}}?*") if client.hlen(key)]) == 1
+
+
+def test_the_pythons_layout_is_the_scripts(shared_redis: str) -> None:
+    """Both name the same bucket for a digest, at every size."""
+    naming = (
+        (scripts._FOLDER / "layout.lua").read_text()
+        + """
+        local first, scale = column_of(tonumber(ARGV[1]), byte(ARGV[2], 1) % COLUMNS)
+        local b0, b1, b2, b3 = byte(ARGV[2], 1, 4)
+        return format('%x', bucket_number(b1, b2, b3, first, scale) * COLUMNS + b0 % COLUMNS)"""
+    )
+    with redis.Redis.from_url(shared_redis) as client:
+        for buckets in [*range(4, 60), 2**16 - 1, 2**16, 2**16 + 1, 60_001]:
+            for digest in (
+                _digest(buckets * 11 + 1),
+                bytes(16),
+                b"\x03" + b"\xff" * 15,
+                b"\x01" + b"\x80" * 15,
+            ):
+                name = client.eval(naming, 1, "x{00}", buckets, digest)
+                assert TagState("g", buckets).bucket("x", digest).rpartition(":")[2] == name.decode()
+
+
+@pytest.mark.parametrize(
+    ("ttl_days", "serve_stale", "age", "expected"),
+    [(0, False, 300, "fresh"), (30, False, 29, "fresh"), (30, False, 30, "none"), (30, True, 30, "stale"),
+     (30, True, 29, "fresh"), (1, False, 0, "fresh"), (1, False, 1, "none")],
+)  # fmt: skip
+async def test_age_decides_what_is_answered(
+    on_redis: OnRedis, ttl_days: int, serve_stale: bool, age: int, expected: str
+) -> None:
+    """An answer is fresh for as many days as `--cache-ttl` says, then none, or stale if that is served."""
+    opened, metrics, _, _ = on_redis
+    lifetime = Lifetime(ttl_days, serve_stale)
+    guarded = GuardedStore(opened, metrics=metrics, lifetime=lifetime)
+    await opened.put({_digest(1): 6}, day=today() - age)
+    [entry] = await guarded.look_up([_digest(1)])
+    assert level_of(entry) == (0 if expected == "none" else 6)
+    assert lifetime.is_fresh(entry, day=today()) is (expected == "fresh")
+    assert list(await guarded.get([_digest(1)])) == [6 if expected == "fresh" else 0]
 
 
 async def test_scripts_that_the_server_forgot_are_loaded_again(on_redis: OnRedis) -> None:
@@ -139,10 +350,10 @@ async def test_scripts_that_the_server_forgot_are_loaded_again(on_redis: OnRedis
     opened, _, client, _ = on_redis
     await opened.put({_digest(5): 1})
     client.script_flush()
-    assert list(await opened.get([_digest(5)])) == [1]
+    assert await _levels(opened, [_digest(5)]) == [1]
     client.script_flush()
     await opened.put({_digest(5): 2})
-    assert list(await opened.get([_digest(5)])) == [2]
+    assert await _levels(opened, [_digest(5)]) == [2]
 
 
 @pytest.fixture
@@ -154,8 +365,8 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 async def test_many_who_wait_for_a_silent_server_wait_once(own_redis: RedisServer) -> None:
     """Look-ups and writes for many calls of a script all fail with the first, which is tried twice."""
-    opened = RedisStore(connect(own_redis.url, timeout_seconds=2), namespace="p:", metrics=_metrics())
-    assert list(await opened.get([_digest(1)])) == [0]
+    opened = RedisStore(servers(connect(own_redis.url, timeout_seconds=2)), base="p:", metrics=_metrics())
+    assert await _levels(opened, [_digest(1)]) == [0]
     own_redis.pause()
     loop = asyncio.get_running_loop()
     started_at = loop.time()
@@ -165,7 +376,7 @@ async def test_many_who_wait_for_a_silent_server_wait_once(own_redis: RedisServe
     assert all(isinstance(error, StoreError) for error in ended)
     assert loop.time() - started_at < 4 * 2  # as a second one would take
     own_redis.resume()
-    assert list(await opened.get([_digest(1)])) == [0]
+    assert await _levels(opened, [_digest(1)]) == [0]
     await opened.close()
 
 
@@ -175,7 +386,7 @@ async def test_a_full_server_refuses_and_keeps_answering(own_redis: RedisServer)
     """  # noqa: D205 - one thought
     metrics = _metrics()
     async with AsyncExitStack() as stack:
-        opened = RedisStore(connect(own_redis.url, timeout_seconds=2), namespace="full:", metrics=metrics)
+        opened = RedisStore(servers(connect(own_redis.url, timeout_seconds=2)), base="full:", metrics=metrics)
         client = stack.enter_context(own_redis.client())
         await opened.put({_digest(1): 4})
         client.config_set("maxmemory", "1mb")
@@ -193,13 +404,15 @@ async def test_a_full_server_refuses_and_keeps_answering(own_redis: RedisServer)
 async def _until_known(store: Store, levels: dict[bytes, int]) -> None:
     """Poll until the store has these levels: the guard writes them as soon as it can."""
     async with asyncio.timeout(10):
-        while list(await store.get(list(levels))) != list(levels.values()):  # noqa: ASYNC110 - nobody tells
+        while await _levels(store, list(levels)) != list(levels.values()):  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.05)
 
 
 async def test_what_a_lost_server_missed_is_written_when_it_returns(own_redis: RedisServer) -> None:
     """Answers given while it was away are kept, served from memory, and saved."""
-    opened = RedisStore(connect(own_redis.url, timeout_seconds=10), namespace="lost:", metrics=_metrics())
+    opened = RedisStore(
+        servers(connect(own_redis.url, timeout_seconds=10)), base="lost:", metrics=_metrics()
+    )
     guarded = GuardedStore(opened, metrics=_metrics())
     own_redis.kill()
     await guarded.put({_digest(number): number % 7 + 1 for number in range(50)})

@@ -259,7 +259,7 @@ def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
         assert "s3cret" not in proxy.log
         assert _up(proxy)
         with redis.Redis(port=own_redis.port, password="s3cret") as client:
-            wait_for(lambda: any(b":c1:" in key for key in client.scan_iter()), what="it is written")
+            wait_for(lambda: any(b":c2:" in key for key in client.scan_iter()), what="it is written")
 
 
 def test_a_redis_that_evicts_any_key_is_warned_of_once(own_redis: RedisServer) -> None:

@@ -1,7 +1,7 @@
 """L2: what all replicas remember, behind one small protocol.
 
-`redis.py` speaks to any server, `embedded.py` starts one, `memory.py` is for a process that wants neither;
-`guarded.py` is how the rest of the proxy sees them: a store that never raises.
+`redis.py` speaks to any server, alone or in a Cluster, `embedded.py` starts one, `memory.py` is for a process
+that wants neither; `guarded.py` is how the rest of the proxy sees them: a store that never raises.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ class Store(Protocol):
     """Answers by digest. Every method may raise `StoreError`, and nothing else."""
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
-        """The level of each digest, by position; 0 where none is known."""
+        """The entry (`dated.py`) of each digest, by position, however old; 0 where none is known."""
 
     async def put(self, levels: Mapping[bytes, int]) -> None:
-        """Remember levels; repeating a call changes nothing."""
+        """Remember levels as of today; repeating a call changes nothing."""
 
     async def close(self) -> None:
         """Let go of connections and processes."""

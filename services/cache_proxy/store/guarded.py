@@ -9,6 +9,7 @@ from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.key import DIGEST_BYTES
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store
+from services.cache_proxy.store.dated import Lifetime, dated, level_of, today
 from services.common.endings import end
 
 _log = logging.getLogger(__name__)
@@ -27,8 +28,9 @@ class GuardedStore:
     `_unsaved` only after its write was confirmed, and only if no newer one took its place.
     """
 
-    def __init__(self, store: Store, *, metrics: ProxyMetrics) -> None:
+    def __init__(self, store: Store, *, metrics: ProxyMetrics, lifetime: Lifetime | None = None) -> None:
         self._store = store
+        self._lifetime = lifetime or Lifetime()
         self._metrics = metrics
         self._up = True
         self._refusing = False
@@ -42,16 +44,29 @@ class GuardedStore:
         return self._up
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
-        """The level of each digest, by position; 0 where none is known or nothing can be learnt."""
-        levels: Sequence[int] = bytes(len(digests))
+        """The level of each digest, by position; 0 where none is fresh or nothing can be learnt."""
+        day = today()
+        entries = await self.look_up(digests)
+        return [level_of(entry) if self._lifetime.is_fresh(entry, day=day) else 0 for entry in entries]
+
+    async def look_up(self, digests: Sequence[bytes]) -> Sequence[int]:
+        """By position: the entry of each digest that may be answered, stale if that is served; else 0."""
+        entries: Sequence[int] = bytes(len(digests))
         if self._up:
             try:
-                levels = await self._store.get(digests)
+                entries = await self._store.get(digests)
             except StoreError as error:
                 self._failed(error)
-        if not self._unsaved:
-            return levels
-        return [level or self._unsaved.get(key, 0) for key, level in zip(digests, levels, strict=True)]
+        if self._unsaved:
+            unsaved = self._unsaved
+            entries = [
+                dated(unsaved[digest], today()) if digest in unsaved else entry
+                for digest, entry in zip(digests, entries, strict=True)
+            ]
+        day, lifetime = today(), self._lifetime
+        if lifetime.ttl_days:
+            entries = [lifetime.served(entry, day=day) for entry in entries]
+        return entries
 
     async def put(self, levels: Mapping[bytes, int]) -> None:
         """Remember levels, now or as soon as the store takes them."""

@@ -2,25 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 
-from services.cache_proxy.l1 import L1Cache
+from services.cache_proxy.store.dated import dated, today
 
-_MAX_BYTES = 2**32
+_MAX_ENTRIES = 20_000_000  # about 3 GB
 
 
 class MemoryStore:
-    """A larger L1 behind the store's protocol, so that `memory:` needs no path of its own."""
+    """A dict; the oldest go when it is full.
+
+    State: `_entries`, in the order in which they were first put; event loop only.
+    """
 
     def __init__(self) -> None:
-        self._answers = L1Cache(max_bytes=_MAX_BYTES)
+        self._entries: dict[bytes, int] = {}
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
         """See `Store.get`."""
-        return [self._answers.get(digest) for digest in digests]
+        return [self._entries.get(digest, 0) for digest in digests]
 
     async def put(self, levels: Mapping[bytes, int]) -> None:
         """See `Store.put`."""
+        day = today()
         for digest, level in levels.items():
-            self._answers.put(digest, level)
+            self._entries[digest] = dated(level, day)
+        while len(self._entries) > _MAX_ENTRIES:
+            del self._entries[next(iter(self._entries))]
 
     async def close(self) -> None:
         """See `Store.close`."""

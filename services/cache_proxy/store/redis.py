@@ -1,77 +1,188 @@
-"""The store on a Redis or Valkey server: hash buckets, one script call for a batch."""
+"""The store on Redis or Valkey: hash buckets, and one script call for a batch (on a Cluster, for a tag)."""
 
 import asyncio
 import itertools
+import sys
+from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-
-from services.cache_proxy.config import redact
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.riders import Riders
-from services.common.errors import UsageError
+from services.cache_proxy.store import layout
+from services.cache_proxy.store.dated import today
+from services.cache_proxy.store.layout import FIELD, TAGS, TagState, entry_of_value, state_key, tag_of
+from services.cache_proxy.store.scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
+from services.cache_proxy.store.servers import Call, Servers, SlotMoving
 
-_DAY_0_UNIX_SECONDS = 1_704_067_200  # 2024-01-01: the day fits 13 bits until 2046
-_SCRIPT_PAIRS = 1000  # a script call of this size holds Redis for about 2 ms
+_GET_PAIRS = (
+    1000  # a script call of this size holds Redis for some 2 ms, and so does one that writes the next
+)
+_PUT_PAIRS = 250
+_CLUSTER_PAIRS = 4000  # which is 60 a tag
 _MAX_OPERATIONS = 16
-_MAX_CONNECTIONS = 32  # the queue's scripts and its subscription are on the same client
-_SCRIPTS = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a step of the sweep found: pairs removed, and whether earlier generations have left something."""
+
+    removed: int
+    more: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """What a tag holds; `samples` are (encoding, pairs, bytes) of some of its buckets."""
+
+    generation: str
+    buckets: int
+    pairs: int
+    leftovers: bool
+    samples: list[tuple[str, int, int]]
 
 
 class RedisStore:
-    """Looks up and remembers whole batches; both scripts may be repeated, so one retry is safe.
+    """Looks up and remembers whole batches; every script may be repeated, so one retry is safe.
 
     State: `_failures`, so that whoever waited behind a server that fell silent does not wait for it too.
     """
 
-    def __init__(self, client: "redis.asyncio.Redis", *, namespace: str, metrics: ProxyMetrics) -> None:
-        self._client = client
+    def __init__(self, servers: Servers, *, base: str, metrics: ProxyMetrics) -> None:
+        self._servers = servers
+        self._base = base
         self._metrics = metrics
-        self._keys = [namespace]
         # Waiting for one's turn is not the server being slow: only the operation itself is timed out.
         self._turns = asyncio.Semaphore(_MAX_OPERATIONS)
         self._failures = 0
-        self._together = Riders(self._get_together, size=len, most=_SCRIPT_PAIRS)
-        self._get = client.register_script((_SCRIPTS / "get.lua").read_bytes())
-        self._put = client.register_script((_SCRIPTS / "put.lua").read_bytes())
+        self._most = _CLUSTER_PAIRS if servers.by_tag else _GET_PAIRS
+        self._together = Riders(self._get_together, size=len, most=self._most)
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
         """See `Store.get`."""
-        levels = bytearray()
-        for chunk in _chunks(digests):
-            levels += await self._together.ride(chunk)
-        return levels
+        entries: list[int] = []
+        for chunk in _chunks(digests, self._most):
+            entries += await self._together.ride(chunk)
+        return entries
 
-    async def _get_together(self, chunks: Sequence[Sequence[bytes]]) -> Sequence[bytes]:
+    async def _get_together(self, chunks: Sequence[Sequence[bytes]]) -> Sequence[Sequence[int]]:
+        digests = list(itertools.chain.from_iterable(chunks))
+        entries = [0] * len(digests)
         async with self._operation("get"):
-            packed = b"".join(itertools.chain.from_iterable(chunks))
-            found, garbage = await self._get(keys=self._keys, args=[packed])
-            self._metrics.store_garbage.inc(garbage)
-        if len(found) != sum(map(len, chunks)):
-            message = f"the store answered {len(found)} of {sum(map(len, chunks))} look-ups"
-            raise StoreError(message)
-        levels = iter(found)
-        return [bytes(itertools.islice(levels, len(chunk))) for chunk in chunks]
+            groups = self._groups(digests)
+            replies = await self._run(
+                GET, [(digests[p[0]], [b"".join([digests[i] for i in p])]) for p in groups]
+            )
+            for places, reply in zip(groups, replies, strict=True):
+                if isinstance(reply, SlotMoving):
+                    found = await self._get_one_by_one([digests[place] for place in places])
+                elif isinstance(reply, StoreError):
+                    continue  # one node of several: what it has is not known, and the rest is
+                else:
+                    found = _unpacked(reply[0], count=len(places))
+                    self._metrics.store_garbage.inc(reply[1])
+                if len(groups) == 1:
+                    entries = list(found)
+                else:
+                    for place, entry in zip(places, found, strict=True):
+                        entries[place] = entry
+        rest = iter(entries)
+        return [list(itertools.islice(rest, len(chunk))) for chunk in chunks]
 
-    async def put(self, levels: Mapping[bytes, int]) -> None:
-        """See `Store.put`."""
-        for chunk in _chunks(list(levels.items())):
-            packed = b"".join(digest + bytes((level,)) for digest, level in chunk)
+    async def _get_one_by_one(self, digests: Sequence[bytes]) -> Sequence[int]:
+        """Pairs of a tag whose slot is moving: each key is here or there, so each is asked for by itself."""
+        key = state_key(self._base, tag_of(digests[0]))
+        [[generation, buckets]] = await self._servers.read([("HMGET", key, "generation", "buckets")])
+        if generation is None or not (buckets or b"").isdigit() or int(buckets) < layout.COLUMNS:
+            return [0] * len(digests)
+        state = TagState(generation.decode("latin-1"), int(buckets))
+        values = await self._servers.read(
+            [("HGET", state.bucket(self._base, digest), digest[FIELD]) for digest in digests]
+        )
+        return [entry_of_value(value, today=today()) or 0 for value in values]
+
+    async def put(self, levels: Mapping[bytes, int], *, day: int | None = None) -> None:
+        """See `Store.put`; as of another `day`, nothing newer is overwritten."""
+        most = _CLUSTER_PAIRS if self._servers.by_tag else _PUT_PAIRS
+        # In the order of their tags: a call that is about few of them has less to read and to write.
+        for chunk in _chunks(sorted(levels.items()), most):
+            packed = [digest + bytes((level,)) for digest, level in chunk]
             async with self._operation("put"):
-                await self._put(keys=self._keys, args=[packed, _DAY_0_UNIX_SECONDS])
+                groups = self._groups(packed)
+                as_of = "" if day is None else day
+                replies = await self._run(
+                    PUT, [(packed[p[0]], [b"".join([packed[i] for i in p]), as_of]) for p in groups]
+                )
+                failed = [reply for reply in replies if isinstance(reply, StoreError)]
+                if failed:
+                    message = f"of {len(replies)} calls {len(failed)} failed: {failed[0]}"
+                    raise StoreRefused(message) from failed[0]
+                self._metrics.store_garbage.inc(sum(replies))
+
+    async def forget(self, digests: Sequence[bytes]) -> int:
+        """Forget pairs; how many were there."""
+        async with self._operation("forget"):
+            groups = self._groups(digests)
+            replies = await self._run(
+                FORGET, [(digests[p[0]], [b"".join([digests[i] for i in p])]) for p in groups]
+            )
+            return sum(map(_required, replies))
+
+    async def clear(self) -> int:
+        """Forget everything, each tag at once; how many pairs there were. `sweep` frees the memory."""
+        async with self._operation("clear"):
+            calls = [Call(state_key(self._base, tag), []) for tag in range(TAGS)]
+            return sum(map(_required, await self._servers.run(CLEAR, calls)))
+
+    async def sweep(self, tag: int, *, oldest_day: int | None, buckets: int) -> Swept:
+        """Drop what is expired, garbage, or left of earlier generations in the next `buckets` of a tag."""
+        async with self._operation("sweep"):
+            call = Call(state_key(self._base, tag), ["" if oldest_day is None else oldest_day, buckets])
+            removed, garbage, more = _required((await self._servers.run(SWEEP, [call]))[0])
+            self._metrics.store_garbage.inc(garbage)
+            return Swept(removed, bool(more))
+
+    async def inspect(self, tag: int, *, samples: int, start: float) -> Inspected:
+        """Look at a tag and some of its buckets; `start`, from 0 up to 1, says which."""
+        async with self._operation("inspect"):
+            call = Call(state_key(self._base, tag), [samples, start])
+            reply = _required((await self._servers.run(INSPECT, [call]))[0])
+        generation, buckets, pairs, leftovers, looked_at, garbage = reply
+        self._metrics.store_garbage.inc(garbage)
+        triples = zip(looked_at[::3], looked_at[1::3], looked_at[2::3], strict=True)
+        return Inspected(
+            generation.decode(),
+            buckets,
+            pairs,
+            bool(leftovers),
+            [(name.decode(), n, size) for name, n, size in triples],
+        )
 
     async def close(self) -> None:
         """See `Store.close`."""
-        await self._client.aclose(close_connection_pool=True)  # which it does not do by itself
+        await self._servers.close()
+
+    def _groups(self, items: Sequence[bytes]) -> list[Sequence[int]]:
+        """The places of items (which begin with a digest) that one call may be about."""
+        if not self._servers.by_tag:
+            return [range(len(items))] if items else []
+        groups: dict[int, list[int]] = {}
+        for place, item in enumerate(items):
+            groups.setdefault(tag_of(item), []).append(place)
+        return list(groups.values())
+
+    async def _run(self, script: Script, calls: Sequence[tuple[bytes, list[Any]]]) -> list[Any]:
+        """Run a script, each call about the tag of this digest; raises only if all fail."""
+        replies = await self._servers.run(
+            script, [Call(state_key(self._base, tag_of(digest)), args) for digest, args in calls]
+        )
+        failed = [reply for reply in replies if isinstance(reply, StoreError)]
+        if failed and len(failed) == len(replies) and not isinstance(failed[0], SlotMoving):
+            raise failed[0]
+        return replies
 
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:
@@ -80,7 +191,7 @@ class RedisStore:
             if self._failures != failures:
                 raise StoreError("it failed whoever asked before")
             try:
-                with self._metrics.store_duration.labels(name).time(), _translated():
+                with self._metrics.store_duration.labels(name).time():
                     yield
             except StoreRefused:
                 raise  # it answered
@@ -89,55 +200,23 @@ class RedisStore:
                 raise
 
 
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-        raise StoreError(str(error) or type(error).__name__) from error
-    except ResponseError as error:
-        raise StoreRefused(str(error)) from error
-    except RedisError as error:
-        raise StoreError(str(error) or type(error).__name__) from error
+def _required(reply: Any) -> Any:
+    if isinstance(reply, StoreError):
+        raise reply
+    return reply
 
 
-def connect(
-    url: str,
-    *,
-    timeout_seconds: float,
-    username: str | None = None,
-    password: bytes | None = None,
-    tls_ca: str | None = None,
-) -> "redis.asyncio.Redis":
-    """A client that waits for a free connection instead of raising, and bounds every wait."""
-    options: dict[str, Any] = {
-        "max_connections": _MAX_CONNECTIONS,
-        "timeout": timeout_seconds,
-        "socket_timeout": timeout_seconds,
-        "socket_connect_timeout": timeout_seconds,
-        "health_check_interval": 0,
-        # Once more: the server may have closed a connection that lay idle, and a process that got no time of
-        # the machine finds its own timer over before it reads the answer. Whatever is sent may be sent twice.
-        "retry": Retry(NoBackoff(), 1),
-    }
-    if username is not None:
-        options["username"] = username
-    if password is not None:
-        options["password"] = password
-    if tls_ca is not None:
-        options["ssl_ca_certs"] = tls_ca
-    try:
-        pool = redis.asyncio.BlockingConnectionPool.from_url(url, **options)
-        pool.make_connection()  # type: ignore[no-untyped-call]  # not yet opened; it shows a parameter that no connection knows
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        # Never the error's own words: they may quote the part of the URL that holds the password.
-        message = f"--cache-url {redact(url)}: not a URL that can be used ({type(error).__name__})"
-        raise UsageError(message) from error
-    return redis.asyncio.Redis(connection_pool=pool)
+def _unpacked(reply: bytes, *, count: int) -> Sequence[int]:
+    entries = array("H")
+    if len(reply) != count * entries.itemsize:
+        message = f"the store answered {len(reply)} bytes for {count} look-ups"
+        raise StoreError(message)
+    entries.frombytes(reply)
+    if sys.byteorder == "big":
+        entries.byteswap()
+    return entries
 
 
-def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in itertools.count(step=_SCRIPT_PAIRS):
-        if start >= len(items):
-            return
-        yield items[start : start + _SCRIPT_PAIRS]
+def _chunks(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), most):
+        yield items[start : start + most]

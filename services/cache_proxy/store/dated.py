@@ -1,0 +1,55 @@
+"""What the store knows of a pair: its level and the day it was inferred on, in one integer, an *entry*."""
+
+import time
+from dataclasses import dataclass
+
+DAY_0 = 1_767_225_600  # 2026-01-01
+DAY_SECONDS = 86_400
+LEVEL_BITS = 3
+_LEVEL_MASK = (1 << LEVEL_BITS) - 1
+_DAY_MASK = (1 << 13) - 1
+PREVIOUS = 1 << 16  # the answer of the previous model version: served, and refreshed behind
+
+
+def today() -> int:
+    """Days since `DAY_0`."""
+    return int(time.time() - DAY_0) // DAY_SECONDS
+
+
+def dated(level: int, day: int) -> int:
+    """The entry of a level; 0 is the entry of a pair that is not known."""
+    return day << LEVEL_BITS | level
+
+
+def level_of(entry: int) -> int:
+    """Its level, 0 if there is none."""
+    return entry & _LEVEL_MASK
+
+
+def day_of(entry: int) -> int:
+    """The day it was inferred on."""
+    return entry >> LEVEL_BITS & _DAY_MASK
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """How old an answer may be; `ttl_days` 0: any age."""
+
+    ttl_days: int = 0
+    serve_stale: bool = False
+
+    def is_fresh(self, entry: int, *, day: int) -> bool:
+        """Whether it answers as it is: neither too old on `day`, nor another version's."""
+        young = not self.ttl_days or day_of(entry) > day - self.ttl_days
+        return entry != 0 and young and not entry & PREVIOUS
+
+    def served(self, entry: int, *, day: int) -> int:
+        """The entry itself if it may be answered, else 0. One that is not fresh is also to be asked again."""
+        if entry & PREVIOUS or self.serve_stale or self.is_fresh(entry, day=day):
+            return entry
+        return 0
+
+    @property
+    def kept_days(self) -> int:
+        """When the store drops it; 0: never. What is served stale gets its time once more to be asked for."""
+        return self.ttl_days * (2 if self.serve_stale else 1)

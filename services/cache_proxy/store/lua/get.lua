@@ -1,0 +1,60 @@
+-- Look up a batch of pairs.
+-- ARGV[1]  the digests, 16 bytes each, one after the other
+-- Returns  {two bytes a digest: day * 8 + level, the low byte first, 0 if there is none; how much was garbage}
+local digests = ARGV[1]
+local prefixes, firsts, scales = {}, {}, {} -- prefix: by tag, false if it has no state
+local entries, count = {}, 0
+local known = {} -- value -> entry: a batch has few different ones
+
+local function look_at(tag)
+  local state = load_state(tag_key(tag))
+  prefixes[tag] = state and state.prefix or false
+  if state then
+    for column = 0, COLUMNS - 1 do
+      local at = tag * COLUMNS + column
+      firsts[at], scales[at] = column_of(state.buckets, column)
+    end
+  end
+end
+
+local function entry_of(value)
+  local level, day = unpack_value(value)
+  local entry = false
+  if level then
+    entry = string.char((day * 8 + level) % 256, floor((day * 8 + level) / 256))
+  end
+  if type(value) == 'string' then
+    known[value] = entry
+  end
+  return entry
+end
+
+for at = 1, #digests, 16 do
+  local b0, b1, b2, b3 = byte(digests, at, at + 3)
+  local column = b0 % COLUMNS
+  local tag = (b0 - column) / COLUMNS
+  local prefix = prefixes[tag]
+  if prefix == nil then
+    look_at(tag)
+    prefix = prefixes[tag]
+  end
+  local value = false
+  if prefix then
+    local bucket = prefix .. format('%x', bucket_number(b1, b2, b3, firsts[b0], scales[b0]) * COLUMNS + column)
+    value = try('HGET', bucket, sub(digests, at + 1, at + 11))
+  end
+  count = count + 1
+  if value then
+    local entry = known[value]
+    if entry == nil then
+      entry = entry_of(value)
+    end
+    if not entry then
+      garbage = garbage + 1
+    end
+    entries[count] = entry or '\0\0'
+  else
+    entries[count] = '\0\0'
+  end
+end
+return { table.concat(entries), garbage }

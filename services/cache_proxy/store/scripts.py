@@ -1,0 +1,32 @@
+"""The store's Lua scripts: each one decision, behind a prelude that they share."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent / "lua"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's text, and the name by which Redis knows it once it has run."""
+
+    text: str
+    sha: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Name it."""
+        sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "sha", sha)
+
+
+def _script(*names: str) -> Script:
+    return Script("".join((_FOLDER / f"{name}.lua").read_text(encoding="utf-8") for name in names))
+
+
+GET = _script("layout", "get")
+PUT = _script("layout", "writing", "put")
+FORGET = _script("layout", "writing", "forget")
+CLEAR = _script("layout", "writing", "clear")
+SWEEP = _script("layout", "writing", "sweep")
+INSPECT = _script("layout", "inspect")

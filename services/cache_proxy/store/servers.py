@@ -1,0 +1,92 @@
+"""One server behind the store, or many: `Servers` is all that the store knows of either."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import redis.asyncio
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from services.cache_proxy.errors import StoreError, StoreRefused
+from services.cache_proxy.store.scripts import Script
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A script's call: the key that says where it runs, and its arguments."""
+
+    key: str
+    args: Sequence[Any]
+
+
+class SlotMoving(StoreRefused):
+    """The call's slot is on its way to another node: half of its keys are here, half there."""
+
+
+class Servers(Protocol):
+    """Where scripts run."""
+
+    by_tag: bool
+    """Whether a call may be about the pairs of one tag only."""
+
+    async def run(self, script: Script, calls: Sequence[Call]) -> list[Any]:
+        """Each call's reply, or the `StoreError` that it ended with."""
+
+    async def command(self, key: str, *command: Any) -> Any:
+        """A command about one key. Raises `StoreError`."""
+
+    async def read(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The replies to commands about one key each, their second word. Raises `StoreError`."""
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+
+
+class OneServer:
+    """A server by itself, or the master that Sentinels name."""
+
+    by_tag = False
+
+    def __init__(self, client: "redis.asyncio.Redis") -> None:
+        self._client = client
+
+    async def run(self, script: Script, calls: Sequence[Call]) -> list[Any]:
+        """See `Servers.run`."""
+        return [await self._run(script, call) for call in calls]
+
+    async def _run(self, script: Script, call: Call) -> Any:
+        try:
+            try:
+                return await self._client.evalsha(script.sha, 1, call.key, *call.args)
+            except NoScriptError:
+                return await self._client.eval(script.text, 1, call.key, *call.args)
+        except (RedisError, OSError) as error:
+            return translated(error)
+
+    async def command(self, key: str, *command: Any) -> Any:
+        """See `Servers.command`."""
+        del key
+        try:
+            return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
+        except (RedisError, OSError) as error:
+            raise translated(error) from error
+
+    async def read(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """See `Servers.read`."""
+        return [await self.command(command[1], *command) for command in commands]
+
+    async def close(self) -> None:
+        """See `Servers.close`."""
+        await self._client.aclose(close_connection_pool=True)  # which it does not do by itself
+
+
+def translated(error: Exception) -> StoreError:
+    """The store's word for what went wrong."""
+    text = str(error) or type(error).__name__
+    away = isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
+    refused = isinstance(error, ResponseError) and not away
+    failure = StoreRefused(text) if refused else StoreError(text)
+    failure.__cause__ = error
+    return failure

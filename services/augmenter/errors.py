@@ -1,22 +1,6 @@
 """What can go wrong in an augmenting run. Each error is one sentence that a person can act on."""
 
-from services.common.errors import CommandError
-
-
-class FileError(CommandError):
-    """One file cannot be done; the others go on."""
-
-
-class CorruptInputError(FileError):
-    """The compressed input cannot be read to its end."""
-
-
-class LineTooLongError(FileError):
-    """A line is longer than memory may be spent on."""
-
-    def __init__(self, *, line: int, limit_bytes: int) -> None:
-        super().__init__(f"line {line} is longer than {limit_bytes // 2**20} MiB")
-        self.line = line
+from services.common.errors import CommandError, FileError
 
 
 class InputChangedError(FileError):

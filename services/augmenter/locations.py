@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from services.augmenter.codec import SUFFIXES, format_of
 from services.augmenter.errors import StoreError
 from services.augmenter.object_store.protocol import REJECTS_FOLDER
+from services.common.codec import SUFFIXES, format_of
 from services.common.errors import UsageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

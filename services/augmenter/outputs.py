@@ -5,8 +5,8 @@ import json
 from types import TracebackType
 from typing import Self
 
-from services.augmenter.codec import PLAIN, Encoder, Format
 from services.augmenter.object_store.protocol import REASONS_SUFFIX, Item, Store, Upload
+from services.common.codec import PLAIN, Encoder, Format
 
 
 class Output:

@@ -5,15 +5,15 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from services.augmenter import jsonl
-from services.augmenter.codec import Decoder, Format
 from services.augmenter.errors import AccountingError
-from services.augmenter.lines import BOM, windows
 from services.augmenter.object_store.protocol import Item, Store
 from services.augmenter.outputs import Output, Rejects
 from services.augmenter.proxy_client import Answers, ProxyClient
 from services.augmenter.retry import RetryBudget
 from services.augmenter.tasks import read_ahead
 from services.augmenter.totals import LineCounts, Totals
+from services.common.codec import Decoder, Format
+from services.common.lines import BOM, windows
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from services.augmenter.codec import Format, format_of
-from services.augmenter.errors import FileError
 from services.augmenter.metrics import Metrics
 from services.augmenter.object_store.protocol import Item, Store
 from services.augmenter.tasks import together
 from services.augmenter.totals import LineCounts, Totals
+from services.common.codec import Format, format_of
+from services.common.errors import FileError
 
 _log = logging.getLogger("augmenter")
 _FILES_KNOWN_AHEAD = 10_000

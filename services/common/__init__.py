@@ -1,1 +1,1 @@
-"""What every command shares: its flags, its logs, its HTTP endpoint. It knows no service."""
+"""What every command shares: its flags, logs, HTTP endpoint, files of lines. It knows no service."""

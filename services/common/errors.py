@@ -11,3 +11,19 @@ class UsageError(CommandError):
     """What the user asked for cannot be meant: exit code 2."""
 
     exit_code = 2
+
+
+class FileError(CommandError):
+    """One file cannot be done; the others go on."""
+
+
+class CorruptInputError(FileError):
+    """The compressed input cannot be read to its end."""
+
+
+class LineTooLongError(FileError):
+    """A line is longer than memory may be spent on."""
+
+    def __init__(self, *, line: int, limit_bytes: int) -> None:
+        super().__init__(f"line {line} is longer than {limit_bytes // 2**20} MiB")
+        self.line = line

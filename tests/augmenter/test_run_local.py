@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from services.augmenter.codec import format_of
+from services.common.codec import format_of
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Stub, StubWith, posting, reasons
 from tests.support.processes import stub_calls

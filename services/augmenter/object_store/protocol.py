@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from services.augmenter.codec import format_of
+from services.common.codec import format_of
 
 REJECTS_FOLDER = "_rejects"
 REASONS_SUFFIX = ".reasons.jsonl"

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 import zstandard
 
-from services.augmenter.errors import CorruptInputError
+from services.common.errors import CorruptInputError
 
 _GZIP_SLICE_BYTES = 4096
 _ZSTD_SLICE_BYTES = 256

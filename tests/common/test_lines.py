@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.augmenter import lines
-from services.augmenter.errors import LineTooLongError
+from services.common import lines
+from services.common.errors import LineTooLongError
 
 
 async def _pieces(data: bytes, size: int) -> AsyncIterator[bytes]:

@@ -6,8 +6,8 @@ import random
 import pytest
 import zstandard
 
-from services.augmenter.codec import SUFFIXES, format_of
-from services.augmenter.errors import CorruptInputError
+from services.common.codec import SUFFIXES, format_of
+from services.common.errors import CorruptInputError
 
 _TEXT = b'{"company":"Acme","title":"Clerk"}\n' * 2_000
 

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from services.augmenter.errors import LineTooLongError
+from services.common.errors import LineTooLongError
 
 WINDOW_BYTES = 4 * 2**20
 WINDOW_LINES = 20_000

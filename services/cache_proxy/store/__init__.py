@@ -17,5 +17,8 @@ class Store(Protocol):
     async def put(self, levels: Mapping[bytes, int]) -> None:
         """Remember levels as of today; repeating a call changes nothing."""
 
+    async def forget(self, digests: Sequence[bytes]) -> int:
+        """Forget these; how many were known."""
+
     async def close(self) -> None:
         """Let go of connections and processes."""

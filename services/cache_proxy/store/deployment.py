@@ -31,6 +31,11 @@ def base_key(key: KeySettings) -> str:
     return f"{key.key_prefix}:{_LAYOUT}:{key.namespace}:"
 
 
+def bookmarks_key(key: KeySettings) -> str:
+    """Where `warm` notes how far it came: a hash, file -> lines."""
+    return f"{base_key(key)}warm"
+
+
 def recipe(key: KeySettings) -> Recipe:
     """How these settings make keys."""
     secret = read_secret(key.key_secret_file, flag_name="--key-secret-file")

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -166,6 +167,20 @@ class EmbeddedServer:
             except (CommandError, OSError) as error:
                 _log.error("%s", error)
                 await asyncio.sleep(_RESTART_SECONDS)
+
+
+def socket_in_use(folder: Path) -> str | None:
+    """The socket of the folder's server, if one is running; good for as long as this process lives."""
+    try:
+        if len(os.fsencode(folder.resolve() / _SOCKET_NAME)) <= _MAX_SOCKET_PATH:
+            place = str(folder.resolve())
+        else:
+            place = f"/proc/self/fd/{os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)}"
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(f"{place}/{_SOCKET_NAME}")
+    except OSError:
+        return None
+    return f"{place}/{_SOCKET_NAME}"
 
 
 def _server_program() -> Path:

@@ -83,6 +83,24 @@ class GuardedStore:
                 del self._unsaved[digest]
         self._ensure_probe()
 
+    async def forget(self, digests: Sequence[bytes]) -> None:
+        """Forget answers that must not be remembered. If the store is down, so is whoever said so."""
+        for digest in digests:
+            self.discard(digest)
+        if self._up and digests:
+            try:
+                await self._store.forget(digests)
+            except StoreError as error:
+                self._failed(error)
+
+    def discard(self, digest: bytes) -> None:
+        """Forget an answer that is not saved yet: it was invalidated."""
+        self._unsaved.pop(digest, None)
+
+    def discard_all(self) -> None:
+        """Forget every answer that is not saved yet."""
+        self._unsaved.clear()
+
     async def close(self) -> None:
         """Write what is unsaved if that is possible now, then close the store."""
         if self._probe is not None:

@@ -28,5 +28,9 @@ class MemoryStore:
         while len(self._entries) > _MAX_ENTRIES:
             del self._entries[next(iter(self._entries))]
 
+    async def forget(self, digests: Sequence[bytes]) -> int:
+        """See `Store.forget`."""
+        return sum(self._entries.pop(digest, None) is not None for digest in digests)
+
     async def close(self) -> None:
         """See `Store.close`."""

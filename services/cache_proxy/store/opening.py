@@ -1,8 +1,10 @@
 """Opens the store that `--cache-url` names."""
 
+import asyncio
+import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +12,25 @@ from typing import cast
 
 import redis.asyncio
 
-from services.cache_proxy.config import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings, read_secret, redact
+from services.cache_proxy.config import (
+    DEFAULT_EMBEDDED_DIR,
+    AnswerSettings,
+    CacheSettings,
+    KeySettings,
+    read_secret,
+    redact,
+)
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store
 from services.cache_proxy.store.connecting import Access, Client, connect, servers
+from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.deployment import base_key
 from services.cache_proxy.store.embedded import EmbeddedServer
+from services.cache_proxy.store.housekeeping import Housekeeping
+from services.cache_proxy.store.invalidation import InvalidationLog
 from services.cache_proxy.store.memory import MemoryStore
 from services.cache_proxy.store.redis import RedisStore
+from services.cache_proxy.store.versions import VersionedStore
 
 _log = logging.getLogger(__name__)
 
@@ -26,26 +39,51 @@ _EMBEDDED_TIMEOUT_SECONDS = 2.0  # no network in between, but a folder on a slow
 
 @dataclass(frozen=True, slots=True)
 class OpenedStore:
-    """The store, and, if it is in a Redis that other replicas may share, the client that leads there."""
+    """The store, and, if it is in a Redis that other replicas may share, the client that leads there.
+
+    `logs` tell what was invalidated: a `Follower` of each keeps L1 right.
+    """
 
     store: Store
     shared: "redis.asyncio.Redis | None" = None
+    logs: Sequence[InvalidationLog] = ()
 
 
 @asynccontextmanager
 async def open_store(
-    cache: CacheSettings, key: KeySettings, metrics: ProxyMetrics
+    cache: CacheSettings, key: KeySettings, metrics: ProxyMetrics, answers: AnswerSettings | None = None
 ) -> AsyncIterator[OpenedStore]:
     """The store, and for `embedded:` its server, for as long as the block lasts. Raises CommandError."""
     if cache.cache_url.startswith("memory:"):
         yield OpenedStore(MemoryStore())
         return
+    answers = answers or AnswerSettings()
     async with open_client(cache) as client:
-        store = RedisStore(servers(client), base=base_key(key), metrics=metrics)
-        if cache.cache_url.startswith("embedded:"):
-            yield OpenedStore(store)
-        else:  # what the queue asks of a client, a Cluster's has too
-            yield OpenedStore(store, cast("redis.asyncio.Redis", client))
+        reached = servers(client)
+        current = RedisStore(reached, base=base_key(key), metrics=metrics)
+        store: Store = current
+        logs = [InvalidationLog(reached, base_key(key))]
+        if answers.previous_model_version is not None:
+            previous = base_key(dataclasses.replace(key, model_version=answers.previous_model_version))
+            store = VersionedStore(current, RedisStore(reached, base=previous, metrics=metrics))
+            logs.append(InvalidationLog(reached, previous))
+        lifetime = Lifetime(answers.ttl_days, answers.serve_stale)
+        async with _running(Housekeeping(reached, current, key=key, lifetime=lifetime)):
+            if cache.cache_url.startswith("embedded:"):
+                yield OpenedStore(store, logs=logs)
+            else:  # what the queue asks of a client, a Cluster's has too
+                yield OpenedStore(store, cast("redis.asyncio.Redis", client), logs)
+        await reached.close()  # once more: the housekeeping may have used it since the store was closed
+
+
+@asynccontextmanager
+async def _running(housekeeping: Housekeeping) -> AsyncIterator[None]:
+    task = asyncio.create_task(housekeeping.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager

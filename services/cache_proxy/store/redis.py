@@ -42,6 +42,7 @@ class Inspected:
     buckets: int
     pairs: int
     leftovers: bool
+    garbage: int
     samples: list[tuple[str, int, int]]
 
 
@@ -123,7 +124,7 @@ class RedisStore:
                 self._metrics.store_garbage.inc(sum(replies))
 
     async def forget(self, digests: Sequence[bytes]) -> int:
-        """Forget pairs; how many were there."""
+        """See `Store.forget`."""
         async with self._operation("forget"):
             groups = self._groups(digests)
             replies = await self._run(
@@ -151,15 +152,9 @@ class RedisStore:
             call = Call(state_key(self._base, tag), [samples, start])
             reply = _required((await self._servers.run(INSPECT, [call]))[0])
         generation, buckets, pairs, leftovers, looked_at, garbage = reply
-        self._metrics.store_garbage.inc(garbage)
         triples = zip(looked_at[::3], looked_at[1::3], looked_at[2::3], strict=True)
-        return Inspected(
-            generation.decode(),
-            buckets,
-            pairs,
-            bool(leftovers),
-            [(name.decode(), n, size) for name, n, size in triples],
-        )
+        sampled = [(name.decode(), count, size) for name, count, size in triples]
+        return Inspected(generation.decode(), buckets, pairs, bool(leftovers), garbage, sampled)
 
     async def close(self) -> None:
         """See `Store.close`."""

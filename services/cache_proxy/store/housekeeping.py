@@ -1,0 +1,57 @@
+"""What a replica does for the store beside answering: its note, and its part of the sweep."""
+
+import asyncio
+import logging
+import random
+
+from services.cache_proxy.config import KeySettings
+from services.cache_proxy.errors import StoreError
+from services.cache_proxy.store import deployment
+from services.cache_proxy.store.dated import Lifetime, today
+from services.cache_proxy.store.layout import TAGS
+from services.cache_proxy.store.redis import RedisStore
+from services.cache_proxy.store.servers import Servers
+
+_log = logging.getLogger(__name__)
+
+_STEP_SECONDS = 1.0
+_STEP_BUCKETS = 20  # a millisecond of Redis: 20 million pairs take one replica five hours
+
+
+class Housekeeping:
+    """Runs beside the store until it is cancelled; a Redis that cannot be reached is tried again."""
+
+    def __init__(self, servers: Servers, store: RedisStore, *, key: KeySettings, lifetime: Lifetime) -> None:
+        self._servers = servers
+        self._store = store
+        self._key = key
+        self._lifetime = lifetime
+
+    async def run(self) -> None:
+        """Leave the note, then sweep, a step a second."""
+        noted = False
+        while True:
+            try:
+                if not noted:
+                    await self._note()
+                    noted = True
+                await self.step(random.randrange(TAGS))  # noqa: S311 - which one first does not matter
+            except StoreError as error:
+                _log.debug("the store's housekeeping waits: %s", error)
+            await asyncio.sleep(_STEP_SECONDS)
+
+    async def step(self, tag: int) -> None:
+        """Look at the next buckets of a tag."""
+        kept_days = self._lifetime.kept_days
+        oldest_day = today() - kept_days + 1 if kept_days else None
+        await self._store.sweep(tag, oldest_day=oldest_day, buckets=_STEP_BUCKETS)
+
+    async def _note(self) -> None:
+        before = await deployment.note(self._servers, self._key)
+        if before is not None:
+            _log.warning(
+                "the keys of this model version were made with other settings (--normalize %s, secret %s); "
+                "those of this replica count from now on, and find nothing of what was cached before",
+                before.normalize,
+                before.secret,
+            )

@@ -1,0 +1,39 @@
+"""A new model version's answers, and until it has its own, the previous one's."""
+
+from collections.abc import Mapping, Sequence
+
+from services.cache_proxy.store import Store
+from services.cache_proxy.store.dated import PREVIOUS
+
+
+class VersionedStore:
+    """Looks into the previous version for what this one does not know; writes to this one only.
+
+    Rolling back is to start with the other `--model-version`: its answers are where they were.
+    """
+
+    def __init__(self, current: Store, previous: Store) -> None:
+        self._current = current
+        self._previous = previous
+
+    async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
+        """See `Store.get`; an entry of the previous version is marked as such."""
+        entries = list(await self._current.get(digests))
+        missing = [place for place, entry in enumerate(entries) if not entry]
+        if missing:
+            found = await self._previous.get([digests[place] for place in missing])
+            for place, entry in zip(missing, found, strict=True):
+                entries[place] = entry | PREVIOUS if entry else 0
+        return entries
+
+    async def put(self, levels: Mapping[bytes, int]) -> None:
+        """See `Store.put`."""
+        await self._current.put(levels)
+
+    async def forget(self, digests: Sequence[bytes]) -> int:
+        """See `Store.forget`; of both versions, or the older answer would come back."""
+        return await self._current.forget(digests) + await self._previous.forget(digests)
+
+    async def close(self) -> None:
+        """See `Store.close`; both are on the same connections."""
+        await self._current.close()

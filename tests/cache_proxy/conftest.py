@@ -1,0 +1,34 @@
+"""What tests of the store on a real server share."""
+
+import itertools
+from collections.abc import AsyncIterator
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.store.connecting import connect, servers
+from services.cache_proxy.store.redis import RedisStore
+from services.cache_proxy.store.servers import Servers
+
+_bases = (f"conftest{number}:c2:" for number in itertools.count())
+
+
+@pytest.fixture
+def base() -> str:
+    """The base of a namespace of the test's own."""
+    return next(_bases)
+
+
+@pytest.fixture
+async def reached(shared_redis: str) -> AsyncIterator[Servers]:
+    """The shared server, as the store sees it."""
+    opened = servers(connect(shared_redis, timeout_seconds=5))
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def redis_store(reached: Servers, base: str) -> RedisStore:
+    """A store on the shared server."""
+    return RedisStore(reached, base=base, metrics=ProxyMetrics(CollectorRegistry()))

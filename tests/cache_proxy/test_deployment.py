@@ -1,0 +1,138 @@
+"""The note of how a deployment's keys are made, the housekeeping beside the store, and model versions."""
+
+import asyncio
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import redis
+from prometheus_client import CollectorRegistry
+
+from services.cache_proxy.config import AnswerSettings, CacheSettings, KeySettings
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.store import deployment
+from services.cache_proxy.store.dated import PREVIOUS, Lifetime, dated, level_of, today
+from services.cache_proxy.store.guarded import GuardedStore
+from services.cache_proxy.store.housekeeping import Housekeeping
+from services.cache_proxy.store.layout import TAGS
+from services.cache_proxy.store.opening import open_store
+from services.cache_proxy.store.redis import RedisStore
+from services.cache_proxy.store.servers import Servers
+from services.common.errors import UsageError
+
+
+async def test_commands_are_told_which_setting_is_not_the_deployments(
+    reached: Servers, base: str, tmp_path: Path
+) -> None:
+    """Prefix, version, normal form and secret: each that differs is named, and what is right passes."""
+    secret, other = tmp_path / "secret", tmp_path / "other"
+    secret.write_bytes(b"s3cret")
+    other.write_bytes(b"another")
+    key = KeySettings(key_prefix=base, key_secret_file=str(secret), model_version="7")
+    with pytest.raises(UsageError, match="--key-prefix"):
+        await deployment.check(reached, key)
+    await deployment.check(reached, key, may_be_new=True)
+    assert await deployment.note(reached, key) is None
+    await deployment.check(reached, key)
+    for changed, flag in (
+        ({"model_version": "8"}, "--model-version 8: the deployment knows only 7"),
+        ({"normalize": "exact"}, "--normalize exact"),
+        ({"key_secret_file": None}, "--key-secret-file"),
+        ({"key_secret_file": str(other)}, "--key-secret-file"),
+    ):
+        with pytest.raises(UsageError, match=flag):
+            await deployment.check(reached, replace(key, **changed))
+
+
+async def test_the_note_holds_no_secret_and_the_newest_start_counts(
+    reached: Servers, base: str, shared_redis: str, tmp_path: Path
+) -> None:
+    """What is stored is a hash of the secret; a start with other settings is told what they were before."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"hunter2")
+    key = KeySettings(key_prefix=base, key_secret_file=str(secret))
+    await deployment.note(reached, key)
+    before = await deployment.note(reached, replace(key, normalize="exact"))
+    assert before is not None
+    assert before.normalize == "fold"
+    with pytest.raises(UsageError, match="made with exact"):
+        await deployment.check(reached, key)
+    with redis.Redis.from_url(shared_redis) as client:
+        assert b"hunter2" not in b"".join(client.hvals(f"{base}:made"))
+        client.hset(f"{base}:made", "1", "\xff garbage")
+    with pytest.raises(UsageError, match="--normalize"):
+        await deployment.check(reached, key)
+    assert await deployment.note(reached, key) is not None
+    await deployment.check(reached, key)
+
+
+async def test_housekeeping_leaves_the_note_and_warns_of_another(
+    redis_store: RedisStore, reached: Servers, base: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A proxy that starts tells the commands how it makes keys, and its operator if that has changed."""
+    key = KeySettings(key_prefix=base)
+    for settings, warnings in ((key, 0), (key, 0), (replace(key, normalize="exact"), 1)):
+        caplog.clear()
+        housekeeping = Housekeeping(reached, redis_store, key=settings, lifetime=Lifetime())
+        task = asyncio.create_task(housekeeping.run())
+        async with asyncio.timeout(5):
+            while not await _checks(reached, settings):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == warnings
+
+
+async def _checks(reached: Servers, key: KeySettings) -> bool:
+    try:
+        await deployment.check(reached, key)
+    except UsageError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("serve_stale", "kept"), [(False, [29]), (True, [29, 30, 59])])
+async def test_housekeeping_drops_what_is_not_answered_any_more(
+    redis_store: RedisStore, reached: Servers, base: str, serve_stale: bool, kept: list[int]
+) -> None:
+    """At the end of its time an answer leaves; one that is served stale has its time once more."""
+    ages = [29, 30, 59, 60, 300]
+    digests = {age: bytes((age % 256,)) + bytes(15) for age in ages}
+    for age, digest in digests.items():
+        await redis_store.put({digest: 5}, day=today() - age)
+    lifetime = Lifetime(ttl_days=30, serve_stale=serve_stale)
+    housekeeping = Housekeeping(reached, redis_store, key=KeySettings(key_prefix=base), lifetime=lifetime)
+    for tag in range(TAGS):
+        await housekeeping.step(tag)
+    entries = await redis_store.get(list(digests.values()))
+    assert [age for age, entry in zip(ages, entries, strict=True) if entry] == kept
+
+
+async def test_the_previous_versions_answers_are_served_until_there_are_own_ones(
+    shared_redis: str, base: str
+) -> None:
+    """Known of the previous version alone: served, marked as not fresh; once inferred again, the new one is.
+    Going back to the previous version finds its own answers as they were.
+    """  # noqa: D205 - one thought
+    cache, one = CacheSettings(cache_url=shared_redis), KeySettings(key_prefix=base)
+    two = replace(one, model_version="2")
+    metrics = ProxyMetrics(CollectorRegistry())
+    digests = [bytes((number,)) * 16 for number in range(3)]
+    async with open_store(cache, one, metrics) as opened:
+        await opened.store.put({digests[0]: 3, digests[1]: 4})
+        await opened.store.close()
+    async with open_store(cache, two, metrics, AnswerSettings(previous_model_version="1")) as opened:
+        assert len(opened.logs) == 2
+        guarded = GuardedStore(opened.store, metrics=metrics)
+        await guarded.put({digests[0]: 6})
+        entries = await guarded.look_up(digests)
+        assert [level_of(entry) for entry in entries] == [6, 4, 0]
+        assert [bool(entry & PREVIOUS) for entry in entries] == [False, True, False]
+        assert await guarded.get(digests) == [6, 0, 0]
+        await guarded.forget([digests[1]])
+        assert not (await guarded.look_up(digests))[1]
+        await guarded.close()
+    async with open_store(cache, one, metrics) as opened:
+        assert list(await opened.store.get(digests)) == [dated(3, today()), 0, 0]
+        await opened.store.close()

@@ -1,0 +1,128 @@
+"""The log by which every replica forgets what was invalidated, whatever becomes of the log."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+
+from services.cache_proxy.store.invalidation import Follower, InvalidationLog
+from services.cache_proxy.store.scripts import BURY
+from services.cache_proxy.store.servers import Call, Servers
+
+_A, _B = b"a" * 16, b"b" * 16
+_ALL = b"all"
+
+
+def _follow(log: InvalidationLog) -> tuple[Follower, list[bytes]]:
+    """A follower that has seen the log as it is, and what it is told from now on."""
+    told: list[bytes] = []
+    return Follower(log, remove=told.append, clear=lambda: told.append(_ALL)), told
+
+
+async def test_a_reader_is_told_each_invalidation_once_and_in_order(reached: Servers, base: str) -> None:
+    """Pairs one by one and all at once; nothing twice; each reader by itself."""
+    log = InvalidationLog(reached, base)
+    await log.add([_A])
+    follower, told = _follow(log)
+    await follower.poll()
+    told.clear()  # it began in the middle, so it forgot what it did not have
+    await follower.poll()
+    assert told == []
+    await log.add([_A, _B])
+    await log.add_all()
+    await follower.poll()
+    await follower.poll()
+    assert told == [_A, _B, _ALL]
+
+
+async def test_a_running_reader_is_told_within_a_second(reached: Servers, base: str) -> None:
+    """As the contract says."""
+    log = InvalidationLog(reached, base)
+    told = asyncio.Event()
+    follower = Follower(log, remove=lambda _: told.set(), clear=lambda: None)
+    await log.add([_B])
+    await follower.poll()
+    task = asyncio.create_task(follower.run())
+    await log.add([_A])
+    await asyncio.wait_for(told.wait(), 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda client, key: client.delete(key),
+        lambda client, key: client.rpop(key),
+        lambda client, key: (client.rpop(key), client.rpush(key, b"12345678" + _B)),
+        lambda client, key: (client.delete(key), client.rpush(key, b"12345678" + _B)),
+        lambda client, key: client.ltrim(key, 1, 0),
+        lambda client, key: client.rpush(key, *[b"%08d" % number + _B for number in range(1000)]),
+        lambda client, key: client.rpush(key, "garbage"),
+    ],
+    ids=["flush", "rolled back", "rolled back and on", "made anew", "emptied", "too much to read", "garbage"],
+)
+async def test_a_gap_makes_a_reader_forget_everything(
+    reached: Servers, base: str, shared_redis: str, loss: Callable[["redis.Redis", str], Any]
+) -> None:
+    """A log that lost its end, or all, or ran away: whatever may have been missed is not served any more."""
+    log = InvalidationLog(reached, base)
+    await log.add([_A])
+    follower, told = _follow(log)
+    await follower.poll()
+    told.clear()
+    with redis.Redis.from_url(shared_redis) as client:
+        loss(client, log.key)
+    await follower.poll()
+    assert told[0] == _ALL
+    told.clear()
+    await follower.poll()
+    assert told == []
+
+
+async def test_a_log_of_a_wrong_type_is_garbage(reached: Servers, base: str, shared_redis: str) -> None:
+    """The reader forgets everything and goes on; the next invalidation makes the log anew."""
+    log = InvalidationLog(reached, base)
+    with redis.Redis.from_url(shared_redis) as client:
+        client.set(log.key, "x")
+        follower, told = _follow(log)
+        task = asyncio.create_task(follower.run())
+        async with asyncio.timeout(5):
+            while not told:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+            await log.add([_A])
+            told.clear()
+            while not told:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert client.type(log.key) == b"list"
+
+
+async def test_the_log_is_bounded(reached: Servers, base: str, shared_redis: str) -> None:
+    """However much is invalidated, it keeps the last ten thousand."""
+    log = InvalidationLog(reached, base)
+    for _ in range(11):
+        await log.add([_A] * 1000)
+    with redis.Redis.from_url(shared_redis) as client:
+        assert client.llen(log.key) == 10_000
+
+
+async def test_a_tombstone_is_left_beside_the_queue(reached: Servers, base: str, shared_redis: str) -> None:
+    """With the time, for the queue to compare with when a pair was claimed; what is of late goes too."""
+    key = f"{{{base}}}tombs"
+    with redis.Redis.from_url(shared_redis) as client:
+        seconds, _ = client.time()
+        for minute in (-1, 0, 1):  # the minute may end in between
+            client.hset(f"{{{base}}}recent:{seconds // 60 + minute}", mapping={_A: 1, _B: 2})
+        await reached.run(BURY, [Call(key, [_A])])
+        assert client.zrange(key, 0, -1) == [_A]
+        assert abs(float(client.zscore(key, _A) or 0) - seconds * 1000) < 5000
+        assert 0 < client.pttl(key) <= 3_600_000
+        recent = f"{{{base}}}recent:{int(client.time()[0]) // 60}"
+        assert client.hkeys(recent) == [_B]
+        await reached.run(BURY, [Call(key, [b""])])
+        assert set(client.zrange(key, 0, -1)) == {_A, b"*"}
+        assert not client.exists(recent)

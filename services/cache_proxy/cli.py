@@ -1,11 +1,15 @@
 """The commands of `cache-proxy`."""
 
 import asyncio
+import importlib
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import click
 
 from services.cache_proxy import infer
+from services.cache_proxy.admin.settings import OutputSettings, PairSettings, ScopeSettings, WarmSettings
 from services.cache_proxy.config import (
     ENV_PREFIX,
     AnswerSettings,
@@ -35,6 +39,32 @@ def _run_serve(**values: Any) -> None:
         runner.run(app.serve(settings))
 
 
+def _admin(module: str, settings: Sequence[type], **values: Any) -> int:
+    """Run a command about the cache with its settings, in their order."""
+    given: list[Any] = [flags.read(part, values) for part in settings]
+    if "files" in values:
+        given.insert(0, values["files"])
+    logs.configure(log_format="text", level="error")  # what it has to say, it prints
+    command = importlib.import_module(f"services.cache_proxy.admin.{module}")
+    code: int | None = asyncio.run(command.run(*given))
+    return code or 0
+
+
+def _add_admin(name: str, *settings: type, files: bool = False, text: str) -> None:
+    arguments: list[click.Parameter] = [click.Argument(["files"], nargs=-1, required=True)] if files else []
+    cli.add_command(
+        flags.SettingsCommand(
+            name,
+            params=[
+                *arguments,
+                *(option for part in settings for option in flags.options(part, prefix=ENV_PREFIX)),
+            ],
+            callback=partial(_admin, name, settings),
+            help=text,
+        )
+    )
+
+
 def _run_infer(**values: Any) -> None:
     infer.run(flags.read(infer.InferSettings, values))
 
@@ -60,6 +90,23 @@ cli.add_command(
         help="Ask a running proxy: one pair by --company and --title, or JSON lines on standard input.",
     )
 )
+_add_admin(
+    "get", PairSettings, OutputSettings, CacheSettings, KeySettings,
+    text="What the cache holds for the pair of --company and --title. Exit code 1: nothing.",
+)  # fmt: skip
+_add_admin(
+    "stats", OutputSettings, CacheSettings, KeySettings,
+    text="How much the cache holds, what that costs, and whether its buckets are compact.",
+)  # fmt: skip
+_add_admin(
+    "invalidate", PairSettings, ScopeSettings, OutputSettings, CacheSettings, KeySettings, AnswerSettings,
+    text="Have every replica forget the pair of --company and --title, or --all of a model version.",
+)  # fmt: skip
+_add_admin(
+    "warm", WarmSettings, OutputSettings, CacheSettings, KeySettings, files=True,
+    text="Put postings that have a seniority already (.jsonl, .jsonl.gz, .jsonl.zst, folders of them, or "
+    "s3://BUCKET/KEY) into the cache, without a call to the model. Exit code 3: some lines were skipped.",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -1,0 +1,31 @@
+"""`cache-proxy get`: what the cache holds for a pair."""
+
+import json
+import sys
+from datetime import UTC, datetime
+
+from services.cache_proxy.admin.opening import open_cache
+from services.cache_proxy.admin.settings import OutputSettings, PairSettings
+from services.cache_proxy.config import CacheSettings, KeySettings
+from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS, day_of, level_of
+from services.common.errors import CommandError, UsageError
+
+
+async def run(pair: PairSettings, output: OutputSettings, cache: CacheSettings, key: KeySettings) -> None:
+    """Print the level and the day it was inferred on. Raises CommandError for a pair that is not there."""
+    if pair.pair is None:
+        raise UsageError("--company and --title say which pair")
+    async with open_cache(cache, key) as opened:
+        digest = opened.digest(*pair.pair)
+        [entry] = await opened.store.get([digest])
+    level = level_of(entry)
+    day = datetime.fromtimestamp(DAY_0 + day_of(entry) * DAY_SECONDS, UTC).date().isoformat()
+    if output.json:
+        found = {"level": level, "inferred_on": day} if entry else {"level": None}
+        company, title = pair.pair
+        answer = {"company": company, "title": title, "model_version": key.model_version, **found}
+        sys.stdout.write(json.dumps(answer) + "\n")
+    elif entry:
+        sys.stdout.write(f"{level}\tinferred on {day}\n")
+    if not entry:
+        raise CommandError("the pair is not in the cache")

@@ -1,0 +1,51 @@
+"""What the commands about the cache are told, besides how it is reached."""
+
+from dataclasses import dataclass
+
+from services.common import flags
+from services.common.errors import UsageError
+from services.common.flags import flag
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputSettings:
+    """How a command says what it found."""
+
+    json: bool = flag("--json", flags.BOOL, "false", text="for machines: one JSON object")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairSettings:
+    """The pair that a command is about."""
+
+    company: str | None = flag("--company", flags.TEXT, text="the pair's company")
+    title: str | None = flag("--title", flags.TEXT, text="the pair's title")
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """Both, or neither. Raises UsageError."""
+        if self.company is None and self.title is None:
+            return None
+        if self.company is None or self.title is None:
+            raise UsageError("give both --company and --title")
+        try:
+            (self.company + self.title).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("--company and --title must be valid UTF-8") from error
+        return self.company, self.title
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScopeSettings:
+    """How much is invalidated."""
+
+    all: bool = flag("--all", flags.BOOL, "false", text="every pair of the model version")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmSettings:
+    """What `warm` is told besides its files."""
+
+    again: bool = flag("--again", flags.BOOL, "false", text="from the beginning, whatever earlier runs did")
+    endpoint_url: str | None = flag("--endpoint-url", flags.TEXT, text="S3-compatible endpoint")
+    progress: bool | None = flag("--progress", flags.BOOL, text="progress bar (default: on a terminal)")

@@ -1,0 +1,162 @@
+"""Files of augmented postings: local ones, and those in a bucket."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from services.common.codec import SUFFIXES, Format, format_of
+from services.common.errors import CommandError, UsageError
+
+_READ_BYTES = 2**20
+_CONNECTIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file as it was listed; `version` is another whenever its content is."""
+
+    place: str
+    size_bytes: int
+    modified_at: float
+    version: str
+
+    @property
+    def format(self) -> Format:
+        """How its lines are stored."""
+        found = format_of(self.place)
+        assert found  # noqa: S101 - none else is listed
+        return found
+
+
+class Place(Protocol):
+    """Where files are."""
+
+    async def find(self, place: str) -> Sequence[Source]:
+        """The file, or those below a folder. Raises CommandError."""
+
+    def read(self, source: Source) -> AsyncIterator[bytes]:
+        """Its bytes in pieces. Raises CommandError."""
+
+
+class Local:
+    """The file system."""
+
+    async def find(self, place: str) -> Sequence[Source]:
+        """See `Place.find`."""
+        with _named(place):
+            return [_of_file(path) for path in _walk(place)]
+
+    async def read(self, source: Source) -> AsyncIterator[bytes]:
+        """See `Place.read`."""
+        with _named(source.place):
+            file = await asyncio.to_thread(Path(source.place).open, "rb")
+            with file:
+                while data := await asyncio.to_thread(file.read, _READ_BYTES):
+                    yield data
+
+
+class Bucket:
+    """`s3://`, with the usual AWS credentials."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def find(self, place: str) -> Sequence[Source]:
+        """See `Place.find`."""
+        bucket, _, key = place.removeprefix("s3://").partition("/")
+        with _named(place):
+            if key and not key.endswith("/"):
+                head = await self._client.head_object(Bucket=bucket, Key=key)
+                return [_of_object(_known(place), head["ContentLength"], head)]
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+            return [
+                _of_object(f"s3://{bucket}/{entry['Key']}", entry["Size"], entry)
+                async for page in pages
+                for entry in page.get("Contents", ())
+                if entry["Key"].endswith(SUFFIXES) and "/_rejects/" not in f"/{entry['Key']}"
+            ]
+
+    async def read(self, source: Source) -> AsyncIterator[bytes]:
+        """See `Place.read`; of the very version that was listed."""
+        bucket, _, key = source.place.removeprefix("s3://").partition("/")
+        with _named(source.place):
+            answer = await self._client.get_object(Bucket=bucket, Key=key, IfMatch=source.version)
+            async with answer["Body"] as body:
+                while data := await body.read(_READ_BYTES):
+                    yield data
+
+
+@asynccontextmanager
+async def open_places(places: Sequence[str], *, endpoint_url: str | None) -> AsyncIterator[dict[bool, Place]]:
+    """By whether a place is in a bucket: who reads it."""
+    if not any(place.startswith("s3://") for place in places):
+        yield {False: Local()}
+        return
+    from aiobotocore.config import AioConfig  # noqa: PLC0415 - half a second, and local files need none of it
+    from aiobotocore.session import get_session  # noqa: PLC0415
+    from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+
+    session: Any = get_session()  # type: ignore[no-untyped-call]
+    config = AioConfig(
+        max_pool_connections=_CONNECTIONS,
+        retries={"mode": "standard", "total_max_attempts": 5},
+        s3={"addressing_style": "path"} if endpoint_url else None,
+    )
+    try:
+        making = session.create_client("s3", endpoint_url=endpoint_url, config=config)
+        async with making as client:
+            yield {False: Local(), True: Bucket(client)}
+    except (BotoCoreError, ValueError) as error:
+        message = f"the S3 client: {error}"
+        raise CommandError(message) from error
+
+
+def is_in_bucket(place: str) -> bool:
+    """Whether it is in a bucket rather than here."""
+    return place.startswith("s3://")
+
+
+def _known(place: str) -> str:
+    if format_of(place) is None:
+        message = f"{place}: not a name that ends in {', '.join(SUFFIXES)}"
+        raise UsageError(message)
+    return place
+
+
+def _walk(place: str) -> list[Path]:
+    path = Path(place)
+    return sorted(filter(_is_input, path.rglob("*"))) if path.is_dir() else [Path(_known(place))]
+
+
+def _of_file(path: Path) -> Source:
+    status = path.stat()
+    return Source(str(path), status.st_size, status.st_mtime, f"{status.st_mtime_ns}-{status.st_size}")
+
+
+def _is_input(path: Path) -> bool:
+    hidden = any(part.startswith(".") or part == "_rejects" for part in path.parts)
+    return format_of(path.name) is not None and not hidden and path.is_file()
+
+
+def _of_object(place: str, size_bytes: int, answer: Any) -> Source:
+    return Source(place, size_bytes, answer["LastModified"].timestamp(), answer["ETag"])
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Name the place in every error of the file system, the bucket or the way to it."""
+    try:
+        yield
+    except (CommandError, GeneratorExit):
+        raise
+    except OSError as error:
+        message = f"{place}: {error.strerror or error}"
+        raise CommandError(message) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in {"botocore", "aiobotocore", "aiohttp"}:
+            raise
+        message = f"{place}: {error}"
+        raise CommandError(message) from error

@@ -121,11 +121,15 @@ class RedisServer:
             return False
 
 
+def local_program() -> str:
+    """The server to run as a process, whatever Docker says."""
+    return server_program() or shutil.which("redis-server") or str(get_binary_path())
+
+
 @contextmanager
 def redis_process(folder: Path, *args: str, program: str | None = None) -> Iterator[RedisServer]:
     """A server of a test's own, to kill, pause and fill; always a process on this machine."""
-    program = program or server_program() or shutil.which("redis-server") or str(get_binary_path())
-    server = RedisServer(program, folder, args=args)
+    server = RedisServer(program or local_program(), folder, args=args)
     server.start()
     try:
         yield server

@@ -28,6 +28,7 @@ from services.cache_proxy.store.servers import Call, SlotMoving, translated
 
 _HOPS = 5
 _REFRESH_SECONDS = 0.5
+_FAILURES = (RedisError, RedisClusterException, OSError)  # the second is not of the first kind
 _LOST = (RedisConnectionError, RedisTimeoutError, ClusterDownError, OSError)
 
 
@@ -82,7 +83,7 @@ class ClusterServers:
         try:
             await self._client.initialize()
             slots = [self._client.keyslot(key) for key in keys]
-        except (RedisError, OSError) as error:
+        except _FAILURES as error:
             return [error] * len(commands)
         todo: dict[int, ClusterNode | None] = dict.fromkeys(range(len(commands)))  # a node: it is to be asked
         for hop in range(_HOPS):
@@ -137,7 +138,7 @@ class ClusterServers:
     async def _ask_for_topology(self) -> None:
         try:
             await self._client.nodes_manager.initialize()
-        except (RedisError, OSError):
+        except _FAILURES:
             return  # whoever calls next will see that nothing has changed, and come here again
 
 
@@ -155,7 +156,7 @@ async def _send_to(
         sent.append(PipelineCommand(place, *commands[place]))
     try:
         await node.execute_pipeline(sent)
-    except (RedisError, OSError) as error:
+    except _FAILURES as error:
         for place in places:
             replies[place] = error
         return

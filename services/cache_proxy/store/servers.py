@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import redis.asyncio
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -79,7 +80,11 @@ class OneServer:
 
     async def close(self) -> None:
         """See `Servers.close`."""
+        pool = self._client.connection_pool
         await self._client.aclose(close_connection_pool=True)  # which it does not do by itself
+        if isinstance(pool, SentinelConnectionPool):
+            for sentinel in pool.sentinel_manager.sentinels:
+                await sentinel.aclose(close_connection_pool=True)
 
 
 def translated(error: Exception) -> StoreError:

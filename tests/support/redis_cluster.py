@@ -1,0 +1,161 @@
+"""A real Redis Cluster for tests: three masters, each with a replica, and what an operator does to one."""
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import redis
+from redis.cluster import RedisCluster
+
+from tests.support.redis_server import RedisServer, free_port, local_program, redis_process, wait_for
+
+_MASTERS, _NODES = 3, 6
+_SLOTS = 16_384
+_SETTINGS = (
+    "--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--repl-diskless-sync-delay", "0",
+    "--repl-ping-replica-period", "1", "--appendonly", "no", "--cluster-require-full-coverage", "no",
+)  # fmt: skip
+
+
+class Cluster:
+    """Its nodes by port; `masters` are those that began as such."""
+
+    def __init__(self, nodes: Sequence[RedisServer]) -> None:
+        self.nodes = nodes
+        self.masters = nodes[:_MASTERS]
+
+    @property
+    def url(self) -> str:
+        """As in `--cache-url`."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:2])
+
+    def client(self) -> RedisCluster:
+        """A client of the test's own."""
+        return RedisCluster(host="127.0.0.1", port=self.nodes[1].port)
+
+    def owner(self, slot: int) -> RedisServer:
+        """The master that has a slot."""
+        with self.nodes[0].client() as client:
+            found = client.execute_command("CLUSTER", "SLOTS")
+        for first, last, (_, port, *_), *_ in found:
+            if first <= slot <= last:
+                return next(node for node in self.nodes if node.port == port)
+        raise AssertionError(slot)
+
+    def begin_to_move(self, slot: int) -> tuple[RedisServer, RedisServer]:
+        """Mark a slot as on its way; where from and where to. Its keys stay until they are moved."""
+        source = self.owner(slot)
+        target = next(node for node in self.masters if node is not source)
+        with target.client() as to, source.client() as from_:
+            to.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", _id(source))
+            from_.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", _id(target))
+        return source, target
+
+    def move_keys(self, slot: int, source: RedisServer, target: RedisServer, *, count: int) -> int:
+        """Move as many of the slot's keys as are asked for; how many that were."""
+        with source.client() as client:
+            keys = client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, count)
+            if keys:
+                client.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        return len(keys)
+
+    def end_move(self, slot: int, source: RedisServer, target: RedisServer) -> None:
+        """Give the slot to its new owner."""
+        owner = _id(target)
+        for node in (target, source, *self.masters):
+            with node.client() as client:
+                client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", owner)
+
+
+@contextmanager
+def redis_cluster(folder: Path, *args: str) -> Iterator[Cluster]:
+    """A cluster that answers, replicas in place."""
+    with ExitStack() as stack:
+        nodes, bus = [], [str(free_port()) for _ in range(_NODES)]
+        for number in range(_NODES):
+            place = folder / str(number)
+            place.mkdir()
+            settings = (*_SETTINGS, "--cluster-port", bus[number], *args)
+            nodes.append(stack.enter_context(redis_process(place, *settings)))
+        _join(nodes, bus[0])
+        yield Cluster(nodes)
+
+
+def _join(nodes: Sequence[RedisServer], first_bus: str) -> None:
+    share = -(-_SLOTS // _MASTERS)
+    for number, node in enumerate(nodes):
+        with node.client() as client:
+            client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            if number < _MASTERS:
+                slots = range(number * share, min(_SLOTS, (number + 1) * share))
+                client.execute_command("CLUSTER", "ADDSLOTS", *slots)
+            client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, first_bus)
+    for node in nodes:
+        wait_for(partial(_knows_all, node), what="the nodes know each other")
+    for number, node in enumerate(nodes[_MASTERS:]):
+        with node.client() as client:
+            client.execute_command("CLUSTER", "REPLICATE", _id(nodes[number]))
+    for node in nodes:
+        wait_for(partial(_is_whole, node), what="the cluster is whole")
+    for node in nodes[_MASTERS:]:
+        wait_for(partial(_is_in_sync, node), what="the replicas are in sync")
+
+
+def _knows_all(node: RedisServer) -> bool:
+    with node.client() as client:
+        info = client.execute_command("CLUSTER", "NODES")
+    return len(info) == _NODES if isinstance(info, dict) else _text(info).count("\n") == _NODES
+
+
+def _text(answer: object) -> str:
+    return answer.decode() if isinstance(answer, bytes) else str(answer)
+
+
+def _id(node: RedisServer) -> str:
+    with node.client() as client:
+        return _text(client.execute_command("CLUSTER", "MYID"))
+
+
+def _is_whole(node: RedisServer) -> bool:
+    with node.client() as client:
+        info = client.execute_command("CLUSTER", "INFO")
+    found = info if isinstance(info, dict) else dict(line.split(":") for line in _text(info).split())
+    return found["cluster_state"] == "ok" and int(found["cluster_known_nodes"]) == _NODES
+
+
+def _is_in_sync(node: RedisServer) -> bool:
+    with node.client() as client:
+        info = client.info("replication")
+    return bool(info.get("role") == "slave" and info.get("master_link_status") == "up")
+
+
+@contextmanager
+def sentinel(folder: Path, *, master_port: int, service: str) -> Iterator[int]:
+    """One Sentinel that watches a master and decides alone; its port."""
+    port = free_port()
+    settings = folder / "sentinel.conf"
+    settings.write_text(
+        f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
+        f"sentinel monitor {service} 127.0.0.1 {master_port} 1\n"
+        f"sentinel down-after-milliseconds {service} 500\n"
+        f"sentinel failover-timeout {service} 2000\n"
+    )
+    process = subprocess.Popen(
+        [local_program(), str(settings), "--sentinel"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: _sees_replica(port, service), what="the Sentinel sees the replica")
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _sees_replica(port: int, service: str) -> bool:
+    try:
+        with redis.Redis(port=port, socket_timeout=5) as client:
+            return bool(client.sentinel_slaves(service))
+    except redis.RedisError:
+        return False

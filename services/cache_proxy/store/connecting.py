@@ -37,6 +37,7 @@ def connect(url: str, *, timeout_seconds: float, access: Access | None = None) -
         "socket_timeout": timeout_seconds,
         "socket_connect_timeout": timeout_seconds,
         "health_check_interval": 0,
+        "driver_info": None,  # else each connection tells its library's name, which needs a right more
     }
     access = access or Access()
     if access.username is not None:

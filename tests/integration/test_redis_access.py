@@ -1,0 +1,151 @@
+"""What the proxy needs of a Redis that lets in few: the least rights that suffice, and TLS."""
+
+import asyncio
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import redis
+
+from services.cache_proxy.store.connecting import Access, connect, servers
+from services.cache_proxy.store.invalidation import Follower, InvalidationLog
+from tests.integration.conftest import UNPACED
+from tests.support.caller import caller, metrics, pairs_of
+from tests.support.model_server import scripted_model
+from tests.support.processes import ROOT, cache_proxy, run_command
+from tests.support.redis_server import RedisServer, free_port, local_program, redis_process, wait_for
+
+_DEPLOY = ROOT / "deploy/redis"
+_ELSEWHERE = {"command", "cluster|slots", "cluster|shards", "asking", "select", "auth", "client|setname"}
+"""Rights that a Cluster needs, a database in the URL, or an older protocol."""
+_RARE = {
+    "hsetnx",
+    "hkeys",
+    "hlen",
+    "type",
+    "del",
+    "rpop",
+    "lpush",
+    "llen",
+    "hexists",
+    "script|load",
+    "hgetall",
+}
+_RARE |= {"zrange", "unsubscribe", "zcard", "zrem", "info", "pubsub|numsub"}
+
+
+@pytest.fixture
+def guarded_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server with deploy/redis's own users and settings."""
+    users = tmp_path / "users.acl"
+    text = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
+    users.write_text(text + "user tester on >tester ~* &* +@all\n")
+    settings = [line.split(" ", 1) for line in (_DEPLOY / "redis.conf").read_text().splitlines()
+                if line and not line.startswith("#")]  # fmt: skip
+    arguments = [part for name, value in settings for part in (f"--{name}", value)]
+    with _started(tmp_path, *arguments, "--aclfile", str(users), user="tester") as server:
+        yield server
+
+
+@contextmanager
+def _started(folder: Path, *args: str, user: str) -> Iterator[RedisServer]:
+    """`redis_process`, for a server that does not answer everybody."""
+    server = RedisServer(local_program(), folder, args=args)
+    server.client = lambda: redis.Redis(port=server.port, username=user, password=user)  # type: ignore[method-assign]
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServer, tmp_path: Path) -> None:
+    """A proxy and every command do all they do with them, nothing is refused; another's keys and what harms a
+    server are refused; and there is no right that none of them uses.
+    """  # noqa: D205 - one thought
+    password, path = tmp_path / "password", tmp_path / "a.jsonl"
+    password.write_text("s3cret\n")
+    path.write_text('{"company": "c", "title": "t", "seniority": 1}\n')
+    flags = ("--cache-url", guarded_redis.url, "--cache-username", "seniority",
+             "--cache-password-file", str(password))  # fmt: skip
+    with (
+        scripted_model() as model,
+        cache_proxy("--model-target", model.target, *flags, *UNPACED) as proxy,
+        caller(proxy.target) as asking,
+    ):
+        pairs = pairs_of("access", 2000)
+        assert asking.ask(pairs).misses == 2000
+        wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 1, what="the replica is known")
+        assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+        for command in (
+            ("stats",),
+            ("get", "--company", "access 1", "--title", "Title 1"),
+            ("invalidate", "--company", "access 1", "--title", "Title 1"),
+            ("warm", str(path)),
+            ("invalidate", "--all"),
+        ):
+            ended = run_command("services.cache_proxy", command[0], *flags, *command[1:])
+            assert ended.returncode == 0, ended.stderr
+        assert proxy.stop() == 0
+    asyncio.run(_follow(guarded_redis.url))
+    with guarded_redis.client() as client:
+        assert client.acl_log() == []
+        used = {name.removeprefix("cmdstat_") for name in client.info("commandstats")}
+        slow = client.slowlog_get(10)
+    assert not [entry for entry in slow if b"EVALSHA" in entry["command"] and entry["duration"] > 50_000]
+    granted = set(re.findall(r"\+([a-z|]+)", (_DEPLOY / "users.acl").read_text()))
+    assert granted - used - _ELSEWHERE - _RARE == set()
+    with redis.Redis(port=guarded_redis.port, username="seniority", password="s3cret") as client:
+        for refused in ("FLUSHALL", "KEYS *", "CONFIG GET *", "SHUTDOWN", "GET seniority:x", "HGET other x"):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*refused.split())
+
+
+async def _follow(url: str) -> None:
+    """Read the log of invalidations once."""
+    access = Access(username="seniority", password=b"s3cret")
+    reached = servers(connect(url, timeout_seconds=5, access=access))
+    log = InvalidationLog(reached, "seniority:c2:fold1:1:")
+    await Follower(log, remove=lambda _: None, clear=lambda: None).poll()
+    await reached.close()
+
+
+@contextmanager
+def _certificate(folder: Path, name: str) -> Iterator[tuple[Path, Path]]:
+    """A certificate for this machine that signs itself, and its key."""
+    key, certificate = folder / f"{name}.key", folder / f"{name}.crt"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out",
+         str(certificate), "-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    yield certificate, key
+
+
+def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) -> None:
+    """`rediss://` with the CA that signed the server: cached; with another: a store that is down, and answers
+    all the same.
+    """  # noqa: D205 - one thought
+    program = shutil.which("redis-server")
+    if program is None or shutil.which("openssl") is None:
+        pytest.skip("no redis-server (with TLS) and openssl are installed")
+    tls_port = free_port()
+    with (
+        _certificate(tmp_path, "good") as (certificate, key),
+        _certificate(tmp_path, "other") as (other, _),
+        redis_process(
+            tmp_path, "--tls-port", str(tls_port), "--tls-cert-file", str(certificate), "--tls-key-file",
+            str(key), "--tls-auth-clients", "no", program=program,
+        ),
+        scripted_model() as model,
+    ):  # fmt: skip
+        flags = ("--model-target", model.target, "--cache-url", f"rediss://127.0.0.1:{tls_port}", *UNPACED)
+        for ca, hits in ((certificate, 0), (certificate, 5), (other, 0)):
+            with cache_proxy(*flags, "--cache-tls-ca", str(ca)) as proxy, caller(proxy.target) as asking:
+                assert asking.ask(pairs_of("tls", 5)).hits == hits
+                assert metrics(proxy.http)["cache_proxy_store_up",] == (ca is certificate)
+                proxy.stop()

@@ -27,7 +27,9 @@ from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, new_repl
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, SeniorityService
+from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.guarded import GuardedStore
+from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.waiters import Waiters
 from services.common import logs
@@ -52,8 +54,11 @@ async def serve(settings: Settings) -> None:
         http.add(doors.PATH, partial(_replica, replica))
         stack.push_async_callback(http.close)
         http_bound = await http.start(settings.server.http_listen)
-        opened = await stack.enter_async_context(open_store(settings.cache, settings.key, metrics))
-        store = GuardedStore(opened.store, metrics=metrics)
+        opened = await stack.enter_async_context(
+            open_store(settings.cache, settings.key, metrics, settings.answers)
+        )
+        lifetime = Lifetime(settings.answers.ttl_days, settings.answers.serve_stale)
+        store = GuardedStore(opened.store, metrics=metrics, lifetime=lifetime)
         stack.push_async_callback(store.close)
         model = ModelClient(
             settings.model.model_target,
@@ -71,17 +76,22 @@ async def serve(settings: Settings) -> None:
         dispatcher = Dispatcher(queue=queue, model=model, store=store)
         await stack.enter_async_context(_running(dispatcher))
         l1 = L1Cache(max_bytes=settings.server.l1_max_bytes)
+        for log in opened.logs:
+            await stack.enter_async_context(_following(log, l1, store))
         metrics.l1_bytes.set_function(lambda: l1.size_bytes)
         metrics.l1_entries.set_function(lambda: l1.entries)
         secret = read_secret(settings.key.key_secret_file, flag_name="--key-secret-file")
+        resolver = Resolver(
+            digest=make_digester(normalize=settings.key.normalize, secret=secret),
+            l1=l1,
+            store=store,
+            queue=queue,
+            waiters=waiters,
+            lifetime=lifetime,
+        )
+        stack.push_async_callback(resolver.close)
         service = SeniorityService(
-            resolver=Resolver(
-                digest=make_digester(normalize=settings.key.normalize, secret=secret),
-                l1=l1,
-                store=store,
-                queue=queue,
-                waiters=waiters,
-            ),
+            resolver=resolver,
             identify=identify_by_metadata,
             limits=RequestLimits(
                 max_pairs=settings.server.max_request_pairs,
@@ -176,6 +186,24 @@ async def _open_queue(
     )
     async with open_shared(limits, shared, replica=replica, settle=settle, metrics=metrics) as queue:
         yield queue
+
+
+@asynccontextmanager
+async def _following(log: InvalidationLog, l1: L1Cache, store: GuardedStore) -> AsyncIterator[None]:
+    def remove(digest: bytes) -> None:
+        l1.remove(digest)
+        store.discard(digest)
+
+    def clear() -> None:
+        l1.clear()
+        store.discard_all()
+
+    task = asyncio.create_task(Follower(log, remove=remove, clear=clear).run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager

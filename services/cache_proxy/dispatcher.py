@@ -102,6 +102,8 @@ class Dispatcher:
             # Whoever waits first: a store that is slow or full delays no answer, and keeps none from landing.
             await self._queue.fulfil(claim, outcomes)
             await self._store.put({key: level for key, level in outcomes.items() if isinstance(level, int)})
+            # Invalidated while it was in flight: what was put must go again, for whoever said so came before.
+            await self._store.forget(await self._queue.buried(claim))
         finally:
             left.set()
 

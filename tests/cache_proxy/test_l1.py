@@ -19,7 +19,7 @@ def test_it_never_answers_what_was_not_put_last(steps: list[tuple[bool, int, int
     cache, known = L1Cache(max_bytes=160 * 12), {}
     for is_put, number, level in steps:
         if is_put:
-            cache.put(_digest(number), level)
+            cache.put(_digest(number), level, epoch=0)
             known[number] = level
         else:
             assert cache.get(_digest(number)) in {0, known.get(number, 0)}
@@ -35,7 +35,7 @@ def test_its_bound_holds_in_real_memory(entries: int) -> None:
         before = tracemalloc.get_traced_memory()[0]
         cache = L1Cache(max_bytes=max_bytes)
         for number in range(entries * 3):
-            cache.put(_digest(number), number % 7 + 1)
+            cache.put(_digest(number), number % 7 + 1, epoch=0)
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
@@ -49,10 +49,10 @@ def test_a_scan_of_cold_pairs_leaves_the_hot_ones() -> None:
     cache = L1Cache(max_bytes=160 * 2000)
     hot = [_digest(number) for number in range(200)]
     for digest in hot:
-        cache.put(digest, 4)
+        cache.put(digest, 4, epoch=0)
     kept = 0
     for cold in range(20_000):
-        cache.put(_digest(1_000_000 + cold), 1)
+        cache.put(_digest(1_000_000 + cold), 1, epoch=0)
         if cold % 2 == 0:
             kept += cache.get(hot[cold // 2 % 200]) == 4
     assert kept == 10_000
@@ -61,5 +61,21 @@ def test_a_scan_of_cold_pairs_leaves_the_hot_ones() -> None:
 def test_without_room_it_remembers_nothing() -> None:
     """`--l1-max-bytes 0` is no cache, not an unbounded one."""
     cache = L1Cache(max_bytes=0)
-    cache.put(_digest(1), 3)
+    cache.put(_digest(1), 3, epoch=0)
     assert (cache.get(_digest(1)), cache.entries) == (0, 0)
+
+
+def test_what_was_invalidated_does_not_come_back() -> None:
+    """Removed or cleared, it is gone from both generations, and a look-up that began before puts nothing."""
+    l1 = L1Cache(max_bytes=10**6)
+    l1.put(b"a" * 16, 3, epoch=l1.epoch)
+    before = l1.epoch
+    l1.remove(b"a" * 16)
+    l1.put(b"a" * 16, 3, epoch=before)
+    assert l1.get(b"a" * 16) == 0
+    l1.put(b"a" * 16, 4, epoch=l1.epoch)
+    assert l1.get(b"a" * 16) == 4
+    before = l1.epoch
+    l1.clear()
+    l1.put(b"b" * 16, 3, epoch=before)
+    assert l1.entries == 0

@@ -410,9 +410,7 @@ async def _until_known(store: Store, levels: dict[bytes, int]) -> None:
 
 async def test_what_a_lost_server_missed_is_written_when_it_returns(own_redis: RedisServer) -> None:
     """Answers given while it was away are kept, served from memory, and saved."""
-    opened = RedisStore(
-        servers(connect(own_redis.url, timeout_seconds=10)), base="lost:", metrics=_metrics()
-    )
+    opened = RedisStore(servers(connect(own_redis.url, timeout_seconds=10)), base="lost:", metrics=_metrics())
     guarded = GuardedStore(opened, metrics=_metrics())
     own_redis.kill()
     await guarded.put({_digest(number): number % 7 + 1 for number in range(50)})

@@ -79,6 +79,7 @@ class Claim:
     pairs: Sequence[Pair]
     send_at: float  # not before, on time.monotonic
     slot_at: float  # when its slot begins, so the latest that it is thought to leave
+    granted_ms: int = 0  # on the clock of whoever granted it
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,9 @@ class Queue(Protocol):
 
     async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
         """End pairs of a claim and tell whoever waits; those not in `outcomes` are still in flight."""
+
+    async def buried(self, claim: Claim) -> Sequence[bytes]:
+        """The pairs of a claim that were invalidated since it was granted: their answers must not be kept."""
 
     async def fail(
         self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False

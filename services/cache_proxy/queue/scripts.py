@@ -25,6 +25,7 @@ _NAMES = (
     "late",
     "put_back",
     "fulfil",
+    "buried",
     "fail",
     "refuse",
     "heartbeat",

@@ -5,7 +5,8 @@
 -- ARGV[6]  most bytes in a batch   ARGV[7]  linger, ms   ARGV[8]  lease, ms
 -- ARGV[9]  how long before its slot a full batch may be claimed, ms
 -- Returns  {'wait', ms; -1 if nothing waits}
---          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited}}
+--          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited},
+--           when it was granted, ms}
 local replica, id, ahead = ARGV[1], ARGV[2], tonumber(ARGV[9])
 local function rate(value)
   local found = number(value)
@@ -26,7 +27,7 @@ local function as_batch(claim)
       batch[#batch + 1] = { digest, pair.company, pair.title, claim.at - pair.at }
     end
   end
-  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch) }
+  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch), claim.at }
 end
 
 local mine = load_claim(id)

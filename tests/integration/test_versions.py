@@ -1,0 +1,136 @@
+"""Answers that are too old, another version's, or invalidated, as callers of real proxies see them."""
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import redis
+
+from tests.integration.conftest import UNPACED, StageWith
+from tests.support.caller import metrics, pairs_of
+from tests.support.model_server import Answers, Call, level_of, well
+from tests.support.processes import run_command
+from tests.support.redis_server import RedisServer, redis_process, wait_for
+
+_prefixes = (f"versions{number}" for number in count())
+
+
+@pytest.fixture
+def flags(shared_redis: str) -> tuple[str, ...]:
+    """A deployment of the test's own."""
+    return ("--cache-url", shared_redis, "--key-prefix", next(_prefixes), *UNPACED)
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own."""
+    with redis_process(tmp_path) as server:
+        yield server
+
+
+def _another(call: Call) -> Answers:
+    """A model that has changed its mind about everything."""
+    return [(uuid, level % 7 + 1) for uuid, level in well(call)]
+
+
+def _invalidate(flags: tuple[str, ...], *what: str) -> str:
+    done = run_command("services.cache_proxy", "invalidate", *what, *flags[:4])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_previous_versions_answers_are_served_and_refreshed_behind(
+    stage_with: StageWith, flags: tuple[str, ...]
+) -> None:
+    """A new version answers at once with the old one's answers, and soon with its own; rolled back, the old
+    ones are there at once.
+    """  # noqa: D205 - one thought
+    pairs = pairs_of("versioned", 40)
+    old = stage_with(*flags, "--model-version", "1")
+    before = old.caller.ask(pairs).levels
+    old.model.behaviour = _another
+    new = stage_with(*flags, "--model-version", "2", "--previous-model-version", "1", model=old.model)
+    first = new.caller.ask(pairs)
+    assert (first.levels, first.hits) == (before, 40)
+    after = [level % 7 + 1 for level in before]
+    wait_for(lambda: new.caller.ask(pairs).levels == after, what="the new version's answers")
+    found = metrics(new.proxy.http)
+    assert found["cache_proxy_pairs_total", "stale"] >= 40
+    assert len(old.model.asked()) == 80  # once for each version
+    back = stage_with(*flags, "--model-version", "1", model=old.model)
+    assert back.caller.ask(pairs).levels == before
+    assert len(old.model.asked()) == 80
+
+
+@pytest.mark.parametrize("serve_stale", [True, False])
+def test_answers_that_are_too_old_are_inferred_again(
+    stage_with: StageWith, own_redis: RedisServer, serve_stale: bool
+) -> None:
+    """Older than the days of `--cache-ttl`: inferred again; with `--serve-stale` served meanwhile."""
+    stage = stage_with("--cache-url", own_redis.url, *UNPACED)
+    pairs = pairs_of("old", 10)
+    before = stage.caller.ask(pairs).levels
+    stage.proxy.stop()
+    _age(own_redis, days=40)
+    stage.model.behaviour = _another
+    later = stage_with("--cache-url", own_redis.url, "--cache-ttl", "30d", "--serve-stale",
+                       str(serve_stale).lower(), *UNPACED, model=stage.model)  # fmt: skip
+    after = [level % 7 + 1 for level in before]
+    reply = later.caller.ask(pairs)
+    assert (reply.levels, reply.hits) == ((before, 10) if serve_stale else (after, 0))
+    wait_for(lambda: later.caller.ask(pairs).levels == after, what="new answers")
+    assert len(stage.model.asked()) == 20
+
+
+def _age(server: RedisServer, *, days: int) -> None:
+    """As if all answers had been given so many days before."""
+    with redis.Redis(port=server.port) as client:
+        for key in client.scan_iter(match="*:recent:*"):
+            client.delete(key)
+        for key in client.scan_iter(match="*:c2:*"):
+            if client.type(key) == b"hash":
+                for field, value in client.hgetall(key).items():
+                    if len(field) == 11:  # a pair's; a value is day * 7 + level, less a constant
+                        client.hset(key, field, int(value) - 7 * days)
+
+
+def test_an_invalidated_pair_leaves_every_replica_within_a_second(
+    stage_with: StageWith, flags: tuple[str, ...]
+) -> None:
+    """One pair, then all: two replicas that had it in memory ask the model anew; the others stay."""
+    one = stage_with(*flags)
+    two = stage_with(*flags, model=one.model)
+    pairs = pairs_of("buried", 5)
+    before = one.caller.ask(pairs).levels
+    assert two.caller.ask(pairs).hits == 5
+    one.model.behaviour = _another
+    assert "1 pair" in _invalidate(flags, "--company", pairs[0][0], "--title", pairs[0][1])
+    after = [before[0] % 7 + 1, *before[1:]]
+    for stage in (one, two):
+        wait_for(lambda: stage.caller.ask(pairs).levels == after, seconds=5, what="it is gone")  # noqa: B023
+    assert len(one.model.asked()) == 6
+    _invalidate(flags, "--all")
+    changed = [level % 7 + 1 for level in before]
+    for stage in (two, one):
+        wait_for(lambda: stage.caller.ask(pairs).levels == changed, seconds=5, what="all are gone")  # noqa: B023
+    assert len(one.model.asked()) == 11
+
+
+def test_an_answer_in_flight_is_given_but_not_remembered(
+    stage_with: StageWith, flags: tuple[str, ...]
+) -> None:
+    """Invalidated while the model works on it: who asked is answered; who asks next has it inferred anew."""
+    stage = stage_with(*flags)
+    pair = pairs_of("in flight", 1)
+
+    def invalidated(call: Call) -> Answers:
+        _invalidate(flags, "--company", pair[0][0], "--title", pair[0][1])
+        return well(call)
+
+    stage.model.behaviour = invalidated
+    assert stage.caller.ask(pair).levels == [level_of(*pair[0])]
+    stage.model.behaviour = _another
+    wait_for(
+        lambda: stage.caller.ask(pair).levels == [level_of(*pair[0]) % 7 + 1], seconds=5, what="asked anew"
+    )

@@ -27,6 +27,7 @@ class Server:
 
     def __init__(self, process: "subprocess.Popen[str]", ready: dict[str, Any]) -> None:
         self._process = process
+        self.pid = process.pid
         self.target: str = ready["listen"][0]
         self.http: str = ready.get("http", "")
 

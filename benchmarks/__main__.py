@@ -2,7 +2,7 @@
 
 import importlib
 
-MODULES = ("fleet", "store_pairs", "store_mget", "store_warm")
+MODULES = ("fleet", "store_pairs", "store_warm")
 """Each has a `main()` that prints a table and writes `.bench/NAME.json`."""
 
 

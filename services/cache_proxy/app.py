@@ -202,8 +202,7 @@ async def _following(log: InvalidationLog, l1: L1Cache, store: GuardedStore) -> 
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task])
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from services.cache_proxy.errors import QueueFull
 from services.cache_proxy.queue import Asker, Pair, Queue
 from services.cache_proxy.waiters import Waiters
+from services.common.endings import end
 
 _CALLER = ""
 _PATIENCE_SECONDS = 600.0
@@ -36,9 +37,7 @@ class Refresher:
 
     async def close(self) -> None:
         """Wait for none of them any more."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(list(self._tasks))
 
     async def _refresh(self, pairs: Sequence[Pair]) -> None:
         asker = Asker(_CALLER, "refresh", asyncio.get_running_loop().time() + _PATIENCE_SECONDS)

@@ -19,6 +19,7 @@ from services.cache_proxy.store.layout import TAGS
 from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.servers import Servers
+from services.common.endings import end
 from services.common.errors import UsageError
 
 
@@ -79,8 +80,7 @@ async def test_housekeeping_leaves_the_note_and_warns_of_another(
         async with asyncio.timeout(5):
             while not await _checks(reached, settings):  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task])
         assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == warnings
 
 

@@ -10,6 +10,7 @@ import redis
 from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from services.cache_proxy.store.scripts import BURY
 from services.cache_proxy.store.servers import Call, Servers
+from services.common.endings import end
 
 _A, _B = b"a" * 16, b"b" * 16
 _ALL = b"all"
@@ -47,8 +48,7 @@ async def test_a_running_reader_is_told_within_a_second(reached: Servers, base: 
     task = asyncio.create_task(follower.run())
     await log.add([_A])
     await asyncio.wait_for(told.wait(), 1)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    await end([task])
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,7 @@ async def test_a_log_of_a_wrong_type_is_garbage(reached: Servers, base: str, sha
             told.clear()
             while not told:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task])
         assert client.type(log.key) == b"list"
 
 

@@ -34,6 +34,7 @@ def _pair(pair: tuple[str, str]) -> tuple[str, ...]:
     return ("--company", pair[0], "--title", pair[1])
 
 
+@pytest.mark.slow
 def test_get_stats_and_invalidate_see_what_the_proxies_see(
     stage_with: StageWith, shared_redis: str, tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_warm_names_files_that_fail_and_goes_on_with_the_others(shared_redis: st
     assert "missing.jsonl" in missing.stderr
 
 
+@pytest.mark.slow
 def test_a_warm_that_was_killed_goes_on_where_it_ended(shared_redis: str, tmp_path: Path) -> None:
     """The second run reads only what the first had not written; a third finds nothing to do; one that is told
     so begins again, and after `invalidate --all` every one does.
@@ -244,6 +246,7 @@ def s3(tmp_path: Path) -> Iterator[S3Server]:
         yield server
 
 
+@pytest.mark.slow
 def test_warm_reads_buckets(shared_redis: str, tmp_path: Path, s3: S3Server) -> None:
     """One object by its key, all below a prefix but the rejects; a bucket that is not there is named."""
     from botocore.session import Session  # noqa: PLC0415 - slow to import, and needed here alone

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.integration.conftest import UNPACED, StageWith
+from tests.integration.conftest import UNPACED, Stage, StageWith
 from tests.support.caller import metrics, pairs_of
 from tests.support.model_server import Answers, Call, level_of, well
 from tests.support.processes import run_command
@@ -34,6 +34,10 @@ def _another(call: Call) -> Answers:
     return [(uuid, level % 7 + 1) for uuid, level in well(call)]
 
 
+def _written(stage: Stage) -> bool:
+    return metrics(stage.proxy.http).get(("cache_proxy_store_duration_seconds_count", "put"), 0) > 0
+
+
 def _invalidate(flags: tuple[str, ...], *what: str) -> str:
     done = run_command("services.cache_proxy", "invalidate", *what, *flags[:4])
     assert done.returncode == 0, done.stderr
@@ -49,6 +53,7 @@ def test_the_previous_versions_answers_are_served_and_refreshed_behind(
     pairs = pairs_of("versioned", 40)
     old = stage_with(*flags, "--model-version", "1")
     before = old.caller.ask(pairs).levels
+    wait_for(lambda: _written(old), what="the store has them")
     old.model.behaviour = _another
     new = stage_with(*flags, "--model-version", "2", "--previous-model-version", "1", model=old.model)
     first = new.caller.ask(pairs)
@@ -71,7 +76,7 @@ def test_answers_that_are_too_old_are_inferred_again(
     stage = stage_with("--cache-url", own_redis.url, *UNPACED)
     pairs = pairs_of("old", 10)
     before = stage.caller.ask(pairs).levels
-    stage.proxy.stop()
+    stage.proxy.stop()  # which writes what is not written yet
     _age(own_redis, days=40)
     stage.model.behaviour = _another
     later = stage_with("--cache-url", own_redis.url, "--cache-ttl", "30d", "--serve-stale",
@@ -103,7 +108,7 @@ def test_an_invalidated_pair_leaves_every_replica_within_a_second(
     two = stage_with(*flags, model=one.model)
     pairs = pairs_of("buried", 5)
     before = one.caller.ask(pairs).levels
-    assert two.caller.ask(pairs).hits == 5
+    wait_for(lambda: two.caller.ask(pairs).hits == 5, what="the store has them")
     one.model.behaviour = _another
     assert "1 pair" in _invalidate(flags, "--company", pairs[0][0], "--title", pairs[0][1])
     after = [before[0] % 7 + 1, *before[1:]]

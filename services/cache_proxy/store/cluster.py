@@ -25,6 +25,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.store.scripts import Script
 from services.cache_proxy.store.servers import Call, SlotMoving, translated
+from services.common.endings import end
 
 _HOPS = 5
 _REFRESH_SECONDS = 0.5
@@ -73,8 +74,7 @@ class ClusterServers:
     async def close(self) -> None:
         """See `Servers.close`."""
         if self._refreshing is not None:
-            self._refreshing.cancel()
-            await asyncio.gather(self._refreshing, return_exceptions=True)
+            await end([self._refreshing])
         await self._client.aclose()
 
     async def _send(self, commands: Sequence[tuple[Any, ...]], keys: Sequence[str]) -> list[Any]:

@@ -31,6 +31,7 @@ from services.cache_proxy.store.invalidation import InvalidationLog
 from services.cache_proxy.store.memory import MemoryStore
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.versions import VersionedStore
+from services.common.endings import end
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +83,7 @@ async def _running(housekeeping: Housekeeping) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task])
 
 
 @asynccontextmanager

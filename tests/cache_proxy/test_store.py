@@ -363,6 +363,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
         yield server
 
 
+@pytest.mark.slow
 async def test_many_who_wait_for_a_silent_server_wait_once(own_redis: RedisServer) -> None:
     """Look-ups and writes for many calls of a script all fail with the first, which is tried twice."""
     opened = RedisStore(servers(connect(own_redis.url, timeout_seconds=2)), base="p:", metrics=_metrics())

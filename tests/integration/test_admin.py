@@ -120,6 +120,7 @@ def test_a_redis_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "hunter2" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_commands_reach_an_embedded_store_while_its_proxy_runs_and_after(
     stage_with: StageWith, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def _started(folder: Path, *args: str, user: str) -> Iterator[RedisServer]:
         server.kill()
 
 
+@pytest.mark.slow
 def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServer, tmp_path: Path) -> None:
     """A proxy and every command do all they do with them, nothing is refused; another's keys and what harms a
     server are refused; and there is no right that none of them uses.
@@ -126,6 +127,7 @@ def _certificate(folder: Path, name: str) -> Iterator[tuple[Path, Path]]:
     yield certificate, key
 
 
+@pytest.mark.slow
 def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) -> None:
     """`rediss://` with the CA that signed the server: cached; with another: a store that is down, and answers
     all the same.

@@ -69,12 +69,14 @@ async def open_store(
             store = VersionedStore(current, RedisStore(reached, base=previous, metrics=metrics))
             logs.append(InvalidationLog(reached, previous))
         lifetime = Lifetime(answers.ttl_days, answers.serve_stale)
-        async with _running(Housekeeping(reached, current, key=key, lifetime=lifetime)):
-            if cache.cache_url.startswith("embedded:"):
-                yield OpenedStore(store, logs=logs)
-            else:  # what the queue asks of a client, a Cluster's has too
-                yield OpenedStore(store, cast("redis.asyncio.Redis", client), logs)
-        await reached.close()  # once more: the housekeeping may have used it since the store was closed
+        try:
+            async with _running(Housekeeping(reached, current, key=key, lifetime=lifetime)):
+                if cache.cache_url.startswith("embedded:"):
+                    yield OpenedStore(store, logs=logs)
+                else:  # what the queue asks of a client, a Cluster's has too
+                    yield OpenedStore(store, cast("redis.asyncio.Redis", client), logs)
+        finally:
+            await reached.close()  # once more: the housekeeping may have used it since the store was closed
 
 
 @asynccontextmanager

@@ -4,30 +4,19 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-OUTCOMES = ("l1", "l2", "stale", "coalesced", "inferred", "failed")
+from services.cache_proxy.rpc_metrics import RpcMetrics
+
 PRIORITIES = ("interactive", "bulk")  # what a caller may ask for
 LANES = (*PRIORITIES, "refresh")  # and below both, what nobody waits for
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_MAX_CALLERS = 100
-_OTHER = "other"
 
 
 class ProxyMetrics:
     """Registers in `registry` and nowhere else, so that a test may have its own."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter("cache_proxy_requests_total", "RPCs, by status.", ["code"], registry=registry)
-        self.request_duration = Histogram(
-            "cache_proxy_request_duration_seconds", "How long an RPC took.", registry=registry, buckets=_FAST
-        )
-        self.pairs = Counter(
-            "cache_proxy_pairs_total", "Pairs, by what answered them.", ["outcome"], registry=registry
-        )
-        self.caller_pairs = Counter(
-            "cache_proxy_caller_pairs_total", "Pairs by caller: hit, miss or failed.",
-            ["caller", "outcome"], registry=registry,
-        )  # fmt: skip
+        self.rpcs = RpcMetrics(registry, buckets=_FAST)
         self.model_calls = Counter(
             "cache_proxy_model_calls_total", "Calls to the model, by status.", ["code"], registry=registry
         )
@@ -79,28 +68,6 @@ class ProxyMetrics:
         self.l1_entries = Gauge("cache_proxy_l1_entries", "Answers in it.", registry=registry)
         build = Gauge("cache_proxy_build_info", "Always 1.", ["version"], registry=registry)
         build.labels(version("seniority-cache")).set(1)
-        for outcome in OUTCOMES:  # a rate over a counter that is not there yet is no data, not zero
-            self.pairs.labels(outcome)
         for priority in LANES:
             self.queue_pairs.labels(priority)
             self.queue_global_pairs.labels(priority)
-        self._callers: set[str] = set()
-
-    def count_pairs(self, *, caller: str, outcomes: dict[str, int]) -> None:
-        """Count an RPC's pairs, each in one outcome; callers beyond the first hundred are `other`."""
-        if caller not in self._callers:
-            if len(self._callers) < _MAX_CALLERS:
-                self._callers.add(caller)
-            else:
-                caller = _OTHER
-        for outcome, count in outcomes.items():
-            if count:
-                self.pairs.labels(outcome).inc(count)
-                self.caller_pairs.labels(caller, outcome_kind(outcome)).inc(count)
-
-
-def outcome_kind(outcome: str) -> str:
-    """`hit` if a cache answered, `miss` if the model had to, else `failed`."""
-    if outcome in {"l1", "l2", "stale"}:
-        return "hit"
-    return "failed" if outcome == "failed" else "miss"

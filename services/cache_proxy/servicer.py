@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,10 @@ from grpc import aio
 from protos import seniority_pb2
 from services.cache_proxy.callers import ANONYMOUS, Caller, Identify
 from services.cache_proxy.errors import Draining, InvalidRequest, ProxyError
-from services.cache_proxy.metrics import ProxyMetrics, outcome_kind
+from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
+from services.cache_proxy.rpc_metrics import outcome_kind
 from services.cache_proxy.statuses import Status, status_of
 from services.cache_proxy.wire import holds_more_than
 
@@ -49,7 +51,7 @@ class SeniorityService:
         self._resolver = resolver
         self._identify = identify
         self._limits = limits
-        self._metrics = metrics
+        self._metrics = metrics.rpcs
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -91,12 +93,12 @@ class SeniorityService:
         caller = Caller(ANONYMOUS, "interactive")
         code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
         failure: Status | None = None
+        started_at = time.perf_counter()
         try:
-            with self._metrics.request_duration.time():
-                caller = self._identify(context.invocation_metadata() or ())
-                texts = self._texts(request)
-                await self._resolver.resolve(texts, self._asker(caller, context), answers)
-                code = grpc.StatusCode.OK
+            caller = self._identify(context.invocation_metadata() or ())
+            texts = self._texts(request)
+            await self._resolver.resolve(texts, self._asker(caller, context), answers)
+            code = grpc.StatusCode.OK
         except ProxyError as error:
             failure = status_of(error)
             code = failure.code
@@ -105,8 +107,10 @@ class SeniorityService:
             failure = Status(grpc.StatusCode.INTERNAL, "the proxy failed", ())
             code = failure.code
         finally:  # before the answer is on its way: who has it may look at the metrics
-            self._metrics.requests.labels(code.name).inc()
-            self._metrics.count_pairs(caller=caller.name, outcomes=answers.counted())
+            self._metrics.count(
+                code=code.name, seconds=time.perf_counter() - started_at, caller=caller.name,
+                outcomes=answers.counted(),
+            )  # fmt: skip
         if failure is not None:
             await _abort(context, failure)
         context.set_trailing_metadata(_hits_and_misses(answers.outcomes))

@@ -1,0 +1,58 @@
+"""The metrics of RPCs: what `/metrics` says of what was counted."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
+
+from services.cache_proxy.rpc_metrics import RpcMetrics
+
+_BUCKETS = (0.001, 0.01, 0.1, 1)
+
+
+def _metrics(registry: CollectorRegistry) -> RpcMetrics:
+    return RpcMetrics(registry, buckets=_BUCKETS)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.0005, 0.001, 0.0011, 0.01, 0.5, 1, 1.0001, 99]), max_size=30))
+def test_durations_are_counted_as_the_library_counts_them(seconds: list[float]) -> None:
+    """Bucket by bucket, on their bounds too, the histogram is `prometheus_client`'s own."""
+    registry, theirs = CollectorRegistry(), CollectorRegistry()
+    metrics = _metrics(registry)
+    histogram = Histogram("cache_proxy_request_duration_seconds", "t", registry=theirs, buckets=_BUCKETS)
+    for one in seconds:
+        metrics.count(code="OK", seconds=one, caller="c", outcomes={})
+        histogram.observe(one)
+    for suffix, labels in [
+        *(("bucket", {"le": le}) for le in ("0.001", "0.01", "0.1", "1.0", "+Inf")),
+        ("count", {}),
+        ("sum", {}),
+    ]:
+        name = f"cache_proxy_request_duration_seconds_{suffix}"
+        assert registry.get_sample_value(name, labels) == theirs.get_sample_value(name, labels), labels
+
+
+def test_outcomes_are_there_before_the_first_pair() -> None:
+    """A rate over a counter that is not there yet is no data, not zero."""
+    registry = CollectorRegistry()
+    _metrics(registry)
+    for outcome in ("l1", "l2", "stale", "coalesced", "inferred", "failed"):
+        assert registry.get_sample_value("cache_proxy_pairs_total", {"outcome": outcome}) == 0
+
+
+def test_callers_beyond_the_first_hundred_are_others() -> None:
+    """Labels are bounded, whoever calls: each pair is counted once, under its caller's name or `other`."""
+    registry = CollectorRegistry()
+    metrics = _metrics(registry)
+    for number in range(150):
+        for _ in range(2):
+            metrics.count(code="OK", seconds=0, caller=f"c{number}", outcomes={"l1": 2, "inferred": 1})
+    counted = {
+        (sample.labels["caller"], sample.labels["outcome"]): sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "cache_proxy_caller_pairs_total"
+    }
+    assert len({caller for caller, _ in counted}) == 101
+    assert counted["c99", "hit"] == 4
+    assert (counted["other", "hit"], counted["other", "miss"]) == (50 * 4, 50 * 2)
+    assert sum(counted.values()) == 150 * 2 * 3

@@ -2,7 +2,7 @@
 
 import importlib
 
-MODULES = ("fleet", "store_pairs", "store_warm")
+MODULES = ("l1", "store_pairs", "store_warm", "fleet")
 """Each has a `main()` that prints a table and writes `.bench/NAME.json`."""
 
 

@@ -1,70 +1,77 @@
-"""L1: the answers this process remembers, bounded in bytes."""
+"""L1: the answers this process remembers, by the very bytes in which pairs are asked and answered."""
 
-import sys
+from services.cache_proxy.segmented import SegmentedCache
+from services.cache_proxy.store.dated import NEVER
+from services.cache_proxy.wire import LEVELS, answer_tail
 
-# Measured with tracemalloc: a 16-byte key object and its share of a dict that is two thirds full.
-_ENTRY_BYTES = sys.getsizeof(b"x" * 16) + 111
+_BUCKETS = 32
+_CELL_BYTES = 96  # measured: a bytearray, its buffer and its place in a list
 
 
 class L1Cache:
-    """Two generations of a dict from digest to entry (`store/dated.py`), instead of a list that orders them.
+    """Keys are canonical bytes of a pair (see `wire.py`), values are *cells*: the bytes that say the level.
 
-    A hit in the old one moves to the young; when the young one holds half of the bound, the old is dropped
-    whole. So an entry lives on if it is asked for once a generation, at the price of one look-up more.
+    A cell is shared by all entries of the same level, bucket of digests and day of expiry. To forget a
+    digest, or what is too old, cells are emptied: whoever still refers to one finds nothing, at no cost to a
+    look-up and without an index from digests to their spellings. `remove` so forgets a 32nd of the entries,
+    which L2 gives back; an index that forgets one alone would take 107 bytes an entry.
 
     `epoch` counts what was forgotten on purpose. A look-up elsewhere may outlast an invalidation and come
-    back with what was invalidated: so a put carries the epoch read before it, and is dropped if that is over.
+    back with what was invalidated: so a put carries the epoch read before its look-up, and is dropped if
+    that is over.
 
-    State: `epoch`, `_young`, `_old`; touched only from the event loop, never across an await.
+    State: `epoch`, `_today`, `_answers`, `_cells`; touched only from the event loop, never across an await.
     """
 
     def __init__(self, *, max_bytes: int) -> None:
         self.epoch = 0
-        self._young: dict[bytes, int] = {}
-        self._old: dict[bytes, int] = {}
-        self._interned: dict[int, int] = {}
-        self._half_entries = max_bytes // 2 // _ENTRY_BYTES
+        self._today = 0
+        self._answers: SegmentedCache[bytearray] = SegmentedCache(max_bytes=max_bytes)
+        self._cells: dict[int, list[bytearray]] = {}
+        self.get_proven = self._answers.get_proven
+        self.prove = self._answers.prove
 
-    def get(self, digest: bytes) -> int:
-        """The entry, or 0."""
-        entry = self._young.get(digest, 0)
-        if not entry:
-            entry = self._old.pop(digest, 0)
-            if entry:
-                self._add(digest, entry)
-        return entry
-
-    def put(self, digest: bytes, entry: int, *, epoch: int) -> None:
-        """Remember an entry, unless something was invalidated since `epoch`."""
-        if epoch == self.epoch:
-            self._add(digest, entry)
+    def put(self, key: bytes, level: int, *, digest: bytes, epoch: int, expires_day: int = NEVER) -> None:
+        """Remember a level until `expires_day` begins, unless something was invalidated since `epoch`."""
+        if epoch != self.epoch or expires_day <= self._today:
+            return
+        cells = self._cells.get(expires_day)
+        if cells is None:
+            cells = self._cells[expires_day] = [bytearray() for _ in range(_BUCKETS * LEVELS)]
+        place = digest[0] % _BUCKETS * LEVELS + level - 1
+        if not cells[place]:  # emptied cells stay so: entries that were forgotten refer to them
+            cells[place] = bytearray(answer_tail(level))
+        self._answers.put(key, cells[place])
 
     def remove(self, digest: bytes) -> None:
-        """Forget what was invalidated."""
+        """Forget the answer for a digest, in all its spellings."""
         self.epoch += 1
-        self._young.pop(digest, None)
-        self._old.pop(digest, None)
+        first = digest[0] % _BUCKETS * LEVELS
+        for cells in self._cells.values():
+            for cell in cells[first : first + LEVELS]:
+                cell.clear()
+
+    def expire(self, today: int) -> None:
+        """Forget what was to be remembered until today, or an earlier day."""
+        if today == self._today:
+            return
+        self._today = today
+        for day in [day for day in self._cells if day <= today]:
+            for cell in self._cells.pop(day):
+                cell.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self.epoch += 1
-        self._young, self._old = {}, {}
-
-    def _add(self, digest: bytes, entry: int) -> None:
-        if not self._half_entries:
-            return
-        if len(self._young) >= self._half_entries:
-            self._old, self._young = self._young, {}
-            self._interned.clear()
-        # One object for all entries of a level and day: they are few, and a number takes 28 bytes.
-        self._young[digest] = self._interned.setdefault(entry, entry)
+        self._answers.clear()
+        self._cells.clear()
 
     @property
     def entries(self) -> int:
-        """How many answers are remembered."""
-        return len(self._young) + len(self._old)
+        """How many answers are remembered (forgotten ones too, until others take their room)."""
+        return self._answers.entries
 
     @property
     def size_bytes(self) -> int:
         """What they take."""
-        return self.entries * _ENTRY_BYTES
+        return self._answers.size_bytes + len(self._cells) * _BUCKETS * LEVELS * _CELL_BYTES

@@ -1,41 +1,133 @@
-"""A request's bytes, looked at before they are made into messages."""
+"""The wire format, where making messages of it would cost more than the answer.
 
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
-_MORE = 0x80
-_SIZE = {_FIXED64: 8, _FIXED32: 4}
+The same bytes are read in two ways: as a `SeniorityRequestBatch`, whose items are messages, and as its
+private twin, whose items are bytes. What follows the uuid in an item is looked up in L1 as it stands. L1's
+keys are *canonical*: what `SeniorityRequest(company, title)` serialises to. They are only ever made in that
+way (`read`), never taken from a request; so bytes of a request that equal one are canonical too, and say
+that very pair and nothing else.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from protos import seniority_pb2
+from services.cache_proxy.errors import InvalidRequest
+from services.cache_proxy.flood import holds_more_than
+
+LEVELS = 7
+UUID_TAG = 0x08
+MORE = 0x80
+
+_LEVEL_TAG = 0x10
+
+# No uuid, or one as every int32 is spelled: minimal, and in ten bytes if it is negative.
+_UUID = re.compile(
+    rb"""(?: \x08 (?: [\x00-\x7f]
+                    | [\x80-\xff]{1,3} [\x01-\x7f]
+                    | [\x80-\xff]{4} (?: [\x01-\x07] | [\xf8-\xff] \xff{4} \x01 ) )
+         | (?! \x08 ) )""",
+    re.VERBOSE,
+)
 
 
-def holds_more_than(message: bytes, limit: int) -> bool:
-    """Whether a message has more than `limit` fields at its top level, each of which may be a pair.
+class Unknown(NamedTuple):
+    """A pair that L1 does not know: its place in the request, what was asked, and its key."""
 
-    Stops at the first one too many. Raises IndexError where the bytes end too early, or are no message.
+    position: int
+    uuid: int
+    company: str
+    title: str
+    key: bytes
+
+
+def _raw_batch() -> Any:
+    """The twin. In a pool of its own: what is in the default one, reflection tells the world."""
+    file = descriptor_pb2.FileDescriptorProto(name="cache_proxy/wire.proto", syntax="proto3")
+    kind = descriptor_pb2.FieldDescriptorProto
+    file.message_type.add(name="RawBatch").field.add(
+        name="batch", number=1, type=kind.TYPE_BYTES, label=kind.LABEL_REPEATED
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("RawBatch"))
+
+
+_RawBatch = _raw_batch()
+
+
+def split(message: bytes, *, max_pairs: int) -> list[bytes] | InvalidRequest:
+    """The request's items, or why it has none: raised here, an error would read as the proxy's own failure.
+
+    Pairs are counted before they are made: 64 MiB may hold 33 million empty ones, which take a gigabyte.
     """
-    at, end = 0, len(message)
-    for _ in range(limit + 1):
-        if at >= end:
-            return False
-        tag, at = _varint(message, at)
-        kind = tag & 7
-        if kind == _LENGTH:
-            size, at = _varint(message, at)
-            at += size
-        elif kind == _VARINT:
-            _, at = _varint(message, at)
-        elif kind in _SIZE:
-            at += _SIZE[kind]
-        else:
-            raise IndexError
-    return True
+    most = 2 * max_pairs  # what is not far above the limit is made, so that its pairs can be counted
+    try:
+        if holds_more_than(message, most):
+            return too_many(f"over {most}", max_pairs)
+        return list(_RawBatch.FromString(message).batch)
+    except (DecodeError, IndexError):
+        return _unreadable()
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        at += 1
-        value |= (byte & ~_MORE) << shift
-        if not byte & _MORE:
-            return value, at
-        shift += 7
-        if shift > 63:  # noqa: PLR2004 - ten bytes
-            raise IndexError
+def join(items: Sequence[bytes]) -> bytes:
+    """A batch of these."""
+    message: bytes = _RawBatch(batch=items).SerializeToString()
+    return message
+
+
+def uuid_end(item: bytes) -> int | None:
+    """Where an item's uuid ends, if that is spelled as it should be."""
+    found = _UUID.match(item)
+    return None if found is None else found.end()
+
+
+def answer(uuid: int, level: int) -> bytes:
+    """The item of an answer."""
+    return seniority_pb2.SeniorityResponse(uuid=uuid, seniority=level).SerializeToString()
+
+
+def answer_tail(level: int) -> bytes:
+    """What follows the uuid in it: the uuid's own bytes are those of the request."""
+    return bytes((_LEVEL_TAG, level))
+
+
+def read(items: Sequence[bytes], positions: Sequence[int], *, max_field_bytes: int) -> list[Unknown]:
+    """The items at these positions. Raises `InvalidRequest`.
+
+    They are read in a batch, as they came: alone, one could be nested a level deeper.
+    """
+    try:
+        batch = seniority_pb2.SeniorityRequestBatch.FromString(join([items[at] for at in positions])).batch
+    except DecodeError:
+        raise _unreadable() from None
+    found = []
+    for position, item in zip(positions, batch, strict=True):
+        company, title = item.company, item.title
+        if len(company) + len(title) > max_field_bytes // 4:  # a character is at most four bytes
+            _check_field(f"batch[{position}].company", company, max_field_bytes)
+            _check_field(f"batch[{position}].title", title, max_field_bytes)
+        key = seniority_pb2.SeniorityRequest(company=company, title=title).SerializeToString()
+        found.append(Unknown(position, item.uuid, company, title, key))
+    return found
+
+
+def too_many(pairs: str, limit: int) -> InvalidRequest:
+    """There are `pairs` of them."""
+    # The field is the batch itself: no pair of it is at fault, and without one it would still be refused.
+    message = f"batch[{limit}]: the batch holds {pairs} pairs, the limit is {limit}"
+    return InvalidRequest(message, "batch")
+
+
+def _unreadable() -> InvalidRequest:
+    return InvalidRequest("the request is not a SeniorityRequestBatch, or a text in it is not UTF-8")
+
+
+def _check_field(field: str, text: str, limit: int) -> None:
+    size = len(text.encode())
+    if size > limit:
+        message = f"{field}: {size} bytes of text, the limit is {limit}"
+        raise InvalidRequest(message, field)

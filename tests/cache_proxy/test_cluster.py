@@ -86,7 +86,7 @@ async def test_the_store_is_spread_over_the_nodes_and_answers_as_one(
     gone, kept = list(pairs)[:10], dict(list(pairs.items())[10:])
     assert await store.forget(gone) == 10
     assert await _levels(store, kept) == list(kept.values())
-    log = InvalidationLog(reached, base)
+    log = InvalidationLog(reached, f"{base}log")
     told: list[bytes] = []
     await log.add(gone)
     await Follower(log, remove=told.append, clear=lambda: told.append(b"all")).poll()

@@ -24,7 +24,7 @@ def _follow(log: InvalidationLog) -> tuple[Follower, list[bytes]]:
 
 async def test_a_reader_is_told_each_invalidation_once_and_in_order(reached: Servers, base: str) -> None:
     """Pairs one by one and all at once; nothing twice; each reader by itself."""
-    log = InvalidationLog(reached, base)
+    log = InvalidationLog(reached, f"{base}log")
     await log.add([_A])
     follower, told = _follow(log)
     await follower.poll()
@@ -40,11 +40,11 @@ async def test_a_reader_is_told_each_invalidation_once_and_in_order(reached: Ser
 
 async def test_a_running_reader_is_told_within_a_second(reached: Servers, base: str) -> None:
     """As the contract says, whenever it looked last."""
-    log = InvalidationLog(reached, base)
+    log = InvalidationLog(reached, f"{base}log")
     told = asyncio.Event()
     follower = Follower(log, remove=lambda _: told.set(), clear=told.set)
     await log.add([_B])
-    task = asyncio.create_task(follower.run())
+    task = asyncio.create_task(follower.run(polling=True))
     for digest in (_A, _B):  # it has just looked: when it began, and when it told of the one before
         await asyncio.wait_for(told.wait(), 1)
         told.clear()
@@ -70,7 +70,7 @@ async def test_a_gap_makes_a_reader_forget_everything(
     reached: Servers, base: str, shared_redis: str, loss: Callable[["redis.Redis", str], Any]
 ) -> None:
     """A log that lost its end, or all, or ran away: whatever may have been missed is not served any more."""
-    log = InvalidationLog(reached, base)
+    log = InvalidationLog(reached, f"{base}log")
     await log.add([_A])
     follower, told = _follow(log)
     await follower.poll()
@@ -86,11 +86,11 @@ async def test_a_gap_makes_a_reader_forget_everything(
 
 async def test_a_log_of_a_wrong_type_is_garbage(reached: Servers, base: str, shared_redis: str) -> None:
     """The reader forgets everything and goes on; the next invalidation makes the log anew."""
-    log = InvalidationLog(reached, base)
+    log = InvalidationLog(reached, f"{base}log")
     with redis.Redis.from_url(shared_redis) as client:
         client.set(log.key, "x")
         follower, told = _follow(log)
-        task = asyncio.create_task(follower.run())
+        task = asyncio.create_task(follower.run(polling=True))
         async with asyncio.timeout(5):
             while not told:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
@@ -104,7 +104,7 @@ async def test_a_log_of_a_wrong_type_is_garbage(reached: Servers, base: str, sha
 
 async def test_the_log_is_bounded(reached: Servers, base: str, shared_redis: str) -> None:
     """However much is invalidated, it keeps the last ten thousand."""
-    log = InvalidationLog(reached, base)
+    log = InvalidationLog(reached, f"{base}log")
     for _ in range(11):
         await log.add([_A] * 1000)
     with redis.Redis.from_url(shared_redis) as client:

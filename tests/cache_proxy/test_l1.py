@@ -1,81 +1,142 @@
-"""L1: what it keeps, and what it takes."""
+"""L1: what it remembers, for how long, and what makes it forget."""
 
-import tracemalloc
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.l1 import L1Cache
+from services.cache_proxy.store.dated import NEVER
+from services.cache_proxy.wire import answer_tail
+
+_MIB = 2**20
+
+
+def _key(number: int) -> bytes:
+    return b"\x12\x04%04d" % number
 
 
 def _digest(number: int) -> bytes:
-    return number.to_bytes(16, "little")
+    return number.to_bytes(2, "little") * 8
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 7)), max_size=200))
-def test_it_never_answers_what_was_not_put_last(steps: list[tuple[bool, int, int]]) -> None:
-    """A level is the last one put, or none: whatever was dropped in between."""
-    cache, known = L1Cache(max_bytes=160 * 12), {}
-    for is_put, number, level in steps:
-        if is_put:
-            cache.put(_digest(number), level, epoch=0)
-            known[number] = level
+def _level(cache: L1Cache, number: int) -> int:
+    """What a look-up finds; 0 if nothing."""
+    cell = cache.get_proven(_key(number), None) or cache.prove(_key(number))
+    assert not cell or cell == answer_tail(cell[1])
+    return cell[1] if cell else 0
+
+
+def _put(cache: L1Cache, number: int, level: int = 4, *, epoch: int | None = None, day: int = NEVER) -> None:
+    cache.put(
+        _key(number), level, digest=_digest(number), epoch=cache.epoch if epoch is None else epoch,
+        expires_day=day,
+    )  # fmt: skip
+
+
+def test_every_level_is_told_in_the_bytes_of_an_answer() -> None:
+    """What is found for a pair is what follows the uuid in its answer, the last level that was put."""
+    cache = L1Cache(max_bytes=_MIB)
+    for level in (*range(1, 8), *range(7, 0, -1)):
+        _put(cache, level, level)
+        assert _level(cache, level) == level
+    _put(cache, 1, 7)
+    assert (_level(cache, 1), cache.entries) == (7, 7)
+
+
+def test_a_removed_digest_is_forgotten_in_all_its_spellings() -> None:
+    """Whatever bytes a digest was put by, `remove` forgets it; a later put is remembered."""
+    cache = L1Cache(max_bytes=_MIB)
+    for spelling in range(5):
+        cache.put(_key(spelling), 3, digest=_digest(1), epoch=cache.epoch)
+    _put(cache, 7)
+    cache.remove(_digest(1))
+    assert [_level(cache, spelling) for spelling in range(5)] == [0] * 5
+    assert _level(cache, 7) == 4
+    cache.put(_key(0), 3, digest=_digest(1), epoch=cache.epoch)
+    assert [_level(cache, spelling) for spelling in range(2)] == [3, 0]
+
+
+def test_a_removal_leaves_most_of_the_others() -> None:
+    """What is forgotten along with a digest is a 32nd of the cache."""
+    cache = L1Cache(max_bytes=_MIB)
+    for number in range(1000):
+        _put(cache, number)
+    cache.remove(_digest(500))
+    assert _level(cache, 500) == 0
+    assert sum(_level(cache, number) > 0 for number in range(1000)) > 950
+
+
+def test_what_was_looked_up_before_an_invalidation_is_not_put_after_it() -> None:
+    """A put carries the epoch read before its look-up: after a `remove` or a `clear` it is dropped."""
+    cache = L1Cache(max_bytes=_MIB)
+    for everything in (False, True):
+        epoch = cache.epoch
+        if everything:
+            cache.clear()
         else:
-            assert cache.get(_digest(number)) in {0, known.get(number, 0)}
-        assert cache.size_bytes <= 160 * 12
+            cache.remove(_digest(1))
+        _put(cache, 1, epoch=epoch)
+        assert _level(cache, 1) == 0
+        _put(cache, 1)
+        assert _level(cache, 1) == 4
 
 
-@pytest.mark.parametrize("entries", [50_000, 87_000, 88_000, 120_000])
-def test_its_bound_holds_in_real_memory(entries: int) -> None:
-    """However full its dicts happen to be, what Python allocates stays within the bound."""
-    max_bytes = entries * 160
-    tracemalloc.start()
-    try:
-        before = tracemalloc.get_traced_memory()[0]
-        cache = L1Cache(max_bytes=max_bytes)
-        for number in range(entries * 3):
-            cache.put(_digest(number), number % 7 + 1, epoch=0)
-        taken = tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
-    assert taken <= max_bytes * 1.02
-    assert cache.size_bytes <= max_bytes
-    assert cache.entries >= entries * 0.45
+def test_clear_forgets_everything() -> None:
+    """No entry is left, proven or not, and none of them is counted."""
+    cache = L1Cache(max_bytes=_MIB)
+    for number in range(10):
+        _put(cache, number)
+    _level(cache, 3)
+    cache.clear()
+    assert (cache.entries, cache.size_bytes) == (0, 0)
+    assert [_level(cache, number) for number in range(10)] == [0] * 10
 
 
-def test_a_scan_of_cold_pairs_leaves_the_hot_ones() -> None:
-    """Pairs that are asked for now and then outlive ten times the cache's size of pairs asked once."""
-    cache = L1Cache(max_bytes=160 * 2000)
-    hot = [_digest(number) for number in range(200)]
-    for digest in hot:
-        cache.put(digest, 4, epoch=0)
-    kept = 0
-    for cold in range(20_000):
-        cache.put(_digest(1_000_000 + cold), 1, epoch=0)
-        if cold % 2 == 0:
-            kept += cache.get(hot[cold // 2 % 200]) == 4
-    assert kept == 10_000
+def test_an_answer_is_remembered_until_its_day() -> None:
+    """On the day of its expiry, and on later ones, an entry is gone; others of its bucket stay."""
+    cache = L1Cache(max_bytes=_MIB)
+    for number, day in ((1, 100), (33, 101), (65, NEVER)):  # one bucket
+        _put(cache, number, day=day)
+    cache.expire(99)
+    assert [_level(cache, number) for number in (1, 33, 65)] == [4, 4, 4]
+    cache.expire(100)
+    assert [_level(cache, number) for number in (1, 33, 65)] == [0, 4, 4]
+    cache.expire(1000)
+    assert [_level(cache, number) for number in (1, 33, 65)] == [0, 0, 4]
 
 
-def test_without_room_it_remembers_nothing() -> None:
-    """`--l1-max-bytes 0` is no cache, not an unbounded one."""
-    cache = L1Cache(max_bytes=0)
-    cache.put(_digest(1), 3, epoch=0)
-    assert (cache.get(_digest(1)), cache.entries) == (0, 0)
+def test_what_has_expired_is_not_put() -> None:
+    """An answer that comes back from L2 too old, or on the last stroke of its day, is not remembered."""
+    cache = L1Cache(max_bytes=_MIB)
+    cache.expire(100)
+    _put(cache, 1, day=100)
+    assert _level(cache, 1) == 0
+    _put(cache, 1, day=101)
+    assert _level(cache, 1) == 4
 
 
-def test_what_was_invalidated_does_not_come_back() -> None:
-    """Removed or cleared, it is gone from both generations, and a look-up that began before puts nothing."""
-    l1 = L1Cache(max_bytes=10**6)
-    l1.put(b"a" * 16, 3, epoch=l1.epoch)
-    before = l1.epoch
-    l1.remove(b"a" * 16)
-    l1.put(b"a" * 16, 3, epoch=before)
-    assert l1.get(b"a" * 16) == 0
-    l1.put(b"a" * 16, 4, epoch=l1.epoch)
-    assert l1.get(b"a" * 16) == 4
-    before = l1.epoch
-    l1.clear()
-    l1.put(b"b" * 16, 3, epoch=before)
-    assert l1.entries == 0
+_STEPS = st.one_of(
+    st.tuples(st.just("put"), st.integers(0, 40), st.integers(1, 7), st.integers(0, 5)),
+    st.tuples(st.just("get"), st.integers(0, 40), st.just(0), st.just(0)),
+    st.tuples(st.just("remove"), st.integers(0, 40), st.just(0), st.just(0)),
+    st.tuples(st.just("expire"), st.just(0), st.just(0), st.integers(0, 5)),
+)
+
+
+@given(st.lists(_STEPS, max_size=120))
+def test_it_never_says_what_is_not_known_any_more(steps: list[tuple[str, int, int, int]]) -> None:
+    """Whatever happens in any order: the last level put, unless it was removed or is too old, or none."""
+    cache, known, today = L1Cache(max_bytes=4000), dict[int, tuple[int, int]](), 0
+    for step, number, level, day in steps:
+        if step == "put":
+            _put(cache, number, level, day=day)
+            if day > today:
+                known[number] = level, day
+        elif step == "remove":
+            cache.remove(_digest(number))
+            known.pop(number, None)
+        elif step == "expire":
+            today = max(today, day)
+            cache.expire(today)
+        else:
+            last, until = known.get(number, (0, 0))
+            assert _level(cache, number) in {0, last if until > today else 0}

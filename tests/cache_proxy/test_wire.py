@@ -1,40 +1,112 @@
-"""A request's bytes, looked at before they are made into messages."""
+"""The wire format as bytes: items, uuids, keys."""
 
 import pytest
-from hypothesis import given
+from google.protobuf import descriptor_pool
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy.wire import holds_more_than
+from services.cache_proxy import wire
+from services.cache_proxy.errors import InvalidRequest
 
-_ITEMS = st.builds(
-    pb.SeniorityRequest, uuid=st.integers(-(2**31), 2**31 - 1), company=st.text(max_size=200), title=st.text()
-)
-
-
-@given(st.lists(_ITEMS, max_size=20), st.integers(0, 25))
-def test_pairs_are_counted_as_protobuf_counts_them(items: list[pb.SeniorityRequest], limit: int) -> None:
-    """For any batch, however its pairs are spelled."""
-    message = pb.SeniorityRequestBatch(batch=items).SerializeToString()
-    assert holds_more_than(message, limit) is (len(items) > limit)
+_INT32 = st.integers(-(2**31), 2**31 - 1)
+_MAX_FIELD_BYTES = 4096
 
 
-@given(st.binary(max_size=300), st.integers(0, 20))
-def test_any_bytes_are_counted_or_refused(message: bytes, limit: int) -> None:
-    """Never another error, never more work than the limit; what protobuf reads within it is not refused."""
+def _read(item: bytes) -> wire.Unknown:
+    return wire.read([item], [0], max_field_bytes=_MAX_FIELD_BYTES)[0]
+
+
+@given(_INT32, st.text(max_size=20), st.text(max_size=20))
+def test_an_item_is_its_uuid_and_its_key(uuid: int, company: str, title: str) -> None:
+    """As every library spells it, what follows the uuid is the key, whatever the uuid; the answer's bytes are
+    the uuid's own and the level.
+    """  # noqa: D205 - one thought
+    item = pb.SeniorityRequest(uuid=uuid, company=company, title=title).SerializeToString()
+    end = wire.uuid_end(item)
+    assert end is not None
+    assert _read(item) == wire.Unknown(0, uuid, company, title, item[end:])
+    assert wire.answer(uuid, 5) == item[:end] + wire.answer_tail(5)
+
+
+@given(_INT32)
+def test_every_uuid_has_one_spelling(uuid: int) -> None:
+    """What protobuf writes is taken; the same value in a byte more is not."""
+    spelled = pb.SeniorityRequest(uuid=uuid).SerializeToString()
+    assert wire.uuid_end(spelled) == len(spelled)
+    if uuid > 0:
+        longer = spelled[:-1] + bytes([spelled[-1] | 0x80, 0])
+        assert pb.SeniorityRequest.FromString(longer).uuid == uuid
+        assert wire.uuid_end(longer) is None
+
+
+@given(st.binary(max_size=14))
+@example(b"\xff\xff\xff\xff\x0f")  # 2^32 - 1, which an int32 reads as -1
+@example(b"\xff\xff\xff\xff\x0f" + b"\x00" * 9)
+@example(b"\xff" * 9 + b"\x01")
+@example(b"\xff" * 8 + b"\x7f")
+def test_a_uuid_is_never_taken_for_another(after: bytes) -> None:
+    """Whatever bytes stand in its place: if an end is found, protobuf reads one uuid up to there, and the
+    same in an answer.
+    """  # noqa: D205 - one thought
+    item = b"\x08" + after
+    end = wire.uuid_end(item)
+    if end is not None:
+        uuid = pb.SeniorityRequest.FromString(item[:end]).uuid
+        answer = pb.SeniorityResponse.FromString(item[:end] + wire.answer_tail(7))
+        assert (answer.uuid, answer.seniority) == (uuid, 7)
+        assert end == len(pb.SeniorityRequest(uuid=uuid).SerializeToString()) or item[:end] == b"\x08\x00"
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        b"\x1a\x01t\x12\x01c", b"\x12\x01x\x12\x01c\x1a\x01t", b"\x12\x01c\x1a\x01t\x08\x05",
+        b"\x12\x81\x00c\x1a\x01t", b"\x92\x00\x01c\x1a\x01t", b"\x12\x01c\x1a\x01t\x7a\x00",
+        b"\x12\x01c\x1a\x01t\x20\x01", b"\x08\x85\x00\x12\x01c\x1a\x01t", b"\x7b\x7c\x12\x01c\x1a\x01t",
+    ],
+    ids=["order", "repeated", "uuid behind", "length", "tag", "unknown text", "unknown int", "uuid", "group"],
+)  # fmt: skip
+def test_what_is_spelled_otherwise_has_the_same_key_and_is_none(item: bytes) -> None:
+    """Protobuf reads ("c", "t"), so that is its key; its own bytes, less what may be a uuid, are not."""
+    assert _read(item).key == b"\x12\x01c\x1a\x01t"
+    end = wire.uuid_end(item)
+    assert end is None or item[end:] != _read(item).key
+
+
+def test_the_twin_is_nobodys_business() -> None:
+    """Reflection answers from the default pool: the private message is not in it."""
+    with pytest.raises(KeyError):
+        descriptor_pool.Default().FindMessageTypeByName("RawBatch")
+
+
+@given(st.lists(st.binary(max_size=40), max_size=12))
+def test_items_are_split_and_joined_whatever_is_in_them(items: list[bytes]) -> None:
+    """A batch comes apart into its items' bytes, and together again."""
+    assert wire.split(wire.join(items), max_pairs=100) == items
+
+
+def test_an_item_is_read_as_deep_as_it_was_sent() -> None:
+    """Groups nested as deep as protobuf bears alone are one too deep in a batch: refused, as by protobuf."""
+    deepest = next(
+        depth for depth in range(200) if not _readable(b"\x0a" + _varint(depth * 2) + _groups(depth))
+    )
+    assert wire.read([_groups(deepest - 1)], [0], max_field_bytes=9)[0].company == ""
+    with pytest.raises(InvalidRequest):
+        wire.read([_groups(deepest)], [0], max_field_bytes=9)
+
+
+def _groups(depth: int) -> bytes:
+    return b"\x7b" * depth + b"\x7c" * depth
+
+
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128, value >> 7])
+
+
+def _readable(message: bytes) -> bool:
     try:
-        more = holds_more_than(message, limit)
-    except IndexError:
-        return
-    try:
-        parsed = pb.SeniorityRequestBatch.FromString(message)
-    except Exception:  # noqa: BLE001 - protobuf has its own say
-        return
-    assert more or len(parsed.batch) <= limit
-
-
-@pytest.mark.parametrize("message", [b"\x0a", b"\x0a\xff", b"\x0b", b"\xff" * 12])
-def test_what_ends_too_early_is_refused(message: bytes) -> None:
-    """A cut tag, a cut length, a group, an endless varint."""
-    with pytest.raises(IndexError):
-        holds_more_than(message, 5)
+        pb.SeniorityRequestBatch.FromString(message)
+    except Exception:  # noqa: BLE001 - that is the question
+        return False
+    return True

@@ -110,7 +110,7 @@ async def _follow(url: str) -> None:
     """Read the log of invalidations once."""
     access = Access(username="seniority", password=b"s3cret")
     reached = servers(connect(url, timeout_seconds=5, access=access))
-    log = InvalidationLog(reached, "seniority:c2:fold1:1:")
+    log = InvalidationLog(reached, "{seniority}:q1:fold1:1:log")
     await Follower(log, remove=lambda _: None, clear=lambda: None).poll()
     await reached.close()
 

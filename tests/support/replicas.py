@@ -169,8 +169,8 @@ class Replica:
         )  # fmt: skip
         self.failover = FailoverQueue(shared=self.queue, local=local, limiter=limiter)
         self.listener = Listener(
-            self.client, self.scripts, queue=self.failover, shared=self.queue, replica=name, address="",
-            limits=bounds, metrics=metrics,
+            self.client, self.scripts, queue=self.failover, shared=self.queue, address="",
+            limits=bounds, metrics=metrics, logs={},
         )  # fmt: skip
         self._pubsub = self.client.pubsub(ignore_subscribe_messages=True)
 

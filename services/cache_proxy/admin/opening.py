@@ -67,7 +67,7 @@ def _of(reached: Servers, key: KeySettings) -> Cache:
         servers=reached,
         key=key,
         store=RedisStore(reached, base=base, metrics=ProxyMetrics(CollectorRegistry())),
-        log=InvalidationLog(reached, base),
+        log=InvalidationLog(reached, deployment.log_key(key)),
         digest=make_digester(normalize=key.normalize, secret=secret),
     )
 

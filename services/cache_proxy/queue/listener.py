@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
 _RECONNECT_SECONDS = 0.2
 _DEAF_SECONDS = 1.0
 _SILENT_SECONDS = 5.0
+Hear = Callable[[bytes | None], None]
+"""Told the last entry of a log, None if it has none."""
+
 _MILLISECOND = 0.001  # Redis's clock is told in whole ones
 
 
@@ -55,18 +58,19 @@ class _Pulse:
     members: tuple[str, ...]
     late: Sequence[tuple[str, str]]
     moment_ms: float
+    logs: Sequence[bytes | None]
 
     @classmethod
     def read(cls, reply: Any) -> "_Pulse":
         """Raises `StoreError` if it is none."""
         try:
-            now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms = reply
+            now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms, logs = reply
             return cls(
                 int(now_ms), int(published), bytes(queue_id), [int(count) for count in waiting],
                 float(oldest_ms), tuple(members.decode("ascii", "replace").split(",")),
                 [(replica.decode("ascii", "replace"), address.decode("ascii", "replace"))
                  for replica, address in late],
-                float(moment_ms),
+                float(moment_ms), [last if isinstance(last, bytes) else None for last in logs],
             )  # fmt: skip
         except (ValueError, TypeError, AttributeError) as error:
             message = "the heartbeat's reply cannot be read"
@@ -82,17 +86,19 @@ class Listener:
 
     def __init__(
         self, client: "redis.asyncio.Redis", scripts: Scripts, *, queue: FailoverQueue, shared: RedisQueue,
-        replica: str, address: str, limits: QueueLimits, metrics: ProxyMetrics,
+        address: str, limits: QueueLimits, metrics: ProxyMetrics,
+        logs: Mapping[str, Hear],
     ) -> None:  # fmt: skip
         self._client = client
         self._scripts = scripts
-        self._channels = (scripts.channel, f"{scripts.channel}:{replica}")
+        self._channels = (scripts.channel, f"{scripts.channel}:{shared.replica}")
         self._queue = queue
         self._shared = shared
-        self._replica = replica
+        self._replica = shared.replica
         self._address = address
         self._limits = limits.paced
         self._metrics = metrics
+        self._logs = logs
         self._heard = _Heard()
         self._missed = asyncio.Event()
         self._doors = Doors(scripts)
@@ -150,9 +156,14 @@ class Listener:
 
     async def _beat_once(self) -> None:
         lost, asked_at = self._queue.lost, time.monotonic()
-        arguments = [self._replica, pack(self._shared.held), self._address, int(lost), *self._limits]
+        arguments = [
+            self._replica, pack(self._shared.held), self._address, int(lost), *self._limits,
+            pack(list(self._logs)),
+        ]  # fmt: skip
         pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
         clock_offset_seconds = self._clock_offset(pulse.now_ms / 1000, asked_at, time.monotonic())
+        for hear, last in zip(self._logs.values(), pulse.logs, strict=False):
+            hear(last)
         self._compare(pulse.queue_id, pulse.published)
         self._queue.heard(
             Membership(

@@ -4,9 +4,9 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -17,7 +17,7 @@ from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Queue, QueueLimits, Settle
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.limiter import Limiter
-from services.cache_proxy.queue.listener import Listener
+from services.cache_proxy.queue.listener import Hear, Listener
 from services.cache_proxy.queue.local import LocalQueue
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
@@ -43,6 +43,8 @@ class SharedRedis:
     expected_replicas: int
     lease_seconds: float
     http_bound: str
+    logs: Mapping[str, Hear] = field(default_factory=dict)
+    """Keys of the logs of invalidations, and who is to be told their last entries."""
 
 
 def open_local(
@@ -72,8 +74,9 @@ async def open_shared(
     queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
     await _configure(scripts, limits)
     listener = Listener(
-        shared.client, scripts, queue=queue, shared=asked, replica=replica,
+        shared.client, scripts, queue=queue, shared=asked,
         address=_address(shared.http_bound, shared.url), limits=limits, metrics=metrics,
+        logs=shared.logs,
     )  # fmt: skip
     await listener.start()
     try:

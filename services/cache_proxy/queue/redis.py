@@ -71,7 +71,7 @@ class RedisQueue:
         settle: Settle, metrics: ProxyMetrics,
     ) -> None:  # fmt: skip
         self._scripts = scripts
-        self._replica = replica
+        self.replica = replica
         self._limits = limits
         self._linger_ms = max(0, round(limits.linger_seconds * 1000) - _TIMERS_MS)
         self._lease_ms = round((lease_seconds + _LEASE_MARGIN_SECONDS) * 1000)
@@ -197,7 +197,7 @@ class RedisQueue:
                 digest for digest in digests if digest not in self._asked
             ]  # nor asked for again meanwhile
             if gone:
-                await self._scripts.run("leave", [self._replica, b"".join(gone)])
+                await self._scripts.run("leave", [self.replica, b"".join(gone)])
 
     def waiting(self) -> list[tuple[Pair, Asker]]:
         """All that somebody here waits for and that is not in a call of this replica's."""
@@ -241,7 +241,7 @@ class RedisQueue:
             return NotYet(self._not_before - now)
         limits, claim_id = self._limits, self._new_id()
         reply = await self._scripts.run("claim", [
-            self._replica, claim_id, limits.pairs_per_second * PACE, limits.calls_per_second * PACE,
+            self.replica, claim_id, limits.pairs_per_second * PACE, limits.calls_per_second * PACE,
             limits.batch_pairs, limits.batch_bytes, self._linger_ms, self._lease_ms,
             _AHEAD_MS, "",
         ])  # fmt: skip
@@ -389,7 +389,7 @@ class RedisQueue:
     async def _enqueue_together(self, requests: Sequence[list[Any]]) -> Sequence[Any]:
         limits = self._limits
         arguments = [
-            self._replica, limits.max_pairs, limits.max_bytes, limits.batch_pairs, MAX_ATTEMPTS,
+            self.replica, limits.max_pairs, limits.max_bytes, limits.batch_pairs, MAX_ATTEMPTS,
             pack(requests),
         ]  # fmt: skip
         async with self._in_turn:
@@ -400,7 +400,7 @@ class RedisQueue:
         return replies  # type: ignore[no-any-return]
 
     def _new_id(self) -> str:
-        return f"{self._replica}.{next(self._ids)}"
+        return f"{self.replica}.{next(self._ids)}"
 
 
 def _sort(

@@ -45,6 +45,8 @@ class Keys:
         self.limit = f"{{{prefix}}}:limit"
         self.base = f"{{{prefix}}}:q1:{namespace}:"
         self.channel = f"{self.base}ended"
+        self.log = f"{self.base}log"
+        """Of what was invalidated: see `store/invalidation.py`."""
 
 
 class Scripts:

@@ -8,6 +8,8 @@ DAY_SECONDS = 86_400
 LEVEL_BITS = 3
 _LEVEL_MASK = (1 << LEVEL_BITS) - 1
 _DAY_MASK = (1 << 13) - 1
+NEVER = 2**31
+"""The day that does not come."""
 PREVIOUS = 1 << 16  # the answer of the previous model version: served, and refreshed behind
 
 
@@ -48,6 +50,10 @@ class Lifetime:
         if entry & PREVIOUS or self.serve_stale or self.is_fresh(entry, day=day):
             return entry
         return 0
+
+    def expires_day(self, entry: int) -> int:
+        """The first day on which it is no longer fresh."""
+        return day_of(entry) + self.ttl_days if self.ttl_days else NEVER
 
     @property
     def kept_days(self) -> int:

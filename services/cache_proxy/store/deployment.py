@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from services.cache_proxy.config import KeySettings, read_secret
 from services.cache_proxy.key import NORMAL_FORM_VERSION, fingerprint
+from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.store.servers import Servers
 from services.common.errors import UsageError
 
@@ -29,6 +30,11 @@ class Recipe:
 def base_key(key: KeySettings) -> str:
     """What every key of a namespace in the store begins with."""
     return f"{key.key_prefix}:{_LAYOUT}:{key.namespace}:"
+
+
+def log_key(key: KeySettings) -> str:
+    """Where the log of invalidations is: beside the miss queue, whose heartbeats tell of it."""
+    return Keys(prefix=key.key_prefix, namespace=key.namespace).log
 
 
 def bookmarks_key(key: KeySettings) -> str:

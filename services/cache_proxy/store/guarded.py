@@ -10,6 +10,7 @@ from services.cache_proxy.key import DIGEST_BYTES
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store
 from services.cache_proxy.store.dated import Lifetime, dated, level_of, today
+from services.cache_proxy.store.invalidation import InvalidationLog
 from services.common.endings import end
 
 _log = logging.getLogger(__name__)
@@ -28,8 +29,12 @@ class GuardedStore:
     `_unsaved` only after its write was confirmed, and only if no newer one took its place.
     """
 
-    def __init__(self, store: Store, *, metrics: ProxyMetrics, lifetime: Lifetime | None = None) -> None:
+    def __init__(
+        self, store: Store, *, metrics: ProxyMetrics, lifetime: Lifetime | None = None,
+        log: InvalidationLog | None = None,
+    ) -> None:  # fmt: skip
         self._store = store
+        self._log = log
         self._lifetime = lifetime or Lifetime()
         self._metrics = metrics
         self._up = True
@@ -84,12 +89,17 @@ class GuardedStore:
         self._ensure_probe()
 
     async def forget(self, digests: Sequence[bytes]) -> None:
-        """Forget answers that must not be remembered. If the store is down, so is whoever said so."""
+        """Forget answers that must not be remembered. If the store is down, so is whoever said so.
+
+        Replicas are told too: one may have looked them up while they were there.
+        """
         for digest in digests:
             self.discard(digest)
         if self._up and digests:
             try:
                 await self._store.forget(digests)
+                if self._log is not None:
+                    await self._log.add(digests)
             except StoreError as error:
                 self._failed(error)
 

@@ -16,6 +16,7 @@ _log = logging.getLogger(__name__)
 
 _STEP_SECONDS = 1.0
 _STEP_BUCKETS = 20  # a millisecond of Redis: 20 million pairs take one replica five hours
+_IDLE_SECONDS = 10.0  # where nothing expires and nothing is left over, there is only garbage to look for
 
 
 class Housekeeping:
@@ -28,23 +29,26 @@ class Housekeeping:
         self._lifetime = lifetime
 
     async def run(self) -> None:
-        """Leave the note, then sweep, a step a second."""
+        """Leave the note, then sweep, a step a second where there is something to do."""
         noted = False
         while True:
+            seconds = _STEP_SECONDS
             try:
                 if not noted:
                     await self._note()
                     noted = True
-                await self.step(random.randrange(TAGS))  # noqa: S311 - which one first does not matter
+                more = await self.step(random.randrange(TAGS))  # noqa: S311 - which first does not matter
+                if not more and not self._lifetime.kept_days:
+                    seconds = _IDLE_SECONDS
             except StoreError as error:
                 _log.debug("the store's housekeeping waits: %s", error)
-            await asyncio.sleep(_STEP_SECONDS)
+            await asyncio.sleep(seconds)
 
-    async def step(self, tag: int) -> None:
-        """Look at the next buckets of a tag."""
+    async def step(self, tag: int) -> bool:
+        """Look at the next buckets of a tag; whether an earlier generation has left more of them."""
         kept_days = self._lifetime.kept_days
         oldest_day = today() - kept_days + 1 if kept_days else None
-        await self._store.sweep(tag, oldest_day=oldest_day, buckets=_STEP_BUCKETS)
+        return (await self._store.sweep(tag, oldest_day=oldest_day, buckets=_STEP_BUCKETS)).more
 
     async def _note(self) -> None:
         before = await deployment.note(self._servers, self._key)

@@ -4,9 +4,13 @@ The log is a list, and an entry begins with a token that no other has. A reader 
 and looks for it: what stands behind is new to it. If the token is not there any more, whatever the cause (a
 flush, a failover that lost the end of the log, a reader that was away for long), it may have missed
 something, and forgets everything. So nothing depends on numbers that a restored server would give twice.
+
+The log stands beside the miss queue's keys, whose heartbeat tells its last entry: four replicas that asked
+for it by themselves, twice a second each, would be most of what Redis hears of an idle fleet.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Sequence
@@ -26,15 +30,10 @@ _KEPT, _READ = 10_000, 1_000  # entries in the log; as many as a reader fetches 
 
 @dataclass(frozen=True, slots=True)
 class InvalidationLog:
-    """The log of one namespace, whose keys in the store begin with `base`."""
+    """The log of one namespace; `key` is where it is."""
 
     servers: Servers
-    base: str
-
-    @property
-    def key(self) -> str:
-        """Where it is."""
-        return f"{self.base}log"
+    key: str
 
     async def add(self, digests: Sequence[bytes]) -> None:
         """Have every replica forget these. Raises `StoreError`."""
@@ -58,7 +57,8 @@ class InvalidationLog:
 class Follower:
     """Reads a log for as long as the proxy runs.
 
-    State: `_last`, the last entry seen; None: the log was empty.
+    State: `_last`, the last entry seen, None if the log was empty; `_news`, set when it has another by now;
+    `_garbage`, whether it was said that the log is none.
     """
 
     def __init__(
@@ -68,19 +68,35 @@ class Follower:
         self._remove = remove
         self._clear = clear
         self._last: bytes | None = None
+        self._news = asyncio.Event()
+        self._garbage = False
 
-    async def run(self) -> None:
-        """Poll until cancelled; while Redis cannot be reached, nothing can be learnt."""
+    def hear(self, last: bytes | None) -> None:
+        """Somebody else has seen the last entry."""
+        if last != self._last:
+            self._news.set()
+
+    async def run(self, *, polling: bool) -> None:
+        """Follow until cancelled: look by itself if `polling`, else only when it hears of something.
+
+        While Redis cannot be reached, nothing can be learnt.
+        """
         while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_SECONDS if polling else None):
+                    await self._news.wait()
+            self._news.clear()
             try:
                 await self.poll()
+                self._garbage = False
             except StoreRefused as error:  # the log is no log
-                _log.warning("the log of invalidations is garbage, forgetting everything: %s", error)
+                if not self._garbage:
+                    _log.warning("the log of invalidations is garbage, forgetting everything: %s", error)
+                self._garbage = True
                 self._last = None
                 self._clear()
             except StoreError:
                 pass  # the token will tell, once it is back, whether something was missed
-            await asyncio.sleep(_POLL_SECONDS)
 
     async def poll(self) -> None:
         """Act on what is new. Raises `StoreError`."""

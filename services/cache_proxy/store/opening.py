@@ -24,7 +24,7 @@ from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store
 from services.cache_proxy.store.connecting import Access, Client, connect, servers
 from services.cache_proxy.store.dated import Lifetime
-from services.cache_proxy.store.deployment import base_key
+from services.cache_proxy.store.deployment import base_key, log_key
 from services.cache_proxy.store.embedded import EmbeddedServer
 from services.cache_proxy.store.housekeeping import Housekeeping
 from services.cache_proxy.store.invalidation import InvalidationLog
@@ -63,11 +63,11 @@ async def open_store(
         reached = servers(client)
         current = RedisStore(reached, base=base_key(key), metrics=metrics)
         store: Store = current
-        logs = [InvalidationLog(reached, base_key(key))]
+        logs = [InvalidationLog(reached, log_key(key))]
         if answers.previous_model_version is not None:
-            previous = base_key(dataclasses.replace(key, model_version=answers.previous_model_version))
-            store = VersionedStore(current, RedisStore(reached, base=previous, metrics=metrics))
-            logs.append(InvalidationLog(reached, previous))
+            previous = dataclasses.replace(key, model_version=answers.previous_model_version)
+            store = VersionedStore(current, RedisStore(reached, base=base_key(previous), metrics=metrics))
+            logs.append(InvalidationLog(reached, log_key(previous)))
         lifetime = Lifetime(answers.ttl_days, answers.serve_stale)
         try:
             async with _running(Housekeeping(reached, current, key=key, lifetime=lifetime)):

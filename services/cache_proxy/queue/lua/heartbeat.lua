@@ -2,8 +2,10 @@
 -- ARGV[1]  replica   ARGV[2]  msgpack list of the ids of the claims that it holds   ARGV[3]  host:port of its HTTP
 -- ARGV[4]  1 after it was without Redis: it may just have called the model in a slot of its own
 -- ARGV[5]  pairs a second, [6] calls a second, [7] pairs in a batch: if they were lost
+-- ARGV[8]  msgpack list of the keys of the logs of invalidations that it follows
 -- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting}, oldest ms,
---          members (who has which slot if Redis is lost), {replica, address} of those to knock at, ms between moments}
+--          members (who has which slot if Redis is lost), {replica, address} of those to knock at, ms between moments,
+--          the last entry of each log, false if it has none}
 local replica, held = ARGV[1], {}
 local FORGOTTEN_MS, LATE_MS = 600000, 450
 for _, id in ipairs(cmsgpack.unpack(ARGV[2])) do
@@ -50,5 +52,10 @@ if #late == 0 then
   table.sort(all)
   redis.call('HSET', LIMIT, 'members', table.concat(all, ','))
 end
+local logs = cmsgpack.unpack(ARGV[8])
+for at, log in ipairs(logs) do
+  local last = redis.pcall('LINDEX', log, -1)
+  logs[at] = type(last) == 'table' and 'garbage' or last
+end
 return cmsgpack.pack({ now, meta('published'), redis.call('HGET', META, 'queue'), waiting, now - oldest,
-  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms() })
+  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), logs })

@@ -1,0 +1,53 @@
+"""The hot path: what L1 knows is answered on bytes, with a slice, a look-up and a concatenation a pair."""
+
+from collections.abc import Sequence
+
+from services.cache_proxy.breath import in_breaths
+from services.cache_proxy.l1 import L1Cache
+from services.cache_proxy.wire import MORE, UUID_TAG, uuid_end
+
+# Two milliseconds at the most (1 µs a pair, where L1 is far larger than the processor's caches), a tenth of
+# what a call to the model may be late. A batch of the model's own size that is all hits never awaits.
+_BREATH_PAIRS = 2000
+
+
+async def answer_known(items: Sequence[bytes], l1: L1Cache) -> tuple[list[bytes], list[int]]:
+    """Each item's answer, empty where L1 has none, and the positions of these."""
+    answers: list[bytes] = []
+    missing: list[int] = []
+    if len(items) <= _BREATH_PAIRS:
+        _answer(items, l1, answers, missing)
+    else:
+        async for some in in_breaths(items, _BREATH_PAIRS):
+            _answer(some, l1, answers, missing)
+    return answers, missing
+
+
+def _answer(items: Sequence[bytes], l1: L1Cache, answers: list[bytes], missing: list[int]) -> None:
+    """Benchmarked: `python -m benchmarks.l1`. Short uuids are told apart in place, which takes 0.1 µs off
+    the 0.45 that a pair costs otherwise.
+    """  # noqa: D205 - one thought
+    get_proven, prove, add = l1.get_proven, l1.prove, answers.append
+    start: int | None
+    for item in items:
+        try:
+            if item[0] != UUID_TAG:
+                start = 0
+            elif item[1] < MORE:
+                start = 2
+            elif 0 < item[2] < MORE:
+                start = 3
+            else:
+                start = uuid_end(item)
+        except IndexError:
+            start = uuid_end(item)
+        if start is not None:
+            key = item[start:]
+            cell = get_proven(key, None)
+            if cell is None:
+                cell = prove(key)
+            if cell:  # an emptied one was forgotten
+                add(item[:start] + cell)
+                continue
+        missing.append(len(answers))
+        add(b"")

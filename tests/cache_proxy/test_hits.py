@@ -1,0 +1,98 @@
+"""The hot path: what is answered on bytes, and when others have their turn."""
+
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos import seniority_pb2 as pb
+from services.cache_proxy import wire
+from services.cache_proxy.hits import answer_known
+from services.cache_proxy.l1 import L1Cache
+
+_Result = TypeVar("_Result")
+
+
+def _known(*pairs: tuple[str, str]) -> L1Cache:
+    """An L1 in which these have the levels 1, 2, 3 and so on."""
+    cache = L1Cache(max_bytes=2**20)
+    for level, (company, title) in enumerate(pairs, 1):
+        key = pb.SeniorityRequest(company=company, title=title).SerializeToString()
+        cache.put(key, level, digest=bytes(16), epoch=cache.epoch)
+    return cache
+
+
+def _item(uuid: int, company: str, title: str) -> bytes:
+    return pb.SeniorityRequest(uuid=uuid, company=company, title=title).SerializeToString()
+
+
+def _at_once(work: Coroutine[Any, Any, _Result]) -> tuple[bool, _Result]:
+    """Whether it ended without ever awaiting, and how."""
+    turns = 0
+    while True:
+        try:
+            work.send(None)
+        except StopIteration as ended:
+            return turns == 0, ended.value
+        turns += 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.sampled_from(["a", "b", "", "new"])), max_size=30)
+)
+def test_every_uuid_comes_back_with_its_pairs_level(asked: list[tuple[int, str]]) -> None:
+    """Each known item's answer is the one that messages would give, byte for byte, in its own place."""
+    cache = _known(("a", "t"), ("b", "t"), ("", ""))
+    levels = {"a": 1, "b": 2, "": 3}
+    items = [_item(uuid, company, "t" if company else "") for uuid, company in asked]
+    _, (answers, missing) = _at_once(answer_known(items, cache))
+    assert missing == [at for at, (_, company) in enumerate(asked) if company == "new"]
+    assert answers == [
+        wire.answer(uuid, levels[company]) if company in levels else b"" for uuid, company in asked
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "awaits"), [(0, False), (1, False), (1000, False), (2000, False), (2001, True)]
+)
+def test_a_batch_of_hits_awaits_only_if_it_is_large(pairs: int, awaits: bool) -> None:
+    """As many as the model takes, and twice that, are answered without a turn for others; more breathe."""
+    cache = _known(("a", "t"))
+    at_once, (answers, missing) = _at_once(answer_known([_item(1, "a", "t")] * pairs, cache))
+    assert (at_once, len(answers), missing) == (not awaits, pairs, [])
+
+
+@pytest.mark.parametrize("cut", [b"", b"\x08", b"\x08\x80", b"\x08\xff\xff", b"\x08\x80\x00"])
+def test_what_ends_within_its_uuid_is_nobodys_answer(cut: bytes) -> None:
+    """An item that is cut is left to protobuf."""
+    cache = _known(("a", "t"))
+    assert _at_once(answer_known([cut], cache))[1] == ([b""], [0])
+
+
+@pytest.mark.parametrize(
+    "uuid",
+    [
+        b"\x08\x80\x00",
+        b"\x08\x85\x00",
+        b"\x08\x85\x80\x00",
+        b"\x88\x00\x05",
+        b"\x20\x05",
+        b"\x08\xff\xff\xff\xff\x0f",
+    ],
+)
+def test_a_uuid_that_is_spelled_oddly_is_left_to_protobuf(uuid: bytes) -> None:
+    """Before the very bytes of a known pair, what is no minimal uuid makes it none of L1's business."""
+    cache = _known(("a", "t"))
+    assert _at_once(answer_known([uuid + _item(0, "a", "t")], cache))[1] == ([b""], [0])
+
+
+def test_a_forgotten_answer_is_missing() -> None:
+    """An entry whose answer was taken from it is no hit, and becomes one again when it is put."""
+    cache = _known(("a", "t"))
+    cache.remove(bytes(16))
+    items = [_item(1, "a", "t")]
+    assert _at_once(answer_known(items, cache))[1] == ([b""], [0])
+    cache.put(items[0][2:], 6, digest=bytes(16), epoch=cache.epoch)
+    assert _at_once(answer_known(items, cache))[1] == ([wire.answer(1, 6)], [])

@@ -1,0 +1,85 @@
+"""The read path as far as L2: what L1 learns from it."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from services.cache_proxy import wire
+from services.cache_proxy.key import make_digester
+from services.cache_proxy.l1 import L1Cache
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue.opening import open_local
+from services.cache_proxy.resolver import BREATH_PAIRS, Answers, Resolver
+from services.cache_proxy.store.dated import Lifetime
+from services.cache_proxy.store.guarded import GuardedStore
+from services.cache_proxy.store.memory import MemoryStore
+from services.cache_proxy.waiters import Waiters
+from tests.support.replicas import asker, limits
+
+_DIGEST = make_digester(normalize="fold", secret=None)
+
+
+class _Path:
+    """L1, L2 in memory, and a queue that nobody serves."""
+
+    def __init__(self) -> None:
+        metrics, waiters = ProxyMetrics(CollectorRegistry()), Waiters()
+        self.l1 = L1Cache(max_bytes=2**22)
+        self.l2 = MemoryStore()
+        self.resolver = Resolver(
+            digest=_DIGEST, l1=self.l1, store=GuardedStore(self.l2, metrics=metrics), waiters=waiters,
+            queue=open_local(limits(), settle=waiters.settle, metrics=metrics), lifetime=Lifetime(),
+        )  # fmt: skip
+
+    async def ask(self, items: Sequence[bytes]) -> Answers:
+        """Ask for what L1 does not know of these."""
+        answers = Answers(len(items))
+        _, missing = await self.resolver.answer_known(items)
+        answers.by_l1 = len(items) - len(missing)
+        await self.resolver.resolve(wire.read(items, missing, max_field_bytes=99), asker(), answers)
+        return answers
+
+
+def _items(company: str, count: int = 1) -> list[bytes]:
+    return [b"\x12%c%b\x1a\x02%02d" % (len(company), company.encode(), n % 100) for n in range(count)]
+
+
+async def test_a_new_spelling_of_a_known_pair_is_l2s_to_answer() -> None:
+    """It costs no inference, though L1 has never seen its bytes; from then on L1 knows both spellings."""
+    path = _Path()
+    await path.l2.put({_DIGEST("acme", "00"): 6})
+    for spelled, outcome in (("acme", "l2"), ("ACME", "l2"), (" Acme", "l2"), ("ACME", "l1"), ("acme", "l1")):
+        answers = await path.ask(_items(spelled))
+        counted = {name: count for name, count in answers.counted().items() if count}
+        assert counted == {outcome: 1}, spelled
+    assert path.l1.entries == 3
+
+
+async def test_two_spellings_in_one_request_are_one_look_up_and_both_remembered() -> None:
+    """They share the pair's answer, each by its own position."""
+    path = _Path()
+    await path.l2.put({_DIGEST("acme", "00"): 6})
+    answers = await path.ask(_items("acme") + _items("ACME"))
+    assert (answers.levels, path.l1.entries) == ({0: 6, 1: 6}, 2)
+
+
+@pytest.mark.parametrize("forget", ["remove", "clear"])
+async def test_an_invalidation_under_a_look_up_keeps_its_answer_out_of_l1(forget: str) -> None:
+    """What was being looked up when the pair was invalidated is answered, but not remembered."""
+    path = _Path()
+    await path.l2.put({_DIGEST("acme", "00"): 6})
+    items = _items("acme", BREATH_PAIRS + 1)
+    await path.l2.put({_DIGEST("acme", f"{title:02}"): 5 for title in range(1, 100)})
+    asked = asyncio.create_task(path.ask(items))
+    await asyncio.sleep(0)  # it takes breath, its epoch read and half of its digests made
+    if forget == "remove":
+        path.l1.remove(_DIGEST("acme", "00"))
+    else:
+        path.l1.clear()
+    answers = await asked
+    assert answers.counted()["l2"] == len(items)
+    assert path.l1.entries == 0
+    await path.ask(items)
+    assert path.l1.entries == 100

@@ -198,7 +198,7 @@ async def test_only_the_last_claim_gives_its_slot_back(shared_redis: str) -> Non
             await replica.queue.put_back(third)
             assert calls_tat() == spent
             fourth = await replica.take()
-            heartbeat = [replica.name, b"\x90", "", 1, 0, 4, 2]  # from somebody who was without Redis
+            heartbeat = [replica.name, b"\x90", "", 1, 0, 4, 2, b"\x90"]  # who was without Redis
             await replica.scripts.run("heartbeat", heartbeat)
             spent = calls_tat()
             await replica.queue.put_back(fourth)

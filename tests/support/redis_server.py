@@ -65,7 +65,8 @@ class RedisServer:
         """What clients send within the block: commands that scripts run are not theirs."""
         commands: list[str] = []
         end = f"end {secrets.token_hex(8)}"
-        with redis.Redis(port=self.port) as client, client.monitor() as monitor:
+        with self.client() as other, redis.Redis(port=self.port) as client, client.monitor() as monitor:
+            other.ping()  # its own connection is made before anybody looks
 
             def read() -> None:
                 for seen in monitor.listen():
@@ -79,8 +80,7 @@ class RedisServer:
             try:
                 yield commands
             finally:
-                with self.client() as other:
-                    other.echo(end)
+                other.echo(end)
                 reader.join(10)
 
     def start(self) -> None:

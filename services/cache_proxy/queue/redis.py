@@ -41,6 +41,7 @@ _LEASE_MARGIN_SECONDS = 5.0
 _AHEAD_MS = 60
 _TIMERS_MS = 2  # scripts and the loop's timers count whole milliseconds, and each rounds up
 _DEFER_SECONDS = 0.2  # whose calls just failed lets another replica have the next slot
+_PART_SECONDS = 0.02
 _LEVEL_BYTES = 17
 _DIGEST_BYTES = 16
 _LEVELS = range(1, 8)
@@ -326,7 +327,9 @@ class RedisQueue:
             self._end(digest, unpack_error(error))
         if all_error:
             self.end_all(unpack_error(all_error))
-        self._changed.set()
+        # A batch's answers come in parts: until the last is here, all replicas would ask for a call in vain.
+        rest_seconds = _PART_SECONDS if levels or errors else 0.0
+        asyncio.get_running_loop().call_later(rest_seconds, self._changed.set)
 
     def _let_go(self, claim: Claim, ended: Iterable[bytes]) -> None:
         left = self._held.get(claim.id)

@@ -18,10 +18,9 @@ from services.cache_proxy.store.layout import FIELD, TAGS, TagState, entry_of_va
 from services.cache_proxy.store.scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
 from services.cache_proxy.store.servers import Call, Servers, SlotMoving
 
-_GET_PAIRS = (
-    1000  # a script call of this size holds Redis for some 2 ms, and so does one that writes the next
-)
-_PUT_PAIRS = 250
+# A script call of these sizes holds Redis for 2 to 3 ms.
+_GET_PAIRS = 1000
+_PUT_PAIRS = 334
 _CLUSTER_PAIRS = 4000  # which is 60 a tag
 _MAX_OPERATIONS = 16
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.integration.conftest import UNPACED, StageWith
 from tests.support.caller import pairs_of
 from tests.support.model_server import level_of
 from tests.support.processes import ROOT, clean_environment, run_command
-from tests.support.redis_server import wait_for
+from tests.support.redis_server import redis_process, wait_for
 from tests.support.s3 import S3Server, s3_server
 
 Ended = subprocess.CompletedProcess[str]
@@ -228,6 +229,21 @@ def _started(*args: str) -> Iterator["subprocess.Popen[bytes]"]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.slow
+def test_a_redis_that_restarts_costs_warm_a_wait(tmp_path: Path) -> None:
+    """It goes on as soon as the server is back, and ends well: what it writes from then on is all there."""
+    path = _write(tmp_path / "many.jsonl", [_line(number) for number in range(150_000)])
+    with redis_process(tmp_path) as server, ThreadPoolExecutor() as beside:
+        ended = beside.submit(_run, "warm", "--cache-url", server.url, "--json", str(path))
+        with server.client() as client:
+            wait_for(lambda: client.dbsize() > 100, what="it writes")
+        server.kill_and_start(seconds=2)
+        assert ended.result().returncode == 0, ended.result().stderr
+        assert json.loads(ended.result().stdout)["pairs"] == 150_000
+        asked = _run("get", *_pair(("Warm 149999", "T")), "--cache-url", server.url, "--json")
+    assert asked.returncode == 0, asked.stderr
 
 
 def test_warm_shows_how_far_it_is(shared_redis: str, tmp_path: Path) -> None:

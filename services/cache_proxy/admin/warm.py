@@ -6,10 +6,10 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from rich.console import Console
@@ -19,6 +19,7 @@ from services.cache_proxy.admin.opening import Cache, open_cache
 from services.cache_proxy.admin.settings import OutputSettings, WarmSettings
 from services.cache_proxy.admin.sources import Place, Source, is_in_bucket, open_places
 from services.cache_proxy.config import CacheSettings, KeySettings
+from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS
 from services.common.errors import CommandError
@@ -26,6 +27,7 @@ from services.common.lines import windows
 
 _UNDER_WAY = 4  # windows that Redis writes while the next is read
 _KEPT_SECONDS = 7 * DAY_SECONDS  # for so long an interrupted run can be resumed
+_PATIENCE_SECONDS, _RETRY_SECONDS = 60.0, 0.5  # with a Redis that restarts or fails over
 _REFRESH_SECONDS = 0.2
 _EXIT_FAILED, _EXIT_SKIPPED = 1, 3
 
@@ -143,7 +145,7 @@ class _Warming:
         levels = self._levels(lines)
         self._totals.lines += len(lines)
         self._totals.pairs += len(levels)
-        put = self._cache.store.put(levels, day=self._day)
+        put = _patiently(lambda: self._cache.store.put(levels, day=self._day))
         self._under_way.append((asyncio.create_task(put), at))
         await asyncio.sleep(0)  # let it begin
         if len(self._under_way) >= _UNDER_WAY:
@@ -154,8 +156,8 @@ class _Warming:
         await task
         self._under_way.popleft()
         servers, bookmarks = self._cache.servers, self._bookmarks
-        await servers.command(bookmarks, "HSET", bookmarks, self._file, at)
-        await servers.command(bookmarks, "EXPIRE", bookmarks, _KEPT_SECONDS)
+        await _patiently(lambda: servers.command(bookmarks, "HSET", bookmarks, self._file, at))
+        await _patiently(lambda: servers.command(bookmarks, "EXPIRE", bookmarks, _KEPT_SECONDS))
 
     def _levels(self, lines: list[bytes]) -> dict[bytes, int]:
         try:
@@ -172,6 +174,20 @@ class _Warming:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             self._totals.skipped += bool(line.strip())
             return None
+
+
+async def _patiently(act: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Until it is done: again while Redis cannot be reached, which does no harm. Raises `StoreError`."""
+    give_up_at = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return await act()
+        except StoreRefused:
+            raise
+        except StoreError:
+            if time.monotonic() > give_up_at:
+                raise
+        await asyncio.sleep(_RETRY_SECONDS)
 
 
 @asynccontextmanager

@@ -473,6 +473,7 @@ async def test_a_pair_refused_32_times_ends(opened: Open) -> None:
         assert all(isinstance(end, PairError) for end in ends.values())
 
 
+@pytest.mark.slow
 async def test_a_batch_that_leaves_late_moves_the_next_slot(opened: Open) -> None:
     """By as much as it is late, the last word counts; not when the next slot is another's already."""
     async with opened(limits(batch_pairs=1, calls_per_second=0.5)) as subject:

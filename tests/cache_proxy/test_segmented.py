@@ -99,7 +99,14 @@ print(cache.entries, cache.size_bytes, max(peak, resident() - before))
 """
 
 
-@pytest.mark.parametrize(("least", "most"), [(10, 10), (20, 60), (100, 700)], ids=["short", "usual", "long"])
+@pytest.mark.parametrize(
+    ("least", "most"),
+    [
+        pytest.param(10, 10, id="short", marks=pytest.mark.slow),
+        pytest.param(20, 60, id="usual"),
+        pytest.param(100, 700, id="long", marks=pytest.mark.slow),
+    ],
+)
 def test_its_bound_holds_in_the_memory_of_a_process(least: int, most: int) -> None:
     """A million and a half entries through a cache that cannot hold them: what the process has resident
     grows by no more than the bound and a tenth, and what is accounted is no fiction.

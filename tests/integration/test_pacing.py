@@ -37,7 +37,7 @@ def _apart(calls: list[Call]) -> float:
     return quantiles([later.at - earlier.at for earlier, later in pairwise(calls)])[0]
 
 
-@pytest.mark.parametrize("limit", _FOUR_CALLS_A_SECOND)
+@pytest.mark.parametrize("limit", ["calls", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_idle_time_is_not_saved_up(limit: str, stage_with: StageWith) -> None:
     """After a second without a miss a backlog gets one batch at once, and each further one in its turn."""
     stage = stage_with(*_FOUR_CALLS_A_SECOND[limit])
@@ -50,6 +50,7 @@ def test_idle_time_is_not_saved_up(limit: str, stage_with: StageWith) -> None:
     assert not _too_early((call.at for call in calls), since=asked_at, apart=0.25)
 
 
+@pytest.mark.slow
 def test_a_proxy_that_stood_still_does_not_catch_up(stage_with: StageWith) -> None:
     """Stopped for three slots under a backlog: they are lost, and those that follow keep their distance."""
     stage = stage_with(*_CALLS_EVERY_HALF_SECOND)
@@ -73,7 +74,7 @@ def test_the_limit_begins_as_just_spent(stage_with: StageWith) -> None:
     assert not stage.model.calls
 
 
-@pytest.mark.parametrize("limit", _FOUR_CALLS_A_SECOND)
+@pytest.mark.parametrize("limit", ["calls", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_a_backlog_uses_the_rate(limit: str, stage_with: StageWith) -> None:
     """Every batch is full, and they follow each other at 97 % of the rate or more; what the machine takes
     from single ones is not held against the proxy, as long as no quarter of the slots is lost.
@@ -121,6 +122,7 @@ def test_batches_that_nothing_limits_do_not_make_each_other_late(stage_with: Sta
     assert len(stage.model.asked()) == 50_000
 
 
+@pytest.mark.slow
 def test_expected_replicas_divide_the_rate(stage_with: StageWith) -> None:
     """Each of four takes a quarter."""
     stage = stage_with("--model-calls-per-second", "20", "--model-rate", "4000", "--model-batch-size", "100",

@@ -63,6 +63,7 @@ def _asks_well(stage: Stage, company: str, *, count: int = 20) -> float:
     return time.monotonic() - started_at
 
 
+@pytest.mark.slow
 def test_callers_are_answered_whatever_redis_does(stage_with: StageWith, own_redis: RedisServer) -> None:
     """Down at start, back, killed under load, back, paused, back: always answers, in time, one warning a
     change, and what was answered meanwhile is saved.

@@ -32,7 +32,6 @@ _RARE = {
     "lpush",
     "llen",
     "hexists",
-    "script|load",
     "hgetall",
 }
 _RARE |= {"zrange", "unsubscribe", "zcard", "zrem", "info", "pubsub|numsub"}

@@ -18,6 +18,7 @@ from services.cache_proxy.errors import QueueFull, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.failover import FailoverQueue
+from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.limiter import Limiter
 from services.cache_proxy.queue.listener import Listener
 from services.cache_proxy.queue.local import LocalQueue
@@ -154,7 +155,8 @@ class Replica:
         self.bounds = bounds
         self.client = cast("LossyClient", LossyClient.from_url(place.url))
         metrics = ProxyMetrics(CollectorRegistry())
-        self.scripts = Scripts(self.client, place.keys, metrics=metrics)
+        home = Home(self.client, key=place.keys.limit)
+        self.scripts = Scripts(home, place.keys, metrics=metrics)
         self.waiters = Waiters()
         self.settled: list[tuple[bytes, Outcome]] = []
         self.queue = RedisQueue(
@@ -169,7 +171,7 @@ class Replica:
         )  # fmt: skip
         self.failover = FailoverQueue(shared=self.queue, local=local, limiter=limiter)
         self.listener = Listener(
-            self.client, self.scripts, queue=self.failover, shared=self.queue, address="",
+            home, self.scripts, queue=self.failover, shared=self.queue, address="",
             limits=bounds, metrics=metrics, logs={},
         )  # fmt: skip
         self._pubsub = self.client.pubsub(ignore_subscribe_messages=True)

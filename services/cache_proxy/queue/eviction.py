@@ -2,9 +2,8 @@
 
 import logging
 
-import redis.asyncio
-
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue.home import Home
 
 _log = logging.getLogger(__name__)
 
@@ -14,14 +13,14 @@ _SAFE = ("noeviction", "volatile-")  # nothing of the queue's has a time to live
 class EvictionWatch:
     """State: the policy last seen."""
 
-    def __init__(self, client: "redis.asyncio.Redis", *, metrics: ProxyMetrics) -> None:
-        self._client = client
+    def __init__(self, home: Home, *, metrics: ProxyMetrics) -> None:
+        self._home = home
         self._metrics = metrics
         self._policy = ""
 
     async def look(self) -> None:
-        """See what the server does when its memory is full. Raises `RedisError`."""
-        memory = await self._client.info("memory")
+        """See what the server does when its memory is full. Raises redis-py's errors."""
+        memory = await self._home.memory()
         policy = str(memory.get("maxmemory_policy", ""))
         if policy == self._policy:
             return

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import redis.asyncio
-from redis.exceptions import RedisError
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisClusterException, RedisError
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import LANES, ProxyMetrics
@@ -16,6 +16,7 @@ from services.cache_proxy.queue import QueueLimits
 from services.cache_proxy.queue.doors import Doors
 from services.cache_proxy.queue.eviction import EvictionWatch
 from services.cache_proxy.queue.failover import FailoverQueue
+from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.messages import pack, unpack
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Scripts
@@ -27,6 +28,7 @@ _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
 _RECONNECT_SECONDS = 0.2
 _DEAF_SECONDS = 1.0
 _SILENT_SECONDS = 5.0
+_UNSEEN_BEATS = 2  # the first may have been on its way when the subscription was
 Hear = Callable[[bytes | None], None]
 """Told the last entry of a log, None if it has none."""
 
@@ -44,6 +46,7 @@ class _Heard:
     queue_id: bytes = b""
     clock_offset_seconds: float | None = None
     deaf: bool = False  # something was published, and nothing came since
+    unseen_beats: int = 0  # in a row, that reached a server which knows of no subscription of this replica's
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +61,23 @@ class _Pulse:
     members: tuple[str, ...]
     late: Sequence[tuple[str, str]]
     moment_ms: float
+    subscribed: int
     logs: Sequence[bytes | None]
 
     @classmethod
     def read(cls, reply: Any) -> "_Pulse":
         """Raises `StoreError` if it is none."""
         try:
-            now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms, logs = reply
+            (
+                now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms, subscribed, logs
+            ) = reply  # fmt: skip
             return cls(
                 int(now_ms), int(published), bytes(queue_id), [int(count) for count in waiting],
                 float(oldest_ms), tuple(members.decode("ascii", "replace").split(",")),
                 [(replica.decode("ascii", "replace"), address.decode("ascii", "replace"))
                  for replica, address in late],
-                float(moment_ms), [last if isinstance(last, bytes) else None for last in logs],
+                float(moment_ms), int(subscribed),
+                [last if isinstance(last, bytes) else None for last in logs],
             )  # fmt: skip
         except (ValueError, TypeError, AttributeError) as error:
             message = "the heartbeat's reply cannot be read"
@@ -85,11 +92,11 @@ class Listener:
     """
 
     def __init__(
-        self, client: "redis.asyncio.Redis", scripts: Scripts, *, queue: FailoverQueue, shared: RedisQueue,
+        self, home: Home, scripts: Scripts, *, queue: FailoverQueue, shared: RedisQueue,
         address: str, limits: QueueLimits, metrics: ProxyMetrics,
         logs: Mapping[str, Hear],
     ) -> None:  # fmt: skip
-        self._client = client
+        self._home = home
         self._scripts = scripts
         self._channels = (scripts.channel, f"{scripts.channel}:{shared.replica}")
         self._queue = queue
@@ -102,7 +109,7 @@ class Listener:
         self._heard = _Heard()
         self._missed = asyncio.Event()
         self._doors = Doors(scripts)
-        self._eviction = EvictionWatch(client, metrics=metrics)
+        self._eviction = EvictionWatch(home, metrics=metrics)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -120,20 +127,24 @@ class Listener:
     async def _listen(self) -> None:
         while True:
             try:
-                async with self._client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                async with await self._home.subscription() as pubsub:
                     await pubsub.subscribe(*self._channels)
                     self._missed.set()
                     await self._eviction.look()
-                    self._heard.deaf = False
-                    while True:
-                        message = await pubsub.get_message(timeout=_DEAF_SECONDS)
-                        if message is not None:
-                            self._heard.deaf = False
-                            self._take(message["data"])
-                        elif self._heard.deaf:  # the connection is dead, though nobody said so
-                            break
-            except (RedisError, OSError):
+                    self._heard.deaf, self._heard.unseen_beats = False, 0
+                    while self._heard.unseen_beats < _UNSEEN_BEATS and await self._hears(pubsub):
+                        pass
+            except (RedisError, RedisClusterException, OSError):
                 await asyncio.sleep(_RECONNECT_SECONDS)
+
+    async def _hears(self, pubsub: PubSub) -> bool:
+        """Take what comes next, if anything does; whether the subscription is still good for something."""
+        message = await pubsub.get_message(timeout=_DEAF_SECONDS)
+        if message is None:
+            return not self._heard.deaf  # the connection is dead, though nobody said so
+        self._heard.deaf = False
+        self._take(message["data"])
+        return True
 
     def _take(self, data: Any) -> None:
         try:
@@ -165,6 +176,8 @@ class Listener:
         for hear, last in zip(self._logs.values(), pulse.logs, strict=False):
             hear(last)
         self._compare(pulse.queue_id, pulse.published)
+        # If it has none, the queue has moved from where this replica listens: to another node or master.
+        self._heard.unseen_beats = 0 if pulse.subscribed else self._heard.unseen_beats + 1
         self._queue.heard(
             Membership(
                 replica=self._replica,
@@ -197,7 +210,7 @@ class Listener:
 
     def _compare(self, queue_id: bytes, published: int) -> None:
         heard = self._heard
-        if queue_id != heard.queue_id:
+        if queue_id != heard.queue_id or published < heard.number_then:  # a failover lost some
             heard.queue_id, heard.number, heard.number_then = queue_id, published, published
             self._missed.set()
         elif heard.number < heard.number_then:  # published a heartbeat ago, and not here yet

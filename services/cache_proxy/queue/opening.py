@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
-import redis.asyncio
-
 from services.cache_proxy.errors import PairError, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Queue, QueueLimits, Settle
 from services.cache_proxy.queue.failover import FailoverQueue
+from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.limiter import Limiter
 from services.cache_proxy.queue.listener import Hear, Listener
 from services.cache_proxy.queue.local import LocalQueue
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
 from services.cache_proxy.queue.slots import SlotLimiter
+from services.cache_proxy.store.connecting import Client
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class ProxyQueue(Queue, Protocol):
 class SharedRedis:
     """A Redis that replicas share, and what this one needs in it."""
 
-    client: "redis.asyncio.Redis"
+    client: Client
     url: str
     keys: Keys
     expected_replicas: int
@@ -62,7 +62,8 @@ async def open_shared(
     limits: QueueLimits, shared: SharedRedis, *, replica: str, settle: Settle, metrics: ProxyMetrics
 ) -> AsyncIterator[ProxyQueue]:
     """The queue of all replicas, for as long as the block lasts. Redis need not be there yet."""
-    scripts = Scripts(shared.client, shared.keys, metrics=metrics)
+    home = Home(shared.client, key=shared.keys.limit)
+    scripts = Scripts(home, shared.keys, metrics=metrics)
     limiter = SlotLimiter(_limiter(limits, replicas=shared.expected_replicas))
     asked = RedisQueue(
         scripts, replica=replica, limits=limits, lease_seconds=shared.lease_seconds, settle=settle,
@@ -74,7 +75,7 @@ async def open_shared(
     queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
     await _configure(scripts, limits)
     listener = Listener(
-        shared.client, scripts, queue=queue, shared=asked,
+        home, scripts, queue=queue, shared=asked,
         address=_address(shared.http_bound, shared.url), limits=limits, metrics=metrics,
         logs=shared.logs,
     )  # fmt: skip
@@ -83,6 +84,7 @@ async def open_shared(
         yield queue
     finally:
         await listener.stop()
+        await home.close()
 
 
 def new_replica() -> str:
@@ -127,19 +129,22 @@ def _address(http_bound: str, redis_url: str) -> str:
 
 
 def _own_address(redis_url: str) -> str:
-    parts = urlsplit(redis_url)
-    if not parts.hostname:
+    hosts = urlsplit(redis_url).netloc.rpartition("@")[2]
+    if not hosts:
         return "127.0.0.1"
-    try:
-        family, kind, *_, target = socket.getaddrinfo(
-            parts.hostname, parts.port or 6379, type=socket.SOCK_DGRAM
-        )[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)  # a datagram socket: nothing is sent
-            own: str = probe.getsockname()[0]
-            return own
-    except OSError:
-        return ""
+    for item in hosts.split(","):
+        try:
+            host = urlsplit(f"//{item}")
+            family, kind, *_, target = socket.getaddrinfo(
+                host.hostname, host.port or 6379, type=socket.SOCK_DGRAM
+            )[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(target)  # a datagram socket: nothing is sent
+                own: str = probe.getsockname()[0]
+                return own
+        except (OSError, ValueError):
+            continue  # of several, another may be known
+    return ""
 
 
 def _is_loopback(host: str) -> bool:

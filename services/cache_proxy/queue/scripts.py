@@ -1,19 +1,21 @@
 """The queue's Lua scripts, each one decision, and the keys that they share."""
 
 import asyncio
+import itertools
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import redis.asyncio
-from redis.commands.core import AsyncScript
+from redis.exceptions import AskError, NoScriptError, ReadOnlyError, ResponseError, TryAgainError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue.home import Home
+from services.cache_proxy.store.scripts import Script
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +37,16 @@ _NAMES = (
 )
 _ATTEMPTS = 4
 _MAX_CALLS = 8
+_MOVING_SECONDS, _MOVING_PAUSE_SECONDS = 0.5, 0.02  # an operator moves a slot of few keys in less
 _SERVER_CODES = {"OOM", "MISCONF", "NOREPLICAS", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "NOPERM"}
 
 
 class Keys:
-    """Every key of the queue: one limit for a deployment, one queue for a namespace, all on one hash tag."""
+    """Every key of the queue: one limit for a deployment, one queue for a namespace, all on one hash tag.
+
+    `base` itself is never a key. So while a Cluster moves the slot, a script, which declares both, is refused
+    (TRYAGAIN) instead of run on what of the queue is still there.
+    """
 
     def __init__(self, *, prefix: str, namespace: str) -> None:
         self.limit = f"{{{prefix}}}:limit"
@@ -52,55 +59,68 @@ class Keys:
 class Scripts:
     """Runs a script by name. Each may be run twice under one token, so a lost reply is asked for again."""
 
-    def __init__(self, client: "redis.asyncio.Redis", keys: Keys, *, metrics: ProxyMetrics) -> None:
+    def __init__(self, home: Home, keys: Keys, *, metrics: ProxyMetrics) -> None:
         prelude = (_FOLDER / "prelude.lua").read_text()
-        self._scripts: dict[str, AsyncScript] = {
-            name: client.register_script(prelude + (_FOLDER / f"{name}.lua").read_text()) for name in _NAMES
-        }
+        self._scripts = {name: Script(prelude + (_FOLDER / f"{name}.lua").read_text()) for name in _NAMES}
+        self._home = home
         self._keys = [keys.limit, keys.base]
         self.channel = keys.channel
         self._metrics = metrics
         self._turns = asyncio.Semaphore(_MAX_CALLS)
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether they run on one node of several."""
+        return self._home.is_cluster
 
     async def run(self, name: str, args: Sequence[Any]) -> Any:
         """The script's reply. Raises `StoreError` when none came, however often it was asked for."""
         async with self._turns:
             try:
                 return await self._run(name, args)
-            except ResponseError as error:
-                if not _is_about_data(error):
-                    raise _failed(name, error) from error
-                _log.warning("the queue in Redis is damaged and made anew: %s: %s", name, error)
+            except StoreError as error:
+                if not _is_about_data(error.__cause__):
+                    raise
+                _log.warning("the queue in Redis is damaged and made anew: %s", error)
                 self._metrics.store_garbage.inc()
-            try:
-                await self._run("repair", [])
-                return await self._run(name, args)
-            except ResponseError as error:
-                raise _failed(name, error) from error
+            await self._run("repair", [])
+            return await self._run(name, args)
 
     async def _run(self, name: str, args: Sequence[Any]) -> Any:
-        for attempt in range(1, _ATTEMPTS + 1):
+        script = self._scripts[name]
+        how = ("EVALSHA", script.sha)
+        moving_until = time.monotonic() + _MOVING_SECONDS
+        for attempt in itertools.count(1):
             try:
                 with self._metrics.store_duration.labels(name).time():
-                    return await self._scripts[name](keys=self._keys, args=args)
-            except NoScriptError as error:  # flushed again since it was loaded
+                    return await self._home.command(*how, len(self._keys), *self._keys, *args)
+            except StoreError as error:
+                cause = error.__cause__
+                if isinstance(cause, AskError | TryAgainError) and time.monotonic() < moving_until:
+                    await asyncio.sleep(_MOVING_PAUSE_SECONDS)  # it did not run, and soon will elsewhere
+                    continue
+                if isinstance(cause, NoScriptError):
+                    how = ("EVAL", script.text)
+                elif isinstance(cause, ReadOnlyError):
+                    await self._home.drop_connections()
+                elif not self._may_just_be_lost(cause, attempt):
+                    raise _failed(name, error) from cause
                 if attempt == _ATTEMPTS:
-                    raise _failed(name, error) from error
-            except ResponseError:
-                raise
-            except (RedisError, OSError) as error:
-                broken = isinstance(error, RedisConnectionError | OSError)
-                slow = isinstance(error, RedisTimeoutError | TimeoutError)  # then once is enough
-                if slow or not broken or attempt == _ATTEMPTS:
-                    raise _failed(name, error) from error
+                    raise _failed(name, error) from cause
         raise AssertionError
 
+    def _may_just_be_lost(self, cause: BaseException | None, attempt: int) -> bool:
+        """Whether only the reply was lost, or the connection. What is slow twice is slow."""
+        if isinstance(cause, RedisTimeoutError | TimeoutError):
+            return self._home.is_cluster and attempt == 1  # elsewhere the client has asked twice
+        return isinstance(cause, RedisConnectionError | OSError)
 
-def _failed(name: str, error: Exception) -> StoreError:
-    return StoreError(f"{name}: {str(error) or type(error).__name__}")
+
+def _failed(name: str, error: StoreError) -> StoreError:
+    return StoreError(f"{name}: {error}")
 
 
-def _is_about_data(error: ResponseError) -> bool:
+def _is_about_data(error: BaseException | None) -> bool:
     """Whether a script stumbled over what it found, not over the server's state."""
     text = str(error)
     return (

@@ -5,7 +5,7 @@
 -- ARGV[8]  msgpack list of the keys of the logs of invalidations that it follows
 -- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting}, oldest ms,
 --          members (who has which slot if Redis is lost), {replica, address} of those to knock at, ms between moments,
---          the last entry of each log, false if it has none}
+--          subscribers that this server has for the replica, the last entry of each log, false if it has none}
 local replica, held = ARGV[1], {}
 local FORGOTTEN_MS, LATE_MS = 600000, 450
 for _, id in ipairs(cmsgpack.unpack(ARGV[2])) do
@@ -58,4 +58,4 @@ for at, log in ipairs(logs) do
   logs[at] = type(last) == 'table' and 'garbage' or last
 end
 return cmsgpack.pack({ now, meta('published'), redis.call('HGET', META, 'queue'), waiting, now - oldest,
-  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), logs })
+  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), subscribers_of(replica), logs })

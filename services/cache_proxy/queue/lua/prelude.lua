@@ -294,6 +294,11 @@ local function give_back(id, claim, each)
   return any or #again > 0
 end
 
+-- This server's alone: a replica subscribes where the queue is, and follows it (see `listener.py`).
+local function subscribers_of(replica)
+  return redis.call('PUBSUB', 'NUMSUB', ENDED .. ':' .. replica)[2]
+end
+
 -- The claims of the dead go back: of those whose lease is over, and of those that are neither subscribed nor
 -- heard of. A paused process is still subscribed, so it keeps its claims until the model's deadline. So do those
 -- of a replica that lives and lost Redis alone: whatever the model answers it, nobody else would hear. So do those
@@ -310,8 +315,7 @@ local function reap(replica, held)
       end_claim(id)
     else
       local heard = number(redis.call('ZSCORE', REPLICAS, claim.replica)) or 0
-      local gone = now - heard > SILENT_MS
-        and redis.call('PUBSUB', 'NUMSUB', ENDED .. ':' .. claim.replica)[2] == 0
+      local gone = now - heard > SILENT_MS and subscribers_of(claim.replica) == 0
       local cut_off = now - heard > CUT_OFF_MS and (number(redis.call('HGET', ALONE, claim.replica)) or 0) > now
       local unheld = claim.replica == replica and not held[id] and now - claim.at > GRANTED_MS
       if gone or cut_off or unheld or now > claim.lease_until then

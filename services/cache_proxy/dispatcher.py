@@ -99,9 +99,14 @@ class Dispatcher:
             outcomes: dict[bytes, Outcome] = {
                 pair.digest: answer for pair, answer in zip(sent, answers, strict=True)
             }
-            # Whoever waits first: a store that is slow or full delays no answer, and keeps none from landing.
-            await self._queue.fulfil(claim, outcomes)
-            await self._store.put({key: level for key, level in outcomes.items() if isinstance(level, int)})
+            levels = {key: level for key, level in outcomes.items() if isinstance(level, int)}
+            if self._queue.answers_live_elsewhere:
+                await self._store.put(levels)
+                await self._queue.fulfil(claim, outcomes)
+            else:
+                # Whoever waits first: a store that is slow or full delays no answer, and keeps none away.
+                await self._queue.fulfil(claim, outcomes)
+                await self._store.put(levels)
             # Invalidated while it was in flight: what was put must go again, for whoever said so came before.
             await self._store.forget(await self._queue.buried(claim))
         finally:

@@ -110,6 +110,12 @@ class QueueLimits:
 class Queue(Protocol):
     """Each method is one decision: all or nothing, and safe to call from any number of tasks."""
 
+    @property
+    def answers_live_elsewhere(self) -> bool:
+        """Whether answers are kept on other servers than the queue. Then they are kept before their pairs
+        end: the queue may be lost alone, with what it remembers of those that ended.
+        """  # noqa: D205 - one thought
+
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
         """Have pairs wait; one that waits or is in flight already is joined. Raises `QueueFull`, then
         nothing was queued.

@@ -45,6 +45,11 @@ class FailoverQueue:
         """Whether Redis is lost."""
         return self._lost
 
+    @property
+    def answers_live_elsewhere(self) -> bool:
+        """See `Queue.answers_live_elsewhere`."""
+        return self._shared.answers_live_elsewhere
+
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
         """See `Queue.enqueue`."""
         if not self._lost:

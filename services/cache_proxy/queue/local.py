@@ -58,6 +58,11 @@ class LocalQueue:
         self._failed_at = -math.inf  # when the last of them was noticed
         self._changed = asyncio.Event()
 
+    @property
+    def answers_live_elsewhere(self) -> bool:
+        """See `Queue.answers_live_elsewhere`."""
+        return False
+
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
         """See `Queue.enqueue`."""
         now = _now()

@@ -93,6 +93,11 @@ class RedisQueue:
             metrics.queue_pairs.labels(priority).set_function(partial(self._count, priority))
 
     @property
+    def answers_live_elsewhere(self) -> bool:
+        """See `Queue.answers_live_elsewhere`: a Cluster's buckets are on all nodes."""
+        return self._scripts.on_cluster
+
+    @property
     def held(self) -> list[str]:
         """The ids of the claims in work here."""
         return list(self._held)

@@ -1,8 +1,8 @@
-"""A fleet: replicas as processes over one Redis, before one stub whose log is the judge."""
+"""A fleet: replicas as processes over one Redis (or a Cluster), before one stub whose log is the judge."""
 
 import itertools
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,17 +12,17 @@ from tests.support.redis_server import RedisServer, redis_process
 from tests.support.wire import Wire, wire_to
 
 
-class Fleet:
+class Proxies:
     """State: `proxies`, those that a scenario started, also the dead; `flags` of those that start later."""
 
-    def __init__(self, stack: ExitStack, redis: RedisServer, stub: Service, log: Path) -> None:
-        self.redis = redis
+    def __init__(self, stack: ExitStack, url: str, stub: Service, log: Path) -> None:
+        self.url = url
         self.log = log
         self.proxies: list[Service] = []
         self._stub = stub
         self._stack = stack
         self.flags: tuple[str, ...] = ()
-        self._prefix = f"fleet{secrets.token_hex(4)}"
+        self.prefix = f"fleet{secrets.token_hex(4)}"
 
     @property
     def model(self) -> str:
@@ -38,21 +38,29 @@ class Fleet:
         """One replica more, which reaches Redis directly or by a wire."""
         proxy = self._stack.enter_context(
             cache_proxy(
-                "--model-target", self._stub.target, "--cache-url", wire.url if wire else self.redis.url,
-                "--key-prefix", self._prefix, *flags,
+                "--model-target", self._stub.target, "--cache-url", wire.url if wire else self.url,
+                "--key-prefix", self.prefix, *flags,
             )
         )  # fmt: skip
         self.proxies.append(proxy)
         return proxy
 
-    def wire(self) -> Wire:
-        """A wire to Redis."""
-        return self._stack.enter_context(wire_to(self.redis.port))
-
     def start_all(self, count: int, *flags: str) -> list[Service]:
         """So many, and with these flags those that come later."""
         self.flags = flags
         return [self.start(*flags) for _ in range(count)]
+
+
+class Fleet(Proxies):
+    """With a Redis of its own."""
+
+    def __init__(self, stack: ExitStack, redis: RedisServer, stub: Service, log: Path) -> None:
+        super().__init__(stack, redis.url, stub, log)
+        self.redis = redis
+
+    def wire(self) -> Wire:
+        """A wire to Redis."""
+        return self._stack.enter_context(wire_to(self.redis.port))
 
 
 _numbers = itertools.count()
@@ -63,10 +71,19 @@ def fleet(folder: Path, *stub_flags: str, program: str | None = None) -> Iterato
     """A Redis (of this program), a stub without a limit of its own, and no replica yet."""
     place = folder / f"fleet{next(_numbers)}"
     place.mkdir()
-    log = place / "calls.jsonl"
     with ExitStack() as stack:
         redis = stack.enter_context(redis_process(place, "--appendfsync", "everysec", program=program))
-        stub = stack.enter_context(
-            model_stub("--rate", "0", "--latency", "50ms", "--log", str(log), *stub_flags)
-        )
-        yield Fleet(stack, redis, stub, log)
+        yield Fleet(stack, redis, *_stub(stack, place, stub_flags))
+
+
+@contextmanager
+def fleet_at(url: str, folder: Path, *stub_flags: str) -> Iterator[Proxies]:
+    """The same, over what is there already."""
+    with ExitStack() as stack:
+        yield Proxies(stack, url, *_stub(stack, folder, stub_flags))
+
+
+def _stub(stack: ExitStack, folder: Path, flags: Sequence[str]) -> tuple[Service, Path]:
+    log = folder / "calls.jsonl"
+    started = model_stub("--rate", "0", "--latency", "50ms", "--log", str(log), *flags)
+    return stack.enter_context(started), log

@@ -2,9 +2,10 @@
 
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import redis
 from redis.cluster import RedisCluster
@@ -12,6 +13,7 @@ from redis.cluster import RedisCluster
 from tests.support.redis_server import RedisServer, free_port, local_program, redis_process, wait_for
 
 _MASTERS, _NODES = 3, 6
+_SENTINELS = 3
 _SLOTS = 16_384
 _SETTINGS = (
     "--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--repl-diskless-sync-delay", "0",
@@ -36,18 +38,31 @@ class Cluster:
         return RedisCluster(host="127.0.0.1", port=self.nodes[1].port)
 
     def owner(self, slot: int) -> RedisServer:
-        """The master that has a slot."""
-        with self.nodes[0].client() as client:
-            found = client.execute_command("CLUSTER", "SLOTS")
-        for first, last, (_, port, *_), *_ in found:
+        """The master that has a slot, as the first node that answers knows it."""
+        for first, last, (_, port, *_), *_ in self._slots():
             if first <= slot <= last:
-                return next(node for node in self.nodes if node.port == port)
+                return self._node(port)
         raise AssertionError(slot)
+
+    def _owners(self) -> list[RedisServer]:
+        """The masters of now."""
+        return [self._node(port) for port in sorted({port for _, _, (_, port, *_), *_ in self._slots()})]
+
+    def _node(self, port: int) -> RedisServer:
+        return next(node for node in self.nodes if node.port == port)
+
+    def _slots(self) -> list[tuple[int, int, list[Any]]]:
+        for node in self.nodes:
+            with suppress(redis.ConnectionError), node.client() as client:
+                found: list[tuple[int, int, list[Any]]] = client.execute_command("CLUSTER", "SLOTS")
+                return found
+        message = "no node answers"
+        raise AssertionError(message)
 
     def begin_to_move(self, slot: int) -> tuple[RedisServer, RedisServer]:
         """Mark a slot as on its way; where from and where to. Its keys stay until they are moved."""
         source = self.owner(slot)
-        target = next(node for node in self.masters if node is not source)
+        target = next(node for node in self._owners() if node is not source)
         with target.client() as to, source.client() as from_:
             to.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", _id(source))
             from_.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", _id(target))
@@ -64,13 +79,13 @@ class Cluster:
     def end_move(self, slot: int, source: RedisServer, target: RedisServer) -> None:
         """Give the slot to its new owner."""
         owner = _id(target)
-        for node in (target, source, *self.masters):
+        for node in (target, source, *self._owners()):
             with node.client() as client:
                 client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", owner)
 
 
 @contextmanager
-def redis_cluster(folder: Path, *args: str) -> Iterator[Cluster]:
+def redis_cluster(folder: Path, *args: str, program: str | None = None) -> Iterator[Cluster]:
     """A cluster that answers, replicas in place."""
     with ExitStack() as stack:
         nodes, bus = [], [str(free_port()) for _ in range(_NODES)]
@@ -78,7 +93,7 @@ def redis_cluster(folder: Path, *args: str) -> Iterator[Cluster]:
             place = folder / str(number)
             place.mkdir()
             settings = (*_SETTINGS, "--cluster-port", bus[number], *args)
-            nodes.append(stack.enter_context(redis_process(place, *settings)))
+            nodes.append(stack.enter_context(redis_process(place, *settings, program=program)))
         _join(nodes, bus[0])
         yield Cluster(nodes)
 
@@ -132,18 +147,44 @@ def _is_in_sync(node: RedisServer) -> bool:
 
 
 @contextmanager
-def sentinel(folder: Path, *, master_port: int, service: str) -> Iterator[int]:
-    """One Sentinel that watches a master and decides alone; its port."""
+def sentinels(
+    folder: Path, *more: str, master_port: int, service: str, program: str | None = None
+) -> Iterator[list[int]]:
+    """Three Sentinels, of which two must agree; their ports."""
+    with ExitStack() as stack:
+        ports = []
+        for number in range(_SENTINELS):
+            place = folder / f"sentinel{number}"
+            place.mkdir()
+            made = sentinel(place, *more, master_port=master_port, service=service, quorum=2, program=program)
+            ports.append(stack.enter_context(made))
+        for port in ports:
+            wait_for(partial(_knows_others, port, service), what="the Sentinels know each other")
+        yield ports
+
+
+def _knows_others(port: int, service: str) -> bool:
+    with redis.Redis(port=port, socket_timeout=5) as client:
+        return len(client.sentinel_sentinels(service)) == _SENTINELS - 1
+
+
+@contextmanager
+def sentinel(
+    folder: Path, *more: str, master_port: int, service: str, quorum: int = 1, program: str | None = None
+) -> Iterator[int]:
+    """One Sentinel that watches a master; alone it decides alone. Its port."""
     port = free_port()
     settings = folder / "sentinel.conf"
     settings.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
-        f"sentinel monitor {service} 127.0.0.1 {master_port} 1\n"
+        f"sentinel monitor {service} 127.0.0.1 {master_port} {quorum}\n"
         f"sentinel down-after-milliseconds {service} 500\n"
-        f"sentinel failover-timeout {service} 2000\n"
+        f"sentinel failover-timeout {service} 2000\n" + "".join(f"{line}\n" for line in more)
     )
     process = subprocess.Popen(
-        [local_program(), str(settings), "--sentinel"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [program or local_program(), str(settings), "--sentinel"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         wait_for(lambda: _sees_replica(port, service), what="the Sentinel sees the replica")

@@ -33,6 +33,10 @@ class Wire:
             if subscribed.is_set():
                 deaf.set()
 
+    def lead_to(self, port: int) -> None:
+        """New connections go to another server; the others stay with theirs."""
+        self._port = port
+
     def mend(self) -> None:
         """It leads somewhere again."""
         self._whole.set()

@@ -262,6 +262,20 @@ async def test_a_gap_between_messages_is_noticed_by_the_next_message(place: Plac
         assert not wait.open
 
 
+async def test_a_failover_that_lost_the_last_writes_is_noticed(place: Place) -> None:
+    """The new master has published less than the old one: what waits is asked for again."""
+    async with replicas(place) as (replica,):
+        for number in range(5):
+            await replica.queue.publish({pairs([100 + number])[0].digest: 1})
+        await replica.beat()
+        await replica.ask(pairs([1]))
+        with place.client() as client:
+            client.delete(f"{place.keys.base}pairs", f"{place.keys.base}lane:interactive")
+            client.hincrby(f"{place.keys.base}meta", "published", -2)
+        await replica.beat()
+        assert numbers_of(await replica.take()) == [1]
+
+
 async def test_a_subscription_that_fell_silent_is_made_anew(shared_redis: str) -> None:
     """Its connection is dead and nobody said so: heartbeats tell that messages are missed."""
     port = urlsplit(shared_redis).port

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 import redis
+import redis.asyncio
+from prometheus_client import CollectorRegistry
 from redis.crc import key_slot
 
 from services.cache_proxy.config import KeySettings
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue.messages import unpack
 from services.cache_proxy.queue.scripts import Keys
-from tests.fleet.scenarios import same_pairs
+from services.cache_proxy.store.connecting import connect, servers
+from services.cache_proxy.store.deployment import base_key
+from services.cache_proxy.store.redis import RedisStore
+from tests.fleet.scenarios import callers, same_pairs
 from tests.fleet.test_faults import BATCH_PAIRS, CALLS_PER_SECOND, FLAGS, SEEN_LATE_SECONDS, load
-from tests.support.caller import metrics
+from tests.integration.conftest import UNPACED
+from tests.support.caller import metrics, pairs_of
 from tests.support.fleet import Proxies, fleet_at
 from tests.support.judge import Call, inferences, most_over, per_distinct_pair
 from tests.support.load import Tally
@@ -155,24 +163,61 @@ async def test_the_same_pairs_from_many_callers_are_inferred_once_on_a_cluster(
     assert [proxy.stop() for proxy in proxies] == [0, 0, 0]
 
 
-async def test_the_node_of_the_queue_dies_and_its_replica_takes_over(
-    on_cluster: Proxies, cluster: Cluster
+async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: Proxies, cluster: Cluster) -> None:
+    """Whoever hears of an answer finds it in the store: the queue's node may be lost, and its memory."""
+    proxy = on_cluster.start(*UNPACED)
+    heard: list[bytes] = []
+    missing: list[bytes] = []
+    reached = servers(connect(cluster.url, timeout_seconds=5))
+    base = base_key(KeySettings(key_prefix=on_cluster.prefix))
+    store = RedisStore(reached, base=base, metrics=ProxyMetrics(CollectorRegistry()))
+    await store.get([bytes(16)])  # connects
+    async with (
+        redis.asyncio.Redis(port=cluster.owner(_slot(on_cluster)).port) as client,
+        client.pubsub(ignore_subscribe_messages=True) as pubsub,
+        callers([[proxy.target]], Tally()) as (one,),
+    ):
+        await pubsub.subscribe(_keys(on_cluster).channel)
+        for number in range(20):
+            asking = asyncio.create_task(one.ask(pairs_of(f"kept {number}", 5)))
+            while len(heard) < 5 * (number + 1):
+                message = await pubsub.get_message(timeout=10)
+                if message is not None:
+                    levels = unpack(message["data"])[1]
+                    digests = [levels[at : at + 16] for at in range(0, len(levels), 17)]
+                    found = await store.get(digests)
+                    heard += digests
+                    missing += [digest for digest, entry in zip(digests, found, strict=True) if not entry]
+            await asking
+    await store.close()
+    assert not missing
+
+
+@pytest.mark.parametrize("ending", ["killed", "stopped"])
+async def test_the_node_of_the_queue_is_gone_and_its_replica_takes_over(
+    on_cluster: Proxies, cluster: Cluster, ending: str
 ) -> None:
-    """Killed under load: nothing wrong, nobody fails, the limit holds, and only what was asked while the
-    queue was lost is asked twice; all return by themselves, and listen at the new node.
+    """Killed, or stopped for long, under load: nothing wrong, nobody fails, the limit holds, and only what
+    was asked while the queue was lost is asked twice; all return by themselves, and listen at the new node.
     """  # noqa: D205 - one thought
     slot, tally = _slot(on_cluster), Tally()
     async with _trouble(on_cluster, tally) as spans:
         owner, began = cluster.owner(slot), time.time()
-        owner.kill()
-        await _until(lambda: cluster.owner(slot) is not owner, what="its replica takes over")
-        successor = cluster.owner(slot)
+        if ending == "killed":
+            owner.kill()
+        else:
+            owner.pause()
+        await _until(lambda: cluster.owner(slot, but=owner) is not owner, what="its replica takes over")
+        successor = cluster.owner(slot, but=owner)
         await _until(lambda: _listeners(on_cluster, successor) == 3, what="all listen there")
         await _until(lambda: _all_are_well(on_cluster.proxies), what="all have found the queue again")
+        if ending == "stopped":
+            owner.resume()  # and believes for a moment that it is the master still
         spans.append((began - 2, time.time() + 1))
     assert all(BACK in proxy.log for proxy in on_cluster.proxies)
     await _nothing_is_stuck(on_cluster, successor)
-    owner.start()
+    if ending == "killed":
+        owner.start()
     await _until(lambda: _is_replica(owner), what="the old master is a replica")
 
 
@@ -197,9 +242,9 @@ async def test_sentinels_make_another_server_the_master(tmp_path: Path, program:
     fails, the limit holds, and all return by themselves.
     """  # noqa: D205 - one thought
     with ExitStack() as stack:
-        servers = _replicated(stack, tmp_path, 3, program)
+        made = _replicated(stack, tmp_path, 3, program)
         ports = stack.enter_context(
-            sentinels(tmp_path, master_port=servers[0].port, service=SERVICE, program=program)
+            sentinels(tmp_path, master_port=made[0].port, service=SERVICE, program=program)
         )
         url = f"redis+sentinel://{','.join(f'127.0.0.1:{port}' for port in ports)}/{SERVICE}"
         fleet = stack.enter_context(fleet_at(url, tmp_path, "--latency", "200ms"))
@@ -208,7 +253,7 @@ async def test_sentinels_make_another_server_the_master(tmp_path: Path, program:
         def master() -> RedisServer:
             with redis.Redis(port=ports[0]) as client:
                 found = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
-            return next(server for server in servers if server.port == int(found[1]))
+            return next(server for server in made if server.port == int(found[1]))
 
         async with _trouble(fleet, tally) as spans:
             for crash in (True, False):

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -65,8 +65,10 @@ class RedisServer:
         """What clients send within the block: commands that scripts run are not theirs."""
         commands: list[str] = []
         end = f"end {secrets.token_hex(8)}"
-        with self.client() as other, redis.Redis(port=self.port) as client, client.monitor() as monitor:
+        with ExitStack() as stack:
+            other = stack.enter_context(self.client())
             other.ping()  # its own connection is made before anybody looks
+            monitor = stack.enter_context(stack.enter_context(redis.Redis(port=self.port)).monitor())
 
             def read() -> None:
                 for seen in monitor.listen():

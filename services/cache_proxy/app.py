@@ -19,7 +19,7 @@ from services.cache_proxy.callers import identify_by_metadata
 from services.cache_proxy.config import Settings, read_secret
 from services.cache_proxy.dispatcher import Dispatcher
 from services.cache_proxy.errors import Unavailable
-from services.cache_proxy.key import make_digester
+from services.cache_proxy.key import make_batch_digester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import ModelClient
@@ -89,7 +89,7 @@ async def serve(settings: Settings) -> None:
         metrics.l1_entries.set_function(lambda: l1.entries)
         secret = read_secret(settings.key.key_secret_file, flag_name="--key-secret-file")
         resolver = Resolver(
-            digest=make_digester(normalize=settings.key.normalize, secret=secret),
+            digests=make_batch_digester(normalize=settings.key.normalize, secret=secret),
             l1=l1,
             store=store,
             queue=queue,

@@ -1,15 +1,24 @@
 """Long work in short breaths: a call to the model must leave on time, whatever a caller sent meanwhile."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
 
 
-async def in_breaths(items: Sequence[_Item], most: int) -> AsyncIterator[Sequence[_Item]]:
-    """So many at a time; others have their turn in between."""
-    for start in range(0, len(items), most):
+async def in_breaths(
+    items: Sequence[_Item], most: int, *, size: Callable[[_Item], int] | None = None, most_size: int = 0
+) -> AsyncIterator[Sequence[_Item]]:
+    """So many at a time, and of no more than `most_size` in all, but at least one; others have their turn in
+    between.
+    """  # noqa: D205 - one thought
+    start = 0
+    while start < len(items):
         if start:
             await asyncio.sleep(0)
-        yield items[start : start + most]
+        some = items[start : start + most]
+        while size is not None and len(some) > 1 and sum(map(size, some)) > most_size:
+            some = some[: len(some) // 2]
+        yield some
+        start += len(some)

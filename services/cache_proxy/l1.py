@@ -25,6 +25,7 @@ class L1Cache:
 
     def __init__(self, *, max_bytes: int) -> None:
         self.epoch = 0
+        self.is_on = max_bytes > 0
         self._today = 0
         self._answers: SegmentedCache[bytearray] = SegmentedCache(max_bytes=max_bytes)
         self._cells: dict[int, list[bytearray]] = {}

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 
+from services.cache_proxy import hits
+from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked
 from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed
-from services.cache_proxy.hits import answer_known
-from services.cache_proxy.key import Digester
+from services.cache_proxy.key import BatchDigester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.queue import Asker, Outcome, Pair, Queue
 from services.cache_proxy.refresher import Refresher
@@ -15,50 +16,47 @@ from services.cache_proxy.rpc_metrics import outcome_kind
 from services.cache_proxy.store.dated import Lifetime, dated, level_of, today
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.waiters import Waiters
-from services.cache_proxy.wire import Unknown
 
-BREATH_PAIRS = 500
-"""Of those that are made into messages and hashed: about 2 ms of work."""
+_LOOK_UP_PAIRS = 4000
+"""Of a large request at once: what the store of a Cluster takes together. It is under 1 ms of work."""
 
-_Places = dict[bytes, list[Unknown]]
+_Places = dict[bytes, list[int]]
 
 
 class Answers:
-    """How many pairs a request has, how many of them L1 answered, and of the others, by position, the level
-    and the outcome that its metrics count; those that are nowhere failed.
+    """How many pairs a request has, how many of them had which outcome (the others failed), and the levels of
+    those that L1 did not know, by their place in `Asked`: 0 where there is none.
     """  # noqa: D205 - one thought
 
-    __slots__ = ("by_l1", "levels", "outcomes", "size")
+    __slots__ = ("_outcomes", "levels", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.by_l1 = 0
-        self.levels: dict[int, int] = {}
-        self.outcomes: dict[int, str] = {}
+        self.levels: list[int] = []
+        self._outcomes: dict[str, int] = {}
+
+    def count(self, outcome: str, pairs: int) -> None:
+        """Note that so many pairs had this outcome."""
+        self._outcomes[outcome] = self._outcomes.get(outcome, 0) + pairs
 
     def counted(self) -> dict[str, int]:
         """How many pairs had which outcome."""
-        if self.by_l1 == self.size:
-            return {"l1": self.size}
-        failed = self.size - self.by_l1 - len(self.outcomes)
-        return {"l1": self.by_l1, "failed": failed, **Counter(self.outcomes.values())}
+        return {"failed": self.size - sum(self._outcomes.values()), **self._outcomes}
 
     @property
     def hits(self) -> int:
         """How many pairs a cache answered."""
-        if self.by_l1 == self.size:
-            return self.size
-        return self.by_l1 + sum(outcome_kind(outcome) == "hit" for outcome in self.outcomes.values())
+        return sum(count for outcome, count in self._outcomes.items() if outcome_kind(outcome) == "hit")
 
 
 class Resolver:
     """Answers a request's pairs, or says of each why not."""
 
     def __init__(
-        self, *, digest: Digester, l1: L1Cache, store: GuardedStore, queue: Queue, waiters: Waiters,
+        self, *, digests: BatchDigester, l1: L1Cache, store: GuardedStore, queue: Queue, waiters: Waiters,
         lifetime: Lifetime,
     ) -> None:  # fmt: skip
-        self._digest = digest
+        self._digests = digests
         self._l1 = l1
         self._store = store
         self._queue = queue
@@ -70,46 +68,69 @@ class Resolver:
         """Wait for no refresh any more."""
         await self._refresher.close()
 
-    def answer_known(self, items: Sequence[bytes]) -> Awaitable[tuple[list[bytes], list[int]]]:
+    async def answer_known(self, items: Sequence[bytes]) -> tuple[list[bytes], Sequence[int]]:
         """What L1 knows of a request's items: their answers, and the positions of those without one."""
+        if not self._l1.is_on:
+            return [b""] * len(items), range(len(items))
         self._l1.expire(today())
-        return answer_known(items, self._l1)
+        return await hits.answer_known(items, self._l1)
 
-    async def resolve(self, pairs: Sequence[Unknown], asker: Asker, answers: Answers) -> None:
+    async def resolve(self, asked: Asked, asker: Asker, answers: Answers) -> None:
         """Fill `answers` for every pair that L1 did not know, also when it raises: then with what is known.
 
         Raises `PairsFailed` when every pair has ended but some without a level, `QueueFull` and
         `DeadlinePassed` when pairs could not, or not in time, be asked.
         """
         epoch = self._l1.epoch  # before any look-up: what is invalidated from now on must not come back
-        places: _Places = {}
-        async for some in in_breaths(pairs, BREATH_PAIRS):
-            for pair in some:
-                places.setdefault(self._digest(pair.company, pair.title), []).append(pair)
-        await self._look_in_l2(places, epoch, answers)
-        if places:
-            await self._ask_model(places, epoch, asker, answers)
+        digests: list[bytes] = []
+        async for some in in_breaths(asked.items, BREATH_PAIRS, size=len, most_size=BREATH_BYTES):
+            first, last = len(digests), len(digests) + len(some)
+            digests += self._digests(asked.texts[2 * first : 2 * last])
+        missing: _Places = {}
+        async for few in in_breaths(digests, _LOOK_UP_PAIRS):
+            await self._look_in_l2(few, asked, epoch, answers, missing)
+        if missing:
+            await self._ask_model(missing, asked, epoch, asker, answers)
 
-    async def _look_in_l2(self, places: _Places, epoch: int, answers: Answers) -> None:
-        """Answer what L2 knows, and take it out of `places`; what is stale is asked again behind."""
-        digests = list(places)
-        entries = await self._store.look_up(digests)
-        day, stale = today(), list[Pair]()
-        async for some in in_breaths(list(zip(digests, entries, strict=True)), BREATH_PAIRS):
-            for digest, entry in some:
+    async def _look_in_l2(
+        self, digests: Sequence[bytes], asked: Asked, epoch: int, answers: Answers, missing: _Places
+    ) -> None:
+        """Answer what L2 knows of the next places; what is stale is asked again behind."""
+        first, entries = len(answers.levels), await self._entries(digests)
+        day, counts = today(), Counter(entries)  # few different ones: each is judged once
+        fresh = {entry for entry in counts if self._lifetime.is_fresh(entry, day=day)}
+        levels = {entry: level_of(entry) for entry in counts}
+        answers.levels += [levels[entry] for entry in entries]
+        for entry in levels.keys() - {0}:
+            answers.count("l2" if entry in fresh else "stale", counts[entry])
+        if len(fresh) < len(counts):
+            stale: dict[bytes, Pair] = {}
+            for place, (digest, entry) in enumerate(zip(digests, entries, strict=True), first):
                 if not entry:
-                    continue
-                pairs = places.pop(digest)
-                if self._lifetime.is_fresh(entry, day=day):
-                    self._remember(digest, entry, pairs, epoch)
-                    _note(level_of(entry), pairs, "l2", answers)
-                else:
-                    stale.append(Pair(digest, pairs[0].company, pairs[0].title))
-                    _note(level_of(entry), pairs, "stale", answers)
-        self._refresher.ask(stale)
+                    missing.setdefault(digest, []).append(place)
+                elif entry not in fresh and digest not in stale:
+                    stale[digest] = asked.pair(place, digest)
+            self._refresher.ask(list(stale.values()))
+        if self._l1.is_on and fresh:
+            known = list(zip(range(first, first + len(digests)), digests, entries, strict=True))
+            async for some in in_breaths(known, BREATH_PAIRS):
+                for place, digest, entry in some:
+                    if entry in fresh:
+                        self._remember(digest, entry, asked.key(place), epoch)
 
-    async def _ask_model(self, places: _Places, epoch: int, asker: Asker, answers: Answers) -> None:
-        pairs = [Pair(digest, some[0].company, some[0].title) for digest, some in places.items()]
+    async def _entries(self, digests: Sequence[bytes]) -> Sequence[int]:
+        """What L2 knows of each, by position; what is there twice is looked up once."""
+        distinct = set(digests)
+        if len(distinct) == len(digests):
+            return await self._store.look_up(digests)
+        once = list(distinct)
+        entries = dict(zip(once, await self._store.look_up(once), strict=True))
+        return [entries[digest] for digest in digests]
+
+    async def _ask_model(
+        self, places: _Places, asked: Asked, epoch: int, asker: Asker, answers: Answers
+    ) -> None:
+        pairs = [asked.pair(some[0], digest) for digest, some in places.items()]
         queued: frozenset[bytes] = frozenset()
         started_at = asyncio.get_running_loop().time()
         wait = self._waiters.open(list(places))
@@ -123,40 +144,32 @@ class Resolver:
             waited_seconds = asyncio.get_running_loop().time() - started_at
             raise DeadlinePassed(waited_seconds) from None
         finally:
-            self._note_outcomes(wait.outcomes, places, epoch, queued, answers)
+            self._note_outcomes(wait.outcomes, places, asked, epoch, queued, answers)
             await self._queue.leave(self._waiters.close(wait))
         failures = {
-            pair.position: outcome
+            asked.positions[place]: outcome
             for digest, outcome in wait.outcomes.items()
             if isinstance(outcome, PairError)
-            for pair in places[digest]
+            for place in places[digest]
         }
         if failures:
             raise PairsFailed(failures)
 
     def _note_outcomes(
-        self,
-        outcomes: dict[bytes, Outcome],
-        places: _Places,
-        epoch: int,
-        queued: frozenset[bytes],
-        answers: Answers,
-    ) -> None:
+        self, outcomes: dict[bytes, Outcome], places: _Places, asked: Asked, epoch: int,
+        queued: frozenset[bytes], answers: Answers,
+    ) -> None:  # fmt: skip
         """Note the levels: the first place of a pair that this request queued was `inferred` for it."""
         day = today()
         for digest, level in outcomes.items():
             if isinstance(level, int):
-                self._remember(digest, dated(level, day), places[digest], epoch)
-                _note(level, places[digest], "coalesced", answers)
-                if digest in queued:
-                    answers.outcomes[places[digest][0].position] = "inferred"
+                inferred = digest in queued
+                answers.count("inferred", inferred)
+                answers.count("coalesced", len(places[digest]) - inferred)
+                for place in places[digest]:
+                    answers.levels[place] = level
+                    self._remember(digest, dated(level, day), asked.key(place), epoch)
 
-    def _remember(self, digest: bytes, entry: int, pairs: Sequence[Unknown], epoch: int) -> None:
+    def _remember(self, digest: bytes, entry: int, key: bytes, epoch: int) -> None:
         expires_day = self._lifetime.expires_day(entry)
-        for pair in pairs:
-            self._l1.put(pair.key, level_of(entry), digest=digest, epoch=epoch, expires_day=expires_day)
-
-
-def _note(level: int, pairs: Sequence[Unknown], outcome: str, answers: Answers) -> None:
-    for pair in pairs:
-        answers.levels[pair.position], answers.outcomes[pair.position] = level, outcome
+        self._l1.put(key, level_of(entry), digest=digest, epoch=epoch, expires_day=expires_day)

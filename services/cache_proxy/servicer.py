@@ -6,24 +6,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import NoReturn
 
 import grpc
 from grpc import aio
 
 from protos import seniority_pb2
-from services.cache_proxy import wire
+from services.cache_proxy import asked, wire
 from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.callers import ANONYMOUS, Caller, Identify
 from services.cache_proxy.errors import Draining, InvalidRequest, ProxyError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Asker
-from services.cache_proxy.resolver import BREATH_PAIRS, Answers, Resolver
+from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import Status, status_of
-from services.cache_proxy.wire import Unknown
 
 SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
 
+_BREATH_ANSWERS = 5000
 _NOBODY = Caller(ANONYMOUS, "interactive")
 _log = logging.getLogger(__name__)
 
@@ -115,16 +116,15 @@ class SeniorityService:
         items = self._checked(request)
         replies, missing = await self._resolver.answer_known(items)
         if missing:
-            pairs: list[Unknown] = []
-            async for some in in_breaths(missing, BREATH_PAIRS):
-                pairs += wire.read(items, some, max_field_bytes=self._limits.max_field_bytes)
-            answers.by_l1 = len(items) - len(missing)  # not before: of a request that is refused, all failed
+            pairs = await asked.read(items, missing, max_field_bytes=self._limits.max_field_bytes)
+            answers.count("l1", len(items) - len(missing))  # of a request that is refused, all failed
             await self._resolver.resolve(pairs, self._asker(caller, context), answers)
-            async for part in in_breaths(pairs, BREATH_PAIRS):
-                for pair in part:
-                    replies[pair.position] = wire.answer(pair.uuid, answers.levels[pair.position])
+            columns = zip(pairs.positions, pairs.items, pairs.starts, answers.levels, strict=True)
+            async for some in in_breaths(range(len(pairs)), _BREATH_ANSWERS):
+                for position, item, start, level in islice(columns, len(some)):
+                    replies[position] = item[:start] + wire.ANSWER_TAILS[level]
         else:
-            answers.by_l1 = len(items)
+            answers.count("l1", len(items))
         return wire.join(replies)
 
     def _checked(self, request: Request) -> Sequence[bytes]:

@@ -95,6 +95,9 @@ def answer_tail(level: int) -> bytes:
     return bytes((_LEVEL_TAG, level))
 
 
+ANSWER_TAILS = [answer_tail(level) for level in range(LEVELS + 1)]
+
+
 def read(items: Sequence[bytes], positions: Sequence[int], *, max_field_bytes: int) -> list[Unknown]:
     """The items at these positions. Raises `InvalidRequest`.
 

@@ -4,13 +4,17 @@
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.cache_proxy.key import DIGEST_BYTES, NORMAL_FORMS, fold, make_digester
+from services.cache_proxy.key import DIGEST_BYTES, NORMAL_FORMS, fold, make_batch_digester, make_digester
 
 texts = st.text(max_size=12)
 odd = st.text(alphabet="aAßẞſK Kﬁ\u0345\u0130ıǅµ·\u00a0\u3000\u00a8\u0301ａ１①Ω\t\u200b\u2028", max_size=8)
+_SPACED = st.text(alphabet="aB \t\x1f\0", max_size=8)
+_ANY_TEXT = st.one_of(
+    _SPACED, _SPACED, st.text(alphabet=st.characters(codec="ascii"), max_size=20), texts, odd
+)
 
 
 @given(texts | odd)
@@ -46,6 +50,25 @@ def test_case_width_and_space_do_not_matter_under_fold(one: str, other: str) -> 
     assert digest("c", one) == digest("c", other)
     strict = make_digester(normalize="exact", secret=None)
     assert strict(one, "t") != strict(other, "t")
+
+
+@given(
+    st.lists(st.tuples(_ANY_TEXT, _ANY_TEXT), max_size=6),
+    st.sampled_from(list(NORMAL_FORMS)),
+    st.sampled_from([None, b"s3cret"]),
+)
+@example([(" a\t\n b ", "\0"), ("c ", " d")], "fold", None)
+@example([("  ", " "), ("", " \x1f\x85 ")], "fold", None)
+def test_many_are_hashed_as_each_alone(
+    pairs: list[tuple[str, str]], normalize: str, secret: bytes | None
+) -> None:
+    """Whatever texts come together in a batch, each pair's digest is the one of `make_digester`: so what is
+    stored stays valid.
+    """  # noqa: D205 - one thought
+    one = make_digester(normalize=normalize, secret=secret)
+    many = make_batch_digester(normalize=normalize, secret=secret)
+    texts = [text.encode() for pair in pairs for text in pair]
+    assert many(texts) == [one(*pair) for pair in pairs]
 
 
 @pytest.mark.parametrize(("one", "other"), [("a b", "ab"), ("é", "e"), ("a-b", "a b"), ("", "x"), ("ı", "i")])

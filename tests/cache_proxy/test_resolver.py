@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import pytest
 from prometheus_client import CollectorRegistry
 
-from services.cache_proxy import wire
-from services.cache_proxy.key import make_digester
+from protos import seniority_pb2 as pb
+from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, read
+from services.cache_proxy.key import make_batch_digester, make_digester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue.opening import open_local
-from services.cache_proxy.resolver import BREATH_PAIRS, Answers, Resolver
+from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.memory import MemoryStore
@@ -29,7 +30,8 @@ class _Path:
         self.l1 = L1Cache(max_bytes=2**22)
         self.l2 = MemoryStore()
         self.resolver = Resolver(
-            digest=_DIGEST, l1=self.l1, store=GuardedStore(self.l2, metrics=metrics), waiters=waiters,
+            digests=make_batch_digester(normalize="fold", secret=None), l1=self.l1,
+            store=GuardedStore(self.l2, metrics=metrics), waiters=waiters,
             queue=open_local(limits(), settle=waiters.settle, metrics=metrics), lifetime=Lifetime(),
         )  # fmt: skip
 
@@ -37,8 +39,8 @@ class _Path:
         """Ask for what L1 does not know of these."""
         answers = Answers(len(items))
         _, missing = await self.resolver.answer_known(items)
-        answers.by_l1 = len(items) - len(missing)
-        await self.resolver.resolve(wire.read(items, missing, max_field_bytes=99), asker(), answers)
+        answers.count("l1", len(items) - len(missing))
+        await self.resolver.resolve(await read(items, missing, max_field_bytes=4099), asker(), answers)
         return answers
 
 
@@ -62,7 +64,7 @@ async def test_two_spellings_in_one_request_are_one_look_up_and_both_remembered(
     path = _Path()
     await path.l2.put({_DIGEST("acme", "00"): 6})
     answers = await path.ask(_items("acme") + _items("ACME"))
-    assert (answers.levels, path.l1.entries) == ({0: 6, 1: 6}, 2)
+    assert (answers.levels, path.l1.entries) == ([6, 6], 2)
 
 
 @pytest.mark.parametrize("forget", ["remove", "clear"])
@@ -73,7 +75,8 @@ async def test_an_invalidation_under_a_look_up_keeps_its_answer_out_of_l1(forget
     items = _items("acme", BREATH_PAIRS + 1)
     await path.l2.put({_DIGEST("acme", f"{title:02}"): 5 for title in range(1, 100)})
     asked = asyncio.create_task(path.ask(items))
-    await asyncio.sleep(0)  # it takes breath, its epoch read and half of its digests made
+    await asyncio.sleep(0)  # it takes breath, half of its items read
+    await asyncio.sleep(0)  # and again, its epoch read and half of its digests made
     if forget == "remove":
         path.l1.remove(_DIGEST("acme", "00"))
     else:
@@ -83,3 +86,18 @@ async def test_an_invalidation_under_a_look_up_keeps_its_answer_out_of_l1(forget
     assert path.l1.entries == 0
     await path.ask(items)
     assert path.l1.entries == 100
+
+
+async def test_long_texts_are_read_and_hashed_few_at_a_time() -> None:
+    """Others have their turn between pairs of the longest texts, in letters that are slow to fold."""
+    path = _Path()
+    texts = ["é" * 2048 + f"{number:03}" for number in range(30)]
+    items = [pb.SeniorityRequest(company=text, title=text).SerializeToString() for text in texts]
+    await path.l2.put({_DIGEST(text, text): 3 for text in texts})
+    asked = asyncio.create_task(path.ask(items))
+    turns = 0
+    while not asked.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert (await asked).levels == [3] * 30
+    assert turns > 2 * len(items) * len(items[0]) / BREATH_BYTES

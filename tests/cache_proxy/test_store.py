@@ -326,6 +326,19 @@ def test_the_pythons_layout_is_the_scripts(shared_redis: str) -> None:
                 assert TagState("g", buckets).bucket("x", digest).rpartition(":")[2] == name.decode()
 
 
+@pytest.mark.parametrize("buckets", [4, 40, 255, 256, 300, 60_001, 2**20, 2**24])
+async def test_a_look_up_finds_a_bucket_whatever_its_number(on_redis: OnRedis, buckets: int) -> None:
+    """In a tag of any size, names of one digit and of many."""
+    opened, _, client, base = on_redis
+    digests = [_digest(number) for number in range(200)]
+    for tag in range(TAGS):
+        client.hset(state_key(base, tag), mapping={"generation": "a", "buckets": buckets, "pairs": 0})
+    for digest in digests:
+        name = TagState("a", buckets).bucket(base, digest)
+        client.hset(name, digest[FIELD], str(-4096 + today() * 7 + 4))
+    assert await _levels(opened, digests) == [5] * 200
+
+
 @pytest.mark.parametrize(
     ("ttl_days", "serve_stale", "age", "expected"),
     [(0, False, 300, "fresh"), (30, False, 29, "fresh"), (30, False, 30, "none"), (30, True, 30, "stale"),

@@ -70,7 +70,8 @@ class GuardedStore:
             ]
         day, lifetime = today(), self._lifetime
         if lifetime.ttl_days:
-            entries = [lifetime.served(entry, day=day) for entry in entries]
+            served = {entry: lifetime.served(entry, day=day) for entry in set(entries)}  # they are few
+            entries = [served[entry] for entry in entries]
         return entries
 
     async def put(self, levels: Mapping[bytes, int]) -> None:

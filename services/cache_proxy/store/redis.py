@@ -63,37 +63,48 @@ class RedisStore:
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
         """See `Store.get`."""
+        if 0 < len(digests) <= self._most:
+            return await self._get_chunk(digests)
         entries: list[int] = []
         for chunk in _chunks(digests, self._most):
-            if len(chunk) > self._most // 2:  # there is little room for others: it need not wait for them
-                entries += (await self._get_together([chunk]))[0]
-            else:
-                entries += await self._together.ride(chunk)
+            entries += await self._get_chunk(chunk)
         return entries
 
+    async def _get_chunk(self, digests: Sequence[bytes]) -> Sequence[int]:
+        if len(digests) > self._most // 2:  # there is little room for others: it need not wait for them
+            return await self._get_all(digests)
+        return await self._together.ride(digests)
+
     async def _get_together(self, chunks: Sequence[Sequence[bytes]]) -> Sequence[Sequence[int]]:
-        digests = list(itertools.chain.from_iterable(chunks))
-        entries = [0] * len(digests)
+        rest = iter(await self._get_all(list(itertools.chain.from_iterable(chunks))))
+        return [list(itertools.islice(rest, len(chunk))) for chunk in chunks]
+
+    async def _get_all(self, digests: Sequence[bytes]) -> Sequence[int]:
         async with self._operation("get"):
+            if not self._servers.by_tag:
+                [reply] = await self._run(GET, [(digests[0], [b"".join(digests)])])
+                return await self._found(digests, reply)
+            entries = [0] * len(digests)
             groups = self._groups(digests)
             replies = await self._run(
                 GET, [(digests[p[0]], [b"".join([digests[i] for i in p])]) for p in groups]
             )
             for places, reply in zip(groups, replies, strict=True):
-                if isinstance(reply, SlotMoving):
-                    found = await self._get_one_by_one([digests[place] for place in places])
-                elif isinstance(reply, StoreError):
+                if isinstance(reply, StoreError) and not isinstance(reply, SlotMoving):
                     continue  # one node of several: what it has is not known, and the rest is
-                else:
-                    found = _unpacked(reply[0], count=len(places))
-                    self._metrics.store_garbage.inc(reply[1])
-                if len(groups) == 1:
-                    entries = list(found)
-                else:
-                    for place, entry in zip(places, found, strict=True):
-                        entries[place] = entry
-        rest = iter(entries)
-        return [list(itertools.islice(rest, len(chunk))) for chunk in chunks]
+                found = await self._found([digests[place] for place in places], reply)
+                for place, entry in zip(places, found, strict=True):
+                    entries[place] = entry
+            return entries
+
+    async def _found(self, digests: Sequence[bytes], reply: Any) -> Sequence[int]:
+        """What a call's reply says of its digests."""
+        if isinstance(reply, SlotMoving):
+            return await self._get_one_by_one(digests)
+        packed, garbage = reply
+        if garbage:
+            self._metrics.store_garbage.inc(garbage)
+        return _unpacked(packed, count=len(digests))
 
     async def _get_one_by_one(self, digests: Sequence[bytes]) -> Sequence[int]:
         """Pairs of a tag whose slot is moving: each key is here or there, so each is asked for by itself."""

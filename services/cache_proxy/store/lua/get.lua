@@ -4,7 +4,7 @@
 local digests = ARGV[1]
 local prefixes, firsts, scales = {}, {}, {} -- prefix: by tag, false if it has no state
 local entries, count = {}, 0
-local known = {} -- value -> entry: a batch has few different ones
+local known = { [false] = '\0\0' } -- value -> entry: a batch has few different ones
 
 local function look_at(tag)
   local state = load_state(tag_key(tag))
@@ -29,6 +29,14 @@ local function entry_of(value)
   return entry
 end
 
+-- Numbers in hexadecimal: there are few, and to spell one takes longer than to look it up.
+local plain, padded = {}, {}
+
+local function spelled(spellings, form, number)
+  spellings[number] = format(form, number)
+  return spellings[number]
+end
+
 for at = 1, #digests, 16 do
   local b0, b1, b2, b3 = byte(digests, at, at + 3)
   local column = b0 % COLUMNS
@@ -40,21 +48,25 @@ for at = 1, #digests, 16 do
   end
   local value = false
   if prefix then
-    local bucket = prefix .. format('%x', bucket_number(b1, b2, b3, firsts[b0], scales[b0]) * COLUMNS + column)
+    local number = bucket_number(b1, b2, b3, firsts[b0], scales[b0]) * COLUMNS + column
+    local bucket
+    if number < 256 then
+      bucket = prefix .. (plain[number] or spelled(plain, '%x', number))
+    else
+      local low = number % 256
+      local high = (number - low) / 256
+      bucket = prefix .. (plain[high] or spelled(plain, '%x', high)) .. (padded[low] or spelled(padded, '%02x', low))
+    end
     value = try('HGET', bucket, sub(digests, at + 1, at + 11))
   end
   count = count + 1
-  if value then
-    local entry = known[value]
-    if entry == nil then
-      entry = entry_of(value)
-    end
-    if not entry then
-      garbage = garbage + 1
-    end
-    entries[count] = entry or '\0\0'
-  else
-    entries[count] = '\0\0'
+  local entry = known[value]
+  if entry == nil then
+    entry = entry_of(value)
   end
+  if not entry then
+    garbage = garbage + 1
+  end
+  entries[count] = entry or '\0\0'
 end
 return { table.concat(entries), garbage }

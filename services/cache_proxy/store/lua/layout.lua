@@ -60,8 +60,10 @@ end
 local function bucket_number(b1, b2, b3, first, scale)
   local h = ((b1 * 256 + b2) * 256 + b3) / 16777216
   local place = (1 + h * (0.6565 + 0.3435 * h)) * scale
-  local number = floor(place)
-  return number < first and floor(place * 2) or number
+  if place < first then
+    place = place * 2
+  end
+  return place - place % 1 -- rounded down, with no call
 end
 
 -- The value of a field: seven levels a day from LEAST on, so that a listpack keeps it in three bytes until 2029,

@@ -1,0 +1,119 @@
+"""The pairs of a request that L1 does not know, read from its bytes.
+
+An item that is spelled as usual is cut by slices, which takes 0.4 µs where messages take 2.1: a uuid as
+`wire.py` takes it, then company and title and nothing else, of 1 to 127 bytes each (so that their lengths are
+one byte). What follows the uuid is then canonical. All other items go by way of messages.
+"""
+
+from collections.abc import Sequence
+
+from protos import seniority_pb2
+from services.cache_proxy import wire
+from services.cache_proxy.breath import in_breaths
+from services.cache_proxy.queue import Pair
+from services.cache_proxy.wire import MORE, UUID_TAG, uuid_end
+
+BREATH_PAIRS = 500
+"""Of those that are read or hashed: about 2 ms of work, if every text is odd; usual ones take an eighth."""
+BREATH_BYTES = 24 * 2**10
+"""Of what is read or hashed at once: to fold a text that is not ASCII takes up to 70 ns a byte."""
+
+_COMPANY_TAG, _TITLE_TAG = 0x12, 0x1A
+_LONGEST = 127
+
+
+class Asked:
+    """Pairs in columns, by their *place* here. An item's key begins at its start; a pair has two texts."""
+
+    __slots__ = ("items", "positions", "starts", "texts")
+
+    def __init__(self, positions: Sequence[int], items: list[bytes]) -> None:
+        self.positions = positions
+        self.items = items
+        self.starts: list[int] = []
+        self.texts: list[bytes] = []
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def key(self, place: int) -> bytes:
+        """By which L1 is to know the pair."""
+        return self.items[place][self.starts[place] :]
+
+    def pair(self, place: int, digest: bytes) -> Pair:
+        """The pair as the model is to see it."""
+        company, title = self.texts[2 * place : 2 * place + 2]
+        return Pair(digest, company.decode(), title.decode())
+
+
+async def read(items: Sequence[bytes], positions: Sequence[int], *, max_field_bytes: int) -> Asked:
+    """The items at these positions. Raises `InvalidRequest`, as `wire.read` would."""
+    asked = Asked(positions, [items[at] for at in positions])
+    async for some in in_breaths(tuple(asked.items), BREATH_PAIRS, size=len, most_size=BREATH_BYTES):
+        first = len(asked.starts)
+        odd = _cut(some, asked, longest=min(_LONGEST, max_field_bytes))
+        if not _is_utf8(asked.texts[2 * first :]):
+            odd = list(range(len(some)))  # messages say what is wrong
+        if odd:
+            _by_messages(items, [first + at for at in odd], asked, max_field_bytes=max_field_bytes)
+    return asked
+
+
+def _cut(items: Sequence[bytes], asked: Asked, *, longest: int) -> list[int]:
+    """Add the items' starts and texts; those of the items that are returned are yet to be replaced."""
+    odd = []
+    add_start, add_text = asked.starts.append, asked.texts.append
+    start: int | None
+    for at, item in enumerate(items):
+        try:
+            if item[0] != UUID_TAG:
+                start = 0
+            elif item[1] < MORE:
+                start = 2
+            elif 0 < item[2] < MORE:
+                start = 3
+            else:
+                start = uuid_end(item)
+            if start is not None and item[start] == _COMPANY_TAG:
+                company = start + 2
+                end = company + item[start + 1]
+                title = end + 2
+                if (
+                    item[end] == _TITLE_TAG
+                    and company < end <= company + longest
+                    and title < len(item) == title + item[end + 1] <= title + longest
+                ):
+                    add_start(start)
+                    add_text(item[company:end])
+                    add_text(item[title:])
+                    continue
+        except IndexError:
+            pass
+        odd.append(at)
+        add_start(0)
+        add_text(b"")
+        add_text(b"")
+    return odd
+
+
+def _is_utf8(texts: Sequence[bytes]) -> bool:
+    joined = b"\0".join(texts)  # no character begins in one text and ends in another
+    if joined.isascii():
+        return True
+    try:
+        joined.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _by_messages(
+    items: Sequence[bytes], places: Sequence[int], asked: Asked, *, max_field_bytes: int
+) -> None:
+    """Replace what was cut at these places; the items by canonical ones."""
+    read_ones = wire.read(items, [asked.positions[at] for at in places], max_field_bytes=max_field_bytes)
+    for place, one in zip(places, read_ones, strict=True):
+        uuid = seniority_pb2.SeniorityRequest(uuid=one.uuid).SerializeToString()
+        asked.items[place] = uuid + one.key
+        asked.starts[place] = len(uuid)
+        asked.texts[2 * place : 2 * place + 2] = one.company.encode(), one.title.encode()

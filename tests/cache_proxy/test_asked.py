@@ -1,0 +1,87 @@
+"""What L1 does not know, read by slices: as by messages, whatever the bytes."""
+
+import asyncio
+import re
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import event, example, given, settings
+from hypothesis import strategies as st
+
+from protos import seniority_pb2 as pb
+from services.cache_proxy import wire
+from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked, read
+from services.cache_proxy.breath import in_breaths
+from services.cache_proxy.errors import InvalidRequest
+
+_LIMITS = st.sampled_from([2, 40, 126, 127, 128, 4096])
+_TEXTS = st.one_of(
+    st.text(max_size=4),
+    st.sampled_from(["", "a", "é", "x" * 41, "x" * 127, "x" * 128, "\u20ac" * 42, "\u20ac" * 43]),
+)
+_PLAIN = st.builds(
+    lambda uuid, company, title: pb.SeniorityRequest(
+        uuid=uuid, company=company, title=title
+    ).SerializeToString(),
+    st.integers(-(2**31), 2**31 - 1) | st.sampled_from([0, 1, 127, 128, 16384]), _TEXTS, _TEXTS,
+)  # fmt: skip
+_PIECES = st.sampled_from(
+    [b"\x08\x00", b"\x08\x05", b"\x08\x85\x00", b"\x12\x00", b"\x12\x01c", b"\x12\x02\xc3\xa9",
+     b"\x12\x01\xc3",
+     b"\x1a\x00", b"\x1a\x01t", b"\x1a\x03\xed\xa0\x80", b"\x12\x81\x00c", b"\x92\x00\x01c", b"\x20\x01",
+     b"\x7b\x7c"]
+)  # fmt: skip
+_ITEM = st.one_of(
+    _PLAIN,
+    st.lists(_PIECES, max_size=4).map(b"".join),
+    st.builds(lambda item, cut: item[: cut % (len(item) + 1)], _PLAIN, st.integers(0, 300)),
+    st.builds(
+        lambda item, at, byte: item[:at] + bytes([byte]) + item[at + 1 :],
+        _PLAIN, st.integers(0, 40), st.integers(0, 255),
+    ),
+    st.binary(max_size=12),
+)  # fmt: skip
+
+
+async def _read(items: Sequence[bytes], limit: int) -> Asked:
+    return await read(items, range(len(items)), max_field_bytes=limit)
+
+
+@settings(max_examples=500)
+@given(st.lists(_ITEM, min_size=1, max_size=2), _LIMITS)
+@example([b"\x12\x01c\x1a\x01t", b"\x12\x01\xc3\x1a\x01\xa9"], 40)  # a letter over two texts
+@example([b"\x12\x01c\x1a\x00"], 40)
+@example([b"\x12\x00\x1a\x01t"], 40)
+@example([b"\x12\x02c\x1a\x1a\x01t"], 40)
+def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
+    """Any bytes are read, or refused, as by `wire.read`: the same texts, the same canonical key, and before
+    it the uuid as an answer has it.
+    """  # noqa: D205 - one thought
+    try:
+        expected = wire.read(items, range(len(items)), max_field_bytes=limit)
+    except InvalidRequest as error:
+        event("refused")
+        with pytest.raises(InvalidRequest, match=f"^{re.escape(str(error))}$"):
+            asyncio.run(_read(items, limit))
+        return
+    event(f"read {len(expected)}")
+    found = asyncio.run(_read(items, limit))
+    assert [found.key(place) for place in range(len(found))] == [one.key for one in expected]
+    pairs = [found.pair(place, b"") for place in range(len(found))]
+    assert [(pair.company, pair.title) for pair in pairs] == [(one.company, one.title) for one in expected]
+    for item, start, one in zip(found.items, found.starts, expected, strict=True):
+        answer = pb.SeniorityResponse.FromString(item[:start] + wire.ANSWER_TAILS[5])
+        assert (answer.uuid, answer.seniority) == (one.uuid, 5)
+
+
+async def test_a_breath_is_short_whatever_the_texts() -> None:
+    """Pairs of the longest texts, in the letters that fold most slowly, are taken few at a time; usual ones
+    many, and one that is over the bound alone.
+    """  # noqa: D205 - one thought
+    long, usual, over = b"\xc3\xa9" * 4096, bytes(40), bytes(BREATH_BYTES + 1)
+    items = [long] * 6 + [usual] * 1000 + [over] * 2
+    breaths = [some async for some in in_breaths(items, BREATH_PAIRS, size=len, most_size=BREATH_BYTES)]
+    assert [item for some in breaths for item in some] == items
+    assert all(len(some) == 1 or sum(map(len, some)) <= BREATH_BYTES for some in breaths)
+    assert all(len(some) <= BREATH_PAIRS for some in breaths)
+    assert len(breaths) < 16

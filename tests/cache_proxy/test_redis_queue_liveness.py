@@ -267,6 +267,7 @@ async def test_a_failover_that_lost_the_last_writes_is_noticed(place: Place) -> 
     async with replicas(place) as (replica,):
         for number in range(5):
             await replica.queue.publish({pairs([100 + number])[0].digest: 1})
+        await replica.messages()
         await replica.beat()
         await replica.ask(pairs([1]))
         with place.client() as client:

@@ -4,8 +4,9 @@ import asyncio
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.integration.conftest import UNPACED
 from tests.support.caller import caller, metrics, pairs_of
 from tests.support.model_server import scripted_model
 from tests.support.processes import ROOT, cache_proxy, run_command
+from tests.support.redis_cluster import redis_cluster, sentinel
 from tests.support.redis_server import RedisServer, free_port, local_program, redis_process, wait_for
 
 _DEPLOY = ROOT / "deploy/redis"
@@ -150,3 +152,85 @@ def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) 
                 assert asking.ask(pairs_of("tls", 5)).hits == hits
                 assert metrics(proxy.http)["cache_proxy_store_up",] == (ca is certificate)
                 proxy.stop()
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """A server that lets in by TLS and with deploy/redis's rights, and how a proxy gets in."""
+
+    url: str
+    flags: tuple[str, ...]
+    nodes: Sequence[RedisServer]
+
+
+@pytest.fixture(params=["cluster", "sentinel"])
+def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Guarded]:
+    """Several servers behind one URL. Tests themselves go by the plain ports, as a user who may all."""
+    program = shutil.which("redis-server")
+    if program is None or shutil.which("openssl") is None:
+        pytest.skip("no redis-server (with TLS) and openssl are installed")
+    users, password = tmp_path / "users.acl", tmp_path / "password"
+    rights = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
+    users.write_text(rights.replace("user default off", "user default on nopass ~* &* +@all"))
+    password.write_text("s3cret\n")
+    with _certificate(tmp_path, "good") as (certificate, key), ExitStack() as stack:
+        tls = {
+            "tls-cert-file": str(certificate), "tls-key-file": str(key), "tls-ca-cert-file": str(certificate),
+            "tls-auth-clients": "no", "tls-replication": "yes",
+        }  # fmt: skip
+        settings = [part for name, value in tls.items() for part in (f"--{name}", value)]
+        settings += ["--aclfile", str(users)]
+        if request.param == "cluster":
+            cluster = stack.enter_context(redis_cluster(tmp_path, *settings, program=program, tls=True))
+            url = "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in cluster.tls_ports[:2])
+            nodes = cluster.nodes
+        else:
+            url, nodes = _behind_a_sentinel(stack, tmp_path, settings, tls, program)
+        flags = ("--cache-username", "seniority", "--cache-password-file", str(password),
+                 "--cache-tls-ca", str(certificate))  # fmt: skip
+        yield _Guarded(url, flags, nodes)
+
+
+def _behind_a_sentinel(
+    stack: ExitStack, folder: Path, settings: Sequence[str], tls: Mapping[str, str], program: str
+) -> tuple[str, Sequence[RedisServer]]:
+    ports = [str(free_port()) for _ in range(3)]
+    nodes: list[RedisServer] = []
+    for name, port in zip(("master", "replica"), ports, strict=False):
+        (folder / name).mkdir()
+        follow = ("--replicaof", f"127.0.0.1 {ports[0]}") if nodes else ()
+        server = redis_process(folder / name, "--tls-port", port, *settings, *follow, program=program)
+        nodes.append(stack.enter_context(server))
+    lines = [f"{name} {value}" for name, value in tls.items()]
+    stack.enter_context(
+        sentinel(folder, f"tls-port {ports[2]}", *lines, master_port=int(ports[0]), service="cache")
+    )
+    return f"redis+sentinel://127.0.0.1:{ports[2]}/cache", nodes
+
+
+@pytest.mark.slow
+def test_many_servers_are_reached_by_tls_and_with_the_least_rights(guarded_servers: _Guarded) -> None:
+    """Two proxies on a Cluster, or behind Sentinels: in one queue, which is never lost; the pairs that both
+    are asked for are inferred once, and cached; no right is missing.
+    """  # noqa: D205 - one thought
+    url, flags, nodes = guarded_servers.url, guarded_servers.flags, guarded_servers.nodes
+    with (
+        scripted_model() as model,
+        cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNPACED) as one,
+        cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNPACED) as other,
+        caller(one.target) as asking,
+        caller(other.target) as asking_too,
+    ):
+        for proxy in (one, other):
+            wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 2, what="both are known")  # noqa: B023
+        pairs = pairs_of("guarded", 500)
+        assert asking.ask(pairs).misses == 500
+        wait_for(lambda: asking_too.ask(pairs).misses == 0, what="all are cached")
+        for proxy in (one, other):
+            assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+            assert "WARNING" not in proxy.log
+            assert proxy.stop() == 0
+        assert sum(len(call.pairs) for call in model.calls) == 500
+    for node in nodes:
+        with node.client() as client:
+            assert client.acl_log() == []

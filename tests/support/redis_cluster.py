@@ -22,11 +22,12 @@ _SETTINGS = (
 
 
 class Cluster:
-    """Its nodes by port; `masters` are those that began as such."""
+    """Its nodes by port; `masters` are those that began as such; `tls_ports` are beside the others."""
 
-    def __init__(self, nodes: Sequence[RedisServer]) -> None:
+    def __init__(self, nodes: Sequence[RedisServer], tls_ports: Sequence[int] = ()) -> None:
         self.nodes = nodes
         self.masters = nodes[:_MASTERS]
+        self.tls_ports = tls_ports
 
     @property
     def url(self) -> str:
@@ -85,17 +86,22 @@ class Cluster:
 
 
 @contextmanager
-def redis_cluster(folder: Path, *args: str, program: str | None = None) -> Iterator[Cluster]:
+def redis_cluster(
+    folder: Path, *args: str, program: str | None = None, tls: bool = False
+) -> Iterator[Cluster]:
     """A cluster that answers, replicas in place."""
     with ExitStack() as stack:
         nodes, bus = [], [str(free_port()) for _ in range(_NODES)]
+        tls_ports = [free_port() for _ in range(_NODES)] if tls else []
         for number in range(_NODES):
             place = folder / str(number)
             place.mkdir()
-            settings = (*_SETTINGS, "--cluster-port", bus[number], *args)
+            settings = [*_SETTINGS, "--cluster-port", bus[number], *args]
+            if tls:
+                settings += ["--tls-cluster", "yes", "--tls-port", str(tls_ports[number])]
             nodes.append(stack.enter_context(redis_process(place, *settings, program=program)))
         _join(nodes, bus[0])
-        yield Cluster(nodes)
+        yield Cluster(nodes, tls_ports)
 
 
 def _join(nodes: Sequence[RedisServer], first_bus: str) -> None:

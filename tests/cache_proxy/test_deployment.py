@@ -136,3 +136,15 @@ async def test_the_previous_versions_answers_are_served_until_there_are_own_ones
     async with open_store(cache, one, metrics) as opened:
         assert list(await opened.store.get(digests)) == [dated(3, today()), 0, 0]
         await opened.store.close()
+
+
+async def test_a_note_of_a_wrong_type_is_made_anew(reached: Servers, base: str, shared_redis: str) -> None:
+    """To a command it is no deployment at all, and the next start leaves its note."""
+    key = KeySettings(key_prefix=base)
+    with redis.Redis.from_url(shared_redis) as client:
+        client.set(f"{base}:made", "garbage")
+        with pytest.raises(UsageError, match="no such deployment"):
+            await deployment.check(reached, key)
+        client.set(f"{base}:made", "garbage")
+        assert await deployment.note(reached, key) is None
+    await deployment.check(reached, key)

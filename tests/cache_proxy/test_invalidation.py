@@ -127,3 +127,20 @@ async def test_a_tombstone_is_left_beside_the_queue(reached: Servers, base: str,
         await reached.run(BURY, [Call(key, [b""])])
         assert set(client.zrange(key, 0, -1)) == {_A, b"*"}
         assert not client.exists(recent)
+
+
+@pytest.mark.parametrize("which", ["tombs", "recent:", "refused:"])
+async def test_garbage_beside_the_queue_keeps_nobody_from_burying(
+    reached: Servers, base: str, shared_redis: str, which: str
+) -> None:
+    """What has a wrong type is dropped, and the tombstone stands."""
+    key = f"{{{base}}}tombs"
+    with redis.Redis.from_url(shared_redis) as client:
+        seconds, _ = client.time()
+        names = [which]
+        if which != "tombs":
+            names = [f"{which}{seconds // period + more}" for period in (60, 600) for more in (-1, 0, 1)]
+        for name in names:
+            client.set(f"{{{base}}}{name}", "garbage")
+        assert await reached.run(BURY, [Call(key, [_A])]) == [b"OK"]
+        assert client.zrange(key, 0, -1) == [_A]

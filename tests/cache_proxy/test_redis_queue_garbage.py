@@ -263,3 +263,18 @@ async def test_a_key_that_is_gone_is_healed_by_the_next_poll(key: str, shared_re
             claim = await replica.take()
             await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
         assert not wait.open
+
+
+async def test_tombstones_of_another_type_are_none(shared_redis: str) -> None:
+    """Nothing was invalidated, nobody's place in the queue is lost over it, and they are gone."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 1) as (one,):
+        await one.ask(pairs(range(3)))
+        claim = await one.take()
+        await one.ask(pairs(range(3, 5)))
+        with place.client() as client:
+            client.set(f"{place.keys.base}tombs", "garbage")
+            before = client.hkeys(f"{place.keys.base}pairs")
+            assert await one.queue.buried(claim) == []
+            assert client.hkeys(f"{place.keys.base}pairs") == before != []
+            assert not client.exists(f"{place.keys.base}tombs")

@@ -22,6 +22,7 @@ from services.cache_proxy.config import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS
+from services.cache_proxy.store.servers import heal
 from services.common.errors import CommandError
 from services.common.lines import windows
 
@@ -117,7 +118,7 @@ class _Warming:
     async def run(self, *, again: bool) -> None:
         """Write what is not written yet."""
         servers, bookmarks = self._cache.servers, self._bookmarks
-        stored = None if again else await servers.command(bookmarks, "HGET", bookmarks, self._file)
+        stored = None if again else await heal(servers, bookmarks, "HGET", bookmarks, self._file)
         done = int(stored) if stored and stored.isdigit() else 0
         at = 0
         try:

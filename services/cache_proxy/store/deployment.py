@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from services.cache_proxy.config import KeySettings, read_secret
 from services.cache_proxy.key import NORMAL_FORM_VERSION, fingerprint
 from services.cache_proxy.queue.scripts import Keys
-from services.cache_proxy.store.servers import Servers
+from services.cache_proxy.store.servers import Servers, heal
 from services.common.errors import UsageError
 
 _LAYOUT = "c2"
@@ -52,7 +52,7 @@ async def note(servers: Servers, key: KeySettings) -> Recipe | None:
     """Leave the note; the newest start's is what counts. What it was before, if that differs."""
     made = _made_key(key)
     mine = recipe(key)
-    before = await servers.command(made, "HGET", made, key.model_version)
+    before = await heal(servers, made, "HGET", made, key.model_version)
     if before is not None and before.decode("utf-8", "replace") == str(mine):
         return None
     await servers.command(made, "HSET", made, key.model_version, str(mine))
@@ -62,7 +62,7 @@ async def note(servers: Servers, key: KeySettings) -> Recipe | None:
 async def check(servers: Servers, key: KeySettings, *, may_be_new: bool = False) -> None:
     """Raises UsageError when the deployment's proxies make their keys in another way than these settings."""
     made = _made_key(key)
-    stored = await servers.command(made, "HGET", made, key.model_version)
+    stored = await heal(servers, made, "HGET", made, key.model_version)
     if stored is None:
         if may_be_new:
             return

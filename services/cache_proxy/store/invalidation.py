@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.key import DIGEST_BYTES
-from services.cache_proxy.store.servers import Servers
+from services.cache_proxy.store.servers import Servers, heal
 
 _log = logging.getLogger(__name__)
 
@@ -44,13 +44,7 @@ class InvalidationLog:
         await self._append([secrets.token_bytes(_TOKEN_BYTES) + _ALL])
 
     async def _append(self, entries: list[bytes]) -> None:
-        try:
-            await self.servers.command(self.key, "RPUSH", self.key, *entries)
-        except StoreRefused as error:
-            if "WRONGTYPE" not in str(error):
-                raise
-            await self.servers.command(self.key, "UNLINK", self.key)
-            await self.servers.command(self.key, "RPUSH", self.key, *entries)
+        await heal(self.servers, self.key, "RPUSH", self.key, *entries)
         await self.servers.command(self.key, "LTRIM", self.key, -_KEPT, -1)
 
 

@@ -87,6 +87,17 @@ class OneServer:
                 await sentinel.aclose(close_connection_pool=True)
 
 
+async def heal(servers: Servers, key: str, *command: Any) -> Any:
+    """A command that writes, or whose caller will: what has another type is garbage, and dropped first."""
+    try:
+        return await servers.command(key, *command)
+    except StoreRefused as error:
+        if "WRONGTYPE" not in str(error):
+            raise
+        await servers.command(key, "UNLINK", key)
+        return await servers.command(key, *command)
+
+
 def translated(error: Exception) -> StoreError:
     """The store's word for what went wrong."""
     text = str(error) or type(error).__name__

@@ -4,7 +4,8 @@
 -- The tombstones are `cache-proxy invalidate`'s (store/lua/bury.lua): digest, or `*`, and when.
 local since, digests, found = tonumber(ARGV[1]), split(ARGV[2]), {}
 local TOMBS = BASE .. 'tombs'
-if redis.call('EXISTS', TOMBS) == 0 then
+if redis.call('TYPE', TOMBS).ok ~= 'zset' then
+  redis.call('UNLINK', TOMBS) -- nothing, or garbage
   return ''
 end
 local all = number(redis.call('ZSCORE', TOMBS, '*'))

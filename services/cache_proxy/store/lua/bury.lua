@@ -6,6 +6,13 @@ local TOMBS, BASE, digests = KEYS[1], string.sub(KEYS[1], 1, -#'tombs' - 1), ARG
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 
+local function heal(key, kind)
+  local found = redis.call('TYPE', key).ok
+  if found ~= kind and found ~= 'none' then
+    redis.call('UNLINK', key)
+  end
+end
+
 local function each_chunk(act)
   for first = 1, #digests, DIGEST * CHUNK do
     local chunk = {}
@@ -20,6 +27,7 @@ end
 for kind, period in pairs({ recent = 60000, refused = 600000 }) do
   for ago = 0, 1 do
     local key = BASE .. kind .. ':' .. (math.floor(now / period) - ago)
+    heal(key, 'hash')
     if digests == '' then
       redis.call('UNLINK', key)
     end
@@ -28,6 +36,7 @@ for kind, period in pairs({ recent = 60000, refused = 600000 }) do
     end)
   end
 end
+heal(TOMBS, 'zset')
 redis.call('ZREMRANGEBYSCORE', TOMBS, '-inf', now - KEPT_MS)
 if digests == '' then
   redis.call('ZADD', TOMBS, now, '*')

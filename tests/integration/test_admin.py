@@ -246,6 +246,24 @@ def test_a_redis_that_restarts_costs_warm_a_wait(tmp_path: Path) -> None:
     assert asked.returncode == 0, asked.stderr
 
 
+@pytest.mark.slow
+def test_a_file_is_warmed_from_again_once_keys_are_made_in_another_way(
+    stage_with: StageWith, shared_redis: str, tmp_path: Path
+) -> None:
+    """With another secret nothing of what was written is found, so nothing of it counts as done; whatever
+    bytes a file's name is made of.
+    """  # noqa: D205 - one thought
+    path = _write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), [_line(1)])
+    secrets = [tmp_path / "one", tmp_path / "two"]
+    for secret in secrets:
+        secret.write_text(secret.name)
+        flags = ("--cache-url", shared_redis, "--key-prefix", "warm-keys", "--key-secret-file", str(secret))
+        stage_with(*flags)
+        wait_for(lambda: _run("stats", *flags).returncode == 0, what="its note")  # noqa: B023
+        assert json.loads(_run("warm", *flags, "--json", str(path)).stdout or "{}").get("lines") == 1
+        assert _run("get", *flags, *_pair(("warm 1", "t"))).returncode == 0
+
+
 def test_warm_shows_how_far_it_is(shared_redis: str, tmp_path: Path) -> None:
     """A bar on standard error, to 100 %, where it is asked for (or on a terminal)."""
     path = _write(tmp_path / "bar.jsonl", [_line(number) for number in range(2000)])

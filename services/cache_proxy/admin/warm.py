@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -113,7 +114,9 @@ class _Warming:
         self._day = max(0, int(source.modified_at - DAY_0) // DAY_SECONDS)  # no answer in it is younger
         self._under_way: deque[tuple[asyncio.Task[None], int]] = deque()
         self._bookmarks = deployment.bookmarks_key(cache.key)
-        self._file = hashlib.blake2b(f"{source.place}\0{source.version}".encode(), digest_size=16).hexdigest()
+        # With how keys are made: what was written under others is not there for these.
+        name = f"{source.place}\0{source.version}\0{deployment.recipe(cache.key)}"
+        self._file = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
     async def run(self, *, again: bool) -> None:
         """Write what is not written yet."""

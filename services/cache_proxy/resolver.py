@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 
 from services.cache_proxy import hits
 from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked
@@ -112,9 +113,11 @@ class Resolver:
                     stale[digest] = asked.pair(place, digest)
             self._refresher.ask(list(stale.values()))
         if self._l1.is_on and fresh:
-            known = list(zip(range(first, first + len(digests)), digests, entries, strict=True))
-            async for some in in_breaths(known, BREATH_PAIRS):
-                for place, digest, entry in some:
+            last = first + len(digests)
+            columns = zip(range(first, last), digests, entries, strict=True)
+            items = asked.items[first:last]
+            async for some in in_breaths(items, BREATH_PAIRS, size=len, most_size=BREATH_BYTES):
+                for place, digest, entry in islice(columns, len(some)):
                     if entry in fresh:
                         self._remember(digest, entry, asked.key(place), epoch)
 

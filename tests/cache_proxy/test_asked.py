@@ -53,6 +53,7 @@ async def _read(items: Sequence[bytes], limit: int) -> Asked:
 @example([b"\x12\x01c\x1a\x00"], 40)
 @example([b"\x12\x00\x1a\x01t"], 40)
 @example([b"\x12\x02c\x1a\x1a\x01t"], 40)
+@example([b"\x12\x80\x01" + b"x" * 127 + b"\x1a\x1a\x19" + b"t" * 25], 4096)  # a length of two bytes
 def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
     """Any bytes are read, or refused, as by `wire.read`: the same texts, the same canonical key, and before
     it the uuid as an answer has it.

@@ -58,6 +58,7 @@ def test_case_width_and_space_do_not_matter_under_fold(one: str, other: str) -> 
     st.sampled_from([None, b"s3cret"]),
 )
 @example([(" a\t\n b ", "\0"), ("c ", " d")], "fold", None)
+@example([("a" + 9 * " " + "b", "c")], "fold", None)
 @example([("  ", " "), ("", " \x1f\x85 ")], "fold", None)
 def test_many_are_hashed_as_each_alone(
     pairs: list[tuple[str, str]], normalize: str, secret: bytes | None

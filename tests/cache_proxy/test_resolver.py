@@ -11,9 +11,10 @@ from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, read
 from services.cache_proxy.key import make_batch_digester, make_digester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue import NotYet
 from services.cache_proxy.queue.opening import open_local
 from services.cache_proxy.resolver import Answers, Resolver
-from services.cache_proxy.store.dated import Lifetime
+from services.cache_proxy.store.dated import PREVIOUS, Lifetime, dated, today
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.memory import MemoryStore
 from services.cache_proxy.waiters import Waiters
@@ -29,10 +30,11 @@ class _Path:
         metrics, waiters = ProxyMetrics(CollectorRegistry()), Waiters()
         self.l1 = L1Cache(max_bytes=2**22)
         self.l2 = MemoryStore()
+        self.queue = open_local(limits(), settle=waiters.settle, metrics=metrics)
         self.resolver = Resolver(
             digests=make_batch_digester(normalize="fold", secret=None), l1=self.l1,
-            store=GuardedStore(self.l2, metrics=metrics), waiters=waiters,
-            queue=open_local(limits(), settle=waiters.settle, metrics=metrics), lifetime=Lifetime(),
+            store=GuardedStore(self.l2, metrics=metrics), waiters=waiters, queue=self.queue,
+            lifetime=Lifetime(),
         )  # fmt: skip
 
     async def ask(self, items: Sequence[bytes]) -> Answers:
@@ -40,7 +42,9 @@ class _Path:
         answers = Answers(len(items))
         _, missing = await self.resolver.answer_known(items)
         answers.count("l1", len(items) - len(missing))
-        await self.resolver.resolve(await read(items, missing, max_field_bytes=4099), asker(), answers)
+        await self.resolver.resolve(
+            await read(items, missing, max_field_bytes=BREATH_BYTES), asker(), answers
+        )
         return answers
 
 
@@ -88,10 +92,10 @@ async def test_an_invalidation_under_a_look_up_keeps_its_answer_out_of_l1(forget
     assert path.l1.entries == 100
 
 
-async def test_long_texts_are_read_and_hashed_few_at_a_time() -> None:
+async def test_long_texts_are_read_hashed_and_remembered_few_at_a_time() -> None:
     """Others have their turn between pairs of the longest texts, in letters that are slow to fold."""
     path = _Path()
-    texts = ["é" * 2048 + f"{number:03}" for number in range(30)]
+    texts = [f"{number:03}" + "é" * (BREATH_BYTES // 6) for number in range(30)]  # so that a breath has one
     items = [pb.SeniorityRequest(company=text, title=text).SerializeToString() for text in texts]
     await path.l2.put({_DIGEST(text, text): 3 for text in texts})
     asked = asyncio.create_task(path.ask(items))
@@ -100,4 +104,31 @@ async def test_long_texts_are_read_and_hashed_few_at_a_time() -> None:
         await asyncio.sleep(0)
         turns += 1
     assert (await asked).levels == [3] * 30
-    assert turns > 2 * len(items) * len(items[0]) / BREATH_BYTES
+    assert turns >= 3 * (len(items) - 1)
+
+
+async def test_fresh_stale_and_unknown_pairs_of_one_request_each_go_their_way() -> None:
+    """What is fresh is answered and remembered; what is stale is answered, and asked for once; what is not
+    known is asked for, and only then remembered.
+    """  # noqa: D205 - one thought
+    path = _Path()
+    fresh, stale, unknown = (_DIGEST(name, "00") for name in ("fresh", "stale", "unknown"))
+    path.l2._entries.update({fresh: dated(6, today()), stale: dated(4, today()) | PREVIOUS})
+    items = [_items(name)[0] for name in ("fresh", "stale", "unknown", "STALE", "unknown")]
+    asked = asyncio.create_task(path.ask(items))
+    claimed: list[bytes] = []
+    while len(claimed) < 2:
+        claim = await path.queue.claim()
+        if isinstance(claim, NotYet):
+            await path.queue.changed()
+        else:
+            assert path.l1.entries == 1
+            claimed += [pair.digest for pair in claim.pairs]
+            await path.queue.fulfil(claim, {pair.digest: 7 for pair in claim.pairs})
+    answers = await asked
+    assert answers.levels == [6, 4, 7, 4, 7]
+    assert answers.counted() == {"l1": 0, "l2": 1, "stale": 2, "inferred": 1, "coalesced": 1, "failed": 0}
+    assert sorted(claimed) == sorted([stale, unknown])
+    assert isinstance(await path.queue.claim(), NotYet)
+    assert path.l1.entries == 2
+    await path.resolver.close()

@@ -190,6 +190,7 @@ class Replica:
 
     async def leave_for_good(self) -> None:
         """Close what is open."""
+        await self.listener._doors.close()  # it may have knocked at what a heartbeat told it
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self.client.aclose()
 

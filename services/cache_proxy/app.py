@@ -6,9 +6,11 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import redis.asyncio
 from aiohttp import web
@@ -31,7 +33,7 @@ from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, SeniorityService
 from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.guarded import GuardedStore
-from services.cache_proxy.store.invalidation import Follower, InvalidationLog
+from services.cache_proxy.store.invalidation import Follower
 from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.waiters import Waiters
 from services.common import logs
@@ -71,20 +73,23 @@ async def serve(settings: Settings) -> None:
         )
         stack.push_async_callback(model.close)
         l1 = L1Cache(max_bytes=settings.server.l1_max_bytes)
-        polling = opened.shared is None  # else heartbeats tell
-        heard = {
-            log.key: await stack.enter_async_context(_following(log, l1, store, polling=polling))
-            for log in opened.logs
-        }
+        memories = _Memories([(l1.remove, l1.clear), (store.discard, store.discard_all)])
+        followers = [Follower(log, remove=memories.remove, clear=memories.clear) for log in opened.logs]
         waiters = Waiters()
         queue = await stack.enter_async_context(
             _open_queue(
                 settings, opened.shared, replica=replica, http_bound=http_bound, settle=waiters.settle,
-                metrics=metrics, logs=heard,
+                metrics=metrics,
+                logs={log.key: follower.hear for log, follower in zip(opened.logs, followers, strict=True)},
             )
         )  # fmt: skip
+        memories.all.append((queue.discard, queue.discard_all))
+        if opened.shared is None:  # else heartbeats tell
+            for follower in followers:
+                await stack.enter_async_context(_running(follower.run()))
         dispatcher = Dispatcher(queue=queue, model=model, store=store)
-        await stack.enter_async_context(_running(dispatcher))
+        stack.push_async_callback(dispatcher.finish, within_seconds=0)
+        await stack.enter_async_context(_running(dispatcher.run()))
         metrics.l1_bytes.set_function(lambda: l1.size_bytes)
         metrics.l1_entries.set_function(lambda: l1.entries)
         secret = read_secret(settings.key.key_secret_file, flag_name="--key-secret-file")
@@ -197,41 +202,35 @@ async def _open_queue(
         yield queue
 
 
-@asynccontextmanager
-async def _following(
-    log: InvalidationLog, l1: L1Cache, store: GuardedStore, *, polling: bool
-) -> AsyncIterator[Hear]:
-    def remove(digest: bytes) -> None:
-        l1.remove(digest)
-        store.discard(digest)
+@dataclass(frozen=True, slots=True)
+class _Memories:
+    """All that may hold an answer which is invalidated: how each forgets one, and everything."""
 
-    def clear() -> None:
-        l1.clear()
-        store.discard_all()
+    all: list[tuple[Callable[[bytes], None], Callable[[], None]]]
 
-    follower = Follower(log, remove=remove, clear=clear)
-    task = asyncio.create_task(follower.run(polling=polling))
-    try:
-        yield follower.hear
-    finally:
-        await end([task])
+    def remove(self, digest: bytes) -> None:
+        for remove, _ in self.all:
+            remove(digest)
+
+    def clear(self) -> None:
+        for _, clear in self.all:
+            clear()
 
 
 @asynccontextmanager
-async def _running(dispatcher: Dispatcher) -> AsyncIterator[None]:
-    task = asyncio.create_task(dispatcher.run())
+async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
     task.add_done_callback(_die_with)
     try:
         yield
     finally:
         await end([task])
-        await dispatcher.finish(within_seconds=0)
 
 
 def _die_with(task: "asyncio.Task[None]") -> None:
-    """A proxy that calls the model no more, yet looks alive, is worse than one that is restarted."""
+    """A proxy that calls no model, or forgets nothing, yet looks alive, is worse than a restarted one."""
     if not task.cancelled() and task.exception() is not None:
-        _log.critical("the dispatcher ended", exc_info=task.exception())
+        _log.critical("a task that never ends has ended", exc_info=task.exception())
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -70,6 +70,7 @@ class Dispatcher:
     async def _send(self, claim: Claim, left: asyncio.Event) -> None:
         """From a claim to its end; `left` is set as soon as the batch is on its way, or will not go."""
         sent: Sequence[Pair] = ()
+        asked_at = time.monotonic()
         try:
             sent = await self._unanswered(claim)
             batch = self._model.prepare(sent)
@@ -101,12 +102,12 @@ class Dispatcher:
             }
             levels = {key: level for key, level in outcomes.items() if isinstance(level, int)}
             if self._queue.answers_live_elsewhere:
-                await self._store.put(levels)
+                await self._store.put(levels, asked_at=asked_at)
                 await self._queue.fulfil(claim, outcomes)
             else:
                 # Whoever waits first: a store that is slow or full delays no answer, and keeps none away.
                 await self._queue.fulfil(claim, outcomes)
-                await self._store.put(levels)
+                await self._store.put(levels, asked_at=asked_at)
             # Invalidated while it was in flight: what was put must go again, for whoever said so came before.
             await self._store.forget(await self._queue.buried(claim))
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -20,9 +21,12 @@ from services.cache_proxy.store import Store, scripts
 from services.cache_proxy.store.connecting import connect, servers
 from services.cache_proxy.store.dated import Lifetime, dated, day_of, level_of, today
 from services.cache_proxy.store.guarded import GuardedStore
+from services.cache_proxy.store.invalidation import InvalidationLog
 from services.cache_proxy.store.layout import FIELD, TAGS, TagState, state_key, tag_of
 from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.store.redis import RedisStore
+from services.cache_proxy.store.scripts import BURY
+from services.cache_proxy.store.servers import Call, Servers
 from tests.support.redis_server import RedisServer, redis_process
 
 _prefixes = (f"store{number}" for number in itertools.count())
@@ -432,4 +436,39 @@ async def test_what_a_lost_server_missed_is_written_when_it_returns(own_redis: R
     assert list(await guarded.get([_digest(1), _digest(99)])) == [2, 0]
     own_redis.start()
     await _until_known(opened, {_digest(number): number % 7 + 1 for number in range(50)})
+    await guarded.close()
+
+
+async def test_what_was_invalidated_after_it_was_asked_is_taken_back(
+    on_redis: OnRedis, reached: Servers
+) -> None:
+    """By its tombstone, one pair or all; what was asked for after that stays; replicas are told."""
+    opened, metrics, client, base = on_redis
+    log = InvalidationLog(reached, f"{{{base}}}log")
+    guarded = GuardedStore(opened, metrics=metrics, log=log)
+    asked_at = time.monotonic()
+    await asyncio.sleep(0.01)
+    for buried, left in ((_digest(1), 4), (b"", 0)):
+        await reached.run(BURY, [Call(f"{{{base}}}tombs", [buried])])
+        await guarded.put({_digest(1): 3, _digest(2): 4}, asked_at=asked_at)
+        assert await _levels(opened, [_digest(1), _digest(2)]) == [0, left]
+    first = client.lrange(log.key, 0, 0)
+    assert [entry[-16:] for entry in first] == [_digest(1)]
+    await asyncio.sleep(0.01)
+    await guarded.put({_digest(1): 3})
+    assert await _levels(opened, [_digest(1)]) == [3]
+    await guarded.close()
+
+
+async def test_what_a_lost_server_could_not_forget_is_forgotten_when_it_returns(
+    own_redis: RedisServer,
+) -> None:
+    """An invalidation noticed while the server is away is not lost."""
+    opened = RedisStore(servers(connect(own_redis.url, timeout_seconds=10)), base="lost:", metrics=_metrics())
+    guarded = GuardedStore(opened, metrics=_metrics())
+    await guarded.put({_digest(1): 3, _digest(2): 4})
+    own_redis.kill()
+    await guarded.forget([_digest(1)])
+    own_redis.start()
+    await _until_known(opened, {_digest(1): 0, _digest(2): 4})
     await guarded.close()

@@ -12,6 +12,7 @@ from tests.support.caller import metrics, pairs_of
 from tests.support.model_server import Answers, Call, level_of, well
 from tests.support.processes import run_command
 from tests.support.redis_server import RedisServer, redis_process, wait_for
+from tests.support.wire import wire_to
 
 _prefixes = (f"versions{number}" for number in count())
 
@@ -139,3 +140,60 @@ def test_an_answer_in_flight_is_given_but_not_remembered(
     wait_for(
         lambda: stage.caller.ask(pair).levels == [level_of(*pair[0]) % 7 + 1], seconds=5, what="asked anew"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["pair", "all"])
+def test_an_answer_kept_through_a_cut_does_not_come_back(
+    stage_with: StageWith, own_redis: RedisServer, what: str
+) -> None:
+    """Inferred by a replica that is cut off from Redis, and invalidated by others meanwhile: once the wire is
+    mended nobody is given it, and it was not written.
+    """  # noqa: D205 - one thought
+    pair = pairs_of("cut off", 1)
+    old = level_of(*pair[0])
+    direct = ("--cache-url", own_redis.url, "--key-prefix", "cut", *UNPACED)
+    with wire_to(own_redis.port) as wire:
+        stage = stage_with("--cache-url", wire.url, *direct[2:])
+        stage.caller.ask(pairs_of("before", 1))
+        wait_for(lambda: _written(stage), what="the deployment's note and first answer")
+        wire.cut()
+        assert stage.caller.ask(pair).levels == [old]
+        wait_for(lambda: "going on alone" in stage.proxy.log, what="it has lost Redis")
+        _invalidate(direct, *(["--all"] if what == "all" else _named(pair[0])))
+        stage.model.behaviour = _another
+        wire.mend()
+        wait_for(lambda: "queue is back" in stage.proxy.log, what="it is back")
+        wait_for(lambda: metrics(stage.proxy.http)["cache_proxy_store_up",], what="the store is back")
+        wait_for(lambda: stage.caller.ask(pair).levels == [old % 7 + 1], seconds=3, what="asked anew")
+        other = stage_with(*direct, model=stage.model)
+        assert other.caller.ask(pair).levels == [old % 7 + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["just answered", "in flight"])
+def test_a_proxy_with_a_store_of_its_own_forgets_too(
+    stage_with: StageWith, tmp_path: Path, when: str
+) -> None:
+    """What its own queue remembers of late, and what is on its way from the model."""
+    flags = ("--cache-url", f"embedded:{tmp_path / 'own'}", "--key-prefix", "own", *UNPACED)
+    stage, pair = stage_with(*flags), pairs_of("own", 1)
+    stage.caller.ask(pairs_of("before", 1))
+    wait_for(lambda: _written(stage), what="the deployment's note and first answer")
+
+    def invalidated(call: Call) -> Answers:
+        _invalidate(flags, *_named(pair[0]))
+        return well(call)
+
+    if when == "in flight":
+        stage.model.behaviour = invalidated
+    old = level_of(*pair[0])
+    assert stage.caller.ask(pair).levels == [old]
+    stage.model.behaviour = _another
+    if when != "in flight":
+        _invalidate(flags, *_named(pair[0]))
+    wait_for(lambda: stage.caller.ask(pair).levels == [old % 7 + 1], seconds=3, what="asked anew")
+
+
+def _named(pair: tuple[str, str]) -> list[str]:
+    return ["--company", pair[0], "--title", pair[1]]

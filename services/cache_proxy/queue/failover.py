@@ -165,6 +165,16 @@ class FailoverQueue:
             for wait in waits:
                 wait.cancel()
 
+    def discard(self, digest: bytes) -> None:
+        """See `ProxyQueue.discard`. The others are not told of it either."""
+        self._local.discard(digest)
+        self._unpublished.pop(digest, None)
+
+    def discard_all(self) -> None:
+        """See `ProxyQueue.discard_all`."""
+        self._local.discard_all()
+        self._unpublished.clear()
+
     def end_all(self, error: PairError) -> None:
         """See `LocalQueue.end_all`."""
         self._local.end_all(error)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ _RECONNECT_SECONDS = 0.2
 _DEAF_SECONDS = 1.0
 _SILENT_SECONDS = 5.0
 _UNSEEN_BEATS = 2  # the first may have been on its way when the subscription was
-Hear = Callable[[bytes | None], None]
+Hear = Callable[[bytes | None], Awaitable[None]]
 """Told the last entry of a log, None if it has none."""
 
 _MILLISECOND = 0.001  # Redis's clock is told in whole ones
@@ -174,7 +174,7 @@ class Listener:
         pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
         clock_offset_seconds = self._clock_offset(pulse.now_ms / 1000, asked_at, time.monotonic())
         for hear, last in zip(self._logs.values(), pulse.logs, strict=False):
-            hear(last)
+            await hear(last)  # before anything is told that may have been invalidated
         self._compare(pulse.queue_id, pulse.published)
         # If it has none, the queue has moved from where this replica listens: to another node or master.
         self._heard.unseen_beats = 0 if pulse.subscribed else self._heard.unseen_beats + 1

@@ -227,6 +227,14 @@ class LocalQueue:
                 self._suspects.drop(entry)
                 self._end(entry, outcome)
 
+    def discard(self, digest: bytes) -> None:
+        """See `ProxyQueue.discard`."""
+        self._recent.remove(digest)
+
+    def discard_all(self) -> None:
+        """See `ProxyQueue.discard_all`."""
+        self._recent.clear()
+
     def end_all(self, error: PairError) -> None:
         """End every pair, also those in flight, with `error`: the process is about to end."""
         self._suspects.clear()

@@ -27,7 +27,13 @@ _log = logging.getLogger(__name__)
 
 
 class ProxyQueue(Queue, Protocol):
-    """A queue that can be told that the process ends."""
+    """A queue that can be told that answers are invalidated, and that the process ends."""
+
+    def discard(self, digest: bytes) -> None:
+        """Remember no answer of this pair's that came of late: it was invalidated."""
+
+    def discard_all(self) -> None:
+        """Remember no answer."""
 
     def end_all(self, error: PairError) -> None:
         """End every pair with `error`."""

@@ -29,6 +29,12 @@ class _Kept:
         outcome, until = self._ends.get(digest, (None, 0.0))
         return outcome if until >= now else None
 
+    def remove(self, digest: bytes) -> None:
+        self._ends.pop(digest, None)
+
+    def clear(self) -> None:
+        self._ends.clear()
+
 
 class Recent:
     """Bounded in time and number.
@@ -57,6 +63,14 @@ class Recent:
             times, nonsense, at = self._nonsense[digest]
             return nonsense if now < at + _remembered_seconds(times) else None
         return outcome
+
+    def remove(self, digest: bytes) -> None:
+        """Keep its answer no longer."""
+        self._answers.remove(digest)
+
+    def clear(self) -> None:
+        """Keep no answer."""
+        self._answers.clear()
 
     def _add_nonsense(self, digest: bytes, nonsense: Nonsense, now: float) -> None:
         times, _, at = self._nonsense.get(digest, (0, nonsense, now))

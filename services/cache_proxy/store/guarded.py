@@ -3,6 +3,8 @@
 import asyncio
 import itertools
 import logging
+import math
+import time
 from collections.abc import Mapping, Sequence
 
 from services.cache_proxy.errors import StoreError, StoreRefused
@@ -24,9 +26,13 @@ _FLUSH_PAIRS = 10_000
 class GuardedStore:
     """One failure marks the store down; then nobody waits for it until a probe, once a second, succeeds.
 
-    State: `_up`, and `_unsaved`, the answers that no write has taken yet: they cost the model a slot, so
-    they are kept (bounded) and written as soon as the store takes them. Event loop only; an answer leaves
-    `_unsaved` only after its write was confirmed, and only if no newer one took its place.
+    State: `_up`; `_unsaved`, the answers that no write has taken yet: they cost the model a slot, so they
+    are kept (bounded) and written as soon as the store takes them; `_asked_at`, when the first of them was
+    asked for; `_unforgotten`, what was invalidated and may still be in the store. Event loop only; an answer
+    leaves `_unsaved` only after its write was confirmed, and only if no newer one took its place.
+
+    An answer may have been asked for before it was invalidated, and be written after that: so whoever has
+    written looks for tombstones, and takes back what has one. Of the two, one sees what the other did.
     """
 
     def __init__(
@@ -40,6 +46,8 @@ class GuardedStore:
         self._up = True
         self._refusing = False
         self._unsaved: dict[bytes, int] = {}
+        self._asked_at = math.inf
+        self._unforgotten: set[bytes] = set()
         self._probe: asyncio.Task[None] | None = None
         self._show()
 
@@ -74,15 +82,19 @@ class GuardedStore:
             entries = [served[entry] for entry in entries]
         return entries
 
-    async def put(self, levels: Mapping[bytes, int]) -> None:
-        """Remember levels, now or as soon as the store takes them."""
+    async def put(self, levels: Mapping[bytes, int], *, asked_at: float = math.inf) -> None:
+        """Remember levels, now or as soon as the store takes them, but none that was invalidated later than
+        the model was asked, on time.monotonic (if that is given: just now).
+        """  # noqa: D205 - one thought
+        asked_at = min(asked_at, time.monotonic())
         if self._up and not self._unsaved:
             try:
-                await self._store.put(levels)
+                await self._save(levels, asked_at)
             except StoreError as error:
                 self._failed(error)
             else:
                 return
+        self._asked_at = min(asked_at, self._asked_at) if self._unsaved else asked_at
         self._unsaved.update(levels)
         if len(self._unsaved) > _MAX_UNSAVED:
             for digest in list(itertools.islice(self._unsaved, len(self._unsaved) - _MAX_UNSAVED)):
@@ -90,17 +102,14 @@ class GuardedStore:
         self._ensure_probe()
 
     async def forget(self, digests: Sequence[bytes]) -> None:
-        """Forget answers that must not be remembered. If the store is down, so is whoever said so.
+        """Forget answers that must not be remembered, now or as soon as the store can be reached.
 
         Replicas are told too: one may have looked them up while they were there.
         """
-        for digest in digests:
-            self.discard(digest)
-        if self._up and digests:
+        self._must_go(digests)
+        if self._unforgotten:
             try:
-                await self._store.forget(digests)
-                if self._log is not None:
-                    await self._log.add(digests)
+                await self._forget_now()
             except StoreError as error:
                 self._failed(error)
 
@@ -116,8 +125,9 @@ class GuardedStore:
         """Write what is unsaved if that is possible now, then close the store."""
         if self._probe is not None:
             await end([self._probe])
-        if self._unsaved:
+        if self._unsaved or self._unforgotten:
             try:
+                await self._forget_now()
                 await self._flush()
             except StoreError as error:
                 _log.error("%d answers could not be saved: %s", len(self._unsaved), error)
@@ -147,6 +157,7 @@ class GuardedStore:
                     self._up = True
                     _log.info("the store is back")
                     self._show()
+                await self._forget_now()
                 await self._flush()
             except StoreError as error:
                 self._failed(error)
@@ -156,10 +167,28 @@ class GuardedStore:
                 _log.info("the store refuses no more")
             return
 
+    async def _save(self, levels: Mapping[bytes, int], asked_at: float) -> None:
+        await self._store.put(levels)
+        if self._log is not None:
+            self._must_go(await self._log.buried(list(levels), since=asked_at))
+            await self._forget_now()
+
+    def _must_go(self, digests: Sequence[bytes]) -> None:
+        for digest in digests:
+            self.discard(digest)
+        self._unforgotten.update(digests)
+
+    async def _forget_now(self) -> None:
+        while gone := list(self._unforgotten):
+            await self._store.forget(gone)
+            if self._log is not None:
+                await self._log.add(gone)
+            self._unforgotten.difference_update(gone)
+
     async def _flush(self) -> None:
         while self._unsaved:
             batch = dict(itertools.islice(self._unsaved.items(), _FLUSH_PAIRS))
-            await self._store.put(batch)
+            await self._save(batch, self._asked_at)
             for digest, level in batch.items():
                 if self._unsaved.get(digest) == level:
                     del self._unsaved[digest]

@@ -10,15 +10,16 @@ for it by themselves, twice a second each, would be most of what Redis hears of 
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.key import DIGEST_BYTES
-from services.cache_proxy.store.servers import Servers, heal
+from services.cache_proxy.store.scripts import BURIED
+from services.cache_proxy.store.servers import Call, Servers, heal
 
 _log = logging.getLogger(__name__)
 
@@ -43,16 +44,32 @@ class InvalidationLog:
         """Have every replica forget everything. Raises `StoreError`."""
         await self._append([secrets.token_bytes(_TOKEN_BYTES) + _ALL])
 
+    async def buried(self, digests: Sequence[bytes], *, since: float) -> list[bytes]:
+        """Those that were invalidated later than that, on time.monotonic. Raises `StoreError`.
+
+        By their tombstones, which stand before anything is forgotten; an entry of the log comes last.
+        """
+        found = []
+        tombs = f"{self.key.removesuffix('log')}tombs"
+        for start in range(0, len(digests), _READ):
+            some = digests[start : start + _READ]
+            [ages_ms] = await self.servers.run(BURIED, [Call(tombs, [b"".join(some)])])
+            if isinstance(ages_ms, StoreError):
+                raise ages_ms
+            passed_ms = (time.monotonic() - since) * 1000 + 1  # Redis counts whole ones
+            found += [digest for digest, age in zip(some, ages_ms, strict=False) if 0 <= age <= passed_ms]
+        return found
+
     async def _append(self, entries: list[bytes]) -> None:
         await heal(self.servers, self.key, "RPUSH", self.key, *entries)
         await self.servers.command(self.key, "LTRIM", self.key, -_KEPT, -1)
 
 
 class Follower:
-    """Reads a log for as long as the proxy runs.
+    """Reads a log, when it hears of something new there or, where nobody tells, by itself.
 
-    State: `_last`, the last entry seen, None if the log was empty; `_news`, set when it has another by now;
-    `_garbage`, whether it was said that the log is none.
+    State: `_last`, the last entry seen, None if the log was empty; `_garbage`, whether it was said that the
+    log is none.
     """
 
     def __init__(
@@ -62,35 +79,32 @@ class Follower:
         self._remove = remove
         self._clear = clear
         self._last: bytes | None = None
-        self._news = asyncio.Event()
         self._garbage = False
 
-    def hear(self, last: bytes | None) -> None:
-        """Somebody else has seen the last entry."""
+    async def hear(self, last: bytes | None) -> None:
+        """Somebody else has seen the last entry: act on what is new, if that can be read now."""
         if last != self._last:
-            self._news.set()
+            await self._catch_up()
 
-    async def run(self, *, polling: bool) -> None:
-        """Follow until cancelled: look by itself if `polling`, else only when it hears of something.
-
-        While Redis cannot be reached, nothing can be learnt.
-        """
+    async def run(self) -> None:
+        """Look by itself, until cancelled, where nobody else tells."""
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_POLL_SECONDS if polling else None):
-                    await self._news.wait()
-            self._news.clear()
-            try:
-                await self.poll()
-                self._garbage = False
-            except StoreRefused as error:  # the log is no log
-                if not self._garbage:
-                    _log.warning("the log of invalidations is garbage, forgetting everything: %s", error)
-                self._garbage = True
-                self._last = None
-                self._clear()
-            except StoreError:
-                pass  # the token will tell, once it is back, whether something was missed
+            await asyncio.sleep(_POLL_SECONDS)
+            await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """While Redis cannot be reached, nothing can be learnt."""
+        try:
+            await self.poll()
+            self._garbage = False
+        except StoreRefused as error:  # the log is no log
+            if not self._garbage:
+                _log.warning("the log of invalidations is garbage, forgetting everything: %s", error)
+            self._garbage = True
+            self._last = None
+            self._clear()
+        except StoreError:
+            pass  # the token will tell, once it is back, whether something was missed
 
     async def poll(self) -> None:
         """Act on what is new. Raises `StoreError`."""

@@ -1,7 +1,7 @@
 -- Pairs are invalidated: whoever is asking the model for them now must not have its answer remembered.
 -- KEYS[1]  the tombstones, beside the miss queue's keys: a sorted set, digest (or `*`, all) -> when, in milliseconds
 -- ARGV[1]  the digests, 16 bytes each; empty: all
-local DIGEST, KEPT_MS, CHUNK = 16, 3600000, 400 -- kept longer than any call to the model lasts
+local DIGEST, KEPT_MS, CHUNK = 16, 86400000, 400 -- longer than a replica may be cut off with answers to be kept
 local TOMBS, BASE, digests = KEYS[1], string.sub(KEYS[1], 1, -#'tombs' - 1), ARGV[1]
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)

@@ -94,7 +94,7 @@ async def test_the_store_is_spread_over_the_nodes_and_answers_as_one(
     assert await store.clear() == 20_000 - 10
     assert not any(await store.get(list(pairs)))
     for tag in range(TAGS):
-        while (await store.sweep(tag, oldest_day=None, buckets=500)).more:
+        while (await store.sweep(tag, buckets=500)).more:
             pass
     for node in cluster.masters:
         with node.client() as client:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +91,19 @@ async def _checks(reached: Servers, key: KeySettings) -> bool:
     except UsageError:
         return False
     return True
+
+
+async def test_a_replica_whose_clock_is_wrong_drops_nothing(
+    redis_store: RedisStore, reached: Servers, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty days ahead, with answers kept for thirty: Redis's clock decides."""
+    digest = bytes(16)
+    await redis_store.put({digest: 5})
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + 40 * 86_400)
+    lifetime = Lifetime(ttl_days=30)
+    await Housekeeping(reached, redis_store, key=KeySettings(key_prefix=base), lifetime=lifetime).step(0)
+    assert (await redis_store.get([digest]))[0]
 
 
 @pytest.mark.parametrize(("serve_stale", "kept"), [(False, [29]), (True, [29, 30, 59])])

@@ -246,12 +246,12 @@ async def test_an_answer_keeps_its_day_and_a_newer_one_its_place(on_redis: OnRed
     assert list(await opened.get([_digest(1)])) == [dated(2, today())]
 
 
-async def _sweep(opened: RedisStore, *, oldest_day: int | None = None) -> int:
+async def _sweep(opened: RedisStore, *, kept_days: int = 0) -> int:
     """Until every tag was looked at from end to end; the pairs removed."""
     removed = 0
     for tag in range(TAGS):
         while True:
-            swept = await opened.sweep(tag, oldest_day=oldest_day, buckets=500)
+            swept = await opened.sweep(tag, kept_days=kept_days, buckets=500)
             removed += swept.removed
             if not swept.more:
                 break
@@ -268,7 +268,7 @@ async def test_the_sweep_drops_what_is_expired_and_nothing_else(on_redis: OnRedi
     client.hset(_bucket(client, base, _digest(4000)), "garbage", "x")
     assert await _sweep(opened) == 0
     assert metrics.store_garbage._value.get() == 1
-    assert await _sweep(opened, oldest_day=today() - 29) == 3000
+    assert await _sweep(opened, kept_days=30) == 3000
     assert not any(await opened.get(list(old)))
     assert [level_of(entry) for entry in await opened.get(list(young))] == list(young.values())
     assert sum([(await opened.inspect(tag, samples=1, start=0)).pairs for tag in range(TAGS)]) == 2000
@@ -279,9 +279,7 @@ async def test_a_step_of_the_sweep_is_bounded_and_the_next_goes_on(on_redis: OnR
     opened, _, _, _ = on_redis
     await opened.put({bytes((number % 4,)) + os.urandom(15): 1 for number in range(4000)}, day=0)
     buckets = (await opened.inspect(0, samples=1, start=0)).buckets
-    steps = [
-        (await opened.sweep(0, oldest_day=today(), buckets=10)).removed for _ in range((buckets + 13) // 10)
-    ]
+    steps = [(await opened.sweep(0, kept_days=1, buckets=10)).removed for _ in range((buckets + 13) // 10)]
     assert sum(steps) == 4000
     assert max(steps) < 10 * 128
     assert all(steps[: buckets // 10 - 1])
@@ -472,3 +470,17 @@ async def test_what_a_lost_server_could_not_forget_is_forgotten_when_it_returns(
     own_redis.start()
     await _until_known(opened, {_digest(1): 0, _digest(2): 4})
     await guarded.close()
+
+
+@pytest.mark.parametrize(
+    "old", ["garbage", "ab,9999999999999999,0;", "ab,-1,0;", "ab,8,0", "", "ab,8,99999999999;"]
+)
+async def test_garbage_in_place_of_what_is_left_over_is_dropped(on_redis: OnRedis, old: str) -> None:
+    """Whoever waits until nothing is left over does not wait for ever."""
+    opened, _, client, base = on_redis
+    await opened.put({bytes(16): 4})
+    client.hset(state_key(base, 0), "old", old)
+    more = [(await opened.sweep(0, buckets=100)).more for _ in range(3)]
+    assert not more[-1]
+    assert not client.hexists(state_key(base, 0), "old")
+    assert await _levels(opened, [bytes(16)]) == [4]

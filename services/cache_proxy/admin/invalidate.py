@@ -65,7 +65,7 @@ async def _invalidate_all(cache: Cache) -> int:
     )  # files that were warmed from are not in the cache any more
     await cache.servers.command(bookmarks, "UNLINK", bookmarks)
     for tag in range(TAGS):
-        while (await cache.store.sweep(tag, oldest_day=None, buckets=_STEP_BUCKETS)).more:
+        while (await cache.store.sweep(tag, buckets=_STEP_BUCKETS)).more:
             pass
     return count
 

@@ -7,7 +7,7 @@ import random
 from services.cache_proxy.config import KeySettings
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.store import deployment
-from services.cache_proxy.store.dated import Lifetime, today
+from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.layout import TAGS
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.servers import Servers
@@ -47,8 +47,7 @@ class Housekeeping:
     async def step(self, tag: int) -> bool:
         """Look at the next buckets of a tag; whether an earlier generation has left more of them."""
         kept_days = self._lifetime.kept_days
-        oldest_day = today() - kept_days + 1 if kept_days else None
-        return (await self._store.sweep(tag, oldest_day=oldest_day, buckets=_STEP_BUCKETS)).more
+        return (await self._store.sweep(tag, kept_days=kept_days, buckets=_STEP_BUCKETS)).more
 
     async def _note(self) -> None:
         before = await deployment.note(self._servers, self._key)

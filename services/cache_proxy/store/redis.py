@@ -151,10 +151,12 @@ class RedisStore:
             calls = [Call(state_key(self._base, tag), []) for tag in range(TAGS)]
             return sum(map(_required, await self._servers.run(CLEAR, calls)))
 
-    async def sweep(self, tag: int, *, oldest_day: int | None, buckets: int) -> Swept:
-        """Drop what is expired, garbage, or left of earlier generations in the next `buckets` of a tag."""
+    async def sweep(self, tag: int, *, kept_days: int = 0, buckets: int) -> Swept:
+        """Drop what is older (0: nothing is), garbage, or left of earlier generations in the next `buckets`
+        of a tag. By Redis's clock: a replica whose own is wrong must not empty the cache.
+        """  # noqa: D205 - one thought
         async with self._operation("sweep"):
-            call = Call(state_key(self._base, tag), ["" if oldest_day is None else oldest_day, buckets])
+            call = Call(state_key(self._base, tag), [kept_days or "", buckets])
             removed, garbage, more = _required((await self._servers.run(SWEEP, [call]))[0])
             self._metrics.store_garbage.inc(garbage)
             return Swept(removed, bool(more))

@@ -1,8 +1,9 @@
 -- Look at the next few buckets of a tag: those that an earlier generation left behind are dropped, and in the
 -- others what is expired or garbage. Where it stopped is kept in Redis, so replicas share the work.
--- ARGV[1]  the oldest day that is kept; empty: every day   ARGV[2]  how many buckets, at most
+-- ARGV[1]  how many days an answer is kept, by Redis's own clock; empty: for ever   ARGV[2]  how many buckets, at most
 -- Returns  {how many pairs were removed, how much garbage, 1 if earlier generations have left something}
-local oldest, most = tonumber(ARGV[1]) or -1, tonumber(ARGV[2])
+local kept, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+local oldest = kept and today - kept + 1 or -1
 local state, removed = load_state(KEYS[1]), 0
 
 -- The buckets in use, by a running number from 0 on; nil where a column has no more.
@@ -22,7 +23,7 @@ local function drop_old()
     return false
   end
   local generation, buckets, place, rest = string.match(old, '^(%x+),(%d+),(%d+);(.*)$')
-  if not generation then
+  if not (generation and whole(buckets, 0, 2 ^ 24)) then
     call('HDEL', KEYS[1], 'old')
     return false
   end

@@ -93,6 +93,21 @@ async def _checks(reached: Servers, key: KeySettings) -> bool:
     return True
 
 
+async def test_housekeeping_leaves_the_note_again_after_a_flush(
+    redis_store: RedisStore, reached: Servers, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands find a deployment that runs, whatever Redis has lost."""
+    monkeypatch.setattr("services.cache_proxy.store.housekeeping._IDLE_SECONDS", 0.01)
+    key = KeySettings(key_prefix=base)
+    task = asyncio.create_task(Housekeeping(reached, redis_store, key=key, lifetime=Lifetime()).run())
+    async with asyncio.timeout(5):
+        for _ in range(2):
+            while not await _checks(reached, key):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+            await reached.command(f"{base}:made", "UNLINK", f"{base}:made")
+    await end([task])
+
+
 async def test_a_replica_whose_clock_is_wrong_drops_nothing(
     redis_store: RedisStore, reached: Servers, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

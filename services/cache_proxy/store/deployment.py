@@ -59,6 +59,12 @@ async def note(servers: Servers, key: KeySettings) -> Recipe | None:
     return None if before is None else _parsed(before)
 
 
+async def note_again(servers: Servers, key: KeySettings, mine: Recipe) -> None:
+    """Leave the note if there is none any more: after a flush, commands still find the deployment."""
+    made = _made_key(key)
+    await heal(servers, made, "HSETNX", made, key.model_version, str(mine))
+
+
 async def check(servers: Servers, key: KeySettings, *, may_be_new: bool = False) -> None:
     """Raises UsageError when the deployment's proxies make their keys in another way than these settings."""
     made = _made_key(key)

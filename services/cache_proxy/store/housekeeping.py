@@ -26,6 +26,7 @@ class Housekeeping:
         self._servers = servers
         self._store = store
         self._key = key
+        self._recipe = deployment.recipe(key)
         self._lifetime = lifetime
 
     async def run(self) -> None:
@@ -37,6 +38,8 @@ class Housekeeping:
                 if not noted:
                     await self._note()
                     noted = True
+                else:
+                    await deployment.note_again(self._servers, self._key, self._recipe)
                 more = await self.step(random.randrange(TAGS))  # noqa: S311 - which first does not matter
                 if not more and not self._lifetime.kept_days:
                     seconds = _IDLE_SECONDS

@@ -84,6 +84,29 @@ async def test_a_gap_makes_a_reader_forget_everything(
     assert told == []
 
 
+async def test_what_stood_in_a_log_only_between_two_looks_is_missed_by_nobody(
+    reached: Servers, base: str, shared_redis: str
+) -> None:
+    """The log is empty, a pair is invalidated, Redis is flushed: the reader forgets everything; of the marks
+    by which it knows, other readers do not.
+    """  # noqa: D205 - one thought
+    log = InvalidationLog(reached, f"{base}log")
+    (follower, told), (other, told_other) = _follow(log), _follow(log)
+    for _ in range(2):
+        await follower.hear(None)
+        await other.hear(None)
+    told.clear()
+    told_other.clear()
+    await log.mark()
+    await other.poll()
+    assert told_other == []
+    await log.add([_A])
+    with redis.Redis.from_url(shared_redis) as client:
+        client.delete(log.key)
+    await follower.hear(None)
+    assert told == [_ALL]
+
+
 async def test_a_log_of_a_wrong_type_is_garbage(reached: Servers, base: str, shared_redis: str) -> None:
     """The reader forgets everything and goes on; the next invalidation makes the log anew."""
     log = InvalidationLog(reached, f"{base}log")

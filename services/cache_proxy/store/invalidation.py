@@ -3,13 +3,15 @@
 The log is a list, and an entry begins with a token that no other has. A reader keeps the last token it saw,
 and looks for it: what stands behind is new to it. If the token is not there any more, whatever the cause (a
 flush, a failover that lost the end of the log, a reader that was away for long), it may have missed
-something, and forgets everything. So nothing depends on numbers that a restored server would give twice.
+something, and forgets everything. One empty log is like another: so whoever finds one leaves a mark. So
+nothing depends on numbers that a restored server would give twice.
 
 The log stands beside the miss queue's keys, whose heartbeat tells its last entry: four replicas that asked
 for it by themselves, twice a second each, would be most of what Redis hears of an idle fleet.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -25,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _TOKEN_BYTES = 8
-_ALL = b"*"
+_ALL, _MARK = b"*", b"-"
 _KEPT, _READ = 10_000, 1_000  # entries in the log; as many as a reader fetches at once
 
 
@@ -60,6 +62,14 @@ class InvalidationLog:
             found += [digest for digest, age in zip(some, ages_ms, strict=False) if 0 <= age <= passed_ms]
         return found
 
+    async def mark(self) -> bytes | None:
+        """Have an entry there that says nothing, so that its loss says something: the entry, if it is the
+        first, so that nothing stands before it. Raises `StoreError`.
+        """  # noqa: D205 - one thought
+        entry = secrets.token_bytes(_TOKEN_BYTES) + _MARK
+        count = await self.servers.command(self.key, "RPUSH", self.key, entry)
+        return entry if count == 1 else None
+
     async def _append(self, entries: list[bytes]) -> None:
         await heal(self.servers, self.key, "RPUSH", self.key, *entries)
         await self.servers.command(self.key, "LTRIM", self.key, -_KEPT, -1)
@@ -83,7 +93,7 @@ class Follower:
 
     async def hear(self, last: bytes | None) -> None:
         """Somebody else has seen the last entry: act on what is new, if that can be read now."""
-        if last != self._last:
+        if last is None or last != self._last:
             await self._catch_up()
 
     async def run(self) -> None:
@@ -110,6 +120,13 @@ class Follower:
         """Act on what is new. Raises `StoreError`."""
         servers, key = self._log.servers, self._log.key
         last = await servers.command(key, "LINDEX", key, -1)
+        if last is None:
+            if self._last is not None:
+                self._last = None
+                self._clear()
+            with contextlib.suppress(StoreRefused):  # Redis may be full
+                self._last = await self._log.mark()
+            return
         if last == self._last:
             return
         entries: list[bytes] = await servers.command(key, "LRANGE", key, -_READ, -1)
@@ -122,5 +139,5 @@ class Follower:
             digest = entry[_TOKEN_BYTES:]
             if len(digest) == DIGEST_BYTES:
                 self._remove(digest)
-            else:  # all, or garbage: then too
+            elif digest != _MARK:  # all, or garbage: then too
                 self._clear()

@@ -293,6 +293,17 @@ async def test_forgetting_a_pair_forgets_that_pair(on_redis: OnRedis) -> None:
     assert await _levels(opened, [_digest(number) for number in range(10)]) == [4] * 7 + [0, 0, 4]
 
 
+async def test_forgetting_many_is_no_longer_for_redis_than_writing_them(on_redis: OnRedis) -> None:
+    """A thousand take several calls, and all of them are gone."""
+    opened, _, client, _ = on_redis
+    levels = {_digest(number): 3 for number in range(1000)}
+    await opened.put(levels)
+    before = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+    assert await opened.forget(list(levels)) == 1000
+    assert client.info("commandstats")["cmdstat_evalsha"]["calls"] - before >= 3
+    assert not any(await opened.get(list(levels)))
+
+
 async def test_clearing_is_at_once_and_the_sweep_frees_the_memory(on_redis: OnRedis) -> None:
     """After `clear` nothing is known, what is written next is, and the sweep removes what was left behind."""
     opened, _, client, base = on_redis

@@ -138,12 +138,15 @@ class RedisStore:
 
     async def forget(self, digests: Sequence[bytes]) -> int:
         """See `Store.forget`."""
-        async with self._operation("forget"):
-            groups = self._groups(digests)
-            replies = await self._run(
-                FORGET, [(digests[p[0]], [b"".join([digests[i] for i in p])]) for p in groups]
-            )
-            return sum(map(_required, replies))
+        removed = 0
+        for chunk in _chunks(digests, _CLUSTER_PAIRS if self._servers.by_tag else _PUT_PAIRS):
+            async with self._operation("forget"):
+                groups = self._groups(chunk)
+                replies = await self._run(
+                    FORGET, [(chunk[p[0]], [b"".join([chunk[i] for i in p])]) for p in groups]
+                )
+                removed += sum(map(_required, replies))
+        return removed
 
     async def clear(self) -> int:
         """Forget everything, each tag at once; how many pairs there were. `sweep` frees the memory."""

@@ -28,7 +28,7 @@ from tests.support.judge import Call, inferences, most_over, per_distinct_pair
 from tests.support.load import Tally
 from tests.support.processes import Service
 from tests.support.redis_cluster import Cluster, redis_cluster, sentinels
-from tests.support.redis_server import PROGRAMS, RedisServer, redis_process, wait_for
+from tests.support.redis_server import PROGRAMS, RedisServer, free_port, redis_process, wait_for
 from tests.support.wire import wire_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -235,6 +235,42 @@ async def test_the_slot_of_the_queue_is_moved(on_cluster: Proxies, cluster: Clus
             await asyncio.sleep(1)
     assert all(LOST not in proxy.log for proxy in on_cluster.proxies)
     await _nothing_is_stuck(on_cluster, cluster.owner(slot))
+
+
+async def test_a_slot_that_nobody_has_is_a_queue_that_is_lost(tmp_path: Path, program: str) -> None:
+    """A proxy that starts before its Cluster is made, and one whose queue's slot is taken away, answers all
+    the same, and finds the queue as soon as somebody has its slot.
+    """  # noqa: D205 - one thought
+    with (
+        redis_process(
+            tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no",
+            "--cluster-node-timeout", "1000", "--cluster-port", str(free_port()), program=program,
+        ) as node,
+        fleet_at(f"redis+cluster://127.0.0.1:{node.port}", tmp_path) as fleet,
+        node.client() as client,
+    ):  # fmt: skip
+        proxy = fleet.start(*UNPACED)
+        tally = Tally()
+
+        def finds_it() -> bool:
+            found = metrics(proxy.http)
+            well = found["cache_proxy_store_up",] == 1 and found["cache_proxy_live_replicas",] == 1
+            return well and _listeners(fleet, node) == 1 and proxy.log.count(LOST) == proxy.log.count(BACK)
+
+        async with callers([[proxy.target]], tally) as (one,):
+            await one.ask(pairs_of("before", 5))
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            await _until(finds_it, what="it finds the queue")
+            await one.ask(pairs_of("then", 5))
+            client.execute_command("CLUSTER", "DELSLOTS", _slot(fleet))
+            await _until(lambda: proxy.log.count(LOST) == 2, what="it has lost the queue")
+            await one.ask(pairs_of("without", 5))
+            client.execute_command("CLUSTER", "ADDSLOTS", _slot(fleet))
+            await _until(finds_it, what="it finds the queue again")
+            await one.ask(pairs_of("after", 5))
+        assert (tally.wrong, tally.failed, tally.retries) == ([], [], 0)
+        assert per_distinct_pair(fleet.calls) == 1.0
+        assert "Traceback" not in proxy.log
 
 
 async def test_sentinels_make_another_server_the_master(tmp_path: Path, program: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.exceptions import RedisClusterException
 
 from services.cache_proxy.store.connecting import Client, servers
 
@@ -67,5 +68,9 @@ class Home:
 
     async def _node(self) -> ClusterNode:
         assert isinstance(self._client, RedisCluster)  # noqa: S101 - for the type checker
-        await self._client.initialize()
-        return self._client.nodes_manager.get_node_from_slot(self._client.keyslot(self._key))
+        try:
+            await self._client.initialize()
+            return self._client.nodes_manager.get_node_from_slot(self._client.keyslot(self._key))
+        except LookupError as error:
+            message = "no node of the Cluster has the queue's slot"
+            raise RedisClusterException(message) from error

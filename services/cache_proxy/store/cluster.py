@@ -29,7 +29,8 @@ from services.common.endings import end
 
 _HOPS = 5
 _REFRESH_SECONDS = 0.5
-_FAILURES = (RedisError, RedisClusterException, OSError)  # the second is not of the first kind
+# The second is not of the first kind. The last is how redis-py finds that nobody has a slot, or any slot.
+_FAILURES = (RedisError, RedisClusterException, OSError, LookupError)
 _LOST = (RedisConnectionError, RedisTimeoutError, ClusterDownError, OSError)
 
 
@@ -40,6 +41,7 @@ class ClusterServers:
 
     def __init__(self, client: RedisCluster) -> None:
         self._client = client
+        self._named = dict(client.nodes_manager.startup_nodes)
         self._refreshed_at = 0.0
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -84,6 +86,9 @@ class ClusterServers:
             await self._client.initialize()
             slots = [self._client.keyslot(key) for key in keys]
         except _FAILURES as error:
+            # Of a Cluster that nobody has given a slot yet, redis-py forgets even the nodes that it was told.
+            if not self._client.nodes_manager.startup_nodes:
+                self._client.nodes_manager.startup_nodes = dict(self._named)
             return [error] * len(commands)
         todo: dict[int, ClusterNode | None] = dict.fromkeys(range(len(commands)))  # a node: it is to be asked
         for hop in range(_HOPS):
@@ -91,8 +96,9 @@ class ClusterServers:
             for place, asked in todo.items():
                 try:
                     node = asked or self._client.nodes_manager.get_node_from_slot(slots[place])
-                except RedisClusterException as error:
+                except (RedisClusterException, LookupError) as error:
                     replies[place] = error
+                    self._refresh()
                 else:
                     by_node.setdefault(node.name, (node, []))[1].append(place)
             asking = {place for place, asked in todo.items() if asked}

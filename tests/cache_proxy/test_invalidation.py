@@ -87,9 +87,7 @@ async def test_a_gap_makes_a_reader_forget_everything(
 async def test_what_stood_in_a_log_only_between_two_looks_is_missed_by_nobody(
     reached: Servers, base: str, shared_redis: str
 ) -> None:
-    """The log is empty, a pair is invalidated, Redis is flushed: the reader forgets everything; of the marks
-    by which it knows, other readers do not.
-    """  # noqa: D205 - one thought
+    """Empty, filled and flushed between two looks, a log makes its reader forget; a mark alone does not."""
     log = InvalidationLog(reached, f"{base}log")
     (follower, told), (other, told_other) = _follow(log), _follow(log)
     for _ in range(2):
@@ -117,12 +115,17 @@ async def test_a_log_of_a_wrong_type_is_garbage(reached: Servers, base: str, sha
         async with asyncio.timeout(5):
             while not told:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
-            await log.add([_A])
             told.clear()
+            await log.add([_A])
             while not told:  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
         await end([task])
         assert client.type(log.key) == b"list"
+        client.set(log.key, "x")
+        told.clear()
+        for _ in range(3):
+            await follower.poll()
+        assert told == [_ALL]  # once: until somebody invalidates, nobody has to begin anew again
 
 
 async def test_the_log_is_bounded(reached: Servers, base: str, shared_redis: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.key import DIGEST_BYTES
 from services.cache_proxy.store.scripts import BURIED
-from services.cache_proxy.store.servers import Call, Servers, heal
+from services.cache_proxy.store.servers import Call, Servers, heal, is_wrong_type
 
 _log = logging.getLogger(__name__)
 
@@ -63,11 +63,12 @@ class InvalidationLog:
         return found
 
     async def mark(self) -> bytes | None:
-        """Have an entry there that says nothing, so that its loss says something: the entry, if it is the
-        first, so that nothing stands before it. Raises `StoreError`.
-        """  # noqa: D205 - one thought
+        """Have an entry there that says nothing, so that its loss says something.
+
+        The entry, if it is the first: then nothing that was missed stands before it. Raises `StoreError`.
+        """
         entry = secrets.token_bytes(_TOKEN_BYTES) + _MARK
-        count = await self.servers.command(self.key, "RPUSH", self.key, entry)
+        count = await heal(self.servers, self.key, "RPUSH", self.key, entry)
         return entry if count == 1 else None
 
     async def _append(self, entries: list[bytes]) -> None:
@@ -78,8 +79,8 @@ class InvalidationLog:
 class Follower:
     """Reads a log, when it hears of something new there or, where nobody tells, by itself.
 
-    State: `_last`, the last entry seen, None if the log was empty; `_garbage`, whether it was said that the
-    log is none.
+    State: `_last`, the last entry seen, None if the log was empty; `_refused`, whether it was said that it
+    cannot be read.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Follower:
         self._remove = remove
         self._clear = clear
         self._last: bytes | None = None
-        self._garbage = False
+        self._refused = False
 
     async def hear(self, last: bytes | None) -> None:
         """Somebody else has seen the last entry: act on what is new, if that can be read now."""
@@ -106,20 +107,24 @@ class Follower:
         """While Redis cannot be reached, nothing can be learnt."""
         try:
             await self.poll()
-            self._garbage = False
-        except StoreRefused as error:  # the log is no log
-            if not self._garbage:
-                _log.warning("the log of invalidations is garbage, forgetting everything: %s", error)
-            self._garbage = True
-            self._last = None
-            self._clear()
+            self._refused = False
+        except StoreRefused as error:
+            if not self._refused:
+                _log.warning("the log of invalidations cannot be read: %s", error)
+            self._refused = True
         except StoreError:
             pass  # the token will tell, once it is back, whether something was missed
 
     async def poll(self) -> None:
         """Act on what is new. Raises `StoreError`."""
         servers, key = self._log.servers, self._log.key
-        last = await servers.command(key, "LINDEX", key, -1)
+        try:
+            last = await servers.command(key, "LINDEX", key, -1)
+        except StoreRefused as error:
+            if not is_wrong_type(error):
+                raise
+            self._last = b""  # what was said is lost, if it was a log once
+            last = None
         if last is None:
             if self._last is not None:
                 self._last = None

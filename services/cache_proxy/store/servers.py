@@ -87,12 +87,17 @@ class OneServer:
                 await sentinel.aclose(close_connection_pool=True)
 
 
+def is_wrong_type(error: StoreError) -> bool:
+    """Whether the key holds something that this command is not for."""
+    return "WRONGTYPE" in str(error)
+
+
 async def heal(servers: Servers, key: str, *command: Any) -> Any:
     """A command that writes, or whose caller will: what has another type is garbage, and dropped first."""
     try:
         return await servers.command(key, *command)
     except StoreRefused as error:
-        if "WRONGTYPE" not in str(error):
+        if not is_wrong_type(error):
             raise
         await servers.command(key, "UNLINK", key)
         return await servers.command(key, *command)

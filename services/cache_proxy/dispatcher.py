@@ -108,8 +108,6 @@ class Dispatcher:
                 # Whoever waits first: a store that is slow or full delays no answer, and keeps none away.
                 await self._queue.fulfil(claim, outcomes)
                 await self._store.put(levels, asked_at=asked_at)
-            # Invalidated while it was in flight: what was put must go again, for whoever said so came before.
-            await self._store.forget(await self._queue.buried(claim))
         finally:
             left.set()
 

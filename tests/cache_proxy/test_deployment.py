@@ -159,7 +159,7 @@ async def test_the_previous_versions_answers_are_served_until_there_are_own_ones
         assert [level_of(entry) for entry in entries] == [6, 4, 0]
         assert [bool(entry & PREVIOUS) for entry in entries] == [False, True, False]
         assert await guarded.get(digests) == [6, 0, 0]
-        await guarded.forget([digests[1]])
+        await opened.store.forget([digests[1]])
         assert not (await guarded.look_up(digests))[1]
         await guarded.close()
     async with open_store(cache, one, metrics) as opened:

@@ -8,6 +8,7 @@ from grpc import StatusCode
 
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
 from services.cache_proxy.queue import Claim, NotYet, Pair
+from services.cache_proxy.store.scripts import BURY
 from tests.support.replicas import Place, asker, limits, numbers_of, pair, pairs, replicas
 
 REFUSED = Refused(StatusCode.INVALID_ARGUMENT, "bad")
@@ -293,3 +294,39 @@ async def test_a_thousand_pairs_cost_six_commands_and_no_long_stop_of_redis(plac
                 await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
             assert busy_seconds() - busy_before < 0.3
             assert client.info("commandstats")["cmdstat_evalsha"]["calls"] - before <= 6
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+async def test_what_is_invalidated_in_flight_is_given_to_its_waiters_alone(
+    shared_redis: str, all_of_them: bool
+) -> None:
+    """Whoever asks after its answer came has it asked anew; a pair that nobody invalidated is remembered."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 1) as (one,):
+        await one.ask(pairs([0]))
+        await one.queue.fulfil(before := await one.take(), {pair.digest: 5 for pair in before.pairs})
+        wait, _ = await one.ask(pairs([1, 2]))
+        claim = await one.take()
+        with place.client() as client:
+            buried = b"" if all_of_them else pairs([1])[0].digest
+            client.eval(BURY.text, 1, f"{place.keys.base}tombs", buried)
+        await one.queue.fulfil(claim, {pair.digest: 3 for pair in claim.pairs})
+        assert set(wait.outcomes.values()) == {3}
+        _, again = await one.ask(pairs([1, 2]))
+        known = [] if all_of_them else [pairs([2])[0].digest]
+        assert list(again.ended) == known
+        await one.take()
+
+
+async def test_a_late_answer_of_what_was_invalidated_is_not_remembered(shared_redis: str) -> None:
+    """When its claim is over nobody knows since when it was on its way, so any tombstone counts."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 1) as (one,):
+        await one.ask(pairs([1, 2]))
+        claim = await one.take()
+        await one.queue.put_back(claim)
+        with place.client() as client:
+            client.eval(BURY.text, 1, f"{place.keys.base}tombs", pairs([1])[0].digest)
+        await one.queue.fulfil(claim, {pair.digest: 3 for pair in claim.pairs})
+        _, again = await one.ask(pairs([1, 2]))
+        assert list(again.ended) == [pairs([2])[0].digest]

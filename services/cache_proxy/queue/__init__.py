@@ -79,7 +79,6 @@ class Claim:
     pairs: Sequence[Pair]
     send_at: float  # not before, on time.monotonic
     slot_at: float  # when its slot begins, so the latest that it is thought to leave
-    granted_ms: int = 0  # on the clock of whoever granted it
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +111,11 @@ class Queue(Protocol):
 
     @property
     def answers_live_elsewhere(self) -> bool:
-        """Whether answers are kept on other servers than the queue. Then they are kept before their pairs
-        end: the queue may be lost alone, with what it remembers of those that ended.
-        """  # noqa: D205 - one thought
+        """Whether answers are kept on other servers than the queue.
+
+        Then they are kept before their pairs end: the queue may be lost alone, with what it remembers of
+        those that ended.
+        """
 
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
         """Have pairs wait; one that waits or is in flight already is joined. Raises `QueueFull`, then
@@ -137,9 +138,6 @@ class Queue(Protocol):
 
     async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
         """End pairs of a claim and tell whoever waits; those not in `outcomes` are still in flight."""
-
-    async def buried(self, claim: Claim) -> Sequence[bytes]:
-        """The pairs of a claim that were invalidated since it was granted: their answers must not be kept."""
 
     async def fail(
         self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False

@@ -121,15 +121,6 @@ class FailoverQueue:
         while len(self._unpublished) > _MAX_UNPUBLISHED:
             del self._unpublished[next(iter(self._unpublished))]
 
-    async def buried(self, claim: Claim) -> Sequence[bytes]:
-        """See `Queue.buried`. Without Redis nobody can have said so."""
-        if not self._lost and claim not in self._local_claims and claim.granted_ms:
-            try:
-                return await self._shared.buried(claim)
-            except StoreError as error:
-                await self.lose(error)
-        return ()
-
     async def fail(
         self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
     ) -> None:

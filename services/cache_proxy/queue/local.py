@@ -144,10 +144,6 @@ class LocalQueue:
             self._suspects.cleared(claim)
             self._changed.set()
 
-    async def buried(self, claim: Claim) -> Sequence[bytes]:  # noqa: ARG002 - who is alone is told of none
-        """See `Queue.buried`."""
-        return ()
-
     async def fail(
         self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
     ) -> None:

@@ -253,12 +253,12 @@ class RedisQueue:
         ])  # fmt: skip
         if reply[0] == b"wait":
             return NotYet(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))
-        until_send_ms, until_slot_ms, packed, granted_ms = reply[1:5]
+        until_send_ms, until_slot_ms, packed = reply[1:4]
         pairs = list(self._read(unpack(packed)))
         # Redis's `now` lies somewhere between request and reply; two neighbours err alike.
         redis_now = now + (time.monotonic() - now) / 2
         send_at = redis_now + until_send_ms / 1000 if until_send_ms else now
-        claim = Claim(claim_id, pairs, send_at, redis_now + until_slot_ms / 1000, granted_ms)
+        claim = Claim(claim_id, pairs, send_at, redis_now + until_slot_ms / 1000)
         self._held[claim_id] = {pair.digest for pair in pairs}
         return claim
 
@@ -289,12 +289,6 @@ class RedisQueue:
             await self._publish(claim.id, outcomes)
         finally:
             self._let_go(claim, outcomes)
-
-    async def buried(self, claim: Claim) -> Sequence[bytes]:
-        """See `Queue.buried`."""
-        digests = b"".join(pair.digest for pair in claim.pairs)
-        found: bytes = await self._scripts.run("buried", [claim.granted_ms, digests])
-        return [found[at : at + _DIGEST_BYTES] for at in range(0, len(found), _DIGEST_BYTES)]
 
     async def fail(
         self,

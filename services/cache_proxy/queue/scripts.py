@@ -27,7 +27,6 @@ _NAMES = (
     "late",
     "put_back",
     "fulfil",
-    "buried",
     "fail",
     "refuse",
     "heartbeat",

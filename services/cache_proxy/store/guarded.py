@@ -28,8 +28,8 @@ class GuardedStore:
 
     State: `_up`; `_unsaved`, the answers that no write has taken yet: they cost the model a slot, so they
     are kept (bounded) and written as soon as the store takes them; `_asked_at`, when the first of them was
-    asked for; `_unforgotten`, what was invalidated and may still be in the store. Event loop only; an answer
-    leaves `_unsaved` only after its write was confirmed, and only if no newer one took its place.
+    asked for. Event loop only; an answer leaves `_unsaved` only after its write was confirmed, and only if
+    no newer one took its place.
 
     An answer may have been asked for before it was invalidated, and be written after that: so whoever has
     written looks for tombstones, and takes back what has one. Of the two, one sees what the other did.
@@ -47,7 +47,6 @@ class GuardedStore:
         self._refusing = False
         self._unsaved: dict[bytes, int] = {}
         self._asked_at = math.inf
-        self._unforgotten: set[bytes] = set()
         self._probe: asyncio.Task[None] | None = None
         self._show()
 
@@ -83,9 +82,10 @@ class GuardedStore:
         return entries
 
     async def put(self, levels: Mapping[bytes, int], *, asked_at: float = math.inf) -> None:
-        """Remember levels, now or as soon as the store takes them, but none that was invalidated later than
-        the model was asked, on time.monotonic (if that is given: just now).
-        """  # noqa: D205 - one thought
+        """Remember levels, now or as soon as the store takes them.
+
+        But none that was invalidated since the model was asked: at `asked_at` on time.monotonic, or just now.
+        """
         asked_at = min(asked_at, time.monotonic())
         if self._up and not self._unsaved:
             try:
@@ -101,18 +101,6 @@ class GuardedStore:
                 del self._unsaved[digest]
         self._ensure_probe()
 
-    async def forget(self, digests: Sequence[bytes]) -> None:
-        """Forget answers that must not be remembered, now or as soon as the store can be reached.
-
-        Replicas are told too: one may have looked them up while they were there.
-        """
-        self._must_go(digests)
-        if self._unforgotten:
-            try:
-                await self._forget_now()
-            except StoreError as error:
-                self._failed(error)
-
     def discard(self, digest: bytes) -> None:
         """Forget an answer that is not saved yet: it was invalidated."""
         self._unsaved.pop(digest, None)
@@ -125,9 +113,8 @@ class GuardedStore:
         """Write what is unsaved if that is possible now, then close the store."""
         if self._probe is not None:
             await end([self._probe])
-        if self._unsaved or self._unforgotten:
+        if self._unsaved:
             try:
-                await self._forget_now()
                 await self._flush()
             except StoreError as error:
                 _log.error("%d answers could not be saved: %s", len(self._unsaved), error)
@@ -157,7 +144,6 @@ class GuardedStore:
                     self._up = True
                     _log.info("the store is back")
                     self._show()
-                await self._forget_now()
                 await self._flush()
             except StoreError as error:
                 self._failed(error)
@@ -168,22 +154,14 @@ class GuardedStore:
             return
 
     async def _save(self, levels: Mapping[bytes, int], asked_at: float) -> None:
+        """Raises `StoreError`: then it is not known what is done, and all of it has to be done again."""
         await self._store.put(levels)
-        if self._log is not None:
-            self._must_go(await self._log.buried(list(levels), since=asked_at))
-            await self._forget_now()
-
-    def _must_go(self, digests: Sequence[bytes]) -> None:
-        for digest in digests:
-            self.discard(digest)
-        self._unforgotten.update(digests)
-
-    async def _forget_now(self) -> None:
-        while gone := list(self._unforgotten):
+        if self._log is None:
+            return
+        gone = await self._log.buried(list(levels), since=asked_at)
+        if gone:
             await self._store.forget(gone)
-            if self._log is not None:
-                await self._log.add(gone)
-            self._unforgotten.difference_update(gone)
+            await self._log.add(gone)  # somebody may have looked them up while they were there
 
     async def _flush(self) -> None:
         while self._unsaved:

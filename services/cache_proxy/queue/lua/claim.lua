@@ -27,7 +27,7 @@ local function as_batch(claim)
       batch[#batch + 1] = { digest, pair.company, pair.title, claim.at - pair.at }
     end
   end
-  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch), claim.at }
+  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch) }
 end
 
 local mine = load_claim(id)

@@ -2,6 +2,7 @@
 -- ARGV[1]  the claim's id   ARGV[2]  17 bytes a pair: digest, level   ARGV[3]  msgpack list of {digest, error},
 --          of pairs that the model answered with nonsense
 -- ARGV[4]  ms for which nonsense is remembered when it comes twice; twice as long each time it comes again
+-- The tombstones of what was invalidated are `cache-proxy invalidate`'s (store/lua/bury.lua): digest, or `*`, and when.
 local id, levels, errors = ARGV[1], ARGV[2], cmsgpack.unpack(ARGV[3])
 publish(levels, errors)
 local digests, answers = {}, {}
@@ -41,6 +42,20 @@ if claim and is_over() then
   end
 end
 write()
+-- Invalidated since they were claimed: whoever waits is answered, and nobody who comes later. If the claim is long
+-- over, nobody knows when that was.
+local TOMBS, since = BASE .. 'tombs', claim and claim.at or 0
+if redis.call('TYPE', TOMBS).ok == 'zset' then
+  local all = number(redis.call('ZSCORE', TOMBS, '*')) or -1
+  local kept = {}
+  for at = 1, #answers, 2 do
+    local buried_at = number(redis.call('ZSCORE', TOMBS, answers[at])) or -1
+    if math.max(all, buried_at) < since then
+      kept[#kept + 1], kept[#kept + 2] = answers[at], answers[at + 1]
+    end
+  end
+  answers = kept
+end
 remember('recent', RECENT_MS, answers)
 -- Nonsense may have been a whim of the model's, so whoever comes back at once is asked for again; but not for ever.
 local nonsense = {}

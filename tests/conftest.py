@@ -26,7 +26,7 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=PROGRAMS)
+@pytest.fixture(scope="session", params=PROGRAMS)
 def redis_program(request: pytest.FixtureRequest) -> str:
     """Each kind of server that the fleet must work with: Redis, and the Valkey of the embedded store."""
     program = PROGRAMS[request.param]

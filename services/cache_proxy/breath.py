@@ -10,9 +10,7 @@ _Item = TypeVar("_Item")
 async def in_breaths(
     items: Sequence[_Item], most: int, *, size: Callable[[_Item], int] | None = None, most_size: int = 0
 ) -> AsyncIterator[Sequence[_Item]]:
-    """So many at a time, and of no more than `most_size` in all, but at least one; others have their turn in
-    between.
-    """  # noqa: D205 - one thought
+    """So many at a time, of `most_size` in all at most, but at least one; others have turns between."""
     start = 0
     while start < len(items):
         if start:

@@ -25,9 +25,10 @@ _Places = dict[bytes, list[int]]
 
 
 class Answers:
-    """How many pairs a request has, how many of them had which outcome (the others failed), and the levels of
-    those that L1 did not know, by their place in `Asked`: 0 where there is none.
-    """  # noqa: D205 - one thought
+    """How many pairs a request has, and how many of them had which outcome; the others failed.
+
+    `levels` are of those that L1 did not know, by their place in `Asked`: 0 where there is none.
+    """
 
     __slots__ = ("_outcomes", "levels", "size")
 

@@ -34,9 +34,10 @@ class RpcMetrics(Collector):
         registry.register(self)
 
     def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
-        """Count an RPC that ended, and its pairs, each in one outcome; callers beyond the first hundred are
-        `other`.
-        """  # noqa: D205 - one thought
+        """Count an RPC that ended, and its pairs, each in one outcome.
+
+        Callers beyond the first hundred are `other`.
+        """
         self._requests[code] += 1
         self._durations[bisect_left(self._bounds, seconds)] += 1
         self._seconds += seconds

@@ -55,9 +55,7 @@ async def _read(items: Sequence[bytes], limit: int) -> Asked:
 @example([b"\x12\x02c\x1a\x1a\x01t"], 40)
 @example([b"\x12\x80\x01" + b"x" * 127 + b"\x1a\x1a\x19" + b"t" * 25], 4096)  # a length of two bytes
 def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
-    """Any bytes are read, or refused, as by `wire.read`: the same texts, the same canonical key, and before
-    it the uuid as an answer has it.
-    """  # noqa: D205 - one thought
+    """Any bytes are read or refused as by `wire.read`: same texts, same canonical key, the answer's uuid."""
     try:
         expected = wire.read(items, range(len(items)), max_field_bytes=limit)
     except InvalidRequest as error:
@@ -76,9 +74,7 @@ def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
 
 
 async def test_a_breath_is_short_whatever_the_texts() -> None:
-    """Pairs of the longest texts, in the letters that fold most slowly, are taken few at a time; usual ones
-    many, and one that is over the bound alone.
-    """  # noqa: D205 - one thought
+    """Pairs of long texts that fold slowly go few at a time, usual ones many, one over the bound alone."""
     long, usual, over = b"\xc3\xa9" * 4096, bytes(40), bytes(BREATH_BYTES + 1)
     items = [long] * 6 + [usual] * 1000 + [over] * 2
     breaths = [some async for some in in_breaths(items, BREATH_PAIRS, size=len, most_size=BREATH_BYTES)]

@@ -63,9 +63,7 @@ def test_case_width_and_space_do_not_matter_under_fold(one: str, other: str) -> 
 def test_many_are_hashed_as_each_alone(
     pairs: list[tuple[str, str]], normalize: str, secret: bytes | None
 ) -> None:
-    """Whatever texts come together in a batch, each pair's digest is the one of `make_digester`: so what is
-    stored stays valid.
-    """  # noqa: D205 - one thought
+    """Whatever comes together, each pair's digest is `make_digester`'s: what is stored stays valid."""
     one = make_digester(normalize=normalize, secret=secret)
     many = make_batch_digester(normalize=normalize, secret=secret)
     texts = [text.encode() for pair in pairs for text in pair]

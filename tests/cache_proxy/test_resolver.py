@@ -108,9 +108,7 @@ async def test_long_texts_are_read_hashed_and_remembered_few_at_a_time() -> None
 
 
 async def test_fresh_stale_and_unknown_pairs_of_one_request_each_go_their_way() -> None:
-    """What is fresh is answered and remembered; what is stale is answered, and asked for once; what is not
-    known is asked for, and only then remembered.
-    """  # noqa: D205 - one thought
+    """Fresh: answered and remembered. Stale: answered, and asked for once. Unknown: asked for first."""
     path = _Path()
     fresh, stale, unknown = (_DIGEST(name, "00") for name in ("fresh", "stale", "unknown"))
     path.l2._entries.update({fresh: dated(6, today()), stale: dated(4, today()) | PREVIOUS})

@@ -108,9 +108,7 @@ print(cache.entries, cache.size_bytes, max(peak, resident() - before))
     ],
 )
 def test_its_bound_holds_in_the_memory_of_a_process(least: int, most: int) -> None:
-    """A million and a half entries through a cache that cannot hold them: what the process has resident
-    grows by no more than the bound and a tenth, and what is accounted is no fiction.
-    """  # noqa: D205 - one thought
+    """However many entries go through it, resident memory grows by the bound and a tenth at most."""
     bound = 96 * 2**20
     ran = subprocess.run(
         [sys.executable, "-c", _FILL, str(least), str(most), str(bound)],

@@ -19,9 +19,7 @@ def _read(item: bytes) -> wire.Unknown:
 
 @given(_INT32, st.text(max_size=20), st.text(max_size=20))
 def test_an_item_is_its_uuid_and_its_key(uuid: int, company: str, title: str) -> None:
-    """As every library spells it, what follows the uuid is the key, whatever the uuid; the answer's bytes are
-    the uuid's own and the level.
-    """  # noqa: D205 - one thought
+    """As libraries spell it, what follows any uuid is the key; an answer is the uuid's bytes and a level."""
     item = pb.SeniorityRequest(uuid=uuid, company=company, title=title).SerializeToString()
     end = wire.uuid_end(item)
     assert end is not None
@@ -46,9 +44,7 @@ def test_every_uuid_has_one_spelling(uuid: int) -> None:
 @example(b"\xff" * 9 + b"\x01")
 @example(b"\xff" * 8 + b"\x7f")
 def test_a_uuid_is_never_taken_for_another(after: bytes) -> None:
-    """Whatever bytes stand in its place: if an end is found, protobuf reads one uuid up to there, and the
-    same in an answer.
-    """  # noqa: D205 - one thought
+    """Whatever stands there: if an end is found, protobuf reads one uuid up to it, the same in an answer."""
     item = b"\x08" + after
     end = wire.uuid_end(item)
     if end is not None:

@@ -28,7 +28,7 @@ from tests.support.judge import Call, inferences, most_over, per_distinct_pair
 from tests.support.load import Tally
 from tests.support.processes import Service
 from tests.support.redis_cluster import Cluster, redis_cluster, sentinels
-from tests.support.redis_server import PROGRAMS, RedisServer, free_port, redis_process, wait_for
+from tests.support.redis_server import RedisServer, free_port, redis_process, wait_for
 from tests.support.wire import wire_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -37,19 +37,10 @@ SERVICE = "cache"
 LOST, BACK = "the shared queue is lost", "the shared queue is back"
 
 
-@pytest.fixture(scope="module", params=PROGRAMS)
-def program(request: pytest.FixtureRequest) -> str:
-    """Each kind of server."""
-    found = PROGRAMS[request.param]
-    if found is None:
-        pytest.skip(f"{request.param} is not installed")
-    return found
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, program: str) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, redis_program: str) -> Iterator[Cluster]:
     """One Cluster for all tests: each leaves it whole."""
-    with redis_cluster(tmp_path_factory.mktemp("cluster"), program=program) as made:
+    with redis_cluster(tmp_path_factory.mktemp("cluster"), program=redis_program) as made:
         yield made
 
 
@@ -143,9 +134,10 @@ async def _trouble(fleet: Proxies, tally: Tally) -> AsyncIterator[list[tuple[flo
 async def test_the_same_pairs_from_many_callers_are_inferred_once_on_a_cluster(
     on_cluster: Proxies, cluster: Cluster
 ) -> None:
-    """Three replicas, six callers, the same 5,000 pairs: each once, in full calls; a second round costs
-    nothing. Whoever listens does so at the node of the queue.
-    """  # noqa: D205 - one thought
+    """Three replicas, six callers, the same 5,000 pairs: each once, in full calls, then never again.
+
+    Whoever listens does so at the node of the queue.
+    """
     proxies = on_cluster.start_all(3)
     for again in (False, True):
         tally = await same_pairs([proxy.target for proxy in proxies], closed=False)
@@ -197,9 +189,10 @@ async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: Proxies,
 async def test_the_node_of_the_queue_is_gone_and_its_replica_takes_over(
     on_cluster: Proxies, cluster: Cluster, ending: str
 ) -> None:
-    """Killed, or stopped for long, under load: nothing wrong, nobody fails, the limit holds, and only what
-    was asked while the queue was lost is asked twice; all return by themselves, and listen at the new node.
-    """  # noqa: D205 - one thought
+    """Killed, or stopped for long, under load: nothing wrong, nobody fails, and the limit holds.
+
+    Only what was asked while the queue was lost is asked twice; all return, and listen at the new node.
+    """
     slot, tally = _slot(on_cluster), Tally()
     async with _trouble(on_cluster, tally) as spans:
         owner, began = cluster.owner(slot), time.time()
@@ -237,14 +230,12 @@ async def test_the_slot_of_the_queue_is_moved(on_cluster: Proxies, cluster: Clus
     await _nothing_is_stuck(on_cluster, cluster.owner(slot))
 
 
-async def test_a_slot_that_nobody_has_is_a_queue_that_is_lost(tmp_path: Path, program: str) -> None:
-    """A proxy that starts before its Cluster is made, and one whose queue's slot is taken away, answers all
-    the same, and finds the queue as soon as somebody has its slot.
-    """  # noqa: D205 - one thought
+async def test_a_slot_that_nobody_has_is_a_queue_that_is_lost(tmp_path: Path, redis_program: str) -> None:
+    """Before a Cluster is made, or its slot is anybody's, a proxy answers; then it finds the queue."""
     with (
         redis_process(
             tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no",
-            "--cluster-node-timeout", "1000", "--cluster-port", str(free_port()), program=program,
+            "--cluster-node-timeout", "1000", "--cluster-port", str(free_port()), program=redis_program,
         ) as node,
         fleet_at(f"redis+cluster://127.0.0.1:{node.port}", tmp_path) as fleet,
         node.client() as client,
@@ -273,14 +264,12 @@ async def test_a_slot_that_nobody_has_is_a_queue_that_is_lost(tmp_path: Path, pr
         assert "Traceback" not in proxy.log
 
 
-async def test_sentinels_make_another_server_the_master(tmp_path: Path, program: str) -> None:
-    """The master is killed under load, and its successor later asked to step down: nothing wrong, nobody
-    fails, the limit holds, and all return by themselves.
-    """  # noqa: D205 - one thought
+async def test_sentinels_make_another_server_the_master(tmp_path: Path, redis_program: str) -> None:
+    """Killed, and its successor asked to step down, under load: nothing wrong, nobody fails, all return."""
     with ExitStack() as stack:
-        made = _replicated(stack, tmp_path, 3, program)
+        made = _replicated(stack, tmp_path, 3, redis_program)
         ports = stack.enter_context(
-            sentinels(tmp_path, master_port=made[0].port, service=SERVICE, program=program)
+            sentinels(tmp_path, master_port=made[0].port, service=SERVICE, program=redis_program)
         )
         url = f"redis+sentinel://{','.join(f'127.0.0.1:{port}' for port in ports)}/{SERVICE}"
         fleet = stack.enter_context(fleet_at(url, tmp_path, "--latency", "200ms"))
@@ -331,12 +320,10 @@ def _replicated(stack: ExitStack, folder: Path, count: int, program: str) -> lis
     return servers
 
 
-async def test_a_demoted_server_behind_one_address_is_left(tmp_path: Path, program: str) -> None:
-    """Under load the address leads to the new master, and open connections stay with the old one, which says
-    READONLY: they are dropped, the queue is not lost, and all listen at the new one.
-    """  # noqa: D205 - one thought
+async def test_a_demoted_server_behind_one_address_is_left(tmp_path: Path, redis_program: str) -> None:
+    """Open connections to a server that says READONLY by now are dropped; the queue is not lost."""
     with ExitStack() as stack:
-        old, new = _replicated(stack, tmp_path, 2, program)
+        old, new = _replicated(stack, tmp_path, 2, redis_program)
         wire = stack.enter_context(wire_to(old.port))
         fleet = stack.enter_context(fleet_at(wire.url, tmp_path, "--latency", "200ms"))
         tally = Tally()

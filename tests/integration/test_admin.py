@@ -250,9 +250,7 @@ def test_a_redis_that_restarts_costs_warm_a_wait(tmp_path: Path) -> None:
 def test_a_file_is_warmed_from_again_once_keys_are_made_in_another_way(
     stage_with: StageWith, shared_redis: str, tmp_path: Path
 ) -> None:
-    """With another secret nothing of what was written is found, so nothing of it counts as done; whatever
-    bytes a file's name is made of.
-    """  # noqa: D205 - one thought
+    """With another secret nothing that was written counts as done, whatever bytes a file's name has."""
     path = _write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), [_line(1)])
     secrets = [tmp_path / "one", tmp_path / "two"]
     for secret in secrets:

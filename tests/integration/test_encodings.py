@@ -171,9 +171,7 @@ def _ask(stage: Stage, message: bytes) -> tuple[Expected, str, dict[str, str]]:
 @example(b"\x0a\x0a\x08\x05\x12\x04acme\x08\x09")
 @example(b"\x0a\x00" * 40)
 def test_any_encoding_is_answered_or_refused_as_by_messages(encoded: Stage, message: bytes) -> None:
-    """Twice, so that L1 knows what may be known: field order, repeated and unknown fields, a uuid behind,
-    defaults spelled out, varints too long, bad UTF-8, groups, cuts.
-    """  # noqa: D205 - one thought
+    """However fields are ordered, repeated, unknown, cut or spelled; twice, so that L1 knows what it may."""
     expected = _expected(message)
     for again in (False, True):
         found, said, trailers = _ask(encoded, message)
@@ -216,9 +214,7 @@ def test_without_l1_everything_is_answered_by_l2(stage_with: StageWith) -> None:
 
 @pytest.mark.parametrize("known", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_million_empty_pairs_are_answered_in_bounded_memory(stage_with: StageWith, known: bool) -> None:
-    """Where so many are allowed: each place is answered, the model hears of one pair, and others are answered
-    in the meantime.
-    """  # noqa: D205 - one thought
+    """Where so many are allowed each is answered, the model hears of one pair, and others are not held up."""
     stage = stage_with("--max-request-pairs", "1000000", *UNPACED)
     if known:
         stage.caller.ask([("", "")])

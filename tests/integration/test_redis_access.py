@@ -210,9 +210,7 @@ def _behind_a_sentinel(
 
 @pytest.mark.slow
 def test_many_servers_are_reached_by_tls_and_with_the_least_rights(guarded_servers: _Guarded) -> None:
-    """Two proxies on a Cluster, or behind Sentinels: in one queue, which is never lost; the pairs that both
-    are asked for are inferred once, and cached; no right is missing.
-    """  # noqa: D205 - one thought
+    """Two proxies on a Cluster or behind Sentinels share one queue, never lost, and miss no right."""
     url, flags, nodes = guarded_servers.url, guarded_servers.flags, guarded_servers.nodes
     with (
         scripted_model() as model,

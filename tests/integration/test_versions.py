@@ -147,9 +147,7 @@ def test_an_answer_in_flight_is_given_but_not_remembered(
 def test_an_answer_kept_through_a_cut_does_not_come_back(
     stage_with: StageWith, own_redis: RedisServer, what: str
 ) -> None:
-    """Inferred by a replica that is cut off from Redis, and invalidated by others meanwhile: once the wire is
-    mended nobody is given it, and it was not written.
-    """  # noqa: D205 - one thought
+    """Inferred by a replica that was cut off, and invalidated meanwhile: later nobody is given it."""
     pair = pairs_of("cut off", 1)
     old = level_of(*pair[0])
     direct = ("--cache-url", own_redis.url, "--key-prefix", "cut", *UNPACED)

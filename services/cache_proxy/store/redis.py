@@ -155,9 +155,10 @@ class RedisStore:
             return sum(map(_required, await self._servers.run(CLEAR, calls)))
 
     async def sweep(self, tag: int, *, kept_days: int = 0, buckets: int) -> Swept:
-        """Drop what is older (0: nothing is), garbage, or left of earlier generations in the next `buckets`
-        of a tag. By Redis's clock: a replica whose own is wrong must not empty the cache.
-        """  # noqa: D205 - one thought
+        """Drop what is too old (0: nothing is), garbage, or left over in the next `buckets` of a tag.
+
+        By Redis's clock: a replica whose own is wrong must not empty the cache.
+        """
         async with self._operation("sweep"):
             call = Call(state_key(self._base, tag), [kept_days or "", buckets])
             removed, garbage, more = _required((await self._servers.run(SWEEP, [call]))[0])

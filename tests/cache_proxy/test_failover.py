@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -295,6 +296,28 @@ async def test_no_call_of_its_own_while_it_returns(replica: Replica) -> None:
         claim = await _take(replica)
         await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
     await _nothing_is_left(replica)
+
+
+async def test_no_call_of_its_own_while_it_reads_what_was_invalidated(replica: Replica) -> None:
+    """The log may be slow to read; the heartbeat before that has told the others that it is back."""
+    decisions: list[Claim | NotYet] = []
+
+    async def hear(_last: bytes | None) -> None:
+        for _ in range(30):
+            decisions.append(await replica.failover.claim())
+            await asyncio.sleep(0.01)
+
+    await replica.beat()
+    await _lose(replica)
+    wait = await _ask(replica, [1])
+    await asyncio.sleep(replica.failover._limiter.begins_at - time.monotonic())  # then it has its moments
+    replica.listener._logs = {replica.place.keys.log: hear}
+    await replica.listener._beat_once()
+    assert decisions
+    assert not [decision for decision in decisions if isinstance(decision, Claim)]
+    claim = await _take(replica)
+    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+    assert not wait.open
 
 
 async def test_a_return_that_fails_again_and_again_leaves_it_its_moments(replica: Replica) -> None:

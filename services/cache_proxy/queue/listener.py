@@ -173,8 +173,6 @@ class Listener:
         ]  # fmt: skip
         pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
         clock_offset_seconds = self._clock_offset(pulse.now_ms / 1000, asked_at, time.monotonic())
-        for hear, last in zip(self._logs.values(), pulse.logs, strict=False):
-            await hear(last)  # before anything is told that may have been invalidated
         self._compare(pulse.queue_id, pulse.published)
         # If it has none, the queue has moved from where this replica listens: to another node or master.
         self._heard.unseen_beats = 0 if pulse.subscribed else self._heard.unseen_beats + 1
@@ -187,6 +185,10 @@ class Listener:
             ),
             at=asked_at,
         )
+        # Only now: from the heartbeat on, the others do not leave this replica's moments alone any more. And
+        # before anything is told that may have been invalidated.
+        for hear, last in zip(self._logs.values(), pulse.logs, strict=False):
+            await hear(last)
         if lost:
             try:
                 await self._queue.regain()

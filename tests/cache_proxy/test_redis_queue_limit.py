@@ -171,6 +171,36 @@ async def test_a_limit_that_is_idle_is_free(shared_redis: str) -> None:
         assert 1 < await _wait(replica) <= 2 / PACE + 0.015
 
 
+async def test_a_server_that_takes_over_is_quiet_at_first(shared_redis: str) -> None:
+    """The one before may still serve others: nobody calls until each side knows the other for silent."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 1, limits(calls_per_second=100)) as (replica,):
+        await replica.ask(pairs([1]))
+        await replica.queue.fulfil(claim := await replica.take(), {item.digest: 1 for item in claim.pairs})
+        await replica.ask(pairs([2]))
+        with place.client() as client:
+            client.hset(place.keys.limit, "run", "0" * 40)
+        assert 1.0 < await _wait(replica) <= 1.2
+        assert numbers_of(await replica.take()) == [2]
+
+
+async def test_who_comes_from_another_server_has_just_called_there(shared_redis: str) -> None:
+    """It gets no call before its heartbeat came here too, and from then on nobody does for an interval."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 2, limits(calls_per_second=2)) as (comes, other):
+        await comes.ask(pairs([1]))
+        await other.ask(pairs([1]))
+        with place.client() as client:
+            await _wait(other)
+            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})  # all is free
+            comes.queue.run = "0" * 40
+            assert await _wait(comes) < 0.25
+            assert client.hget(place.keys.limit, "calls_tat") == b"1"
+            await comes.beat()
+        for replica in (comes, other):
+            assert 0.4 < await _wait(replica) <= 0.5 / PACE
+
+
 async def test_only_the_last_claim_gives_its_slot_back(shared_redis: str) -> None:
     """Put back at once, the slot is free; after another's claim, a reset or a return from loss it is not."""
     bounds = limits(batch_pairs=2, calls_per_second=4)
@@ -198,7 +228,7 @@ async def test_only_the_last_claim_gives_its_slot_back(shared_redis: str) -> Non
             await replica.queue.put_back(third)
             assert calls_tat() == spent
             fourth = await replica.take()
-            heartbeat = [replica.name, b"\x90", "", 1, 0, 4, 2, b"\x90"]  # who was without Redis
+            heartbeat = [replica.name, b"\x90", "", 1, 0, 4, 2, b"\x90", ""]  # who was without Redis
             await replica.scripts.run("heartbeat", heartbeat)
             spent = calls_tat()
             await replica.queue.put_back(fourth)

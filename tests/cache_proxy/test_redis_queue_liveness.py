@@ -24,7 +24,8 @@ async def _lost_claim(replica: Replica) -> None:
     """A batch is granted, and the reply never arrives."""
     bounds = replica.bounds
     await replica.scripts.run(
-        "claim", [replica.name, "lost", 0, 0, bounds.batch_pairs, bounds.batch_bytes, 0, 30000, 60]
+        "claim",
+        [replica.name, "lost", 0, 0, bounds.batch_pairs, bounds.batch_bytes, 0, 30000, 60, replica.queue.run],
     )
 
 

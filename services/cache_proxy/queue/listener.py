@@ -63,13 +63,15 @@ class _Pulse:
     moment_ms: float
     subscribed: int
     logs: Sequence[bytes | None]
+    run: str
 
     @classmethod
     def read(cls, reply: Any) -> "_Pulse":
         """Raises `StoreError` if it is none."""
         try:
             (
-                now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms, subscribed, logs
+                now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms, subscribed,
+                logs, run,
             ) = reply  # fmt: skip
             return cls(
                 int(now_ms), int(published), bytes(queue_id), [int(count) for count in waiting],
@@ -77,7 +79,7 @@ class _Pulse:
                 [(replica.decode("ascii", "replace"), address.decode("ascii", "replace"))
                  for replica, address in late],
                 float(moment_ms), int(subscribed),
-                [last if isinstance(last, bytes) else None for last in logs],
+                [last if isinstance(last, bytes) else None for last in logs], run.decode("ascii", "replace"),
             )  # fmt: skip
         except (ValueError, TypeError, AttributeError) as error:
             message = "the heartbeat's reply cannot be read"
@@ -169,7 +171,7 @@ class Listener:
         lost, asked_at = self._queue.lost, time.monotonic()
         arguments = [
             self._replica, pack(self._shared.held), self._address, int(lost), *self._limits,
-            pack(list(self._logs)),
+            pack(list(self._logs)), self._shared.run,
         ]  # fmt: skip
         pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
         clock_offset_seconds = self._clock_offset(pulse.now_ms / 1000, asked_at, time.monotonic())
@@ -185,6 +187,7 @@ class Listener:
             ),
             at=asked_at,
         )
+        self._shared.run = pulse.run
         # Only now: from the heartbeat on, the others do not leave this replica's moments alone any more. And
         # before anything is told that may have been invalidated.
         for hear, last in zip(self._logs.values(), pulse.logs, strict=False):

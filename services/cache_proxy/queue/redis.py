@@ -62,9 +62,10 @@ class _Asked:
 class RedisQueue:
     """State: `_asked`, the pairs for which somebody waits here, and `_held`, the claims in work here.
 
-    Both are touched only from the event loop. A pair is in `_asked` before the script that queues it runs,
-    so an answer published in between finds it. A lost message costs nothing for long: messages are
-    numbered, and the heartbeat brings the last number (`listener.py`).
+    And `run`, the server that the last heartbeat reached (the listener's to set). All are touched only from
+    the event loop. A pair is in `_asked` before the script that queues it runs, so an answer published in
+    between finds it. A lost message costs nothing for long: messages are numbered, and the heartbeat brings
+    the last number (`listener.py`).
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class RedisQueue:
     ) -> None:  # fmt: skip
         self._scripts = scripts
         self.replica = replica
+        self.run = ""
         self._limits = limits
         self._linger_ms = max(0, round(limits.linger_seconds * 1000) - _TIMERS_MS)
         self._lease_ms = round((lease_seconds + _LEASE_MARGIN_SECONDS) * 1000)
@@ -249,7 +251,7 @@ class RedisQueue:
         reply = await self._scripts.run("claim", [
             self.replica, claim_id, limits.pairs_per_second * PACE, limits.calls_per_second * PACE,
             limits.batch_pairs, limits.batch_bytes, self._linger_ms, self._lease_ms,
-            _AHEAD_MS, "",
+            _AHEAD_MS, self.run,
         ])  # fmt: skip
         if reply[0] == b"wait":
             return NotYet(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))

@@ -4,9 +4,9 @@
 --          (of these three the deployment's own, in Redis, come first)
 -- ARGV[6]  most bytes in a batch   ARGV[7]  linger, ms   ARGV[8]  lease, ms
 -- ARGV[9]  how long before its slot a full batch may be claimed, ms
+-- ARGV[10] the server that the replica's last heartbeat reached
 -- Returns  {'wait', ms; -1 if nothing waits}
---          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited},
---           when it was granted, ms}
+--          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited}}
 local replica, id, ahead = ARGV[1], ARGV[2], tonumber(ARGV[9])
 local function rate(value)
   local found = number(value)
@@ -17,6 +17,7 @@ local pairs_rate, calls_rate = rate(settings[1]) or tonumber(ARGV[3]), rate(sett
 local batch_pairs, batch_bytes, linger = pairs_in_batch(tonumber(ARGV[5])), tonumber(ARGV[6]), tonumber(ARGV[7])
 local LEAD_MS = 15 -- from here to the model takes about so long: the slot of a batch that could go at once
 local PAIRS_A_MS = 50 -- and so many pairs take a millisecond more
+local HEARTBEAT_MS, QUIET_MS = 250, 1200
 local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wait
 
 local function as_batch(claim)
@@ -42,13 +43,22 @@ reap()
 local function interval(per_second, cost)
   return per_second > 0 and cost * 1000 / per_second or 0
 end
-local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+local run = this_run()
+if ARGV[10] ~= run then -- what it may just have spent elsewhere is not told here yet: see heartbeat.lua
+  return { 'wait', HEARTBEAT_MS / 2 }
+end
 local limit = redis.call('HMGET', LIMIT, 'run', 'pairs_tat', 'calls_tat', 'not_before')
 local pairs_tat, calls_tat, not_before = number(limit[2]), number(limit[3]), not_before_of(limit[4])
 local burst = math.max(interval(pairs_rate, batch_pairs), interval(calls_rate, 1))
 local latest = now + burst + ahead + LEAD_MS + batch_pairs / PAIRS_A_MS + LATE_MS
 if limit[1] ~= run or not pairs_tat or not calls_tat or pairs_tat > latest or calls_tat > latest then
   pairs_tat, calls_tat = now + burst, now + burst
+  if limit[1] and limit[1] ~= run and burst > 0 then
+    -- The server before this one may still serve others: a planned failover has two masters for a second. Until each
+    -- side knows the other for silent, and keeps to its own moments, this one is.
+    not_before = math.max(not_before, now + QUIET_MS)
+    redis.call('HSET', LIMIT, 'not_before', not_before)
+  end
   redis.call('HSET', LIMIT, 'run', run, 'pairs_tat', pairs_tat, 'calls_tat', calls_tat)
   redis.call('HDEL', LIMIT, 'last') -- what was spent before is not given back
 end

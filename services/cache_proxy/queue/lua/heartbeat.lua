@@ -3,9 +3,11 @@
 -- ARGV[4]  1 after it was without Redis: it may just have called the model in a slot of its own
 -- ARGV[5]  pairs a second, [6] calls a second, [7] pairs in a batch: if they were lost
 -- ARGV[8]  msgpack list of the keys of the logs of invalidations that it follows
+-- ARGV[9]  the server that its last heartbeat reached; empty: this is the first. Under another, too, it may just have called
 -- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting}, oldest ms,
 --          members (who has which slot if Redis is lost), {replica, address} of those to knock at, ms between moments,
---          subscribers that this server has for the replica, the last entry of each log, false if it has none}
+--          subscribers that this server has for the replica, the last entry of each log, false if it has none,
+--          this server}
 local replica, held = ARGV[1], {}
 local FORGOTTEN_MS, LATE_MS = 600000, 450
 for _, id in ipairs(cmsgpack.unpack(ARGV[2])) do
@@ -25,7 +27,8 @@ for _, gone in ipairs(redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', now - FORGOT
   redis.call('HDEL', PAUSED, gone)
   redis.call('HDEL', ALONE, gone)
 end
-if ARGV[4] == '1' then
+local run = this_run()
+if ARGV[4] == '1' or (ARGV[9] ~= '' and ARGV[9] ~= run) then
   redis.call('HSET', LIMIT,
     'calls_tat', math.max(number(redis.call('HGET', LIMIT, 'calls_tat')) or 0, now + slot_ms()),
     'pairs_tat', math.max(number(redis.call('HGET', LIMIT, 'pairs_tat')) or 0, now + slot_ms()))
@@ -58,4 +61,4 @@ for at, log in ipairs(logs) do
   logs[at] = type(last) == 'table' and 'garbage' or last
 end
 return cmsgpack.pack({ now, meta('published'), redis.call('HGET', META, 'queue'), waiting, now - oldest,
-  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), subscribers_of(replica), logs })
+  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), subscribers_of(replica), logs, run })

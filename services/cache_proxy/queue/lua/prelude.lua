@@ -352,6 +352,11 @@ local function pairs_in_batch(own)
   return found >= 1 and found <= MAX_BATCH_PAIRS and found or own
 end
 
+-- This server, until it is started again.
+local function this_run()
+  return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+end
+
 -- How far apart full batches are.
 local function slot_ms()
   local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second')

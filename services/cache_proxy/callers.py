@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from services.cache_proxy.errors import InvalidRequest
@@ -9,6 +10,7 @@ from services.cache_proxy.metrics import PRIORITIES
 
 ANONYMOUS = "anonymous"
 _MAX_NAME = 64
+_REMEMBERED = 256
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -30,9 +32,17 @@ class Identify(Protocol):
 
 def identify_by_metadata(metadata: Metadata) -> Caller:
     """Believe `x-caller`; a name that is empty, too long or not printable is `anonymous`."""
-    sent = {key: value for key, value in metadata if isinstance(value, str)}
-    name = sent.get("x-caller", ANONYMOUS)
-    priority = sent.get("x-priority", PRIORITIES[0])
+    name, priority = ANONYMOUS, PRIORITIES[0]
+    for key, value in metadata:
+        if key == "x-caller":
+            name = str(value)
+        elif key == "x-priority":
+            priority = str(value)
+    return _caller(name, priority)
+
+
+@lru_cache(_REMEMBERED)
+def _caller(name: str, priority: str) -> Caller:
     if priority not in PRIORITIES:
         message = f"x-priority: {priority[:_MAX_NAME]!r} is not one of {', '.join(PRIORITIES)}"
         raise InvalidRequest(message)

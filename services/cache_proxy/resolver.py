@@ -70,6 +70,11 @@ class Resolver:
         """Wait for no refresh any more."""
         await self._refresher.close()
 
+    def answer_one(self, message: bytes) -> bytes | None:
+        """The answer to a whole request, if that is one pair which L1 knows."""
+        self._l1.expire(today())
+        return hits.answer_one(message, self._l1)
+
     async def answer_known(self, items: Sequence[bytes]) -> tuple[list[bytes], Sequence[int]]:
         """What L1 knows of a request's items: their answers, and the positions of those without one."""
         if not self._l1.is_on:

@@ -19,6 +19,7 @@ from services.cache_proxy.errors import InvalidRequest
 from services.cache_proxy.flood import holds_more_than
 
 LEVELS = 7
+BATCH_TAG = 0x0A
 UUID_TAG = 0x08
 MORE = 0x80
 

@@ -4,12 +4,12 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
 from services.cache_proxy import wire
-from services.cache_proxy.hits import answer_known
+from services.cache_proxy.hits import answer_known, answer_one
 from services.cache_proxy.l1 import L1Cache
 
 _Result = TypeVar("_Result")
@@ -52,6 +52,48 @@ def test_every_uuid_comes_back_with_its_pairs_level(asked: list[tuple[int, str]]
     assert answers == [
         wire.answer(uuid, levels[company]) if company in levels else b"" for uuid, company in asked
     ]
+
+
+_UUIDS = st.one_of(
+    st.integers(-(2**31), 2**31 - 1).map(lambda uuid: _item(uuid, "", "")), st.binary(max_size=11)
+)
+
+
+@given(
+    uuid=_UUIDS,
+    rest=st.one_of(st.sampled_from([_item(0, "a", "t"), b"", _item(0, "new", "t")]), st.binary(max_size=8)),
+    frame=st.sampled_from(["whole", "short", "long", "two"]),
+)
+@example(uuid=b"\x08\x80\x00", rest=b"", frame="whole")
+def test_one_pair_is_answered_as_in_a_batch(uuid: bytes, rest: bytes, frame: str) -> None:
+    """What has an answer by the short way is one pair, and the long way answers it the same."""
+    cache = _known(("a", "t"), ("", ""))
+    item = uuid + rest
+    size = len(item) + {"short": -1, "long": 1}.get(frame, 0)
+    message = bytes((0x0A, size % 128)) + item + (wire.join([item]) if frame == "two" else b"")
+    items = wire.split(message, max_pairs=10)
+    expected = None
+    if isinstance(items, list) and len(items) == 1 and wire.join(items) == message:
+        _, (answers, missing) = _at_once(answer_known(items, cache))
+        expected = None if missing else wire.join(answers)
+    assert answer_one(message, cache) == expected
+
+
+def test_one_long_pair_takes_the_long_way() -> None:
+    """An item whose length takes two bytes is none of the short way's business; the longest below it is."""
+    for length, known in ((120, True), (121, False)):
+        cache = _known(("c" * length, "t"))
+        message = wire.join([_item(7, "c" * length, "t")])
+        assert answer_one(message, cache) == (wire.join([wire.answer(7, 1)]) if known else None)
+
+
+def test_a_forgotten_answer_to_one_pair_is_none() -> None:
+    """An entry whose answer was taken from it is no hit by the short way either."""
+    cache = _known(("a", "t"))
+    message = wire.join([_item(1, "a", "t")])
+    assert answer_one(message, cache) == wire.join([wire.answer(1, 1)])
+    cache.remove(bytes(16))
+    assert answer_one(message, cache) is None
 
 
 @pytest.mark.parametrize(

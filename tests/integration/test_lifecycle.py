@@ -116,9 +116,10 @@ def test_drain_answers_what_is_in_flight_and_refuses_the_rest(stage_with: StageW
     with pushback, then exit code 0.
     """  # noqa: D205 - one thought
     stage = stage_with("--drain-delay", "300ms", *UNPACED)
+    stage.caller.ask([("known", "t")])
     held = stage.model.behaviour = Held()
     waiting = stage.caller.start(pairs_of("in flight", 3))
-    wait_for(lambda: stage.model.calls, what="the call is at the model")
+    wait_for(lambda: stage.model.calls_for("in flight"), what="the call is at the model")
     watch = _watch(stage.caller.channel)
     assert next(watch).status == SERVING
     stage.proxy.process.send_signal(signal.SIGTERM)
@@ -126,9 +127,10 @@ def test_drain_answers_what_is_in_flight_and_refuses_the_rest(stage_with: StageW
     assert _get(f"{stage.proxy.http}/readyz")[0] == 503
     assert _get(f"{stage.proxy.http}/healthz")[0] == 200
     wait_for(lambda: stage.caller.ask([]).code is StatusCode.UNAVAILABLE, what="new requests are refused")
-    refused = stage.caller.ask([("new", "t")])
-    assert refused.code is StatusCode.UNAVAILABLE
-    assert (refused.pushback_ms or 0) >= 1
+    for company in ("new", "known"):
+        refused = stage.caller.ask([(company, "t")])
+        assert refused.code is StatusCode.UNAVAILABLE
+        assert (refused.pushback_ms or 0) >= 1
     assert not waiting.ended
     held.go.set()
     assert waiting.reply().levels == [level_of(*pair) for pair in pairs_of("in flight", 3)]
@@ -260,6 +262,7 @@ def test_every_pair_has_one_outcome_and_every_metric_its_name(stage_with: StageW
         (pairs_of("mixed", 300), [("x-caller", "night")]), (pairs_of("mixed", 400), []),
         ([("mixed 0", "Title 0")] * 50, [("x-priority", "bulk")]), (pairs_of("over", 501), []),
         (pairs_of("priority", 3), [("x-priority", "none")]), ([("x" * 5000, "t")], []),
+        (pairs_of("mixed", 1), [("x-caller", "one")]), (pairs_of("mixed", 1), [("x-priority", "none")]),
     ]:  # fmt: skip
         sent += len(pairs)
         asking.ask(pairs, metadata=metadata)
@@ -278,10 +281,11 @@ def test_every_pair_has_one_outcome_and_every_metric_its_name(stage_with: StageW
     assert sum(outcomes.values()) == sent
     assert set(outcomes) == {"l1", "l2", "stale", "coalesced", "inferred", "failed"}
     assert outcomes["inferred"] == 400
-    assert outcomes["failed"] == 501 + 3 + 1 + 20
+    assert outcomes["failed"] == 501 + 3 + 1 + 1 + 20
     by_caller = {key[1:]: value for key, value in found.items() if key[0] == "cache_proxy_caller_pairs_total"}
     assert sum(by_caller.values()) == sent
     assert by_caller["night", "miss"] == 300
+    assert by_caller["one", "hit"] == 1
     assert found["cache_proxy_model_pairs_total",] == 420
     names = {key[0] for key in found}
     for name in (

@@ -2,9 +2,9 @@
 
 from contextlib import aclosing
 
-from services.augmenter import jsonl
+from services.augmenter import window
 from services.augmenter.object_store.protocol import Store
-from services.augmenter.pipeline import read_windows
+from services.augmenter.pipeline import read_blocks
 from services.augmenter.runner import Job
 from services.augmenter.totals import LineCounts, Totals
 
@@ -29,12 +29,14 @@ class DryRun:
         """Count one file. Raises FileError."""
         counts = LineCounts()
         async with aclosing(
-            read_windows(self._source, job.item, job.lines_format, self._totals)
-        ) as all_windows:
-            async for window in all_windows:
-                counts.read += len(window.lines)
-                counts.blank += window.entries.count(None)
-                counts.rejected += sum(isinstance(entry, jsonl.Rejected) for entry in window.entries)
-                self._pairs.update(map(hash, window.pairs()))
+            read_blocks(self._source, job.item, job.lines_format, self._totals)
+        ) as all_blocks:
+            async for block in all_blocks:
+                one = window.parsed(block, first=counts.read + 1)
+                counts.read += one.count
+                self._totals.lines_read += one.count
+                counts.blank += one.blank
+                counts.rejected += one.bad
+                self._pairs.update(map(hash, one.pairs()))
         counts.augmented = counts.read - counts.rejected - counts.blank
         return counts

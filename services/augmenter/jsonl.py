@@ -16,20 +16,24 @@ import msgspec
 from services.augmenter.splice import spliced
 
 _SPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
-Pair: TypeAlias = tuple[str, str]
 
 
-class Posting(msgspec.Struct, gc=False):
-    """What matters in a line: the pair, and whether the object has a `seniority` already."""
+class Posting(msgspec.Struct, frozen=True, gc=False):
+    """What matters in a line: company and title, and whether the object has a `seniority` already."""
 
     company: str
     title: str
     seniority: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
     @property
-    def pair(self) -> Pair:
+    def pair(self) -> "Pair":
         """What is asked."""
-        return self.company, self.title
+        return Posting(self.company, self.title)
+
+
+# A posting without a seniority is its own pair: parsed, hashed and compared without a step of Python, and
+# unlike a tuple nothing that the garbage collector looks at.
+Pair: TypeAlias = Posting
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,8 @@ class Rejected:
 
 
 Entry: TypeAlias = Posting | Rejected | None  # None: a blank line
-_decode = msgspec.json.Decoder(Posting).decode
+_decoder = msgspec.json.Decoder(Posting)
+_decode = _decoder.decode
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -51,11 +56,30 @@ def strip(line: bytes) -> bytes:
 
 def parse(texts: Sequence[bytes]) -> list[Entry]:
     """What each stripped line holds."""
+    return [_parse_line(text) for text in texts]
+
+
+def parse_plain(block: bytes) -> tuple[list[bytes], list[Posting]] | None:
+    """The lines without their outer braces, and their pairs, if all lines are as plain as nearly all are.
+
+    None: at least one is blank, bad, odd, has white space around it or a `seniority` already.
+
+    Every line feed stands between `}` and `{`. No JSON value can span that, nor can a string; so the values
+    that are read from the block as a whole are one a line, if there are as many.
+    """
+    if not (block.startswith(b"{") and block.endswith(b"}")):
+        return None
+    inner = block[1:-1].split(b"}\n{")
+    if len(inner) != block.count(b"\n") + 1:
+        return None
     try:
-        b"\n".join(texts).decode()  # msgspec does not look at the text of members that it skips
-        return list(map(_decode, texts))
+        block.decode()  # msgspec does not look at the text of members that it skips
+        postings = _decoder.decode_lines(block)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return [_parse_line(text) for text in texts]
+        return None
+    if len(postings) != len(inner) or any(posting.seniority is not msgspec.UNSET for posting in postings):
+        return None
+    return inner, postings
 
 
 def _parse_line(text: bytes) -> Entry:

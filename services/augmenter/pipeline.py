@@ -1,33 +1,23 @@
-"""One file: read, parse, ask, splice, write; the next window is read while this one is asked."""
+"""One file: read, parse, ask, splice, write, all at once; how far ahead is bounded by the room for text."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from functools import partial
 
-from services.augmenter import jsonl
+from services.augmenter import window
 from services.augmenter.errors import AccountingError
 from services.augmenter.object_store.protocol import Item, Store
 from services.augmenter.outputs import Output, Rejects
-from services.augmenter.proxy_client import Answers, ProxyClient
+from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.retry import RetryBudget
-from services.augmenter.tasks import read_ahead
+from services.augmenter.room import Room
+from services.augmenter.tasks import worked_ahead
 from services.augmenter.totals import LineCounts, Totals
+from services.augmenter.window import Answers, Window
 from services.common.codec import Decoder, Format
-from services.common.lines import BOM, windows
+from services.common.lines import blocks
 
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Lines in hand: as they were, stripped, and what they hold. `first` is the first one's number."""
-
-    first: int
-    lines: list[bytes]
-    texts: list[bytes]
-    entries: list[jsonl.Entry]
-
-    def pairs(self) -> dict[jsonl.Pair, None]:
-        """The distinct pairs, in order of appearance."""
-        return dict.fromkeys(entry.pair for entry in self.entries if isinstance(entry, jsonl.Posting))
+ROOM_BYTES = 24 * 2**20  # what is made of a text while it is in work takes five times as much
 
 
 class Pipeline:
@@ -41,80 +31,97 @@ class Pipeline:
         self._rejects = rejects
         self._client = client
         self._totals = totals
+        self._room = Room(limit_bytes=ROOM_BYTES)
 
     async def augment(
         self, item: Item, *, output_name: str, lines_format: Format, budget: RetryBudget
     ) -> LineCounts:
         """Make the output of one file, whole, its rejects before it. Raises FileError."""
         counts = LineCounts()
-        async with (
-            Output(self._sink.create(output_name, item), lines_format.encoder()) as output,
-            Rejects(self._rejects, item, lines_format) as rejects,
-            aclosing(read_windows(self._source, item, lines_format, self._totals)) as all_windows,
-            aclosing(read_ahead(all_windows)) as ready_windows,
-        ):
-            async for window in ready_windows:
-                counts.read += len(window.lines)
-                answers = await self._client.ask(window.pairs(), budget)
-                augmented, rejected = _settled(window, answers, counts)
-                if rejected:
-                    await rejects.write(rejected)
-                await output.write(b"".join(augmented))
-            if not counts.balanced:
-                raise AccountingError(
-                    lines_in=counts.read,
-                    augmented=counts.augmented,
-                    rejected=counts.rejected,
-                    blank=counts.blank,
-                )
-            await rejects.complete()
-            await output.complete()
+        in_hand = _InHand(self._room, self._totals)
+        all_blocks = partial(read_blocks, self._source, item, lines_format, self._totals)
+        try:
+            async with (
+                Output(self._sink.create(output_name, item), lines_format.encoder()) as output,
+                Rejects(self._rejects, item, lines_format) as rejects,
+                aclosing(all_blocks()) as read,
+                aclosing(in_hand.parsed(read)) as parsed,
+                aclosing(worked_ahead(parsed, partial(self._ask, budget=budget))) as asked,
+            ):
+                async for (one, size_bytes), answers in asked:
+                    counts.read += one.count
+                    augmented, rejected = one.settled(answers, counts)
+                    if rejected:
+                        await rejects.write(rejected)
+                    await output.write(augmented)
+                    in_hand.done_with(size_bytes)
+                _check(counts)
+                await rejects.complete()
+                await output.complete()
+        finally:
+            in_hand.close()
         return counts
 
-
-def _settled(
-    window: Window, answers: Answers, counts: LineCounts
-) -> tuple[list[bytes], list[tuple[int, bytes, str]]]:
-    """Output lines in order, and rejected ones (number, bytes, reason); counts what became of each."""
-    augmented: list[bytes] = []
-    rejected: list[tuple[int, bytes, str]] = []
-    blank = 0
-    for place, (text, entry) in enumerate(zip(window.texts, window.entries, strict=True)):
-        if isinstance(entry, jsonl.Posting):
-            level = answers.levels.get(entry.pair)
-            if level is not None:
-                augmented.append(jsonl.augmented_line(text, entry, level))
-                continue
-            reason = answers.refused[entry.pair]
-        elif entry is None:
-            blank += 1
-            continue
-        else:
-            reason = entry.reason
-        rejected.append((window.first + place, window.lines[place], reason))
-    counts.augmented += len(augmented)
-    counts.rejected += len(rejected)
-    counts.blank += blank
-    return augmented, rejected
+    async def _ask(self, parsed: tuple[Window, int], *, budget: RetryBudget) -> Answers:
+        return await self._client.ask(parsed[0].pairs(), budget)
 
 
-async def read_windows(
+class _InHand:
+    """A file's part of the room.
+
+    State: `_taken_bytes`, all of which goes back in `close`, however the file ended.
+    """
+
+    def __init__(self, room: Room, totals: Totals) -> None:
+        self._room = room
+        self._totals = totals
+        self._taken_bytes = 0
+
+    async def parsed(self, all_blocks: AsyncIterator[bytes]) -> AsyncGenerator[tuple[Window, int]]:
+        """The blocks parsed, with their size, each as soon as there is room for it."""
+        first = 1
+        async for block in all_blocks:
+            await self._room.take(len(block))
+            self._taken_bytes += len(block)
+            made = window.parsed(block, first=first)
+            size_bytes = len(block)
+            del block  # what is kept of it is in the window
+            first += made.count
+            self._totals.lines_read += made.count
+            yield made, size_bytes
+            del made
+
+    def done_with(self, size_bytes: int) -> None:
+        """A block of this size is written."""
+        self._taken_bytes -= size_bytes
+        self._room.give_back(size_bytes)
+
+    def close(self) -> None:
+        """The file is done, or failed."""
+        self.done_with(self._taken_bytes)
+
+
+def _check(counts: LineCounts) -> None:
+    if not counts.balanced:
+        raise AccountingError(
+            lines_in=counts.read,
+            augmented=counts.augmented,
+            rejected=counts.rejected,
+            blank=counts.blank,
+        )
+
+
+async def read_blocks(
     source: Store, item: Item, lines_format: Format, totals: Totals
-) -> AsyncGenerator[Window]:
-    """The file's lines, parsed, in windows. Raises FileError."""
-    first = 1
+) -> AsyncGenerator[bytes]:
+    """The file's text in blocks of whole lines. Raises FileError."""
     async with (
         aclosing(source.read(item)) as chunks,
         aclosing(_decoded(chunks, lines_format.decoder(), totals)) as decoded,
-        aclosing(windows(decoded)) as all_lines,
+        aclosing(blocks(decoded)) as all_blocks,
     ):
-        async for lines in all_lines:
-            texts = [jsonl.strip(line) for line in lines]
-            if first == 1:  # a byte order mark belongs to the file, not to its first line
-                texts[0] = jsonl.strip(lines[0].removeprefix(BOM))
-            yield Window(first, lines, texts, jsonl.parse(texts))
-            first += len(lines)
-            totals.lines_read += len(lines)
+        async for block in all_blocks:
+            yield block
 
 
 async def _decoded(chunks: AsyncIterator[bytes], decoder: Decoder, totals: Totals) -> AsyncGenerator[bytes]:

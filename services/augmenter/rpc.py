@@ -74,12 +74,10 @@ class SeniorityRpc:
 
     async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> list[int]:
         """The pairs' levels. Raises CallFailedError or PairsRefusedError."""
-        request = seniority_pb2.SeniorityRequestBatch(
-            batch=[
-                seniority_pb2.SeniorityRequest(uuid=uuid, company=company, title=title)
-                for uuid, (company, title) in enumerate(pairs, 1)
-            ]
-        )
+        request = seniority_pb2.SeniorityRequestBatch()
+        add = request.batch.add  # half the price of making messages first
+        for uuid, pair in enumerate(pairs, 1):
+            add(uuid=uuid, company=pair.company, title=pair.title)
         self._totals.rpcs += 1
         with self._metrics.rpc_seconds.time():
             call = self._stub.InferSeniority(request, timeout=self._deadline_seconds, metadata=self._metadata)
@@ -96,6 +94,13 @@ class SeniorityRpc:
 
 def _joined(response: seniority_pb2.SeniorityResponseBatch, count: int) -> list[int]:
     """The levels by uuid, 1 to `count`: the answers may come in any order, but each exactly once."""
+    in_order = [answer.seniority for answer in response.batch]
+    if (
+        [answer.uuid for answer in response.batch] == list(range(1, count + 1))
+        and min(in_order) >= MIN_LEVEL
+        and max(in_order) <= MAX_LEVEL
+    ):
+        return in_order  # as the proxy answers; the model may answer in any order
     levels = [0] * count
     wrong = f"{len(response.batch)} answers to {count} pairs" if len(response.batch) != count else ""
     for answer in response.batch:

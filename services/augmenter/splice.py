@@ -5,7 +5,7 @@ The bytes are known to be one valid JSON object; so the scanner only finds where
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
 
@@ -15,6 +15,14 @@ _SPACE = re.compile(rb"[ \t\r\n]*")
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _SCALAR = re.compile(rb"[^,}\]\s]+")
 _STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
+
+
+def all_spliced(inner: list[bytes], levels: Iterable[int]) -> bytes:
+    """Lines of objects that have no such member yet, given without their outer braces."""
+    parts = [b"{"] * (3 * len(inner))
+    parts[1::3] = inner
+    parts[2::3] = map(_ENDINGS.__getitem__, levels)
+    return b"".join(parts)
 
 
 def spliced(text: bytes, level: int, *, replace: bool) -> bytes:

@@ -1,10 +1,13 @@
 """Tasks that end with whoever began them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+from services.common.endings import end
+
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
@@ -21,19 +24,31 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def read_ahead(items: AsyncGenerator[_T]) -> AsyncGenerator[_T]:
-    """The same items; while one is in use, the next is already being made."""
-    task = asyncio.create_task(_next(items))
+async def worked_ahead(
+    items: AsyncGenerator[_T], work: Callable[[_T], Coroutine[Any, Any, _R]]
+) -> AsyncGenerator[tuple[_T, _R]]:
+    """Each item with the result of its work, in order; all work goes on at once.
+
+    How far ahead is for `items` to bound, by when it makes the next one.
+    """
+    begun: asyncio.Queue[tuple[_T, asyncio.Task[_R]] | None] = asyncio.Queue()
+    tasks: set[asyncio.Task[_R]] = set()
+
+    async def begin_all() -> None:
+        async for item in items:
+            task = asyncio.create_task(work(item))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            begun.put_nowait((item, task))
+
+    beginning = asyncio.create_task(begin_all())
+    beginning.add_done_callback(lambda _: begun.put_nowait(None))
     try:
-        while made := await task:
-            task = asyncio.create_task(_next(items))
-            yield made[0]
+        while made := await begun.get():
+            item, task = made
+            del made  # or the loop would hold an item until it has the next
+            yield item, await task
+            del item, task
+        await beginning
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _next(items: AsyncGenerator[_T]) -> tuple[_T] | None:
-    async for item in items:
-        return (item,)
-    return None
+        await end([beginning, *tasks])

@@ -1,17 +1,25 @@
-"""A stream of bytes cut into windows of whole lines, in bounded memory."""
+"""A stream of bytes cut into blocks of whole lines, in bounded memory."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 
 from services.common.errors import LineTooLongError
 
 WINDOW_BYTES = 4 * 2**20
-WINDOW_LINES = 20_000
+WINDOW_LINES = 50_000
 MAX_LINE_BYTES = 64 * 2**20
 BOM = b"\xef\xbb\xbf"
 
 
 async def windows(chunks: AsyncIterator[bytes]) -> AsyncGenerator[list[bytes]]:
     """Lists of lines without their line feed, which alone ends a line; a last line may lack it."""
+    async with aclosing(blocks(chunks)) as all_blocks:
+        async for block in all_blocks:
+            yield block.split(b"\n")
+
+
+async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+    """The same lines, still joined by their line feeds: a block without any is one line."""
     buffer = bytearray()
     lines_before = 0
     async for chunk in chunks:
@@ -22,15 +30,15 @@ async def windows(chunks: AsyncIterator[bytes]) -> AsyncGenerator[list[bytes]]:
         _check_first_line(buffer, lines_before)
         cut = buffer.rfind(b"\n", searched)
         if cut >= 0:
-            block = bytes(memoryview(buffer)[:cut])
+            text = bytes(memoryview(buffer)[:cut])
             del buffer[: cut + 1]
-            for lines in _split(block):
-                lines_before += len(lines)
-                yield lines
+            for block in _bounded(text):
+                lines_before += block.count(b"\n") + 1
+                yield block
     _check_first_line(buffer, lines_before)
     if buffer:
-        for lines in _split(bytes(buffer).removesuffix(b"\n")):
-            yield lines
+        for block in _bounded(bytes(buffer).removesuffix(b"\n")):
+            yield block
 
 
 def _check_first_line(buffer: bytearray, lines_before: int) -> None:
@@ -39,7 +47,11 @@ def _check_first_line(buffer: bytearray, lines_before: int) -> None:
         raise LineTooLongError(line=lines_before + 1, limit_bytes=MAX_LINE_BYTES)
 
 
-def _split(block: bytes) -> list[list[bytes]]:
-    """The block's lines, in lists of a bounded length."""
-    lines = block.split(b"\n")
-    return [lines[start : start + WINDOW_LINES] for start in range(0, len(lines), WINDOW_LINES)]
+def _bounded(text: bytes) -> Iterator[bytes]:
+    """The text in blocks of a bounded number of lines: very short lines cost more than their bytes."""
+    if text.count(b"\n") < WINDOW_LINES:
+        yield text
+        return
+    lines = text.split(b"\n")
+    for start in range(0, len(lines), WINDOW_LINES):
+        yield b"\n".join(lines[start : start + WINDOW_LINES])

@@ -6,15 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.augmenter.jsonl import Posting, Rejected, augmented_line, parse
+from services.augmenter import window
+from services.augmenter.jsonl import Posting, Rejected, augmented_line
 
 _GOOD = b'"company":"Acme","title":"Clerk"'
 
 
+def _entries(*texts: bytes) -> list[Posting | Rejected | None]:
+    """What a window makes of lines, whichever way it takes."""
+    made = window.parsed(b"\n".join(texts), first=2)
+    if isinstance(made, window.MixedWindow):
+        return made.entries
+    return [*made.line_pairs]
+
+
 def _one(text: bytes) -> Posting | Rejected | None:
-    """The entry of a line; the same alone, and in a window with a good and a bad one."""
-    alone = parse([text])[0]
-    among = parse([b"{" + _GOOD + b"}", text, b"not JSON"])[1]
+    """The entry of a line; the same alone, among good ones, and among a good and a bad one."""
+    good = b"{" + _GOOD + b"}"
+    alone = _entries(text)[0]
+    among = _entries(good, text, b"not JSON")[1]
     if isinstance(alone, Posting):
         assert isinstance(among, Posting)
         assert among.pair == alone.pair
@@ -88,7 +98,7 @@ def test_odd_but_lawful_line_is_asked(text: bytes, pair: tuple[str, str]) -> Non
     """A lawful line is asked with the text that JSON readers see in it, and keeps its bytes."""
     entry = _one(text)
     assert isinstance(entry, Posting)
-    assert entry.pair == pair
+    assert entry.pair == Posting(*pair)
     assert augmented_line(text, entry, 5) == text[:-1] + b', "seniority": 5}\n'
 
 
@@ -111,7 +121,40 @@ def test_nothing_is_accepted_that_a_strict_reader_refuses(noise: bytes, start: i
     """Whatever bytes a good line is damaged with: if it is asked, `json` reads the same pair in it."""
     good = b'{"company":"Acme","title":"Clerk","x":[1,2e3,true,null,"y"]}'
     text = good[:start] + noise.replace(b"\n", b"") + good[start + length :]
-    entry = parse([text])[0]
+    entry = _entries(text)[0]
     if isinstance(entry, Posting):
         value = json.loads(text.decode())
-        assert entry.pair == (value["company"], value["title"])
+        assert entry.pair == Posting(value["company"], value["title"])
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                b'{"company":"Acme","title":"Clerk"}',
+                b'{"company":"a","title":"}"}',
+                b'{"company":"a","title":"b"} ',
+                b'{"company":"a","title":"b"}{"company":"c","title":"d"}',
+                b'{"company":"a","title":"b","x":{"y":1}',
+                b'{"company":"a",',
+                b'"title":"b"}',
+                b'{"z":"',
+                b'{"company":"a","title":"b","seniority":1}',
+                b'{"company":"a","title":"b","x":"\xff"}',
+                b"{}",
+                b"",
+            ]
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_a_window_is_read_line_by_line_however_it_is_read(lines: list[bytes]) -> None:
+    """Values that share a line or span two never pass as one a line: a window reads each line as if alone."""
+    for line, entry in zip(lines, _entries(*lines), strict=True):
+        alone = _entries(line)[0]
+        if isinstance(alone, Posting):
+            assert isinstance(entry, Posting)
+            assert entry.pair == alone.pair
+        else:
+            assert entry == alone

@@ -1,0 +1,46 @@
+"""How much text may be in work at a time, all files together: what bounds memory."""
+
+import asyncio
+from collections import deque
+
+
+class Room:
+    """First come, first served. What is larger than all of it gets in alone.
+
+    State: `_used` (bytes), `_waiting` (in order; who is given room is counted in `_used` at once).
+    """
+
+    def __init__(self, *, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._used = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, size_bytes: int) -> None:
+        """Wait until there is room for so much more."""
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size_bytes, place))
+        self._admit()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.cancelled() or not place.done():
+                place.cancel()
+                self._admit()  # it may have stood in front of others
+            else:  # admitted and cancelled at once
+                self.give_back(size_bytes)
+            raise
+
+    def give_back(self, size_bytes: int) -> None:
+        """It is no longer in use."""
+        self._used -= size_bytes
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting:
+            size_bytes, place = self._waiting[0]
+            if not place.done():
+                if self._used and self._used + size_bytes > self._limit_bytes:
+                    return
+                self._used += size_bytes
+                place.set_result(None)
+            self._waiting.popleft()

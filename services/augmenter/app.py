@@ -3,10 +3,9 @@
 import asyncio
 import gc
 import logging
-import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -17,37 +16,45 @@ from services.augmenter import report
 from services.augmenter.config import RunSettings
 from services.augmenter.dry_run import DryRun
 from services.augmenter.errors import TerminatedError
+from services.augmenter.jobs import Job, Jobs, Shard
 from services.augmenter.locations import LocalPlace, Place, Plan, S3Place
 from services.augmenter.metrics import Metrics
 from services.augmenter.object_store.local import LocalStore
 from services.augmenter.object_store.protocol import Store
-from services.augmenter.object_store.s3 import S3Store, s3_client
+from services.augmenter.object_store.s3 import S3Store
+from services.augmenter.object_store.s3_client import aws_client
 from services.augmenter.pipeline import Pipeline
 from services.augmenter.proxy_client import ProxyClient, open_channel
 from services.augmenter.retry import RetryBudget, TargetHealth
 from services.augmenter.rpc import SeniorityRpc
-from services.augmenter.runner import Job, Runner, find_jobs
+from services.augmenter.runner import Runner
+from services.augmenter.signals import Signals
+from services.augmenter.sqs import QueueWorkers
 from services.augmenter.totals import LineCounts, Totals
+from services.augmenter.watch import Watcher
 from services.common.http import HttpEndpoint
 
 PROGRAM = "augmenter"
-_CONNECTIONS_PER_FILE = 4
+_CONNECTIONS_PER_FILE = 12  # read, write, rejects; and a listing's outputs are looked at together
 _GC_THRESHOLD = 100_000
+_GRACE_SECONDS = 20.0  # of the 30 that Kubernetes gives
 _EXIT_FAILED, _EXIT_REJECTED = 1, 3
 _log = logging.getLogger(PROGRAM)
 
 
 async def run(settings: RunSettings, plan: Plan) -> int:
-    """Do everything that is in INPUT now; the exit code. Raises CommandError."""
+    """Do what INPUT has now, or go on for what comes; the exit code. Raises CommandError."""
     gc.freeze()  # what is imported stays; and no cycles are made a line,
     gc.set_threshold(_GC_THRESHOLD)  # so looking for them every 700 objects is for nothing
-    terminated = _cancel_on_sigterm()
+    signals = Signals(grace_seconds=_GRACE_SECONDS if settings.watch else 0)
     try:
-        return await _run(settings, plan)
+        return await _run(settings, plan, signals.stopping)
     except asyncio.CancelledError:
-        if terminated.is_set():
-            raise TerminatedError("stopped by SIGTERM; run again to go on") from None
-        raise
+        if not signals.stopping.is_set():
+            raise
+        if settings.watch:  # what was in work is abandoned, whole: it will be found again
+            return 0
+        raise TerminatedError("stopped by SIGTERM; run again to go on") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ class _Stores:
     rejects: Store
 
 
-async def _run(settings: RunSettings, plan: Plan) -> int:
+async def _run(settings: RunSettings, plan: Plan, stopping: asyncio.Event) -> int:
     totals, registry = Totals(), CollectorRegistry()
     metrics = Metrics(registry)
     started = time.monotonic()
@@ -75,15 +82,9 @@ async def _run(settings: RunSettings, plan: Plan) -> int:
             await stores.sink.prepare()
             work = await _augmenting(settings, stores, stack, totals, metrics)
         runner = Runner(
-            source=stores.source,
-            sink=stores.sink,
-            overwrite=settings.overwrite,
-            work=work,
-            totals=totals,
-            metrics=metrics,
+            source=stores.source, work=work, totals=totals, metrics=metrics, tell_failures=settings.watch
         )
-        jobs = find_jobs(stores.source, input_name=plan.input_name, output_name=plan.output_name)
-        await runner.run(jobs, concurrency=settings.concurrency)
+        await _do_all(settings, plan, stores, runner, totals, stopping, stack)
     totals.seconds = time.monotonic() - started
     report.write_failures(totals, program=PROGRAM)
     if settings.dry_run:
@@ -92,7 +93,53 @@ async def _run(settings: RunSettings, plan: Plan) -> int:
         sys.stdout.write(report.summary(totals, rejects_place=stores.rejects.place("")))
     if settings.summary_json:
         report.write_summary_json(totals, settings.summary_json)
-    return _exit_code(settings, totals)
+    return 0 if settings.watch else _exit_code(settings, totals)
+
+
+async def _do_all(
+    settings: RunSettings,
+    plan: Plan,
+    stores: _Stores,
+    runner: Runner,
+    totals: Totals,
+    stopping: asyncio.Event,
+    stack: AsyncExitStack,
+) -> None:
+    """Every file, wherever its name comes from."""
+    jobs = Jobs(
+        stores.source,
+        stores.sink,
+        shard=Shard(*settings.shard),
+        overwrite=settings.overwrite,
+        output_name=plan.output_name,
+    )
+    concurrency = settings.concurrency
+    if settings.sqs_queue_url:
+        assert isinstance(plan.source, S3Place)  # noqa: S101 - checked with the places
+        client = await stack.enter_async_context(aws_client("sqs", connections=4 * concurrency))
+        workers = QueueWorkers(
+            client,
+            queue_url=settings.sqs_queue_url,
+            source=plan.source,
+            jobs=jobs,
+            runner=runner,
+            totals=totals,
+        )
+        await workers.run(concurrency=concurrency, endless=settings.watch, stopping=stopping)
+    elif settings.watch:
+        watcher = Watcher(
+            lambda after: jobs.all(after=after),
+            poll_interval_seconds=settings.poll_interval_seconds,
+            lookback_seconds=settings.lookback_seconds,
+        )
+        await runner.run(watcher.jobs(), concurrency=concurrency, stopping=stopping, ended=watcher.ended)
+    else:
+        found = jobs.all() if plan.input_name is None else _single(jobs, plan.input_name)
+        await runner.run(found, concurrency=concurrency, stopping=stopping)
+
+
+async def _single(jobs: Jobs, name: str) -> AsyncIterator[Job]:
+    yield await jobs.named(name)
 
 
 def _exit_code(settings: RunSettings, totals: Totals) -> int:
@@ -128,7 +175,11 @@ async def _augmenting(
     async def augment(job: Job) -> LineCounts:
         budget = RetryBudget(seconds=settings.retry_budget_seconds, health=health)
         return await pipeline.augment(
-            job.item, output_name=job.output_name, lines_format=job.lines_format, budget=budget
+            job.item,
+            output_name=job.output_name,
+            onto=job.onto,
+            lines_format=job.lines_format,
+            budget=budget,
         )
 
     return augment
@@ -141,7 +192,7 @@ async def _stores(settings: RunSettings, plan: Plan, stack: AsyncExitStack) -> _
     if any(isinstance(place, S3Place) for place in places):
         connections = _CONNECTIONS_PER_FILE * settings.concurrency
         client = await stack.enter_async_context(
-            s3_client(endpoint_url=settings.endpoint_url, connections=connections)
+            aws_client("s3", endpoint_url=settings.endpoint_url, connections=connections)
         )
 
     def store(place: Place) -> Store:
@@ -150,17 +201,3 @@ async def _stores(settings: RunSettings, plan: Plan, stack: AsyncExitStack) -> _
         return S3Store(client, bucket=place.bucket, prefix=place.key)
 
     return _Stores(*map(store, places))
-
-
-def _cancel_on_sigterm() -> asyncio.Event:
-    """Cancel the current task at SIGTERM; a second one ends the process at once."""
-    loop, task, terminated = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
-
-    def terminate() -> None:
-        loop.remove_signal_handler(signal.SIGTERM)
-        terminated.set()
-        if task:
-            task.cancel()
-
-    loop.add_signal_handler(signal.SIGTERM, terminate)
-    return terminated

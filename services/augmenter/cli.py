@@ -23,6 +23,10 @@ def _run(**values: Any) -> int:
     settings = flags.read(RunSettings, values)
     logs.configure(log_format=settings.log_format, level=settings.log_level)
     plan = locations.plan(values["input"], values["output"], settings.rejects)
+    if settings.sqs_queue_url and (plan.input_name or not isinstance(plan.source, locations.S3Place)):
+        raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
+    if settings.watch and plan.input_name:
+        raise UsageError("--watch waits for new files: INPUT must be a folder or a prefix")
     return asyncio.run(app.run(settings, plan))
 
 

@@ -3,6 +3,7 @@
 import string
 from dataclasses import dataclass
 
+from services.augmenter.jobs import parse_shard
 from services.common import flags
 from services.common.errors import UsageError
 from services.common.flags import flag
@@ -10,6 +11,7 @@ from services.common.units import is_address
 
 DEFAULT_INPUT = "s3://rl-data/job-postings-raw/"
 DEFAULT_OUTPUT = "s3://rl-data/job-postings-mod/"
+SHARD = flags.kind("i/n", parse_shard)
 _HEADER_CHARACTERS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 
@@ -20,7 +22,25 @@ class RunSettings:
     target: str | None = flag(
         "--target", flags.TEXT, text="gRPC target of the proxy, or of the model itself; required"
     )
-    once: bool = flag("--once", flags.BOOL, "true", text="do all files that are there now, then end")
+    once: bool | None = flag(
+        "--once", flags.BOOL, text="do all files that are there now, then end; this is the default"
+    )
+    watch: bool = flag("--watch", flags.BOOL, "false", text="go on for new files until SIGTERM")
+    poll_interval_seconds: float = flag(
+        "--poll-interval", flags.DURATION, "10s", text="between two listings of INPUT, with --watch"
+    )
+    lookback_seconds: float = flag(
+        "--lookback",
+        flags.DURATION,
+        "24h",
+        text="names that are of so long before the newest are not looked for again, with --watch",
+    )
+    sqs_queue_url: str | None = flag(
+        "--sqs-queue-url", flags.TEXT, text="take the files from S3 event notifications, instead of listing"
+    )
+    shard: tuple[int, int] = flag(
+        "--shard", SHARD, "0/1", text="I/N: this process's part of the files, from 0/N on"
+    )
     rejects: str | None = flag(
         "--rejects", flags.TEXT, text="where lines that cannot be augmented go [default: OUTPUT + _rejects/]"
     )
@@ -62,8 +82,14 @@ class RunSettings:
         """Refuse what cannot be meant, in one line that names it."""
         if not self.target and not self.dry_run:
             raise UsageError("--target is required (the proxy's HOST:PORT)")
-        if not self.once:
-            raise UsageError("--once false: there is no other way to run")
+        if self.once is not None and self.once is self.watch:
+            raise UsageError("--once and --watch: one of the two")
+        if self.watch and self.poll_interval_seconds == 0:
+            raise UsageError("--poll-interval 0: a listing needs time")
+        if self.dry_run and (self.watch or self.sqs_queue_url):
+            raise UsageError("--dry-run counts what is there now: not with --watch or --sqs-queue-url")
+        if self.sqs_queue_url and self.shard[1] > 1:
+            raise UsageError("--shard does not go with --sqs-queue-url: the queue shares its messages out")
         if self.http_listen and (not is_address(self.http_listen) or self.http_listen.startswith("unix:")):
             message = f"--http-listen {self.http_listen!r} is not host:port"
             raise UsageError(message)

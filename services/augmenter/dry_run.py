@@ -3,9 +3,9 @@
 from contextlib import aclosing
 
 from services.augmenter import window
+from services.augmenter.jobs import Job
 from services.augmenter.object_store.protocol import Store
 from services.augmenter.pipeline import read_blocks
-from services.augmenter.runner import Job
 from services.augmenter.totals import LineCounts, Totals
 
 

@@ -19,6 +19,20 @@ class AccountingError(FileError):
         )
 
 
+class DoneElsewhereError(FileError):
+    """Another process made the same output from the same input meanwhile: nothing is left to do."""
+
+    def __init__(self) -> None:
+        super().__init__("another process made this output meanwhile")
+
+
+class OutputTakenError(FileError):
+    """Another process wrote the output, or ended our upload of it, meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__("another process is writing the same output; run again")
+
+
 class StoreError(FileError):
     """A folder or bucket cannot be listed, read or written."""
 

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from services.augmenter.object_store.protocol import REASONS_SUFFIX, Item, Store, Upload
+from services.augmenter.tasks import together
 from services.common.codec import PLAIN, Encoder, Format
 
 
@@ -50,6 +51,11 @@ class Rejects:
         """Nothing to begin as long as nothing is rejected."""
         return self
 
+    @property
+    def any(self) -> bool:
+        """Whether anything was rejected."""
+        return self._outputs is not None
+
     async def write(self, rejected: list[tuple[int, bytes, str]]) -> None:
         """Add lines: number, bytes, reason."""
         if self._outputs is None:
@@ -75,13 +81,15 @@ class Rejects:
         return lines, reasons
 
     async def complete(self) -> None:
-        """Let them appear; remove those of an earlier run of this file if there are none now."""
-        if self._outputs is None:
-            await self._store.remove(self._item.name)
-            await self._store.remove(self._item.name + REASONS_SUFFIX)
-            return
-        for output in self._outputs:
+        """Let them appear."""
+        for output in self._outputs or ():
             await output.complete()
+
+    async def clear(self) -> None:
+        """Behind the output, which has all lines then: remove what an earlier run rejected of this file."""
+        if self._outputs is None:
+            names = (self._item.name, self._item.name + REASONS_SUFFIX)
+            await together(self._store.remove(name) for name in names)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -5,7 +5,7 @@ from contextlib import aclosing
 from functools import partial
 
 from services.augmenter import window
-from services.augmenter.errors import AccountingError
+from services.augmenter.errors import AccountingError, DoneElsewhereError
 from services.augmenter.object_store.protocol import Item, Store
 from services.augmenter.outputs import Output, Rejects
 from services.augmenter.proxy_client import ProxyClient
@@ -34,7 +34,7 @@ class Pipeline:
         self._room = Room(limit_bytes=ROOM_BYTES)
 
     async def augment(
-        self, item: Item, *, output_name: str, lines_format: Format, budget: RetryBudget
+        self, item: Item, *, output_name: str, onto: str, lines_format: Format, budget: RetryBudget
     ) -> LineCounts:
         """Make the output of one file, whole, its rejects before it. Raises FileError."""
         counts = LineCounts()
@@ -42,7 +42,7 @@ class Pipeline:
         all_blocks = partial(read_blocks, self._source, item, lines_format, self._totals)
         try:
             async with (
-                Output(self._sink.create(output_name, item), lines_format.encoder()) as output,
+                Output(self._sink.create(output_name, item, onto=onto), lines_format.encoder()) as output,
                 Rejects(self._rejects, item, lines_format) as rejects,
                 aclosing(all_blocks()) as read,
                 aclosing(in_hand.parsed(read)) as parsed,
@@ -56,11 +56,20 @@ class Pipeline:
                     await output.write(augmented)
                     in_hand.done_with(size_bytes)
                 _check(counts)
+                if rejects.any:
+                    await self._see_that_nobody_was_faster(item, output_name, onto)
                 await rejects.complete()
                 await output.complete()
+                await rejects.clear()
         finally:
             in_hand.close()
         return counts
+
+    async def _see_that_nobody_was_faster(self, item: Item, output_name: str, onto: str) -> None:
+        """Or our rejects would stand beside an output for which the model answered differently."""
+        made = await self._sink.made(output_name, item)
+        if made and made.from_this_input and made.version != onto:
+            raise DoneElsewhereError
 
     async def _ask(self, parsed: tuple[Window, int], *, budget: RetryBudget) -> Answers:
         return await self._client.ask(parsed[0].pairs(), budget)

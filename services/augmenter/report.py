@@ -29,6 +29,10 @@ def summary(totals: Totals, *, rejects_place: str) -> str:
     ]
     if lines.rejected:
         rows.append(("Rejects", f"{rejects_place} (the lines, and why)"))
+    if totals.outside:
+        rows.append(
+            ("Outside", f"{totals.outside:,} keys outside INPUT; their messages are left in the queue")
+        )
     return "".join(f"{name:<8} {text}\n" for name, text in rows)
 
 
@@ -49,7 +53,7 @@ def dry_run_summary(totals: Totals, *, distinct: int) -> str:
 
 def write_failures(totals: Totals, *, program: str) -> None:
     """One line on standard error for each file that failed."""
-    for name, error in totals.failures:
+    for name, error in totals.failures.items():
         sys.stderr.write(f"{program}: {name}: {' '.join(error.split())}\n")
 
 

@@ -32,7 +32,8 @@ class Totals:
 
     done: int = 0
     skipped: int = 0
-    failures: list[tuple[str, str]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)  # why, by the file's place
+    outside: int = 0  # keys outside INPUT that a queue told of
     lines: LineCounts = field(default_factory=LineCounts)
     pairs_asked: int = 0
     hits: int = 0
@@ -68,6 +69,7 @@ class Totals:
             },
             "pairs": {"asked": self.pairs_asked, "hits": self.hits, "misses": self.misses},
             "rpcs": self.rpcs,
+            "keys_outside": self.outside,
             "seconds": round(self.seconds, 3),
-            "failures": [{"file": name, "error": error} for name, error in self.failures],
+            "failures": [{"file": name, "error": error} for name, error in self.failures.items()],
         }

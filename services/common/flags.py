@@ -77,6 +77,11 @@ BOOL = _Kind("true|false", _parse_bool)
 LIST = _Kind("list", _parse_list)
 
 
+def kind(name: str, parse: Callable[[str], Any]) -> click.ParamType[Any]:
+    """A type of a service's own, from a parser that raises ValueError with a sentence about the value."""
+    return _Kind(name, parse)
+
+
 def choice(*values: str) -> click.ParamType[Any]:
     """One of a few words."""
     return click.Choice(values)

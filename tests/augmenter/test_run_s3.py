@@ -12,7 +12,8 @@ import pytest
 
 from services.augmenter.errors import InputChangedError, StoreError
 from services.augmenter.object_store.protocol import Item
-from services.augmenter.object_store.s3 import S3Store, s3_client
+from services.augmenter.object_store.s3 import S3Store
+from services.augmenter.object_store.s3_client import aws_client
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Stub, posting
 from tests.support.s3 import S3Server
@@ -31,7 +32,7 @@ class Bucket:
 
     def _do(self, use: Callable[[Any], Coroutine[Any, Any, _T]]) -> _T:
         async def run() -> _T:
-            async with s3_client(endpoint_url=self.endpoint_url, connections=2) as client:
+            async with aws_client("s3", endpoint_url=self.endpoint_url, connections=2) as client:
                 return await use(client)
 
         return asyncio.run(run())
@@ -189,7 +190,7 @@ def test_wrong_or_no_credentials_are_one_line(
 @pytest.fixture
 async def store(bucket: Bucket) -> AsyncIterator[S3Store]:
     """The bucket as the augmenter sees it."""
-    async with s3_client(endpoint_url=bucket.endpoint_url, connections=4) as client:
+    async with aws_client("s3", endpoint_url=bucket.endpoint_url, connections=4) as client:
         yield S3Store(client, bucket=bucket.name, prefix="p/")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+from bisect import bisect_right
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from services.augmenter.errors import InputChangedError, StoreError
-from services.augmenter.object_store.protocol import Item, is_input
+from services.augmenter.object_store.protocol import Item, Made, is_input
 
 _READ_BYTES = 2**20
 _TEMPORARY = ".augmenter-tmp"
@@ -27,19 +28,29 @@ class LocalStore:
         """The path."""
         return str(self._root / name)
 
-    async def list(self) -> AsyncIterator[Item]:
-        """Sorted within each folder; links to files are followed, links to folders are not."""
+    async def list(self, *, after: str = "") -> AsyncIterator[Item]:
+        """Links to files are followed, links to folders are not."""
         with _named(str(self._root)):
-            for item in self._walk():
-                yield item
+            names = await asyncio.to_thread(lambda: sorted(self._walk(), key=str.encode))
+            for name in names[bisect_right(names, after.encode(), key=str.encode) :]:
+                if item := self._looked_at(name):
+                    yield item
 
-    def _walk(self) -> Iterator[Item]:
-        for folder, folders, names in os.walk(self._root, onerror=_raise):
-            folders[:] = sorted(folders)
-            for name in sorted(names):
+    def _walk(self) -> Iterator[str]:
+        if not self._root.exists():  # an OUTPUT that is not made yet has no files
+            return
+        for folder, _, names in os.walk(self._root, onerror=_raise):
+            for name in names:
                 relative = Path(folder, name).relative_to(self._root).as_posix()
-                if is_input(relative) and Path(folder, name).is_file():
-                    yield self._item(relative)
+                if is_input(relative) and _encodable(relative):
+                    yield relative
+
+    def _looked_at(self, name: str) -> Item | None:
+        """None: no file, a link to nowhere, or gone since the listing."""
+        try:
+            return self._item(name) if self._path(name).is_file() else None
+        except FileNotFoundError:
+            return None
 
     async def find(self, name: str) -> Item:
         """One file."""
@@ -68,16 +79,17 @@ class LocalStore:
             if not os.access(self._root, os.W_OK | os.X_OK):
                 raise StoreError(place=str(self._root), reason="not writable")
 
-    async def is_made_from(self, name: str, source: Item) -> bool:
+    async def made(self, name: str, source: Item) -> Made | None:
         """The output carries its input's time of modification."""
         with _named(self.place(name)):
             try:
-                return self._path(name).stat().st_mtime_ns == source.modified_ns
+                status = self._path(name).stat()
             except (FileNotFoundError, NotADirectoryError):
-                return False
+                return None
+        return Made(_version(status), from_this_input=status.st_mtime_ns == source.modified_ns)
 
-    def create(self, name: str, source: Item) -> "LocalUpload":
-        """Begin `name`."""
+    def create(self, name: str, source: Item, *, onto: str | None = None) -> "LocalUpload":  # noqa: ARG002
+        """Begin `name`; the last of several writers wins, each with a whole file."""
         with _named(self.place(name)):
             return LocalUpload(self._path(name), modified_ns=source.modified_ns)
 
@@ -153,6 +165,15 @@ class LocalUpload:
 
 def _version(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns}-{status.st_size}"
+
+
+def _encodable(name: str) -> bool:
+    """Whether the name is text: others cannot be told to anyone."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _escaped(name: str) -> str:

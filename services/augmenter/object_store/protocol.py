@@ -21,6 +21,17 @@ class Item:
     modified_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An output that is there: its own version, and whether it was made from the input in question."""
+
+    version: str
+    from_this_input: bool
+
+
+NOTHING = ""  # no version of an object
+
+
 class Upload(Protocol):
     """An output in the making: it appears whole at `complete`, or not at all."""
 
@@ -45,8 +56,8 @@ class Store(Protocol):
     def place(self, name: str) -> str:
         """The full address of a name, for people."""
 
-    def list(self) -> AsyncIterator[Item]:
-        """Every file to augment, whatever its depth."""
+    def list(self, *, after: str = "") -> AsyncIterator[Item]:
+        """Every file to augment, whatever its depth, by name in the order of UTF-8; those behind `after`."""
 
     async def find(self, name: str) -> Item:
         """One file."""
@@ -57,11 +68,15 @@ class Store(Protocol):
     async def prepare(self) -> None:
         """Fail now if files could not be written here."""
 
-    async def is_made_from(self, name: str, source: Item) -> bool:
-        """Whether `name` is there, and was made from this very `source`."""
+    async def made(self, name: str, source: Item) -> Made | None:
+        """The output `name`, if it is there."""
 
-    def create(self, name: str, source: Item) -> Upload:
-        """Begin `name`, to be marked as made from `source`."""
+    def create(self, name: str, source: Item, *, onto: str | None = None) -> Upload:
+        """Begin `name`, to be marked as made from `source`.
+
+        `onto` is the version that it may replace, NOTHING if there was none: whoever comes second among
+        several writers is told by OutputTakenError, where the store can tell. None: it replaces anything.
+        """
 
     async def remove(self, name: str) -> None:
         """Remove `name` if it is there."""

@@ -1,0 +1,118 @@
+"""The files to do: INPUT's listing beside OUTPUT's, both in one order and page by page."""
+
+import re
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from services.augmenter.object_store.protocol import NOTHING, Item, Store
+from services.augmenter.tasks import together
+from services.common.codec import Format, format_of
+
+_LOOKED_AT_TOGETHER = 32
+_SHARD = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A process's part of the files, by name: the same in every run, and nobody has to agree on it."""
+
+    index: int = 0
+    count: int = 1
+
+    def has(self, name: str) -> bool:
+        """Whether a file is this process's."""
+        return zlib.crc32(name.encode()) % self.count == self.index
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read `I/N`. Raises ValueError."""
+    found = _SHARD.fullmatch(text)
+    if not found or not int(found[1]) < int(found[2]):
+        message = f"{text!r} is not I/N with I from 0 to N - 1"
+        raise ValueError(message)
+    return int(found[1]), int(found[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One file, where its output goes, and which version of it (or NOTHING) is to be replaced.
+
+    `is_done`: its output is there already.
+    """
+
+    item: Item
+    output_name: str
+    lines_format: Format
+    onto: str = NOTHING
+    is_done: bool = False
+
+
+class Jobs:
+    """Finds files in `source`, and looks in `sink` for what is there of them."""
+
+    def __init__(
+        self, source: Store, sink: Store, *, shard: Shard, overwrite: bool, output_name: str | None = None
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._shard = shard
+        self._overwrite = overwrite
+        self._output_name = output_name
+
+    async def named(self, name: str) -> Job:
+        """One file. Raises StoreError."""
+        return await self._seen(await self._source.find(name), listed=True)
+
+    async def all(self, *, after: str = "") -> AsyncGenerator[Job]:
+        """Every file of INPUT behind a name. Raises StoreError."""
+        async with aclosing(self._merged(after)) as pairs:
+            some: list[tuple[Item, bool]] = []
+            async for item, listed in pairs:
+                some.append((item, listed))
+                if not listed and len(some) == 1:  # nothing to wait for
+                    yield await self._seen(item, listed=False)
+                    some = []
+                elif len(some) == _LOOKED_AT_TOGETHER:
+                    for job in await self._all_seen(some):
+                        yield job
+                    some = []
+            for job in await self._all_seen(some):
+                yield job
+
+    async def _all_seen(self, some: list[tuple[Item, bool]]) -> list[Job]:
+        return await together(self._seen(item, listed=listed) for item, listed in some)
+
+    async def _merged(self, after: str) -> AsyncGenerator[tuple[Item, bool]]:
+        """Each of this shard's files of INPUT, and whether OUTPUT lists one of its name."""
+        outputs = _Names(self._sink.list(after=after))
+        async for item in self._source.list(after=after):
+            if self._shard.has(item.name):
+                yield item, await outputs.has(item.name)
+
+    async def _seen(self, item: Item, *, listed: bool) -> Job:
+        """The job, once its output has been looked at: a listing tells its name, not what it was made of."""
+        output_name = self._output_name or item.name
+        lines_format = format_of(item.name)
+        assert lines_format  # noqa: S101 - a listing takes no other names
+        made = await self._sink.made(output_name, item) if listed else None
+        if made is None:
+            return Job(item, output_name, lines_format)
+        is_done = made.from_this_input and not self._overwrite
+        return Job(item, output_name, lines_format, made.version, is_done)
+
+
+class _Names:
+    """A listing that is asked for names in its own order. State: `_next`, the first not yet passed."""
+
+    def __init__(self, items: AsyncIterator[Item]) -> None:
+        self._items = items
+        self._next: bytes | None = b""
+
+    async def has(self, name: str) -> bool:
+        wanted = name.encode()
+        while self._next is not None and self._next < wanted:
+            item = await anext(self._items, None)
+            self._next = item.name.encode() if item else None
+        return self._next == wanted

@@ -1,0 +1,171 @@
+"""An object in the making: one put when small, else parts; it appears whole, once, or not at all."""
+
+import asyncio
+import contextlib
+import datetime as dt
+import logging
+import secrets
+from types import TracebackType
+from typing import Any, Self
+
+from botocore.exceptions import ClientError
+
+from services.augmenter.errors import DoneElsewhereError, OutputTakenError, StoreError
+from services.augmenter.object_store.protocol import NOTHING
+from services.augmenter.object_store.s3_client import code_of, named
+
+MARK, _BY = "input-etag", "upload"
+_PART_BYTES = 8 * 2**20  # of at most 10,000: outputs up to 80 GB
+# What S3 says when somebody else came first, is writing right now, or has aborted our upload.
+_TAKEN = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"}
+_log = logging.getLogger("augmenter")
+
+
+class S3Upload:
+    """One part is on its way while the next is filled.
+
+    State: `_part` (bytes not yet sent), `_sending` (the part on its way), `_parts` (those that arrived).
+    """
+
+    def __init__(
+        self, client: Any, *, place: str, target: dict[str, str], source_version: str, onto: str | None
+    ) -> None:
+        self._client = client
+        self._place = place
+        self._target = target
+        self._metadata = {MARK: source_version, _BY: secrets.token_hex(8)}
+        self._condition = (
+            {} if onto is None else {"IfNoneMatch": "*"} if onto == NOTHING else {"IfMatch": onto}
+        )
+        self._part = bytearray()
+        self._upload: dict[str, str] | None = None  # as soon as there is a first whole part
+        self._sending: asyncio.Task[dict[str, Any]] | None = None
+        self._parts: list[dict[str, Any]] = []
+
+    async def __aenter__(self) -> Self:
+        """Nothing is there to be made before the first part."""
+        return self
+
+    async def write(self, data: bytes) -> None:
+        """Add bytes; waits while a part is on its way and the next is full."""
+        self._part += data
+        while len(self._part) >= _PART_BYTES:
+            part = bytes(memoryview(self._part)[:_PART_BYTES])
+            del self._part[:_PART_BYTES]
+            await self._send(part)
+
+    async def complete(self) -> None:
+        """Let the object appear. Raises DoneElsewhereError or OutputTakenError if somebody came first."""
+        if self._upload is None:
+            await self._at_end(
+                self._client.put_object(
+                    **self._target, **self._condition, Body=bytes(self._part), Metadata=self._metadata
+                )
+            )
+            return
+        if self._part:
+            await self._send(bytes(self._part))
+        await self._arrived()
+        await self._at_end(
+            self._client.complete_multipart_upload(
+                **self._target,
+                **self._upload,
+                **self._condition,
+                MultipartUpload={"Parts": self._parts},
+            )
+        )
+        self._upload = None
+
+    async def _at_end(self, request: Any) -> None:
+        """What makes the object appear. It is sent again when its answer is lost, and then finds itself."""
+        with named(self._place):
+            try:
+                await request
+            except ClientError as error:
+                if code_of(error) not in _TAKEN:
+                    raise
+                if not await self._is_ours(error):
+                    raise OutputTakenError from error
+
+    async def _is_ours(self, refusal: ClientError) -> bool:
+        try:
+            head = await self._client.head_object(**self._target)
+        except ClientError as error:
+            if code_of(error) in {"404", "NoSuchKey"}:
+                return False
+            raise
+        there = head.get("Metadata", {})
+        if there.get(_BY) == self._metadata[_BY]:
+            return True
+        if there.get(MARK) == self._metadata[MARK]:
+            raise DoneElsewhereError from refusal
+        return False
+
+    async def _send(self, part: bytes) -> None:
+        if self._upload is None:
+            await abort_uploads(self._client, self._target["Bucket"], self._target["Key"], exact=True)
+            with named(self._place):
+                made = await self._client.create_multipart_upload(**self._target, Metadata=self._metadata)
+            self._upload = {"UploadId": made["UploadId"]}
+        await self._arrived()
+        self._sending = asyncio.create_task(self._send_part(self._upload, len(self._parts) + 1, part))
+
+    async def _send_part(self, upload: dict[str, str], number: int, part: bytes) -> dict[str, Any]:
+        with named(self._place):
+            try:
+                sent = await self._client.upload_part(**self._target, **upload, PartNumber=number, Body=part)
+            except ClientError as error:
+                if code_of(error) in _TAKEN:
+                    raise OutputTakenError from error
+                raise
+        return {"PartNumber": number, "ETag": sent["ETag"]}
+
+    async def _arrived(self) -> None:
+        if self._sending is not None:
+            self._parts.append(await self._sending)
+            self._sending = None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Abort what was begun, so that no parts are stored (and paid for)."""
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.gather(self._sending, return_exceptions=True)
+        if self._upload is not None:
+            with contextlib.suppress(StoreError), named(self._place):
+                await self._client.abort_multipart_upload(**self._target, **self._upload)
+
+
+async def abort_uploads(
+    client: Any,
+    bucket: str,
+    prefix: str,
+    *,
+    before: dt.datetime | None = None,
+    exact: bool = False,
+) -> None:
+    """End uploads that killed runs left: under a prefix those begun before, or all of one key.
+
+    Whoever is writing that key at this moment loses its upload, not its output: it is told at its next part.
+    A server that cannot list uploads, or may not, keeps what is left: a rule of the bucket must end it.
+    """
+    place = f"s3://{bucket}/{prefix}"
+    try:
+        with named(place):
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+            async for page in pages:
+                for upload in page.get("Uploads", ()):
+                    if (exact and upload["Key"] != prefix) or (before and upload["Initiated"] >= before):
+                        continue
+                    await _abort(client, bucket, upload)
+    except StoreError as error:
+        _log.warning("%s: unfinished uploads are left as they are: %s", place, error.reason)
+
+
+async def _abort(client: Any, bucket: str, upload: dict[str, Any]) -> None:
+    try:
+        await client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    except ClientError as error:
+        if code_of(error) != "NoSuchUpload":  # it ended by itself
+            raise

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import click
+import uvloop
 
 from services.augmenter import app, locations
 from services.augmenter.config import DEFAULT_INPUT, DEFAULT_OUTPUT, RunSettings
@@ -27,7 +28,8 @@ def _run(**values: Any) -> int:
         raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
     if settings.watch and plan.input_name:
         raise UsageError("--watch waits for new files: INPUT must be a folder or a prefix")
-    return asyncio.run(app.run(settings, plan))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(app.run(settings, plan))
 
 
 cli = click.Group("augmenter", help="Adds the model's seniority level to job postings, through the proxy.")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 
 from services.augmenter.cli import cli
 from services.common import flags
+from tests.support.bucket import Bucket
 from tests.support.processes import Service, model_stub
 from tests.support.s3 import S3Server, s3_server
 
@@ -93,6 +95,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """An S3 server for the whole session."""
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket of the test's own, with the credentials for it in the environment."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return Bucket(s3, f"test-{random.SystemRandom().randrange(2**40):x}")
 
 
 def posting(company: str = "Acme", title: str = "Clerk", **more: object) -> bytes:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from services.augmenter.errors import InputChangedError
 from services.augmenter.object_store.local import LocalStore
 from tests.augmenter.conftest import StubWith, posting
+from tests.augmenter.running import running
 from tests.support.model_server import Answers, Call, scripted_model, well
 from tests.support.processes import ROOT, clean_environment
 from tests.support.redis_server import wait_for
@@ -33,23 +33,6 @@ def source(tmp_path: Path) -> Path:
         for i in range(60_000):
             file.write(posting(f"C{i}", id=i) + b"\n")
     return folder
-
-
-@contextmanager
-def _running(*args: object, env: dict[str, str] | None = None) -> Iterator["subprocess.Popen[str]"]:
-    """The command as a process, killed at the end if it still runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "services.augmenter", "run", *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=clean_environment() | {"PYTHONPATH": str(ROOT)} | (env or {}),
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def _files(folder: Path) -> list[str]:
@@ -89,13 +72,13 @@ def test_kill_leaves_no_partial_output_and_the_next_run_clears_up(
 ) -> None:
     """A kill -9 in mid-file leaves at most a hidden file, which the next run of that file removes."""
     sink = tmp_path / "out"
-    with _running(source, sink, "--target", slow.target) as process:
+    with running(source, sink, "--target", slow.target) as process:
         _wait_for_bytes(sink)
         process.kill()
         process.wait()
     assert [name[0] for name in _files(sink)] == ["."]
     slow.go.set()
-    with _running(source, sink, "--target", slow.target) as again:
+    with running(source, sink, "--target", slow.target) as again:
         assert again.wait(60) == 0
     assert _files(sink) == ["a.jsonl"]
     assert (sink / "a.jsonl").read_bytes().count(b"\n") == 60_000
@@ -110,7 +93,7 @@ def test_signals_leave_nothing_behind(
 ) -> None:
     """SIGTERM and SIGINT in mid-file end the run with one line and a code of their own, and leave no file."""
     sink = tmp_path / "out"
-    with _running(source, sink, "--target", slow.target) as process:
+    with running(source, sink, "--target", slow.target) as process:
         _wait_for_bytes(sink)
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
@@ -134,7 +117,7 @@ async def test_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) ->
 async def test_metrics_while_it_runs(source: Path, tmp_path: Path, slow: Slow) -> None:
     """The HTTP endpoint answers during the run, with every metric of the augmenter."""
     args = (source, tmp_path / "out", "--target", slow.target, "--http-listen", "127.0.0.1:0")
-    with _running(*args) as process:
+    with running(*args) as process:
         assert process.stderr
         line = await asyncio.to_thread(process.stderr.readline)
         url = line.split()[-1]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.augmenter import window
@@ -149,6 +149,8 @@ def test_nothing_is_accepted_that_a_strict_reader_refuses(noise: bytes, start: i
         max_size=5,
     )
 )
+@example([b'{"company":"a",', b'"title":"b"}'])
+@example([b'{"company":"a","title":"b"}{"company":"c","title":"d"}', b'{"company":"a",', b'"title":"b"}'])
 def test_a_window_is_read_line_by_line_however_it_is_read(lines: list[bytes]) -> None:
     """Values that share a line or span two never pass as one a line: a window reads each line as if alone."""
     for line, entry in zip(lines, _entries(*lines), strict=True):

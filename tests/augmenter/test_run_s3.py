@@ -1,80 +1,23 @@
 """`augmenter run` on a real S3 server: streamed both ways, whole or not at all, marked with its input."""
 
-import asyncio
 import gzip
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 
-from services.augmenter.errors import InputChangedError, StoreError
-from services.augmenter.object_store.protocol import Item
+from services.augmenter.errors import DoneElsewhereError, InputChangedError, OutputTakenError, StoreError
+from services.augmenter.object_store.protocol import NOTHING, Item
 from services.augmenter.object_store.s3 import S3Store
 from services.augmenter.object_store.s3_client import aws_client
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Stub, posting
-from tests.support.s3 import S3Server
+from tests.support.bucket import Bucket
+from tests.support.relay import BUSY, relay
 
-_T = TypeVar("_T")
 _SOURCE = Item("source.jsonl", 1, '"its-etag"', 0)
-
-
-class Bucket:
-    """A bucket as the test sees it, with a client of its own."""
-
-    def __init__(self, server: S3Server, name: str) -> None:
-        self.endpoint_url = server.endpoint_url
-        self.name = name
-        self._do(lambda client: client.create_bucket(Bucket=name))
-
-    def _do(self, use: Callable[[Any], Coroutine[Any, Any, _T]]) -> _T:
-        async def run() -> _T:
-            async with aws_client("s3", endpoint_url=self.endpoint_url, connections=2) as client:
-                return await use(client)
-
-        return asyncio.run(run())
-
-    def put(self, key: str, data: bytes) -> str:
-        """Store an object; its ETag."""
-        etag: str = self._do(lambda client: client.put_object(Bucket=self.name, Key=key, Body=data))["ETag"]
-        return etag
-
-    def get(self, key: str) -> bytes:
-        """An object's bytes."""
-
-        async def read(client: Any) -> bytes:
-            answer = await client.get_object(Bucket=self.name, Key=key)
-            async with answer["Body"] as body:
-                data: bytes = await body.read()
-                return data
-
-        return self._do(read)
-
-    def mark(self, key: str) -> str:
-        """What the object says it was made of."""
-        head = self._do(lambda client: client.head_object(Bucket=self.name, Key=key))
-        return str(head["Metadata"]["input-etag"])
-
-    def listed(self) -> list[str]:
-        """All keys."""
-        page = self._do(lambda client: client.list_objects_v2(Bucket=self.name))
-        return [entry["Key"] for entry in page.get("Contents", ())]
-
-    def unfinished(self) -> int:
-        """Multipart uploads neither completed nor aborted."""
-        page = self._do(lambda client: client.list_multipart_uploads(Bucket=self.name))
-        return len(page.get("Uploads", ()))
-
-
-@pytest.fixture
-def bucket(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """A bucket of the test's own, with the credentials for it in the environment."""
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    return Bucket(s3, f"test-{random.SystemRandom().randrange(2**40):x}")
 
 
 def _expected(lines: list[bytes]) -> bytes:
@@ -222,3 +165,86 @@ async def test_object_that_changed_since_the_listing_is_refused(store: S3Store) 
     await write(b"second")
     with pytest.raises(InputChangedError):
         [data async for data in store.read(listed)]
+
+
+@pytest.mark.slow
+async def test_stream_that_breaks_goes_on_where_it_broke(store: S3Store, bucket: Bucket) -> None:
+    """A download that is cut off again and again is taken up at its byte: every byte arrives, once."""
+    data = random.Random(1).randbytes(5 * 2**20)
+    await _write(store, data)
+
+    def plan(number: int) -> int | None:
+        return 2**20 + 300_000 if number < 3 else None
+
+    with relay(bucket.endpoint_url, plan) as way:
+        async with aws_client("s3", endpoint_url=way.url, connections=4) as client:
+            broken = S3Store(client, bucket=bucket.name, prefix="p/")
+            item = await store.find("a.jsonl")
+            assert b"".join([piece async for piece in broken.read(item)]) == data
+    assert way.connections >= 4
+
+
+@pytest.mark.slow
+async def test_throttling_is_waited_out(store: S3Store, bucket: Bucket) -> None:
+    """503 Slow Down costs a retry, not a file."""
+    await _write(store, b"text")
+    with relay(bucket.endpoint_url, lambda number: BUSY if number < 2 else None) as way:
+        async with aws_client("s3", endpoint_url=way.url, connections=1) as client:
+            throttled = S3Store(client, bucket=bucket.name, prefix="p/")
+            assert (await throttled.find("a.jsonl")).size_bytes == 4
+    assert way.connections >= 3
+
+
+async def _write(store: S3Store, text: bytes, onto: str | None = None) -> str:
+    async with store.create("a.jsonl", _SOURCE, onto=onto) as upload:
+        await upload.write(text)
+        await upload.complete()
+    return (await store.find("a.jsonl")).version
+
+
+@pytest.mark.parametrize("size", [10, 20 * 2**20])
+async def test_an_output_is_put_only_onto_what_was_there(store: S3Store, size: int) -> None:
+    """Of two writers of one file the second finds it done; one with another input is refused."""
+    first = await _write(store, b"1" * size, onto=NOTHING)
+    with pytest.raises(DoneElsewhereError):
+        await _write(store, b"2" * size, onto=NOTHING)
+    other = Item("source.jsonl", 1, '"another-etag"', 0)
+    async with store.create("a.jsonl", other, onto='"not-it"') as upload:
+        await upload.write(b"3" * size)
+        with pytest.raises(OutputTakenError):
+            await upload.complete()
+    assert (await store.find("a.jsonl")).version == first
+    assert await _write(store, b"4" * size, onto=first) != first
+
+
+async def test_upload_that_a_killed_run_left_is_ended(store: S3Store, bucket: Bucket) -> None:
+    """Parts that nobody completed go when the same output is made again; those of other outputs stay."""
+    async with aws_client("s3", endpoint_url=bucket.endpoint_url, connections=2) as client:
+        for key in ("p/a.jsonl", "p/a.jsonl.zst"):
+            made = await client.create_multipart_upload(Bucket=bucket.name, Key=key)
+            await client.upload_part(
+                Bucket=bucket.name, Key=key, UploadId=made["UploadId"], PartNumber=1, Body=b"x" * 5 * 2**20
+            )
+        await _write(store, bytes(20 * 2**20))
+        page = await client.list_multipart_uploads(Bucket=bucket.name)
+    assert [upload["Key"] for upload in page.get("Uploads", ())] == ["p/a.jsonl.zst"]
+
+
+async def test_writer_whose_upload_was_ended_is_told(store: S3Store) -> None:
+    """Two writers of one large file: the second ends the first's upload, and one whole object comes of it."""
+    async with store.create("a.jsonl", _SOURCE, onto=NOTHING) as first:
+        await first.write(bytes(20 * 2**20))
+        await _write(store, b"2" * (20 * 2**20), onto=NOTHING)
+        with pytest.raises((OutputTakenError, DoneElsewhereError)):
+            await first.complete()
+    assert (await store.find("a.jsonl")).size_bytes == 20 * 2**20
+
+
+async def test_listing_begins_behind_a_name(store: S3Store) -> None:
+    """What --lookback has passed is not listed at all."""
+    for name in ("1.jsonl", "2.jsonl", "30.jsonl"):
+        async with store.create(name, _SOURCE) as upload:
+            await upload.write(b"{}")
+            await upload.complete()
+    assert [item.name async for item in store.list(after="2")] == ["2.jsonl", "30.jsonl"]
+    assert [item.name async for item in store.list(after="2.jsonl")] == ["30.jsonl"]

@@ -1,0 +1,210 @@
+"""`--sqs-queue-url` on a real queue and a real bucket: every message's way, and workers that share a day."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.augmenter import notices
+from services.augmenter.notices import Notice
+from tests.augmenter.conftest import Augment, Stub, posting
+from tests.augmenter.running import running, summary
+from tests.support.bucket import Bucket
+from tests.support.model_server import Answers, Call, scripted_model, well
+from tests.support.redis_server import wait_for
+from tests.support.s3 import S3Server
+from tests.support.sqs import Queue, SqsServer, made, sqs_server
+
+
+@pytest.fixture(scope="session")
+def sqs(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqsServer]:
+    """An SQS server for the whole session."""
+    with sqs_server(tmp_path_factory.mktemp("sqs"), s3.environment) as server:
+        yield server
+
+
+MakeQueue = Callable[..., Queue]
+
+
+@pytest.fixture
+def make_queue(sqs: SqsServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> MakeQueue:
+    """Make a queue of the test's own, with its server in the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
+
+    def make(**settings: int) -> Queue:
+        return sqs.queue(f"test-{random.SystemRandom().randrange(2**40):x}", **settings)
+
+    return make
+
+
+def _args(bucket: Bucket, queue: Queue, target: str) -> list[str]:
+    return [
+        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--endpoint-url", bucket.endpoint_url,
+        "--sqs-queue-url", queue.url, "--target", target,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_each_message_is_dealt_with(
+    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
+) -> None:
+    """Files are done and their messages gone, a test event's and a duplicate's too; what is outside stays."""
+    queue = make_queue()
+    for key in ("raw/1.jsonl", "raw/a b+ü/2.jsonl"):
+        bucket.put(key, posting())
+    queue.send({"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": bucket.name})
+    queue.send(made(bucket.name, "raw/1.jsonl"))
+    queue.send(made(bucket.name, "raw/1.jsonl"))
+    queue.send(made(bucket.name, "raw/a+b%2B%C3%BC%2F2.jsonl"))
+    queue.send(made(bucket.name, "raw/notes.txt"))
+    queue.send(made(bucket.name, "elsewhere/3.jsonl"))
+    queue.send(made("another-bucket", "raw/1.jsonl"))
+    ended = augment(*_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
+    assert (ended.code, ended.err) == (0, "")
+    assert [key for key in bucket.listed() if key.startswith("mod")] == ["mod/1.jsonl", "mod/a b+ü/2.jsonl"]
+    told = summary(tmp_path / "s.json")
+    assert told["files"] == {"done": 2, "skipped": 1, "failed": 0}
+    assert told["keys_outside"] == 2
+    assert queue.count() == 2
+
+
+@pytest.mark.slow
+def test_poison_goes_to_the_dead_letters(
+    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
+) -> None:
+    """A message that is nothing and one of a file that cannot be done come back, until the queue gives up."""
+    queue = make_queue(visible_seconds=1, receives=2)
+    bucket.put("raw/1.jsonl", posting())
+    queue.send("what is this?")
+    queue.send(made(bucket.name, "raw/gone.jsonl"))
+    queue.send(made(bucket.name, "raw/1.jsonl"))
+    ended = augment(*_args(bucket, queue, stub.target))
+    assert ended.code == 1
+    assert "not an S3 event notification" in ended.err
+    assert "gone.jsonl: does not exist" in ended.err
+    for _ in range(2):
+        wait_for(lambda: queue.visible or not queue.count(), what="the messages are visible again")
+        augment(*_args(bucket, queue, stub.target))
+    assert (queue.count(), queue.count(queue.dead_url)) == (0, 2)
+    assert bucket.get("mod/1.jsonl")
+
+
+@pytest.mark.slow
+def test_message_is_hidden_as_long_as_its_file_takes(bucket: Bucket, make_queue: MakeQueue) -> None:
+    """A file that takes longer than the visibility timeout stays with its worker; killed, with the next."""
+    queue = make_queue(visible_seconds=1)
+    bucket.put("raw/1.jsonl", posting())
+    asked, again, go = threading.Event(), threading.Event(), threading.Event()
+
+    def behave(call: Call) -> Answers:
+        (again if asked.is_set() else asked).set()
+        go.wait(60)
+        return well(call)
+
+    with scripted_model(behave) as model:
+        args = [*_args(bucket, queue, model.target), "--watch", "--concurrency", "1"]
+        queue.send(made(bucket.name, "raw/1.jsonl"))
+        with running(*args, env=dict(os.environ)) as first:
+            assert asked.wait(30)
+            with running(*args, env=dict(os.environ)):
+                assert not again.wait(4)  # four times the timeout, and the other worker has nothing
+                first.kill()
+                assert again.wait(30)
+                go.set()
+                wait_for(lambda: queue.count() == 0, what="the message is gone")
+    assert bucket.listed() == ["mod/1.jsonl", "raw/1.jsonl"]
+
+
+@pytest.mark.slow
+def test_sigterm_gives_the_message_back(bucket: Bucket, make_queue: MakeQueue) -> None:
+    """A run that is told to stop in mid-file leaves no object, and its message to the next at once."""
+    queue = make_queue(visible_seconds=600)
+    bucket.put("raw/1.jsonl", posting())
+    queue.send(made(bucket.name, "raw/1.jsonl"))
+    asked, go = threading.Event(), threading.Event()
+
+    def behave(call: Call) -> Answers:
+        asked.set()
+        go.wait(60)
+        return well(call)
+
+    with (
+        scripted_model(behave) as model,
+        running(*_args(bucket, queue, model.target), env=dict(os.environ)) as process,
+    ):
+        assert asked.wait(30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 143
+        go.set()
+    assert queue.visible == 1
+    assert bucket.listed() == ["raw/1.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_share_a_queue(
+    stub: Stub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path, workers: int
+) -> None:
+    """However many workers take from one queue: every file is done, none twice, and none is left."""
+    queue = make_queue()
+    files = 60
+    for i in range(files):
+        key = f"raw/{1714605540 + 60 * i}.jsonl"
+        bucket.put(key, b"\n".join(posting(f"C{i}", id=line) for line in range(50)))
+        queue.send(made(bucket.name, key))
+    processes = [_start(bucket, queue, stub.target, tmp_path / f"{i}.json") for i in range(workers)]
+    assert [process.wait(90) for process in processes] == [0] * workers
+    told = [summary(tmp_path / f"{i}.json") for i in range(workers)]
+    assert sum(one["files"]["done"] for one in told) == files
+    assert sum(one["files"]["skipped"] for one in told) == 0
+    assert sum(one["lines"]["augmented"] for one in told) == files * 50
+    assert len([key for key in bucket.listed() if key.startswith("mod/")]) == files
+    assert queue.count() == 0
+
+
+def _start(bucket: Bucket, queue: Queue, target: str, path: Path) -> "subprocess.Popen[Any]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.augmenter", "run", *_args(bucket, queue, target),
+         "--summary-json", str(path)],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("event", "told"),
+    [
+        (made("b", "raw/a+b%2Fc%3D.jsonl"), [Notice("b", "raw/a b/c=.jsonl")]),
+        (made("b", "1", "2"), [Notice("b", "1"), Notice("b", "2")]),
+        ({"Event": "s3:TestEvent"}, []),
+        ({"Type": "Notification", "Message": json.dumps(made("b", "k%2B"))}, [Notice("b", "k+")]),
+        (
+            {
+                "detail-type": "Object Created",
+                "detail": {"bucket": {"name": "b"}, "object": {"key": "+%2"}},
+            },
+            [Notice("b", "+%2")],
+        ),
+        ({"detail-type": "Object Deleted", "detail": {}}, []),
+        ({"Records": [{"eventName": "ObjectRemoved:Delete"}]}, []),
+    ],
+)
+def test_notices_are_read(event: object, told: list[Notice]) -> None:
+    """From S3, through SNS and through EventBridge; keys decoded where they are encoded."""
+    assert notices.read(json.dumps(event)) == told
+
+
+@pytest.mark.parametrize(
+    "body", ["", "text", "[]", "{}", "7", '{"Records": 1}', '{"Records": [{}]}', "[" * 100_000]
+)
+def test_what_is_no_notice_is_told_apart(body: str) -> None:
+    """Anything else is unreadable, never a crash."""
+    with pytest.raises(notices.UnreadableMessageError):
+        notices.read(body)

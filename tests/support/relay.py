@@ -1,0 +1,75 @@
+"""A way to a server that breaks as the test wants: a TCP relay in a thread."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+BUSY = (
+    b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: 78\r\n"
+    b"Connection: close\r\n\r\n"
+    b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
+)
+
+
+@dataclass
+class Relay:
+    """`connections` counts them; `plan` says for the nth how many bytes pass, or what is said instead."""
+
+    url: str
+    plan: Callable[[int], int | bytes | None]
+    connections: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def number(self) -> int:
+        """Of a new connection."""
+        with self._lock:
+            self.connections += 1
+            return self.connections - 1
+
+
+@contextmanager
+def relay(target_url: str, plan: Callable[[int], int | bytes | None]) -> Iterator[Relay]:
+    """To the server at `target_url`; None from `plan`: all passes."""
+    host, port = target_url.removeprefix("http://").split(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+    made = Relay(f"http://127.0.0.1:{listener.getsockname()[1]}", plan)
+
+    def serve(near: socket.socket) -> None:
+        limit = plan(made.number())
+        with near, suppress(OSError):
+            if isinstance(limit, bytes):
+                near.recv(65536)
+                near.sendall(limit)
+                return
+            with socket.create_connection((host, int(port))) as far:
+                threading.Thread(target=_pump, args=(near, far, None), daemon=True).start()
+                _pump(far, near, limit)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                threading.Thread(target=serve, args=(near,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield made
+    finally:
+        listener.close()
+
+
+def _pump(source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+    """Until the end, or the limit: then both sides are cut off."""
+    left = limit
+    with suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data if left is None else data[:left])
+            if left is not None:
+                left -= len(data)
+                if left <= 0:
+                    break
+    for one in (source, sink):
+        with suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)

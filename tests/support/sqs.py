@@ -1,0 +1,106 @@
+"""A real SQS-compatible server for tests: moto's, of which only the queues are used."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+_READY_SECONDS = 30
+
+
+class Queue:
+    """A queue as the test sees it, with a dead-letter queue behind it."""
+
+    def __init__(self, client: Any, name: str, *, visible_seconds: int, receives: int = 10) -> None:
+        self._client = client
+        self.dead_url = client.create_queue(QueueName=f"{name}-dead")["QueueUrl"]
+        dead = client.get_queue_attributes(QueueUrl=self.dead_url, AttributeNames=["QueueArn"])
+        redrive = {"deadLetterTargetArn": dead["Attributes"]["QueueArn"], "maxReceiveCount": receives}
+        self.url: str = client.create_queue(
+            QueueName=name,
+            Attributes={"VisibilityTimeout": str(visible_seconds), "RedrivePolicy": json.dumps(redrive)},
+        )["QueueUrl"]
+
+    def send(self, body: object) -> None:
+        """Send a message: text as it is, all else as JSON."""
+        self._client.send_message(
+            QueueUrl=self.url, MessageBody=body if isinstance(body, str) else json.dumps(body)
+        )
+
+    def count(self, url: str | None = None) -> int:
+        """How many messages there are, seen and unseen."""
+        names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+        got = self._client.get_queue_attributes(QueueUrl=url or self.url, AttributeNames=names)
+        return sum(int(got["Attributes"][name]) for name in names)
+
+    @property
+    def visible(self) -> int:
+        """How many messages a worker could have now."""
+        name = "ApproximateNumberOfMessages"
+        got = self._client.get_queue_attributes(QueueUrl=self.url, AttributeNames=[name])
+        return int(got["Attributes"][name])
+
+
+def made(bucket: str, *keys: str) -> dict[str, Any]:
+    """What S3 sends of objects that were made, their keys encoded as it does."""
+    return {
+        "Records": [
+            {
+                "eventSource": "aws:s3",
+                "eventName": "ObjectCreated:Put",
+                "s3": {"bucket": {"name": bucket}, "object": {"key": key}},
+            }
+            for key in keys
+        ]
+    }
+
+
+class SqsServer:
+    """Where it answers."""
+
+    def __init__(self, endpoint_url: str, environment: dict[str, str]) -> None:
+        self.endpoint_url = endpoint_url
+        self._client: Any = boto3.client(  # type: ignore[no-untyped-call]
+            "sqs",
+            endpoint_url=endpoint_url,
+            region_name=environment["AWS_DEFAULT_REGION"],
+            aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        )
+
+    def queue(self, name: str, *, visible_seconds: int = 30, receives: int = 10) -> Queue:
+        """Make a queue."""
+        return Queue(self._client, name, visible_seconds=visible_seconds, receives=receives)
+
+
+@contextmanager
+def sqs_server(folder: Path, environment: dict[str, str]) -> Iterator[SqsServer]:
+    """A running server, which knows these credentials."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (folder / "moto.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment, cwd=folder,
+        )  # fmt: skip
+    try:
+        give_up_at = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < give_up_at and process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield SqsServer(f"http://127.0.0.1:{port}", environment)
+    finally:
+        process.kill()
+        process.wait()

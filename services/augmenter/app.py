@@ -1,7 +1,6 @@
 """The composition root: builds what a run needs, runs it, tells what came out."""
 
 import asyncio
-import gc
 import logging
 import sys
 import time
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import stamina
 from prometheus_client import CollectorRegistry
 
-from services.augmenter import report
+from services.augmenter import memory, report
 from services.augmenter.config import RunSettings
 from services.augmenter.dry_run import DryRun
 from services.augmenter.errors import TerminatedError
@@ -36,7 +35,6 @@ from services.common.http import HttpEndpoint
 
 PROGRAM = "augmenter"
 _CONNECTIONS_PER_FILE = 12  # read, write, rejects; and a listing's outputs are looked at together
-_GC_THRESHOLD = 100_000
 _GRACE_SECONDS = 20.0  # of the 30 that Kubernetes gives
 _EXIT_FAILED, _EXIT_REJECTED = 1, 3
 _log = logging.getLogger(PROGRAM)
@@ -44,8 +42,7 @@ _log = logging.getLogger(PROGRAM)
 
 async def run(settings: RunSettings, plan: Plan) -> int:
     """Do what INPUT has now, or go on for what comes; the exit code. Raises CommandError."""
-    gc.freeze()  # what is imported stays; and no cycles are made a line,
-    gc.set_threshold(_GC_THRESHOLD)  # so looking for them every 700 objects is for nothing
+    memory.settle()
     signals = Signals(grace_seconds=_GRACE_SECONDS if settings.watch else 0)
     try:
         return await _run(settings, plan, signals.stopping)

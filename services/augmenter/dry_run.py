@@ -31,12 +31,12 @@ class DryRun:
         async with aclosing(
             read_blocks(self._source, job.item, job.lines_format, self._totals)
         ) as all_blocks:
-            async for block in all_blocks:
-                one = window.parsed(block, first=counts.read + 1)
+            async for block, count in all_blocks:
+                one, pairs = window.parsed(block, count, first=counts.read + 1)
                 counts.read += one.count
                 self._totals.lines_read += one.count
                 counts.blank += one.blank
                 counts.rejected += one.bad
-                self._pairs.update(map(hash, one.pairs()))
+                self._pairs.update(map(hash, pairs))
         counts.augmented = counts.read - counts.rejected - counts.blank
         return counts

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 import msgspec
@@ -46,6 +47,7 @@ class Rejected:
 Entry: TypeAlias = Posting | Rejected | None  # None: a blank line
 _decoder = msgspec.json.Decoder(Posting)
 _decode = _decoder.decode
+_seniority = attrgetter("seniority")  # UNSET is false, whatever else is there is true
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -59,8 +61,8 @@ def parse(texts: Sequence[bytes]) -> list[Entry]:
     return [_parse_line(text) for text in texts]
 
 
-def parse_plain(block: bytes) -> tuple[list[bytes], list[Posting]] | None:
-    """The lines without their outer braces, and their pairs, if all lines are as plain as nearly all are.
+def parse_plain(block: bytes, count: int) -> tuple[list[bytes], list[Posting]] | None:
+    """The lines without their outer braces, and what they hold, if all are as plain as nearly all are.
 
     None: at least one is blank, bad, odd, has white space around it or a `seniority` already.
 
@@ -70,14 +72,14 @@ def parse_plain(block: bytes) -> tuple[list[bytes], list[Posting]] | None:
     if not (block.startswith(b"{") and block.endswith(b"}")):
         return None
     inner = block[1:-1].split(b"}\n{")
-    if len(inner) != block.count(b"\n") + 1:
+    if len(inner) != count:
         return None
     try:
         block.decode()  # msgspec does not look at the text of members that it skips
         postings = _decoder.decode_lines(block)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    if len(postings) != len(inner) or any(posting.seniority is not msgspec.UNSET for posting in postings):
+    if len(postings) != count or any(map(_seniority, postings)):
         return None
     return inner, postings
 

@@ -7,15 +7,16 @@ from typing import Self
 
 from services.augmenter.object_store.protocol import REASONS_SUFFIX, Item, Store, Upload
 from services.augmenter.tasks import together
-from services.common.codec import PLAIN, Encoder, Format
+from services.common.codec import PLAIN, Format
 
 
 class Output:
     """An upload in a format."""
 
-    def __init__(self, upload: Upload, encoder: Encoder) -> None:
+    def __init__(self, upload: Upload, lines_format: Format) -> None:
         self._upload = upload
-        self._encoder = encoder
+        self._plain = lines_format is PLAIN
+        self._encoder = lines_format.encoder()
 
     async def __aenter__(self) -> Self:
         """Begin the upload."""
@@ -24,7 +25,9 @@ class Output:
 
     async def write(self, data: bytes) -> None:
         """Encode beside the event loop (compressors let it run), then send."""
-        await self._upload.write(await asyncio.to_thread(self._encoder.compress, data))
+        if not self._plain:
+            data = await asyncio.to_thread(self._encoder.compress, data)
+        await self._upload.write(data)
 
     async def complete(self) -> None:
         """Write the format's end and let the output appear."""
@@ -70,8 +73,8 @@ class Rejects:
         )
 
     async def _begin(self) -> tuple[Output, Output]:
-        lines = Output(self._store.create(self._item.name, self._item), self._format.encoder())
-        reasons = Output(self._store.create(self._item.name + REASONS_SUFFIX, self._item), PLAIN.encoder())
+        lines = Output(self._store.create(self._item.name, self._item), self._format)
+        reasons = Output(self._store.create(self._item.name + REASONS_SUFFIX, self._item), PLAIN)
         await lines.__aenter__()
         try:
             await reasons.__aenter__()

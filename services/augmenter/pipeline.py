@@ -3,9 +3,11 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from functools import partial
+from typing import TypeAlias
 
 from services.augmenter import window
 from services.augmenter.errors import AccountingError, DoneElsewhereError
+from services.augmenter.jsonl import Pair
 from services.augmenter.object_store.protocol import Item, Store
 from services.augmenter.outputs import Output, Rejects
 from services.augmenter.proxy_client import ProxyClient
@@ -17,7 +19,8 @@ from services.augmenter.window import Answers, Window
 from services.common.codec import Decoder, Format
 from services.common.lines import blocks
 
-ROOM_BYTES = 24 * 2**20  # what is made of a text while it is in work takes five times as much
+ROOM_BYTES = 32 * 2**20
+_Parsed: TypeAlias = tuple[Window, int, list[Pair]]  # with the bytes that it was
 
 
 class Pipeline:
@@ -42,13 +45,13 @@ class Pipeline:
         all_blocks = partial(read_blocks, self._source, item, lines_format, self._totals)
         try:
             async with (
-                Output(self._sink.create(output_name, item, onto=onto), lines_format.encoder()) as output,
+                Output(self._sink.create(output_name, item, onto=onto), lines_format) as output,
                 Rejects(self._rejects, item, lines_format) as rejects,
                 aclosing(all_blocks()) as read,
                 aclosing(in_hand.parsed(read)) as parsed,
                 aclosing(worked_ahead(parsed, partial(self._ask, budget=budget))) as asked,
             ):
-                async for (one, size_bytes), answers in asked:
+                async for (one, size_bytes, _), answers in asked:
                     counts.read += one.count
                     augmented, rejected = one.settled(answers, counts)
                     if rejected:
@@ -71,8 +74,9 @@ class Pipeline:
         if made and made.from_this_input and made.version != onto:
             raise DoneElsewhereError
 
-    async def _ask(self, parsed: tuple[Window, int], *, budget: RetryBudget) -> Answers:
-        return await self._client.ask(parsed[0].pairs(), budget)
+    async def _ask(self, parsed: _Parsed, *, budget: RetryBudget) -> Answers:
+        _, size_bytes, pairs = parsed
+        return await self._client.ask(pairs, budget, text_bytes=size_bytes)
 
 
 class _InHand:
@@ -86,19 +90,19 @@ class _InHand:
         self._totals = totals
         self._taken_bytes = 0
 
-    async def parsed(self, all_blocks: AsyncIterator[bytes]) -> AsyncGenerator[tuple[Window, int]]:
-        """The blocks parsed, with their size, each as soon as there is room for it."""
+    async def parsed(self, all_blocks: AsyncIterator[tuple[bytes, int]]) -> AsyncGenerator[_Parsed]:
+        """The blocks parsed, each as soon as there is room for it."""
         first = 1
-        async for block in all_blocks:
-            await self._room.take(len(block))
-            self._taken_bytes += len(block)
-            made = window.parsed(block, first=first)
+        async for block, count in all_blocks:
             size_bytes = len(block)
+            await self._room.take(size_bytes)
+            self._taken_bytes += size_bytes
+            made, pairs = window.parsed(block, count, first=first)
             del block  # what is kept of it is in the window
-            first += made.count
-            self._totals.lines_read += made.count
-            yield made, size_bytes
-            del made
+            first += count
+            self._totals.lines_read += count
+            yield made, size_bytes, pairs
+            del made, pairs
 
     def done_with(self, size_bytes: int) -> None:
         """A block of this size is written."""
@@ -122,8 +126,8 @@ def _check(counts: LineCounts) -> None:
 
 async def read_blocks(
     source: Store, item: Item, lines_format: Format, totals: Totals
-) -> AsyncGenerator[bytes]:
-    """The file's text in blocks of whole lines. Raises FileError."""
+) -> AsyncGenerator[tuple[bytes, int]]:
+    """The file's text in blocks of whole lines, counted. Raises FileError."""
     async with (
         aclosing(source.read(item)) as chunks,
         aclosing(_decoded(chunks, lines_format.decoder(), totals)) as decoded,

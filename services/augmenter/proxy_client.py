@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,8 +17,9 @@ from services.augmenter.totals import Totals
 from services.augmenter.window import Answers
 
 _RPCS_AT_ONCE = 32
-# A gRPC server takes 4 MiB unless it was told otherwise; a character is at most 4 bytes.
-_BATCH_CHARACTERS = 768 * 2**10
+# A gRPC server takes 4 MiB unless it was told otherwise. In JSON a text is at least as long as in a message.
+_MESSAGE_BYTES = 3 * 2**20
+_CHARACTER_BYTES = 4  # at most
 _KEEPALIVE_MS = 5 * 60 * 1000  # a server with gRPC's own settings drops who pings more often
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
@@ -32,10 +34,13 @@ _OPTIONS = [
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """A batch on its way. Who waits for its pairs without having sent them looks when it is `over`."""
+    """What one window asks. Who waits for a pair without having sent it looks when it is `over`.
 
-    batch: list[Pair]
-    answers: Answers = field(default_factory=Answers)
+    State: `levels` (0: none yet, or never) and `refused`, by the pair's place.
+    """
+
+    levels: list[int]
+    refused: dict[int, str] = field(default_factory=dict)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -47,8 +52,9 @@ def open_channel(target: str) -> aio.Channel:
 class ProxyClient:
     """Shared by all files: bounds the RPCs that are under way, and asks no pair twice at a time.
 
-    State: `_in_flight`, each pair that is being asked. A flight is ended by the file that began it; whatever
-    it leaves without an answer, the others ask for themselves, on their own budget.
+    State: `_in_flight`, each pair that is being asked, by a number that is never given again; `_flights`, by
+    the first number of each, in order. A flight is ended by the file that began it; whatever it leaves
+    without an answer, the others ask for themselves, on their own budget.
     """
 
     def __init__(self, rpc: SeniorityRpc, *, batch_size: int, totals: Totals) -> None:
@@ -56,74 +62,68 @@ class ProxyClient:
         self._batch_size = batch_size
         self._totals = totals
         self._places = asyncio.Semaphore(_RPCS_AT_ONCE)
-        self._in_flight: dict[Pair, _Flight] = {}
+        self._in_flight: dict[Pair, int] = {}
+        self._flights: dict[int, _Flight] = {}
+        self._next = 0
 
-    async def ask(self, pairs: dict[Pair, None], budget: RetryBudget) -> Answers:
-        """The levels of distinct pairs. Raises RpcFailedError."""
-        answers = Answers()
-        while pairs:
-            joined = self._joined(pairs)
-            if joined:
-                pairs = {pair: None for pair in pairs if pair not in joined}
-            flights = self._begun(pairs)
-            try:
-                await together(self._fly(flight, budget) for flight in flights)
-            finally:
-                self._ended(flights)
-            for flight in flights:
-                answers.levels.update(flight.answers.levels)
-                answers.refused.update(flight.answers.refused)
-            pairs = await _taken(joined, answers)
+    async def ask(self, pairs: list[Pair], budget: RetryBudget, *, text_bytes: int) -> Answers:
+        """The levels of distinct pairs, which were read from so many bytes. Raises RpcFailedError."""
+        first, self._next = self._next, self._next + len(pairs)
+        # One step of C a pair: it is given its number, or joins the one that it has.
+        numbers = list(map(self._in_flight.setdefault, pairs, range(first, self._next)))
+        joined = [(place, *self._flight_of(number)) for place, number in enumerate(numbers) if number < first]
+        mine = bytearray(b"\1") * len(pairs)
+        for place, _, _ in joined:
+            mine[place] = 0
+        places = list(itertools.compress(range(len(pairs)), mine)) if joined else range(len(pairs))
+        flight = self._flights[first] = _Flight([0] * len(pairs))
+        try:
+            self._totals.pairs_asked += len(places)
+            batches = self._batches(pairs, places, text_bytes)
+            await together(self._resolve(pairs, batch, flight, budget) for batch in batches)
+        finally:
+            del self._flights[first]
+            for place in places:
+                del self._in_flight[pairs[place]]
+            flight.over.set()
+        answers = Answers(flight.levels.copy(), flight.refused.copy())  # ours to add to
+        left = await _taken(joined, answers)
+        if left:
+            more = await self.ask([pairs[place] for place in left], budget, text_bytes=text_bytes)
+            for place, level in zip(left, more.levels, strict=True):
+                answers.levels[place] = level
+            answers.refused |= {left[place]: why for place, why in more.refused.items()}
         return answers
 
-    def _joined(self, pairs: dict[Pair, None]) -> dict[Pair, _Flight]:
-        """Those of the pairs that are on their way for somebody else."""
-        common = self._in_flight.keys() & pairs.keys() if self._in_flight else ()
-        return {pair: self._in_flight[pair] for pair in common}
+    def _flight_of(self, number: int) -> tuple[_Flight, int]:
+        """The flight that a pair is in, and its place there."""
+        firsts = list(self._flights)
+        first = firsts[bisect_right(firsts, number) - 1]
+        return self._flights[first], number - first
 
-    def _begun(self, pairs: Iterable[Pair]) -> list[_Flight]:
-        flights = [_Flight(batch) for batch in self._batches(pairs)]
-        for flight in flights:
-            self._in_flight.update(dict.fromkeys(flight.batch, flight))
-            self._totals.pairs_asked += len(flight.batch)
-        return flights
-
-    def _ended(self, flights: Iterable[_Flight]) -> None:
-        """Also those that never flew: another one failed first."""
-        for flight in flights:
-            if not flight.over.is_set():
-                self._land(flight)
-
-    def _land(self, flight: _Flight) -> None:
-        for pair in flight.batch:
-            del self._in_flight[pair]
-        flight.over.set()
-
-    async def _fly(self, flight: _Flight, budget: RetryBudget) -> None:
-        await self._resolve(flight.batch, flight.answers, budget)
-        self._land(flight)
-
-    def _batches(self, pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-        left = list(pairs)
-        for start in range(0, len(left), self._batch_size):
-            batch = left[start : start + self._batch_size]
-            if _characters(batch) <= _BATCH_CHARACTERS:
+    def _batches(self, pairs: list[Pair], places: Sequence[int], text_bytes: int) -> Iterator[Sequence[int]]:
+        for start in range(0, len(places), self._batch_size):
+            batch = places[start : start + self._batch_size]
+            if text_bytes <= _MESSAGE_BYTES:
                 yield batch
             else:
-                yield from _light(batch)
+                yield from _light(pairs, batch)
 
-    async def _resolve(self, batch: Sequence[Pair], answers: Answers, budget: RetryBudget) -> None:
+    async def _resolve(
+        self, pairs: list[Pair], batch: Sequence[int], flight: _Flight, budget: RetryBudget
+    ) -> None:
         """Ask, and ask again without the pairs that were refused, until each pair is settled."""
         waiting = [batch]
         tries = itertools.count(1)
         while waiting:
-            batch = waiting.pop()
+            places = waiting.pop()
             try:
-                levels = await budget.call(partial(self._infer, batch, tries))
+                levels = await budget.call(partial(self._infer, [pairs[place] for place in places], tries))
             except PairsRefusedError as refusal:
-                waiting += _settle(batch, refusal, answers)
+                waiting += _settle(places, refusal, flight.refused)
             else:
-                answers.levels.update(zip(batch, levels, strict=True))
+                for place, level in zip(places, levels, strict=True):
+                    flight.levels[place] = level
 
     async def _infer(self, batch: Sequence[Pair], tries: Iterator[int]) -> list[int]:
         # A failed call tells no hits, yet fills the cache: counting the hits of the next would flatter it.
@@ -132,46 +132,43 @@ class ProxyClient:
             return await self._rpc.infer(batch, count_hits=first)
 
 
-def _characters(pairs: Iterable[Pair]) -> int:
-    return sum([len(pair.company) + len(pair.title) for pair in pairs])
-
-
-def _light(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """Batches that a server takes, but for a pair that is too long by itself."""
-    batch: list[Pair] = []
-    characters = 0
-    for pair in pairs:
-        size = _characters([pair])
-        if batch and characters + size > _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-        batch.append(pair)
-        characters += size
-    yield batch
-
-
-async def _taken(joined: dict[Pair, _Flight], answers: Answers) -> dict[Pair, None]:
-    """Wait for what others asked; the pairs that they did not get an answer to."""
-    left: dict[Pair, None] = {}
-    for pair, flight in joined.items():
+async def _taken(joined: list[tuple[int, _Flight, int]], answers: Answers) -> list[int]:
+    """Wait for what others asked and take their answers; the places of the pairs that have none."""
+    left: list[int] = []
+    for place, flight, there in joined:
         await flight.over.wait()
-        if pair in flight.answers.levels:
-            answers.levels[pair] = flight.answers.levels[pair]
-        elif pair in flight.answers.refused:
-            answers.refused[pair] = flight.answers.refused[pair]
-        else:
-            left[pair] = None
+        answers.levels[place] = flight.levels[there]
+        if there in flight.refused:
+            answers.refused[place] = flight.refused[there]
+        elif not flight.levels[there]:
+            left.append(place)
     return left
 
 
-def _settle(batch: Sequence[Pair], refusal: PairsRefusedError, answers: Answers) -> list[Sequence[Pair]]:
+def _light(pairs: list[Pair], places: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Batches that a server takes, but for a pair that is too long by itself."""
+    batch: list[int] = []
+    size = 0
+    for place in places:
+        more = _CHARACTER_BYTES * (len(pairs[place].company) + len(pairs[place].title))
+        if batch and size + more > _MESSAGE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(place)
+        size += more
+    yield batch
+
+
+def _settle(
+    places: Sequence[int], refusal: PairsRefusedError, refused: dict[int, str]
+) -> list[Sequence[int]]:
     """Note the refused pairs; what is left is to be asked again."""
     if refusal.reasons:
-        answers.refused.update((batch[index], reason) for index, reason in refusal.reasons.items())
-        rest = [pair for index, pair in enumerate(batch) if index not in refusal.reasons]
+        refused.update((places[index], reason) for index, reason in refusal.reasons.items())
+        rest = [place for index, place in enumerate(places) if index not in refusal.reasons]
         return [rest] if rest else []
-    if len(batch) == 1:
-        answers.refused[batch[0]] = refusal.message
+    if len(places) == 1:
+        refused[places[0]] = refusal.message
         return []
-    middle = len(batch) // 2  # the server does not say which: halve until it is plain
-    return [batch[middle:], batch[:middle]]
+    middle = len(places) // 2  # the server does not say which: halve until it is plain
+    return [places[middle:], places[:middle]]

@@ -8,7 +8,8 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
-from protos import seniority_pb2, seniority_pb2_grpc
+from protos import seniority_pb2
+from services.augmenter import wire
 from services.augmenter.jsonl import Pair
 from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
 from services.augmenter.metrics import Metrics
@@ -29,6 +30,7 @@ _RETRIED = {
 }
 _FIELD = re.compile(r"batch\[(\d{1,9})\](?:\.\w+)?", re.ASCII)
 _PUSHBACK = "grpc-retry-pushback-ms"
+_METHOD = "/SeniorityModel/InferSeniority"
 
 
 class CallFailedError(Exception):
@@ -66,7 +68,7 @@ class SeniorityRpc:
         totals: Totals,
         metrics: Metrics,
     ) -> None:
-        self._stub = seniority_pb2_grpc.SeniorityModelStub(channel)
+        self._call: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_METHOD)
         self._metadata = (("x-caller", caller), ("x-priority", priority))
         self._deadline_seconds = deadline_seconds
         self._totals = totals
@@ -74,44 +76,38 @@ class SeniorityRpc:
 
     async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> list[int]:
         """The pairs' levels. Raises CallFailedError or PairsRefusedError."""
-        request = seniority_pb2.SeniorityRequestBatch()
-        add = request.batch.add  # half the price of making messages first
-        for uuid, pair in enumerate(pairs, 1):
-            add(uuid=uuid, company=pair.company, title=pair.title)
         self._totals.rpcs += 1
         with self._metrics.rpc_seconds.time():
-            call = self._stub.InferSeniority(request, timeout=self._deadline_seconds, metadata=self._metadata)
+            request = wire.request(pairs)
+            call = self._call(request, timeout=self._deadline_seconds, metadata=self._metadata)
             try:
-                response = await call
+                answer = await call
                 trailers = dict(await call.trailing_metadata() or ())
             except aio.AioRpcError as error:
                 raise _failure(error, len(pairs)) from error
         if count_hits:
             self._totals.hits += _number(trailers.get("x-cache-hits")) or 0
             self._totals.misses += _number(trailers.get("x-cache-misses")) or 0
-        return _joined(response, len(pairs))
+        return wire.levels_in_order(answer, len(pairs)) or _joined(answer, len(pairs))
 
 
-def _joined(response: seniority_pb2.SeniorityResponseBatch, count: int) -> list[int]:
+def _joined(answer: bytes, count: int) -> list[int]:
     """The levels by uuid, 1 to `count`: the answers may come in any order, but each exactly once."""
-    in_order = [answer.seniority for answer in response.batch]
-    if (
-        [answer.uuid for answer in response.batch] == list(range(1, count + 1))
-        and min(in_order) >= MIN_LEVEL
-        and max(in_order) <= MAX_LEVEL
-    ):
-        return in_order  # as the proxy answers; the model may answer in any order
+    try:
+        response = seniority_pb2.SeniorityResponseBatch.FromString(answer)
+    except DecodeError as error:
+        raise CallFailedError("INTERNAL", "the answer cannot be read", retryable=True) from error
     levels = [0] * count
     wrong = f"{len(response.batch)} answers to {count} pairs" if len(response.batch) != count else ""
-    for answer in response.batch:
-        if not 1 <= answer.uuid <= count:
-            wrong = f"an answer has uuid {answer.uuid}, which was not asked"
-        elif levels[answer.uuid - 1]:
-            wrong = f"uuid {answer.uuid} was answered twice"
-        elif not MIN_LEVEL <= answer.seniority <= MAX_LEVEL:
-            wrong = f"an answer has level {answer.seniority}"
+    for one in response.batch:
+        if not 1 <= one.uuid <= count:
+            wrong = f"an answer has uuid {one.uuid}, which was not asked"
+        elif levels[one.uuid - 1]:
+            wrong = f"uuid {one.uuid} was answered twice"
+        elif not MIN_LEVEL <= one.seniority <= MAX_LEVEL:
+            wrong = f"an answer has level {one.seniority}"
         else:
-            levels[answer.uuid - 1] = answer.seniority
+            levels[one.uuid - 1] = one.seniority
     if wrong:
         raise CallFailedError("INTERNAL", f"nonsense in the answer: {wrong}", retryable=True)
     return levels

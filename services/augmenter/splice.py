@@ -17,11 +17,15 @@ _SCALAR = re.compile(rb"[^,}\]\s]+")
 _STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
 
 
-def all_spliced(inner: list[bytes], levels: Iterable[int]) -> bytes:
-    """Lines of objects that have no such member yet, given without their outer braces."""
+def all_spliced(inner: list[bytes], levels: list[int], which: Iterable[int]) -> bytes:
+    """Lines of objects that have no such member yet, given without their outer braces.
+
+    `which` says for each line which of the levels is its own.
+    """
+    endings = [_ENDINGS[level] for level in levels]
     parts = [b"{"] * (3 * len(inner))
     parts[1::3] = inner
-    parts[2::3] = map(_ENDINGS.__getitem__, levels)
+    parts[2::3] = map(endings.__getitem__, which)
     return b"".join(parts)
 
 

@@ -1,5 +1,9 @@
 """A block of lines in hand: what it asks for, and what becomes of it once that is answered. Pure."""
 
+import itertools
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -14,19 +18,23 @@ RejectedLine: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason
 
 @dataclass(slots=True)
 class Answers:
-    """Each pair that was asked is in exactly one of the two."""
+    """To pairs in their order: the level, or 0 where the reason stands in `refused`, by the pair's place."""
 
-    levels: dict[Pair, int] = field(default_factory=dict)
-    refused: dict[Pair, str] = field(default_factory=dict)
+    levels: list[int]
+    refused: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainWindow:
-    """Lines that can all be asked, kept without their outer braces. `first` is the first one's number."""
+    """Lines that can all be asked, kept without their outer braces, and which pair each of them has.
+
+    The pairs themselves are not kept: what waits for its answer should be small. `first` is the first
+    line's number.
+    """
 
     first: int
     inner: list[bytes]
-    line_pairs: list[Pair]
+    which: "array[int]"
 
     @property
     def count(self) -> int:
@@ -43,27 +51,25 @@ class PlainWindow:
         """How many of them cannot be asked."""
         return 0
 
-    def pairs(self) -> dict[Pair, None]:
-        """The distinct pairs, in order of appearance."""
-        return dict.fromkeys(self.line_pairs)
-
     def settled(self, answers: Answers, counts: LineCounts) -> tuple[bytes, list[RejectedLine]]:
         """The output lines and the rejected ones; counts what became of each."""
         if answers.refused:
             block = b"{" + b"}\n{".join(self.inner) + b"}"
-            return _mixed(block, first=self.first).settled(answers, counts)
+            mixed, _ = _mixed(block, first=self.first)  # the same pairs in the same order
+            return mixed.settled(answers, counts)
         counts.augmented += len(self.inner)
-        return all_spliced(self.inner, map(answers.levels.__getitem__, self.line_pairs)), []
+        return all_spliced(self.inner, answers.levels, self.which), []
 
 
 @dataclass(frozen=True, slots=True)
 class MixedWindow:
-    """Lines of any kind: as they were, stripped, and what they hold."""
+    """Lines of any kind: as they were, stripped, what they hold, and the pairs of those to be asked."""
 
     first: int
     lines: list[bytes]
     texts: list[bytes]
     entries: list[jsonl.Entry]
+    which: "array[int]"
 
     @property
     def count(self) -> int:
@@ -80,22 +86,20 @@ class MixedWindow:
         """How many of them cannot be asked."""
         return sum(isinstance(entry, jsonl.Rejected) for entry in self.entries)
 
-    def pairs(self) -> dict[Pair, None]:
-        """The distinct pairs, in order of appearance."""
-        return dict.fromkeys(entry.pair for entry in self.entries if isinstance(entry, jsonl.Posting))
-
     def settled(self, answers: Answers, counts: LineCounts) -> tuple[bytes, list[RejectedLine]]:
         """The output lines and the rejected ones; counts what became of each."""
         augmented: list[bytes] = []
         rejected: list[RejectedLine] = []
         blank = 0
+        which = iter(self.which)
         for place, (text, entry) in enumerate(zip(self.texts, self.entries, strict=True)):
             if isinstance(entry, jsonl.Posting):
-                level = answers.levels.get(entry.pair)
-                if level is not None:
+                pair = next(which)
+                level = answers.levels[pair]
+                if level:
                     augmented.append(jsonl.augmented_line(text, entry, level))
                     continue
-                reason = answers.refused[entry.pair]
+                reason = answers.refused[pair]
             elif entry is None:
                 blank += 1
                 continue
@@ -111,15 +115,28 @@ class MixedWindow:
 Window: TypeAlias = PlainWindow | MixedWindow
 
 
-def parsed(block: bytes, *, first: int) -> Window:
-    """The block's lines, the first of which has this number in its file."""
-    plain = jsonl.parse_plain(block)
-    return _mixed(block, first=first) if plain is None else PlainWindow(first, *plain)
+def parsed(block: bytes, count: int, *, first: int) -> tuple[Window, list[Pair]]:
+    """The block's lines, and their distinct pairs in order. `first` is the first line's number."""
+    plain = jsonl.parse_plain(block, count)
+    if plain is None:
+        return _mixed(block, first=first)
+    inner, postings = plain
+    which, pairs = _numbered(postings)
+    return PlainWindow(first, inner, which), pairs
 
 
-def _mixed(block: bytes, *, first: int) -> MixedWindow:
+def _mixed(block: bytes, *, first: int) -> tuple[MixedWindow, list[Pair]]:
     lines = block.split(b"\n")
     texts = [jsonl.strip(line) for line in lines]
     if first == 1:  # a byte order mark belongs to the file, not to its first line
         texts[0] = jsonl.strip(lines[0].removeprefix(BOM))
-    return MixedWindow(first, lines, texts, jsonl.parse(texts))
+    entries = jsonl.parse(texts)
+    which, pairs = _numbered(entry.pair for entry in entries if isinstance(entry, jsonl.Posting))
+    return MixedWindow(first, lines, texts, entries, which), pairs
+
+
+def _numbered(pairs: Iterable[Pair]) -> tuple["array[int]", list[Pair]]:
+    """The number of each pair, and the pairs by number."""
+    numbers: defaultdict[Pair, int] = defaultdict(itertools.count().__next__)
+    which = array("I", map(numbers.__getitem__, pairs))
+    return which, list(numbers)

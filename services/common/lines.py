@@ -5,8 +5,8 @@ from contextlib import aclosing
 
 from services.common.errors import LineTooLongError
 
-WINDOW_BYTES = 4 * 2**20
-WINDOW_LINES = 50_000
+WINDOW_BYTES = 2**20
+WINDOW_LINES = 20_000
 MAX_LINE_BYTES = 64 * 2**20
 BOM = b"\xef\xbb\xbf"
 
@@ -14,12 +14,12 @@ BOM = b"\xef\xbb\xbf"
 async def windows(chunks: AsyncIterator[bytes]) -> AsyncGenerator[list[bytes]]:
     """Lists of lines without their line feed, which alone ends a line; a last line may lack it."""
     async with aclosing(blocks(chunks)) as all_blocks:
-        async for block in all_blocks:
+        async for block, _ in all_blocks:
             yield block.split(b"\n")
 
 
-async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-    """The same lines, still joined by their line feeds: a block without any is one line."""
+async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[tuple[bytes, int]]:
+    """The same lines, still joined by their line feeds, and how many they are."""
     buffer = bytearray()
     lines_before = 0
     async for chunk in chunks:
@@ -32,13 +32,13 @@ async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         if cut >= 0:
             text = bytes(memoryview(buffer)[:cut])
             del buffer[: cut + 1]
-            for block in _bounded(text):
-                lines_before += block.count(b"\n") + 1
-                yield block
+            for block, count in _bounded(text):
+                lines_before += count
+                yield block, count
     _check_first_line(buffer, lines_before)
     if buffer:
-        for block in _bounded(bytes(buffer).removesuffix(b"\n")):
-            yield block
+        for counted in _bounded(bytes(buffer).removesuffix(b"\n")):
+            yield counted
 
 
 def _check_first_line(buffer: bytearray, lines_before: int) -> None:
@@ -47,11 +47,13 @@ def _check_first_line(buffer: bytearray, lines_before: int) -> None:
         raise LineTooLongError(line=lines_before + 1, limit_bytes=MAX_LINE_BYTES)
 
 
-def _bounded(text: bytes) -> Iterator[bytes]:
+def _bounded(text: bytes) -> Iterator[tuple[bytes, int]]:
     """The text in blocks of a bounded number of lines: very short lines cost more than their bytes."""
-    if text.count(b"\n") < WINDOW_LINES:
-        yield text
+    count = text.count(b"\n") + 1
+    if count <= WINDOW_LINES:
+        yield text, count
         return
     lines = text.split(b"\n")
-    for start in range(0, len(lines), WINDOW_LINES):
-        yield b"\n".join(lines[start : start + WINDOW_LINES])
+    for start in range(0, count, WINDOW_LINES):
+        some = lines[start : start + WINDOW_LINES]
+        yield b"\n".join(some), len(some)

@@ -21,7 +21,7 @@ from tests.support.model_server import Answers, Call, scripted_model, well
 from tests.support.processes import ROOT, clean_environment
 from tests.support.redis_server import wait_for
 
-_FIRST_WINDOW_LINES = 50_000
+_FIRST_WINDOW_LINES = 20_000
 
 
 @pytest.fixture

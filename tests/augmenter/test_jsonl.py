@@ -14,10 +14,10 @@ _GOOD = b'"company":"Acme","title":"Clerk"'
 
 def _entries(*texts: bytes) -> list[Posting | Rejected | None]:
     """What a window makes of lines, whichever way it takes."""
-    made = window.parsed(b"\n".join(texts), first=2)
+    made, pairs = window.parsed(b"\n".join(texts), len(texts), first=2)
     if isinstance(made, window.MixedWindow):
         return made.entries
-    return [*made.line_pairs]
+    return [pairs[number] for number in made.which]
 
 
 def _one(text: bytes) -> Posting | Rejected | None:

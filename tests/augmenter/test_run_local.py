@@ -197,10 +197,11 @@ def test_pairs_are_asked_once_in_whole_batches(augment: Augment, stub_with: Stub
 def test_large_texts_close_a_batch(augment: Augment, stub_with: StubWith, tmp_path: Path) -> None:
     """Batches stay under what a gRPC server takes by default, however long titles are."""
     stub = stub_with()
-    lines = [posting(title=f"{i}" + "x" * 2**18) for i in range(8)]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    assert augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target).code == 0
-    assert max(len(call["pairs"]) for call in stub_calls(stub.log)) <= 3
+    lines = [posting(title=f"{i}" + "x" * 2**18) for i in range(16)]
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(lines)))
+    assert augment(tmp_path / "a.jsonl.zst", f"{tmp_path}/out/", "--target", stub.target).code == 0
+    sizes = [len(call["pairs"]) for call in stub_calls(stub.log)]
+    assert (sum(sizes), max(sizes) <= 12) == (16, True)  # 3 MiB
 
 
 def test_dry_run_counts_and_writes_nothing(augment: Augment, tmp_path: Path) -> None:

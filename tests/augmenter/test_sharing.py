@@ -22,8 +22,8 @@ from tests.support.model_server import Abort, Call, level_of, scripted_model, we
 from tests.support.model_server import Answers as Levels
 
 
-def _pairs(*companies: str) -> dict[Posting, None]:
-    return {Posting(company, "Clerk"): None for company in companies}
+def _pairs(*companies: str) -> list[Posting]:
+    return [Posting(company, "Clerk") for company in companies]
 
 
 def test_pairs_of_files_in_work_are_asked_once(augment: Augment, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ async def test_what_another_file_got_no_answer_to_is_asked_again() -> None:
 
             def ask(*companies: str) -> "asyncio.Task[Answers]":
                 budget = RetryBudget(seconds=9, health=health)
-                return asyncio.create_task(client.ask(_pairs(*companies), budget))
+                return asyncio.create_task(client.ask(_pairs(*companies), budget, text_bytes=1))
 
             failing = ask("a", "b")
             await first_came.wait()
@@ -77,7 +77,7 @@ async def test_what_another_file_got_no_answer_to_is_asked_again() -> None:
             with pytest.raises(RpcFailedError):
                 await failing
             answers = await joining
-    assert answers.levels == {pair: level_of(pair.company, "Clerk") for pair in _pairs("b", "c")}
+    assert answers.levels == [level_of("b", "Clerk"), level_of("c", "Clerk")]
     assert sorted(model.asked()) == [("a", "Clerk"), ("b", "Clerk"), ("b", "Clerk"), ("c", "Clerk")]
 
 

@@ -1,0 +1,58 @@
+"""The messages that are made and read by hand are those that the stubs make and read."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protos import seniority_pb2 as pb
+from services.augmenter import wire
+from services.augmenter.jsonl import Posting
+
+_TEXTS = st.text(max_size=6) | st.sampled_from(["", "x" * 127, "x" * 128, "x" * 200, "é", "\0"])
+
+
+@given(st.lists(st.builds(Posting, _TEXTS, _TEXTS), min_size=1, max_size=5), st.sampled_from([1, 150]))
+def test_request_is_the_stubs(pairs: list[Posting], times: int) -> None:
+    """Read by the stub, a request is the pairs with uuids from 1; of ASCII texts it is the stub's bytes."""
+    batch = pairs * times
+    made = pb.SeniorityRequestBatch(
+        batch=[
+            pb.SeniorityRequest(uuid=uuid, company=pair.company, title=pair.title)
+            for uuid, pair in enumerate(batch, 1)
+        ]
+    )
+    assert pb.SeniorityRequestBatch.FromString(wire.request(batch)) == made
+    if all(pair.company and pair.title for pair in pairs):
+        assert wire.request(batch) == made.SerializeToString()
+
+
+def test_longest_batch_and_longer() -> None:
+    """Where a uuid takes three bytes the stub takes over."""
+    for count in (16_383, 16_384):
+        read = pb.SeniorityRequestBatch.FromString(wire.request([Posting("a", "b")] * count))
+        assert [one.uuid for one in read.batch] == list(range(1, count + 1))
+        answer = _answer([(uuid, 7) for uuid in range(1, count + 1)])
+        assert wire.levels_in_order(answer, count) == ([7] * count if count == 16_383 else None)
+
+
+def _answer(levels: list[tuple[int, int]]) -> bytes:
+    batch = [pb.SeniorityResponse(uuid=uuid, seniority=level) for uuid, level in levels]
+    return pb.SeniorityResponseBatch(batch=batch).SerializeToString()
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=300))
+def test_answer_in_order_is_read(levels: list[int]) -> None:
+    """The levels of an answer in the order of the batch are read as they stand."""
+    assert wire.levels_in_order(_answer(list(enumerate(levels, 1))), len(levels)) == levels
+
+
+@given(
+    st.lists(st.tuples(st.integers(-1, 130), st.integers(-1, 9)), max_size=5)
+    | st.permutations(range(1, 131)).map(lambda order: [(uuid, 3) for uuid in order]),
+    st.integers(1, 130),
+)
+def test_any_other_answer_is_left_to_the_stub(answers: list[tuple[int, int]], count: int) -> None:
+    """Another order, another count, a level that is none: never read by hand."""
+    read = wire.levels_in_order(_answer(answers), count)
+    if read is not None:
+        assert answers == list(enumerate(read, 1))
+        assert all(1 <= level <= 7 for level in read)

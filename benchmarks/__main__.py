@@ -2,7 +2,16 @@
 
 import importlib
 
-MODULES = ("l1", "store_pairs", "store_warm", "fleet")
+MODULES = (
+    "l1",
+    "store_pairs",
+    "store_warm",
+    "fleet",
+    "augmenter_lines",
+    "augmenter_minute",
+    "augmenter_workers",
+    "augmenter_day",
+)
 """Each has a `main()` that prints a table and writes `.bench/NAME.json`."""
 
 

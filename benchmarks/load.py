@@ -58,12 +58,12 @@ def ask_all(target: str, messages: Iterable[bytes], *, tasks: int) -> None:
 
 def measure(target: str, messages: Sequence[bytes], *, pid: int, tasks: int, seconds: float) -> Run:
     """Send the messages over and over."""
-    before, started_at = _cpu_seconds(pid), time.perf_counter()
+    before, started_at = cpu_seconds(pid), time.perf_counter()
     ends_at = started_at + seconds
     endless = itertools.takewhile(lambda _: time.perf_counter() < ends_at, itertools.cycle(messages))
     rpcs = _run(_ask(target, endless, tasks=tasks))
     took = time.perf_counter() - started_at
-    return Run(rpcs=rpcs, seconds=took, server_cpu_seconds=_cpu_seconds(pid) - before)
+    return Run(rpcs=rpcs, seconds=took, server_cpu_seconds=cpu_seconds(pid) - before)
 
 
 def _run(asking: Coroutine[None, None, int]) -> int:
@@ -85,7 +85,8 @@ async def _ask(target: str, messages: Iterable[bytes], *, tasks: int) -> int:
         return sum(await asyncio.gather(*(work() for _ in range(tasks))))
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """The processor time that a process has had."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_A_SECOND
 

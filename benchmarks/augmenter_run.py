@@ -1,0 +1,107 @@
+"""Runs of the augmenter as processes: what they took, and the servers that they need."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.load import peak_bytes
+from demo.processes import Server, environment, server
+
+SCALE = float(os.environ.get("BENCH_SCALE", "1"))
+"""The part of the lines that are made: 1 for the figures, less to see that the benchmark runs."""
+_LOOK_SECONDS = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ran:
+    """What a run took: `seconds` as it says itself, the rest as the system says."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float
+    summary: Mapping[str, Any]
+
+
+class Running:
+    """A run that goes on."""
+
+    def __init__(self, *args: str, env: dict[str, str] | None = None) -> None:
+        self._summary = Path(tempfile.mkstemp(suffix=".json")[1])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "services.augmenter", "run", *args, "--summary-json", str(self._summary)],
+            stdout=subprocess.DEVNULL, env=environment() | (env or {}),
+        )  # fmt: skip
+
+    def wait(self) -> Ran:
+        """Its end."""
+        peak = 0
+        while True:
+            pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+            if pid:
+                break
+            try:
+                peak = max(peak, peak_bytes(self._process.pid))
+            except (FileNotFoundError, StopIteration):  # it is just ending
+                continue
+            time.sleep(_LOOK_SECONDS)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        if self._process.returncode:
+            message = f"augmenter run ended with {self._process.returncode}"
+            raise RuntimeError(message)
+        summary = json.loads(self._summary.read_text())
+        self._summary.unlink()
+        return Ran(
+            seconds=summary["seconds"],
+            cpu_seconds=usage.ru_utime + usage.ru_stime,
+            peak_mib=peak / 2**20,
+            summary=summary,
+        )
+
+
+def run(*args: str, env: dict[str, str] | None = None) -> Ran:
+    """Run it to its end."""
+    return Running(*args, env=env).wait()
+
+
+def start_cpu_seconds(folder: Path) -> float:
+    """What it costs to start and to find nothing."""
+    (folder / "none").mkdir()
+    return run(str(folder / "none"), str(folder / "nothing"), "--target", "127.0.0.1:1").cpu_seconds
+
+
+@contextmanager
+def proxy_and_model(
+    work: Path, *, latency: str = "0s", limited: bool = False, cache_url: str = "memory:"
+) -> Iterator[tuple[Server, Server]]:
+    """A proxy and the stub behind it."""
+    with ExitStack() as stack:
+        stub_args = ["serve", "--listen", "127.0.0.1:0", "--rate", "0", "--latency", latency]
+        stub_args += ["--log", str(work / "calls.jsonl")] if limited else []
+        stub = stack.enter_context(server("services.model_stub", stub_args, log=work / "stub.log"))
+        args = ["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--drain-delay", "0s"]
+        args += ["--model-target", stub.target, "--cache-url", cache_url]
+        args += [] if limited else ["--model-rate", "100000000", "--model-calls-per-second", "0"]
+        yield stack.enter_context(server("services.cache_proxy", args, log=work / "proxy.log")), stub
+
+
+def metric_sums(http: str, sample_name: str, *, label: str) -> dict[str, float]:
+    """A metric's samples by one of their labels."""
+    with urlopen(f"http://{http}/metrics", timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return {
+        sample.labels.get(label, ""): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == sample_name
+    }

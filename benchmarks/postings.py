@@ -1,0 +1,79 @@
+"""A day's postings: known pairs drawn by rank, Zipf exponent 1.1 of 20M, and new ones among them.
+
+`python -m benchmarks.postings FOLDER FILES LINES NEW FIRST KNOWN` writes them, in a process of its own: what
+the benchmark holds would count as its children's memory.
+"""
+
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.store_server import pair
+
+KNOWN = 20_000_000
+_EXPONENT, _SEED = 1.1, 1
+_FIRST_MINUTE = 1_714_521_600
+
+
+def ranks(drawn: random.Random, known: int = KNOWN) -> Iterator[int]:
+    """Ranks from 0, without end: rejection-inversion (Hörmann and Derflinger 1996), without tables."""
+    power = 1 - _EXPONENT
+
+    def integral(x: float) -> float:
+        return float((x**power - 1) / power)
+
+    def inverse(y: float) -> float:
+        return float((1 + power * y) ** (1 / power))
+
+    low, high = integral(1.5) - 1, integral(known + 0.5)
+    near = 2 - inverse(integral(2.5) - 2**-_EXPONENT)
+    while True:
+        y = high + drawn.random() * (low - high)
+        x = inverse(y)
+        rank = min(max(1, math.floor(x + 0.5)), known)
+        if rank - x <= near or y >= integral(rank + 0.5) - rank**-_EXPONENT:
+            yield rank - 1
+
+
+def line(number: int, rank: int) -> str:
+    """A posting of about 200 bytes."""
+    company, title = pair(rank)
+    return (
+        f'{{"url": "https://jobs.example.com/posting/{number:012d}", "company": "{company}", '
+        f'"title": "{title}", "location": "Berlin, Germany", "posted": "2024-05-01T00:00:00Z", '
+        f'"id": {number}}}\n'
+    )
+
+
+def write(
+    folder: Path, *, files: int, lines: int, new: int, first_new: int = KNOWN, known: int = KNOWN
+) -> None:
+    """So many files with so many lines in all, so many of them of pairs never seen, spread evenly."""
+    folder.mkdir(parents=True)
+    drawn = ranks(random.Random(_SEED), known)
+    written = unseen = 0
+    for number in range(files):
+        with (folder / f"{_FIRST_MINUTE + 60 * number}.jsonl").open("w") as file:
+            for _ in range(lines * (number + 1) // files - lines * number // files):
+                written += 1
+                if unseen < new * written // lines:
+                    file.write(line(written, first_new + unseen))
+                    unseen += 1
+                else:
+                    file.write(line(written, next(drawn)))
+
+
+def make(
+    folder: Path, *, files: int, lines: int, new: int = 0, first_new: int = KNOWN, known: int = KNOWN
+) -> None:
+    """The same, in a process of its own."""
+    numbers = map(str, (files, lines, new, first_new, known))
+    subprocess.run([sys.executable, "-m", __name__, str(folder), *numbers], check=True)
+
+
+if __name__ == "__main__":
+    _files, _lines, _new, _first, _known = map(int, sys.argv[2:])
+    write(Path(sys.argv[1]), files=_files, lines=_lines, new=_new, first_new=_first, known=_known)

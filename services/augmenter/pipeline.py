@@ -52,12 +52,12 @@ class Pipeline:
                 aclosing(worked_ahead(parsed, partial(self._ask, budget=budget))) as asked,
             ):
                 async for (one, size_bytes, _), answers in asked:
-                    counts.read += one.count
                     augmented, rejected = one.settled(answers, counts)
                     if rejected:
                         await rejects.write(rejected)
                     await output.write(augmented)
                     in_hand.done_with(size_bytes)
+                counts.read = in_hand.lines_read
                 _check(counts)
                 if rejects.any:
                     await self._see_that_nobody_was_faster(item, output_name, onto)
@@ -82,24 +82,25 @@ class Pipeline:
 class _InHand:
     """A file's part of the room.
 
-    State: `_taken_bytes`, all of which goes back in `close`, however the file ended.
+    State: `_taken_bytes`, all of which goes back in `close`, however the file ended; `lines_read`, counted
+    from the text itself, so that it is what the file's books are checked against.
     """
 
     def __init__(self, room: Room, totals: Totals) -> None:
         self._room = room
         self._totals = totals
         self._taken_bytes = 0
+        self.lines_read = 0
 
     async def parsed(self, all_blocks: AsyncIterator[tuple[bytes, int]]) -> AsyncGenerator[_Parsed]:
         """The blocks parsed, each as soon as there is room for it."""
-        first = 1
         async for block, count in all_blocks:
             size_bytes = len(block)
             await self._room.take(size_bytes)
             self._taken_bytes += size_bytes
-            made, pairs = window.parsed(block, count, first=first)
+            made, pairs = window.parsed(block, count, first=self.lines_read + 1)
             del block  # what is kept of it is in the window
-            first += count
+            self.lines_read += count
             self._totals.lines_read += count
             yield made, size_bytes, pairs
             del made, pairs

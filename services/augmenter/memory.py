@@ -4,8 +4,8 @@ import ctypes
 import gc
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
-_KEPT_BYTES = 64 * 2**20
-_MAPPED_BYTES = 32 * 2**20  # the most that glibc allows
+_KEPT_BYTES = 32 * 2**20
+_MAPPED_BYTES = 4 * 2**20  # more than a block; parts on their way to S3 are larger, and go back at once
 _GC_THRESHOLD = 100_000
 
 

@@ -19,7 +19,7 @@ from services.augmenter.window import Answers, Window
 from services.common.codec import Decoder, Format
 from services.common.lines import blocks
 
-ROOM_BYTES = 32 * 2**20
+ROOM_BYTES = 24 * 2**20
 _Parsed: TypeAlias = tuple[Window, int, list[Pair]]  # with the bytes that it was
 
 

@@ -15,7 +15,7 @@ from services.augmenter.object_store.protocol import NOTHING
 from services.augmenter.object_store.s3_client import code_of, named
 
 MARK, _BY = "input-etag", "upload"
-_PART_BYTES = 8 * 2**20  # of at most 10,000: outputs up to 80 GB
+_PART_BYTES = 6 * 2**20  # of at most 10,000: outputs up to 60 GB
 # What S3 says when somebody else came first, is writing right now, or has aborted our upload.
 _TAKEN = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"}
 _log = logging.getLogger("augmenter")
@@ -24,7 +24,7 @@ _log = logging.getLogger("augmenter")
 class S3Upload:
     """One part is on its way while the next is filled.
 
-    State: `_part` (bytes not yet sent), `_sending` (the part on its way), `_parts` (those that arrived).
+    State: `_part` and `_part_bytes` (not yet sent), `_sending` (the part on its way), `_parts` (arrived).
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class S3Upload:
         self._condition = (
             {} if onto is None else {"IfNoneMatch": "*"} if onto == NOTHING else {"IfMatch": onto}
         )
-        self._part = bytearray()
+        self._part: list[memoryview] = []
+        self._part_bytes = 0
         self._upload: dict[str, str] | None = None  # as soon as there is a first whole part
         self._sending: asyncio.Task[dict[str, Any]] | None = None
         self._parts: list[dict[str, Any]] = []
@@ -48,23 +49,27 @@ class S3Upload:
 
     async def write(self, data: bytes) -> None:
         """Add bytes; waits while a part is on its way and the next is full."""
-        self._part += data
-        while len(self._part) >= _PART_BYTES:
-            part = bytes(memoryview(self._part)[:_PART_BYTES])
-            del self._part[:_PART_BYTES]
-            await self._send(part)
+        rest = memoryview(data)
+        while self._part_bytes + len(rest) >= _PART_BYTES:  # all of one size: some servers want that
+            missing = _PART_BYTES - self._part_bytes
+            self._part.append(rest[:missing])
+            rest = rest[missing:]
+            await self._send(self._taken())
+        if rest:
+            self._part.append(rest)
+            self._part_bytes += len(rest)
 
     async def complete(self) -> None:
         """Let the object appear. Raises DoneElsewhereError or OutputTakenError if somebody came first."""
         if self._upload is None:
             await self._at_end(
                 self._client.put_object(
-                    **self._target, **self._condition, Body=bytes(self._part), Metadata=self._metadata
+                    **self._target, **self._condition, Body=self._taken(), Metadata=self._metadata
                 )
             )
             return
         if self._part:
-            await self._send(bytes(self._part))
+            await self._send(self._taken())
         await self._arrived()
         await self._at_end(
             self._client.complete_multipart_upload(
@@ -75,6 +80,11 @@ class S3Upload:
             )
         )
         self._upload = None
+
+    def _taken(self) -> bytes:
+        part = b"".join(self._part)
+        self._part, self._part_bytes = [], 0
+        return part
 
     async def _at_end(self, request: Any) -> None:
         """What makes the object appear. It is sent again when its answer is lost, and then finds itself."""

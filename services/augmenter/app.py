@@ -12,6 +12,7 @@ import stamina
 from prometheus_client import CollectorRegistry
 
 from services.augmenter import memory, report
+from services.augmenter.channel import Access, open_channel
 from services.augmenter.config import RunSettings
 from services.augmenter.dry_run import DryRun
 from services.augmenter.errors import TerminatedError
@@ -23,7 +24,7 @@ from services.augmenter.object_store.protocol import Store
 from services.augmenter.object_store.s3 import S3Store
 from services.augmenter.object_store.s3_client import aws_client
 from services.augmenter.pipeline import Pipeline
-from services.augmenter.proxy_client import ProxyClient, open_channel
+from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.retry import RetryBudget, TargetHealth
 from services.augmenter.rpc import SeniorityRpc
 from services.augmenter.runner import Runner
@@ -42,10 +43,16 @@ _log = logging.getLogger(PROGRAM)
 
 async def run(settings: RunSettings, plan: Plan) -> int:
     """Do what INPUT has now, or go on for what comes; the exit code. Raises CommandError."""
+    access = Access.read(
+        tls_ca=settings.tls_ca,
+        tls_cert=settings.tls_cert,
+        tls_key=settings.tls_key,
+        token_file=settings.token_file,
+    )
     memory.settle()
     signals = Signals(grace_seconds=_GRACE_SECONDS if settings.watch else 0)
     try:
-        return await _run(settings, plan, signals.stopping)
+        return await _run(settings, plan, access, signals.stopping)
     except asyncio.CancelledError:
         if not signals.stopping.is_set():
             raise
@@ -61,7 +68,7 @@ class _Stores:
     rejects: Store
 
 
-async def _run(settings: RunSettings, plan: Plan, stopping: asyncio.Event) -> int:
+async def _run(settings: RunSettings, plan: Plan, access: Access, stopping: asyncio.Event) -> int:
     totals, registry = Totals(), CollectorRegistry()
     metrics = Metrics(registry)
     started = time.monotonic()
@@ -77,7 +84,7 @@ async def _run(settings: RunSettings, plan: Plan, stopping: asyncio.Event) -> in
         work: Callable[[Job], Awaitable[LineCounts]] = counting.count
         if not settings.dry_run:
             await stores.sink.prepare()
-            work = await _augmenting(settings, stores, stack, totals, metrics)
+            work = await _augmenting(settings, access, stores, stack, totals, metrics)
         runner = Runner(
             source=stores.source, work=work, totals=totals, metrics=metrics, tell_failures=settings.watch
         )
@@ -147,12 +154,17 @@ def _exit_code(settings: RunSettings, totals: Totals) -> int:
 
 
 async def _augmenting(
-    settings: RunSettings, stores: _Stores, stack: AsyncExitStack, totals: Totals, metrics: Metrics
+    settings: RunSettings,
+    access: Access,
+    stores: _Stores,
+    stack: AsyncExitStack,
+    totals: Totals,
+    metrics: Metrics,
 ) -> Callable[[Job], Awaitable[LineCounts]]:
     """The work to be done on each file, with a channel that the stack closes."""
     stamina.instrumentation.set_on_retry_hooks([])  # a line a retry is too many: RetryBudget tells
     health = TargetHealth(str(settings.target))  # there is one, but in a dry run
-    channel = await stack.enter_async_context(open_channel(health.target))
+    channel = await stack.enter_async_context(open_channel(health.target, access))
     rpc = SeniorityRpc(
         channel,
         caller=settings.caller,
@@ -160,6 +172,7 @@ async def _augmenting(
         deadline_seconds=settings.deadline_seconds,
         totals=totals,
         metrics=metrics,
+        token=access.token,
     )
     pipeline = Pipeline(
         source=stores.source,

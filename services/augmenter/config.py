@@ -3,6 +3,7 @@
 import string
 from dataclasses import dataclass
 
+from services.augmenter.channel import is_on_this_machine
 from services.augmenter.jobs import parse_shard
 from services.common import flags
 from services.common.errors import UsageError
@@ -55,6 +56,14 @@ class RunSettings:
     )
     caller: str = flag("--caller", flags.TEXT, "augmenter", text="who asks, for the proxy's books")
     priority: str = flag("--priority", flags.choice("interactive", "bulk"), "bulk", text="place in the queue")
+    tls_ca: str | None = flag(
+        "--tls-ca", flags.TEXT, text="CA that signed the proxy's certificate; the way there is encrypted"
+    )
+    tls_cert: str | None = flag("--tls-cert", flags.TEXT, text="certificate of one's own, for mutual TLS")
+    tls_key: str | None = flag("--tls-key", flags.TEXT, text="its key")
+    token_file: str | None = flag(
+        "--token-file", flags.TEXT, text="file with the bearer token to send; it may change at any time"
+    )
     overwrite: bool = flag(
         "--overwrite",
         flags.BOOL,
@@ -100,3 +109,15 @@ class RunSettings:
             raise UsageError(message)
         if self.dry_run and self.summary_json:
             raise UsageError("--summary-json does not go with --dry-run, which writes nothing")
+        self._check_access()
+
+    def _check_access(self) -> None:
+        if (self.tls_cert is None) is not (self.tls_key is None):
+            raise UsageError("--tls-cert and --tls-key: neither goes without the other")
+        if self.tls_cert is not None and self.tls_ca is None:
+            raise UsageError("--tls-cert needs --tls-ca: without it nothing is encrypted")
+        if self.token_file and not self.tls_ca and not is_on_this_machine(self.target or "localhost:0"):
+            message = (
+                f"--token-file: {self.target} would get it in the clear; --tls-ca encrypts the way there"
+            )
+            raise UsageError(message)

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from grpc import aio
-
 from services.augmenter.jsonl import Pair
 from services.augmenter.retry import RetryBudget
 from services.augmenter.rpc import PairsRefusedError, SeniorityRpc
@@ -20,16 +18,6 @@ _RPCS_AT_ONCE = 32
 # A gRPC server takes 4 MiB unless it was told otherwise. In JSON a text is at least as long as in a message.
 _MESSAGE_BYTES = 3 * 2**20
 _CHARACTER_BYTES = 4  # at most
-_KEEPALIVE_MS = 5 * 60 * 1000  # a server with gRPC's own settings drops who pings more often
-_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.enable_retries", 0),  # ours know the file's budget
-    ("grpc.lb_policy_name", "round_robin"),
-    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-]
 
 
 @dataclass(eq=False, slots=True)
@@ -42,11 +30,6 @@ class _Flight:
     levels: list[int]
     refused: dict[int, str] = field(default_factory=dict)
     over: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-def open_channel(target: str) -> aio.Channel:
-    """A channel; it connects when it is first used, and again whenever that is needed."""
-    return aio.insecure_channel(target, options=_OPTIONS)
 
 
 class ProxyClient:

@@ -10,6 +10,7 @@ from grpc import aio
 
 from protos import seniority_pb2
 from services.augmenter import wire
+from services.augmenter.bearer import Token
 from services.augmenter.jsonl import Pair
 from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
 from services.augmenter.metrics import Metrics
@@ -67,19 +68,22 @@ class SeniorityRpc:
         deadline_seconds: float,
         totals: Totals,
         metrics: Metrics,
+        token: Token | None = None,
     ) -> None:
         self._call: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_METHOD)
         self._metadata = (("x-caller", caller), ("x-priority", priority))
         self._deadline_seconds = deadline_seconds
         self._totals = totals
         self._metrics = metrics
+        self._token = token
 
     async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> list[int]:
         """The pairs' levels. Raises CallFailedError or PairsRefusedError."""
         self._totals.rpcs += 1
         with self._metrics.rpc_seconds.time():
             request = wire.request(pairs)
-            call = self._call(request, timeout=self._deadline_seconds, metadata=self._metadata)
+            metadata = (*self._metadata, self._token.metadata()) if self._token else self._metadata
+            call = self._call(request, timeout=self._deadline_seconds, metadata=metadata)
             try:
                 answer = await call
                 trailers = dict(await call.trailing_metadata() or ())

@@ -45,6 +45,7 @@ class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
 
     steps: list[Step]
     target: str = ""
+    token: str | None = None  # demanded of every call
     calls: list[list[str]] = field(default_factory=list)  # the companies of each
     metadata: list[dict[str, str | bytes]] = field(default_factory=list)
 
@@ -52,6 +53,8 @@ class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
         self, request: pb.SeniorityRequestBatch, context: grpc.ServicerContext
     ) -> pb.SeniorityResponseBatch:
         """Do the next step."""
+        if self.token and dict(context.invocation_metadata()).get("authorization") != f"Bearer {self.token}":
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "who is that?")
         self.calls.append([item.company for item in request.batch])
         self.metadata.append(dict(context.invocation_metadata()))
         step = self.steps.pop(0) if self.steps else Answer(make=all_threes)
@@ -63,12 +66,16 @@ class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
 
 
 @contextmanager
-def scripted_model(*steps: Step) -> Iterator[ScriptedModel]:
-    """The model on a free port, in threads of its own."""
+def scripted_model(
+    *steps: Step, credentials: grpc.ServerCredentials | None = None
+) -> Iterator[ScriptedModel]:
+    """The model on a free port, in threads of its own; without credentials, in the clear."""
     model = ScriptedModel(list(steps))
     server = grpc.server(ThreadPoolExecutor(4))
     seniority_pb2_grpc.add_SeniorityModelServicer_to_server(model, server)
-    model.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    address = "127.0.0.1:0"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    model.target = f"127.0.0.1:{port}"
     server.start()
     try:
         yield model

@@ -8,10 +8,11 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from services.augmenter.channel import open_channel
 from services.augmenter.errors import RpcFailedError
 from services.augmenter.jsonl import Posting
 from services.augmenter.metrics import Metrics
-from services.augmenter.proxy_client import ProxyClient, open_channel
+from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.retry import RetryBudget, TargetHealth
 from services.augmenter.room import Room
 from services.augmenter.rpc import SeniorityRpc

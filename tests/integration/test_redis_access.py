@@ -3,7 +3,6 @@
 import asyncio
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from services.cache_proxy.store.connecting import Access, connect, servers
 from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from tests.integration.conftest import UNPACED
 from tests.support.caller import caller, metrics, pairs_of
+from tests.support.certificates import self_signed
 from tests.support.model_server import scripted_model
 from tests.support.processes import ROOT, cache_proxy, run_command
 from tests.support.redis_cluster import redis_cluster, sentinel
@@ -116,18 +116,6 @@ async def _follow(url: str) -> None:
     await reached.close()
 
 
-@contextmanager
-def _certificate(folder: Path, name: str) -> Iterator[tuple[Path, Path]]:
-    """A certificate for this machine that signs itself, and its key."""
-    key, certificate = folder / f"{name}.key", folder / f"{name}.crt"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out",
-         str(certificate), "-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    yield certificate, key
-
-
 @pytest.mark.slow
 def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) -> None:
     """`rediss://` with the CA that signed the server: cached; with another: a store that is down, and answers
@@ -137,9 +125,9 @@ def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) 
     if program is None or shutil.which("openssl") is None:
         pytest.skip("no redis-server (with TLS) and openssl are installed")
     tls_port = free_port()
+    certificate, key = self_signed(tmp_path, "good")
+    other, _ = self_signed(tmp_path, "other")
     with (
-        _certificate(tmp_path, "good") as (certificate, key),
-        _certificate(tmp_path, "other") as (other, _),
         redis_process(
             tmp_path, "--tls-port", str(tls_port), "--tls-cert-file", str(certificate), "--tls-key-file",
             str(key), "--tls-auth-clients", "no", program=program,
@@ -173,7 +161,8 @@ def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     rights = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
     users.write_text(rights.replace("user default off", "user default on nopass ~* &* +@all"))
     password.write_text("s3cret\n")
-    with _certificate(tmp_path, "good") as (certificate, key), ExitStack() as stack:
+    certificate, key = self_signed(tmp_path, "good")
+    with ExitStack() as stack:
         tls = {
             "tls-cert-file": str(certificate), "tls-key-file": str(key), "tls-ca-cert-file": str(certificate),
             "tls-auth-clients": "no", "tls-replication": "yes",

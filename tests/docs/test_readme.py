@@ -25,7 +25,10 @@ _RUNNABLE = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the project's files stand, but where a block may leave what it makes."""
-    made = tmp_path_factory.mktemp("readme")
+    return _tree(tmp_path_factory.mktemp("readme"))
+
+
+def _tree(made: Path) -> Path:
     for path in ROOT.iterdir():
         if path.name not in {".git", ".demo", ".cache-proxy"}:
             (made / path.name).symlink_to(path)
@@ -98,8 +101,9 @@ def test_every_block_is_known() -> None:
 
 
 @pytest.mark.slow
-def test_demo(folder: Path) -> None:
+def test_demo(tmp_path: Path) -> None:
     """`make demo` keeps every promise it makes, in under a minute, and leaves nothing running."""
+    folder = _tree(tmp_path)  # not the one in which `make up` may still be running
     done = subprocess.run(
         ["make", "demo"], cwd=folder, env=_environment(), capture_output=True, text=True,
         timeout=60, check=False,

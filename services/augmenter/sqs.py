@@ -54,6 +54,7 @@ class QueueWorkers:
         await together(self._worker(endless=endless, stopping=stopping) for _ in range(concurrency))
 
     async def _worker(self, *, endless: bool, stopping: asyncio.Event) -> None:
+        passed: set[str] = set()  # left ones, since the last that was ours: there may be others behind them
         while not stopping.is_set():
             try:
                 message = await self._receive(_LONG_POLL_SECONDS if endless else _SHORT_POLL_SECONDS)
@@ -63,12 +64,16 @@ class QueueWorkers:
                 _log.warning("%s; asking again in %.0f s", error, _AGAIN_SECONDS)
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
-            if message is None or message["MessageId"] in self._left:
+            if message is None or message["MessageId"] in passed:
                 if not endless:
                     return
+            elif message["MessageId"] in self._left:
+                if not endless:
+                    passed.add(message["MessageId"])
             elif stopping.is_set():
                 await self._show_again(message)
             else:
+                passed.clear()
                 await self._take(message)
 
     async def _receive(self, wait_seconds: int) -> Any:

@@ -77,6 +77,22 @@ def test_each_message_is_dealt_with(
 
 
 @pytest.mark.slow
+def test_what_is_left_does_not_hide_what_is_behind_it(
+    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
+) -> None:
+    """A message that is not ours comes back while others wait: the run ends when the queue has no more."""
+    queue = make_queue(visible_seconds=1)
+    queue.send(made(bucket.name, "elsewhere/0.jsonl"))
+    for i in range(60):
+        bucket.put(f"raw/{i}.jsonl", posting())
+        queue.send(made(bucket.name, f"raw/{i}.jsonl"))
+    ended = augment(*_args(bucket, queue, stub.target), "--concurrency", "1")
+    assert ended.code == 0
+    assert "60 done" in ended.out
+    assert queue.count() == 1
+
+
+@pytest.mark.slow
 def test_poison_goes_to_the_dead_letters(
     augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:

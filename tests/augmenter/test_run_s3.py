@@ -1,5 +1,6 @@
 """`augmenter run` on a real S3 server: streamed both ways, whole or not at all, marked with its input."""
 
+import asyncio
 import gzip
 import os
 import random
@@ -15,9 +16,9 @@ from services.augmenter.object_store.s3_client import aws_client
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Stub, posting
 from tests.support.bucket import Bucket
-from tests.support.relay import BUSY, relay
+from tests.support.relay import BUSY, no_conditional_writes, relay
 
-_SOURCE = Item("source.jsonl", 1, '"its-etag"', 0)
+_SOURCE = Item("a.jsonl", 1, '"its-etag"', 0)
 
 
 def _expected(lines: list[bytes]) -> bytes:
@@ -137,6 +138,7 @@ async def store(bucket: Bucket) -> AsyncIterator[S3Store]:
         yield S3Store(client, bucket=bucket.name, prefix="p/")
 
 
+@pytest.mark.slow
 async def test_abandoned_upload_leaves_nothing(store: S3Store) -> None:
     """An upload that is left before it is completed, its parts on their way, stores nothing."""
 
@@ -195,14 +197,14 @@ async def test_throttling_is_waited_out(store: S3Store, bucket: Bucket) -> None:
     assert way.connections >= 3
 
 
-async def _write(store: S3Store, text: bytes, onto: str | None = None) -> str:
-    async with store.create("a.jsonl", _SOURCE, onto=onto) as upload:
+async def _write(store: S3Store, text: bytes, onto: str | None = None, source: Item = _SOURCE) -> str:
+    async with store.create(source.name, source, onto=onto) as upload:
         await upload.write(text)
         await upload.complete()
-    return (await store.find("a.jsonl")).version
+    return (await store.find(source.name)).version
 
 
-@pytest.mark.parametrize("size", [10, 20 * 2**20])
+@pytest.mark.parametrize("size", [10, pytest.param(20 * 2**20, marks=pytest.mark.slow)])
 async def test_an_output_is_put_only_onto_what_was_there(store: S3Store, size: int) -> None:
     """Of two writers of one file the second finds it done; one with another input is refused."""
     first = await _write(store, b"1" * size, onto=NOTHING)
@@ -217,6 +219,29 @@ async def test_an_output_is_put_only_onto_what_was_there(store: S3Store, size: i
     assert await _write(store, b"4" * size, onto=first) != first
 
 
+@pytest.mark.slow
+async def test_a_server_without_conditional_writes_is_looked_at_first(
+    bucket: Bucket, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where conditions are refused, outputs are made all the same: one warning, and never onto another's."""
+    with relay(bucket.endpoint_url, refuse=no_conditional_writes) as way:
+        async with aws_client("s3", endpoint_url=way.url, connections=4) as client:
+            plain, first = S3Store(client, bucket=bucket.name, prefix="p/"), NOTHING
+            some = (Item(f"{i}.jsonl", 1, "v", 0) for i in range(4))
+            await asyncio.gather(*(_write(plain, b"0", onto=NOTHING, source=one) for one in some))
+            for size in (10, 20 * 2**20):
+                first = await _write(plain, b"1" * size, onto=first)
+                with pytest.raises(DoneElsewhereError):
+                    await _write(plain, b"2" * size, onto=NOTHING)
+                with pytest.raises(OutputTakenError):
+                    await _write(plain, b"3" * size, onto="no", source=Item("a.jsonl", 1, "other", 0))
+                assert (await plain.find("a.jsonl")).version == first
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "no conditional writes" in said[0]
+
+
+@pytest.mark.slow
 async def test_upload_that_a_killed_run_left_is_ended(store: S3Store, bucket: Bucket) -> None:
     """Parts that nobody completed go when the same output is made again; those of other outputs stay."""
     async with aws_client("s3", endpoint_url=bucket.endpoint_url, connections=2) as client:
@@ -230,6 +255,7 @@ async def test_upload_that_a_killed_run_left_is_ended(store: S3Store, bucket: Bu
     assert [upload["Key"] for upload in page.get("Uploads", ())] == ["p/a.jsonl.zst"]
 
 
+@pytest.mark.slow
 async def test_writer_whose_upload_was_ended_is_told(store: S3Store) -> None:
     """Two writers of one large file: the second ends the first's upload, and one whole object comes of it."""
     async with store.create("a.jsonl", _SOURCE, onto=NOTHING) as first:

@@ -12,6 +12,19 @@ BUSY = (
     b"<Error><Code>SlowDown</Code><Message>Please reduce your rate</Message></Error>"
 )
 
+NOT_IMPLEMENTED = (
+    b"HTTP/1.1 501 Not Implemented\r\nContent-Type: application/xml\r\nContent-Length: 82\r\n"
+    b"Connection: close\r\n\r\n"
+    b"<Error><Code>NotImplemented</Code><Message>A header is not known</Message></Error>"
+)
+
+
+def no_conditional_writes(data: bytes) -> bytes | None:
+    """A server that refuses every PUT and POST on a condition."""
+    head = data.partition(b"\r\n\r\n")[0].lower()
+    on_condition = b"\r\nif-none-match:" in head or b"\r\nif-match:" in head
+    return NOT_IMPLEMENTED if on_condition and head.startswith((b"put ", b"post ")) else None
+
 
 @dataclass
 class Relay:
@@ -30,8 +43,13 @@ class Relay:
 
 
 @contextmanager
-def relay(target_url: str, plan: Callable[[int], int | bytes | None]) -> Iterator[Relay]:
-    """To the server at `target_url`; None from `plan`: all passes."""
+def relay(
+    target_url: str,
+    plan: Callable[[int], int | bytes | None] = lambda _: None,
+    *,
+    refuse: Callable[[bytes], bytes | None] = lambda _: None,
+) -> Iterator[Relay]:
+    """To the server at `target_url`; None from `plan`: all passes, but for requests that `refuse` answers."""
     host, port = target_url.removeprefix("http://").split(":")
     listener = socket.create_server(("127.0.0.1", 0))
     made = Relay(f"http://127.0.0.1:{listener.getsockname()[1]}", plan)
@@ -44,7 +62,7 @@ def relay(target_url: str, plan: Callable[[int], int | bytes | None]) -> Iterato
                 near.sendall(limit)
                 return
             with socket.create_connection((host, int(port))) as far:
-                threading.Thread(target=_pump, args=(near, far, None), daemon=True).start()
+                threading.Thread(target=_pump, args=(near, far, None, refuse), daemon=True).start()
                 _pump(far, near, limit)
 
     def accept() -> None:
@@ -60,11 +78,22 @@ def relay(target_url: str, plan: Callable[[int], int | bytes | None]) -> Iterato
         listener.close()
 
 
-def _pump(source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+def _pump(
+    source: socket.socket,
+    sink: socket.socket,
+    limit: int | None,
+    refuse: Callable[[bytes], bytes | None] = lambda _: None,
+) -> None:
     """Until the end, or the limit: then both sides are cut off."""
     left = limit
     with suppress(OSError):
         while data := source.recv(65536):
+            if answer := refuse(data):
+                source.sendall(answer)
+                source.shutdown(socket.SHUT_WR)
+                while source.recv(65536):  # what is left of the request: else the answer would be lost
+                    pass
+                break
             sink.sendall(data if left is None else data[:left])
             if left is not None:
                 left -= len(data)

@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from services.augmenter.errors import InputChangedError, StoreError
 from services.augmenter.object_store.protocol import Item, Made, is_input
 from services.augmenter.object_store.s3_client import BROKEN, code_of, named
-from services.augmenter.object_store.s3_upload import MARK, S3Upload, abort_uploads
+from services.augmenter.object_store.s3_upload import MARK, Conditions, S3Upload, abort_uploads
 
 _READ_BYTES = 2**20
 _BREAKS_IN_A_ROW = 5
@@ -28,6 +28,7 @@ class S3Store:
         self._client = client
         self._bucket = bucket
         self._prefix = prefix
+        self._conditions = Conditions()
 
     def place(self, name: str) -> str:
         """The object's address."""
@@ -117,6 +118,7 @@ class S3Store:
             target=self._target(name),
             source_version=source.version,
             onto=onto,
+            conditions=self._conditions,
         )
 
     async def remove(self, name: str) -> None:

@@ -5,6 +5,8 @@ import contextlib
 import datetime as dt
 import logging
 import secrets
+from collections.abc import Awaitable, Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +20,27 @@ MARK, _BY = "input-etag", "upload"
 _PART_BYTES = 6 * 2**20  # of at most 10,000: outputs up to 60 GB
 # What S3 says when somebody else came first, is writing right now, or has aborted our upload.
 _TAKEN = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"}
+# What a server says that has no conditional writes; 400 is too common to be taken for it by itself.
+_NO_CONDITIONS = {"NotImplemented", "501"}
+_PERHAPS_NO_CONDITIONS = {"InvalidRequest", "InvalidArgument", "BadRequest", "400"}
 _log = logging.getLogger("augmenter")
+
+
+class Conditions:
+    """What one store's uploads learn of its server. State: `missing`, once it is known to have none."""
+
+    def __init__(self) -> None:
+        self.missing = False
+
+    def found_missing(self, place: str) -> None:
+        """Say it once."""
+        if not self.missing:
+            _log.warning(
+                "%s: the server has no conditional writes; outputs are looked at just before they are put, "
+                "so two workers on one file may both write it",
+                place,
+            )
+        self.missing = True
 
 
 class S3Upload:
@@ -28,12 +50,21 @@ class S3Upload:
     """
 
     def __init__(
-        self, client: Any, *, place: str, target: dict[str, str], source_version: str, onto: str | None
+        self,
+        client: Any,
+        *,
+        place: str,
+        target: dict[str, str],
+        source_version: str,
+        onto: str | None,
+        conditions: Conditions,
     ) -> None:
         self._client = client
         self._place = place
         self._target = target
         self._metadata = {MARK: source_version, _BY: secrets.token_hex(8)}
+        self._onto = onto
+        self._conditions = conditions
         self._condition = (
             {} if onto is None else {"IfNoneMatch": "*"} if onto == NOTHING else {"IfMatch": onto}
         )
@@ -63,19 +94,17 @@ class S3Upload:
         """Let the object appear. Raises DoneElsewhereError or OutputTakenError if somebody came first."""
         if self._upload is None:
             await self._at_end(
-                self._client.put_object(
-                    **self._target, **self._condition, Body=self._taken(), Metadata=self._metadata
-                )
+                partial(self._client.put_object, **self._target, Body=self._taken(), Metadata=self._metadata)
             )
             return
         if self._part:
             await self._send(self._taken())
         await self._arrived()
         await self._at_end(
-            self._client.complete_multipart_upload(
+            partial(
+                self._client.complete_multipart_upload,
                 **self._target,
                 **self._upload,
-                **self._condition,
                 MultipartUpload={"Parts": self._parts},
             )
         )
@@ -86,30 +115,58 @@ class S3Upload:
         self._part, self._part_bytes = [], 0
         return part
 
-    async def _at_end(self, request: Any) -> None:
+    async def _at_end(self, request: Callable[..., Awaitable[Any]]) -> None:
         """What makes the object appear. It is sent again when its answer is lost, and then finds itself."""
         with named(self._place):
             try:
-                await request
+                if self._condition and self._conditions.missing:
+                    await self._after_a_look(request)
+                else:
+                    await self._on_condition(request)
             except ClientError as error:
                 if code_of(error) not in _TAKEN:
                     raise
                 if not await self._is_ours(error):
                     raise OutputTakenError from error
 
-    async def _is_ours(self, refusal: ClientError) -> bool:
+    async def _on_condition(self, request: Callable[..., Awaitable[Any]]) -> None:
         try:
-            head = await self._client.head_object(**self._target)
+            await request(**self._condition)
         except ClientError as error:
-            if code_of(error) in {"404", "NoSuchKey"}:
-                return False
-            raise
-        there = head.get("Metadata", {})
-        if there.get(_BY) == self._metadata[_BY]:
+            if not self._condition or code_of(error) not in _NO_CONDITIONS | _PERHAPS_NO_CONDITIONS:
+                raise
+            await self._after_a_look(request)  # fails the same way, if it was something else
+            self._conditions.found_missing(self._place)
+
+    async def _after_a_look(self, request: Callable[..., Awaitable[Any]]) -> None:
+        """Without the condition, which is checked beforehand: that narrows the race, it cannot end it."""
+        there = await self._there()
+        if (there["ETag"] if there else NOTHING) != self._onto:
+            self._see_whose(there)
+        await request()
+
+    async def _is_ours(self, refusal: ClientError) -> bool:
+        there = await self._there()
+        metadata = there.get("Metadata", {}) if there else {}
+        if metadata.get(_BY) == self._metadata[_BY]:
             return True
-        if there.get(MARK) == self._metadata[MARK]:
+        if metadata.get(MARK) == self._metadata[MARK]:
             raise DoneElsewhereError from refusal
         return False
+
+    def _see_whose(self, there: dict[str, Any] | None) -> None:
+        if there and there.get("Metadata", {}).get(MARK) == self._metadata[MARK]:
+            raise DoneElsewhereError
+        raise OutputTakenError
+
+    async def _there(self) -> dict[str, Any] | None:
+        try:
+            head: dict[str, Any] = await self._client.head_object(**self._target)
+        except ClientError as error:
+            if code_of(error) in {"404", "NoSuchKey"}:
+                return None
+            raise
+        return head
 
     async def _send(self, part: bytes) -> None:
         if self._upload is None:

@@ -54,7 +54,7 @@ class ProxyClient:
         first, self._next = self._next, self._next + len(pairs)
         # One step of C a pair: it is given its number, or joins the one that it has.
         numbers = list(map(self._in_flight.setdefault, pairs, range(first, self._next)))
-        joined = [(place, *self._flight_of(number)) for place, number in enumerate(numbers) if number < first]
+        joined = self._joined(numbers, first)
         mine = bytearray(b"\1") * len(pairs)
         for place, _, _ in joined:
             mine[place] = 0
@@ -66,8 +66,8 @@ class ProxyClient:
             await together(self._resolve(pairs, batch, flight, budget) for batch in batches)
         finally:
             del self._flights[first]
-            for place in places:
-                del self._in_flight[pairs[place]]
+            for pair in map(pairs.__getitem__, places):
+                del self._in_flight[pair]
             flight.over.set()
         answers = Answers(flight.levels.copy(), flight.refused.copy())  # ours to add to
         left = await _taken(joined, answers)
@@ -78,11 +78,15 @@ class ProxyClient:
             answers.refused |= {left[place]: why for place, why in more.refused.items()}
         return answers
 
-    def _flight_of(self, number: int) -> tuple[_Flight, int]:
-        """The flight that a pair is in, and its place there."""
-        firsts = list(self._flights)
-        first = firsts[bisect_right(firsts, number) - 1]
-        return self._flights[first], number - first
+    def _joined(self, numbers: list[int], first: int) -> list[tuple[int, _Flight, int]]:
+        """The places of pairs that are on their way already, with the flight of each and its place there."""
+        firsts, flights = list(self._flights), list(self._flights.values())
+        theirs = [(place, number) for place, number in enumerate(numbers) if number < first]
+        at = [bisect_right(firsts, number) - 1 for _, number in theirs]
+        return [
+            (place, flights[one], number - firsts[one])
+            for (place, number), one in zip(theirs, at, strict=True)
+        ]
 
     def _batches(self, pairs: list[Pair], places: Sequence[int], text_bytes: int) -> Iterator[Sequence[int]]:
         for start in range(0, len(places), self._batch_size):

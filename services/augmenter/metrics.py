@@ -1,4 +1,8 @@
-"""What the augmenter counts."""
+"""What the augmenter counts.
+
+The first sentence of a help text says what is told, what follows how to read it: `docs/metrics.md` is made of
+both.
+"""
 
 from importlib import metadata
 
@@ -12,21 +16,38 @@ class Metrics:
     """The `augmenter_*` metrics in one registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.files = Counter("augmenter_files", "Files, by how they ended.", ["outcome"], registry=registry)
+        self.files = Counter(
+            "augmenter_files",
+            "Files, by how they ended. `skipped`: the output was there already; `failed` ones are tried "
+            "again by `--watch` and by the queue.",
+            ["outcome"], registry=registry,
+        )  # fmt: skip
         self.lines = Counter(
-            "augmenter_lines", "Lines of files that are done, by what became of them.", ["outcome"],
-            registry=registry,
+            "augmenter_lines",
+            "Lines of files that are done, by what became of them. Each in one outcome: their sum is the "
+            "lines of the input.",
+            ["outcome"], registry=registry,
         )  # fmt: skip
         self.file_seconds = Histogram(
-            "augmenter_file_duration_seconds", "From the first look at a file to its completed output.",
+            "augmenter_file_duration_seconds",
+            "How long a file took, from the first look to its end. Failed and skipped ones count too.",
             buckets=_FILE_SECONDS, registry=registry,
         )  # fmt: skip
         self.rpc_seconds = Histogram(
-            "augmenter_rpc_duration_seconds", "One RPC, however it ended.",
+            "augmenter_rpc_duration_seconds",
+            "How long an RPC to the proxy took, however it ended. Near `--deadline`, files begin to wait.",
             buckets=_RPC_SECONDS, registry=registry,
         )  # fmt: skip
-        self.backlog = Gauge("augmenter_backlog_files", "Files found and not yet ended.", registry=registry)
-        build = Gauge("augmenter_build_info", "Always 1.", ["version"], registry=registry)
+        self.backlog = Gauge(
+            "augmenter_backlog_files",
+            "Files found and not yet ended. At most 10,000 are known ahead. With `--sqs-queue-url` it is 0: "
+            "the queue's own depth is the backlog.",
+            registry=registry,
+        )  # fmt: skip
+        build = Gauge(
+            "augmenter_build_info", "Always 1. One series a process: count them by `version`.",
+            ["version"], registry=registry,
+        )  # fmt: skip
         build.labels(version=_version()).set(1)
         for outcome in ("done", "skipped", "failed"):
             self.files.labels(outcome=outcome)

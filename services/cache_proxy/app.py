@@ -84,6 +84,7 @@ async def serve(settings: Settings) -> None:
             )
         )  # fmt: skip
         memories.all.append((queue.discard, queue.discard_all))
+        metrics.degraded.set_function(lambda: not store.up or queue.lost)
         if opened.shared is None:  # else heartbeats tell
             for follower in followers:
                 await stack.enter_async_context(_running(follower.run()))
@@ -186,6 +187,12 @@ async def _open_queue(
     settle: Settle, metrics: ProxyMetrics, logs: Mapping[str, Hear],
 ) -> AsyncIterator[ProxyQueue]:  # fmt: skip
     limits, share = _queue_limits(settings), settings.model.expected_replicas
+    metrics.show_limits(
+        calls_per_second=limits.calls_per_second,
+        pairs_per_second=limits.pairs_per_second,
+        batch_pairs=limits.batch_pairs,
+        queued_pairs=limits.max_pairs,
+    )
     if client is None:
         yield open_local(limits, expected_replicas=share, settle=settle, metrics=metrics)
         return

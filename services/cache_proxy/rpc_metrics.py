@@ -16,6 +16,7 @@ from prometheus_client.utils import floatToGoString
 
 OUTCOMES = ("l1", "l2", "stale", "coalesced", "inferred", "failed")
 
+_KINDS = ("hit", "miss", "failed")
 _HITS = frozenset({"l1", "l2", "stale"})
 _MAX_CALLERS = 100
 _OTHER = "other"
@@ -24,9 +25,11 @@ _OTHER = "other"
 class RpcMetrics(Collector):
     """State: the counts; touched only from the event loop, which also answers `/metrics`."""
 
-    def __init__(self, registry: CollectorRegistry, *, buckets: tuple[float, ...]) -> None:
-        self._requests: Counter[str] = Counter()
-        self._pairs = Counter(dict.fromkeys(OUTCOMES, 0))  # a rate over what is not there is no data, not 0
+    def __init__(
+        self, registry: CollectorRegistry, *, codes: Iterable[str], buckets: tuple[float, ...]
+    ) -> None:
+        self._requests = Counter(dict.fromkeys(codes, 0))  # a rate over what is not there is no data, not 0
+        self._pairs = Counter(dict.fromkeys(OUTCOMES, 0))
         self._caller_pairs: dict[str, Counter[str]] = {}
         self._bounds = buckets
         self._durations = [0] * (len(buckets) + 1)
@@ -44,7 +47,9 @@ class RpcMetrics(Collector):
         counts = self._caller_pairs.get(caller)
         if counts is None:
             known = len(self._caller_pairs) - (_OTHER in self._caller_pairs)
-            counts = self._caller_pairs.setdefault(caller if known < _MAX_CALLERS else _OTHER, Counter())
+            counts = self._caller_pairs.setdefault(
+                caller if known < _MAX_CALLERS else _OTHER, Counter(dict.fromkeys(_KINDS, 0))
+            )
         for outcome, count in outcomes.items():
             if count:
                 self._pairs[outcome] += count
@@ -52,16 +57,30 @@ class RpcMetrics(Collector):
 
     def collect(self) -> Iterable[CounterMetricFamily | HistogramMetricFamily]:
         """All that was counted."""
-        requests = CounterMetricFamily("cache_proxy_requests", "RPCs, by status.", labels=["code"])
+        requests = CounterMetricFamily(
+            "cache_proxy_requests",
+            "RPCs, by status. `RESOURCE_EXHAUSTED` were refused at once, nothing queued; of `CANCELLED` the "
+            "caller went away.",
+            labels=["code"],
+        )
         for code, count in self._requests.items():
             requests.add_metric([code], count)
         yield requests
-        pairs = CounterMetricFamily("cache_proxy_pairs", "Pairs, by what answered them.", labels=["outcome"])
+        pairs = CounterMetricFamily(
+            "cache_proxy_pairs",
+            "Pairs that callers asked for, each in one outcome. `l1`, `l2` and `stale` were answered by a "
+            "cache; `inferred` and `coalesced` waited for the model, the latter for a call that another had "
+            "caused; `failed` had no answer. Their sum is what was asked in requests that could be read.",
+            labels=["outcome"],
+        )
         for outcome, count in self._pairs.items():
             pairs.add_metric([outcome], count)
         yield pairs
         caller_pairs = CounterMetricFamily(
-            "cache_proxy_caller_pairs", "Pairs by caller: hit, miss or failed.", labels=["caller", "outcome"]
+            "cache_proxy_caller_pairs",
+            "Pairs by caller, each in one outcome. `hit`: a cache answered; `miss`: the model had to. "
+            "`caller` is `x-caller`: the first 100, then `other`.",
+            labels=["caller", "outcome"],
         )
         for caller, counts in self._caller_pairs.items():
             for kind, count in counts.items():
@@ -69,7 +88,9 @@ class RpcMetrics(Collector):
         yield caller_pairs
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         yield HistogramMetricFamily(
-            "cache_proxy_request_duration_seconds", "How long an RPC took.",
+            "cache_proxy_request_duration_seconds",
+            "How long an RPC took, however it ended. Known pairs take milliseconds; new ones wait for the "
+            "model, so high quantiles tell the queue, and the share of RPCs within 10 ms the cache.",
             buckets=list(zip(bounds, accumulate(self._durations), strict=True)), sum_value=self._seconds,
         )  # fmt: skip
 

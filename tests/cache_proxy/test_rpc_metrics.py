@@ -10,7 +10,7 @@ _BUCKETS = (0.001, 0.01, 0.1, 1)
 
 
 def _metrics(registry: CollectorRegistry) -> RpcMetrics:
-    return RpcMetrics(registry, buckets=_BUCKETS)
+    return RpcMetrics(registry, codes=("OK", "UNAVAILABLE"), buckets=_BUCKETS)
 
 
 @given(st.lists(st.sampled_from([0.0, 0.0005, 0.001, 0.0011, 0.01, 0.5, 1, 1.0001, 99]), max_size=30))
@@ -31,12 +31,13 @@ def test_durations_are_counted_as_the_library_counts_them(seconds: list[float]) 
         assert registry.get_sample_value(name, labels) == theirs.get_sample_value(name, labels), labels
 
 
-def test_outcomes_are_there_before_the_first_pair() -> None:
+def test_outcomes_and_codes_are_there_before_the_first_rpc() -> None:
     """A rate over a counter that is not there yet is no data, not zero."""
     registry = CollectorRegistry()
     _metrics(registry)
     for outcome in ("l1", "l2", "stale", "coalesced", "inferred", "failed"):
         assert registry.get_sample_value("cache_proxy_pairs_total", {"outcome": outcome}) == 0
+    assert registry.get_sample_value("cache_proxy_requests_total", {"code": "UNAVAILABLE"}) == 0
 
 
 def test_callers_beyond_the_first_hundred_are_others() -> None:
@@ -54,5 +55,6 @@ def test_callers_beyond_the_first_hundred_are_others() -> None:
     }
     assert len({caller for caller, _ in counted}) == 101
     assert counted["c99", "hit"] == 4
+    assert counted["c99", "failed"] == 0  # a share of what is not there would be no data
     assert (counted["other", "hit"], counted["other", "miss"]) == (50 * 4, 50 * 2)
     assert sum(counted.values()) == 150 * 2 * 3

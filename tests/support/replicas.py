@@ -154,7 +154,7 @@ class Replica:
         self.name = name
         self.bounds = bounds
         self.client = cast("LossyClient", LossyClient.from_url(place.url))
-        metrics = ProxyMetrics(CollectorRegistry())
+        metrics = self.metrics = ProxyMetrics(CollectorRegistry())
         home = Home(self.client, key=place.keys.limit)
         self.scripts = Scripts(home, place.keys, metrics=metrics)
         self.waiters = Waiters()

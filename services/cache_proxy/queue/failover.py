@@ -171,6 +171,10 @@ class FailoverQueue:
         self._local.end_all(error)
         self._shared.end_all(error)
 
+    def show_alone(self) -> None:
+        """See `LocalQueue.show_alone`."""
+        self._local.show_alone()
+
     def heard(self, membership: Membership, *, at: float) -> None:
         """Redis answered a heartbeat that it got at this time or later."""
         self._limiter.know(membership)

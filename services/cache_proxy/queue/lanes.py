@@ -54,9 +54,9 @@ class Lanes:
         """All that wait."""
         return [entry for lane in self._lanes.values() for entry in lane]
 
-    def oldest_at(self) -> float:
-        """When the pair at the front of a lane came, the earliest; `inf` if nothing waits."""
-        oldest = (lane.oldest() for lane in self._lanes.values())
+    def oldest_at(self, priorities: Iterable[str] = LANES) -> float:
+        """When the pair at the front of one of these lanes came, the earliest; `inf` if nothing waits."""
+        oldest = (self._lanes[priority].oldest() for priority in priorities)
         return min((entry.enqueued_at for entry in oldest if entry is not None), default=math.inf)
 
     def waits(self, entry: Entry) -> bool:

@@ -165,6 +165,7 @@ class Listener:
                 await self._beat_once()
             except StoreError as error:
                 await self._queue.lose(error)
+                self._queue.show_alone()
             await asyncio.sleep(_HEARTBEAT_SECONDS)
 
     async def _beat_once(self) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from operator import attrgetter
 
 from services.cache_proxy.errors import PairError, QueueFull
-from services.cache_proxy.metrics import LANES, ProxyMetrics
+from services.cache_proxy.metrics import LANES, PRIORITIES, ProxyMetrics
 from services.cache_proxy.queue import (
     MAX_ATTEMPTS,
     MAX_BREAKDOWNS,
@@ -57,6 +57,11 @@ class LocalQueue:
         self._failures_in_a_row = 0
         self._failed_at = -math.inf  # when the last of them was noticed
         self._changed = asyncio.Event()
+
+    @property
+    def lost(self) -> bool:
+        """See `ProxyQueue.lost`: it shares nothing."""
+        return False
 
     @property
     def answers_live_elsewhere(self) -> bool:
@@ -335,8 +340,18 @@ class LocalQueue:
         for priority in LANES:
             for gauge in (self._metrics.queue_pairs, self._metrics.queue_global_pairs):
                 gauge.labels(priority).set_function(partial(self._lanes.count, priority))
-        self._metrics.queue_oldest.set_function(lambda: max(0.0, _now() - self._lanes.oldest_at()))
+        self._metrics.queue_oldest.set_function(self._oldest_seconds)
         self._metrics.live_replicas.set(1)
+
+    def show_alone(self) -> None:
+        """Have the gauges of all replicas tell of this one: Redis is lost."""
+        for priority in LANES:
+            self._metrics.queue_global_pairs.labels(priority).set(self._lanes.count(priority))
+        self._metrics.queue_oldest.set(self._oldest_seconds())
+        self._metrics.live_replicas.set(1)
+
+    def _oldest_seconds(self) -> float:
+        return max(0.0, _now() - self._lanes.oldest_at(PRIORITIES))
 
 
 def _now() -> float:

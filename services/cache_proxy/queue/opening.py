@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 class ProxyQueue(Queue, Protocol):
     """A queue that can be told that answers are invalidated, and that the process ends."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether it is shared, and what is shared cannot be reached."""
+
     def discard(self, digest: bytes) -> None:
         """Remember no answer of this pair's that came of late: it was invalidated."""
 

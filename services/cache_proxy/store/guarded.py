@@ -173,4 +173,3 @@ class GuardedStore:
 
     def _show(self) -> None:
         self._metrics.store_up.set(self._up)
-        self._metrics.degraded.set(not self._up)

@@ -4,8 +4,9 @@
 -- ARGV[5]  pairs a second, [6] calls a second, [7] pairs in a batch: if they were lost
 -- ARGV[8]  msgpack list of the keys of the logs of invalidations that it follows
 -- ARGV[9]  the server that its last heartbeat reached; empty: this is the first. Under another, too, it may just have called
--- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting}, oldest ms,
---          members (who has which slot if Redis is lost), {replica, address} of those to knock at, ms between moments,
+-- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting},
+--          ms since the oldest came for which a caller waits, members (who has which slot if Redis is lost),
+--          {replica, address} of those to knock at, ms between moments,
 --          subscribers that this server has for the replica, the last entry of each log, false if it has none,
 --          this server}
 local replica, held = ARGV[1], {}
@@ -39,10 +40,12 @@ redis.call('HSETNX', META, 'queue', clock[1] .. '.' .. clock[2] .. replica)
 local waiting, oldest = {}, now
 for at, lane in ipairs(LANES) do
   waiting[at] = redis.call('ZCARD', lane_key(lane))
-  local first = redis.call('ZRANGE', lane_key(lane), 0, 0)
-  load_pairs(first)
-  if records[first[1]] then
-    oldest = math.min(oldest, records[first[1]].at)
+  if lane ~= 'refresh' then -- for that nobody waits
+    local first = redis.call('ZRANGE', lane_key(lane), 0, 0)
+    load_pairs(first)
+    if records[first[1]] then
+      oldest = math.min(oldest, records[first[1]].at)
+    end
   end
 end
 local late = redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', '(' .. (now - LATE_MS))

@@ -42,13 +42,14 @@ bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/
 	$(BIN)/python -m benchmarks
 
 .PHONY: lint
-lint: $(VENV)/.dev  ## style, types, imports, stub drift, locks fresh
+lint: $(VENV)/.dev  ## style, types, imports, and that nothing made has drifted
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/python scripts/locks.py --check
+	$(BIN)/python -m scripts.metrics --check
 
 .PHONY: format
 format: $(VENV)/.dev  ## put the code in its form
@@ -58,6 +59,10 @@ format: $(VENV)/.dev  ## put the code in its form
 .PHONY: protos
 protos: $(VENV)/.dev  ## make the stubs again from protos/seniority.proto
 	$(BIN)/python scripts/protos.py
+
+.PHONY: monitoring
+monitoring: $(VENV)/.dev  ## make docs/metrics.md again from the code
+	$(BIN)/python -m scripts.metrics
 
 .PHONY: lock
 lock: $(VENV)/.uv  ## bring the locks in line with pyproject.toml (UPGRADE=1: to the newest versions)

@@ -1,0 +1,1 @@
+"""What `deploy/grafana/*.json` is made of."""

@@ -50,6 +50,9 @@ lint: $(VENV)/.dev  ## style, types, imports, and that nothing made has drifted
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/python scripts/locks.py --check
 	$(BIN)/python -m scripts.metrics --check
+	$(BIN)/python -m scripts.dashboards --check
+	@if command -v promtool >/dev/null; then promtool check rules deploy/prometheus/rules.yaml; \
+		else echo "promtool is not installed: the rules are not checked"; fi
 
 .PHONY: format
 format: $(VENV)/.dev  ## put the code in its form
@@ -61,8 +64,9 @@ protos: $(VENV)/.dev  ## make the stubs again from protos/seniority.proto
 	$(BIN)/python scripts/protos.py
 
 .PHONY: monitoring
-monitoring: $(VENV)/.dev  ## make docs/metrics.md again from the code
+monitoring: $(VENV)/.dev  ## make docs/metrics.md and the dashboards again
 	$(BIN)/python -m scripts.metrics
+	$(BIN)/python -m scripts.dashboards
 
 .PHONY: lock
 lock: $(VENV)/.uv  ## bring the locks in line with pyproject.toml (UPGRADE=1: to the newest versions)

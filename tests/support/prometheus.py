@@ -1,0 +1,114 @@
+"""A real Prometheus that scrapes what a test runs, once a second, and evaluates its rules as often."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+import pytest
+
+from tests.support.redis_server import free_port, wait_for
+
+_SCRAPE_SECONDS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One series of an answer."""
+
+    labels: Mapping[str, str]
+    value: float
+
+
+class Prometheus:
+    """Asked by its HTTP API."""
+
+    def __init__(self, url: str, *, targets: int) -> None:
+        self._url = url
+        self._targets = targets
+
+    def query(self, expr: str, *, at: float) -> list[Sample]:
+        """What an expression gives at a moment (unix seconds)."""
+        result = self._get("query", query=expr, time=str(at))["result"]
+        return [Sample(one["metric"], float(one["value"][1])) for one in result]
+
+    def value(self, expr: str, *, at: float) -> float:
+        """The one number that an expression gives."""
+        [sample] = self.query(expr, at=at)
+        return sample.value
+
+    def firing(self) -> set[str]:
+        """The names of the alerts that fire."""
+        alerts = self._get("alerts")["alerts"]
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+
+    def wait_scraped(self, *, since: float) -> None:
+        """Until every target has answered a scrape that began after this moment."""
+        wait_for(lambda: self._scraped(since), what="every target is scraped")
+
+    def _scraped(self, since: float) -> bool:
+        targets = self._get("targets", state="active")["activeTargets"]
+        return len(targets) == self._targets and all(  # at first it knows of none
+            target["health"] == "up" and datetime.fromisoformat(target["lastScrape"]).timestamp() > since
+            for target in targets
+        )
+
+    def _get(self, what: str, **parameters: str) -> Any:
+        with urlopen(f"{self._url}/api/v1/{what}?{urlencode(parameters)}", timeout=10) as response:
+            return json.load(response)["data"]
+
+
+@contextmanager
+def prometheus(folder: Path, jobs: Mapping[str, Sequence[str]], *, rules: Path) -> Iterator[Prometheus]:
+    """One that scrapes these `host:port` by job; skips where none is installed."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("no prometheus is installed")
+    every = f"{_SCRAPE_SECONDS}s"
+    config = folder / "prometheus.yml"
+    config.write_text(
+        json.dumps(  # which is YAML
+            {
+                "global": {"scrape_interval": every, "evaluation_interval": every},
+                "rule_files": [str(rules)],
+                "scrape_configs": [
+                    {"job_name": job, "static_configs": [{"targets": list(targets)}]}
+                    for job, targets in jobs.items()
+                ],
+            }
+        )
+    )
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
+        ],
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        started = Prometheus(f"http://127.0.0.1:{port}", targets=sum(map(len, jobs.values())))
+        wait_for(lambda: _ready(f"http://127.0.0.1:{port}/-/ready"), what="Prometheus is ready")
+        started.wait_scraped(since=time.time())
+        yield started
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=10) as response:
+            return bool(response.status == 200)
+    except URLError:
+        return False

@@ -67,6 +67,7 @@ def slow() -> Iterator[Slow]:
         go.set()
 
 
+@pytest.mark.slow
 def test_kill_leaves_no_partial_output_and_the_next_run_clears_up(
     source: Path, tmp_path: Path, slow: Slow
 ) -> None:

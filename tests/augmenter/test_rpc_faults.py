@@ -112,6 +112,7 @@ def test_budget_ends_retries(run: Run) -> None:
     assert float(seconds) >= 0.5
 
 
+@pytest.mark.slow
 def test_slow_rpc_ends_at_its_deadline(run: Run, stub_with: StubWith) -> None:
     """An RPC that is never answered ends at --deadline, and is retried like one that failed."""
     stub = stub_with("--fail", "hang")

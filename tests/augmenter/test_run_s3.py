@@ -70,6 +70,7 @@ def test_between_bucket_and_folder(augment: Augment, stub: Stub, bucket: Bucket,
     assert "1 skipped" in augment(*down).out
 
 
+@pytest.mark.slow
 def test_large_object_goes_in_parts(augment: Augment, stub: Stub, bucket: Bucket) -> None:
     """An output over the size of a part arrives whole, its parts in order, and marked."""
     lines = [posting(id=i, text="x" * 1_000) for i in range(20_000)]
@@ -83,6 +84,7 @@ def test_large_object_goes_in_parts(augment: Augment, stub: Stub, bucket: Bucket
     assert bucket.mark("mod/big.jsonl") == etag
 
 
+@pytest.mark.slow
 def test_failed_file_leaves_no_object(augment: Augment, stub: Stub, bucket: Bucket) -> None:
     """A file that fails behind its first parts leaves neither an object nor parts of one."""
     lines = b"\n".join(posting(id=i, text="x" * 1_000) for i in range(20_000))

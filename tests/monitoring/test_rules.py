@@ -12,6 +12,7 @@ import yaml
 from scripts.metrics import described
 from tests.monitoring.queries import RULES, RULES_TEST
 from tests.monitoring.test_dashboards import names_in
+from tests.support.processes import ROOT
 
 
 @cache
@@ -41,6 +42,12 @@ def test_an_alert_tells_whom_it_wakes_and_what_to_do(name: str) -> None:
     assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}"
     text = RULES.read_text(encoding="utf-8").partition(f"- alert: {name}\n")[2]
     assert re.search(r"^        for: \w+ # \S+", text.partition("annotations:")[0], re.MULTILINE)
+
+
+def test_every_alert_has_a_runbook_and_nothing_else_has() -> None:
+    """The headings that the links lead to are the alerts' names, in their order."""
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8").partition("\n## Runbook\n")[2]
+    assert re.findall(r"^### (\w+)$", page, re.MULTILINE) == list(alerts())
 
 
 @pytest.mark.parametrize("name", alerts())

@@ -133,6 +133,7 @@ async def _do_all(
     elif settings.watch:
         watcher = Watcher(
             lambda after: jobs.all(after=after),
+            jobs.named,
             poll_interval_seconds=settings.poll_interval_seconds,
             lookback_seconds=settings.lookback_seconds,
         )

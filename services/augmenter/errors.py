@@ -42,6 +42,10 @@ class StoreError(FileError):
         self.reason = reason
 
 
+class MissingError(StoreError):
+    """A file or an object is not there (any more)."""
+
+
 class RpcFailedError(FileError):
     """The answers for a file could not be had: its last status, and what was tried."""
 

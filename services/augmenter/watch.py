@@ -4,10 +4,11 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from services.augmenter.errors import MissingError
 from services.augmenter.jobs import Job
 from services.common.errors import FileError
 
@@ -21,26 +22,34 @@ class _Seen:
     """A file's version when it was given out, how often it failed, and when it may be tried again."""
 
     version: str
+    in_work: bool = False
     failures: int = 0
     not_before: float = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it failed, and its wait is over."""
+        return bool(self.failures) and not self.in_work and time.monotonic() >= self.not_before
 
 
 class Watcher:
     """Gives out what is new.
 
-    State: `_seen`, the files of the last listing (so it is bounded by --lookback); `_newest`, the latest
-    second that a name told, from which --lookback counts: names may be of the past (a replay), never of the
-    future.
+    State: `_seen`, the files of the last listing (so it is bounded by --lookback), and older ones that are in
+    work or failed; `_newest`, the latest second that a name told, from which --lookback counts: names may be
+    of the past (a replay), never of the future.
     """
 
     def __init__(
         self,
         list_jobs: Callable[[str], AsyncGenerator[Job]],
+        find_job: Callable[[str], Awaitable[Job]],
         *,
         poll_interval_seconds: float,
         lookback_seconds: float,
     ) -> None:
         self._list_jobs = list_jobs
+        self._find_job = find_job
         self._poll_interval_seconds = poll_interval_seconds
         self._lookback_seconds = lookback_seconds
         self._seen: dict[str, _Seen] = {}
@@ -63,30 +72,55 @@ class Watcher:
 
     async def _new(self) -> AsyncGenerator[Job]:
         now = time.time()
-        listed: dict[str, _Seen] = {}
+        listed: set[str] = set()
         async with aclosing(self._list_jobs(self._cutoff(now))) as jobs:
             async for job in jobs:
                 self._note_second(job.item.name, now)
-                known = self._seen.get(job.item.name)
-                if known is None or known.version != job.item.version:
-                    known = _Seen(job.item.version)
-                elif not known.failures or time.monotonic() < known.not_before:
-                    listed[job.item.name] = known
-                    continue
-                listed[job.item.name] = known
-                known.not_before = float("inf")  # in work; `ended` says what came of it
-                self._seen[job.item.name] = known
-                yield job
-        self._seen = listed
+                listed.add(job.item.name)
+                if self._taken(job):
+                    yield job
+        for name in [name for name in self._seen if name not in listed]:
+            job_again = await self._unlisted(name)
+            if job_again and self._taken(job_again):
+                yield job_again
+
+    def _taken(self, job: Job) -> bool:
+        """Whether it is to be given out; then it is in work, until `ended` says what came of it."""
+        known = self._seen.get(job.item.name)
+        if known is None or known.version != job.item.version:
+            known = self._seen[job.item.name] = _Seen(job.item.version)
+        elif not known.is_due:
+            return False
+        known.in_work = True
+        return True
+
+    async def _unlisted(self, name: str) -> Job | None:
+        """A file that the listing passed, if it is to be tried again; it is forgotten once that is over."""
+        known = self._seen[name]
+        if known.is_due:
+            try:
+                return await self._find_job(name)
+            except MissingError:
+                known.failures = 0
+            except FileError as error:
+                _log.warning("%s", error)
+                self._put_off(known)
+        if not known.in_work and not known.failures:
+            del self._seen[name]
+        return None
 
     def ended(self, job: Job, outcome: str) -> None:
         """A file that was given out is done, or failed: then it is tried again, later every time."""
         known = self._seen.get(job.item.name)
         if known is None or known.version != job.item.version:
             return
-        if outcome != "failed":
+        known.in_work = False
+        if outcome == "failed":
+            self._put_off(known)
+        else:
             known.failures = 0
-            return
+
+    def _put_off(self, known: _Seen) -> None:
         wait = min(_LONGEST_WAIT_SECONDS, self._poll_interval_seconds * 2.0 ** min(known.failures, 16))
         known.failures += 1
         known.not_before = time.monotonic() + wait

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from services.augmenter.errors import MissingError
 from services.augmenter.jobs import Job, Jobs, Shard
 from services.augmenter.object_store.local import LocalStore
 from services.augmenter.object_store.protocol import Item
@@ -136,9 +137,48 @@ async def test_lookback_counts_from_the_newest_name() -> None:
         for name in ("1714605540.jsonl", "1714600000.jsonl", "9999999999.jsonl", "deep/1.jsonl"):
             yield Job(Item(name, 1, "v", 0), name, PLAIN)
 
-    watcher = Watcher(listing, poll_interval_seconds=0.001, lookback_seconds=3600)
+    watcher = Watcher(listing, _never_found, poll_interval_seconds=0.001, lookback_seconds=3600)
     jobs = watcher.jobs()
     given = [await anext(jobs) for _ in range(4)]
     watcher.ended(given[3], "failed")
     assert (await anext(jobs)).item.name == "deep/1.jsonl"
     assert listed[:2] == ["", "1714601940"]
+
+
+async def test_old_file_that_failed_is_tried_again() -> None:
+    """A file that later listings pass is looked up by name until it is done, or gone."""
+    names = ["1714000000.jsonl", "1714000001.jsonl", "1714605540.jsonl"]
+    asked: list[str] = []
+
+    async def listing(after: str) -> AsyncGenerator[Job]:
+        for name in sorted(names):
+            if name > after:
+                yield _job(name)
+
+    async def find(name: str) -> Job:
+        asked.append(name)
+        if name not in names:
+            raise MissingError(place=name, reason="does not exist")
+        return _job(name)
+
+    watcher = Watcher(listing, find, poll_interval_seconds=0.001, lookback_seconds=3600)
+    jobs = watcher.jobs()
+    given = [await anext(jobs) for _ in range(3)]
+    names.remove("1714000001.jsonl")
+    watcher.ended(given[1], "failed")
+    for _ in range(3):
+        watcher.ended(given[0], "failed")
+        assert (await asyncio.wait_for(anext(jobs), 5)).item.name == "1714000000.jsonl"
+    watcher.ended(given[0], "done")
+    names.append("1714605541.jsonl")
+    assert (await asyncio.wait_for(anext(jobs), 5)).item.name == "1714605541.jsonl"
+    assert asked.count("1714000000.jsonl") == 3
+    assert asked.count("1714000001.jsonl") == 1
+
+
+def _job(name: str) -> Job:
+    return Job(Item(name, 1, "v", 0), name, PLAIN)
+
+
+async def _never_found(name: str) -> Job:
+    raise MissingError(place=name, reason="does not exist")

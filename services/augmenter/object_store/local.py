@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from services.augmenter.errors import InputChangedError, StoreError
+from services.augmenter.errors import InputChangedError, MissingError, StoreError
 from services.augmenter.object_store.protocol import Item, Made, is_input
 
 _READ_BYTES = 2**20
@@ -190,6 +190,7 @@ def _named(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(place=place, reason=error.strerror or str(error)) from error
+        kind = MissingError if isinstance(error, FileNotFoundError) else StoreError
+        raise kind(place=place, reason=error.strerror or str(error)) from error
     except ValueError as error:  # a name that no file can have
         raise StoreError(place=place, reason=str(error)) from error

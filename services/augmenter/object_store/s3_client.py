@@ -9,7 +9,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
-from services.augmenter.errors import StoreError
+from services.augmenter.errors import MissingError, StoreError
 
 # Throttling, 5xx and broken connections: eight tries with up to 20 s between them are about a minute.
 _TRIES = 8
@@ -67,7 +67,8 @@ def named(place: str) -> Iterator[None]:
     except ClientError as error:
         code = code_of(error)
         reason = error.response.get("Error", {}).get("Message") or code
-        raise StoreError(place=place, reason=_PLAIN_REASONS.get(code, reason)) from error
+        kind = MissingError if code in {"NoSuchKey", "404"} else StoreError
+        raise kind(place=place, reason=_PLAIN_REASONS.get(code, reason)) from error
     except BROKEN as error:
         raise StoreError(place=place, reason=str(error) or type(error).__name__) from error
     except ValueError as error:  # a key that cannot be sent

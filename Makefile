@@ -41,12 +41,21 @@ test-slow: $(VENV)/.dev  ## the slow tests
 bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/
 	$(BIN)/python -m benchmarks
 
+.PHONY: images
+images: $(VENV)/.run  ## both services and the stub as images (REGISTRY= TAG= BASE=), by podman or docker
+	$(BIN)/python scripts/images.py build --registry "$(REGISTRY)" --tag "$(TAG)" --base "$(BASE)" --build-args="$(BUILD_ARGS)"
+
+.PHONY: image-test
+image-test: $(VENV)/.run  ## build them, and run the main job in them: read-only, without capabilities
+	$(BIN)/python scripts/images.py test --registry "$(REGISTRY)" --tag "$(TAG)" --base "$(BASE)" --build-args="$(BUILD_ARGS)"
+
 .PHONY: lint
 lint: $(VENV)/.dev  ## style, types, imports, and that nothing made has drifted
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint deploy/docker/Dockerfile
 	$(BIN)/python scripts/protos.py --check
 	$(BIN)/python scripts/locks.py --check
 	$(BIN)/python -m scripts.metrics --check

@@ -31,7 +31,7 @@ setup: $(VENV)/.dev  ## everything that development needs, into .venv
 
 .PHONY: test
 test: $(VENV)/.dev  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not k8s"
 
 .PHONY: test-slow
 test-slow: $(VENV)/.dev  ## the slow tests
@@ -40,6 +40,16 @@ test-slow: $(VENV)/.dev  ## the slow tests
 .PHONY: bench
 bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/
 	$(BIN)/python -m benchmarks
+
+.PHONY: k8s-check
+k8s-check: $(VENV)/.k8s  ## deploy/k8s: schemas, a policy, and whether it fits itself and the code
+	$(BIN)/python -m scripts.prometheus_rule --check
+	$(BIN)/python -m scripts.k8s_check
+	$(BIN)/python -m pytest -m k8s tests/k8s
+
+.PHONY: k8s-rules
+k8s-rules: $(VENV)/.k8s  ## make deploy/k8s's PrometheusRule again from deploy/prometheus/rules.yaml
+	$(BIN)/python -m scripts.prometheus_rule
 
 .PHONY: images
 images: $(VENV)/.run  ## both services and the stub as images (REGISTRY= TAG= BASE=), by podman or docker
@@ -108,3 +118,7 @@ $(VENV)/.run: $(VENV)/.uv requirements/proxy.txt requirements/augmenter.txt requ
 $(VENV)/.dev: $(VENV)/.uv requirements/dev.txt pyproject.toml
 	$(call install,-r requirements/dev.txt)
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.k8s: $(VENV)/.dev requirements/k8s.txt
+	$(call install,-r requirements/k8s.txt)
+	@touch $@

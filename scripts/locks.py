@@ -18,6 +18,7 @@ _LOCKS = {
     "bootstrap.txt": ("requirements/bootstrap.in", "-c", "{dev}"),
     "proxy.txt": ("pyproject.toml", "--extra", "proxy", "--extra", "embedded", "-c", "{dev}"),
     "augmenter.txt": ("pyproject.toml", "--extra", "augmenter", "-c", "{dev}"),
+    "k8s.txt": ("pyproject.toml", "--group", "k8s", "-c", "{dev}"),
     "stub.txt": ("pyproject.toml", "--extra", "stub", "-c", "{dev}"),
 }
 

@@ -36,7 +36,7 @@ from services.common.http import HttpEndpoint
 
 PROGRAM = "augmenter"
 _CONNECTIONS_PER_FILE = 12  # read, write, rejects; and a listing's outputs are looked at together
-_GRACE_SECONDS = 20.0  # of the 30 that Kubernetes gives
+GRACE_SECONDS = 20.0  # of the 30 that Kubernetes gives
 _EXIT_FAILED, _EXIT_REJECTED = 1, 3
 _log = logging.getLogger(PROGRAM)
 
@@ -50,7 +50,7 @@ async def run(settings: RunSettings, plan: Plan) -> int:
         token_file=settings.token_file,
     )
     memory.settle()
-    signals = Signals(grace_seconds=_GRACE_SECONDS if settings.watch else 0)
+    signals = Signals(grace_seconds=GRACE_SECONDS if settings.watch else 0)
     try:
         return await _run(settings, plan, access, signals.stopping)
     except asyncio.CancelledError:

@@ -1,0 +1,79 @@
+"""The project's own commands, as their own parsers have them: what arguments and variables come to."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import click
+
+from services.augmenter import cli as augmenter
+from services.augmenter.config import RunSettings
+from services.cache_proxy import cli as cache_proxy
+from services.cache_proxy.config import (
+    AnswerSettings,
+    CacheSettings,
+    KeySettings,
+    ModelSettings,
+    ServerSettings,
+    Settings,
+)
+from services.common import flags
+from services.common.errors import UsageError
+from services.model_stub import cli as model_stub
+from services.model_stub.cli import StubSettings
+
+PROGRAMS = {"cache-proxy": cache_proxy.cli, "augmenter": augmenter.cli, "model-stub": model_stub.cli}
+
+
+class Refused(Exception):
+    """The command would end with exit code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """What a command was told: all its values by their Python names, and which of them nobody gave."""
+
+    values: Mapping[str, Any]
+    defaults: frozenset[str]
+
+
+def variables(program: str) -> frozenset[str]:
+    """The environment variables that a program's commands read."""
+    commands = PROGRAMS[program].commands.values()
+    return frozenset(str(option.envvar) for command in commands for option in command.params if option.envvar)
+
+
+def parse(program: str, args: Sequence[str], environment: Mapping[str, str]) -> Parsed:
+    """Raises Refused with what the command would say."""
+    command = PROGRAMS[program].commands.get(args[0]) if args else None
+    if command is None:
+        raise Refused(f"{program} has no command {' '.join(args[:1])!r}")
+    with mock.patch.dict(os.environ, environment, clear=True):
+        try:
+            context = command.make_context(args[0], list(args[1:]))
+            _build(program, context.params)
+        except click.ClickException as error:
+            raise Refused(error.format_message()) from error
+        except UsageError as error:
+            raise Refused(str(error)) from error
+    default = click.core.ParameterSource.DEFAULT
+    untold = {name for name in context.params if context.get_parameter_source(name) is default}
+    return Parsed(values=context.params, defaults=frozenset(untold))
+
+
+def _build(program: str, values: dict[str, Any]) -> None:
+    """Have the settings check themselves, as a start would."""
+    if program == "augmenter":
+        flags.read(RunSettings, values)
+    elif program == "model-stub":
+        flags.read(StubSettings, values)
+    else:
+        Settings(
+            server=flags.read(ServerSettings, values),
+            model=flags.read(ModelSettings, values),
+            cache=flags.read(CacheSettings, values),
+            key=flags.read(KeySettings, values),
+            answers=flags.read(AnswerSettings, values),
+        )

@@ -1,0 +1,77 @@
+"""Whether whoever is called is there, and may be reached."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import urlsplit
+
+from scripts.k8s_check.build import Manifest
+from scripts.k8s_check.objects import Container, by_name, of_kind, pods, selects
+from scripts.k8s_check.settings import understood
+
+_REDIS_PORT = 6379
+
+
+def check(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Findings of one build."""
+    for container, parsed in understood(manifests, "cache-proxy"):
+        yield from _called(container, parsed.values["model_target"], manifests)
+        yield from _called(container, parsed.values["cache_url"], manifests)
+    for container, parsed in understood(manifests, "augmenter"):
+        yield from _called(container, parsed.values["target"], manifests)
+    for pod in pods(manifests):
+        opened = _ports(manifests, "Ingress", pod.labels)
+        for container in pod.containers() if opened is not None else ():
+            for port in container.spec.get("ports", ()):
+                if not {port["containerPort"], port.get("name")} & (opened or set()):
+                    yield f"{container.name}: no NetworkPolicy lets anybody in on port {port['name']}"
+
+
+def _called(container: Container, target: str, manifests: Sequence[Manifest]) -> Iterator[str]:
+    if target.startswith("unix:"):
+        yield from _socket(container, target.removeprefix("unix:"), manifests)
+        return
+    for host, port in _addresses(target):
+        service = by_name(manifests, "Service").get(host)
+        if "." not in host and service is None:
+            yield f"{container.name}: {target}: there is no Service {host}"
+        elif service and port not in {one["port"] for one in service["spec"]["ports"]}:
+            yield f"{container.name}: {target}: Service {host} has no port {port}"
+        opened = _ports(manifests, "Egress", container.pod.labels)
+        if opened is not None and port not in opened:
+            yield f"{container.name}: {target}: no NetworkPolicy lets it out on port {port}"
+
+
+def _addresses(target: str) -> Iterator[tuple[str, int]]:
+    """Of a gRPC target (`dns:///host:port`, `host:port`) or a URL with one host or several."""
+    scheme, slashes, rest = target.partition("://")
+    places = (urlsplit(target).netloc if scheme != "dns" else rest.lstrip("/")) if slashes else target
+    for place in places.rpartition("@")[2].split(","):
+        host, _, port = place.partition(":")
+        yield host, int(port or _REDIS_PORT)
+
+
+def _socket(container: Container, path: str, manifests: Sequence[Manifest]) -> Iterator[str]:
+    here = container.volume_at(path)
+    if here is None:
+        yield f"{container.name}: nothing is mounted that holds {path}"
+        return
+    for other, parsed in understood(manifests, "cache-proxy"):
+        if other.pod.owner == container.pod.owner and other.is_sidecar:
+            for listen in parsed.values["listen"]:
+                there = other.volume_at(listen.removeprefix("unix:"))
+                if there is not None and (there[0]["name"], there[1]) == (here[0]["name"], here[1]):
+                    if "runAsUser" not in container.pod.spec.get("securityContext", {}):
+                        yield f"{container.name}: without runAsUser in its pod, it may not open the socket"
+                    return
+    yield f"{container.name}: no sidecar listens on {path}"
+
+
+def _ports(manifests: Sequence[Manifest], direction: str, labels: Mapping[str, str]) -> set[int | str] | None:
+    """The ports that policies open for these pods; None if no policy closes any."""
+    opened: set[int | str] | None = None
+    for policy in of_kind(manifests, "NetworkPolicy"):
+        spec = policy["spec"]
+        if direction in spec["policyTypes"] and selects(spec["podSelector"], labels):
+            opened = opened or set()
+            for rule in spec.get(direction.lower(), ()):
+                opened |= {port["port"] for port in rule["ports"]}
+    return opened

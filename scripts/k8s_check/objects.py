@@ -1,0 +1,102 @@
+"""Ways to look at the objects of a build: by kind, by label, and the containers in them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scripts.k8s_check.build import Manifest
+
+_WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pod:
+    """The pods of one workload."""
+
+    workload: Manifest
+    owner: str
+    labels: Mapping[str, str]
+    spec: Manifest
+
+    def containers(self) -> "Iterator[Container]":
+        """All, sidecars too."""
+        for spec in (*self.spec.get("initContainers", ()), *self.spec["containers"]):
+            yield Container(pod=self, spec=spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """One container of a pod."""
+
+    pod: Pod
+    spec: Manifest
+
+    @property
+    def name(self) -> str:
+        """As a finding names it."""
+        return f"{self.pod.owner}/{self.spec['name']}"
+
+    @property
+    def program(self) -> str:
+        """What its image runs: the image's name without registry and tag."""
+        return str(self.spec["image"]).rpartition("/")[2].partition(":")[0].partition("@")[0]
+
+    @property
+    def is_sidecar(self) -> bool:
+        """Whether it goes on beside the containers that it starts before."""
+        return bool(self.spec.get("restartPolicy") == "Always")
+
+    def port(self, wanted: str | int) -> int | None:
+        """The number of a port that is given by name or number, if the container has it."""
+        for port in self.spec.get("ports", ()):
+            if wanted in {port.get("name"), port["containerPort"]}:
+                return int(port["containerPort"])
+        return None
+
+    def volume_at(self, path: str) -> tuple[Manifest, str] | None:
+        """The volume that holds `path`, and what the path is in it."""
+        volumes = {volume["name"]: volume for volume in self.pod.spec.get("volumes", ())}
+        for mount in self.spec.get("volumeMounts", ()):
+            inside = path.removeprefix(mount["mountPath"].rstrip("/") + "/")
+            if inside != path and mount["name"] in volumes:
+                return volumes[mount["name"]], inside
+        return None
+
+
+def name_of(manifest: Manifest) -> str:
+    """Kind and name."""
+    return f"{manifest['kind']}/{manifest['metadata']['name']}"
+
+
+def of_kind(manifests: Sequence[Manifest], *kinds: str) -> Iterator[Manifest]:
+    """Those of some kinds."""
+    return (manifest for manifest in manifests if manifest["kind"] in kinds)
+
+
+def by_name(manifests: Sequence[Manifest], kind: str) -> dict[str, Manifest]:
+    """Those of a kind."""
+    return {manifest["metadata"]["name"]: manifest for manifest in of_kind(manifests, kind)}
+
+
+def pods(manifests: Sequence[Manifest]) -> Iterator[Pod]:
+    """The pods of every workload."""
+    for workload in of_kind(manifests, *_WORKLOADS):
+        spec = workload["spec"]
+        template = (
+            spec["jobTemplate"]["spec"]["template"] if workload["kind"] == "CronJob" else spec["template"]
+        )
+        labels = template.get("metadata", {}).get("labels", {})
+        yield Pod(workload=workload, owner=name_of(workload), labels=labels, spec=template["spec"])
+
+
+def containers(manifests: Sequence[Manifest]) -> Iterator[Container]:
+    """The containers of every workload."""
+    for pod in pods(manifests):
+        yield from pod.containers()
+
+
+def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether `matchLabels` fit; that is all that is used here."""
+    if unknown := selector.keys() - {"matchLabels"}:
+        raise NotImplementedError(f"selectors by {', '.join(unknown)}")
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())

@@ -1,0 +1,66 @@
+"""Every object against the API's schema, of the oldest and the newest version; nothing unknown passes."""
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+from cloudcoil.models.keda import v1alpha1 as keda
+from cloudcoil.models.prometheus_operator import v1 as prometheus
+from jsonschema.exceptions import best_match
+
+from scripts.k8s_check.build import Builds, Manifest
+from scripts.k8s_check.objects import name_of
+
+_VERSIONS = ("1.29", kubernetes_validate.latest_version())
+_CUSTOM = {
+    ("keda.sh/v1alpha1", "ScaledObject"): keda.ScaledObject,
+    ("keda.sh/v1alpha1", "TriggerAuthentication"): keda.TriggerAuthentication,
+    ("monitoring.coreos.com/v1", "PodMonitor"): prometheus.PodMonitor,
+    ("monitoring.coreos.com/v1", "PrometheusRule"): prometheus.PrometheusRule,
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): prometheus.ServiceMonitor,
+}
+
+
+def check(builds: Builds) -> Iterator[str]:
+    """Findings; an object that several builds share is looked at once."""
+    seen: set[str] = set()
+    for build, manifests in builds.items():
+        for manifest in manifests:
+            if (text := json.dumps(manifest, sort_keys=True)) not in seen:
+                seen.add(text)
+                for problem in _problems(manifest):
+                    yield f"{build}: {name_of(manifest)}: {problem}"
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    custom = _CUSTOM.get((manifest["apiVersion"], manifest["kind"]))
+    if custom is not None:
+        for anywhere in _validator(custom).iter_errors(manifest):
+            error = best_match([anywhere])  # what is optional may also be null: look into the other choice
+            yield f"{error.json_path}: {error.message[:200]}"
+        return
+    for version in _VERSIONS:
+        try:
+            kubernetes_validate.validate(manifest, version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            yield f"{error.json_path}: {error.message[:200]} (Kubernetes {version})"
+        except kubernetes_validate.SchemaNotFoundError as error:
+            yield error.message
+
+
+@cache
+def _validator(model: Any) -> Any:
+    return jsonschema.Draft202012Validator(_closed(model.model_json_schema(by_alias=True)))
+
+
+def _closed(schema: Any) -> Any:
+    """The schema, but what an object does not name it may not have."""
+    if isinstance(schema, dict):
+        closed = {key: _closed(value) for key, value in schema.items()}
+        if closed.get("type") == "object" and isinstance(closed.get("properties"), dict):
+            closed.setdefault("additionalProperties", False)
+        return closed
+    return [_closed(item) for item in schema] if isinstance(schema, list) else schema

@@ -1,0 +1,168 @@
+"""`make k8s-check` finds what it is there to find: each breakage of a good build is named."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts import prometheus_rule
+from scripts.k8s_check import build, checks, policy, schemas, watching
+from scripts.k8s_check.build import WATCHED, Builds
+from tests.support.processes import ROOT
+
+pytestmark = pytest.mark.k8s
+
+_DEV, _PROD, _ALL = WATCHED, "overlays/prod", "overlays/prod with all"
+
+_MISFITS = [
+    # What a container is told.
+    (_PROD, "CACHE_PROXY_DRAIN_DELAY: 10s", "CACHE_PROXY_DRAIN_DELEY: 10s", "no variable CACHE_PROXY_DRAIN_DELEY"),
+    (_PROD, "CACHE_PROXY_DRAIN_DELAY: 10s", "CACHE_PROXY_DRAIN_DELAY: ten", "'ten'"),
+    (_PROD, "CACHE_PROXY_DRAIN_DELAY: 10s", "CACHE_PROXY_DRAIN_DELAY: 20s", "terminationGracePeriodSeconds 65"),
+    (_PROD, "CACHE_PROXY_DRAIN_TIMEOUT: 40s", "CACHE_PROXY_DRAIN_TIMEOUT: 50s", "it needs 60 s, and 10 more"),
+    (_PROD, "terminationGracePeriodSeconds: 65", "terminationGracePeriodSeconds: 59", "it needs 50 s"),
+    (_PROD, "terminationGracePeriodSeconds: 30", "terminationGracePeriodSeconds: 20", "augmenter: terminationGrace"),
+    (_DEV, "terminationGracePeriodSeconds: 50", "terminationGracePeriodSeconds: 10", "Deployment/caller/cache-proxy"),
+    (_PROD, "- serve", "- serf", "no command 'serf'"),
+    (_PROD, "- --watch", "- --watsh", "--watsh"),
+    (_PROD, "- run\n", "- run\n        - s3://b/in/\n        - s3://b/in/out/\n        - --lookback\n", "--watch"),
+    (_ALL, "$(JOB_COMPLETION_INDEX)/8", "$(JOB_COMPLETION_INDEX)/7", "--shard is of 7, completions are 8"),
+    (_ALL, "$(JOB_COMPLETION_INDEX)/8", "$(JOB_COMPLETION)/8", "$(JOB_COMPLETION)/8"),
+    # The cache's URL.
+    (_PROD, "rediss://redis.example.com:6379", "'embedded:'", "a cache and a limit of its own"),
+    (_PROD, "rediss://redis.example.com:6379", "'memory:'", "a cache and a limit of its own"),
+    (_PROD, "rediss://redis.example.com:6379", "rediss://:pw@redis.example.com:6379", "has a password in it"),
+    (_PROD, "  CACHE_PROXY_CACHE_URL: rediss", "  SOMETHING: rediss", "has no CACHE_PROXY_CACHE_URL"),
+    (_PROD, "CACHE_PROXY_CACHE_URL", "AWS_CACHE_URL", "nothing sets --cache-url"),
+    # Ports, probes and memory.
+    (_PROD, "containerPort: 50051", "containerPort: 50052", "it does not listen on port 50052"),
+    (_PROD, "        - containerPort: 50051\n          name: grpc\n", "", "it listens on port 50051"),
+    (_PROD, "path: /readyz", "path: /ready", "cache-proxy has no /ready"),
+    (_PROD, "path: /healthz\n            port: http", "path: /healthz\n            port: grpc", "HTTP is not on port"),
+    (_PROD, "path: /healthz\n            port: http", "path: /healthz\n            port: web", "there is no port web"),
+    (_PROD, "memory: 1Gi", "memory: 512Mi", "let it take 768Mi"),
+    (_PROD, "enableServiceLinks: false", "enableServiceLinks: true", "enableServiceLinks must be false"),
+    # Files.
+    (_PROD, "FILE: /etc/cache-proxy/secrets/cache-password", "FILE: /etc/password", "nothing is mounted that holds"),
+    (_DEV, "cache-password: ", "cache-pasword: ", "has no cache-password"),
+    (_DEV, "subPath: 1714605540.jsonl", "subPath: 1714605541.jsonl", "has no 1714605541.jsonl"),
+    # References.
+    (_PROD, "app.kubernetes.io/name: cache-proxy\n  strategy", "app.kubernetes.io/name: proxy\n  strategy", "its own pods"),
+    (_PROD, "selector:\n    app.kubernetes.io/name: cache-proxy", "selector:\n    app: proxy", "Service/cache-proxy: it selects"),
+    (_PROD, "targetPort: grpc", "targetPort: rpc", "no container has its port rpc"),
+    (_PROD, "serviceAccountName: augmenter", "serviceAccountName: augmentor", "no ServiceAccount augmentor"),
+    (_PROD, "configMapRef:\n            name: augmenter-", "configMapRef:\n            name: other-", "there is no ConfigMap other"),
+    (_DEV, "configMap:\n          name: sample-", "configMap:\n          name: simple-", "there is no ConfigMap simple"),
+    (_PROD, "- mountPath: /etc/cache-proxy/secrets\n          name: secrets", "- mountPath: /etc/cache-proxy/secrets\n          name: secret", "no volume secret"),
+    (_PROD, "cache-proxy:0.1.0", "cache-proxy:latest", "no version says which"),
+    (_DEV, "serviceName: redis", "serviceName: valkey", "there is no Service valkey"),
+    (_PROD, "podSelector:\n    matchLabels:\n      app.kubernetes.io/component: augmenter", "podSelector:\n    matchLabels:\n      app: x", "NetworkPolicy/augmenter: it selects no pods"),
+    # How many.
+    (_PROD, "maxReplicas: 6", "maxReplicas: 7", "there can be 7 proxies"),
+    (_DEV, "maxReplicas: 2", "maxReplicas: 3", "there can be 4 proxies"),
+    (_PROD, "    kind: Deployment\n    name: cache-proxy", "    kind: Deployment\n    name: proxy", "there is no Deployment/proxy"),
+    (_PROD, "  revisionHistoryLimit: 3", "  replicas: 3", "at every apply"),
+    (_PROD, "  scaleTargetRef:\n    name: augmenter", "  scaleTargetRef:\n    name: cache-proxy", "2 scalers"),
+    (_PROD, "queueURLFromEnv: AUGMENTER_SQS_QUEUE_URL", "queueURLFromEnv: AUGMENTER_QUEUE", "no variable AUGMENTER_QUEUE"),
+    (_PROD, "awsRegion: eu-west-1", "awsRegion: eu-west-2", "awsRegion is eu-west-2, AWS_REGION eu-west-1"),
+    (_PROD, "authenticationRef:\n      name: augmenter", "authenticationRef:\n      name: other", "no TriggerAuthentication other"),
+    # Who is called.
+    (_DEV, "CACHE_PROXY_MODEL_TARGET: model-stub:50051", "CACHE_PROXY_MODEL_TARGET: stub:50051", "no Service stub"),
+    (_DEV, "CACHE_PROXY_MODEL_TARGET: model-stub:50051", "CACHE_PROXY_MODEL_TARGET: model-stub:6379", "has no port 6379"),
+    (_PROD, "dns:///model.example.com:50051", "dns:///model.example.com:443", "lets it out on port 443"),
+    (_PROD, "rediss://redis.example.com:6379", "redis+cluster://a.example.com:6379,b.example.com:6380", "out on port 6380"),
+    (_PROD, "    ports:\n    - port: grpc\n", "    ports:\n    - port: web\n", "lets anybody in on port grpc"),
+    (_DEV, "unix:/run/cache-proxy/proxy.sock\n        - --caller", "unix:/run/cache-proxy/p.sock\n        - --caller", "no sidecar listens on"),
+    (_DEV, "runAsUser: 20001", "runAsNonRoot: true", "may not open the socket"),
+    # What is watched.
+    (_DEV, "cache_proxy_pairs_total", "cache_proxy_pears_total", "there is no metric cache_proxy_pears_total"),
+    (_DEV, "cache_proxy_degraded", "cache_proxy_degraded_total", "there is no metric cache_proxy_degraded_total"),
+    (_DEV, "- interval: 15s\n    port: http\n  selector:\n    matchLabels:\n      app.kubernetes.io/name: cache-proxy", "- port: web\n  selector:\n    matchLabels:\n      app.kubernetes.io/name: cache-proxy", "has a port web"),
+    (_DEV, "port: cache-http\n  selector", "port: http\n  selector", "PodMonitor/cache-proxy-sidecars"),
+]  # fmt: skip
+
+_AGAINST_A_SCHEMA = [
+    (_PROD, "maxReplicas: 6", "maxReplicas: six", "'six' is not of type 'integer'"),
+    (_PROD, "enableServiceLinks", "enableServiceLink", "'enableServiceLink' was unexpected"),
+    (_PROD, "policy/v1", "policy/v1beta1", "Couldn't find schema for kind PodDisruptionBudget"),
+    (_PROD, "      terminationGracePeriodSeconds: 65", "      resources: {}\n      terminationGracePeriodSeconds: 65", "(Kubernetes 1.29)"),
+    (_PROD, "cooldownPeriod", "coolDownPeriod", "'coolDownPeriod' was unexpected"),
+    (_PROD, "provider: aws", "providers: aws", "$.spec.podIdentity: "),
+    (_DEV, "interval: 15s\n    port: http", "intervall: 15s\n    port: http", "'intervall' was unexpected"),
+    (_DEV, "podMetricsEndpoints", "podMetricEndpoints", "'podMetricEndpoints' was unexpected"),
+    (_DEV, "    - alert:", "    - alarm:", "'alarm' was unexpected"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def builds() -> Builds:
+    """All builds as they are committed."""
+    return build.all_builds(ROOT / "deploy")
+
+
+def test_good(builds: Builds) -> None:
+    """What is committed has no findings, or the others would prove nothing."""
+    assert list(checks.check(builds)) == []
+
+
+@pytest.mark.parametrize(("name", "old", "new", "expected"), _MISFITS)
+def test_misfit(builds: Builds, name: str, old: str, new: str, expected: str | None) -> None:
+    """A build in which one thing does not fit any more is found, by that thing's name."""
+    found = list(checks.check({WATCHED: _broken(builds, name, old, new)}))
+    assert any(str(expected) in finding for finding in found), found
+
+
+@pytest.mark.parametrize(("name", "old", "new", "expected"), _AGAINST_A_SCHEMA)
+def test_schema(builds: Builds, name: str, old: str, new: str, expected: str) -> None:
+    """An object that the API would refuse, or a field that it would drop, is found; custom resources too."""
+    found = list(schemas.check({name: _broken(builds, name, old, new)}))
+    assert any(expected in finding for finding in found), found
+
+
+def test_schemas_good(builds: Builds) -> None:
+    """What is committed is valid for the oldest and the newest version."""
+    assert list(schemas.check(builds)) == []
+
+
+def test_policy(builds: Builds) -> None:
+    """Containers that may write to their root, or may be root, are found, and nothing else is."""
+    exceptions = ROOT / "deploy" / "k8s" / "trivyignore"
+    writable = _broken(builds, _PROD, "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false")
+    root = _broken(builds, _PROD, "runAsNonRoot: true", "runAsNonRoot: false")
+    found = policy.check({"good": builds[_PROD], "writable": writable, "root": root}, ignored=exceptions)
+    ids = {tuple(finding.split(": ")[:2]) for finding in found}
+    assert ids == {("writable", "KSV-0014"), ("root", "KSV-0012")}
+
+
+def test_build_fails(tmp_path: Path) -> None:
+    """A kustomization that refers to nothing is an error with its name, not a build with less in it."""
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    (tmp_path / "deploy/k8s/base/cache-proxy/scaling.yaml").unlink()
+    with pytest.raises(build.BuildFailed, match=r"scaling\.yaml"):
+        build.all_builds(tmp_path / "deploy")
+
+
+def test_metric_names() -> None:
+    """A metric is known by the names that a scrape really has."""
+    names = watching.metric_names()
+    assert {
+        "cache_proxy_pairs_total",
+        "cache_proxy_model_duration_seconds_bucket",
+        "augmenter_backlog_files",
+    } <= names
+    assert not {"cache_proxy_pairs", "cache_proxy_model_duration_seconds", "augmenter_files"} & names
+
+
+def test_rules_drift() -> None:
+    """The PrometheusRule holds the plain rules' groups, and changes when they do."""
+    rules = "groups:\n- name: a\n  rules:\n  - {alert: A, expr: up == 0}\n"
+    made = yaml.safe_load(prometheus_rule.render(rules))
+    assert made["spec"] == yaml.safe_load(rules)
+    assert prometheus_rule.render(rules) != prometheus_rule.render(rules.replace("up ==", "down =="))
+
+
+def _broken(builds: Builds, name: str, old: str, new: str) -> list[build.Manifest]:
+    text = yaml.dump_all(builds[name], Dumper=yaml.CSafeDumper)
+    assert old in text
+    return [*yaml.load_all(text.replace(old, new), Loader=yaml.CSafeLoader)]

@@ -1,5 +1,6 @@
 """`augmenter run` on local files: what is written, what is skipped, how it ends."""
 
+import asyncio
 import gzip
 import json
 import os
@@ -8,7 +9,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from services.augmenter.errors import DoneElsewhereError, OutputTakenError
+from services.augmenter.object_store.local import LocalStore
+from services.augmenter.object_store.protocol import NOTHING, Item
 from services.common.codec import format_of
+from services.common.errors import FileError
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Stub, StubWith, posting, reasons
 from tests.support.processes import stub_calls
@@ -289,3 +294,24 @@ def test_environment_twins(
         monkeypatch.setenv(f"AUGMENTER_{name}", value)
     assert augment("--target", stub.target).code == 0
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == posting()[:-1] + _level()
+
+
+@pytest.mark.parametrize(("modified_ns", "told"), [(1, DoneElsewhereError), (2, OutputTakenError)])
+async def test_two_writers_of_one_file_do_not_meet(
+    tmp_path: Path, modified_ns: int, told: type[FileError]
+) -> None:
+    """Neither removes what the other is writing; the slower is told, and what was abandoned goes."""
+    abandoned = tmp_path / ".a.jsonl.00000000.augmenter-tmp"
+    abandoned.touch()
+    store = LocalStore(tmp_path)
+    slower = store.create("a.jsonl", Item("a.jsonl", 1, "v", modified_ns), onto=NOTHING)
+    with pytest.raises(told):  # noqa: PT012 - one writer inside the other
+        async with slower:
+            await slower.write(b"slower")
+            async with store.create("a.jsonl", Item("a.jsonl", 1, "v", 1), onto=NOTHING) as faster:
+                await faster.write(b"faster")
+                await faster.complete()
+            await slower.complete()
+    left = await asyncio.to_thread(lambda: [path.name for path in tmp_path.iterdir()])
+    assert left == ["a.jsonl"]
+    assert (tmp_path / "a.jsonl").read_bytes() == b"faster"

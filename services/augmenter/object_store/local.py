@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import secrets
 from bisect import bisect_right
@@ -11,8 +12,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from services.augmenter.errors import InputChangedError, MissingError, StoreError
-from services.augmenter.object_store.protocol import Item, Made, is_input
+from services.augmenter.errors import (
+    DoneElsewhereError,
+    InputChangedError,
+    MissingError,
+    OutputTakenError,
+    StoreError,
+)
+from services.augmenter.object_store.protocol import NOTHING, Item, Made, is_input
 
 _READ_BYTES = 2**20
 _TEMPORARY = ".augmenter-tmp"
@@ -88,10 +95,10 @@ class LocalStore:
                 return None
         return Made(_version(status), from_this_input=status.st_mtime_ns == source.modified_ns)
 
-    def create(self, name: str, source: Item, *, onto: str | None = None) -> "LocalUpload":  # noqa: ARG002
-        """Begin `name`; the last of several writers wins, each with a whole file."""
+    def create(self, name: str, source: Item, *, onto: str | None = None) -> "LocalUpload":
+        """Begin `name`."""
         with _named(self.place(name)):
-            return LocalUpload(self._path(name), modified_ns=source.modified_ns)
+            return LocalUpload(self._path(name), modified_ns=source.modified_ns, onto=onto)
 
     async def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
@@ -110,11 +117,12 @@ class LocalStore:
 
 
 class LocalUpload:
-    """A hidden file beside the one to be; removed unless completed."""
+    """A hidden file beside the one to be, locked by its writer; removed unless completed."""
 
-    def __init__(self, path: Path, *, modified_ns: int) -> None:
+    def __init__(self, path: Path, *, modified_ns: int, onto: str | None) -> None:
         self._path = path
         self._modified_ns = modified_ns
+        self._onto = onto
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
         self._file: BinaryIO | None = None
 
@@ -125,8 +133,8 @@ class LocalUpload:
             if self._path.is_dir():
                 raise StoreError(place=str(self._path), reason="a folder stands there")
             for stale in self._path.parent.glob(f".{_escaped(self._path.name)}.????????{_TEMPORARY}"):
-                stale.unlink(missing_ok=True)
-            self._file = self._temporary.open("xb")
+                _remove_abandoned(stale)
+            self._file = _locked(self._temporary)
         return self
 
     async def write(self, data: bytes) -> None:
@@ -146,12 +154,25 @@ class LocalUpload:
             file.flush()
             os.utime(file.fileno(), ns=(self._modified_ns, self._modified_ns))
             os.fsync(file.fileno())
-        self._temporary.replace(self._path)
+            self._see_that_nobody_was_faster()
+            self._temporary.replace(self._path)
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _see_that_nobody_was_faster(self) -> None:
+        """A look just before: that narrows the race; two at the same instant both write it, each whole."""
+        try:
+            there = self._path.stat()
+        except FileNotFoundError:
+            there = None
+        if self._onto is None or self._onto == (_version(there) if there else NOTHING):
+            return
+        if there and there.st_mtime_ns == self._modified_ns:
+            raise DoneElsewhereError
+        raise OutputTakenError
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -161,6 +182,27 @@ class LocalUpload:
             if self._file:
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """A new file that others see is in work; made again if it was taken for abandoned before its lock."""
+    while True:
+        file = path.open("xb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """The lock goes with its process, however that ended."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
 
 
 def _version(status: os.stat_result) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import os
 import random
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -197,6 +198,19 @@ async def test_throttling_is_waited_out(store: S3Store, bucket: Bucket) -> None:
             throttled = S3Store(client, bucket=bucket.name, prefix="p/")
             assert (await throttled.find("a.jsonl")).size_bytes == 4
     assert way.connections >= 3
+
+
+@pytest.mark.slow
+async def test_a_burst_of_throttling_costs_time_only(store: S3Store, bucket: Bucket) -> None:
+    """Many requests at once, all told to slow down for some seconds: each is answered in the end."""
+    await _write(store, b"text")
+    until = time.monotonic() + 3
+    with relay(bucket.endpoint_url, lambda _: BUSY if time.monotonic() < until else None) as way:
+        async with aws_client("s3", endpoint_url=way.url, connections=32) as client:
+            throttled = S3Store(client, bucket=bucket.name, prefix="p/")
+            found = await asyncio.gather(*(throttled.find("a.jsonl") for _ in range(64)))
+    assert [item.size_bytes for item in found] == [4] * 64
+    assert way.connections > 64 + 500 // 5  # more tries than a shared allowance would have let pass
 
 
 async def _write(store: S3Store, text: bytes, onto: str | None = None, source: Item = _SOURCE) -> str:

@@ -58,8 +58,8 @@ def relay(
         limit = plan(made.number())
         with near, suppress(OSError):
             if isinstance(limit, bytes):
-                near.recv(65536)
-                near.sendall(limit)
+                to_head = near.recv(65536).startswith(b"HEAD ")
+                near.sendall(limit.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if to_head else limit)
                 return
             with socket.create_connection((host, int(port))) as far:
                 threading.Thread(target=_pump, args=(near, far, None, refuse), daemon=True).start()

@@ -11,7 +11,8 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
 from services.augmenter.errors import MissingError, StoreError
 
-# Throttling, 5xx and broken connections: eight tries with up to 20 s between them are about a minute.
+# Throttling, 5xx and broken connections: eight tries, up to 1, 2, 4 … 64 s between them, a minute on average.
+# botocore's other modes share one allowance of a hundred retries among all requests: a burst uses it up.
 _TRIES = 8
 _PLAIN_REASONS = {
     "NoSuchBucket": "the bucket does not exist",
@@ -36,7 +37,7 @@ async def aws_client(
         connect_timeout=10,
         read_timeout=60,
         max_pool_connections=connections,
-        retries={"mode": "standard", "total_max_attempts": _TRIES},
+        retries={"mode": "legacy", "total_max_attempts": _TRIES},
         s3={"addressing_style": "path"} if endpoint_url else None,
     )
     session: Any = get_session()  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,6 +171,22 @@ async def test_object_that_changed_since_the_listing_is_refused(store: S3Store) 
     await write(b"second")
     with pytest.raises(InputChangedError):
         [data async for data in store.read(listed)]
+
+
+async def test_server_that_ignores_conditions_on_reading_is_seen_through(bucket: Bucket) -> None:
+    """Where a read is not refused, the ETag of its answer tells that the object is another."""
+    async with aws_client("s3", endpoint_url=bucket.endpoint_url, connections=2) as client:
+        store = S3Store(client, bucket=bucket.name, prefix="p/")
+        await _write(store, b"first")
+        listed = await store.find("a.jsonl")
+        await _write(store, b"other")
+        client.meta.events.register("before-call.s3.GetObject", _without_condition)
+        with pytest.raises(InputChangedError):
+            [data async for data in store.read(listed)]
+
+
+def _without_condition(params: dict[str, Any], **_: object) -> None:
+    del params["headers"]["If-Match"]
 
 
 @pytest.mark.slow

@@ -86,6 +86,8 @@ class S3Store:
                 raise
         body = answer["Body"]
         try:
+            if answer["ETag"] != item.version:  # the server ignores conditions
+                raise InputChangedError
             while data := await body.read(_READ_BYTES):
                 yield data
         finally:

@@ -10,12 +10,15 @@ from typing import Any, Final, Protocol
 
 import zstandard
 
-from services.common.errors import CorruptInputError
+from services.common.errors import CorruptInputError, WindowTooLargeError
 
 _GZIP_SLICE_BYTES = 4096
 _ZSTD_SLICE_BYTES = 256
 _GZIP_WINDOW_BITS: Final = 31  # zlib's way to say "gzip, with its header and checksum"
 _ZSTD_LEVEL = 3
+# Each file in work holds a window. RFC 8878 asks no more of a reader; only `--long` and `--ultra` make larger.
+_ZSTD_WINDOW_BYTES = 8 * 2**20
+_ZSTD_WINDOW_TOO_LARGE = "requires too much memory"  # zstd's own words: it has no code that tells it apart
 
 
 class Decoder(Protocol):
@@ -74,6 +77,8 @@ class _Frames:
                 try:
                     yield self._frame.decompress(rest)
                 except (zlib.error, zstandard.ZstdError, MemoryError) as error:
+                    if _ZSTD_WINDOW_TOO_LARGE in str(error):
+                        raise WindowTooLargeError(limit_bytes=_ZSTD_WINDOW_BYTES) from error
                     message = f"the compressed input is corrupt: {error}"
                     raise CorruptInputError(message) from error
                 rest = b""
@@ -107,7 +112,9 @@ _FORMATS = (
     Format(
         ".jsonl.zst",
         lambda: _Frames(
-            lambda: zstandard.ZstdDecompressor().decompressobj(), slice_bytes=_ZSTD_SLICE_BYTES, padding=b""
+            lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj(),
+            slice_bytes=_ZSTD_SLICE_BYTES,
+            padding=b"",
         ),
         lambda: zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj(),
     ),

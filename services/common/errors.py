@@ -21,6 +21,15 @@ class CorruptInputError(FileError):
     """The compressed input cannot be read to its end."""
 
 
+class WindowTooLargeError(FileError):
+    """To read the compressed input takes more memory than one file may have."""
+
+    def __init__(self, *, limit_bytes: int) -> None:
+        super().__init__(
+            f"its zstd window is over {limit_bytes // 2**20} MiB; compress it again without --long or --ultra"
+        )
+
+
 class LineTooLongError(FileError):
     """A line is longer than memory may be spent on."""
 

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from services.common.codec import SUFFIXES, format_of
-from services.common.errors import CorruptInputError
+from services.common.errors import CorruptInputError, WindowTooLargeError
 
 _TEXT = b'{"company":"Acme","title":"Clerk"}\n' * 2_000
 
@@ -99,3 +99,23 @@ def test_small_zstd_does_not_become_large_at_once() -> None:
     decoder = format_of("a.jsonl.zst")
     assert decoder
     assert max(map(len, decoder.decoder().feed(bomb))) <= 2**23 + 2**18
+
+
+@pytest.mark.parametrize(("window_log", "taken"), [(23, True), (24, False), (27, False), (31, False)])
+def test_zstd_window_is_bounded(window_log: int, *, taken: bool) -> None:
+    """A window of 8 MiB is read; one that would take more is refused by its own name, not called corrupt."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log)
+    encoder = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    data = encoder.compress(_TEXT) + encoder.flush()
+    if taken:
+        assert _decoded("x.jsonl.zst", data, piece=7) == _TEXT
+        return
+    with pytest.raises(WindowTooLargeError, match="window is over 8 MiB"):
+        _decoded("x.jsonl.zst", data, piece=7)
+
+
+@pytest.mark.parametrize("level", [1, 3, 19])
+def test_what_zstd_makes_by_its_levels_is_read(level: int) -> None:
+    """Every level but the ultra ones stays within the window, also for a text of many times its size."""
+    text = random.Random(1).randbytes(2**20) * 10
+    assert _decoded("x.jsonl.zst", zstandard.compress(text, level), piece=2**20) == text

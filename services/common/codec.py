@@ -16,7 +16,7 @@ _GZIP_SLICE_BYTES = 4096
 _ZSTD_SLICE_BYTES = 256
 _GZIP_WINDOW_BITS: Final = 31  # zlib's way to say "gzip, with its header and checksum"
 _ZSTD_LEVEL = 3
-# Each file in work holds a window. RFC 8878 asks no more of a reader; only `--long` and `--ultra` make larger.
+# Each file in work holds a window. RFC 8878 asks a reader for this; only `--long` and `--ultra` make larger.
 _ZSTD_WINDOW_BYTES = 8 * 2**20
 _ZSTD_WINDOW_TOO_LARGE = "requires too much memory"  # zstd's own words: it has no code that tells it apart
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,11 @@ def test_message_is_hidden_as_long_as_its_file_takes(bucket: Bucket, make_queue:
 
 
 @pytest.mark.slow
-def test_sigterm_gives_the_message_back(bucket: Bucket, make_queue: MakeQueue) -> None:
-    """A run that is told to stop in mid-file leaves no object, and its message to the next at once."""
+@pytest.mark.parametrize(("how", "grace_seconds", "code"), [("--once", 0, 143), ("--watch", 20, 0)])
+def test_sigterm_gives_the_message_back(
+    bucket: Bucket, make_queue: MakeQueue, how: str, grace_seconds: int, code: int
+) -> None:
+    """A file that is not finished within the grace leaves no object, and its message to the next at once."""
     queue = make_queue(visible_seconds=600)
     bucket.put("raw/1.jsonl", posting())
     queue.send(made(bucket.name, "raw/1.jsonl"))
@@ -154,14 +158,32 @@ def test_sigterm_gives_the_message_back(bucket: Bucket, make_queue: MakeQueue) -
 
     with (
         scripted_model(behave) as model,
-        running(*_args(bucket, queue, model.target), env=dict(os.environ)) as process,
+        running(*_args(bucket, queue, model.target), how, env=dict(os.environ)) as process,
     ):
         assert asked.wait(30)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 143
+        began = time.monotonic()
+        assert process.wait(grace_seconds + 8) == code
+        assert time.monotonic() - began >= grace_seconds - 1
         go.set()
     assert queue.visible == 1
     assert bucket.listed() == ["raw/1.jsonl"]
+
+
+@pytest.mark.slow
+def test_sigterm_ends_an_idle_worker(stub: Stub, bucket: Bucket, make_queue: MakeQueue) -> None:
+    """SIGTERM ends `--watch` with 0 as soon as the receive under way does; what that brings is given back."""
+    queue = make_queue(visible_seconds=600)
+    bucket.put("raw/1.jsonl", posting())
+    queue.send(made(bucket.name, "raw/1.jsonl"))
+    with running(*_args(bucket, queue, stub.target), "--watch", env=dict(os.environ)) as process:
+        wait_for(lambda: queue.count() == 0, what="the file is done")
+        process.send_signal(signal.SIGTERM)
+        queue.send(made(bucket.name, "raw/1.jsonl"))
+        out, err = process.communicate(timeout=15)
+    assert (process.returncode, err) == (0, "")
+    assert "1 done, 0 skipped" in out
+    assert queue.visible == 1
 
 
 @pytest.mark.slow

@@ -72,6 +72,28 @@ def test_between_bucket_and_folder(augment: Augment, stub: Stub, bucket: Bucket,
     assert "1 skipped" in augment(*down).out
 
 
+_ODD_NAMES = (
+    " a .jsonl", "a%2Fb.jsonl", "a%.jsonl", "a+b c.jsonl", "q'\"uote.jsonl", "<&amp;>.jsonl",
+    "=?&#;,:@$!*().jsonl", "a/%20/+/é.jsonl", "e\u0301.jsonl", "[x]{y}^`|~.jsonl", "tab\t.jsonl",
+    "\U0001f600.jsonl",
+)  # fmt: skip
+
+
+def test_names_are_kept_whatever_they_hold(augment: Augment, stub: Stub, bucket: Bucket) -> None:
+    """Signs that URLs, XML and shells take for their own reach the output's name as they were, and back."""
+    for name in _ODD_NAMES:
+        bucket.put(f"raw/{name}", posting())
+    args = (
+        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/",
+        "--target", stub.target, "--endpoint-url", bucket.endpoint_url,
+    )  # fmt: skip
+    assert f"{len(_ODD_NAMES)} done, 0 skipped" in augment(*args).out
+    assert {key for key in bucket.listed() if key.startswith("mod/")} == {
+        f"mod/{name}" for name in _ODD_NAMES
+    }
+    assert f"0 done, {len(_ODD_NAMES)} skipped" in augment(*args).out
+
+
 @pytest.mark.slow
 def test_large_object_goes_in_parts(augment: Augment, stub: Stub, bucket: Bucket) -> None:
     """An output over the size of a part arrives whole, its parts in order, and marked."""

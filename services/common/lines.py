@@ -7,7 +7,7 @@ from services.common.errors import LineTooLongError
 
 WINDOW_BYTES = 2**20
 WINDOW_LINES = 20_000
-MAX_LINE_BYTES = 64 * 2**20
+MAX_LINE_BYTES = 4 * 2**20  # a file in work has several in hand: read, parsed, spliced, on its way
 BOM = b"\xef\xbb\xbf"
 
 

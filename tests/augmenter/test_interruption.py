@@ -16,6 +16,7 @@ import pytest
 
 from services.augmenter.errors import InputChangedError
 from services.augmenter.object_store.local import LocalStore
+from services.common.lines import MAX_LINE_BYTES
 from tests.augmenter.conftest import StubWith, posting
 from tests.augmenter.running import running
 from tests.support.model_server import Answers, Call, scripted_model, well
@@ -190,10 +191,16 @@ def test_memory_is_bounded_while_the_target_is_slow(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_holds_a_few_long_lines_at_a_time(stub_with: StubWith, tmp_path: Path) -> None:
-    """Twelve lines of 30 MiB, which are 360, are augmented within 350 MiB."""
-    line = posting(text="x" * 30 * 2**20) + b"\n"
-    with (tmp_path / "long.jsonl").open("wb") as file:
-        for _ in range(12):
-            file.write(line)
-    assert _peak_mib(tmp_path / "long.jsonl", f"{tmp_path}/out/", "--target", stub_with().target) < 350
+def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StubWith, tmp_path: Path) -> None:
+    """Four files of nothing but the longest lines that are taken are augmented within 300 MiB."""
+    source = tmp_path / "in"
+    source.mkdir()
+    line = posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
+    for name in "abcd":
+        with (source / f"{name}.jsonl").open("wb") as file:
+            for _ in range(24):
+                file.write(line)
+    assert _peak_mib(source, tmp_path / "out", "--target", stub_with().target) < 300
+    assert [path.stat().st_size > 24 * MAX_LINE_BYTES - 2400 for path in (tmp_path / "out").iterdir()] == [
+        True
+    ] * 4

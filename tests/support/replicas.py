@@ -125,7 +125,7 @@ class Place:
                 for key in client.scan_iter(f"{base}*".replace("{", "[{]").replace("}", "[}]"))
             }
             bytes_held = int(client.hget(f"{base}meta", "bytes") or 0)
-        kept = ("meta", "recent:", "refused:", "fair:")  # each bounded in size or time
+        kept = ("meta", "recent:", "refused:", "nonsense:", "broke:", "fair:")  # each bounded in size or time
         rest: dict[str, Any] = {key: kind for key, kind in found.items() if not key.startswith(kept)}
         return rest | ({"bytes": bytes_held} if bytes_held else {})
 

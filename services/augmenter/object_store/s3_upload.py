@@ -17,7 +17,7 @@ from services.augmenter.object_store.protocol import NOTHING
 from services.augmenter.object_store.s3_client import code_of, named
 
 MARK, _BY = "input-etag", "upload"
-_PART_BYTES = 6 * 2**20  # of at most 10,000: outputs up to 60 GB
+_PART_BYTES = 5 * 2**20  # the least that S3 takes, of at most 10,000: outputs up to 50 GB
 # What S3 says when somebody else came first, is writing right now, or has aborted our upload.
 _TAKEN = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"}
 # What a server says that has no conditional writes; 400 is too common to be taken for it by itself.

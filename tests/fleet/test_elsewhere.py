@@ -230,6 +230,7 @@ async def test_the_slot_of_the_queue_is_moved(on_cluster: Proxies, cluster: Clus
     await _nothing_is_stuck(on_cluster, cluster.owner(slot))
 
 
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_a_slot_that_nobody_has_is_a_queue_that_is_lost(tmp_path: Path, redis_program: str) -> None:
     """Before a Cluster is made, or its slot is anybody's, a proxy answers; then it finds the queue."""
     with (
@@ -320,6 +321,7 @@ def _replicated(stack: ExitStack, folder: Path, count: int, program: str) -> lis
     return servers
 
 
+@pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
 async def test_a_demoted_server_behind_one_address_is_left(tmp_path: Path, redis_program: str) -> None:
     """Open connections to a server that says READONLY by now are dropped; the queue is not lost."""
     with ExitStack() as stack:

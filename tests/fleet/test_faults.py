@@ -124,6 +124,7 @@ async def test_a_redis_that_is_killed_costs_a_second_of_answers_at_most(running:
         assert "Traceback" not in proxy.log
 
 
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_lost_replies_cost_nothing(running: Fleet) -> None:
     """Each replica loses a tenth of its scripts' replies: all callers are answered, no pair is sent twice."""
     wires = [running.wire() for _ in range(3)]
@@ -141,6 +142,7 @@ async def test_lost_replies_cost_nothing(running: Fleet) -> None:
     assert not _twice(running.calls)
 
 
+@pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
 async def test_a_redis_that_is_paused_stops_nobody(running: Fleet) -> None:
     """Stopped for ten seconds under load: hits as fast as ever, misses within five seconds, the fleet within
     its limit without a word between replicas; then all return, one warning each for queue and store.
@@ -171,6 +173,7 @@ async def test_a_redis_that_is_paused_stops_nobody(running: Fleet) -> None:
         assert "the shared queue is back" in proxy.log
 
 
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_a_replica_that_is_cut_off_alone_keeps_to_its_own_moments(running: Fleet) -> None:
     """One of three loses Redis for eight seconds: callers are answered, the fleet stays within the limit, and
     it returns by itself.
@@ -195,6 +198,7 @@ async def test_a_replica_that_is_cut_off_alone_keeps_to_its_own_moments(running:
     assert all("is lost" not in proxy.log for proxy in proxies[1:])
 
 
+@pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
 async def test_two_model_versions_share_one_limit_and_no_answers(running: Fleet) -> None:
     """Two replicas of each, started with rates of their own: each version asks for itself, and all together
     keep to the limit of the newest start.

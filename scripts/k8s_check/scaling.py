@@ -43,8 +43,9 @@ def _triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
             for name, variable in given.items():
                 if name.endswith("FromEnv") and variable not in seen:
                     yield f"{name_of(scaler)}: {name}: {target} has no variable {variable}"
-            if seen.get("AWS_REGION", given["awsRegion"]) != given["awsRegion"]:
-                yield f"{name_of(scaler)}: awsRegion is {given['awsRegion']}, AWS_REGION {seen['AWS_REGION']}"
+            if seen.get("AWS_DEFAULT_REGION", given["awsRegion"]) != given["awsRegion"]:
+                region = seen["AWS_DEFAULT_REGION"]
+                yield f"{name_of(scaler)}: awsRegion is {given['awsRegion']}, AWS_DEFAULT_REGION {region}"
             authentication = trigger.get("authenticationRef", {}).get("name")
             if authentication is not None and authentication not in granted:
                 yield f"{name_of(scaler)}: there is no TriggerAuthentication {authentication}"
@@ -66,6 +67,7 @@ def _most(pod: Pod, manifests: Sequence[Manifest]) -> int:
     for scaler in of_kind(manifests, "HorizontalPodAutoscaler"):
         target = scaler["spec"]["scaleTargetRef"]
         if f"{target['kind']}/{target['name']}" == pod.owner:
-            return int(scaler["spec"]["maxReplicas"])
+            surge = pod.workload["spec"].get("strategy", {}).get("rollingUpdate", {}).get("maxSurge", 0)
+            return int(scaler["spec"]["maxReplicas"]) + int(surge)
     spec = pod.workload["spec"]
     return int(spec.get("replicas", spec.get("parallelism", 1)))

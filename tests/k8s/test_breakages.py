@@ -59,13 +59,13 @@ _MISFITS = [
     (_DEV, "serviceName: redis", "serviceName: valkey", "there is no Service valkey"),
     (_PROD, "podSelector:\n    matchLabels:\n      app.kubernetes.io/component: augmenter", "podSelector:\n    matchLabels:\n      app: x", "NetworkPolicy/augmenter: it selects no pods"),
     # How many.
-    (_PROD, "maxReplicas: 6", "maxReplicas: 7", "there can be 7 proxies"),
-    (_DEV, "maxReplicas: 2", "maxReplicas: 3", "there can be 4 proxies"),
+    (_PROD, "maxReplicas: 6", "maxReplicas: 7", "there can be 8 proxies"),
+    (_DEV, "maxReplicas: 2", "maxReplicas: 4", "there can be 6 proxies"),
     (_PROD, "    kind: Deployment\n    name: cache-proxy", "    kind: Deployment\n    name: proxy", "there is no Deployment/proxy"),
     (_PROD, "  revisionHistoryLimit: 3", "  replicas: 3", "at every apply"),
     (_PROD, "  scaleTargetRef:\n    name: augmenter", "  scaleTargetRef:\n    name: cache-proxy", "2 scalers"),
     (_PROD, "queueURLFromEnv: AUGMENTER_SQS_QUEUE_URL", "queueURLFromEnv: AUGMENTER_QUEUE", "no variable AUGMENTER_QUEUE"),
-    (_PROD, "awsRegion: eu-west-1", "awsRegion: eu-west-2", "awsRegion is eu-west-2, AWS_REGION eu-west-1"),
+    (_PROD, "awsRegion: eu-west-1", "awsRegion: eu-west-2", "awsRegion is eu-west-2, AWS_DEFAULT_REGION eu-west-1"),
     (_PROD, "authenticationRef:\n      name: augmenter", "authenticationRef:\n      name: other", "no TriggerAuthentication other"),
     # Who is called.
     (_DEV, "CACHE_PROXY_MODEL_TARGET: model-stub:50051", "CACHE_PROXY_MODEL_TARGET: stub:50051", "no Service stub"),

@@ -96,7 +96,15 @@ def containers(manifests: Sequence[Manifest]) -> Iterator[Container]:
 
 
 def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Whether `matchLabels` fit; that is all that is used here."""
-    if unknown := selector.keys() - {"matchLabels"}:
-        raise NotImplementedError(f"selectors by {', '.join(unknown)}")
-    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    """Whether `matchLabels` and `matchExpressions` fit."""
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
+        _holds(expression, labels) for expression in selector.get("matchExpressions", ())
+    )
+
+
+def _holds(expression: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """One of the four operators; the schemas refuse any other."""
+    found = labels.get(expression["key"])
+    if expression["operator"] in {"Exists", "DoesNotExist"}:
+        return (found is not None) is (expression["operator"] == "Exists")
+    return (found in expression["values"]) is (expression["operator"] == "In")

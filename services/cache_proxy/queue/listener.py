@@ -22,6 +22,7 @@ from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Scripts
 from services.cache_proxy.queue.slots import Membership
 from services.common.endings import end
+from services.common.supervision import supervise
 
 _HEARTBEAT_SECONDS = 0.25
 _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
@@ -117,7 +118,7 @@ class Listener:
     async def start(self) -> None:
         """Begin to listen. It does not wait for Redis to be there."""
         for work in (self._listen, self._beat, self._heal):
-            self._tasks.append(asyncio.create_task(work()))
+            self._tasks.append(asyncio.create_task(supervise(work, what="keeping in touch with the queue")))
 
     async def stop(self) -> None:
         """Say goodbye and stop."""

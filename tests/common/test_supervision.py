@@ -1,0 +1,30 @@
+"""Work that must not end."""
+
+import asyncio
+import logging
+
+import pytest
+
+from services.common.endings import end
+from services.common.supervision import supervise
+
+
+async def test_what_fails_unforeseen_is_told_and_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """The second beginning goes on as if nothing had been; the log has the failure once."""
+    begun, goes_on = 0, asyncio.Event()
+
+    async def work() -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            raise TypeError("not foreseen")
+        goes_on.set()
+        await asyncio.Event().wait()
+
+    with caplog.at_level(logging.ERROR):
+        task = asyncio.create_task(supervise(work, what="the work", pause_seconds=0))
+        await asyncio.wait_for(goes_on.wait(), 30)
+    assert [record.message for record in caplog.records] == ["the work failed unexpectedly; it begins anew"]
+    await end([task])
+    assert begun == 2
+    assert task.cancelled()

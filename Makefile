@@ -31,11 +31,11 @@ setup: $(VENV)/.dev  ## everything that development needs, into .venv
 
 .PHONY: test
 test: $(VENV)/.dev  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow and not k8s"
+	$(BIN)/python -m pytest -m "not slow and not k8s" $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.dev  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/

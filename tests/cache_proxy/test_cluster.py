@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
+from redis.asyncio.cluster import RedisCluster
 from redis.crc import key_slot
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue.home import Home
 from services.cache_proxy.store.connecting import connect, servers
 from services.cache_proxy.store.dated import level_of
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from services.cache_proxy.store.layout import TAGS, state_key, tag_of
 from services.cache_proxy.store.redis import RedisStore
-from services.cache_proxy.store.servers import Servers
+from services.cache_proxy.store.servers import FAILURES, Servers
 from tests.support.redis_cluster import Cluster, redis_cluster, sentinel
 from tests.support.redis_server import redis_process, wait_for
 
@@ -188,6 +190,37 @@ def _is_replica(cluster: Cluster, number: int) -> bool:
     with cluster.masters[number].client() as client:
         info = client.info("replication")
     return bool(info["role"] == "slave" and info["master_link_status"] == "up")
+
+
+async def test_a_connection_that_is_dropped_at_any_moment_is_a_node_that_was_lost(cluster: Cluster) -> None:
+    """As redis-py drops those of a node that left: a command is answered or a store's failure, at whatever
+    step of it that comes, and a subscription fails by what its reader is ready for.
+    """  # noqa: D205 - one thought
+    client = connect(cluster.url, timeout_seconds=1)
+    assert isinstance(client, RedisCluster)
+    reached, home = servers(client), Home(client, key="dropped")
+    await reached.command("dropped", "GET", "dropped")
+
+    async def subscribe() -> None:
+        async with await home.subscription() as pubsub:
+            await pubsub.subscribe("channel")
+            await home.memory()
+
+    outcomes: list[BaseException | None] = []
+    # Every step, and again until the moment that this is about was met: that is a matter of luck.
+    while not any(isinstance(error, AttributeError) for error in outcomes):
+        for steps in range(120):
+            working = [
+                asyncio.create_task(reached.command("dropped", "GET", "dropped")),
+                asyncio.create_task(subscribe()),
+            ]
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await client.nodes_manager.get_node_from_slot(client.keyslot("dropped")).disconnect()
+            outcomes += await asyncio.gather(*working, return_exceptions=True)
+    await reached.close()
+    assert None in outcomes
+    assert [error for error in outcomes if error and not isinstance(error, (StoreError, *FAILURES))] == []
 
 
 async def test_a_cluster_that_cannot_be_reached_is_a_store_that_is_down(base: str) -> None:

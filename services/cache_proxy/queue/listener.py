@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from redis.asyncio.client import PubSub
-from redis.exceptions import RedisClusterException, RedisError
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import LANES, ProxyMetrics
@@ -21,6 +20,7 @@ from services.cache_proxy.queue.messages import pack, unpack
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Scripts
 from services.cache_proxy.queue.slots import Membership
+from services.cache_proxy.store.servers import FAILURES
 from services.common.endings import end
 from services.common.supervision import supervise
 
@@ -137,7 +137,7 @@ class Listener:
                     self._heard.deaf, self._heard.unseen_beats = False, 0
                     while self._heard.unseen_beats < _UNSEEN_BEATS and await self._hears(pubsub):
                         pass
-            except (RedisError, RedisClusterException, OSError):
+            except FAILURES:
                 await asyncio.sleep(_RECONNECT_SECONDS)
 
     async def _hears(self, pubsub: PubSub) -> bool:

@@ -16,7 +16,6 @@ from redis.exceptions import (
     MovedError,
     NoScriptError,
     RedisClusterException,
-    RedisError,
     TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -24,14 +23,14 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.store.scripts import Script
-from services.cache_proxy.store.servers import Call, SlotMoving, translated
+from services.cache_proxy.store.servers import FAILURES, Call, SlotMoving, translated
 from services.common.endings import end
 
 _HOPS = 5
 _REFRESH_SECONDS = 0.5
-# The second is not of the first kind. The last is how redis-py finds that nobody has a slot, or any slot.
-_FAILURES = (RedisError, RedisClusterException, OSError, LookupError)
-_LOST = (RedisConnectionError, RedisTimeoutError, ClusterDownError, OSError)
+_FAILURES = (*FAILURES, LookupError)  # how redis-py finds that nobody has a slot, or any slot
+_DROPPED = (RedisConnectionError, AttributeError)
+_LOST = (*_DROPPED, RedisTimeoutError, ClusterDownError, OSError)
 
 
 class ClusterServers:
@@ -127,9 +126,7 @@ class ClusterServers:
                         self._refresh()
             elif isinstance(reply, _LOST):
                 self._refresh()
-                if first and isinstance(
-                    reply, RedisConnectionError
-                ):  # it may just have lain idle for too long
+                if first and isinstance(reply, _DROPPED):  # it may just have lain idle for too long
                     again[place] = None
         return again
 

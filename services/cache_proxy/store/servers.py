@@ -7,11 +7,16 @@ from typing import Any, Protocol
 import redis.asyncio
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.store.scripts import Script
+
+FAILURES = (RedisError, RedisClusterException, OSError, AttributeError)
+"""What redis-py raises when a server cannot be asked. The second is not of the first's kind. The last
+comes of a connection that one task sends on and another drops, as redis-py does with those of a node that has
+left a Cluster: its writer is None then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class OneServer:
                 return await self._client.evalsha(script.sha, 1, call.key, *call.args)
             except NoScriptError:
                 return await self._client.eval(script.text, 1, call.key, *call.args)
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             return translated(error)
 
     async def command(self, key: str, *command: Any) -> Any:
@@ -71,7 +76,7 @@ class OneServer:
         del key
         try:
             return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             raise translated(error) from error
 
     async def read(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:

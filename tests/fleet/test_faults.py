@@ -67,6 +67,7 @@ def _twice(calls: Sequence[Call]) -> set[tuple[str, str]]:
     return {pair for pair, times in inferences(calls).items() if times > 1}
 
 
+@pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
 async def test_owners_that_are_killed_cost_their_own_calls_alone(running: Fleet) -> None:
     """Ten times the replica whose call is with the model is killed, and another starts: every caller that
     comes back is answered, and only pairs of the killed ones' calls are inferred twice.
@@ -97,6 +98,7 @@ async def test_owners_that_are_killed_cost_their_own_calls_alone(running: Fleet)
     )
 
 
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_a_redis_that_is_killed_costs_a_second_of_answers_at_most(running: Fleet) -> None:
     """Ten kills under load, back half a second later with what its log of a second ago had, and a flush:
     every caller is answered, and only what was under way around a kill is inferred twice.

@@ -11,6 +11,7 @@ CLAIMED_AHEAD = 1
 """A full batch is claimed a moment before its slot, so the next slot's may be on its way already."""
 
 
+@pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
 async def test_small_callers_go_before_a_hundred_thousand_pairs(running: Fleet) -> None:
     """With 100,000 bulk pairs of another caller's in the queue, an interactive pair is in the next call, and
     twenty bulk pairs of a small caller's are within the next two, at whatever replica they ask.

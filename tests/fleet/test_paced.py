@@ -18,6 +18,7 @@ early is off by far more. The benchmark, alone on the machine, prints the exact 
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_a_backlog_is_paced_through_deaths_starts_and_pauses(running: Fleet) -> None:
     """Single-pair callers on four replicas, a minute: through a kill -9, a start and an owner's SIGSTOP."""
     figures = await backlog_of_single_pairs(running, seconds=SECONDS, batch_pairs=BATCH_PAIRS)

@@ -104,6 +104,11 @@ class CallFailed(ModelError):
 class StoreError(Exception):
     """The store could not be reached, or would not do what it was asked."""
 
+    @property
+    def kind(self) -> str:
+        """What the client or the server called it: no more of it is for everybody's eyes."""
+        return type(self.__cause__ or self).__name__
+
 
 class StoreRefused(StoreError):
     """The store answers, but not this: out of memory, read-only."""

@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from services.cache_proxy.errors import PairError, StoreError
 from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair
 from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.overview import Overview
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.slots import Membership, SlotLimiter
 
@@ -39,6 +40,8 @@ class FailoverQueue:
         self._local_claims: set[Claim] = set()
         self._unpublished: dict[bytes, Outcome] = {}
         self._changed = asyncio.Event()
+        self.last_loss: tuple[str, float] | None = None
+        """Why Redis was lost, and when, on time.monotonic."""
 
     @property
     def lost(self) -> bool:
@@ -145,6 +148,12 @@ class FailoverQueue:
         else:
             await self._shared_is_over(claim, self._shared.refuse(claim, error, named))
 
+    async def overview(self, *, minutes: int) -> Overview:
+        """See `ProxyQueue.overview`. Who only looks on does not decide that Redis is lost."""
+        if self._lost:
+            return await self._local.overview(minutes=minutes)
+        return await self._shared.overview(minutes=minutes)
+
     async def changed(self) -> None:
         """See `Queue.changed`."""
         events = (self._shared.changed(), self._local.changed(), self._changed.wait())
@@ -186,6 +195,7 @@ class FailoverQueue:
         if self._lost:
             return
         self._lost = True
+        self.last_loss = (error.kind, time.monotonic())
         _log.warning("the shared queue is lost, going on alone: %s", error)
         now = time.monotonic()
         if now - self._heard_at > _PAUSE_SECONDS:  # it was paused: the others may be using its moments

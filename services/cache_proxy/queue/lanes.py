@@ -15,6 +15,17 @@ def is_better(priority: str, other: str) -> bool:
     return LANES.index(priority) < LANES.index(other)
 
 
+def calls_until(priority: str, *, ahead: int, interactive: int, bulk: int, batch_pairs: int) -> int:
+    """In how many calls the `ahead` first of a lane go out: bulk has its tenth of each, and what is left."""
+    tenth = _tenth(batch_pairs)
+    if priority == "interactive":
+        return math.ceil(ahead / (batch_pairs - (tenth if bulk else 0)))
+    if priority == "bulk":
+        behind = math.ceil((interactive + ahead) / batch_pairs)
+        return min(behind, math.ceil(ahead / tenth)) if tenth else behind
+    return math.ceil((interactive + bulk + ahead) / batch_pairs)
+
+
 class Lanes:
     """Fair between callers within a priority. State: `_lanes` and the bytes of all that is in them."""
 
@@ -40,15 +51,10 @@ class Lanes:
         return self._calls_until(entry.priority, self._lanes[entry.priority].until(entry.start), batch_pairs)
 
     def _calls_until(self, priority: str, ahead: int, batch_pairs: int) -> int:
-        """The `ahead` first of a lane: bulk has its tenth of each call, and what interactive leaves."""
-        interactive, bulk = self.count("interactive"), self.count("bulk")
-        tenth = _tenth(batch_pairs)
-        if priority == "interactive":
-            return math.ceil(ahead / (batch_pairs - (tenth if bulk else 0)))
-        if priority == "bulk":
-            behind = math.ceil((interactive + ahead) / batch_pairs)
-            return min(behind, math.ceil(ahead / tenth)) if tenth else behind
-        return math.ceil((interactive + bulk + ahead) / batch_pairs)
+        return calls_until(
+            priority, ahead=ahead, interactive=self.count("interactive"), bulk=self.count("bulk"),
+            batch_pairs=batch_pairs,
+        )  # fmt: skip
 
     def entries(self) -> list[Entry]:
         """All that wait."""

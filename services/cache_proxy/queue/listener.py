@@ -17,6 +17,7 @@ from services.cache_proxy.queue.eviction import EvictionWatch
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.messages import pack, unpack
+from services.cache_proxy.queue.overview import Reporter
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Scripts
 from services.cache_proxy.queue.slots import Membership
@@ -94,10 +95,10 @@ class Listener:
     something may have been missed.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a part of its own
         self, home: Home, scripts: Scripts, *, queue: FailoverQueue, shared: RedisQueue,
         address: str, limits: QueueLimits, metrics: ProxyMetrics,
-        logs: Mapping[str, Hear],
+        logs: Mapping[str, Hear], reporter: Reporter | None = None,
     ) -> None:  # fmt: skip
         self._home = home
         self._scripts = scripts
@@ -109,6 +110,7 @@ class Listener:
         self._limits = limits.paced
         self._metrics = metrics
         self._logs = logs
+        self._reporter = reporter
         self._heard = _Heard()
         self._missed = asyncio.Event()
         self._doors = Doors(scripts)
@@ -171,12 +173,15 @@ class Listener:
 
     async def _beat_once(self) -> None:
         lost, asked_at = self._queue.lost, time.monotonic()
+        reports = self._reporter.due() if self._reporter else []
         arguments = [
             self._replica, pack(self._shared.held), self._address, int(lost), *self._limits,
-            pack(list(self._logs)), self._shared.run,
+            pack(list(self._logs)), self._shared.run, pack(reports),
         ]  # fmt: skip
         pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
         clock_offset_seconds = self._clock_offset(pulse.now_ms / 1000, asked_at, time.monotonic())
+        if self._reporter:
+            self._reporter.reported(reports, clock_offset_seconds=clock_offset_seconds)
         self._compare(pulse.queue_id, pulse.published)
         # If it has none, the queue has moved from where this replica listens: to another node or master.
         self._heard.unseen_beats = 0 if pulse.subscribed else self._heard.unseen_beats + 1
@@ -220,6 +225,8 @@ class Listener:
         if queue_id != heard.queue_id or published < heard.number_then:  # a failover lost some
             heard.queue_id, heard.number, heard.number_then = queue_id, published, published
             self._missed.set()
+            if self._reporter:
+                self._reporter.report_again()
         elif heard.number < heard.number_then:  # published a heartbeat ago, and not here yet
             heard.number = heard.number_then
             heard.deaf = True

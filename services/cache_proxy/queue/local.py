@@ -26,6 +26,7 @@ from services.cache_proxy.queue import (
 from services.cache_proxy.queue.fair import Entry
 from services.cache_proxy.queue.lanes import Lanes, is_better
 from services.cache_proxy.queue.limiter import CallLimiter
+from services.cache_proxy.queue.overview import Overview
 from services.cache_proxy.queue.recent import Recent
 from services.cache_proxy.queue.suspects import Suspects
 
@@ -57,6 +58,7 @@ class LocalQueue:
         self._failures_in_a_row = 0
         self._failed_at = -math.inf  # when the last of them was noticed
         self._changed = asyncio.Event()
+        self.last_loss: tuple[str, float] | None = None  # it shares nothing
 
     @property
     def lost(self) -> bool:
@@ -197,6 +199,24 @@ class LocalQueue:
                 suspected.append(entry)
         no_longer_suspected = self._suspects.refused(claim, self._wanted(suspected))
         self._wait_again(self._wanted(innocent) + no_longer_suspected)
+
+    async def overview(self, *, minutes: int) -> Overview:  # noqa: ARG002 - it shares no reports
+        """See `ProxyQueue.overview`."""
+        limits, limiter = self._limits, self._limiter
+        next_pairs = min(len(self._lanes) + 1, limits.batch_pairs)
+        next_call_seconds = limiter.wait_seconds(next_pairs, now=_now())
+        return Overview(
+            now_seconds=time.time(),
+            waiting={lane: self._lanes.count(lane) for lane in LANES},
+            next_call_seconds=next_call_seconds if math.isfinite(next_call_seconds) else None,
+            batch_pairs=limits.batch_pairs,
+            batch_seconds=limiter.slot_seconds,
+            pairs_per_second=limits.pairs_per_second,
+            calls_per_second=limits.calls_per_second,
+            failures_in_a_row=self._failures_in_a_row,
+            live_replicas=1,
+            silent_replicas=None,
+        )
 
     async def changed(self) -> None:
         """See `Queue.changed`."""

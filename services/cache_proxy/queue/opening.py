@@ -18,6 +18,7 @@ from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.limiter import Limiter
 from services.cache_proxy.queue.listener import Hear, Listener
 from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.overview import Overview, Reporter
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
 from services.cache_proxy.queue.slots import SlotLimiter
@@ -28,6 +29,9 @@ _log = logging.getLogger(__name__)
 
 class ProxyQueue(Queue, Protocol):
     """A queue that can be told that answers are invalidated, and that the process ends."""
+
+    last_loss: tuple[str, float] | None
+    """Why what is shared could not be reached, and when, on time.monotonic."""
 
     @property
     def lost(self) -> bool:
@@ -42,6 +46,9 @@ class ProxyQueue(Queue, Protocol):
     def end_all(self, error: PairError) -> None:
         """End every pair with `error`."""
 
+    async def overview(self, *, minutes: int) -> Overview:
+        """How it stands, with the reports of so many minutes if it is shared. Raises `StoreError`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedRedis:
@@ -55,6 +62,8 @@ class SharedRedis:
     http_bound: str
     logs: Mapping[str, Hear] = field(default_factory=dict)
     """Keys of the logs of invalidations, and who is to be told their last entries."""
+    reporter: Reporter | None = None
+    """Of what the status page tells of this replica."""
 
 
 def open_local(
@@ -87,7 +96,7 @@ async def open_shared(
     listener = Listener(
         home, scripts, queue=queue, shared=asked,
         address=_address(shared.http_bound, shared.url), limits=limits, metrics=metrics,
-        logs=shared.logs,
+        logs=shared.logs, reporter=shared.reporter,
     )  # fmt: skip
     await listener.start()
     try:

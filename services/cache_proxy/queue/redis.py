@@ -29,6 +29,7 @@ from services.cache_proxy.queue import (
 )
 from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.messages import pack, pack_error, unpack, unpack_error
+from services.cache_proxy.queue.overview import MAX_REPORT_BYTES, MAX_REPORTS, Overview, read_overview
 from services.cache_proxy.queue.scripts import Scripts
 from services.cache_proxy.riders import Riders
 
@@ -312,6 +313,11 @@ class RedisQueue:
         """See `Queue.refuse`."""
         reasons = [[digest, pack_error(reason)] for digest, reason in named.items()]
         await self._over(claim, "refuse", [pack(pack_error(error)), pack(reasons), MAX_REFUSALS])
+
+    async def overview(self, *, minutes: int) -> Overview:
+        """See `ProxyQueue.overview`."""
+        arguments = [minutes, MAX_REPORTS, MAX_REPORT_BYTES]
+        return read_overview(await self._scripts.run("overview", arguments))
 
     async def changed(self) -> None:
         """See `Queue.changed`."""

@@ -31,6 +31,7 @@ _NAMES = (
     "refuse",
     "heartbeat",
     "verdict",
+    "overview",
     "configure",
     "repair",
 )

@@ -4,6 +4,7 @@
 -- ARGV[5]  pairs a second, [6] calls a second, [7] pairs in a batch: if they were lost
 -- ARGV[8]  msgpack list of the keys of the logs of invalidations that it follows
 -- ARGV[9]  the server that its last heartbeat reached; empty: this is the first. Under another, too, it may just have called
+-- ARGV[10] msgpack list of {minute, report}: what it counted, for the status page
 -- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting},
 --          ms since the oldest came for which a caller waits, members (who has which slot if Redis is lost),
 --          {replica, address} of those to knock at, ms between moments,
@@ -62,6 +63,19 @@ local logs = cmsgpack.unpack(ARGV[8])
 for at, log in ipairs(logs) do
   local last = redis.pcall('LINDEX', log, -1)
   logs[at] = type(last) == 'table' and 'garbage' or last
+end
+-- A report replaces the replica's own of that minute, so whoever says it twice counts nothing twice.
+local REPORT_MINUTES, MOST_REPORTS = 12, 256
+for _, report in ipairs(unpack_safely(ARGV[10]) or {}) do
+  local minute, key = report[1], report_key(report[1])
+  if redis.call('TYPE', key).ok ~= 'hash' then
+    redis.call('DEL', key)
+  end
+  if math.abs(minute - now / 60000) < REPORT_MINUTES
+    and (redis.call('HLEN', key) < MOST_REPORTS or redis.call('HEXISTS', key, replica) == 1)
+    and redis.call('HSET', key, replica, report[2]) == 1 then
+    redis.call('PEXPIRE', key, REPORT_MINUTES * 60000)
+  end
 end
 return cmsgpack.pack({ now, meta('published'), redis.call('HGET', META, 'queue'), waiting, now - oldest,
   redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), subscribers_of(replica), logs, run })

@@ -376,6 +376,11 @@ local function not_before_of(value)
   return found <= now + HOUR_MS and found or 0
 end
 
+-- What all replicas counted in a minute: replica -> report. For the status page alone; its parts are opaque here.
+local function report_key(minute)
+  return string.format('%s:reports:%d', LIMIT, minute)
+end
+
 local function recent_key(kind, period, ago)
   return BASE .. kind .. ':' .. (math.floor(now / period) - ago)
 end

@@ -1,0 +1,120 @@
+"""How the queue stands, for people: what waits and how long, whether the model answers, who shares it.
+
+What comes from Redis is hostile: a figure that none can be is None, and shown as unknown.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from services.cache_proxy.errors import StoreError
+from services.cache_proxy.metrics import LANES
+from services.cache_proxy.queue.gcra import PACE
+from services.cache_proxy.queue.lanes import calls_until
+from services.cache_proxy.queue.messages import unpack
+
+MAX_REPORTS = 256
+"""Replicas whose reports of one minute are kept."""
+
+MAX_REPORT_BYTES = 4096
+_MAX_COUNT = 2**40
+_MAX_MILLISECONDS = 2**40  # of a duration: 34 years
+_MAX_RATE = 1e9
+_MAX_BATCH_PAIRS = 1000
+
+Report = tuple[int, bytes]
+"""A minute (of unix time, on Redis's clock), and what a replica counted in it: see `status/ledger.py`."""
+
+
+class Reporter(Protocol):
+    """What a replica has to report to the others, as the heartbeat knows it."""
+
+    def due(self) -> Sequence[Report]:
+        """What was not reported yet, or has changed since; few and small."""
+
+    def reported(self, reports: Sequence[Report], *, clock_offset_seconds: float) -> None:
+        """Redis has these; its clock is so far ahead of time.monotonic."""
+
+    def report_again(self) -> None:
+        """Redis has lost what it was told."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """One moment; `reports` are of all replicas, None where nothing is shared. A rate of 0 means no limit."""
+
+    now_seconds: float
+    waiting: Mapping[str, int | None]
+    next_call_seconds: float | None
+    batch_pairs: int | None
+    batch_seconds: float | None
+    pairs_per_second: float | None
+    calls_per_second: float | None
+    failures_in_a_row: int | None
+    live_replicas: int | None
+    silent_replicas: int | None
+    reports: Sequence[Report] | None = None
+
+    def wait_seconds(self, lane: str) -> float | None:
+        """How long a pair that comes now would wait for its call if it went to the lane's end."""
+        ahead, batch_pairs = self.waiting[lane], self.batch_pairs
+        interactive, bulk = self.waiting["interactive"], self.waiting["bulk"]
+        if (
+            ahead is None or interactive is None or bulk is None or batch_pairs is None
+            or self.batch_seconds is None or self.next_call_seconds is None
+        ):  # fmt: skip
+            return None
+        calls = calls_until(
+            lane, ahead=ahead + 1, interactive=interactive, bulk=bulk, batch_pairs=batch_pairs
+        )
+        return self.next_call_seconds + (calls - 1) * self.batch_seconds
+
+
+def read_overview(reply: Any) -> Overview:
+    """What `overview.lua` returned. Raises `StoreError` if it is no reply at all."""
+    try:
+        (
+            now_ms, waiting, next_call_ms, batch_pairs, batch_ms, pairs_rate, calls_rate, failures, live,
+            silent, reports,
+        ) = unpack(reply)  # fmt: skip
+        pairs_per_second, calls_per_second = (
+            _number(rate, most=_MAX_RATE) for rate in (pairs_rate, calls_rate)
+        )
+        return Overview(
+            now_seconds=float(now_ms) / 1000,
+            waiting={lane: _count(count) for lane, count in zip(LANES, waiting, strict=True)},
+            next_call_seconds=_seconds(next_call_ms),
+            batch_pairs=_count(batch_pairs, least=1, most=_MAX_BATCH_PAIRS),
+            batch_seconds=_seconds(batch_ms),
+            pairs_per_second=None if pairs_per_second is None else pairs_per_second / PACE,
+            calls_per_second=None if calls_per_second is None else calls_per_second / PACE,
+            failures_in_a_row=_count(failures),
+            live_replicas=_count(live),
+            silent_replicas=_count(silent),
+            reports=[
+                (int(minute), packed)
+                for minute, of_replicas in reports
+                for packed in of_replicas
+                if isinstance(packed, bytes)
+            ],
+        )
+    except (ValueError, TypeError) as error:
+        message = "the overview of the queue cannot be read"
+        raise StoreError(message) from error
+
+
+def _number(value: Any, *, most: float) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and 0 <= value <= most else None
+
+
+def _count(value: Any, *, least: int = 0, most: int = _MAX_COUNT) -> int | None:
+    found = _number(value, most=most)
+    return int(found) if found is not None and found >= least and found == int(found) else None
+
+
+def _seconds(milliseconds: Any) -> float | None:
+    found = _number(milliseconds, most=_MAX_MILLISECONDS)
+    return None if found is None else found / 1000

@@ -28,9 +28,11 @@ from services.cache_proxy.model import ModelClient
 from services.cache_proxy.queue import QueueLimits, Settle, doors
 from services.cache_proxy.queue.listener import Hear
 from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, new_replica, open_local, open_shared
+from services.cache_proxy.queue.overview import Reporter
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, SeniorityService
+from services.cache_proxy.status.page import StatusPage
 from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.invalidation import Follower
@@ -56,6 +58,7 @@ async def serve(settings: Settings) -> None:
         http = HttpEndpoint(registry=registry)
         http.add("/readyz", partial(_readyz, ready))
         http.add(doors.PATH, partial(_replica, replica))
+        status = StatusPage(http, metrics=metrics, replica=replica, cache_url=settings.cache.cache_url)
         stack.push_async_callback(http.close)
         http_bound = await http.start(settings.server.http_listen)
         opened = await stack.enter_async_context(
@@ -79,11 +82,12 @@ async def serve(settings: Settings) -> None:
         queue = await stack.enter_async_context(
             _open_queue(
                 settings, opened.shared, replica=replica, http_bound=http_bound, settle=waiters.settle,
-                metrics=metrics,
+                metrics=metrics, reporter=status.ledger,
                 logs={log.key: follower.hear for log, follower in zip(opened.logs, followers, strict=True)},
             )
         )  # fmt: skip
         memories.all.append((queue.discard, queue.discard_all))
+        await stack.enter_async_context(_running(status.run(store=store, queue=queue)))
         metrics.degraded.set_function(lambda: not store.up or queue.lost)
         if opened.shared is None:  # else heartbeats tell
             for follower in followers:
@@ -184,7 +188,7 @@ def _queue_limits(settings: Settings) -> QueueLimits:
 @asynccontextmanager
 async def _open_queue(
     settings: Settings, client: "redis.asyncio.Redis | None", *, replica: str, http_bound: str,
-    settle: Settle, metrics: ProxyMetrics, logs: Mapping[str, Hear],
+    settle: Settle, metrics: ProxyMetrics, logs: Mapping[str, Hear], reporter: Reporter,
 ) -> AsyncIterator[ProxyQueue]:  # fmt: skip
     limits, share = _queue_limits(settings), settings.model.expected_replicas
     metrics.show_limits(
@@ -204,6 +208,7 @@ async def _open_queue(
         lease_seconds=settings.model.model_deadline_seconds,
         http_bound=http_bound,
         logs=logs,
+        reporter=reporter,
     )
     async with open_shared(limits, shared, replica=replica, settle=settle, metrics=metrics) as queue:
         yield queue

@@ -36,6 +36,21 @@ class RpcMetrics(Collector):
         self._seconds = 0.0
         registry.register(self)
 
+    @property
+    def requests(self) -> Mapping[str, int]:
+        """RPCs so far, by status."""
+        return self._requests
+
+    @property
+    def pairs(self) -> Mapping[str, int]:
+        """Pairs so far, by outcome."""
+        return self._pairs
+
+    @property
+    def caller_pairs(self) -> Mapping[str, Counter[str]]:
+        """Pairs so far, by caller and `hit`, `miss`, `failed`."""
+        return self._caller_pairs
+
     def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
         """Count an RPC that ended, and its pairs, each in one outcome.
 

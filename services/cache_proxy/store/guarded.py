@@ -48,12 +48,19 @@ class GuardedStore:
         self._unsaved: dict[bytes, int] = {}
         self._asked_at = math.inf
         self._probe: asyncio.Task[None] | None = None
+        self.last_failure: tuple[str, float] | None = None
+        """Its kind, and when it was, on time.monotonic."""
         self._show()
 
     @property
     def up(self) -> bool:
         """Whether the store answered when it was last asked."""
         return self._up
+
+    @property
+    def refusing(self) -> bool:
+        """Whether it answers, but took no write when it was last asked to."""
+        return self._refusing
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
         """The level of each digest, by position; 0 where none is fresh or nothing can be learnt."""
@@ -121,6 +128,7 @@ class GuardedStore:
         await self._store.close()
 
     def _failed(self, error: StoreError) -> None:
+        self.last_failure = (error.kind, time.monotonic())
         if isinstance(error, StoreRefused):  # it answers: reading may still work, so only say it once
             if not self._refusing:
                 self._refusing = True

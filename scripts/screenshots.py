@@ -1,0 +1,139 @@
+"""Makes the pictures of the status page in `docs/img/`: `make screenshots`.
+
+A Redis, a stand-in for the model, three replicas and their callers, all on this machine. The ten minutes before are
+written into Redis as replicas report them; what happens while the pictures are taken is real.
+"""
+
+import asyncio
+import io
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import grpc
+import redis
+from PIL import Image
+from playwright.async_api import async_playwright
+
+from protos import seniority_pb2, seniority_pb2_grpc
+from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.status.counts import CallerCounts, Minute, Span, encode
+from tests.support.browser import FLAGS, chromium_program
+from tests.support.processes import Service, cache_proxy, model_stub
+from tests.support.redis_server import redis_process
+
+FOLDER = Path(__file__).parents[1] / "docs" / "img"
+PREFIX = "seniority"
+SEED = 1
+PAST_MINUTES = 10
+REPLICAS = 3
+TRAFFIC_SECONDS = 8
+NEW_PAIRS = 6000
+COLOURS = 128
+PICTURES = {
+    "status-light": ("light", 1100, 1150),
+    "status-dark": ("dark", 1100, 1150),
+    "status-phone": ("light", 360, 1340),
+}
+"""Colour scheme, width and height, by the name of the file."""
+
+SCALE = 1.5
+
+
+def main() -> int:
+    """Write them all."""
+    program = chromium_program()
+    if program is None:
+        print("chromium is not installed", file=sys.stderr)
+        return 1
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with _fleet() as proxies:
+        asyncio.run(_take(program, proxies, FOLDER))
+    return 0
+
+
+@contextmanager
+def _fleet() -> Iterator[list[Service]]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = stack.enter_context(redis_process(folder))
+        stub = stack.enter_context(model_stub())
+        _write_the_past(server.url)
+        yield [
+            stack.enter_context(cache_proxy("--model-target", stub.target, "--cache-url", server.url))
+            for _ in range(REPLICAS)
+        ]
+
+
+def _write_the_past(url: str) -> None:
+    dice = random.Random(SEED)
+    limit = Keys(prefix=PREFIX, namespace="").limit
+    with redis.Redis.from_url(url) as client:
+        now = int(client.time()[0]) // 60
+        for number in range(now - PAST_MINUTES, now):
+            for replica in range(REPLICAS):
+                minute = Minute(callers=[
+                    CallerCounts("augmenter", dice.randint(180_000, 190_000), dice.randint(1500, 2500)),
+                    CallerCounts("search-ranking", dice.randint(20_000, 26_000), dice.randint(40, 90)),
+                    CallerCounts("pricing-team", dice.randint(3000, 5000), dice.randint(300, 500)),
+                    CallerCounts("talent-insights", dice.randint(600, 900), dice.randint(0, 9)),
+                ])  # fmt: skip
+                for span in minute.spans:
+                    calls = sum(dice.random() < _busy(number - now) for _ in range(3))
+                    span.calls, span.sent = calls, sum(dice.randint(150, 1000) for _ in range(calls))
+                    span.hits = sum(caller.hits for caller in minute.callers) // len(minute.spans)
+                    span.inferred, span.coalesced = span.sent, dice.randint(0, 60)
+                    span.requests = span.hits // 700
+                key = f"{limit}:reports:{number}"
+                client.hset(key, f"{replica:016x}", encode(minute))
+                client.expire(key, 720)
+
+
+def _busy(minute: int) -> float:
+    return 0.9 if -6 < minute < -2 else 0.35
+
+
+async def _ask(target: str, pairs: list[tuple[str, str]], caller: str, priority: str) -> None:
+    async with grpc.aio.insecure_channel(target) as channel:
+        model = seniority_pb2_grpc.SeniorityModelStub(channel)
+        batch = [seniority_pb2.SeniorityRequest(company=company, title=title) for company, title in pairs]
+        await model.InferSeniority(
+            seniority_pb2.SeniorityRequestBatch(batch=batch),
+            timeout=60,
+            metadata=[("x-caller", caller), ("x-priority", priority)],
+        )
+
+
+async def _take(program: str, proxies: list[Service], folder: Path) -> None:
+    asked = [
+        asyncio.create_task(
+            _ask(
+                proxies[number % len(proxies)].target,
+                [(f"Company {number}-{at}", "Senior Engineer") for at in range(NEW_PAIRS // 4)],
+                "augmenter" if number else "pricing-team",
+                "bulk" if number else "interactive",
+            )
+        )
+        for number in range(6)
+    ]
+    await asyncio.sleep(TRAFFIC_SECONDS / 2)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=program, args=FLAGS)
+        for name, (scheme, width, height) in PICTURES.items():
+            page = await browser.new_page(
+                viewport={"width": width, "height": height}, device_scale_factor=SCALE,
+                color_scheme="dark" if scheme == "dark" else "light",
+            )  # fmt: skip
+            await page.goto(proxies[0].http)
+            taken = Image.open(io.BytesIO(await page.screenshot()))
+            taken.convert("RGB").quantize(COLOURS).save(folder / f"{name}.png", optimize=True)
+            await page.close()
+        await browser.close()
+    await asyncio.gather(*asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What is counted for the status page: a replica's figures by ten seconds and by the minute, and their sums.
+
+A `Minute` is what replicas hand each other by way of Redis, as msgpack. Whoever reads one takes it for
+hostile: msgspec refuses what is not of this shape and within these bounds.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+import grpc
+import msgspec
+
+SPAN_SECONDS = 10
+MINUTE_SECONDS = 60
+WINDOW_SECONDS = 600
+WINDOW_SPANS = WINDOW_SECONDS // SPAN_SECONDS
+WINDOW_MINUTES = (
+    WINDOW_SECONDS // MINUTE_SECONDS + 1
+)  # the one under way, and that in which the window begins
+TOP_CALLERS = 8
+_SPANS = MINUTE_SECONDS // SPAN_SECONDS
+_MAX_NAME = 64
+_MAX_COUNT = 2**40
+_CODES = frozenset(code.name for code in grpc.StatusCode)
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX_COUNT)]
+Name = Annotated[str, msgspec.Meta(max_length=_MAX_NAME)]
+
+
+class Span(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """Ten seconds. `requests` are RPCs that were answered; of pairs `failed` had no answer.
+
+    `calls` are those to the model, `failed_calls` of them, and `sent` the pairs in them.
+    """
+
+    requests: Count = 0
+    hits: Count = 0
+    coalesced: Count = 0
+    inferred: Count = 0
+    failed: Count = 0
+    calls: Count = 0
+    failed_calls: Count = 0
+    sent: Count = 0
+
+    def add(self, other: "Span") -> None:
+        """Count the other's too."""
+        for field in self.__struct_fields__:
+            setattr(self, field, getattr(self, field) + getattr(other, field))
+
+    @property
+    def pairs(self) -> int:
+        """All that were asked for."""
+        return self.hits + self.coalesced + self.inferred + self.failed
+
+
+class CallerCounts(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """A caller's pairs: `hits` from a cache, `misses` had to wait for the model, `failed` had no answer."""
+
+    name: Name
+    hits: Count = 0
+    misses: Count = 0
+    failed: Count = 0
+
+    @property
+    def pairs(self) -> int:
+        """All that it asked for."""
+        return self.hits + self.misses + self.failed
+
+
+class Minute(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """A replica's minute: its spans, its busiest callers, and the status of the last call that failed."""
+
+    spans: Annotated[list[Span], msgspec.Meta(min_length=_SPANS, max_length=_SPANS)] = msgspec.field(
+        default_factory=lambda: [Span() for _ in range(_SPANS)]
+    )
+    callers: Annotated[list[CallerCounts], msgspec.Meta(max_length=TOP_CALLERS)] = []
+    last_failure: Name = ""
+
+
+class Sums(msgspec.Struct):
+    """The window's figures: of each of its spans, oldest first, and of all together."""
+
+    spans: list[Span]
+    total: Span
+    callers: list[CallerCounts]
+    last_failure: str | None
+    last_failure_seconds: float | None
+    """How long ago, to ten seconds."""
+
+
+_decoder = msgspec.msgpack.Decoder(Minute)
+
+
+def encode(minute: Minute) -> bytes:
+    """As a report."""
+    return msgspec.msgpack.encode(minute)
+
+
+def decode(report: bytes) -> Minute | None:
+    """The minute that was reported; None if that is none."""
+    try:
+        return _decoder.decode(report)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def top(callers: Iterable[CallerCounts]) -> list[CallerCounts]:
+    """The busiest, busiest first."""
+    asked = [caller for caller in callers if caller.pairs]
+    return sorted(asked, key=lambda caller: (-caller.pairs, caller.name))[:TOP_CALLERS]
+
+
+def sum_up(minutes: Iterable[tuple[int, Minute]], *, now_seconds: float) -> Sums:
+    """The last ten minutes, of any number of replicas.
+
+    Callers are counted by whole minutes, and of each minute of each replica only the busiest.
+    """
+    last = int(now_seconds // SPAN_SECONDS)
+    first = last - WINDOW_SPANS + 1
+    spans = [Span() for _ in range(WINDOW_SPANS)]
+    callers: dict[str, CallerCounts] = {}
+    failures: dict[int, str] = {}
+    for number, minute in minutes:
+        for at, span in enumerate(minute.spans, start=number * _SPANS):
+            if first <= at <= last:
+                spans[at - first].add(span)
+                if span.failed_calls and minute.last_failure:
+                    failures[at] = minute.last_failure if minute.last_failure in _CODES else "unknown"
+        if number * _SPANS + _SPANS > first:
+            for part in minute.callers:
+                _add_caller(callers, part)
+    total = Span()
+    for span in spans:
+        total.add(span)
+    failed_at = max(failures, default=None)
+    return Sums(
+        spans=spans,
+        total=total,
+        callers=top(callers.values()),
+        last_failure=None if failed_at is None else failures[failed_at],
+        last_failure_seconds=None if failed_at is None else (last - failed_at) * SPAN_SECONDS,
+    )
+
+
+def callers_of(pairs: Mapping[str, Counter[str]]) -> list[CallerCounts]:
+    """The busiest of those that `RpcMetrics` counted."""
+    return top(
+        CallerCounts(name[:_MAX_NAME], counts["hit"], counts["miss"], counts["failed"])
+        for name, counts in pairs.items()
+    )
+
+
+def _add_caller(callers: dict[str, CallerCounts], part: CallerCounts) -> None:
+    name = part.name if part.name.isprintable() and part.name else "(unreadable)"
+    known = callers.setdefault(name, CallerCounts(name))
+    known.hits += part.hits
+    known.misses += part.misses
+    known.failed += part.failed

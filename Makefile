@@ -87,6 +87,10 @@ monitoring: $(VENV)/.dev  ## make docs/metrics.md and the dashboards again
 	$(BIN)/python -m scripts.metrics
 	$(BIN)/python -m scripts.dashboards
 
+.PHONY: screenshots
+screenshots: $(VENV)/.dev  ## take the pictures of the status page again (needs chromium)
+	$(BIN)/python -m scripts.screenshots
+
 .PHONY: lock
 lock: $(VENV)/.uv  ## bring the locks in line with pyproject.toml (UPGRADE=1: to the newest versions)
 	$(BIN)/python scripts/locks.py $(if $(UPGRADE),--upgrade)

@@ -1,7 +1,7 @@
-"""Makes the pictures of the status page in `docs/img/`: `make screenshots`.
+"""Takes the pictures of the status page in `docs/img/`: `make screenshots`.
 
-A Redis, a stand-in for the model, three replicas and their callers, all on this machine. The ten minutes before are
-written into Redis as replicas report them; what happens while the pictures are taken is real.
+A Redis, a stand-in for the model, three replicas and their callers, all on this machine. The ten minutes
+before are written into Redis as replicas report them; what happens while the pictures are taken is real.
 """
 
 import asyncio
@@ -20,27 +20,22 @@ from playwright.async_api import async_playwright
 
 from protos import seniority_pb2, seniority_pb2_grpc
 from services.cache_proxy.queue.scripts import Keys
-from services.cache_proxy.status.counts import CallerCounts, Minute, Span, encode
+from services.cache_proxy.status.counts import MINUTE_SECONDS, SPAN_SECONDS, CallerCounts, Minute, encode
 from tests.support.browser import FLAGS, chromium_program
 from tests.support.processes import Service, cache_proxy, model_stub
 from tests.support.redis_server import redis_process
 
 FOLDER = Path(__file__).parents[1] / "docs" / "img"
+PICTURES = {"status-light": ("light", 1100), "status-dark": ("dark", 1100), "status-phone": ("light", 360)}
+"""Colour scheme and width, by the name of the file."""
+
+SCALE, COLOURS = 1.5, 128
 PREFIX = "seniority"
 SEED = 1
-PAST_MINUTES = 10
+PAST_MINUTES, BUSY_MINUTES_AGO = 10, range(3, 6)
 REPLICAS = 3
-TRAFFIC_SECONDS = 8
-NEW_PAIRS = 6000
-COLOURS = 128
-PICTURES = {
-    "status-light": ("light", 1100, 1150),
-    "status-dark": ("dark", 1100, 1150),
-    "status-phone": ("light", 360, 1340),
-}
-"""Colour scheme, width and height, by the name of the file."""
-
-SCALE = 1.5
+CALLERS, NEW_PAIRS = 6, 4000
+TRAFFIC_SECONDS = 4
 
 
 def main() -> int:
@@ -51,7 +46,7 @@ def main() -> int:
         return 1
     FOLDER.mkdir(parents=True, exist_ok=True)
     with _fleet() as proxies:
-        asyncio.run(_take(program, proxies, FOLDER))
+        asyncio.run(_take(program, proxies))
     return 0
 
 
@@ -61,39 +56,43 @@ def _fleet() -> Iterator[list[Service]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(redis_process(folder))
         stub = stack.enter_context(model_stub())
+        flags = ("--model-target", stub.target, "--cache-url", server.url)
+        proxies = [stack.enter_context(cache_proxy(*flags)) for _ in range(REPLICAS)]
         _write_the_past(server.url)
-        yield [
-            stack.enter_context(cache_proxy("--model-target", stub.target, "--cache-url", server.url))
-            for _ in range(REPLICAS)
-        ]
+        yield proxies
 
 
 def _write_the_past(url: str) -> None:
-    dice = random.Random(SEED)
+    dice = random.Random(SEED)  # noqa: S311 - a picture
     limit = Keys(prefix=PREFIX, namespace="").limit
     with redis.Redis.from_url(url) as client:
-        now = int(client.time()[0]) // 60
-        for number in range(now - PAST_MINUTES, now):
+        now_seconds = int(client.time()[0])
+        this = now_seconds // MINUTE_SECONDS
+        for number in range(this - PAST_MINUTES, this + 1):
+            over = now_seconds % MINUTE_SECONDS // SPAN_SECONDS if number == this else None
             for replica in range(REPLICAS):
-                minute = Minute(callers=[
-                    CallerCounts("augmenter", dice.randint(180_000, 190_000), dice.randint(1500, 2500)),
-                    CallerCounts("search-ranking", dice.randint(20_000, 26_000), dice.randint(40, 90)),
-                    CallerCounts("pricing-team", dice.randint(3000, 5000), dice.randint(300, 500)),
-                    CallerCounts("talent-insights", dice.randint(600, 900), dice.randint(0, 9)),
-                ])  # fmt: skip
-                for span in minute.spans:
-                    calls = sum(dice.random() < _busy(number - now) for _ in range(3))
-                    span.calls, span.sent = calls, sum(dice.randint(150, 1000) for _ in range(calls))
-                    span.hits = sum(caller.hits for caller in minute.callers) // len(minute.spans)
-                    span.inferred, span.coalesced = span.sent, dice.randint(0, 60)
-                    span.requests = span.hits // 700
+                minute = _minute(dice, busy=this - number in BUSY_MINUTES_AGO, spans=over)
                 key = f"{limit}:reports:{number}"
                 client.hset(key, f"{replica:016x}", encode(minute))
-                client.expire(key, 720)
+                client.expire(key, 2 * PAST_MINUTES * MINUTE_SECONDS)
 
 
-def _busy(minute: int) -> float:
-    return 0.9 if -6 < minute < -2 else 0.35
+def _minute(dice: random.Random, *, busy: bool, spans: int | None) -> Minute:
+    minute = Minute(
+        callers=[
+            CallerCounts("augmenter", dice.randint(180_000, 190_000), dice.randint(1500, 2500)),
+            CallerCounts("search-ranking", dice.randint(20_000, 26_000), dice.randint(40, 90)),
+            CallerCounts("pricing-team", dice.randint(3000, 5000), dice.randint(300, 500)),
+            CallerCounts("talent-insights", dice.randint(600, 900), dice.randint(0, 9)),
+        ]
+    )
+    for span in minute.spans[:spans]:
+        span.calls = sum(dice.random() < (0.95 if busy else 0.35) for _ in range(3))
+        span.sent = sum(dice.randint(150, 1000) for _ in range(span.calls))
+        span.hits = sum(caller.hits for caller in minute.callers) // len(minute.spans)
+        span.inferred, span.coalesced = span.sent, dice.randint(0, 60)
+        span.requests = span.hits // 700
+    return minute
 
 
 async def _ask(target: str, pairs: list[tuple[str, str]], caller: str, priority: str) -> None:
@@ -107,32 +106,34 @@ async def _ask(target: str, pairs: list[tuple[str, str]], caller: str, priority:
         )
 
 
-async def _take(program: str, proxies: list[Service], folder: Path) -> None:
+async def _take(program: str, proxies: list[Service]) -> None:
     asked = [
         asyncio.create_task(
             _ask(
                 proxies[number % len(proxies)].target,
-                [(f"Company {number}-{at}", "Senior Engineer") for at in range(NEW_PAIRS // 4)],
+                [(f"Company {number}-{at}", "Senior Engineer") for at in range(NEW_PAIRS)],
                 "augmenter" if number else "pricing-team",
                 "bulk" if number else "interactive",
             )
         )
-        for number in range(6)
+        for number in range(CALLERS)
     ]
-    await asyncio.sleep(TRAFFIC_SECONDS / 2)
+    await asyncio.sleep(TRAFFIC_SECONDS)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=program, args=FLAGS)
-        for name, (scheme, width, height) in PICTURES.items():
+        for name, (scheme, width) in PICTURES.items():
             page = await browser.new_page(
-                viewport={"width": width, "height": height}, device_scale_factor=SCALE,
+                viewport={"width": width, "height": 800}, device_scale_factor=SCALE,
                 color_scheme="dark" if scheme == "dark" else "light",
             )  # fmt: skip
             await page.goto(proxies[0].http)
-            taken = Image.open(io.BytesIO(await page.screenshot()))
-            taken.convert("RGB").quantize(COLOURS).save(folder / f"{name}.png", optimize=True)
+            taken = Image.open(io.BytesIO(await page.screenshot(full_page=True)))
+            taken.convert("RGB").quantize(COLOURS).save(FOLDER / f"{name}.png", optimize=True)
             await page.close()
         await browser.close()
-    await asyncio.gather(*asked)
+    for call in asked:
+        call.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,15 @@ Scope = Literal["fleet", "not shared", "redis lost", "redis slow"]
 """Of whom the figures are: of all replicas; else of this one alone, and why."""
 
 
+class Counts(Span, array_like=False):
+    """A span by the names of its figures."""
+
+    @classmethod
+    def of(cls, span: Span) -> "Counts":
+        """The same figures."""
+        return cls(*msgspec.structs.astuple(span))
+
+
 class Lane(msgspec.Struct):
     """Pairs of a priority that wait, and how long one that comes now would, at the end of them."""
 
@@ -85,7 +94,7 @@ class Figures(msgspec.Struct):
     version: str
     live_replicas: int | None
     silent_replicas: int | None
-    total: Span
+    total: Counts
     hit_rate: float | None
     calls_needed: int
     calls_saved: int
@@ -93,7 +102,7 @@ class Figures(msgspec.Struct):
     slot_use: list[SlotUse] | None
     slot_use_minute: SlotUse | None
     slot_use_window: SlotUse | None
-    spans: list[Span]
+    spans: list[Counts]
     queue: list[Lane]
     store: Store
     model: Model
@@ -157,7 +166,7 @@ def _figures(
         version=version("seniority-cache"),
         live_replicas=overview.live_replicas if overview else None,
         silent_replicas=overview.silent_replicas if overview else None,
-        total=total,
+        total=Counts.of(total),
         hit_rate=total.hits / total.pairs if total.pairs else None,
         calls_needed=needed,
         calls_saved=max(0, needed - total.calls),
@@ -167,7 +176,7 @@ def _figures(
             _slot_use(_sums(sums.spans[-_MINUTE_SPANS - 1 : -1]), overview, each=_MINUTE_SPANS)
         ),
         slot_use_window=_last(_slot_use([total], overview, each=len(sums.spans))),
-        spans=sums.spans,
+        spans=[Counts.of(span) for span in sums.spans],
         queue=[
             Lane(
                 lane,

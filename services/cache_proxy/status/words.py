@@ -29,10 +29,12 @@ def many(value: int, noun: str) -> str:
 
 
 def percent(share: float | None, *, digits: int = 1) -> str:
-    """Rounded towards zero, so that 100 % are all."""
+    """Rounded towards zero, so that 100 % are all; what is little and not nothing is <0.1."""
     if share is None:
         return _NONE
     step = 10**digits
+    if 0 < share * 100 * step < 1:
+        return f"<{1 / step:.{digits}f}"
     return f"{math.floor(share * 100 * step + 1e-6) / step:.{digits}f}"
 
 

@@ -1,0 +1,163 @@
+"""The page that is made of figures: what is hostile stays text, and what is unknown is called so."""
+
+from html.parser import HTMLParser
+from typing import Any
+
+import msgspec
+import pytest
+
+from services.cache_proxy.queue.overview import Overview
+from services.cache_proxy.status import words
+from services.cache_proxy.status.counts import CallerCounts, Minute, Span
+from services.cache_proxy.status.figures import Failure, Figures, Self, Store, of_replica
+from services.cache_proxy.status.render import HEADERS, Renderer
+
+NOW = 1_800_000_000.0
+HOSTILE = "</td><script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
+RENDER = Renderer()
+
+
+class Elements(HTMLParser):
+    """Every element, its attributes, and the texts."""
+
+    def __init__(self, document: bytes) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(document.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """See `HTMLParser`."""
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        """See `HTMLParser`."""
+        self.text += data
+
+    def count(self, tag: str) -> int:
+        """How many there are."""
+        return sum(tag == found for found, _ in self.elements)
+
+
+def _overview(**changes: Any) -> Overview:
+    figures: dict[str, Any] = {
+        "now_seconds": NOW, "waiting": dict.fromkeys(("interactive", "bulk", "refresh"), 0),
+        "next_call_seconds": 0.5, "batch_pairs": 1000, "batch_seconds": 1.0, "pairs_per_second": 1000.0,
+        "calls_per_second": 1.0, "failures_in_a_row": 0, "live_replicas": 1, "silent_replicas": 0,
+    }  # fmt: skip
+    return Overview(**figures | changes)
+
+
+def _figures(*minutes: Minute, kind: str = "memory", overview: Overview | None = None) -> Figures:
+    own = Self("0" * 16, Store(kind, "ok", None), 60.0)
+    return of_replica(
+        "not shared", overview, own, [(int(NOW // 60), minute) for minute in minutes], now_seconds=NOW
+    )
+
+
+def test_what_is_hostile_stays_text() -> None:
+    """A caller, a store and a failure with markup for names add no element and no attribute to the page."""
+    minute = Minute(callers=[CallerCounts("plain", hits=1)])
+    plain = Elements(RENDER(_figures(minute, overview=_overview())))
+    minute = Minute(callers=[CallerCounts(HOSTILE, hits=1)])
+    figures = _figures(minute, kind=HOSTILE, overview=_overview())
+    hostile = Elements(RENDER(figures))
+    assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in plain.elements]
+    assert hostile.text.count(HOSTILE) == 3  # the caller; the store, twice
+    figures.store.last_failure = Failure(HOSTILE, 1.0)
+    assert HOSTILE in Elements(RENDER(figures)).text
+    assert all(not name.startswith("on") for _, attributes in hostile.elements for name in attributes)
+
+
+def test_the_page_asks_for_nothing_else() -> None:
+    """No element of it loads anything; what runs and what styles is inline, by its hash."""
+    page = Elements(RENDER(_figures(overview=_overview())))
+    loads = {"src", "srcset", "data", "poster", "action", "style"}
+    assert not [attributes for _, attributes in page.elements if loads & attributes.keys()]
+    links = [attributes["href"] for _, attributes in page.elements if "href" in attributes]
+    assert links == ["data:,", "metrics", "status.json"]
+    assert (page.count("script"), page.count("style")) == (1, 1)
+    policy = HEADERS["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+
+
+def test_what_is_unknown_is_called_unknown() -> None:
+    """Without any believable figure of the queue the page is still there, and tells no number for it."""
+    nothing = _overview(
+        waiting=dict.fromkeys(("interactive", "bulk", "refresh")), next_call_seconds=None, batch_pairs=None,
+        batch_seconds=None, pairs_per_second=None, calls_per_second=None, failures_in_a_row=None,
+        live_replicas=None, silent_replicas=None,
+    )  # fmt: skip
+    for overview in (nothing, None):
+        page = Elements(RENDER(_figures(overview=overview)))
+        assert page.text.count("unknown") >= 6
+        assert "None" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("limits", "taken", "filled"),
+    [((1000.0, 1.0), 0.4, 0.2), ((1000.0, 0.0), 0.2, 0.2), ((0.0, 1.0), 0.4, 0.2), ((500.0, 1.0), 0.4, 0.4)],
+)
+def test_slot_use_is_a_share_of_the_scarcer_limit(
+    limits: tuple[float, float], taken: float, filled: float
+) -> None:
+    """Four calls of 500 pairs in ten seconds, by the limit of calls, of pairs, or both."""
+    minute = Minute()
+    minute.spans[0] = Span(calls=4, sent=2000)
+    pairs_rate, calls_rate = limits
+    figures = _figures(minute, overview=_overview(pairs_per_second=pairs_rate, calls_per_second=calls_rate))
+    assert figures.slot_use
+    assert (figures.slot_use[-1].taken, figures.slot_use[-1].filled) == (taken, filled)
+    assert RENDER(figures)
+
+
+def test_calls_saved_are_those_that_the_requests_would_have_cost() -> None:
+    """A call a request and a call for each full batch at least; what was called in vain is no saving."""
+    minute = Minute()
+    minute.spans[0] = Span(requests=3, hits=4000, inferred=500, calls=1, sent=500)
+    figures = _figures(minute, overview=_overview())
+    assert (figures.calls_needed, figures.calls_saved) == (5, 4)
+    minute.spans[0] = Span(requests=30, hits=30, calls=40)
+    figures = _figures(minute, overview=_overview())
+    assert (figures.calls_needed, figures.calls_saved) == (30, 0)
+
+
+def test_the_figures_are_told_by_name() -> None:
+    """As JSON, for other programs."""
+    figures = _figures(Minute(callers=[CallerCounts("a", hits=2, failed=1)]), overview=_overview())
+    told = msgspec.json.decode(msgspec.json.encode(figures))
+    assert told["total"]["hits"] == 0
+    assert told["callers"] == [{"name": "a", "pairs": 3, "hits": 2, "misses": 0, "failed": 1}]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (words.percent(1.0), "100.0"),
+        (words.percent(0.99999), "99.9"),
+        (words.percent(0.0004), "<0.1"),
+        (words.percent(0.0), "0.0"),
+        (words.percent(0.57, digits=0), "57"),
+        (words.count(9_999_999), "9,999,999"),
+        (words.count(12_600_000), "12.6 M"),
+        (words.count(3_500_000_000), "3.5 G"),
+        (words.count(2**50), "1.1 P"),
+        (words.count(None), "unknown"),
+        (words.many(1, "call"), "1 call"),
+        (words.many(0, "call"), "0 calls"),
+        (words.duration(0.01), "at once"),
+        (words.duration(0.44), "0.4 s"),
+        (words.duration(59.4), "59 s"),
+        (words.duration(200), "3 min 20 s"),
+        (words.duration(7500), "2 h 5 min"),
+        (words.duration(266_400), "3 d 2 h"),
+        (words.duration(3600), "1 h"),
+        (words.about(5), "just now"),
+        (words.about(120), "2 min ago"),
+        (words.clock(NOW), "08:00:00"),
+    ],
+)
+def test_figures_are_said_as_people_read_them(said: str, expected: str) -> None:
+    """Units stay with their numbers, and nothing is rounded up to all or down to nothing."""
+    assert said.replace("\u00a0", " ") == expected

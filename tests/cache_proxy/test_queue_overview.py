@@ -54,6 +54,7 @@ async def test_reports_ride_on_heartbeats_and_are_read_by_all(shared_redis: str)
         overview = await one.queue.overview(minutes=MINUTES)
         assert (overview.live_replicas, overview.silent_replicas) == (1, 1)
         with place.client() as client:
+            assert not client.exists(f"{place.keys.limit}:reports:{this - 1000}")
             assert 0 < client.pttl(f"{place.keys.limit}:reports:{this}") <= 12 * 60_000
 
 

@@ -276,17 +276,26 @@ def test_without_redis_it_says_whose_figures_it_shows(scene: Scene) -> None:
     """  # noqa: D205 - one thought
     with _page(scene) as page:
         scene.fleet.redis.kill()
+        _wait_for_scope(scene, "redis lost")
+        page.evaluate(_LOOK_AGAIN_JS)
         page.wait_for_selector("#alone", timeout=60_000)
         assert "these figures are of this replica alone" in page.inner_text("#alone")
-        page.wait_for_function(
-            "document.querySelector('#store').innerText === 'cannot be reached'", timeout=60_000
-        )
+        assert page.inner_text("#store") == "cannot be reached"
         assert page.inner_text("#state") == "Degraded: without its store"
         assert "this replica, last 10 min" in page.inner_text("section:first-of-type")
         assert "ConnectionError" in page.inner_text("dl")
         scene.fleet.redis.start()
+        _wait_for_scope(scene, "fleet")
+        page.evaluate(_LOOK_AGAIN_JS)
         page.wait_for_selector("#alone", state="detached", timeout=60_000)
         assert "fleet, last 10 min" in page.inner_text("section:first-of-type")
+
+
+_LOOK_AGAIN_JS = "document.dispatchEvent(new Event('visibilitychange'))"
+
+
+def _wait_for_scope(scene: Scene, scope: str) -> None:
+    wait_for(lambda: _told(scene.http)["scope"] == scope, seconds=60, what=f"figures are told of: {scope}")
 
 
 def test_the_page_and_its_data_of_one_process(stage: Stage) -> None:

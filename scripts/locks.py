@@ -16,11 +16,13 @@ _ROOT = Path(__file__).parents[1]
 _LOCKS = {
     "dev.txt": ("pyproject.toml", "requirements/bootstrap.in", "--all-extras", "--group", "dev"),
     "bootstrap.txt": ("requirements/bootstrap.in", "-c", "{dev}"),
-    "proxy.txt": ("pyproject.toml", "--extra", "proxy", "--extra", "embedded", "-c", "{dev}"),
-    "augmenter.txt": ("pyproject.toml", "--extra", "augmenter", "-c", "{dev}"),
+    "proxy.txt": (
+        "pyproject.toml", "--extra", "proxy", "--extra", "embedded", "--extra", "tracing", "-c", "{dev}",
+    ),
+    "augmenter.txt": ("pyproject.toml", "--extra", "augmenter", "--extra", "tracing", "-c", "{dev}"),
     "k8s.txt": ("pyproject.toml", "--group", "k8s", "-c", "{dev}"),
     "stub.txt": ("pyproject.toml", "--extra", "stub", "-c", "{dev}"),
-}
+}  # fmt: skip
 
 
 def main() -> int:

@@ -1,32 +1,113 @@
-"""Logs on standard error (JSON or text), and the one `ready` line on standard output."""
+"""Logs on standard error (JSON or text), and the one `ready` line on standard output.
+
+A line never holds what a caller, the model or a file sent, but at debug. So of an unexpected exception it has
+the type and the places, not the words: those may quote a company or a title. And in text a message is one
+line, whatever is in it.
+"""
 
 import json
 import logging
 import sys
-from typing import Any
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeAlias
 
 from pythonjsonlogger.json import JsonFormatter
+
+_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_IDS = ("trace_id", "span_id")
+_ExcInfo: TypeAlias = (
+    tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+)
 
 
 def configure(*, log_format: str, level: str) -> None:
     """Send the process's logs to standard error as `json` or `text`."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        JsonFormatter(
+        _Json(
             ["asctime", "levelname", "name", "message"],
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             datefmt="%Y-%m-%dT%H:%M:%S%z",
         )
         if log_format == "json"
-        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        else _Text(_TEXT)
     )
+    handler.addFilter(_with_ids)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # These speak of their own requests at info and debug; ours are the ones an operator reads.
     for name in ("aiohttp.access", "asyncio", "botocore", "aiobotocore", "grpc"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("asyncio").addFilter(_first_line)
+
+
+def show_trace_ids(ids: Callable[[], tuple[str, str] | None] | None) -> None:
+    """Add to every line the ids, of trace and span, of what goes on; None: no more."""
+    _source.clear()
+    if ids is not None:
+        _source.append(ids)
+
+
+_source: list[Callable[[], tuple[str, str] | None]] = []
+"""Of the ids; at most one. Set at the start and at the end."""
 
 
 def announce_ready(**fields: Any) -> None:
     """Print the line that says where a server can be reached, now that it answers."""
     sys.stdout.write(json.dumps({"event": "ready", **fields}) + "\n")
     sys.stdout.flush()
+
+
+def _tells_all() -> bool:
+    return logging.getLogger().isEnabledFor(logging.DEBUG)
+
+
+def _with_ids(record: logging.LogRecord) -> bool:
+    for ids in _source:
+        if found := ids():
+            record.trace_id, record.span_id = found
+    return True
+
+
+def _first_line(record: logging.LogRecord) -> bool:
+    """Of what asyncio says of a task that failed: behind it stands the exception, as it shows itself."""
+    if not _tells_all():
+        record.msg, record.args = record.getMessage().split("\n", 1)[0], ()
+    return True
+
+
+def _places(error: BaseException | None) -> str:
+    """Where an exception was raised, and what it is, and the same of what it came from."""
+    lines: list[str] = []
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        lines += [*traceback.format_tb(error.__traceback__), f"{type(error).__qualname__}\n"]
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "".join(lines).rstrip("\n")
+
+
+class _Json(JsonFormatter):
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - logging's name
+        """The exception's places."""
+        return logging.Formatter.formatException(self, ei) if _tells_all() else _places(ei[1])
+
+
+class _Text(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The message on one line, and the ids behind it."""
+        record.message = _printable(record.message)
+        ids = "".join(f" {name}={getattr(record, name)}" for name in _IDS if hasattr(record, name))
+        return super().formatMessage(record) + ids
+
+    def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - logging's name
+        """The exception's places, each line set in, so that none looks like a message."""
+        text = super().formatException(ei) if _tells_all() else _places(ei[1])
+        return "\n".join(f"    {_printable(line)}" for line in text.splitlines())
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -1,0 +1,169 @@
+"""Traces, if the standard variables of OpenTelemetry ask for them; else nothing of it is even imported.
+
+What the services know of tracing is `Tracing`; `otel.py` does it, and `OFF` does nothing.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+from services.common.errors import UsageError
+
+Value = str | int | float | bool
+Headers = tuple[tuple[str, str], ...]
+
+CONTEXT_BYTES = 24
+"""Of a span's context as bytes: the trace's id (16), the span's (8)."""
+
+MAX_LINKS = 64
+"""Callers that a batch's span names, of up to as many as it has pairs."""
+
+_ASKING = ("OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+class Span(Protocol):
+    """A piece of work that is traced."""
+
+    def note(self, **attributes: Value) -> None:
+        """Add counts, sizes, outcomes: never a company or a title."""
+
+    def ended_as(self, code: str) -> None:
+        """Note the status, by its name, of the RPC that this is."""
+
+
+class Tracing(Protocol):
+    """What is told of the work that goes on. A block's span is the one that others begun in it are under."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is told at all."""
+
+    def root(self, name: str, /, *, beside: bytes = b"", **attributes: Value) -> AbstractContextManager[Span]:
+        """A trace of its own, which names the span whose context is `beside`."""
+
+    def serve(
+        self, name: str, metadata: Sequence[tuple[str, str | bytes]], /
+    ) -> AbstractContextManager[Span]:
+        """An RPC of somebody's, in the caller's trace if its metadata (`traceparent`) says which."""
+
+    def span(self, name: str, /, **attributes: Value) -> AbstractContextManager[Span]:
+        """A part of what goes on; nothing where that is not traced."""
+
+    def call(self, name: str, /, **attributes: Value) -> AbstractContextManager[Span]:
+        """An RPC to somebody; nothing where that is not traced."""
+
+    def batch(
+        self, name: str, contexts: Sequence[bytes], /, **attributes: Value
+    ) -> AbstractContextManager[Span]:
+        """Work for many at once: a trace of its own, which names theirs; nothing if nobody's is traced.
+
+        `contexts` are as `here` gave them, and come from anywhere: what is no context is passed over.
+        """
+
+    def current(self) -> Span:
+        """The span of what goes on."""
+
+    def here(self) -> bytes:
+        """The context of what goes on, in CONTEXT_BYTES; empty where that is not traced."""
+
+    def headers(self) -> Headers:
+        """Metadata with which whoever is called goes on with the trace."""
+
+
+class _Nothing:
+    """Tells nothing: one object for all that needs none."""
+
+    is_on = False
+
+    def note(self, **attributes: Value) -> None:
+        """See `Span.note`."""
+
+    def ended_as(self, code: str) -> None:
+        """See `Span.ended_as`."""
+
+    def root(
+        self,
+        _name: str,
+        /,
+        *,
+        beside: bytes = b"",  # noqa: ARG002 - by its name
+        **_attributes: Value,
+    ) -> AbstractContextManager[Span]:
+        """See `Tracing.root`."""
+        return _NO_SPAN
+
+    def serve(
+        self, _name: str, _metadata: Sequence[tuple[str, str | bytes]], /
+    ) -> AbstractContextManager[Span]:
+        """See `Tracing.serve`."""
+        return _NO_SPAN
+
+    def span(self, _name: str, /, **_attributes: Value) -> AbstractContextManager[Span]:
+        """See `Tracing.span`."""
+        return _NO_SPAN
+
+    call = span
+
+    def batch(
+        self, _name: str, _contexts: Sequence[bytes], /, **_attributes: Value
+    ) -> AbstractContextManager[Span]:
+        """See `Tracing.batch`."""
+        return _NO_SPAN
+
+    def current(self) -> Span:
+        """See `Tracing.current`."""
+        return NO_SPAN
+
+    def here(self) -> bytes:
+        """See `Tracing.here`."""
+        return b""
+
+    def headers(self) -> Headers:
+        """See `Tracing.headers`."""
+        return ()
+
+
+_nothing = _Nothing()
+NO_SPAN: Span = _nothing
+OFF: Tracing = _nothing
+_NO_SPAN = nullcontext(NO_SPAN)
+
+
+def is_asked_for(environment: Mapping[str, str]) -> str | None:
+    """The variable that asks for traces. Raises UsageError: for an exporter that we do not have."""
+    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    exporters = [name.strip().lower() for name in environment.get(_ASKING[0], "").split(",") if name.strip()]
+    if unknown := sorted(set(exporters) - {"otlp", "none"}):
+        message = f"OTEL_TRACES_EXPORTER {unknown[0]!r}: traces go by otlp, or none"
+        raise UsageError(message)
+    if "none" in exporters:
+        return None
+    return next((name for name in _ASKING if environment.get(name, "").strip()), None)
+
+
+@contextmanager
+def opened(service: str) -> Iterator[Tracing]:
+    """Traces of this process for as long as the block lasts, sent in bounded time at its end.
+
+    `service` is its name where OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES give none. Raises UsageError.
+    """
+    asking = is_asked_for(os.environ)
+    if asking is None:
+        yield OFF
+        return
+    try:
+        from services.common import otel  # noqa: PLC0415 - not where nobody asks for it
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("services"):
+            raise
+        message = (
+            f"{asking} asks for traces, but {error.name} is not installed; run: pip install '.[tracing]'"
+        )
+        raise UsageError(message) from error
+    tracing, close = otel.start(service)
+    try:
+        yield tracing
+    finally:
+        close()

@@ -33,6 +33,7 @@ from services.augmenter.sqs import QueueWorkers
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.watch import Watcher
 from services.common.http import HttpEndpoint
+from services.common.tracing import OFF, Span, Tracing
 
 PROGRAM = "augmenter"
 _CONNECTIONS_PER_FILE = 12  # read, write, rejects; and a listing's outputs are looked at together
@@ -41,7 +42,7 @@ _EXIT_FAILED, _EXIT_REJECTED = 1, 3
 _log = logging.getLogger(PROGRAM)
 
 
-async def run(settings: RunSettings, plan: Plan) -> int:
+async def run(settings: RunSettings, plan: Plan, tracing: Tracing = OFF) -> int:
     """Do what INPUT has now, or go on for what comes; the exit code. Raises CommandError."""
     access = Access.read(
         tls_ca=settings.tls_ca,
@@ -52,7 +53,8 @@ async def run(settings: RunSettings, plan: Plan) -> int:
     memory.settle()
     signals = Signals(grace_seconds=GRACE_SECONDS if settings.watch else 0)
     try:
-        return await _run(settings, plan, access, signals.stopping)
+        with tracing.root("augmenter.run", watch=settings.watch) as span:
+            return await _run(settings, plan, access, signals.stopping, tracing, span)
     except asyncio.CancelledError:
         if not signals.stopping.is_set():
             raise
@@ -68,7 +70,9 @@ class _Stores:
     rejects: Store
 
 
-async def _run(settings: RunSettings, plan: Plan, access: Access, stopping: asyncio.Event) -> int:
+async def _run(
+    settings: RunSettings, plan: Plan, access: Access, stopping: asyncio.Event, tracing: Tracing, span: Span
+) -> int:
     totals, registry = Totals(), CollectorRegistry()
     metrics = Metrics(registry)
     started = time.monotonic()
@@ -84,12 +88,13 @@ async def _run(settings: RunSettings, plan: Plan, access: Access, stopping: asyn
         work: Callable[[Job], Awaitable[LineCounts]] = counting.count
         if not settings.dry_run:
             await stores.sink.prepare()
-            work = await _augmenting(settings, access, stores, stack, totals, metrics)
+            work = await _augmenting(settings, access, stores, stack, totals, metrics, tracing)
         runner = Runner(
             source=stores.source, work=work, totals=totals, metrics=metrics, tell_failures=settings.watch
         )
         await _do_all(settings, plan, stores, runner, totals, stopping, stack)
     totals.seconds = time.monotonic() - started
+    span.note(done=totals.done, skipped=totals.skipped, failed=len(totals.failures))
     report.write_failures(totals, program=PROGRAM)
     if settings.dry_run:
         sys.stdout.write(report.dry_run_summary(totals, distinct=counting.distinct))
@@ -161,8 +166,12 @@ async def _augmenting(
     stack: AsyncExitStack,
     totals: Totals,
     metrics: Metrics,
+    tracing: Tracing,
 ) -> Callable[[Job], Awaitable[LineCounts]]:
-    """The work to be done on each file, with a channel that the stack closes."""
+    """The work to be done on each file, with a channel that the stack closes.
+
+    A file is a trace of its own beside the run's: a run may have any number of them, and with --watch no end.
+    """
     stamina.instrumentation.set_on_retry_hooks([])  # a line a retry is too many: RetryBudget tells
     health = TargetHealth(str(settings.target))  # there is one, but in a dry run
     channel = await stack.enter_async_context(open_channel(health.target, access))
@@ -174,6 +183,7 @@ async def _augmenting(
         totals=totals,
         metrics=metrics,
         token=access.token,
+        tracing=tracing,
     )
     pipeline = Pipeline(
         source=stores.source,
@@ -181,17 +191,23 @@ async def _augmenting(
         rejects=stores.rejects,
         client=ProxyClient(rpc, batch_size=settings.batch_size, totals=totals),
         totals=totals,
+        tracing=tracing,
     )
+    run = tracing.here()
 
     async def augment(job: Job) -> LineCounts:
         budget = RetryBudget(seconds=settings.retry_budget_seconds, health=health)
-        return await pipeline.augment(
-            job.item,
-            output_name=job.output_name,
-            onto=job.onto,
-            lines_format=job.lines_format,
-            budget=budget,
-        )
+        place = stores.source.place(job.item.name)
+        with tracing.root("file", beside=run, file=place, bytes=job.item.size_bytes) as span:
+            counts = await pipeline.augment(
+                job.item,
+                output_name=job.output_name,
+                onto=job.onto,
+                lines_format=job.lines_format,
+                budget=budget,
+            )
+            span.note(lines=counts.read, augmented=counts.augmented, rejected=counts.rejected)
+            return counts
 
     return augment
 

@@ -8,7 +8,7 @@ import uvloop
 
 from services.augmenter import app, locations
 from services.augmenter.config import DEFAULT_INPUT, DEFAULT_OUTPUT, RunSettings
-from services.common import flags, logs
+from services.common import flags, logs, tracing
 from services.common.errors import UsageError
 
 
@@ -28,8 +28,11 @@ def _run(**values: Any) -> int:
         raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
     if settings.watch and plan.input_name:
         raise UsageError("--watch waits for new files: INPUT must be a folder or a prefix")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(app.run(settings, plan))
+    with (
+        tracing.opened("augmenter") as traces,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return runner.run(app.run(settings, plan, traces))
 
 
 cli = click.Group("augmenter", help="Adds the model's seniority level to job postings, through the proxy.")

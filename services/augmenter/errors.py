@@ -1,6 +1,7 @@
 """What can go wrong in an augmenting run. Each error is one sentence that a person can act on."""
 
 from services.common.errors import CommandError, FileError
+from services.common.words import answered
 
 
 class InputChangedError(FileError):
@@ -47,11 +48,14 @@ class MissingError(StoreError):
 
 
 class RpcFailedError(FileError):
-    """The answers for a file could not be had: its last status, and what was tried."""
+    """The answers for a file could not be had: its last status, and what was tried.
+
+    Of what the server said in words only the log at debug tells: it may quote what was asked.
+    """
 
     def __init__(self, *, target: str, code: str, details: str, tried_seconds: float | None = None) -> None:
         tried = "" if tried_seconds is None else f" (retried for {tried_seconds:.1f} s)"
-        super().__init__(f"{target} answered {code}: {details or 'no message'}{tried}")
+        super().__init__(f"{target} answered {answered(code, details)}{tried}")
         self.code = code
 
 

@@ -18,6 +18,7 @@ from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.window import Answers, Window
 from services.common.codec import Decoder, Format
 from services.common.lines import blocks
+from services.common.tracing import OFF, Tracing
 
 ROOM_BYTES = 24 * 2**20
 _Parsed: TypeAlias = tuple[Window, int, list[Pair]]  # with the bytes that it was
@@ -27,13 +28,15 @@ class Pipeline:
     """What every file's way through has in common."""
 
     def __init__(
-        self, *, source: Store, sink: Store, rejects: Store, client: ProxyClient, totals: Totals
-    ) -> None:
+        self, *, source: Store, sink: Store, rejects: Store, client: ProxyClient, totals: Totals,
+        tracing: Tracing = OFF,
+    ) -> None:  # fmt: skip
         self._source = source
         self._sink = sink
         self._rejects = rejects
         self._client = client
         self._totals = totals
+        self._tracing = tracing
         self._room = Room(limit_bytes=ROOM_BYTES)
 
     async def augment(
@@ -75,8 +78,9 @@ class Pipeline:
             raise DoneElsewhereError
 
     async def _ask(self, parsed: _Parsed, *, budget: RetryBudget) -> Answers:
-        _, size_bytes, pairs = parsed
-        return await self._client.ask(pairs, budget, text_bytes=size_bytes)
+        window, size_bytes, pairs = parsed
+        with self._tracing.span("window", lines=window.count, bytes=size_bytes, pairs=len(pairs)):
+            return await self._client.ask(pairs, budget, text_bytes=size_bytes)
 
 
 class _InHand:

@@ -10,6 +10,7 @@ import stamina
 
 from services.augmenter.errors import RpcFailedError
 from services.augmenter.rpc import CallFailedError
+from services.common.words import answered
 
 _T = TypeVar("_T")
 _log = logging.getLogger("augmenter")
@@ -31,7 +32,7 @@ class TargetHealth:
     def failed(self, error: CallFailedError) -> None:
         """An RPC failed for the first time, and is retried."""
         if not self._said:
-            _log.warning("%s answered %s: %s; retrying", self.target, error.code, error.details)
+            _log.warning("%s answered %s; retrying", self.target, answered(error.code, error.details))
         self._failing += 1
         self._said = True
 

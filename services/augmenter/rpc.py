@@ -1,6 +1,8 @@
 """One RPC to the proxy (or the model): pairs out, levels in the same order, or a typed failure."""
 
+import logging
 import re
+import time
 from collections.abc import Sequence
 
 import grpc
@@ -15,6 +17,9 @@ from services.augmenter.jsonl import Pair
 from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
 from services.augmenter.metrics import Metrics
 from services.augmenter.totals import Totals
+from services.common.tracing import OFF, Tracing
+
+_log = logging.getLogger("augmenter")
 
 _REFUSED = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -69,6 +74,7 @@ class SeniorityRpc:
         totals: Totals,
         metrics: Metrics,
         token: Token | None = None,
+        tracing: Tracing = OFF,
     ) -> None:
         self._call: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_METHOD)
         self._metadata = (("x-caller", caller), ("x-priority", priority))
@@ -76,23 +82,49 @@ class SeniorityRpc:
         self._totals = totals
         self._metrics = metrics
         self._token = token
+        self._tracing = tracing
 
     async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> list[int]:
         """The pairs' levels. Raises CallFailedError or PairsRefusedError."""
         self._totals.rpcs += 1
-        with self._metrics.rpc_seconds.time():
+        with self._metrics.rpc_seconds.time(), self._tracing.call("InferSeniority", pairs=len(pairs)) as span:
             request = wire.request(pairs)
             metadata = (*self._metadata, self._token.metadata()) if self._token else self._metadata
-            call = self._call(request, timeout=self._deadline_seconds, metadata=metadata)
+            started_at = time.monotonic()
+            call = self._call(
+                request, timeout=self._deadline_seconds, metadata=metadata + self._tracing.headers()
+            )
             try:
                 answer = await call
                 trailers = dict(await call.trailing_metadata() or ())
             except aio.AioRpcError as error:
+                span.ended_as(error.code().name)
+                _told(error.code().name, len(pairs), started_at, words=error.details())
                 raise _failure(error, len(pairs)) from error
+            hits, misses = (_number(trailers.get(name)) or 0 for name in ("x-cache-hits", "x-cache-misses"))
+            span.note(hits=hits, misses=misses)
+            span.ended_as("OK")
+            _told("OK", len(pairs), started_at, hits=hits, misses=misses)
         if count_hits:
-            self._totals.hits += _number(trailers.get("x-cache-hits")) or 0
-            self._totals.misses += _number(trailers.get("x-cache-misses")) or 0
+            self._totals.hits += hits
+            self._totals.misses += misses
         return wire.levels_in_order(answer, len(pairs)) or _joined(answer, len(pairs))
+
+
+def _told(
+    code: str, pairs: int, started_at: float, *, hits: int = 0, misses: int = 0, words: str | None = None
+) -> None:
+    """A line an RPC, at debug; there with the server's words, which may quote what was asked."""
+    if _log.isEnabledFor(logging.DEBUG):
+        seconds = time.monotonic() - started_at
+        _log.debug(
+            "%s: %d pairs, %d hits, %d misses, %.6f s%s",
+            code, pairs, hits, misses, seconds, f": {words}" if words else "",
+            extra={
+                "event": "rpc", "code": code, "pairs": pairs, "hits": hits, "misses": misses,
+                "seconds": round(seconds, 6),
+            },
+        )  # fmt: skip
 
 
 def _joined(answer: bytes, count: int) -> list[int]:

@@ -31,23 +31,25 @@ from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, new_repl
 from services.cache_proxy.queue.overview import Reporter
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.resolver import Resolver
-from services.cache_proxy.servicer import RequestLimits, SeniorityService
+from services.cache_proxy.servicer import RequestLimits, RpcBooks, SeniorityService
 from services.cache_proxy.status.page import StatusPage
 from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.invalidation import Follower
 from services.cache_proxy.store.opening import open_store
+from services.cache_proxy.traced import ToldBooks, TracedService
 from services.cache_proxy.waiters import Waiters
 from services.common import logs
 from services.common.endings import end
 from services.common.http import HttpEndpoint
+from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 1.0
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal exits at once."""
     async with AsyncExitStack() as stack:
         stop = _stop_on_signals()
@@ -73,6 +75,7 @@ async def serve(settings: Settings) -> None:
             settings.model.model_target,
             deadline_seconds=settings.model.model_deadline_seconds,
             metrics=metrics,
+            tracing=tracing,
         )
         stack.push_async_callback(model.close)
         l1 = L1Cache(max_bytes=settings.server.l1_max_bytes)
@@ -92,7 +95,7 @@ async def serve(settings: Settings) -> None:
         if opened.shared is None:  # else heartbeats tell
             for follower in followers:
                 await stack.enter_async_context(_running(follower.run()))
-        dispatcher = Dispatcher(queue=queue, model=model, store=store)
+        dispatcher = Dispatcher(queue=queue, model=model, store=store, replica=replica, tracing=tracing)
         stack.push_async_callback(dispatcher.finish, within_seconds=0)
         await stack.enter_async_context(_running(dispatcher.run()))
         metrics.l1_bytes.set_function(lambda: l1.size_bytes)
@@ -105,6 +108,7 @@ async def serve(settings: Settings) -> None:
             queue=queue,
             waiters=waiters,
             lifetime=lifetime,
+            tracing=tracing,
         )
         stack.push_async_callback(resolver.close)
         service = SeniorityService(
@@ -115,9 +119,11 @@ async def serve(settings: Settings) -> None:
                 max_field_bytes=settings.server.max_field_bytes,
                 max_wait_seconds=settings.server.max_wait_seconds,
             ),
-            metrics=metrics,
+            books=_books(metrics, tracing, replica),
+            tracing=tracing,
         )
-        front = grpc_server.listen(settings.server, service)
+        traced = TracedService(service, tracing=tracing) if tracing.is_on else service
+        front = grpc_server.listen(settings.server, traced)
         stack.push_async_callback(front.server.stop, 0)
         gc.freeze()  # what is built stays; and a full collection that walks a full L1 takes 24 ms
         await front.start()
@@ -150,6 +156,13 @@ async def _drain(
         queue.end_all(Unavailable("the proxy ended before the model answered", retry_after_seconds=1.0))
     await front.server.stop(_GRACE_SECONDS)
     await dispatcher.finish(within_seconds=max(0.0, end_at - time.monotonic()))
+
+
+def _books(metrics: ProxyMetrics, tracing: Tracing, replica: str) -> RpcBooks:
+    """Where RPCs are counted; those that nobody wants to hear of are only counted, at no cost."""
+    if tracing.is_on or logging.getLogger().isEnabledFor(logging.DEBUG):
+        return ToldBooks(metrics.rpcs, tracing=tracing, replica=replica)
+    return metrics.rpcs
 
 
 def _registry() -> CollectorRegistry:

@@ -19,7 +19,7 @@ from services.cache_proxy.config import (
     ServerSettings,
     Settings,
 )
-from services.common import flags, logs
+from services.common import flags, logs, tracing
 
 
 def _run_serve(**values: Any) -> None:
@@ -35,8 +35,11 @@ def _run_serve(**values: Any) -> None:
     from services.cache_proxy import app  # noqa: PLC0415
 
     logs.configure(log_format=settings.server.log_format, level=settings.server.log_level)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.serve(settings))
+    with (
+        tracing.opened("cache-proxy") as traces,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(app.serve(settings, traces))
 
 
 def _admin(module: str, settings: Sequence[type], **values: Any) -> int:

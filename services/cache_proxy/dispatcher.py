@@ -15,6 +15,7 @@ from services.cache_proxy.model import ModelClient
 from services.cache_proxy.queue import LATE_SECONDS, Claim, Outcome, Pair, Queue
 from services.cache_proxy.store.guarded import GuardedStore
 from services.common.endings import end
+from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -28,10 +29,15 @@ _BACKOFF_SECONDS = (0.25, 5.0)
 class Dispatcher:
     """One loop that claims, one task for each call in flight."""
 
-    def __init__(self, *, queue: Queue, model: ModelClient, store: GuardedStore) -> None:
+    def __init__(
+        self, *, queue: Queue, model: ModelClient, store: GuardedStore, replica: str = "",
+        tracing: Tracing = OFF,
+    ) -> None:  # fmt: skip
         self._queue = queue
         self._model = model
         self._store = store
+        self._replica = replica
+        self._tracing = tracing
         self._calls: set[asyncio.Task[None]] = set()
         self._looks: set[asyncio.Future[Sequence[int]]] = set()
         self._room = asyncio.Semaphore(_MAX_CALLS_IN_FLIGHT)
@@ -45,7 +51,7 @@ class Dispatcher:
             decision = await self._queue.claim()
             if isinstance(decision, Claim):
                 left = asyncio.Event()
-                call = asyncio.create_task(self._send(decision, left))
+                call = asyncio.create_task(self._do(decision, left))
                 self._calls.add(call)
                 call.add_done_callback(self._ended)
                 # One batch is made ready at a time: those claimed meanwhile would be late by all that goes
@@ -67,8 +73,16 @@ class Dispatcher:
         self._calls.discard(call)
         self._room.release()
 
-    async def _send(self, claim: Claim, left: asyncio.Event) -> None:
+    async def _do(self, claim: Claim, left: asyncio.Event) -> None:
         """From a claim to its end; `left` is set as soon as the batch is on its way, or will not go."""
+        traced = self._tracing.batch(
+            "model.batch", claim.traces, pairs=len(claim.pairs), replica=self._replica
+        )
+        with traced as span:
+            span.note(outcome=await self._send(claim, left))
+
+    async def _send(self, claim: Claim, left: asyncio.Event) -> str:
+        """See `_do`; what came of it, in a word."""
         sent: Sequence[Pair] = ()
         asked_at = time.monotonic()
         try:
@@ -77,7 +91,7 @@ class Dispatcher:
             await asyncio.sleep(claim.send_at - time.monotonic())
             if not sent or not await self._may_leave(claim):
                 await self._queue.put_back(claim)
-                return
+                return "put back"
             answering = await self._model.send(batch)
             try:
                 await self._may_leave(claim)  # it has left, perhaps late after all
@@ -89,12 +103,17 @@ class Dispatcher:
             self._recovered()
             named = {sent[position].digest: refused for position, refused in error.named.items()}
             await self._queue.refuse(claim, Refused(error.code, error.message), named)
+            return "refused"
         except CallFailed as error:
             suspicious = error.code in _BREAKDOWNS
-            await self._failed(claim, error.message, error.retry_after_seconds, suspicious=suspicious)
+            _log.debug("a call to the model failed: %s", error.message)
+            await self._failed(claim, error, suspicious=suspicious)
+            return "failed"
         except Exception as error:  # noqa: BLE001 - the loop must outlive it, and waiters must hear of it
             _log.exception("a call to the model ended unexpectedly")
-            await self._failed(claim, f"the proxy could not call the model: {type(error).__name__}", None)
+            message = f"the proxy could not call the model: {type(error).__name__}"
+            await self._failed(claim, CallFailed(grpc.StatusCode.INTERNAL, message, None, told=message))
+            return "failed"
         else:
             self._recovered()
             outcomes: dict[bytes, Outcome] = {
@@ -108,6 +127,7 @@ class Dispatcher:
                 # Whoever waits first: a store that is slow or full delays no answer, and keeps none away.
                 await self._queue.fulfil(claim, outcomes)
                 await self._store.put(levels, asked_at=asked_at)
+            return "answered"
         finally:
             left.set()
 
@@ -132,18 +152,17 @@ class Dispatcher:
             await self._queue.fulfil(claim, found)
         return [pair for pair in claim.pairs if pair.digest not in found]
 
-    async def _failed(
-        self, claim: Claim, message: str, pushback_seconds: float | None, *, suspicious: bool = False
-    ) -> None:
+    async def _failed(self, claim: Claim, failure: CallFailed, *, suspicious: bool = False) -> None:
         if claim.send_at >= self._failed_at:  # calls that were under way together fail together: once
             self._failures_in_a_row += 1
             self._failed_at = time.monotonic()
             if self._failures_in_a_row == 1:
-                _log.warning("a call to the model failed, trying again: %s", message)
+                _log.warning("a call to the model failed, trying again: %s", failure.told)
         least, most = _BACKOFF_SECONDS
         backoff = min(most, least * 2 ** min(self._failures_in_a_row - 1, 10))
-        delay = pushback_seconds if pushback_seconds is not None else backoff * random.uniform(0.8, 1.2)  # noqa: S311
-        error = Unavailable(message, retry_after_seconds=max(1.0, delay))
+        pushback = failure.retry_after_seconds
+        delay = pushback if pushback is not None else backoff * random.uniform(0.8, 1.2)  # noqa: S311
+        error = Unavailable(failure.message, retry_after_seconds=max(1.0, delay))
         await self._queue.fail(claim, error, retry_after_seconds=delay, suspicious=suspicious)
 
     def _recovered(self) -> None:

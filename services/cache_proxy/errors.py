@@ -94,11 +94,15 @@ class BatchRefused(ModelError):
 
 @dataclass(eq=False)
 class CallFailed(ModelError):
-    """The model was unreachable, overloaded, too slow or broken; the call may be repeated."""
+    """The model was unreachable, overloaded, too slow or broken; the call may be repeated.
+
+    `message` is for callers, and may hold what the model says; `told` is for the log, and does not.
+    """
 
     code: grpc.StatusCode
     message: str
     retry_after_seconds: float | None
+    told: str
 
 
 class StoreError(Exception):

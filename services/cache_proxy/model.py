@@ -16,6 +16,8 @@ from protos import seniority_pb2
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Pair
+from services.common.tracing import OFF, Tracing
+from services.common.words import answered
 
 MIN_LEVEL, MAX_LEVEL = 1, 7
 REFUSALS = frozenset(
@@ -55,10 +57,13 @@ Answering = asyncio.Task[list[int | Nonsense]]
 class ModelClient:
     """Speaks to the model at `target`. An id is never used twice in a row, so a mix-up shows as one."""
 
-    def __init__(self, target: str, *, deadline_seconds: float, metrics: ProxyMetrics) -> None:
+    def __init__(
+        self, target: str, *, deadline_seconds: float, metrics: ProxyMetrics, tracing: Tracing = OFF
+    ) -> None:
         self._target = target
         self._deadline_seconds = deadline_seconds
         self._metrics = metrics
+        self._tracing = tracing
         self._channel = aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
         self._channel.get_state(try_to_connect=True)  # a handshake would make the first call arrive late
         # As the generated stub's, but for answers that cannot be read: gRPC would log a traceback for each.
@@ -95,18 +100,22 @@ class ModelClient:
 
     async def _answer(self, batch: Batch) -> list[int | Nonsense]:
         code = grpc.StatusCode.CANCELLED
-        try:
-            with self._metrics.model_duration.time():
-                response = await self._infer(batch.request, timeout=self._deadline_seconds)
-            code = grpc.StatusCode.OK if response is not None else grpc.StatusCode.INTERNAL
-        except aio.AioRpcError as error:
-            code = error.code()
-            raise self._translated(error, len(batch.ids)) from error
-        finally:
-            self._metrics.model_calls.labels(code.name).inc()
+        with self._tracing.call("InferSeniority", pairs=len(batch.ids)) as span:
+            try:
+                with self._metrics.model_duration.time():
+                    response = await self._infer(
+                        batch.request, timeout=self._deadline_seconds, metadata=self._tracing.headers()
+                    )
+                code = grpc.StatusCode.OK if response is not None else grpc.StatusCode.INTERNAL
+            except aio.AioRpcError as error:
+                code = error.code()
+                raise self._translated(error, len(batch.ids)) from error
+            finally:
+                span.ended_as(code.name)
+                self._metrics.model_calls.labels(code.name).inc()
         if response is None:
             message = f"the model at {self._target}: its answer is not a SeniorityResponseBatch"
-            raise CallFailed(code, message, None)
+            raise CallFailed(code, message, None, told=message)
         return join(batch.ids, response)
 
     async def close(self) -> None:
@@ -119,7 +128,10 @@ class ModelClient:
         if code in REFUSALS:
             return BatchRefused(code, message, named_pairs(trailers, code, message, pairs))
         return CallFailed(
-            code, f"the model at {self._target}: {code.name}: {message}", _pushback_seconds(trailers)
+            code,
+            f"the model at {self._target}: {code.name}: {message}",
+            _pushback_seconds(trailers),
+            told=f"the model at {self._target}: {answered(code.name, message)}",
         )
 
 

@@ -5,6 +5,7 @@ The new answer goes to the store as any other; whoever asks next finds it there.
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import Context
 
 from services.cache_proxy.errors import QueueFull
 from services.cache_proxy.queue import Asker, Pair, Queue
@@ -31,7 +32,7 @@ class Refresher:
         fresh = [pair for pair in pairs if pair.digest not in self._pending][:room]
         if fresh:
             self._pending.update(pair.digest for pair in fresh)
-            task = asyncio.create_task(self._refresh(fresh))
+            task = asyncio.create_task(self._refresh(fresh), context=Context())  # nobody waits for it
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

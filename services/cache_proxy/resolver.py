@@ -17,6 +17,7 @@ from services.cache_proxy.rpc_metrics import outcome_kind
 from services.cache_proxy.store.dated import Lifetime, dated, level_of, today
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.waiters import Waiters
+from services.common.tracing import OFF, Tracing
 
 _LOOK_UP_PAIRS = 4000
 """Of a large request at once: what the store of a Cluster takes together. It is under 1 ms of work."""
@@ -56,7 +57,7 @@ class Resolver:
 
     def __init__(
         self, *, digests: BatchDigester, l1: L1Cache, store: GuardedStore, queue: Queue, waiters: Waiters,
-        lifetime: Lifetime,
+        lifetime: Lifetime, tracing: Tracing = OFF,
     ) -> None:  # fmt: skip
         self._digests = digests
         self._l1 = l1
@@ -64,6 +65,7 @@ class Resolver:
         self._queue = queue
         self._waiters = waiters
         self._lifetime = lifetime
+        self._tracing = tracing
         self._refresher = Refresher(queue=queue, waiters=waiters)
 
     async def close(self) -> None:
@@ -103,7 +105,9 @@ class Resolver:
         self, digests: Sequence[bytes], asked: Asked, epoch: int, answers: Answers, missing: _Places
     ) -> None:
         """Answer what L2 knows of the next places; what is stale is asked again behind."""
-        first, entries = len(answers.levels), await self._entries(digests)
+        with self._tracing.span("store.look_up", pairs=len(digests)) as span:
+            first, entries = len(answers.levels), await self._entries(digests)
+            span.note(found=len(entries) - entries.count(0))
         day, counts = today(), Counter(entries)  # few different ones: each is judged once
         fresh = {entry for entry in counts if self._lifetime.is_fresh(entry, day=day)}
         levels = {entry: level_of(entry) for entry in counts}
@@ -144,11 +148,13 @@ class Resolver:
         started_at = asyncio.get_running_loop().time()
         wait = self._waiters.open(list(places))
         try:
-            async with asyncio.timeout_at(asker.deadline):
-                enqueued = await self._queue.enqueue(pairs, asker)
-                queued = enqueued.queued
-                self._waiters.settle_one(wait, enqueued.ended.items())
-                await wait.done()
+            with self._tracing.span("queue.wait", pairs=len(pairs), priority=asker.priority) as span:
+                async with asyncio.timeout_at(asker.deadline):
+                    enqueued = await self._queue.enqueue(pairs, asker)
+                    queued = enqueued.queued
+                    span.note(queued=len(queued), joined=len(pairs) - len(queued) - len(enqueued.ended))
+                    self._waiters.settle_one(wait, enqueued.ended.items())
+                    await wait.done()
         except TimeoutError:
             waited_seconds = asyncio.get_running_loop().time() - started_at
             raise DeadlinePassed(waited_seconds) from None

@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from typing import Generic, TypeVar
 
 _Item = TypeVar("_Item")
@@ -32,7 +33,8 @@ class Riders(Generic[_Item, _Result]):
         arrival: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, arrival))
         if self._driver is None:
-            self._driver = asyncio.create_task(self._carry())
+            # Of nobody's trace: it carries others' items too.
+            self._driver = asyncio.create_task(self._carry(), context=Context())
         return await arrival
 
     async def _carry(self) -> None:

@@ -3,10 +3,10 @@
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import grpc
 from grpc import aio
@@ -16,10 +16,10 @@ from services.cache_proxy import asked, wire
 from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.callers import ANONYMOUS, Caller, Identify
 from services.cache_proxy.errors import Draining, InvalidRequest, ProxyError
-from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import Status, status_of
+from services.common.tracing import OFF, Tracing
 
 SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
 
@@ -31,6 +31,13 @@ _log = logging.getLogger(__name__)
 
 Request = list[bytes] | InvalidRequest
 Context = aio.ServicerContext[bytes, bytes]
+
+
+class RpcBooks(Protocol):
+    """Where RPCs that ended are counted: see `RpcMetrics`."""
+
+    def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
+        """Count one, and its pairs by outcome."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,12 +56,14 @@ class SeniorityService:
     """
 
     def __init__(
-        self, *, resolver: Resolver, identify: Identify, limits: RequestLimits, metrics: ProxyMetrics
-    ) -> None:
+        self, *, resolver: Resolver, identify: Identify, limits: RequestLimits, books: RpcBooks,
+        tracing: Tracing = OFF,
+    ) -> None:  # fmt: skip
         self._resolver = resolver
         self._identify = identify
         self._limits = limits
-        self._metrics = metrics.rpcs
+        self._books = books
+        self._tracing = tracing
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -66,11 +75,10 @@ class SeniorityService:
             await self._idle.wait()
 
     def add_to(self, server: aio.Server) -> None:
-        """Serve on `server`: as the generated code would, but from bytes to bytes."""
-        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(self._infer)
-        server.add_registered_method_handlers(SERVICE_NAME, {"InferSeniority": handler})
+        """Serve on `server`."""
+        serve_on(server, self.infer)
 
-    async def _infer(self, message: bytes, context: Context) -> bytes:
+    async def infer(self, message: bytes, context: Context) -> bytes:
         """Answer a batch in its order, with its uuids."""
         answer = None if self._draining else self._answer_one(message, context)
         if answer is not None:
@@ -96,7 +104,7 @@ class SeniorityService:
             except ProxyError:
                 return None
             context.set_trailing_metadata(_ONE_HIT)
-            self._metrics.count(
+            self._books.count(
                 code="OK", seconds=time.perf_counter() - started_at, caller=caller.name, outcomes=_ONE_L1
             )
         return answer
@@ -120,7 +128,7 @@ class SeniorityService:
             failure = Status(grpc.StatusCode.INTERNAL, "the proxy failed", ())
             code = failure.code
         finally:  # before the answer is on its way: who has it may look at the metrics
-            self._metrics.count(
+            self._books.count(
                 code=code.name, seconds=time.perf_counter() - started_at, caller=caller.name,
                 outcomes=answers.counted(),
             )  # fmt: skip
@@ -159,7 +167,14 @@ class SeniorityService:
     def _asker(self, caller: Caller, context: Context) -> Asker:
         left = context.time_remaining()
         wait_seconds = self._limits.max_wait_seconds if left is None else left
-        return Asker(caller.name, caller.priority, asyncio.get_running_loop().time() + wait_seconds)
+        deadline = asyncio.get_running_loop().time() + wait_seconds
+        return Asker(caller.name, caller.priority, deadline, self._tracing.here())
+
+
+def serve_on(server: aio.Server, infer: Callable[[bytes, Context], Awaitable[bytes]]) -> None:
+    """Have `infer` answer on `server`: as the generated code would, but from bytes to bytes."""
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(infer)
+    server.add_registered_method_handlers(SERVICE_NAME, {"InferSeniority": handler})
 
 
 async def _abort(context: Context, status: Status) -> NoReturn:

@@ -79,15 +79,18 @@ def test_passing_trouble_is_retried(run: Run, tmp_path: Path, step: Fail | Answe
     ],
 )
 def test_lasting_trouble_fails_the_file_at_once(run: Run, tmp_path: Path, step: Fail) -> None:
-    """What will not pass, or not within the budget, fails the file with its status after one call."""
+    """What will not pass, or not within the budget, fails the file with its status after one call.
+
+    The server's own words are left out: they may quote a pair.
+    """
     with scripted_model(step) as model:
         ended = run(model.target)
     assert ended.code == 1
     assert len(model.calls) == 1
     failure = ended.err.splitlines()[-1]
-    assert failure.startswith(
-        f"augmenter: {tmp_path}/a.jsonl: {model.target} answered {step.code.name}: scripted"
-    )
+    place = f"augmenter: {tmp_path}/a.jsonl"
+    assert failure.startswith(f"{place}: {model.target} answered {step.code.name}")
+    assert "scripted" not in ended.err
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -107,8 +110,7 @@ def test_budget_ends_retries(run: Run) -> None:
         ended = run(model.target, "--retry-budget", "500ms")
     assert ended.code == 1
     assert 0.5 <= time.monotonic() - started < 30
-    said = rf"answered UNAVAILABLE: no {len(model.calls) - 1} \(retried for (\d+\.\d) s\)"
-    [seconds] = re.findall(said, ended.err)
+    [seconds] = re.findall(r"answered UNAVAILABLE \(retried for (\d+\.\d) s\)", ended.err)
     assert float(seconds) >= 0.5
 
 

@@ -29,6 +29,7 @@ class Pair:
 LATE_SECONDS = 0.010
 """How long after its slot began a batch may leave: half of what pacing makes up for."""
 
+MAX_TRACES = 4  # of those who wait for one pair, in which its call is named
 MAX_ATTEMPTS = 4  # calls that one pair may see fail; as many in a row mean that the model is down
 MAX_BREAKDOWNS = 10  # the same for calls that the model broke down in, perhaps over one pair
 MAX_REFUSALS = 32  # refused batches that one pair may have been in before it is taken for the bad one
@@ -56,11 +57,12 @@ def pushback_seconds(wait_seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Who asks: `deadline` is on the event loop's clock."""
+    """Who asks: `deadline` is on the event loop's clock; `trace` as `Tracing.here` gives it, mostly empty."""
 
     caller: str
     priority: str
     deadline: float
+    trace: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,16 @@ class Enqueued:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """A batch whose slot is spent: the claimer sends it in time, or says that it is late, or puts it back."""
+    """A batch whose slot is spent: the claimer sends it in time, or says that it is late, or puts it back.
+
+    `traces` are of some who wait for its pairs, as their `Asker` had it, or whatever Redis gave instead.
+    """
 
     id: str
     pairs: Sequence[Pair]
     send_at: float  # not before, on time.monotonic
     slot_at: float  # when its slot begins, so the latest that it is thought to leave
+    traces: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ import heapq
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
-from services.cache_proxy.queue import Pair
+from services.cache_proxy.queue import MAX_TRACES, Pair
 
 _MAX_CALLERS = 1000  # names are the callers' to choose: those beyond share one turn
 _OTHERS = ""
@@ -23,7 +23,7 @@ class Entry:
     """A pair that has not ended: `attempts` and `refusals` count the failed calls it was in.
 
     `wanted` is false once nobody waits for it: in flight it may still be answered, but is not sent again.
-    `start` is its place in the lane.
+    `start` is its place in the lane; `traces` those of who waits, a few.
     """
 
     pair: Pair
@@ -34,6 +34,12 @@ class Entry:
     attempts: int = 0
     refusals: int = 0
     start: float = 0.0
+    traces: list[bytes] = field(default_factory=list)
+
+    def traced(self, trace: bytes) -> None:
+        """One more waits, in this trace, if in any."""
+        if trace and len(self.traces) < MAX_TRACES and trace not in self.traces:
+            self.traces.append(trace)
 
 
 class FairLane:

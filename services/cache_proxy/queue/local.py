@@ -88,6 +88,7 @@ class LocalQueue:
         self._admit(list(fresh.values()), joined, asker, now)
         for entry in joined:
             entry.wanted = True
+            entry.traced(asker.trace)
             self._lanes.promote(entry, asker.priority, asker.caller)
         for pair in fresh.values():
             self._add(pair, asker, now)
@@ -124,7 +125,8 @@ class LocalQueue:
         for entry in entries:
             self._metrics.slot_wait.observe(now - entry.enqueued_at)
         self._limiter.spend(len(entries), now=slot_at)
-        claim = Claim("", [entry.pair for entry in entries], slot_at, slot_at)
+        traces = [trace for entry in entries for trace in entry.traces]
+        claim = Claim("", [entry.pair for entry in entries], slot_at, slot_at, traces)
         self._suspects.sent(claim, probe)
         self._last_claim = claim
         return claim
@@ -230,6 +232,7 @@ class LocalQueue:
             self._add(pair, asker, _now())
         else:
             entry.wanted = True
+            entry.traced(asker.trace)
         self._changed.set()
 
     def withdraw(self) -> set[bytes]:
@@ -307,6 +310,7 @@ class LocalQueue:
 
     def _add(self, pair: Pair, asker: Asker, now: float) -> None:
         entry = Entry(pair, asker.priority, asker.caller, now)
+        entry.traced(asker.trace)
         self._entries[pair.digest] = entry
         self._held_bytes += pair.size_bytes
         self._lanes.add(entry)

@@ -47,6 +47,7 @@ _LEVEL_BYTES = 17
 _DIGEST_BYTES = 16
 _LEVELS = range(1, 8)
 _MAX_PATIENCE_SECONDS = 86_400.0
+_PAIRS = 7  # their place in a request to `enqueue.lua`
 
 
 @dataclass(slots=True)
@@ -57,7 +58,13 @@ class _Asked:
     caller: str
     priority: str
     deadline: float
+    trace: bytes
     shared: bool = False  # by more than one request
+
+    @property
+    def asker(self) -> Asker:
+        """Who asks, or asked first."""
+        return Asker(self.caller, self.priority, self.deadline, self.trace)
 
 
 class RedisQueue:
@@ -83,7 +90,7 @@ class RedisQueue:
         self._metrics = metrics
         self._together = Riders(
             self._enqueue_together,
-            size=lambda request: sum(_weight(size_bytes) for *_, size_bytes in request[-1]),
+            size=lambda request: sum(_weight(size_bytes) for *_, size_bytes in request[_PAIRS]),
             most=_CHUNK_PAIRS,
         )
         self._asked: dict[bytes, _Asked] = {}
@@ -151,7 +158,9 @@ class RedisQueue:
             known = self._asked.get(pair.digest)
             if known is None:
                 added.append(pair.digest)
-                self._asked[pair.digest] = _Asked(pair, asker.caller, asker.priority, asker.deadline)
+                self._asked[pair.digest] = _Asked(
+                    pair, asker.caller, asker.priority, asker.deadline, asker.trace
+                )
             else:
                 known.shared = True
                 known.deadline = max(known.deadline, asker.deadline)
@@ -159,14 +168,14 @@ class RedisQueue:
 
     async def ask_again(self, *, but: Collection[bytes] = ()) -> None:
         """Enqueue once more all that somebody here waits for: heals lost messages and a lost queue."""
-        by_asker: dict[tuple[str, str], list[_Asked]] = {}
+        by_asker: dict[tuple[str, str, bytes], list[_Asked]] = {}
         for digest, asked in self._asked.items():
             if digest not in but:
-                by_asker.setdefault((asked.caller, asked.priority), []).append(asked)
+                by_asker.setdefault((asked.caller, asked.priority, asked.trace), []).append(asked)
         together: list[tuple[Sequence[Pair], Asker]] = []  # callers may be many, with few pairs each
         size = 0
-        for (caller, priority), group in by_asker.items():
-            asker = Asker(caller, priority, max(asked.deadline for asked in group))
+        for (caller, priority, trace), group in by_asker.items():
+            asker = Asker(caller, priority, max(asked.deadline for asked in group), trace)
             for chunk in _parts([asked.pair for asked in group]):
                 together.append((chunk, asker))
                 size += sum(_weight(pair.size_bytes) for pair in chunk)
@@ -211,11 +220,7 @@ class RedisQueue:
     def waiting(self) -> list[tuple[Pair, Asker]]:
         """All that somebody here waits for and that is not in a call of this replica's."""
         in_flight = set().union(*self._held.values())
-        return [
-            (asked.pair, Asker(asked.caller, asked.priority, asked.deadline))
-            for digest, asked in self._asked.items()
-            if digest not in in_flight
-        ]
+        return [(asked.pair, asked.asker) for digest, asked in self._asked.items() if digest not in in_flight]
 
     def ended_alone(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
         """Pairs of a claim ended, and Redis cannot be told yet."""
@@ -256,12 +261,12 @@ class RedisQueue:
         ])  # fmt: skip
         if reply[0] == b"wait":
             return NotYet(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))
-        until_send_ms, until_slot_ms, packed = reply[1:4]
+        until_send_ms, until_slot_ms, packed, traces = reply[1:5]
         pairs = list(self._read(unpack(packed)))
         # Redis's `now` lies somewhere between request and reply; two neighbours err alike.
         redis_now = now + (time.monotonic() - now) / 2
         send_at = redis_now + until_send_ms / 1000 if until_send_ms else now
-        claim = Claim(claim_id, pairs, send_at, redis_now + until_slot_ms / 1000)
+        claim = Claim(claim_id, pairs, send_at, redis_now + until_slot_ms / 1000, traces)
         self._held[claim_id] = {pair.digest for pair in pairs}
         return claim
 
@@ -378,7 +383,7 @@ class RedisQueue:
         patience_ms = round(min(patience_seconds, _MAX_PATIENCE_SECONDS) * 1000)
         request = [
             asker.caller, asker.priority, patience_ms, *following, token, int(polling),
-            [[pair.digest, pair.company, pair.title, pair.size_bytes] for pair in pairs],
+            [[pair.digest, pair.company, pair.title, pair.size_bytes] for pair in pairs], asker.trace,
         ]  # fmt: skip
         reply = await self._together.ride(request)
         if reply[0] == b"ok":

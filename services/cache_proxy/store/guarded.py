@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import Context
 
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.key import DIGEST_BYTES
@@ -141,7 +142,7 @@ class GuardedStore:
 
     def _ensure_probe(self) -> None:
         if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self._heal())
+            self._probe = asyncio.create_task(self._heal(), context=Context())  # it is nobody's RPC
 
     async def _heal(self) -> None:
         while True:

@@ -6,7 +6,8 @@
 -- ARGV[9]  how long before its slot a full batch may be claimed, ms
 -- ARGV[10] the server that the replica's last heartbeat reached
 -- Returns  {'wait', ms; -1 if nothing waits}
---          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited}}
+--          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited},
+--           contexts of the spans that wait for them, at most MAX_LINKS}
 local replica, id, ahead = ARGV[1], ARGV[2], tonumber(ARGV[9])
 local function rate(value)
   local found = number(value)
@@ -21,14 +22,19 @@ local HEARTBEAT_MS, QUIET_MS = 250, 1200
 local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wait
 
 local function as_batch(claim)
-  local batch = {}
+  local batch, contexts, known = {}, {}, {}
   for _, digest in ipairs(claim.digests) do
     local pair = records[digest]
     if pair and pair.claim == id then
       batch[#batch + 1] = { digest, pair.company, pair.title, claim.at - pair.at }
+      for _, context in ipairs(pair.trace and #contexts < MAX_LINKS and contexts_of(pair) or {}) do
+        if not known[context] then
+          known[context], contexts[#contexts + 1] = true, context
+        end
+      end
     end
   end
-  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch) }
+  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch), contexts }
 end
 
 local mine = load_claim(id)

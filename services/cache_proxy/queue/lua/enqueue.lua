@@ -4,7 +4,7 @@
 -- ARGV[5]  failed calls in a row after which the model is taken for down
 -- ARGV[6]  requests: msgpack list of {caller, lane, ms that the caller will wait, pairs and bytes of the request
 --          that follow in further calls, token (what follows was admitted with the first new pair), polling (1:
---          admitted before), list of {digest, company, title, size}}
+--          admitted before), list of {digest, company, title, size}, context of the caller's span or ''}
 -- Returns  msgpack list of a reply a request, by position:
 --          {'full' | 'late' | 'down', ms to wait, held pairs or bytes}: nothing was queued
 --          {'ok', one byte a pair: 1-7 its level, 16 queued by this call, 17 joined, 18 failed,
@@ -118,7 +118,7 @@ local function is_lost(pair)
   return not pair.suspect or claims + groups == 0
 end
 
-local function join(digest, lane, caller, until_ms, polling)
+local function join(digest, lane, caller, until_ms, polling, context)
   local pair = records[digest]
   if polling and is_lost(pair) then -- part of the queue was lost: in no claim, no group, perhaps in no lane
     wait_in_lane(digest)
@@ -132,9 +132,12 @@ local function join(digest, lane, caller, until_ms, polling)
     pair.interest[replica] = until_ms
     save(digest)
   end
+  if add_context(pair, context) then
+    save(digest)
+  end
 end
 
-local function enqueue(caller, lane, patience, following, following_bytes, token, polling, asked)
+local function enqueue(caller, lane, patience, following, following_bytes, token, polling, asked, context)
   local states, errors, fresh, fresh_bytes, promoted, joined = {}, {}, {}, 0, 0, {}
   for index, item in ipairs(asked) do
     local digest = item[1]
@@ -175,7 +178,7 @@ local function enqueue(caller, lane, patience, following, following_bytes, token
 
   for index, item in ipairs(asked) do
     if states[index] == 17 then
-      join(item[1], lane, caller, now + patience, polling == 1)
+      join(item[1], lane, caller, now + patience, polling == 1, context)
     end
   end
   local turn = #fresh > 0 and turn_of(lane, caller)
@@ -186,6 +189,7 @@ local function enqueue(caller, lane, patience, following, following_bytes, token
         lane = lane, tag = next_tag(lane, turn), caller = caller, at = now, attempts = 0, deaths = 0, refusals = 0,
         company = item[2], title = item[3], size = item[4], interest = { [replica] = now + patience },
       }
+      add_context(records[digest], context)
       wait_in_lane(digest)
       bytes, held, held_bytes = bytes + item[4], held + 1, held_bytes + item[4]
       waiting[RANK[lane]], added[RANK[lane]] = waiting[RANK[lane]] + 1, added[RANK[lane]] + 1

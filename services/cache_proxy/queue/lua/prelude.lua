@@ -24,6 +24,7 @@ local BULK_SHARE = 10 -- a tenth of a batch, in pairs and in bytes, is kept for 
 local LATE_MS = 1000 -- a batch that is later goes back: others may serve its pairs sooner
 local HOUR_MS = 3600000
 local MAX_BATCH_PAIRS = 1000 -- the model takes no more
+local CONTEXT, MAX_CONTEXTS, MAX_LINKS = 24, 4, 64 -- bytes; for one pair; for one batch
 local MAX_CALLERS = 1000 -- names are the callers' to choose: those beyond share one turn
 
 -- With memory full, Redis refuses what may need some until a script has written anything. The queue has bounds
@@ -73,7 +74,8 @@ local function split(digests)
 end
 
 -- A record: lane, tag, caller, at (when it came), attempts, deaths, refusals, company, title, size,
--- claim (the one that it is in flight in), suspect, interest (replica -> until when somebody waits there).
+-- claim (the one that it is in flight in), suspect, interest (replica -> until when somebody waits there), trace
+-- (where callers are traced: the contexts of up to MAX_CONTEXTS of their spans, one behind the other).
 local function is_sound(digest, pair)
   return pair and #digest == DIGEST and RANK[pair.lane] and type(pair.interest) == 'table'
     and type(pair.tag) == 'number' and type(pair.at) == 'number' and type(pair.attempts) == 'number'
@@ -239,6 +241,34 @@ local function anybody_waits(pair)
     end
   end
   return false
+end
+
+-- The contexts of spans that a pair has: a few, whatever is there.
+local function contexts_of(pair)
+  local found, trace = {}, type(pair.trace) == 'string' and pair.trace or ''
+  for at = 1, math.min(#trace, CONTEXT * MAX_CONTEXTS) - CONTEXT + 1, CONTEXT do
+    found[#found + 1] = string.sub(trace, at, at + CONTEXT - 1)
+  end
+  return found
+end
+
+-- One more caller's; whether that is new.
+local function add_context(pair, context)
+  if type(context) ~= 'string' or #context ~= CONTEXT then
+    return false
+  end
+  local found = contexts_of(pair)
+  for _, known in ipairs(found) do
+    if known == context then
+      return false
+    end
+  end
+  if #found >= MAX_CONTEXTS then
+    return false
+  end
+  found[#found + 1] = context
+  pair.trace = table.concat(found)
+  return true
 end
 
 local function suspects(digests)

@@ -1,0 +1,58 @@
+"""The RPC as it is told: a span of its own, and a line in the log. Built only where one of them is wanted."""
+
+import logging
+from collections.abc import Mapping
+
+from grpc import aio
+
+from services.cache_proxy.rpc_metrics import outcome_kind
+from services.cache_proxy.servicer import Context, RpcBooks, SeniorityService, serve_on
+from services.common.tracing import Tracing
+
+_log = logging.getLogger(__name__)
+
+
+class ToldBooks:
+    """Books that also note in the RPC's span what they count, and tell it at debug, a line an RPC."""
+
+    def __init__(self, books: RpcBooks, *, tracing: Tracing, replica: str) -> None:
+        self._books = books
+        self._tracing = tracing
+        self._replica = replica
+
+    def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
+        """See `RpcBooks.count`."""
+        self._books.count(code=code, seconds=seconds, caller=caller, outcomes=outcomes)
+        hits, misses, failed = (
+            sum(count for outcome, count in outcomes.items() if outcome_kind(outcome) == kind)
+            for kind in ("hit", "miss", "failed")
+        )
+        pairs = hits + misses + failed
+        span = self._tracing.current()
+        span.note(caller=caller, replica=self._replica, pairs=pairs, hits=hits, misses=misses, failed=failed)
+        span.ended_as(code)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug(
+                "%s to %s: %d pairs, %d hits, %d misses, %d failed, %.6f s",
+                code, caller, pairs, hits, misses, failed, seconds,
+                extra={
+                    "event": "rpc", "code": code, "caller": caller, "pairs": pairs, "hits": hits,
+                    "misses": misses, "failed": failed, "seconds": round(seconds, 6),
+                },
+            )  # fmt: skip
+
+
+class TracedService:
+    """A service each of whose RPCs is a span, in the caller's trace if the caller says which."""
+
+    def __init__(self, service: SeniorityService, *, tracing: Tracing) -> None:
+        self._service = service
+        self._tracing = tracing
+
+    def add_to(self, server: aio.Server) -> None:
+        """Serve on `server`."""
+        serve_on(server, self._infer)
+
+    async def _infer(self, message: bytes, context: Context) -> bytes:
+        with self._tracing.serve("InferSeniority", tuple(context.invocation_metadata() or ())):
+            return await self._service.infer(message, context)

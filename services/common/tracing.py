@@ -155,6 +155,8 @@ def opened(service: str) -> Iterator[Tracing]:
         return
     try:
         from services.common import otel  # noqa: PLC0415 - not where nobody asks for it
+
+        tracing, close = otel.start(service)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("services"):
             raise
@@ -162,7 +164,6 @@ def opened(service: str) -> Iterator[Tracing]:
             f"{asking} asks for traces, but {error.name} is not installed; run: pip install '.[tracing]'"
         )
         raise UsageError(message) from error
-    tracing, close = otel.start(service)
     try:
         yield tracing
     finally:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +26,7 @@ class Call:
     ids: tuple[int, ...]
     pairs: tuple[tuple[str, str], ...]
     message_bytes: int
+    metadata: Mapping[str, str | bytes] = field(default_factory=dict)
 
 
 class Abort(Exception):
@@ -72,6 +73,7 @@ class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
                 ids=tuple(item.uuid for item in request.batch),
                 pairs=tuple((item.company, item.title) for item in request.batch),
                 message_bytes=request.ByteSize(),
+                metadata=dict(context.invocation_metadata()),
             )
             self.calls.append(call)
         try:

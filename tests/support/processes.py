@@ -143,7 +143,7 @@ def clean_environment() -> dict[str, str]:
 
     Whoever keeps Python from writing bytecode makes every start compile all that it imports: a second each.
     """
-    prefixes = ("CACHE_PROXY_", "AUGMENTER_", "MODEL_STUB_", "AWS_", "PYTHONDONTWRITEBYTECODE")
+    prefixes = ("CACHE_PROXY_", "AUGMENTER_", "MODEL_STUB_", "AWS_", "OTEL_", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     return kept | {"PYTHONPYCACHEPREFIX": _bytecode_folder()}
 

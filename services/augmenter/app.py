@@ -44,12 +44,7 @@ _log = logging.getLogger(PROGRAM)
 
 async def run(settings: RunSettings, plan: Plan, tracing: Tracing = OFF) -> int:
     """Do what INPUT has now, or go on for what comes; the exit code. Raises CommandError."""
-    access = Access.read(
-        tls_ca=settings.tls_ca,
-        tls_cert=settings.tls_cert,
-        tls_key=settings.tls_key,
-        token_file=settings.token_file,
-    )
+    access = Access.read(settings.tls, token_file=settings.token_file)
     memory.settle()
     signals = Signals(grace_seconds=GRACE_SECONDS if settings.watch else 0)
     try:
@@ -174,7 +169,9 @@ async def _augmenting(
     """
     stamina.instrumentation.set_on_retry_hooks([])  # a line a retry is too many: RetryBudget tells
     health = TargetHealth(str(settings.target))  # there is one, but in a dry run
-    channel = await stack.enter_async_context(open_channel(health.target, access))
+    channel = await stack.enter_async_context(
+        open_channel(health.target, access, longest_call_seconds=settings.deadline_seconds)
+    )
     rpc = SeniorityRpc(
         channel,
         caller=settings.caller,

@@ -3,11 +3,11 @@
 import string
 from dataclasses import dataclass
 
-from services.augmenter.channel import is_on_this_machine
 from services.augmenter.jobs import parse_shard
-from services.common import flags
+from services.common import bearer, flags
 from services.common.errors import UsageError
 from services.common.flags import flag
+from services.common.tls import PemFiles
 from services.common.units import is_address
 
 DEFAULT_INPUT = "s3://rl-data/job-postings-raw/"
@@ -109,15 +109,10 @@ class RunSettings:
             raise UsageError(message)
         if self.dry_run and self.summary_json:
             raise UsageError("--summary-json does not go with --dry-run, which writes nothing")
-        self._check_access()
+        self.tls.check_together()
+        bearer.check_way(self.target or "localhost:0", token_file=self.token_file, tls_ca=self.tls_ca)
 
-    def _check_access(self) -> None:
-        if (self.tls_cert is None) is not (self.tls_key is None):
-            raise UsageError("--tls-cert and --tls-key: neither goes without the other")
-        if self.tls_cert is not None and self.tls_ca is None:
-            raise UsageError("--tls-cert needs --tls-ca: without it nothing is encrypted")
-        if self.token_file and not self.tls_ca and not is_on_this_machine(self.target or "localhost:0"):
-            message = (
-                f"--token-file: {self.target} would get it in the clear; --tls-ca encrypts the way there"
-            )
-            raise UsageError(message)
+    @property
+    def tls(self) -> PemFiles:
+        """The files of the way to the proxy."""
+        return PemFiles(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key)

@@ -12,11 +12,12 @@ from grpc import aio
 
 from protos import seniority_pb2
 from services.augmenter import wire
-from services.augmenter.bearer import Token
 from services.augmenter.jsonl import Pair
 from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
 from services.augmenter.metrics import Metrics
 from services.augmenter.totals import Totals
+from services.common.bearer import Token
+from services.common.channel import RenewedChannel
 from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger("augmenter")
@@ -66,7 +67,7 @@ class SeniorityRpc:
 
     def __init__(
         self,
-        channel: aio.Channel,
+        channel: RenewedChannel,
         *,
         caller: str,
         priority: str,
@@ -76,7 +77,7 @@ class SeniorityRpc:
         token: Token | None = None,
         tracing: Tracing = OFF,
     ) -> None:
-        self._call: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_METHOD)
+        self._channel = channel
         self._metadata = (("x-caller", caller), ("x-priority", priority))
         self._deadline_seconds = deadline_seconds
         self._totals = totals
@@ -91,7 +92,9 @@ class SeniorityRpc:
             request = wire.request(pairs)
             metadata = (*self._metadata, self._token.metadata()) if self._token else self._metadata
             started_at = time.monotonic()
-            call = self._call(
+            self._channel.renew()
+            infer: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.current.unary_unary(_METHOD)
+            call = infer(
                 request, timeout=self._deadline_seconds, metadata=metadata + self._tracing.headers()
             )
             try:

@@ -1,1 +1,1 @@
-"""What every command shares: its flags, logs, HTTP endpoint, files of lines. It knows no service."""
+"""What every command shares: flags, logs, the HTTP endpoint, files of lines, ways in. It knows no service."""

@@ -1,6 +1,7 @@
 """How the proxy is reached: by TLS, with a certificate of one's own, with a token from a file."""
 
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,11 +9,11 @@ import grpc
 import pytest
 
 from protos import seniority_pb2 as pb
-from services.augmenter.bearer import Token
-from services.augmenter.channel import is_on_this_machine
+from services.common.bearer import Token
+from services.common.targets import is_on_this_machine
 from tests.augmenter.conftest import Augment, posting
 from tests.augmenter.scripted_model import Answer, ScriptedModel, all_threes, scripted_model
-from tests.support.certificates import self_signed
+from tests.support.certificates import Authority, Mounted, Signed, self_signed
 
 _SECRET = "s3cret-of-the-day"
 
@@ -198,13 +199,60 @@ def test_token_that_changes_is_sent_from_then_on(augment: Augment, tmp_path: Pat
     assert model.calls == [["a"], ["b"]]
 
 
+def _server(own: Signed) -> grpc.ServerCertificateConfiguration:
+    ca, key, certificate = own.pem
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
+
+
+def test_certificates_that_are_renewed_are_used_without_a_restart(augment: Augment, tmp_path: Path) -> None:
+    """CA, certificate and key are swapped for another authority's between two RPCs: a connection by them is
+    made while the second is under way, and all files are done.
+    """  # noqa: D205 - one thought
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    mounted, source = Mounted(tmp_path / "mounted"), tmp_path / "in"
+    before, after = old.sign("server"), new.sign("server")
+    mounted.put_pair(old.sign("client"))
+    by_the_new = new.sign("client")
+    source.mkdir()
+    for name in ("a", "b", "c"):
+        (source / f"{name}.jsonl").write_bytes(posting(name))
+    is_swapped, is_connected = threading.Event(), threading.Event()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        if not is_swapped.is_set():
+            return None
+        is_connected.set()
+        return _server(after)
+
+    def swap(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
+        mounted.put_pair(by_the_new)
+        is_swapped.set()
+        return all_threes(request)
+
+    def wait(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
+        assert is_connected.wait(60)
+        return all_threes(request)
+
+    credentials = grpc.dynamic_ssl_server_credentials(
+        _server(before),
+        fetch,  # type: ignore[arg-type]  # None means no change, which the stubs do not know
+        require_client_authentication=True,
+    )
+    with scripted_model(Answer(make=swap), Answer(make=wait), credentials=credentials) as model:
+        ended = augment(
+            source, tmp_path / "out", "--target", model.target, "--concurrency", "1", *mounted.signed.flags()
+        )
+    assert (ended.code, ended.err) == (0, "")
+    assert model.calls == [["a"], ["b"], ["c"]]
+
+
 def test_token_is_kept_while_its_file_cannot_be_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A file that is gone, or empty, for a while: the last token goes on, with one warning without it."""
     path = tmp_path / "token"
     path.write_text("first")
-    token = Token(path)
+    token = Token(str(path))
     assert token.metadata() == ("authorization", "Bearer first")
     path.unlink()
     assert token.metadata() == token.metadata() == ("authorization", "Bearer first")

@@ -1,0 +1,42 @@
+"""The bearer token that says who asks: in a file, which may be written anew at any time."""
+
+import re
+from collections.abc import Callable
+
+from services.common.errors import UsageError
+from services.common.renewal import Look, Renewed, read_file
+from services.common.targets import is_on_this_machine
+
+_TOKEN = re.compile(rb"[\x21-\x7e]+")
+
+
+class Token:
+    """Read again whenever the file is another. Neither logs nor errors ever show what it holds."""
+
+    def __init__(
+        self, path: str, *, flag_name: str = "--token-file", tell: Callable[[Look], None] = lambda _: None
+    ) -> None:
+        self._path = path
+        self._flag_name = flag_name
+        self.file = Renewed([path], self._read, tell=tell)
+
+    def metadata(self) -> tuple[str, str]:
+        """What to send with a call. While the file cannot be read, the last token is."""
+        self.file.look()
+        return ("authorization", f"Bearer {self.file.value}")
+
+    def _read(self) -> str:
+        token = read_file(self._path, flag_name=self._flag_name).strip()
+        if not _TOKEN.fullmatch(token):
+            message = f"{self._flag_name} {self._path}: it is empty, or not one line of printable ASCII"
+            raise UsageError(message)
+        return token.decode()
+
+
+def check_way(target: str, *, token_file: str | None, tls_ca: str | None, prefix: str = "--") -> None:
+    """Refuse to send a token in the clear to another machine. Raises UsageError."""
+    if token_file and not tls_ca and not is_on_this_machine(target):
+        message = (
+            f"{prefix}token-file: {target} would get it in the clear; {prefix}tls-ca encrypts the way there"
+        )
+        raise UsageError(message)

@@ -1,0 +1,72 @@
+"""TLS from files in PEM, looked at before gRPC is given them: it does not say what is wrong with them."""
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from services.common.errors import UsageError
+from services.common.renewal import Look, Renewed, read_file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pem:
+    """Whom one trusts (`roots`), and one's own certificate (`chain`) with its `key`; None: none."""
+
+    roots: bytes | None
+    chain: bytes | None
+    key: bytes | None
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """For whoever calls."""
+        return grpc.ssl_channel_credentials(self.roots, self.key, self.chain)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PemFiles:
+    """Their paths, and `flags`: how the user names the three of them, CA first."""
+
+    ca: str | None
+    cert: str | None
+    key: str | None
+    flags: tuple[str, str, str] = ("--tls-ca", "--tls-cert", "--tls-key")
+
+    def check_together(self) -> None:
+        """Refuse a certificate without its key, or for a way in the clear. Raises UsageError."""
+        ca_flag, cert_flag, key_flag = self.flags
+        if (self.cert is None) is not (self.key is None):
+            message = f"{cert_flag} and {key_flag}: neither goes without the other"
+            raise UsageError(message)
+        if self.cert is not None and self.ca is None:
+            message = f"{cert_flag} needs {ca_flag}: without it nothing is encrypted"
+            raise UsageError(message)
+
+    def follow(self, *, tell: Callable[[Look], None] = lambda _: None) -> Renewed[Pem]:
+        """What they hold, now and later. Raises UsageError."""
+        paths = [path for path in (self.ca, self.cert, self.key) if path is not None]
+        return Renewed(paths, self._read, tell=tell)
+
+    def _read(self) -> Pem:
+        ca_flag, cert_flag, key_flag = self.flags
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        roots = chain = private = None
+        if self.ca is not None:
+            roots = read_file(self.ca, flag_name=ca_flag)
+            try:
+                context.load_verify_locations(self.ca)
+            except (ssl.SSLError, ValueError) as error:
+                message = f"{ca_flag} {self.ca}: holds no certificate in PEM"
+                raise UsageError(message) from error
+        if self.cert is not None and self.key is not None:
+            chain = read_file(self.cert, flag_name=cert_flag)
+            private = read_file(self.key, flag_name=key_flag)
+            try:
+                context.load_cert_chain(self.cert, self.key, password=lambda: b"")  # it would ask a terminal
+            except (ssl.SSLError, ValueError) as error:
+                message = (
+                    f"{cert_flag} {self.cert} and {key_flag} {self.key}: "
+                    "not in PEM, not a pair, or behind a passphrase"
+                )
+                raise UsageError(message) from error
+        return Pem(roots=roots, chain=chain, key=private)

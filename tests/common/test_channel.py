@@ -1,0 +1,95 @@
+"""A channel whose certificate is renewed while calls are under way."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from grpc import aio
+
+from services.common.channel import RenewedChannel
+from services.common.tls import PemFiles
+from tests.support.certificates import Authority, Mounted, Signed
+
+_METHOD = "/Who/Am"
+
+
+class _Door:
+    """Answers who calls, by the certificate; a call that says `wait` is `held` until `opened`."""
+
+    def __init__(self) -> None:
+        self.held, self.opened = threading.Event(), threading.Event()
+        self.target = ""
+
+    def answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        """The caller's DNS name."""
+        if request == b"wait":
+            self.held.set()
+            self.opened.wait(60)
+        return bytes(context.auth_context()["peer_dns"][0])
+
+
+@contextmanager
+def _door(own: Signed, *, clients: Signed) -> Iterator[_Door]:
+    door = _Door()
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(door.answer)
+    server = grpc.server(ThreadPoolExecutor(4))
+    server.add_registered_method_handlers("Who", {"Am": handler})
+    credentials = grpc.ssl_server_credentials(
+        [(own.key.read_bytes(), own.certificate.read_bytes())],
+        root_certificates=clients.ca.read_bytes(),
+        require_client_auth=True,
+    )
+    door.target = f"localhost:{server.add_secure_port('localhost:0', credentials)}"
+    server.start()
+    try:
+        yield door
+    finally:
+        door.opened.set()
+        server.stop(grace=None).wait()
+
+
+async def test_a_renewed_certificate_is_shown_from_then_on(tmp_path: Path) -> None:
+    """New calls are made with it, the one under way ends well; a renewal that is broken changes nothing."""
+    authority, mounted = Authority(tmp_path), Mounted(tmp_path / "mounted")
+    first, second = authority.sign("first", "DNS:first"), authority.sign("second", "DNS:second")
+    mounted.put_pair(first)
+    files = mounted.signed
+    tls = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key)).follow()
+    with _door(authority.sign("server"), clients=first) as door:
+        async with RenewedChannel(door.target, tls=tls, options=(), longest_call_seconds=60) as channel:
+
+            async def who(request: bytes = b"") -> bytes:
+                channel.renew()
+                ask: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.current.unary_unary(_METHOD)
+                return await ask(request, timeout=60)
+
+            under_way = asyncio.create_task(who(b"wait"))
+            assert await asyncio.to_thread(door.held.wait, 60)
+            mounted.put(tls_crt=second.certificate, tls_key=first.key, ca_crt=first.ca)
+            assert await who() == b"first"
+            mounted.put_pair(second)
+            async with asyncio.timeout(60):
+                while await who() != b"second":
+                    pass
+            assert not under_way.done()
+            door.opened.set()
+            assert await under_way == b"first"
+
+
+async def test_a_channel_is_closed_with_what_it_replaces(tmp_path: Path) -> None:
+    """While a renewed certificate leads nowhere yet, closing neither waits for it nor leaves a task."""
+    authority, mounted = Authority(tmp_path), Mounted(tmp_path / "mounted")
+    mounted.put_pair(authority.sign("first"))
+    files = mounted.signed
+    tls = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key)).follow()
+    async with RenewedChannel("127.0.0.1:1", tls=tls, options=(), longest_call_seconds=60) as channel:
+        mounted.put_pair(authority.sign("second"))
+        channel.renew()
+        await asyncio.sleep(0)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        assert others
+    assert all(task.done() for task in others)

@@ -1,0 +1,94 @@
+"""Files that are read again when they change, and are believed only when they are whole."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from services.common.errors import UsageError
+from services.common.renewal import MAX_FILE_BYTES, Look, Renewed, read_file
+from services.common.tls import Pem, PemFiles
+from tests.support.certificates import Authority, Mounted
+
+
+@pytest.fixture(scope="module")
+def mounted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mounted, Authority, Authority]:
+    """A mounted Secret, and two CAs."""
+    folder = tmp_path_factory.mktemp("renewal")
+    return Mounted(folder / "mounted"), Authority(folder, "one"), Authority(folder, "two")
+
+
+def _follow(mounted: Mounted, told: list[Look]) -> Renewed[Pem]:
+    files = mounted.signed
+    paths = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key))
+    return paths.follow(tell=told.append)
+
+
+def test_a_secret_that_is_swapped_is_read_again(mounted: tuple[Mounted, Authority, Authority]) -> None:
+    """Another pair by another CA, swapped as Kubernetes does: there at the next look, once."""
+    place, one, two = mounted
+    place.put_pair(one.sign("a"))
+    told: list[Look] = []
+    renewed = _follow(place, told)
+    assert renewed.look() is Look.UNCHANGED
+    second = two.sign("b")
+    place.put_pair(second)
+    assert [renewed.look(), renewed.look()] == [Look.DONE, Look.UNCHANGED]
+    assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == second.pem
+    assert told == [Look.DONE]
+
+
+def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
+    mounted: tuple[Mounted, Authority, Authority], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key of another certificate, a cut file, no file: the last whole pair stays, with one warning each."""
+    place, one, _ = mounted
+    good, other = one.sign("a"), one.sign("b")
+    place.put_pair(good)
+    told: list[Look] = []
+    renewed = _follow(place, told)
+    cut = good.certificate.read_bytes()[:300]
+    for broken in (
+        {"tls_crt": good.certificate, "tls_key": other.key, "ca_crt": good.ca},
+        {"tls_crt": cut, "tls_key": good.key, "ca_crt": good.ca},
+        {"tls_crt": good.certificate, "tls_key": good.key, "ca_crt": b""},
+        {"tls_crt": good.certificate, "ca_crt": good.ca},
+    ):
+        place.put(**broken)
+        assert [renewed.look(), renewed.look()] == [Look.FAILED, Look.UNCHANGED]
+        assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == good.pem
+    place.put_pair(good)
+    assert renewed.look() is Look.DONE
+    assert told == [Look.FAILED] * 4 + [Look.DONE]
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == 4
+    assert "not a pair" in warned[0]
+    assert "PRIVATE KEY" not in caplog.text
+
+
+def test_what_changes_while_it_is_read_is_read_once_more(tmp_path: Path) -> None:
+    """A file that is replaced in the middle of a look is not believed: the next look has it whole."""
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    meanwhile: list[bytes] = []
+
+    def read() -> bytes:
+        content = read_file(str(path), flag_name="--x")
+        if meanwhile:
+            path.write_bytes(meanwhile.pop())
+        return content
+
+    renewed = Renewed([str(path)], read)
+    path.write_bytes(b"four")
+    meanwhile.append(b"seven")
+    assert (renewed.look(), renewed.value) == (Look.UNCHANGED, b"one")
+    assert (renewed.look(), renewed.value) == (Look.DONE, b"seven")
+
+
+def test_a_start_with_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    """There is no last one to go on with; and no file may take all memory."""
+    with pytest.raises(UsageError, match=r"--x .*gone: No such file"):
+        Renewed([str(tmp_path / "gone")], lambda: read_file(str(tmp_path / "gone"), flag_name="--x"))
+    (tmp_path / "large").write_bytes(b"x" * (MAX_FILE_BYTES + 1))
+    with pytest.raises(UsageError, match="more than 4 MiB"):
+        read_file(str(tmp_path / "large"), flag_name="--x")

@@ -364,6 +364,22 @@ _REPLICAS = (
         queries=[Query(expr=of("cache_proxy_l1_entries"), legend="{{instance}}")],
     ),
     Series(
+        title="Renewals",
+        description="Certificates, tokens and lists of callers that were renewed, or could not be: then what "
+        "they held before is used on, and the number of replicas where it is so belongs at 0.",
+        queries=[
+            Query(
+                expr="sum by (files, outcome) "
+                f"(increase({of('cache_proxy_renewals_total')}[$__rate_interval]))",
+                legend="{{files}} {{outcome}}",
+            ),
+            Query(
+                expr=f"sum by (files) ({of('cache_proxy_renewal_failing')})",
+                legend="{{files}}: replicas that cannot use it",
+            ),
+        ],
+    ),
+    Series(
         title="CPU",
         description="Cores that each replica uses. A replica is one process on one core.",
         queries=[

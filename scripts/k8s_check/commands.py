@@ -11,6 +11,7 @@ import click
 from services.augmenter import cli as augmenter
 from services.augmenter.config import RunSettings
 from services.cache_proxy import cli as cache_proxy
+from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.config import (
     AnswerSettings,
     CacheSettings,
@@ -76,4 +77,6 @@ def _build(program: str, values: dict[str, Any]) -> None:
             cache=flags.read(CacheSettings, values),
             key=flags.read(KeySettings, values),
             answers=flags.read(AnswerSettings, values),
+            callers=flags.read(CallerAccess, values),
+            model_access=flags.read(ModelAccess, values),
         )

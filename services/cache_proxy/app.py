@@ -17,7 +17,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from services.cache_proxy import grpc_server
-from services.cache_proxy.callers import identify_by_metadata
+from services.cache_proxy.access.opening import open_callers, open_way
+from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config import Settings, read_secret
 from services.cache_proxy.dispatcher import Dispatcher
 from services.cache_proxy.errors import Unavailable
@@ -55,6 +56,8 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         stop = _stop_on_signals()
         registry = _registry()
         metrics = ProxyMetrics(registry)
+        renewals = Renewals(metrics)
+        callers = open_callers(settings.callers, renewals, listen=settings.server.listen)
         replica = new_replica()
         ready = asyncio.Event()
         http = HttpEndpoint(registry=registry)
@@ -76,7 +79,9 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
             deadline_seconds=settings.model.model_deadline_seconds,
             metrics=metrics,
             tracing=tracing,
+            way=open_way(settings.model_access, renewals),
         )
+        renewals.add(model.renew)
         stack.push_async_callback(model.close)
         l1 = L1Cache(max_bytes=settings.server.l1_max_bytes)
         memories = _Memories([(l1.remove, l1.clear), (store.discard, store.discard_all)])
@@ -91,15 +96,13 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         )  # fmt: skip
         memories.all.append((queue.discard, queue.discard_all))
         await stack.enter_async_context(_running(status.run(store=store, queue=queue)))
-        metrics.degraded.set_function(lambda: not store.up or queue.lost)
+        _show(metrics, l1=l1, degraded=lambda: not store.up or queue.lost)
         if opened.shared is None:  # else heartbeats tell
             for follower in followers:
                 await stack.enter_async_context(_running(follower.run()))
         dispatcher = Dispatcher(queue=queue, model=model, store=store, replica=replica, tracing=tracing)
         stack.push_async_callback(dispatcher.finish, within_seconds=0)
         await stack.enter_async_context(_running(dispatcher.run()))
-        metrics.l1_bytes.set_function(lambda: l1.size_bytes)
-        metrics.l1_entries.set_function(lambda: l1.entries)
         secret = read_secret(settings.key.key_secret_file, flag_name="--key-secret-file")
         resolver = Resolver(
             digests=make_batch_digester(normalize=settings.key.normalize, secret=secret),
@@ -113,7 +116,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         stack.push_async_callback(resolver.close)
         service = SeniorityService(
             resolver=resolver,
-            identify=identify_by_metadata,
+            identify=callers.identify,
             limits=RequestLimits(
                 max_pairs=settings.server.max_request_pairs,
                 max_field_bytes=settings.server.max_field_bytes,
@@ -122,9 +125,13 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
             books=_books(metrics, tracing, replica),
             tracing=tracing,
         )
-        traced = TracedService(service, tracing=tracing) if tracing.is_on else service
-        front = grpc_server.listen(settings.server, traced)
+        front = grpc_server.listen(
+            settings.server,
+            TracedService(service, tracing=tracing) if tracing.is_on else service,
+            credentials=callers.credentials,
+        )
         stack.push_async_callback(front.server.stop, 0)
+        await stack.enter_async_context(_running(renewals.run()))
         gc.freeze()  # what is built stays; and a full collection that walks a full L1 takes 24 ms
         await front.start()
         ready.set()
@@ -163,6 +170,12 @@ def _books(metrics: ProxyMetrics, tracing: Tracing, replica: str) -> RpcBooks:
     if tracing.is_on or logging.getLogger().isEnabledFor(logging.DEBUG):
         return ToldBooks(metrics.rpcs, tracing=tracing, replica=replica)
     return metrics.rpcs
+
+
+def _show(metrics: ProxyMetrics, *, l1: L1Cache, degraded: Callable[[], bool]) -> None:
+    metrics.degraded.set_function(degraded)
+    metrics.l1_bytes.set_function(lambda: l1.size_bytes)
+    metrics.l1_entries.set_function(lambda: l1.entries)
 
 
 def _registry() -> CollectorRegistry:

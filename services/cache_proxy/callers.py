@@ -1,18 +1,20 @@
-"""Who calls, and with what priority: an interface, so that certificates and tokens can later answer it."""
+"""Who calls, and with what priority: an interface, and its answer where everybody is believed."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
+
+from grpc import aio
 
 from services.cache_proxy.errors import InvalidRequest
 from services.cache_proxy.metrics import PRIORITIES
 
 ANONYMOUS = "anonymous"
 _MAX_NAME = 64
+_MAX_SHOWN = 64
 _REMEMBERED = 256
 
-Metadata = Iterable[tuple[str, str | bytes]]
+Context = aio.ServicerContext[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,27 +26,36 @@ class Caller:
 
 
 class Identify(Protocol):
-    """Says who calls. Raises `InvalidRequest`."""
+    """Says who calls. Raises `AccessRefused`, or `InvalidRequest`."""
 
-    def __call__(self, metadata: Metadata) -> Caller:
-        """The caller of an RPC with this metadata."""
+    def __call__(self, context: Context) -> Caller:
+        """The caller of an RPC with this context."""
 
 
-def identify_by_metadata(metadata: Metadata) -> Caller:
+def by_metadata(context: Context) -> Caller:
     """Believe `x-caller`; a name that is empty, too long or not printable is `anonymous`."""
     name, priority = ANONYMOUS, PRIORITIES[0]
-    for key, value in metadata:
+    for key, value in context.invocation_metadata() or ():
         if key == "x-caller":
             name = str(value)
         elif key == "x-priority":
             priority = str(value)
-    return _caller(name, priority)
+    return _claimed(name, priority)
+
+
+def of_name(name: str, priority: str | None) -> Caller:
+    """A caller whose name somebody vouches for. Raises `InvalidRequest`."""
+    return _caller(name, PRIORITIES[0] if priority is None else priority)
 
 
 @lru_cache(_REMEMBERED)
+def _claimed(name: str, priority: str) -> Caller:
+    usable = name.isprintable() and 0 < len(name) <= _MAX_NAME
+    return _caller(name if usable else ANONYMOUS, priority)
+
+
 def _caller(name: str, priority: str) -> Caller:
     if priority not in PRIORITIES:
-        message = f"x-priority: {priority[:_MAX_NAME]!r} is not one of {', '.join(PRIORITIES)}"
+        message = f"x-priority: {priority[:_MAX_SHOWN]!r} is not one of {', '.join(PRIORITIES)}"
         raise InvalidRequest(message)
-    usable = name.isprintable() and 0 < len(name) <= _MAX_NAME
-    return Caller(name if usable else ANONYMOUS, priority)
+    return Caller(name, priority)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from services.cache_proxy import infer
+from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.admin.settings import OutputSettings, PairSettings, ScopeSettings, WarmSettings
 from services.cache_proxy.config import (
     ENV_PREFIX,
@@ -21,6 +22,10 @@ from services.cache_proxy.config import (
 )
 from services.common import flags, logs, tracing
 
+_SERVE = (
+    ServerSettings, CallerAccess, ModelSettings, ModelAccess, CacheSettings, KeySettings, AnswerSettings,
+)  # fmt: skip
+
 
 def _run_serve(**values: Any) -> None:
     settings = Settings(
@@ -29,6 +34,8 @@ def _run_serve(**values: Any) -> None:
         cache=flags.read(CacheSettings, values),
         key=flags.read(KeySettings, values),
         answers=flags.read(AnswerSettings, values),
+        callers=flags.read(CallerAccess, values),
+        model_access=flags.read(ModelAccess, values),
     )
     import uvloop  # noqa: PLC0415 - what only a server needs would cost the other commands half a second
 
@@ -76,11 +83,7 @@ cli = click.Group("cache-proxy", help="A caching proxy with the seniority model'
 cli.add_command(
     flags.SettingsCommand(
         "serve",
-        params=[
-            option
-            for part in (ServerSettings, ModelSettings, CacheSettings, KeySettings, AnswerSettings)
-            for option in flags.options(part, prefix=ENV_PREFIX)
-        ],
+        params=[option for part in _SERVE for option in flags.options(part, prefix=ENV_PREFIX)],
         callback=_run_serve,
         help="Serve the model's interface from the cache; ask the model for what is missing.",
     )

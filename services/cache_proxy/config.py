@@ -1,9 +1,10 @@
 """The proxy's settings: frozen, checked once, and the only place that reads flags or environment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.key import NORMAL_FORM_VERSION
 from services.common import flags
 from services.common.errors import UsageError
@@ -225,9 +226,12 @@ class Settings:
     cache: CacheSettings
     key: KeySettings
     answers: AnswerSettings
+    callers: CallerAccess = field(default_factory=CallerAccess)
+    model_access: ModelAccess = field(default_factory=ModelAccess)
 
     def __post_init__(self) -> None:
-        """Refuse a version that is its own previous one."""
+        """Refuse a version that is its own previous one, and a token that others could read."""
+        self.model_access.check_way(self.model.model_target)
         if self.answers.previous_model_version == self.key.model_version:
             raise UsageError("--previous-model-version must not be --model-version")
 

@@ -18,6 +18,24 @@ class InvalidRequest(ProxyError):
     field: str | None = None
 
 
+class AccessRefused(ProxyError):
+    """The caller is not let in; its request was not looked at."""
+
+
+@dataclass(eq=False)
+class Unauthenticated(AccessRefused):
+    """Nothing says who calls, or not in a way that is believed here."""
+
+    message: str
+
+
+@dataclass(eq=False)
+class Forbidden(AccessRefused):
+    """It is known who calls, and that they may not."""
+
+    message: str
+
+
 @dataclass(eq=False)
 class QueueFull(ProxyError):
     """Nothing was queued: there is no room, or no turn before the caller's deadline."""

@@ -1,8 +1,10 @@
 """The gRPC server: the model's interface, health and reflection on every `--listen` address."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
@@ -39,8 +41,16 @@ class GrpcServer:
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
 
-def listen(settings: ServerSettings, service: Service) -> GrpcServer:
-    """Bind every address. Raises CommandError naming the one that cannot be had."""
+def listen(
+    settings: ServerSettings,
+    service: Service,
+    *,
+    credentials: Callable[[], grpc.ServerCredentials] | None = None,
+) -> GrpcServer:
+    """Bind every address, all but Unix sockets with `credentials` of its own if there are any.
+
+    Raises CommandError naming the address that cannot be had.
+    """
     age_ms = _milliseconds(settings.max_connection_age_seconds)
     options = [
         ("grpc.so_reuseport", 0),  # a second proxy on the port is a mistake, not a helper
@@ -56,17 +66,22 @@ def listen(settings: ServerSettings, service: Service) -> GrpcServer:
     service.add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME), server)
-    return GrpcServer(server, health, [_bind(server, address) for address in settings.listen])
+    return GrpcServer(server, health, [_bind(server, address, credentials) for address in settings.listen])
 
 
 def _milliseconds(seconds: float) -> int:
     return int(min(seconds * 1000, _INT_MAX))
 
 
-def _bind(server: aio.Server, address: str) -> str:
+def _bind(server: aio.Server, address: str, credentials: Callable[[], grpc.ServerCredentials] | None) -> str:
+    in_the_clear = credentials is None or address.startswith("unix:")
     try:
-        port = server.add_insecure_port(address)
+        if in_the_clear or credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials())
     except RuntimeError as error:
-        message = f"--listen {address}: the address cannot be used (taken, or not this host's)"
+        unless = "" if in_the_clear else ", or --tls-cert is of a kind that gRPC does not know"
+        message = f"--listen {address}: the address cannot be used (taken, or not this host's{unless})"
         raise CommandError(message) from error
     return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"

@@ -13,6 +13,7 @@ from services.cache_proxy.rpc_metrics import RpcMetrics
 
 PRIORITIES = ("interactive", "bulk")  # what a caller may ask for
 LANES = (*PRIORITIES, "refresh")  # and below both, what nobody waits for
+RENEWED = ("listen_tls", "caller_tokens", "model_tls", "model_token", "cache_tls")  # files that may be
 
 _CODES = tuple(code.name for code in grpc.StatusCode)  # there from the start: a rate over nothing is no data
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -105,6 +106,18 @@ class ProxyMetrics:
             "`--key-prefix`.",
             registry=registry,
         )  # fmt: skip
+        self.renewals = Counter(
+            "cache_proxy_renewals_total",
+            "Changes of certificates, tokens and the list of callers that were noticed. "
+            "`failed`: what is there now cannot be used, and what was there before is used on.",
+            ["files", "outcome"], registry=registry,
+        )  # fmt: skip
+        self.renewal_failing = Gauge(
+            "cache_proxy_renewal_failing",
+            "1 while what these files hold cannot be used. Nothing fails yet: what they held before is used, "
+            "as long as it is valid, and a start would end in exit code 2.",
+            ["files"], registry=registry,
+        )  # fmt: skip
         self.l1_bytes = Gauge(
             "cache_proxy_l1_bytes",
             "What the in-process cache takes. At `--l1-max-bytes` it begins to forget what is asked least.",
@@ -141,6 +154,10 @@ class ProxyMetrics:
         build.labels(version("seniority-cache")).set(1)
         for code in _CODES:
             self.model_calls.labels(code)
+        for files in RENEWED:
+            self.renewal_failing.labels(files)
+            for outcome in ("done", "failed"):
+                self.renewals.labels(files, outcome)
         for priority in LANES:
             self.queue_pairs.labels(priority)
             self.queue_global_pairs.labels(priority)

@@ -13,9 +13,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from protos import seniority_pb2
+from services.cache_proxy.access.opening import IN_THE_CLEAR, ModelWay
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Pair
+from services.common.channel import RenewedChannel
 from services.common.tracing import OFF, Tracing
 from services.common.words import answered
 
@@ -51,6 +53,9 @@ class Batch:
     request: seniority_pb2.SeniorityRequestBatch
 
 
+_Infer = aio.UnaryUnaryMultiCallable[
+    seniority_pb2.SeniorityRequestBatch, seniority_pb2.SeniorityResponseBatch | None
+]
 Answering = asyncio.Task[list[int | Nonsense]]
 
 
@@ -58,23 +63,30 @@ class ModelClient:
     """Speaks to the model at `target`. An id is never used twice in a row, so a mix-up shows as one."""
 
     def __init__(
-        self, target: str, *, deadline_seconds: float, metrics: ProxyMetrics, tracing: Tracing = OFF
+        self,
+        target: str,
+        *,
+        deadline_seconds: float,
+        metrics: ProxyMetrics,
+        way: ModelWay = IN_THE_CLEAR,
+        tracing: Tracing = OFF,
     ) -> None:
         self._target = target
         self._deadline_seconds = deadline_seconds
         self._metrics = metrics
         self._tracing = tracing
-        self._channel = aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
-        self._channel.get_state(try_to_connect=True)  # a handshake would make the first call arrive late
-        # As the generated stub's, but for answers that cannot be read: gRPC would log a traceback for each.
-        self._infer: aio.UnaryUnaryMultiCallable[
-            seniority_pb2.SeniorityRequestBatch, seniority_pb2.SeniorityResponseBatch | None
-        ] = self._channel.unary_unary(
-            _METHOD,
-            request_serializer=seniority_pb2.SeniorityRequestBatch.SerializeToString,
-            response_deserializer=_parsed,
+        self._token = way.token
+        self._channel = RenewedChannel(
+            target, tls=way.tls, options=_CHANNEL_OPTIONS, longest_call_seconds=deadline_seconds
         )
+        self._channel.current.get_state(try_to_connect=True)  # a handshake would make the first call late
         self._ids = itertools.cycle(range(1, _MAX_ID))
+
+    def renew(self) -> None:
+        """Look at the certificates and the token, and go by them from the next call on."""
+        self._channel.renew()
+        if self._token is not None:
+            self._token.file.look()
 
     def prepare(self, pairs: Sequence[Pair]) -> Batch:
         """A batch ready to go: what takes time is done before its slot begins."""
@@ -101,10 +113,13 @@ class ModelClient:
     async def _answer(self, batch: Batch) -> list[int | Nonsense]:
         code = grpc.StatusCode.CANCELLED
         with self._tracing.call("InferSeniority", pairs=len(batch.ids)) as span:
+            token = () if self._token is None else (self._token.metadata(),)
             try:
                 with self._metrics.model_duration.time():
-                    response = await self._infer(
-                        batch.request, timeout=self._deadline_seconds, metadata=self._tracing.headers()
+                    response = await self._infer()(
+                        batch.request,
+                        timeout=self._deadline_seconds,
+                        metadata=(*token, *self._tracing.headers()),
                     )
                 code = grpc.StatusCode.OK if response is not None else grpc.StatusCode.INTERNAL
             except aio.AioRpcError as error:
@@ -117,6 +132,14 @@ class ModelClient:
             message = f"the model at {self._target}: its answer is not a SeniorityResponseBatch"
             raise CallFailed(code, message, None, told=message)
         return join(batch.ids, response)
+
+    def _infer(self) -> _Infer:
+        """As the generated stub, but for answers that cannot be read: gRPC would log a traceback."""
+        return self._channel.current.unary_unary(
+            _METHOD,
+            request_serializer=seniority_pb2.SeniorityRequestBatch.SerializeToString,
+            response_deserializer=_parsed,
+        )
 
     async def close(self) -> None:
         """Close the channel."""

@@ -14,8 +14,8 @@ from grpc import aio
 from protos import seniority_pb2
 from services.cache_proxy import asked, wire
 from services.cache_proxy.breath import in_breaths
-from services.cache_proxy.callers import ANONYMOUS, Caller, Identify
-from services.cache_proxy.errors import Draining, InvalidRequest, ProxyError
+from services.cache_proxy.callers import ANONYMOUS, Caller, Context, Identify
+from services.cache_proxy.errors import AccessRefused, Draining, InvalidRequest, ProxyError
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import Status, status_of
@@ -24,13 +24,11 @@ from services.common.tracing import OFF, Tracing
 SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
 
 _BREATH_ANSWERS = 5000
-_NOBODY = Caller(ANONYMOUS, "interactive")
 _ONE_L1 = {"l1": 1}
 _ONE_HIT = (("x-cache-hits", "1"), ("x-cache-misses", "0"))
 _log = logging.getLogger(__name__)
 
 Request = list[bytes] | InvalidRequest
-Context = aio.ServicerContext[bytes, bytes]
 
 
 class RpcBooks(Protocol):
@@ -80,44 +78,52 @@ class SeniorityService:
 
     async def infer(self, message: bytes, context: Context) -> bytes:
         """Answer a batch in its order, with its uuids."""
-        answer = None if self._draining else self._answer_one(message, context)
+        try:
+            caller: Caller | InvalidRequest = self._identify(context)
+        except AccessRefused as error:  # before anything is done for them
+            await self._turned_away(error, context)
+        except InvalidRequest as error:  # which counts with its pairs
+            caller = error
+        answer = None if self._draining else self._answer_one(message, caller, context)
         if answer is not None:
             return answer
         self._in_flight += 1
         try:
-            return await self._answered(wire.split(message, max_pairs=self._limits.max_pairs), context)
+            request = wire.split(message, max_pairs=self._limits.max_pairs)
+            return await self._answered(request, caller, context)
         finally:
             self._in_flight -= 1
             if self._draining and not self._in_flight:
                 self._idle.set()
 
-    def _answer_one(self, message: bytes, context: Context) -> bytes | None:
+    def _answer_one(self, message: bytes, caller: Caller | InvalidRequest, context: Context) -> bytes | None:
         """The answer to one pair that L1 knows, with all of the other way's bookkeeping in its fewest steps.
 
         What is refused goes the other way.
         """
         started_at = time.perf_counter()
+        if isinstance(caller, InvalidRequest):
+            return None
         answer = self._resolver.answer_one(message)
         if answer is not None:
-            try:
-                caller = self._identify(context.invocation_metadata() or ())
-            except ProxyError:
-                return None
             context.set_trailing_metadata(_ONE_HIT)
             self._books.count(
                 code="OK", seconds=time.perf_counter() - started_at, caller=caller.name, outcomes=_ONE_L1
             )
         return answer
 
-    async def _answered(self, request: Request, context: Context) -> bytes:
+    async def _turned_away(self, error: AccessRefused, context: Context) -> NoReturn:
+        status = status_of(error)
+        self._books.count(code=status.code.name, seconds=0.0, caller=ANONYMOUS, outcomes={})
+        await _abort(context, status)
+
+    async def _answered(self, request: Request, caller: Caller | InvalidRequest, context: Context) -> bytes:
         answers = Answers(0 if isinstance(request, InvalidRequest) else len(request))
-        caller = _NOBODY
         code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
         failure: Status | None = None
         response = b""
         started_at = time.perf_counter()
         try:
-            caller = self._identify(context.invocation_metadata() or ())
             response = await self._response(request, caller, context, answers)
             code = grpc.StatusCode.OK
         except ProxyError as error:
@@ -129,7 +135,7 @@ class SeniorityService:
             code = failure.code
         finally:  # before the answer is on its way: who has it may look at the metrics
             self._books.count(
-                code=code.name, seconds=time.perf_counter() - started_at, caller=caller.name,
+                code=code.name, seconds=time.perf_counter() - started_at, caller=_name(caller),
                 outcomes=answers.counted(),
             )  # fmt: skip
         if failure is not None:
@@ -140,7 +146,11 @@ class SeniorityService:
         )
         return response
 
-    async def _response(self, request: Request, caller: Caller, context: Context, answers: Answers) -> bytes:
+    async def _response(
+        self, request: Request, caller: Caller | InvalidRequest, context: Context, answers: Answers
+    ) -> bytes:
+        if isinstance(caller, InvalidRequest):
+            raise caller
         items = self._checked(request)
         replies, missing = await self._resolver.answer_known(items)
         if missing:
@@ -175,6 +185,10 @@ def serve_on(server: aio.Server, infer: Callable[[bytes, Context], Awaitable[byt
     """Have `infer` answer on `server`: as the generated code would, but from bytes to bytes."""
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(infer)
     server.add_registered_method_handlers(SERVICE_NAME, {"InferSeniority": handler})
+
+
+def _name(caller: Caller | InvalidRequest) -> str:
+    return ANONYMOUS if isinstance(caller, InvalidRequest) else caller.name
 
 
 async def _abort(context: Context, status: Status) -> NoReturn:

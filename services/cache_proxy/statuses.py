@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 from services.cache_proxy.errors import (
     DeadlinePassed,
     Draining,
+    Forbidden,
     InvalidRequest,
     Nonsense,
     PairError,
@@ -17,6 +18,7 @@ from services.cache_proxy.errors import (
     ProxyError,
     QueueFull,
     Refused,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -27,6 +29,11 @@ _VIOLATION_BYTES = 32  # tags, lengths, and the longest field
 _MAX_MESSAGE_BYTES = 600
 _MAX_DESCRIPTION_BYTES = 200
 
+_FAULTS: Mapping[type[ProxyError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    Forbidden: grpc.StatusCode.PERMISSION_DENIED,
+}
 Trailers = tuple[tuple[str, str | bytes], ...]
 
 
@@ -40,9 +47,9 @@ class Status(NamedTuple):
 
 def status_of(error: ProxyError) -> Status:
     """The status of an error."""
-    if isinstance(error, InvalidRequest):
-        violations = {error.field: error.message} if error.field else {}
-        return _with_details(grpc.StatusCode.INVALID_ARGUMENT, error.message, violations)
+    if isinstance(error, InvalidRequest | Unauthenticated | Forbidden):
+        field = error.field if isinstance(error, InvalidRequest) else None
+        return _with_details(_FAULTS[type(error)], error.message, {field: error.message} if field else {})
     if isinstance(error, QueueFull):
         return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message, _pushback(error.retry_after_seconds))
     if isinstance(error, Draining):

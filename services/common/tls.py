@@ -32,12 +32,17 @@ class PemFiles:
     key: str | None
     flags: tuple[str, str, str] = ("--tls-ca", "--tls-cert", "--tls-key")
 
-    def check_together(self) -> None:
-        """Refuse a certificate without its key, or for a way in the clear. Raises UsageError."""
-        ca_flag, cert_flag, key_flag = self.flags
+    def check_pair(self) -> None:
+        """Refuse a certificate without its key. Raises UsageError."""
+        _, cert_flag, key_flag = self.flags
         if (self.cert is None) is not (self.key is None):
             message = f"{cert_flag} and {key_flag}: neither goes without the other"
             raise UsageError(message)
+
+    def check_together(self) -> None:
+        """Refuse also a certificate for a way in the clear, of whoever calls. Raises UsageError."""
+        self.check_pair()
+        ca_flag, cert_flag, _ = self.flags
         if self.cert is not None and self.ca is None:
             message = f"{cert_flag} needs {ca_flag}: without it nothing is encrypted"
             raise UsageError(message)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.cli import cli
 from services.cache_proxy.config import (
     AnswerSettings,
@@ -61,6 +62,8 @@ def _parsed(settings: type, *args: str) -> object:
         "--listen 127.0.0.1:-1", "--http-listen 1:2:x", "--http-listen 127.0.0.1:99999", "--http-listen unix:/x",
         "--cache-tls-ca /dev/null", "--cache-ttl 12h", "--cache-ttl 36h", "--cache-ttl 30", "--cache-ttl -1d",
         "--cache-ttl 9999d", "--previous-model-version 1", "--no-such-flag x",
+        "--tls-cert c", "--tls-key k", "--tls-client-ca c", "--model-tls-cert c", "--model-tls-key k",
+        "--model-token-file t",
     ],
 )  # fmt: skip
 def test_a_bad_value_is_one_line_that_names_its_flag(refused: Refused, flag: str) -> None:
@@ -68,6 +71,29 @@ def test_a_bad_value_is_one_line_that_names_its_flag(refused: Refused, flag: str
     name, value = flag.split(" ", 1)
     line = refused("--model-target", "m:1", name, value)
     assert name in line
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ("--tls-cert c --tls-client-ca a", "--tls-key"),
+        ("--model-tls-cert c --model-tls-key k", "--model-tls-ca"),
+        ("--model-tls-ca a --model-tls-key k", "--model-tls-cert"),
+    ],
+)
+def test_certificates_come_whole(refused: Refused, args: str, named: str) -> None:
+    """Each with its key, and towards the model with the CA that says that the way is encrypted."""
+    assert named in refused("--model-target", "m:1", *args.split())
+
+
+def test_a_token_for_the_model_goes_in_the_clear_to_this_machine_only(refused: Refused) -> None:
+    """Else it is refused; with TLS, or over loopback, it is not."""
+    line = refused("--model-target", "dns:///model.example:1", "--model-token-file", "t")
+    assert "model.example:1 would get it in the clear" in line
+    for args in (("--model-tls-ca", "a"), ("--model-target", "127.0.0.1:1")):
+        parsed = _parsed(ModelAccess, "--model-token-file", "t", *args)
+        assert isinstance(parsed, ModelAccess)
+        parsed.check_way("m:1" if args[0] == "--model-tls-ca" else "127.0.0.1:1")
 
 
 def test_the_model_must_be_named(refused: Refused) -> None:
@@ -126,6 +152,8 @@ def test_the_defaults_are_the_contracts() -> None:
         model_calls_per_second=1, expected_replicas=1, linger_seconds=0.02, model_deadline_seconds=30,
     )  # fmt: skip
     assert cache == CacheSettings(cache_url="embedded:", cache_timeout_seconds=0.25)
+    assert _parsed(CallerAccess) == CallerAccess()
+    assert _parsed(ModelAccess) == ModelAccess()
     assert answers == AnswerSettings(cache_ttl_seconds=0, serve_stale=False, previous_model_version=None)
 
 

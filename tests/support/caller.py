@@ -131,14 +131,19 @@ class Caller:
 
 
 @contextmanager
-def caller(target: str) -> Iterator[Caller]:
-    """A caller with a connection that it shares with no other."""
+def caller(target: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Caller]:
+    """A caller with a connection that it shares with no other; without credentials, in the clear."""
     options = [
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.enable_retries", 0),
     ]
-    with grpc.insecure_channel(target, options=options) as channel:
+    opened = (
+        grpc.secure_channel(target, credentials, options=options)
+        if credentials
+        else grpc.insecure_channel(target, options=options)
+    )
+    with opened as channel:
         yield Caller(channel)
 
 

@@ -51,13 +51,12 @@ class Authority:
 
     def sign(self, name: str, *names: str) -> Signed:
         """A certificate with these subject alternative names (`DNS:…`, `URI:…`), or of this machine."""
-        key, certificate, request = (self._folder / f"{name}.{kind}" for kind in ("key", "crt", "csr"))
-        alternatives = self._folder / "names"
-        alternatives.write_text("subjectAltName=" + (",".join(names) or "IP:127.0.0.1,DNS:localhost"))
-        _openssl("req", *_EC, "-keyout", str(key), "-out", str(request), "-subj", f"/CN={name}")
+        key, certificate = self._folder / f"{name}.key", self._folder / f"{name}.crt"
+        alternatives = ",".join(names) or "IP:127.0.0.1,DNS:localhost"
         _openssl(
-            "x509", "-req", "-in", str(request), "-CA", str(self.certificate), "-CAkey", str(self._key),
-            "-CAcreateserial", "-days", "2", "-out", str(certificate), "-extfile", str(alternatives),
+            "req", "-x509", *_EC, "-CA", str(self.certificate), "-CAkey", str(self._key), "-keyout", str(key),
+            "-out", str(certificate), "-days", "2", "-subj", f"/CN={name}",
+            "-addext", f"subjectAltName={alternatives}", "-addext", "basicConstraints=CA:FALSE",
         )  # fmt: skip
         return Signed(certificate, key, self.certificate)
 

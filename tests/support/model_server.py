@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -27,6 +28,8 @@ class Call:
     pairs: tuple[tuple[str, str], ...]
     message_bytes: int
     metadata: Mapping[str, str | bytes] = field(default_factory=dict)
+    certificate: str = ""  # the caller's common name
+    authorization: str = ""
 
 
 class Abort(Exception):
@@ -74,6 +77,8 @@ class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
                 pairs=tuple((item.company, item.title) for item in request.batch),
                 message_bytes=request.ByteSize(),
                 metadata=dict(context.invocation_metadata()),
+                certificate=_common_name(context),
+                authorization=str(dict(context.invocation_metadata()).get("authorization", "")),
             )
             self.calls.append(call)
         try:
@@ -96,14 +101,26 @@ class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
             return [call for call in self.calls if any(pair[0].startswith(prefix) for pair in call.pairs)]
 
 
+def _common_name(context: grpc.ServicerContext) -> str:
+    """Of the caller's certificate, empty without one."""
+    peer: Any = context.auth_context()
+    return b"".join(peer.get("x509_common_name", ())).decode()
+
+
 @contextmanager
-def scripted_model(behaviour: Behaviour = well, *, address: str = "127.0.0.1:0") -> Iterator[ScriptedModel]:
-    """The model on a free port, in threads of its own."""
+def scripted_model(
+    behaviour: Behaviour = well,
+    *,
+    address: str = "127.0.0.1:0",
+    credentials: grpc.ServerCredentials | None = None,
+) -> Iterator[ScriptedModel]:
+    """The model on a free port, in threads of its own; without credentials, in the clear."""
     model = ScriptedModel(behaviour)
     pool = ThreadPoolExecutor(_MAX_CALLS)
     server = grpc.server(pool, options=[("grpc.so_reuseport", 0)])
     seniority_pb2_grpc.add_SeniorityModelServicer_to_server(model, server)
-    model.target = f"{address.rpartition(':')[0]}:{server.add_insecure_port(address)}"
+    port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+    model.target = f"{address.rpartition(':')[0]}:{port}"
     server.start()
     try:
         yield model

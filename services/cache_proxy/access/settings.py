@@ -1,0 +1,73 @@
+"""What is told of certificates and tokens."""
+
+from dataclasses import dataclass
+
+from services.common import bearer, flags
+from services.common.errors import UsageError
+from services.common.flags import flag
+from services.common.tls import PemFiles
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallerAccess:
+    """How callers come in, and who they may be."""
+
+    tls_cert: str | None = flag(
+        "--tls-cert", flags.TEXT, text="certificate shown to callers; Unix sockets stay in the clear"
+    )
+    tls_key: str | None = flag("--tls-key", flags.TEXT, text="its key")
+    tls_client_ca: str | None = flag(
+        "--tls-client-ca", flags.TEXT, text="CA that must have signed callers' certificates (mutual TLS)"
+    )
+    caller_tokens_file: str | None = flag(
+        "--caller-tokens-file", flags.TEXT,
+        text="who may call; a line each: NAME sha256:HEX (of a bearer token), NAME certificate, NAME denied",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Refuse half of a pair, and certificates of callers without one of one's own."""
+        self.files.check_pair()
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise UsageError("--tls-client-ca needs --tls-cert: without it nothing is encrypted")
+
+    @property
+    def files(self) -> PemFiles:
+        """Those of the listeners."""
+        return PemFiles(
+            ca=self.tls_client_ca, cert=self.tls_cert, key=self.tls_key,
+            flags=("--tls-client-ca", "--tls-cert", "--tls-key"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelAccess:
+    """How the proxy itself is let in at the model."""
+
+    model_token_file: str | None = flag(
+        "--model-token-file", flags.TEXT, text="file with the bearer token for the model; it may change"
+    )
+    model_tls_ca: str | None = flag(
+        "--model-tls-ca", flags.TEXT, text="CA that signed the model's certificate; the way is encrypted"
+    )
+    model_tls_cert: str | None = flag(
+        "--model-tls-cert", flags.TEXT, text="the proxy's own certificate, for mutual TLS with the model"
+    )
+    model_tls_key: str | None = flag("--model-tls-key", flags.TEXT, text="its key")
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        self.files.check_together()
+
+    def check_way(self, target: str) -> None:
+        """Refuse a token that others could read on its way. Raises UsageError."""
+        bearer.check_way(
+            target, token_file=self.model_token_file, tls_ca=self.model_tls_ca, prefix="--model-"
+        )
+
+    @property
+    def files(self) -> PemFiles:
+        """Those of the way to the model."""
+        return PemFiles(
+            ca=self.model_tls_ca, cert=self.model_tls_cert, key=self.model_tls_key,
+            flags=("--model-tls-ca", "--model-tls-cert", "--model-tls-key"),
+        )  # fmt: skip

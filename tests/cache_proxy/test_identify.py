@@ -1,0 +1,245 @@
+"""Who a caller is taken for: by certificate, by token, by its own word, or not at all."""
+
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc import aio
+
+from services.cache_proxy.access import callers_file
+from services.cache_proxy.access.identify import identification
+from services.cache_proxy.access.listeners import server_credentials
+from services.cache_proxy.callers import Context, Identify
+from services.cache_proxy.errors import ProxyError
+from services.common.errors import UsageError
+from services.common.renewal import Look
+from services.common.tls import PemFiles
+from tests.support.certificates import Authority, Signed
+
+Ask = Callable[..., "aio.UnaryUnaryCall[bytes, bytes]"]
+_LIST = f"""
+# who may call
+pricing sha256:{hashlib.sha256(b"of-pricing").hexdigest()}
+pricing sha256:{hashlib.sha256(b"the-next-of-pricing").hexdigest()}   # while it is replaced
+gone    sha256:{hashlib.sha256(b"of-gone").hexdigest()}
+gone    denied
+spiffe://example.org/listed certificate
+spiffe://example.org/barred certificate
+spiffe://example.org/barred denied
+"""
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Signed]:
+    """Certificates by one authority: the server's, and callers' with names of every kind."""
+    authority = Authority(tmp_path_factory.mktemp("identify"))
+    spiffe = "URI:spiffe://example.org"
+    return {
+        "server": authority.sign("server"),
+        "listed": authority.sign("listed", "DNS:dns.example", f"{spiffe}/listed"),
+        "other": authority.sign("other", f"{spiffe}/other"),
+        "barred": authority.sign("barred", f"{spiffe}/barred"),
+        "by dns": authority.sign("by-dns", "DNS:first.example", "DNS:second.example"),
+        "nameless": authority.sign("nameless", "email:a@example.org"),
+        "endless": authority.sign("endless", f"{spiffe}/{'x' * 300}"),
+    }
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Path:
+    """The list as a file."""
+    path = tmp_path / "callers"
+    path.write_text(_LIST)
+    return path
+
+
+@asynccontextmanager
+async def _answering(identify: Identify, own: Signed | None, shown: Signed | None) -> AsyncIterator[Ask]:
+    """A server that says whom it takes its caller for, or how it is refused; with TLS if it has its `own`."""
+
+    async def say(_: bytes, context: Context) -> bytes:
+        try:
+            caller = identify(context)
+        except ProxyError as error:
+            return f"{type(error).__name__}: {error}".encode()
+        return f"{caller.name} {caller.priority}".encode()
+
+    server = aio.server()
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(say)
+    server.add_registered_method_handlers("Who", {"Am": handler})
+    if own is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+        channel = aio.insecure_channel(f"127.0.0.1:{port}")
+    else:
+        files = PemFiles(ca=str(own.ca), cert=str(own.certificate), key=str(own.key))
+        port = server.add_secure_port("127.0.0.1:0", server_credentials(files.follow()))
+        assert shown
+        channel = aio.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(*shown.pem))
+    await server.start()
+    ask: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Who/Am")
+    try:
+        async with channel:
+            yield lambda *metadata: ask(b"", metadata=metadata, timeout=60)
+    finally:
+        await server.stop(None)
+
+
+_CLAIM = ("x-caller", "claimed")
+_TOKEN = ("authorization", "Bearer of-pricing")
+
+
+@pytest.mark.parametrize(
+    ("certificate", "metadata", "taken_for"),
+    [
+        ("listed", (), "spiffe://example.org/listed interactive"),
+        ("listed", (_CLAIM, ("x-priority", "bulk")), "spiffe://example.org/listed bulk"),
+        ("by dns", (_CLAIM,), "first.example interactive"),
+        ("nameless", (_CLAIM,), "claimed interactive"),
+        ("nameless", (), "anonymous interactive"),
+        ("endless", (), "anonymous interactive"),
+        ("listed", (("x-priority", "x"),), "InvalidRequest"),
+        (None, (_CLAIM, _TOKEN), "claimed interactive"),
+        (None, (_TOKEN,), "anonymous interactive"),
+    ],
+)
+async def test_without_a_list_nobody_is_refused_but_certificates_tell(
+    signed: dict[str, Signed], certificate: str | None, metadata: tuple[tuple[str, str], ...], taken_for: str
+) -> None:
+    """The first URI of a certificate, else its first DNS name; `x-caller` only where it has neither."""
+    identify = identification(certificates=certificate is not None, listed=None)
+    own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
+    async with _answering(identify, own, shown) as ask:
+        assert (await ask(*metadata)).decode().startswith(taken_for)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "metadata", "taken_for"),
+    [
+        (None, (_TOKEN,), "pricing interactive"),
+        (None, (_TOKEN, _CLAIM, ("x-priority", "bulk")), "pricing bulk"),
+        (None, (("authorization", "bearer  the-next-of-pricing"),), "pricing interactive"),
+        (None, (), "Unauthenticated: a bearer token is needed"),
+        (None, (_CLAIM,), "Unauthenticated: a bearer token is needed"),
+        (None, (("authorization", "Bearer"),), "Unauthenticated: a bearer token is needed"),
+        (None, (("authorization", "Bearer of-nobody"),), "Unauthenticated: a bearer token is not known"),
+        (None, (("authorization", "Basic of-pricing"),), "Unauthenticated: a bearer token is not known"),
+        (None, (("authorization", "of-pricing"),), "Unauthenticated"),
+        (None, (("authorization", hashlib.sha256(b"of-pricing").hexdigest()),), "Unauthenticated"),
+        (None, (("authorization", "Bearer of-gone"),), "Forbidden: gone may not"),
+        (None, (_TOKEN, ("x-priority", "x")), "InvalidRequest"),
+        ("listed", (), "spiffe://example.org/listed interactive"),
+        ("listed", (_TOKEN, _CLAIM), "spiffe://example.org/listed interactive"),
+        ("other", (), "Forbidden: spiffe://example.org/other may not"),
+        ("other", (_CLAIM,), "Forbidden"),
+        ("other", (("authorization", "Bearer of-nobody"),), "Forbidden"),
+        ("other", (_TOKEN,), "pricing interactive"),
+        ("barred", (), "Forbidden: spiffe://example.org/barred may not"),
+        ("barred", (_TOKEN,), "Forbidden: spiffe://example.org/barred may not"),
+        ("nameless", (_CLAIM,), "Unauthenticated"),
+        ("nameless", (_TOKEN,), "pricing interactive"),
+    ],
+)
+async def test_with_a_list_only_those_on_it_come_in(
+    signed: dict[str, Signed],
+    listed: Path,
+    certificate: str | None,
+    metadata: tuple[tuple[str, str], ...],
+    taken_for: str,
+) -> None:
+    """By a certificate that it names, else by a token; nobody's own word counts, and a refusal is one."""
+    identify = identification(certificates=certificate is not None, listed=callers_file.follow(str(listed)))
+    own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
+    async with _answering(identify, own, shown) as ask:
+        assert (await ask(*metadata)).decode().startswith(taken_for)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("pricing s3cret", "line 2 is not NAME sha256:HEX"),
+        ("pricing", "line 2 is not"),
+        ("pricing sha256:s3cret", "line 2 is not"),
+        (f"pricing sha256:{'A' * 64}", "line 2 is not"),
+        (f"pricing md5:{'a' * 64}", "line 2 is not"),
+        (f"{'x' * 256} certificate", "line 2 is not"),
+        ("pricing certificate s3cret", "line 2 is not"),
+        (f"other sha256:{hashlib.sha256(b'of-pricing').hexdigest()}", "line 2 has the token of pricing"),
+    ],
+)
+def test_a_line_that_cannot_be_meant_is_refused_without_its_words(
+    tmp_path: Path, line: str, why: str
+) -> None:
+    """By number: it may hold a token that somebody forgot to hash."""
+    path = tmp_path / "callers"
+    path.write_text(f"pricing sha256:{hashlib.sha256(b'of-pricing').hexdigest()}\n{line}\n")
+    with pytest.raises(UsageError, match=why) as refused:
+        callers_file.follow(str(path))
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "# nobody\n", "gone denied\n"])
+def test_a_list_of_nobody_is_refused(tmp_path: Path, text: str) -> None:
+    """An empty file is one that is being written, or a mistake; it locks nobody out."""
+    path = tmp_path / "callers"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="lets nobody in"):
+        callers_file.follow(str(path))
+
+
+def _put(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+async def test_a_list_that_changes_holds_from_the_next_look(
+    listed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A token that is gone from it is unknown, a new one known; a broken list changes nothing."""
+    followed = callers_file.follow(str(listed))
+    identify = identification(certificates=False, listed=followed)
+    async with _answering(identify, None, None) as ask:
+        _put(listed, _LIST.replace("of-pricing", "") + "broken s3cret\n")
+        assert followed.look() is Look.FAILED
+        assert await ask(_TOKEN) == b"pricing interactive"
+        _put(listed, f"new sha256:{hashlib.sha256(b'of-new').hexdigest()}\n")
+        assert followed.look() is Look.DONE
+        assert (await ask(_TOKEN)).startswith(b"Unauthenticated")
+        assert await ask(("authorization", "Bearer of-new")) == b"new interactive"
+    assert "s3cret" not in caplog.text
+
+
+async def test_each_listener_follows_its_files(tmp_path: Path) -> None:
+    """Two listeners on the same files: both show the renewed certificate, though gRPC asks each only once."""
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    first, second, client = old.sign("a"), new.sign("a"), new.sign("client")
+    paths = [tmp_path / name for name in ("ca", "crt", "key")]
+
+    def put(files: Signed) -> None:
+        for path, file in zip(paths, (files.ca, files.certificate, files.key), strict=True):
+            path.write_bytes(file.read_bytes())
+
+    put(first)
+    pem = PemFiles(ca=str(paths[0]), cert=str(paths[1]), key=str(paths[2])).follow()
+    server = aio.server()
+    ports = [server.add_secure_port("127.0.0.1:0", server_credentials(pem)) for _ in range(2)]
+    await server.start()
+
+    async def fails(port: int, shown: Signed) -> bool:
+        credentials = grpc.ssl_channel_credentials(*shown.pem)
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with aio.secure_channel(f"127.0.0.1:{port}", credentials, options=options) as channel:
+            ask: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Who/Am")
+            with pytest.raises(aio.AioRpcError) as ended:
+                await ask(b"", timeout=60)
+            return ended.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    try:
+        assert [await fails(port, client) for port in ports] == [True, True]
+        put(second)
+        assert pem.look() is Look.DONE
+        assert [await fails(port, client) for port in (*ports, *ports)] == [False] * 4
+        assert [await fails(port, first) for port in ports] == [True, True]
+    finally:
+        await server.stop(None)

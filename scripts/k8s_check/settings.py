@@ -1,7 +1,7 @@
 """What each of the project's containers is told, as the program itself understands it."""
 
 from collections.abc import Iterator, Sequence
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from scripts.k8s_check.build import Manifest
 from scripts.k8s_check.commands import PROGRAMS, Parsed, Refused, parse, variables
@@ -76,8 +76,11 @@ def _problems(container: Container, parsed: Parsed, manifests: Sequence[Manifest
 
 def _files(parsed: Parsed) -> Iterator[str]:
     for name, value in parsed.values.items():
-        if value and name.endswith(("_file", "_tls_ca", "_tls_cert", "_tls_key")):
+        if value and name.endswith(("_file", "tls_ca", "tls_client_ca", "tls_cert", "tls_key")):
             yield str(value)
+    if parsed.values.get("cache_url"):
+        found = parse_qs(urlsplit(parsed.values["cache_url"]).query)
+        yield from (path for name in ("ssl_certfile", "ssl_keyfile") for path in found.get(name, ()))
 
 
 def _probes(container: Container, parsed: Parsed) -> Iterator[str]:

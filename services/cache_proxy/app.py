@@ -67,7 +67,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         stack.push_async_callback(http.close)
         http_bound = await http.start(settings.server.http_listen)
         opened = await stack.enter_async_context(
-            open_store(settings.cache, settings.key, metrics, settings.answers)
+            open_store(settings.cache, settings.key, metrics, settings.answers, renewals)
         )
         lifetime = Lifetime(settings.answers.ttl_days, settings.answers.serve_stale)
         store = GuardedStore(

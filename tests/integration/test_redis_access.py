@@ -15,9 +15,9 @@ from services.cache_proxy.store.connecting import Access, connect, servers
 from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from tests.integration.conftest import UNPACED
 from tests.support.caller import caller, metrics, pairs_of
-from tests.support.certificates import self_signed
+from tests.support.certificates import Authority, Mounted, self_signed
 from tests.support.model_server import scripted_model
-from tests.support.processes import ROOT, cache_proxy, run_command
+from tests.support.processes import ROOT, Service, cache_proxy, run_command
 from tests.support.redis_cluster import redis_cluster, sentinel
 from tests.support.redis_server import RedisServer, free_port, local_program, redis_process, wait_for
 
@@ -142,6 +142,58 @@ def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) 
                 proxy.stop()
 
 
+@pytest.mark.slow
+def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
+    """A Redis that demands certificates: cached with one, not with a stranger's; and when CA and certificates
+    are another authority's by the time it comes back, it is reached with those, without a restart.
+    """  # noqa: D205 - one thought
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no redis-server (with TLS) is installed")
+    first, second = Authority(tmp_path, "first"), Authority(tmp_path, "second")
+    server, client = Mounted(tmp_path / "server"), Mounted(tmp_path / "client")
+    server.put_pair(first.sign("redis"))
+    client.put_pair(first.sign("proxy"))
+    own, shown, port = server.signed, client.signed, free_port()
+    with (
+        redis_process(
+            tmp_path, "--tls-port", str(port), "--tls-cert-file", str(own.certificate), "--tls-key-file",
+            str(own.key), "--tls-ca-cert-file", str(own.ca), "--tls-auth-clients", "yes", program=program,
+        ) as redis_server,
+        scripted_model() as model,
+    ):  # fmt: skip
+
+        def is_degraded(proxy: Service) -> float:
+            return metrics(proxy.http)["cache_proxy_degraded",]
+
+        url = f"rediss://127.0.0.1:{port}?ssl_certfile={{}}&ssl_keyfile={{}}"
+        flags = ("--model-target", model.target, "--cache-tls-ca", str(shown.ca), *UNPACED, "--cache-url")
+        with (
+            cache_proxy(*flags, url.format(shown.certificate, shown.key), "--l1-max-bytes", "0") as proxy,
+            caller(proxy.target) as asking,
+        ):
+            pairs = pairs_of("mutual", 5)
+            assert asking.ask(pairs).misses == 5
+            wait_for(lambda: asking.ask(pairs).hits == 5, what="they are cached")
+            redis_server.kill()
+            wait_for(lambda: is_degraded(proxy) == 1, what="Redis is lost")
+            server.put_pair(second.sign("redis"))
+            client.put_pair(second.sign("proxy"))
+            redis_server.start()
+            wait_for(
+                lambda: asking.ask(pairs).hits and is_degraded(proxy) == 0, what="Redis is reached again"
+            )
+            assert metrics(proxy.http)["cache_proxy_renewals_total", "cache_tls", "done"] == 1
+            proxy.stop()
+        stranger, _ = self_signed(tmp_path, "stranger")
+        with (
+            cache_proxy(*flags, url.format(stranger, tmp_path / "stranger.key")) as proxy,
+            caller(proxy.target) as asking,
+        ):
+            assert asking.ask(pairs).misses == 5
+            assert metrics(proxy.http)["cache_proxy_store_up",] == 0
+
+
 @dataclass(frozen=True)
 class _Guarded:
     """A server that lets in by TLS and with deploy/redis's rights, and how a proxy gets in."""
@@ -153,7 +205,7 @@ class _Guarded:
 
 @pytest.fixture(params=["cluster", "sentinel"])
 def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Guarded]:
-    """Several servers behind one URL. Tests themselves go by the plain ports, as a user who may all."""
+    """Several servers behind one URL, by mutual TLS. Tests themselves go by the plain ports, and may all."""
     program = shutil.which("redis-server")
     if program is None or shutil.which("openssl") is None:
         pytest.skip("no redis-server (with TLS) and openssl are installed")
@@ -165,7 +217,7 @@ def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     with ExitStack() as stack:
         tls = {
             "tls-cert-file": str(certificate), "tls-key-file": str(key), "tls-ca-cert-file": str(certificate),
-            "tls-auth-clients": "no", "tls-replication": "yes",
+            "tls-auth-clients": "yes", "tls-replication": "yes",
         }  # fmt: skip
         settings = [part for name, value in tls.items() for part in (f"--{name}", value)]
         settings += ["--aclfile", str(users)]
@@ -177,6 +229,7 @@ def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
             url, nodes = _behind_a_sentinel(stack, tmp_path, settings, tls, program)
         flags = ("--cache-username", "seniority", "--cache-password-file", str(password),
                  "--cache-tls-ca", str(certificate))  # fmt: skip
+        url += f"?ssl_certfile={certificate}&ssl_keyfile={key}"
         yield _Guarded(url, flags, nodes)
 
 

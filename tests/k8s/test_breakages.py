@@ -35,6 +35,11 @@ _MISFITS = [
     (_PROD, "rediss://redis.example.com:6379", "rediss://:pw@redis.example.com:6379", "has a password in it"),
     (_PROD, "  CACHE_PROXY_CACHE_URL: rediss", "  SOMETHING: rediss", "has no CACHE_PROXY_CACHE_URL"),
     (_PROD, "CACHE_PROXY_CACHE_URL", "AWS_CACHE_URL", "nothing sets --cache-url"),
+    # Certificates: every file that a setting names is looked for, also in the URL.
+    (_PROD, "rediss://redis.example.com:6379", "rediss://redis.example.com:6379?ssl_certfile=/etc/none", "nothing is mounted that holds /etc/none"),
+    (_PROD, "CACHE_PROXY_MODEL_VERSION: '1'", "CACHE_PROXY_CALLER_TOKENS_FILE: /etc/none", "nothing is mounted that holds /etc/none"),
+    (_PROD, "CACHE_PROXY_MODEL_VERSION: '1'", "CACHE_PROXY_TLS_CERT: /etc/cache-proxy/secrets/c", "neither goes without the other"),
+    (_PROD, "CACHE_PROXY_MODEL_VERSION: '1'", "CACHE_PROXY_TLS_CERT: /etc/none\n  CACHE_PROXY_TLS_KEY: /etc/none", "nothing is mounted that holds /etc/none"),
     # Ports, probes and memory.
     (_PROD, "containerPort: 50051", "containerPort: 50052", "it does not listen on port 50052"),
     (_PROD, "        - containerPort: 50051\n          name: grpc\n", "", "it listens on port 50051"),

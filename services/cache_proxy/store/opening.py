@@ -12,6 +12,7 @@ from typing import cast
 
 import redis.asyncio
 
+from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config import (
     DEFAULT_EMBEDDED_DIR,
     AnswerSettings,
@@ -52,14 +53,18 @@ class OpenedStore:
 
 @asynccontextmanager
 async def open_store(
-    cache: CacheSettings, key: KeySettings, metrics: ProxyMetrics, answers: AnswerSettings | None = None
+    cache: CacheSettings,
+    key: KeySettings,
+    metrics: ProxyMetrics,
+    answers: AnswerSettings | None = None,
+    renewals: Renewals | None = None,
 ) -> AsyncIterator[OpenedStore]:
     """The store, and for `embedded:` its server, for as long as the block lasts. Raises CommandError."""
     if cache.cache_url.startswith("memory:"):
         yield OpenedStore(MemoryStore())
         return
     answers = answers or AnswerSettings()
-    async with open_client(cache) as client:
+    async with open_client(cache, renewals) as client:
         reached = servers(client)
         current = RedisStore(reached, base=base_key(key), metrics=metrics)
         store: Store = current
@@ -89,7 +94,7 @@ async def _running(housekeeping: Housekeeping) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def open_client(cache: CacheSettings) -> AsyncIterator[Client]:
+async def open_client(cache: CacheSettings, renewals: Renewals | None = None) -> AsyncIterator[Client]:
     """A client of the server that `--cache-url` names, and for `embedded:` the server too.
 
     Whoever is given the client closes it. Raises CommandError.
@@ -101,7 +106,9 @@ async def open_client(cache: CacheSettings) -> AsyncIterator[Client]:
         tls_ca=cache.cache_tls_ca,
     )
     if scheme != "embedded":
-        client = connect(cache.cache_url, timeout_seconds=cache.cache_timeout_seconds, access=access)
+        client = connect(
+            cache.cache_url, timeout_seconds=cache.cache_timeout_seconds, access=access, renewals=renewals
+        )
         _log.info("the cache is at %s", redact(cache.cache_url))
         yield client
         return

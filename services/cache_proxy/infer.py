@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import grpc
 
 from protos import seniority_pb2, seniority_pb2_grpc
-from services.common import flags
+from services.common import bearer, flags
 from services.common.errors import CommandError, UsageError
 from services.common.flags import flag
+from services.common.tls import PemFiles
 
 _BATCH_PAIRS = 1000
 
@@ -25,6 +26,15 @@ class InferSettings:
     )
     company: str | None = flag("--company", flags.TEXT, text="the pair's company")
     title: str | None = flag("--title", flags.TEXT, text="the pair's title")
+    tls_ca: str | None = flag(
+        "--tls-ca", flags.TEXT, text="CA that signed the proxy's certificate; the way there is encrypted"
+    )
+    # Not --tls-cert: in a proxy's own environment that variable is the proxy's certificate.
+    client_cert: str | None = flag(
+        "--client-cert", flags.TEXT, text="certificate of one's own, for mutual TLS"
+    )
+    client_key: str | None = flag("--client-key", flags.TEXT, text="its key")
+    token_file: str | None = flag("--token-file", flags.TEXT, text="file with the bearer token to send")
     deadline_seconds: float = flag("--deadline", flags.DURATION, "30s", text="how long the answer may take")
 
     def __post_init__(self) -> None:
@@ -35,25 +45,45 @@ class InferSettings:
         if not _is_text(self.company or "") or not _is_text(self.title or ""):
             message = "--company and --title must be valid UTF-8"
             raise UsageError(message)
+        self.tls.check_together()
+        bearer.check_way(self.target, token_file=self.token_file, tls_ca=self.tls_ca)
+
+    @property
+    def tls(self) -> PemFiles:
+        """The files of the way to the proxy."""
+        return PemFiles(
+            ca=self.tls_ca, cert=self.client_cert, key=self.client_key,
+            flags=("--tls-ca", "--client-cert", "--client-key"),
+        )  # fmt: skip
 
 
 def run(settings: InferSettings) -> None:
     """Print a level a pair; with pairs from standard input, followed by the pair."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
         sys.stdout.reconfigure(errors="backslashreplace")
-    with grpc.insecure_channel(settings.target) as channel:
+    token = None if settings.token_file is None else bearer.Token(settings.token_file)
+    with _channel(settings) as channel:
         stub = seniority_pb2_grpc.SeniorityModelStub(channel)
         if settings.company is not None and settings.title is not None:
-            [level] = _infer(stub, [(settings.company, settings.title)], settings)
+            [level] = _infer(stub, [(settings.company, settings.title)], settings, token)
             sys.stdout.write(f"{level}\n")
             return
         for pairs in _batches(sys.stdin.buffer):
-            for level, (company, title) in zip(_infer(stub, pairs, settings), pairs, strict=True):
+            for level, (company, title) in zip(_infer(stub, pairs, settings, token), pairs, strict=True):
                 sys.stdout.write(f"{level}\t{company}\t{title}\n")
 
 
+def _channel(settings: InferSettings) -> grpc.Channel:
+    if settings.tls_ca is None:
+        return grpc.insecure_channel(settings.target)
+    return grpc.secure_channel(settings.target, settings.tls.follow().value.channel_credentials())
+
+
 def _infer(
-    stub: seniority_pb2_grpc.SeniorityModelStub, pairs: Sequence[tuple[str, str]], settings: InferSettings
+    stub: seniority_pb2_grpc.SeniorityModelStub,
+    pairs: Sequence[tuple[str, str]],
+    settings: InferSettings,
+    token: bearer.Token | None,
 ) -> list[int]:
     request = seniority_pb2.SeniorityRequestBatch(
         batch=[
@@ -61,8 +91,9 @@ def _infer(
             for uuid, (company, title) in enumerate(pairs)
         ]
     )
+    metadata = () if token is None else (token.metadata(),)
     try:
-        response = stub.InferSeniority(request, timeout=settings.deadline_seconds)
+        response = stub.InferSeniority(request, timeout=settings.deadline_seconds, metadata=metadata)
     except grpc.RpcError as error:
         message = f"{settings.target}: {error.code().name}: {error.details()}"
         raise CommandError(message) from error

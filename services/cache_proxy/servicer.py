@@ -78,13 +78,17 @@ class SeniorityService:
 
     async def infer(self, message: bytes, context: Context) -> bytes:
         """Answer a batch in its order, with its uuids."""
+        caller: Caller | InvalidRequest
+        answer = None
         try:
-            caller: Caller | InvalidRequest = self._identify(context)
+            caller = self._identify(context)
         except AccessRefused as error:  # before anything is done for them
             await self._turned_away(error, context)
         except InvalidRequest as error:  # which counts with its pairs
             caller = error
-        answer = None if self._draining else self._answer_one(message, caller, context)
+        else:
+            if not self._draining:
+                answer = self._answer_one(message, caller, context)
         if answer is not None:
             return answer
         self._in_flight += 1
@@ -96,14 +100,9 @@ class SeniorityService:
             if self._draining and not self._in_flight:
                 self._idle.set()
 
-    def _answer_one(self, message: bytes, caller: Caller | InvalidRequest, context: Context) -> bytes | None:
-        """The answer to one pair that L1 knows, with all of the other way's bookkeeping in its fewest steps.
-
-        What is refused goes the other way.
-        """
+    def _answer_one(self, message: bytes, caller: Caller, context: Context) -> bytes | None:
+        """The answer to one pair that L1 knows, with the other way's bookkeeping in its fewest steps."""
         started_at = time.perf_counter()
-        if isinstance(caller, InvalidRequest):
-            return None
         answer = self._resolver.answer_one(message)
         if answer is not None:
             context.set_trailing_metadata(_ONE_HIT)

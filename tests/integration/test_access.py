@@ -18,7 +18,7 @@ from tests.integration.conftest import UNPACED, Stage
 from tests.support.caller import Reply, caller, metrics, pairs_of
 from tests.support.certificates import Authority, Mounted, Signed
 from tests.support.model_server import Answers, Call, ScriptedModel, scripted_model, well
-from tests.support.processes import Service, cache_proxy
+from tests.support.processes import Service, cache_proxy, run_command
 from tests.support.redis_server import wait_for
 
 _TOKENS = {name: f"s3cret-of-{name}" for name in ("pricing", "gone", "nobody", "the-proxy")}
@@ -183,6 +183,20 @@ def test_who_is_no_party_to_it_is_not_connected(place: _Place, pricing: Signed, 
         replies.append(in_the_clear.ask(pairs_of("a", 1)))
     assert {reply.code for reply in replies} == {StatusCode.UNAVAILABLE}
     assert place.model.calls_for("a ") == []
+
+
+@pytest.mark.slow
+def test_the_command_line_asks_by_tls_too(place: _Place, pricing: Signed) -> None:
+    """`cache-proxy infer` with the CA, a certificate and a token is answered; without, refused."""
+    own = ("--tls-ca", str(pricing.ca), "--client-cert", str(pricing.certificate), "--client-key")
+    asked = ("infer", "--target", place.proxy.target, "--company", "command", "--title", "line")
+    done = run_command(
+        "services.cache_proxy", *asked, *own, str(pricing.key), "--token-file", str(place.token)
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    refused = run_command("services.cache_proxy", *asked, "--tls-ca", str(pricing.ca), "--deadline", "5s")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "UNAVAILABLE" in refused.stderr
 
 
 @pytest.mark.slow

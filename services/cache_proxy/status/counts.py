@@ -44,9 +44,15 @@ class Span(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     sent: Count = 0
 
     def add(self, other: "Span") -> None:
-        """Count the other's too."""
-        for field in self.__struct_fields__:
-            setattr(self, field, getattr(self, field) + getattr(other, field))
+        """Count the other's too: a fleet's page does it thousands of times, so field by field."""
+        self.requests += other.requests
+        self.hits += other.hits
+        self.coalesced += other.coalesced
+        self.inferred += other.inferred
+        self.failed += other.failed
+        self.calls += other.calls
+        self.failed_calls += other.failed_calls
+        self.sent += other.sent
 
     @property
     def pairs(self) -> int:
@@ -111,36 +117,59 @@ def top(callers: Iterable[CallerCounts]) -> list[CallerCounts]:
     return sorted(asked, key=lambda caller: (-caller.pairs, caller.name))[:TOP_CALLERS]
 
 
-def sum_up(minutes: Iterable[tuple[int, Minute]], *, now_seconds: float) -> Sums:
-    """The last ten minutes, of any number of replicas.
+class Summing:
+    """The last ten minutes, of any number of replicas, added one minute of one replica at a time.
 
     Callers are counted by whole minutes, and of each minute of each replica only the busiest.
     """
-    last = int(now_seconds // SPAN_SECONDS)
-    first = last - WINDOW_SPANS + 1
-    spans = [Span() for _ in range(WINDOW_SPANS)]
-    callers: dict[str, CallerCounts] = {}
-    failures: dict[int, str] = {}
-    for number, minute in minutes:
+
+    def __init__(self, *, now_seconds: float) -> None:
+        self._last = int(now_seconds // SPAN_SECONDS)
+        self._first = self._last - WINDOW_SPANS + 1
+        self._spans = [Span() for _ in range(WINDOW_SPANS)]
+        self._callers: dict[str, CallerCounts] = {}
+        self._failures: dict[int, str] = {}
+
+    def add(self, number: int, minute: Minute) -> None:
+        """The minute of that number since 1970."""
+        if not self._first < (number + 1) * _SPANS <= self._last + _SPANS:
+            return
         for at, span in enumerate(minute.spans, start=number * _SPANS):
-            if first <= at <= last:
-                spans[at - first].add(span)
+            if self._first <= at <= self._last:
+                self._spans[at - self._first].add(span)
                 if span.failed_calls and minute.last_failure:
-                    failures[at] = minute.last_failure if minute.last_failure in _CODES else "unknown"
-        if number * _SPANS + _SPANS > first:
-            for part in minute.callers:
-                _add_caller(callers, part)
-    total = Span()
-    for span in spans:
-        total.add(span)
-    failed_at = max(failures, default=None)
-    return Sums(
-        spans=spans,
-        total=total,
-        callers=top(callers.values()),
-        last_failure=None if failed_at is None else failures[failed_at],
-        last_failure_seconds=None if failed_at is None else (last - failed_at) * SPAN_SECONDS,
-    )
+                    known = minute.last_failure in _CODES
+                    self._failures[at] = minute.last_failure if known else "unknown"
+        for part in minute.callers:
+            name = part.name if part.name.isprintable() and part.name else "(unreadable)"
+            caller = self._callers.get(name)
+            if caller is None:
+                caller = self._callers[name] = CallerCounts(name)
+            caller.hits += part.hits
+            caller.misses += part.misses
+            caller.failed += part.failed
+
+    def sums(self) -> Sums:
+        """Of what was added."""
+        total = Span()
+        for span in self._spans:
+            total.add(span)
+        failed_at = max(self._failures, default=None)
+        return Sums(
+            spans=self._spans,
+            total=total,
+            callers=top(self._callers.values()),
+            last_failure=None if failed_at is None else self._failures[failed_at],
+            last_failure_seconds=None if failed_at is None else (self._last - failed_at) * SPAN_SECONDS,
+        )
+
+
+def sum_up(minutes: Iterable[tuple[int, Minute]], *, now_seconds: float) -> Sums:
+    """The sums of a few minutes."""
+    summing = Summing(now_seconds=now_seconds)
+    for number, minute in minutes:
+        summing.add(number, minute)
+    return summing.sums()
 
 
 def callers_of(pairs: Mapping[str, Counter[str]]) -> list[CallerCounts]:
@@ -149,11 +178,3 @@ def callers_of(pairs: Mapping[str, Counter[str]]) -> list[CallerCounts]:
         CallerCounts(name[:_MAX_NAME], counts["hit"], counts["miss"], counts["failed"])
         for name, counts in pairs.items()
     )
-
-
-def _add_caller(callers: dict[str, CallerCounts], part: CallerCounts) -> None:
-    name = part.name if part.name.isprintable() and part.name else "(unreadable)"
-    known = callers.setdefault(name, CallerCounts(name))
-    known.hits += part.hits
-    known.misses += part.misses
-    known.failed += part.failed

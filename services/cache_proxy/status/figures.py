@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.metrics import LANES
 from services.cache_proxy.queue import MAX_ATTEMPTS
 from services.cache_proxy.queue.overview import Overview
@@ -15,12 +16,14 @@ from services.cache_proxy.status.counts import (
     CallerCounts,
     Minute,
     Span,
+    Summing,
     Sums,
     decode,
     sum_up,
 )
 
 _MINUTE_SPANS = 6
+_BREATH_REPORTS = 50  # a millisecond
 
 Scope = Literal["fleet", "not shared", "redis lost", "redis slow"]
 """Of whom the figures are: of all replicas; else of this one alone, and why."""
@@ -120,17 +123,17 @@ class Self(msgspec.Struct, frozen=True):
     up_seconds: float
 
 
-def of_fleet(overview: Overview, own: Self) -> Figures:
-    """From what Redis says."""
-    minutes: list[tuple[int, Minute]] = []
-    unreadable = 0
-    for number, report in overview.reports or ():
-        minute = decode(report)
-        if minute is None:
-            unreadable += 1
-        else:
-            minutes.append((number, minute))
-    sums = sum_up(minutes, now_seconds=overview.now_seconds)
+async def of_fleet(overview: Overview, own: Self) -> Figures:
+    """From what Redis says; of hundreds of replicas a little at a time."""
+    summing, unreadable = Summing(now_seconds=overview.now_seconds), 0
+    async for some in in_breaths(overview.reports or (), _BREATH_REPORTS):
+        for number, report in some:
+            minute = decode(report)
+            if minute is None:
+                unreadable += 1
+            else:
+                summing.add(number, minute)
+    sums = summing.sums()
     return _figures("fleet", overview, own, sums, now_seconds=overview.now_seconds, unreadable=unreadable)
 
 

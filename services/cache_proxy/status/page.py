@@ -95,7 +95,7 @@ class StatusPage:
                 scope: Scope = "redis lost" if queue.lost else "not shared"
                 self._keep(self._alone(scope, overview, store))
             else:
-                self._keep(figures_of.of_fleet(overview, self._self(store)))
+                self._keep(await figures_of.of_fleet(overview, self._self(store)))
         except StoreError:
             self._keep(self._alone("redis slow", None, store))
 

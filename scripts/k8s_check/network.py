@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from scripts.k8s_check.build import Manifest
+from scripts.k8s_check.environment import environment
 from scripts.k8s_check.objects import Container, by_name, of_kind, pods, selects
 from scripts.k8s_check.settings import understood
 
@@ -18,6 +19,9 @@ def check(manifests: Sequence[Manifest]) -> Iterator[str]:
     for container, parsed in understood(manifests, "augmenter"):
         yield from _called(container, parsed.values["target"], manifests)
     for pod in pods(manifests):
+        for container in pod.containers():
+            if collector := environment(container, manifests).variables.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+                yield from _called(container, collector, manifests)
         opened = _ports(manifests, "Ingress", pod.labels)
         for container in pod.containers() if opened is not None else ():
             for port in container.spec.get("ports", ()):

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from urllib.parse import parse_qs, urlsplit
 
+from opentelemetry import environment_variables as api_variables
+from opentelemetry.sdk import environment_variables as sdk_variables
+
 from scripts.k8s_check.build import Manifest
 from scripts.k8s_check.commands import PROGRAMS, Parsed, Refused, parse, variables
 from scripts.k8s_check.environment import environment, missing_files
@@ -16,6 +19,9 @@ _PATHS = {"cache-proxy": {"/healthz", "/readyz"}, "augmenter": {"/healthz"}}
 _UNITS = {"Mi": _MIB, "Gi": 1024 * _MIB}
 _DEFAULT_GRACE_SECONDS = 30
 _OF_LIBRARIES = "AWS_"
+_OF_TRACING = {
+    name for module in (api_variables, sdk_variables) for name in vars(module) if name[:5] == "OTEL_"
+}
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -57,7 +63,7 @@ def _parsed(manifests: Sequence[Manifest]) -> Iterator[tuple[Container, Parsed |
 
 
 def _problems(container: Container, parsed: Parsed, manifests: Sequence[Manifest]) -> Iterator[str]:
-    known = variables(container.program)
+    known = variables(container.program) | _OF_TRACING
     for name in environment(container, manifests).variables.keys() - known:
         if not name.startswith(_OF_LIBRARIES) and name != "JOB_COMPLETION_INDEX":
             yield f"{container.program} knows no variable {name}"

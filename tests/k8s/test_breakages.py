@@ -27,6 +27,8 @@ _MISFITS = [
     (_PROD, "- serve", "- serf", "no command 'serf'"),
     (_PROD, "- --watch", "- --watsh", "--watsh"),
     (_PROD, "- run\n", "- run\n        - s3://b/in/\n        - s3://b/in/out/\n        - --lookback\n", "--watch"),
+    (_ALL, "OTEL_TRACES_SAMPLER_ARG", "OTEL_TRACES_SAMPLE_ARG", "no variable OTEL_TRACES_SAMPLE_ARG"),
+    (_ALL, "observability:4317", "observability:4318", "no NetworkPolicy lets it out on port 4318"),
     (_ALL, "$(JOB_COMPLETION_INDEX)/8", "$(JOB_COMPLETION_INDEX)/7", "--shard is of 7, completions are 8"),
     (_ALL, "$(JOB_COMPLETION_INDEX)/8", "$(JOB_COMPLETION)/8", "$(JOB_COMPLETION)/8"),
     # The cache's URL.

@@ -1,6 +1,8 @@
 """Who a caller is taken for: by certificate, by token, by its own word, or not at all."""
 
 import hashlib
+import re
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from services.common.errors import UsageError
 from services.common.renewal import Look
 from services.common.tls import PemFiles
 from tests.support.certificates import Authority, Signed
+from tests.support.processes import ROOT
 
 Ask = Callable[..., "aio.UnaryUnaryCall[bytes, bytes]"]
 _LIST = f"""
@@ -243,3 +246,13 @@ async def test_each_listener_follows_its_files(tmp_path: Path) -> None:
         assert [await fails(port, first) for port in ports] == [True, True]
     finally:
         await server.stop(None)
+
+
+def test_the_documented_way_to_a_token_leads_to_one(tmp_path: Path) -> None:
+    """The commands of docs/operations.md make a token, and a line by which it is known."""
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    commands = re.search(r"```sh\n(openssl rand .*?)```", page, re.DOTALL)
+    assert commands
+    subprocess.run(["bash", "-euo", "pipefail", "-c", commands[1]], cwd=tmp_path, check=True)
+    token = (tmp_path / "token").read_text().strip()
+    assert callers_file.follow(str(tmp_path / "callers")).value.of_token(token) == "pricing-team"

@@ -42,6 +42,8 @@ _MISFITS = [
     (_PROD, "CACHE_PROXY_MODEL_VERSION: '1'", "CACHE_PROXY_CALLER_TOKENS_FILE: /etc/none", "nothing is mounted that holds /etc/none"),
     (_PROD, "CACHE_PROXY_MODEL_VERSION: '1'", "CACHE_PROXY_TLS_CERT: /etc/cache-proxy/secrets/c", "neither goes without the other"),
     (_PROD, "CACHE_PROXY_MODEL_VERSION: '1'", "CACHE_PROXY_TLS_CERT: /etc/none\n  CACHE_PROXY_TLS_KEY: /etc/none", "nothing is mounted that holds /etc/none"),
+    (_ALL, "mountPath: /etc/augmenter/tls", "mountPath: /etc/augmenter/ssl", "CronJob/augmenter-sweep/augmenter: nothing is mounted that holds /etc/augmenter/tls/ca.crt"),
+    (_ALL, "mountPath: /etc/cache-proxy/tls", "mountPath: /etc/cache-proxy/ssl", "nothing is mounted that holds /etc/cache-proxy/tls/tls.key"),
     # Ports, probes and memory.
     (_PROD, "containerPort: 50051", "containerPort: 50052", "it does not listen on port 50052"),
     (_PROD, "        - containerPort: 50051\n          name: grpc\n", "", "it listens on port 50051"),

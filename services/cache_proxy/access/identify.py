@@ -41,7 +41,7 @@ class _Listed:
             scheme, _, token = metadata.get("authorization", "").partition(" ")
             name = listed.of_token(token.strip()) if scheme.lower() == _SCHEME else None
             if name is None and certified is None:
-                how = "is not known here" if token else "is needed: authorization: Bearer …"
+                how = "is not known here" if token else "is needed (authorization: Bearer TOKEN)"
                 message = f"a bearer token {how}"
                 raise Unauthenticated(message)
         if name is None or name in listed.denied:

@@ -94,9 +94,7 @@ class SeniorityRpc:
             started_at = time.monotonic()
             self._channel.renew()
             infer: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.current.unary_unary(_METHOD)
-            call = infer(
-                request, timeout=self._deadline_seconds, metadata=metadata + self._tracing.headers()
-            )
+            call = infer(request, timeout=self._deadline_seconds, metadata=metadata + self._tracing.headers())
             try:
                 answer = await call
                 trailers = dict(await call.trailing_metadata() or ())

@@ -60,9 +60,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         callers = open_callers(settings.callers, renewals, listen=settings.server.listen)
         replica = new_replica()
         ready = asyncio.Event()
-        http = HttpEndpoint(registry=registry)
-        http.add("/readyz", partial(_readyz, ready))
-        http.add(doors.PATH, partial(_replica, replica))
+        http = _http(registry, ready=ready, replica=replica)
         status = StatusPage(http, metrics=metrics, replica=replica, cache_url=settings.cache.cache_url)
         stack.push_async_callback(http.close)
         http_bound = await http.start(settings.server.http_listen)
@@ -170,6 +168,13 @@ def _books(metrics: ProxyMetrics, tracing: Tracing, replica: str) -> RpcBooks:
     if tracing.is_on or logging.getLogger().isEnabledFor(logging.DEBUG):
         return ToldBooks(metrics.rpcs, tracing=tracing, replica=replica)
     return metrics.rpcs
+
+
+def _http(registry: CollectorRegistry, *, ready: asyncio.Event, replica: str) -> HttpEndpoint:
+    http = HttpEndpoint(registry=registry)
+    http.add("/readyz", partial(_readyz, ready))
+    http.add(doors.PATH, partial(_replica, replica))
+    return http
 
 
 def _show(metrics: ProxyMetrics, *, l1: L1Cache, degraded: Callable[[], bool]) -> None:

@@ -32,6 +32,7 @@ gone    denied
 spiffe://example.org/listed certificate
 spiffe://example.org/barred certificate
 spiffe://example.org/barred denied
+first.example denied
 """
 
 
@@ -141,6 +142,7 @@ async def test_without_a_list_nobody_is_refused_but_certificates_tell(
         ("other", (_TOKEN,), "pricing interactive"),
         ("barred", (), "Forbidden: spiffe://example.org/barred may not"),
         ("barred", (_TOKEN,), "Forbidden: spiffe://example.org/barred may not"),
+        ("by dns", (_TOKEN,), "Forbidden: first.example may not"),
         ("nameless", (_CLAIM,), "Unauthenticated"),
         ("nameless", (_TOKEN,), "pricing interactive"),
     ],

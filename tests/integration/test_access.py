@@ -147,6 +147,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Place]:
         cache_proxy(
             "--model-target", model.target, "--cache-url", "memory:", *UNPACED,
             *listener.signed.flags(ca="client-ca"), "--caller-tokens-file", str(callers),
+            "--listen", f"unix:{folder}/socket",
             *towards_model.signed.flags("--model-tls"), "--model-token-file", str(token),
         ) as proxy,
     ):  # fmt: skip
@@ -183,6 +184,13 @@ def test_who_is_no_party_to_it_is_not_connected(place: _Place, pricing: Signed, 
         replies.append(in_the_clear.ask(pairs_of("a", 1)))
     assert {reply.code for reply in replies} == {StatusCode.UNAVAILABLE}
     assert place.model.calls_for("a ") == []
+
+
+def test_a_unix_socket_is_in_the_clear_and_the_list_holds_on_it(place: _Place) -> None:
+    """Whoever may open it needs no TLS there, yet nobody comes in by a name of their own making."""
+    with caller(place.proxy.ready["listen"][1]) as in_the_clear:
+        reply = in_the_clear.ask(pairs_of("socket", 1), metadata=[("x-caller", "pricing.example")])
+    assert reply.code is StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 import redis
 
@@ -144,8 +145,9 @@ def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
-    """A Redis that demands certificates: cached with one, not with a stranger's; and when CA and certificates
-    are another authority's by the time it comes back, it is reached with those, without a restart.
+    """Caller, proxy, model and Redis, all by mutual TLS: cached; with a stranger's certificate, not.
+    When CA and certificates are another authority's by the time Redis comes back, it is reached with those,
+    without a restart.
     """  # noqa: D205 - one thought
     program = shutil.which("redis-server")
     if program is None:
@@ -155,22 +157,30 @@ def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
     server.put_pair(first.sign("redis"))
     client.put_pair(first.sign("proxy"))
     own, shown, port = server.signed, client.signed, free_port()
+    static = first.sign("static")
+    ca, key, certificate = static.pem
     with (
         redis_process(
             tmp_path, "--tls-port", str(port), "--tls-cert-file", str(own.certificate), "--tls-key-file",
             str(own.key), "--tls-ca-cert-file", str(own.ca), "--tls-auth-clients", "yes", program=program,
         ) as redis_server,
-        scripted_model() as model,
+        scripted_model(
+            credentials=grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)
+        ) as model,
     ):  # fmt: skip
 
         def is_degraded(proxy: Service) -> float:
             return metrics(proxy.http)["cache_proxy_degraded",]
 
         url = f"rediss://127.0.0.1:{port}?ssl_certfile={{}}&ssl_keyfile={{}}"
-        flags = ("--model-target", model.target, "--cache-tls-ca", str(shown.ca), *UNPACED, "--cache-url")
+        flags = (
+            "--model-target", model.target, *static.flags("--model-tls"), *static.flags(ca="client-ca"),
+            "--cache-tls-ca", str(shown.ca), *UNPACED, "--cache-url",
+        )  # fmt: skip
+        asker = grpc.ssl_channel_credentials(*static.pem)
         with (
             cache_proxy(*flags, url.format(shown.certificate, shown.key), "--l1-max-bytes", "0") as proxy,
-            caller(proxy.target) as asking,
+            caller(proxy.target, asker) as asking,
         ):
             pairs = pairs_of("mutual", 5)
             assert asking.ask(pairs).misses == 5
@@ -188,7 +198,7 @@ def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
         stranger, _ = self_signed(tmp_path, "stranger")
         with (
             cache_proxy(*flags, url.format(stranger, tmp_path / "stranger.key")) as proxy,
-            caller(proxy.target) as asking,
+            caller(proxy.target, asker) as asking,
         ):
             assert asking.ask(pairs).misses == 5
             assert metrics(proxy.http)["cache_proxy_store_up",] == 0

@@ -215,6 +215,7 @@ async def test_a_list_that_changes_holds_from_the_next_look(
     assert "s3cret" not in caplog.text
 
 
+@pytest.mark.slow
 async def test_each_listener_follows_its_files(tmp_path: Path) -> None:
     """Two listeners on the same files: both show the renewed certificate, though gRPC asks each only once."""
     old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import pytest
 from grpc import aio
 
 from services.common.channel import RenewedChannel
@@ -52,6 +53,7 @@ def _door(own: Signed, *, clients: Signed) -> Iterator[_Door]:
         server.stop(grace=None).wait()
 
 
+@pytest.mark.slow
 async def test_a_renewed_certificate_is_shown_from_then_on(tmp_path: Path) -> None:
     """New calls are made with it, the one under way ends well; a renewal that is broken changes nothing."""
     authority, mounted = Authority(tmp_path), Mounted(tmp_path / "mounted")

@@ -56,7 +56,7 @@ def _fleet() -> Iterator[list[Service]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(redis_process(folder))
         stub = stack.enter_context(model_stub())
-        flags = ("--model-target", stub.target, "--cache-url", server.url)
+        flags = ("--model-target", stub.target, "--cache-url", server.url, "--cache-timeout", "5s")
         proxies = [stack.enter_context(cache_proxy(*flags)) for _ in range(REPLICAS)]
         _write_the_past(server.url)
         yield proxies

@@ -1,4 +1,5 @@
--- How the queue stands, for the status page: it decides nothing. What is no figure is false.
+-- How the queue stands, for the status page: it decides nothing. What is no figure is false. Who is silent for less
+-- than others would wait for it is not told yet.
 -- ARGV[1]  how many minutes of reports to return, this one included
 -- ARGV[2]  most replicas in a minute, [3] most bytes of a report: beyond those they are somebody else's, and left out
 -- Returns  msgpack {now ms, {interactive, bulk, refresh waiting}, ms until a call is allowed, pairs in a batch,
@@ -39,5 +40,5 @@ for minute = this_minute - minutes + 1, this_minute do
 end
 return cmsgpack.pack({ now, waiting, free_at - now, batch_pairs, batch_ms, pairs_rate or false,
   calls_rate or false, limit[6] and (number(limit[6]) or false) or 0,
-  redis.call('ZCOUNT', REPLICAS, now - SILENT_MS, '+inf'),
-  redis.call('ZCOUNT', REPLICAS, '-inf', '(' .. (now - SILENT_MS)), reports })
+  redis.call('ZCOUNT', REPLICAS, now - CUT_OFF_MS, '+inf'),
+  redis.call('ZCOUNT', REPLICAS, '-inf', '(' .. (now - CUT_OFF_MS)), reports })

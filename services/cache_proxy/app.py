@@ -22,6 +22,7 @@ from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config import Settings, read_secret
 from services.cache_proxy.dispatcher import Dispatcher
 from services.cache_proxy.errors import Unavailable
+from services.cache_proxy.intake import Intake, IntakeLimits
 from services.cache_proxy.key import make_batch_digester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.metrics import ProxyMetrics
@@ -120,6 +121,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
                 max_field_bytes=settings.server.max_field_bytes,
                 max_wait_seconds=settings.server.max_wait_seconds,
             ),
+            intake=Intake(IntakeLimits.of(settings.server.max_request_bytes)),
             books=_books(metrics, tracing, replica),
             tracing=tracing,
         )

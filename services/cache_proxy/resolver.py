@@ -7,7 +7,7 @@ from itertools import islice
 
 from services.cache_proxy import hits
 from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked
-from services.cache_proxy.breath import in_breaths
+from services.cache_proxy.breath import in_breaths, take_turn
 from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed
 from services.cache_proxy.key import BatchDigester
 from services.cache_proxy.l1 import L1Cache
@@ -143,6 +143,9 @@ class Resolver:
     async def _ask_model(
         self, places: _Places, asked: Asked, epoch: int, asker: Asker, answers: Answers
     ) -> None:
+        is_long = len(places) > _LOOK_UP_PAIRS  # then what is done at one go here is tenths of a second
+        if is_long:
+            await take_turn()
         pairs = [asked.pair(some[0], digest) for digest, some in places.items()]
         queued: frozenset[bytes] = frozenset()
         started_at = asyncio.get_running_loop().time()
@@ -155,6 +158,8 @@ class Resolver:
                     span.note(queued=len(queued), joined=len(pairs) - len(queued) - len(enqueued.ended))
                     self._waiters.settle_one(wait, enqueued.ended.items())
                     await wait.done()
+                    if is_long:  # one call of the model ends the waits of many
+                        await take_turn()
         except TimeoutError:
             waited_seconds = asyncio.get_running_loop().time() - started_at
             raise DeadlinePassed(waited_seconds) from None

@@ -15,7 +15,8 @@ from protos import seniority_pb2
 from services.cache_proxy import asked, wire
 from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.callers import ANONYMOUS, Caller, Context, Identify
-from services.cache_proxy.errors import AccessRefused, Draining, InvalidRequest, ProxyError
+from services.cache_proxy.errors import AccessRefused, Draining, InvalidRequest, ProxyError, QueueFull
+from services.cache_proxy.intake import Intake
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import Status, status_of
@@ -54,12 +55,13 @@ class SeniorityService:
     """
 
     def __init__(
-        self, *, resolver: Resolver, identify: Identify, limits: RequestLimits, books: RpcBooks,
-        tracing: Tracing = OFF,
+        self, *, resolver: Resolver, identify: Identify, limits: RequestLimits, intake: Intake,
+        books: RpcBooks, tracing: Tracing = OFF,
     ) -> None:  # fmt: skip
         self._resolver = resolver
         self._identify = identify
         self._limits = limits
+        self._intake = intake
         self._books = books
         self._tracing = tracing
         self._draining = False
@@ -76,25 +78,26 @@ class SeniorityService:
         """Serve on `server`."""
         serve_on(server, self.infer)
 
-    async def infer(self, message: bytes, context: Context) -> bytes:
+    async def infer(self, _messages: object, context: Context) -> bytes:
         """Answer a batch in its order, with its uuids."""
         caller: Caller | InvalidRequest
         answer = None
         try:
             caller = self._identify(context)
-        except AccessRefused as error:  # before anything is done for them
+        except AccessRefused as error:  # before anything is read of theirs
             await self._turned_away(error, context)
         except InvalidRequest as error:  # which counts with its pairs
             caller = error
-        else:
-            if not self._draining:
-                answer = self._answer_one(message, caller, context)
+        message = await self._read(context)
+        if isinstance(caller, Caller) and not self._draining:
+            answer = self._answer_one(message, caller, context)
         if answer is not None:
             return answer
         self._in_flight += 1
         try:
-            request = wire.split(message, max_pairs=self._limits.max_pairs)
-            return await self._answered(request, caller, context)
+            request, size_bytes = wire.split(message, max_pairs=self._limits.max_pairs), len(message)
+            del message  # it may be large, and all that matters of it is in the request
+            return await self._answered(request, size_bytes, caller, context)
         finally:
             self._in_flight -= 1
             if self._draining and not self._in_flight:
@@ -111,19 +114,31 @@ class SeniorityService:
             )
         return answer
 
-    async def _turned_away(self, error: AccessRefused, context: Context) -> NoReturn:
+    async def _read(self, context: Context) -> bytes:
+        try:
+            message = await self._intake.read(context)
+        except QueueFull as error:
+            await self._turned_away(error, context)
+        if message is None:
+            await context.abort(grpc.StatusCode.INTERNAL, "no request came")
+        return message
+
+    async def _turned_away(self, error: AccessRefused | QueueFull, context: Context) -> NoReturn:
         status = status_of(error)
         self._books.count(code=status.code.name, seconds=0.0, caller=ANONYMOUS, outcomes={})
         await _abort(context, status)
 
-    async def _answered(self, request: Request, caller: Caller | InvalidRequest, context: Context) -> bytes:
+    async def _answered(
+        self, request: Request, size_bytes: int, caller: Caller | InvalidRequest, context: Context
+    ) -> bytes:
         answers = Answers(0 if isinstance(request, InvalidRequest) else len(request))
         code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
         failure: Status | None = None
         response = b""
         started_at = time.perf_counter()
         try:
-            response = await self._response(request, caller, context, answers)
+            with self._intake.held(context, size_bytes, pairs=answers.size):
+                response = await self._response(request, caller, context, answers)
             code = grpc.StatusCode.OK
         except ProxyError as error:
             failure = status_of(error)
@@ -139,6 +154,7 @@ class SeniorityService:
             )  # fmt: skip
         if failure is not None:
             await _abort(context, failure)
+        self._intake.hold_until_sent(context, len(response))
         hits = answers.hits
         context.set_trailing_metadata(
             (("x-cache-hits", str(hits)), ("x-cache-misses", str(answers.size - hits)))
@@ -180,9 +196,12 @@ class SeniorityService:
         return Asker(caller.name, caller.priority, deadline, self._tracing.here())
 
 
-def serve_on(server: aio.Server, infer: Callable[[bytes, Context], Awaitable[bytes]]) -> None:
-    """Have `infer` answer on `server`: as the generated code would, but from bytes to bytes."""
-    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(infer)
+def serve_on(server: aio.Server, infer: Callable[[object, Context], Awaitable[bytes]]) -> None:
+    """Have `infer` answer on `server`: as the generated code would, but from bytes to bytes.
+
+    As to a stream of requests, which is the same on the wire, so that `Intake` decides what is read.
+    """
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(infer)
     server.add_registered_method_handlers(SERVICE_NAME, {"InferSeniority": handler})
 
 

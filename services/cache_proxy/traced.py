@@ -54,6 +54,6 @@ class TracedService:
         """Serve on `server`."""
         serve_on(server, self._infer)
 
-    async def _infer(self, message: bytes, context: Context) -> bytes:
+    async def _infer(self, messages: object, context: Context) -> bytes:
         with self._tracing.serve("InferSeniority", tuple(context.invocation_metadata() or ())):
-            return await self._service.infer(message, context)
+            return await self._service.infer(messages, context)

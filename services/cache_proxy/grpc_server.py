@@ -10,12 +10,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from services.cache_proxy import http2_bounds
 from services.cache_proxy.config import ServerSettings
 from services.cache_proxy.servicer import SERVICE_NAME
 from services.common.errors import CommandError
 
 _HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-_MIN_PING_INTERVAL_MS = 10_000
 _INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
 
 
@@ -59,7 +59,7 @@ def listen(
         *((("grpc.max_connection_age_ms", age_ms),) if age_ms else ()),
         # No shorter than the longest RPC: a connection that is of age still answers what it was asked.
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_wait_seconds)),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
+        *http2_bounds.options(listeners=len(settings.listen)),
     ]
     server = aio.server(options=options)
     health = HealthServicer()

@@ -85,7 +85,7 @@ class Intake:
             self._is_looking = True
             asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
         try:
-            message = await context.read()
+            message: object = await context.read()
         except asyncio.CancelledError:
             if not reading.refusal or (reading.task and reading.task.uncancel()):
                 raise  # the caller went away
@@ -94,7 +94,7 @@ class Intake:
             self._reading.discard(reading)
             if reading.is_slow:
                 self._add(context.peer(), slow_reads=-1)
-        return None if message is aio.EOF else message
+        return message if isinstance(message, bytes) else None  # else it is `aio.EOF`
 
     def _look(self) -> None:
         self._is_looking = bool(self._reading)
@@ -145,7 +145,9 @@ class Intake:
             return
         peer = context.peer()
         self._add(peer, held_bytes=size_bytes)
-        context.add_done_callback(lambda _: self._add(peer, held_bytes=-size_bytes))
+        context.add_done_callback(
+            lambda _: self._add(peer, held_bytes=-size_bytes)  # type: ignore[arg-type]
+        )
 
     def _add(self, peer: str, *, held_bytes: int = 0, slow_reads: int = 0) -> None:
         one = self._connections.setdefault(peer, _Connection())

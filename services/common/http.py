@@ -1,5 +1,6 @@
 """The HTTP endpoint of a service: `/metrics`, `/healthz`, and whatever else it adds."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -8,6 +9,7 @@ from prometheus_client.exposition import choose_encoder
 
 from services.common.errors import CommandError
 
+_MAX_CONNECTIONS = 64
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -18,6 +20,7 @@ class HttpEndpoint:
         self._registry = registry
         self._app = web.Application()
         self._runner = web.AppRunner(self._app, access_log=None)
+        self._listening: asyncio.Server | None = None
         self.add("/metrics", self._metrics)
         self.add("/healthz", self._healthz)
 
@@ -30,16 +33,29 @@ class HttpEndpoint:
         host, _, port = address.rpartition(":")
         await self._runner.setup()
         try:
-            site = web.TCPSite(self._runner, host.strip("[]") or None, int(port))
-            await site.start()
+            self._listening = await asyncio.get_running_loop().create_server(
+                self._connected, host.strip("[]") or None, int(port)
+            )
         except (OSError, ValueError, OverflowError) as error:
             await self.close()
             message = f"--http-listen {address}: {error}"
             raise CommandError(message) from error
-        return f"{host}:{self._runner.addresses[0][1]}"
+        return f"{host}:{self._listening.sockets[0].getsockname()[1]}"
+
+    def _connected(self) -> asyncio.Protocol:
+        """One connection more. Every answer takes milliseconds, so of many the oldest is one that says nothing,
+        or too slowly: it makes room.
+        """  # noqa: D205 - one thought
+        server = self._runner.server
+        assert server is not None  # noqa: S101 - set up before it listens
+        for oldest in server.connections[: 1 - _MAX_CONNECTIONS]:  # they go in the loop's next round
+            oldest.force_close()
+        return server()
 
     async def close(self) -> None:
         """Stop listening."""
+        if self._listening is not None:
+            self._listening.close()
         await self._runner.cleanup()
 
     async def _metrics(self, request: web.Request) -> web.Response:

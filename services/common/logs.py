@@ -20,11 +20,13 @@ _IDS = ("trace_id", "span_id")
 _ExcInfo: TypeAlias = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 )
+_CALLERS_OWN = {"ExecuteBatchError", "HttpProcessingError"}
 
 
 def configure(*, log_format: str, level: str) -> None:
     """Send the process's logs to standard error as `json` or `text`."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_news)
     handler.setFormatter(
         _Json(
             ["asctime", "levelname", "name", "message"],
@@ -61,6 +63,14 @@ def announce_ready(**fields: Any) -> None:
 
 def _tells_all() -> bool:
     return logging.getLogger().isEnabledFor(logging.DEBUG)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what callers do to their own requests, which libraries log with a stack: an answer that nobody waits
+    for any more (gRPC), and what is no HTTP (aiohttp). Logged, it would be for callers to flood with.
+    """  # noqa: D205 - one thought
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not any(base.__name__ in _CALLERS_OWN for base in kind.__mro__)
 
 
 def _with_ids(record: logging.LogRecord) -> bool:

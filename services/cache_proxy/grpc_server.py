@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from services.cache_proxy import http2_bounds
 from services.cache_proxy.config import ServerSettings
 from services.cache_proxy.servicer import SERVICE_NAME
+from services.cache_proxy.unix_socket import SocketPath
 from services.common.errors import CommandError
 
 _HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -33,6 +34,7 @@ class GrpcServer:
     server: aio.Server
     health: HealthServicer
     bound: list[str]
+    paths: list[SocketPath]  # held for as long as this is
 
     async def start(self) -> None:
         """Begin to answer, as SERVING."""
@@ -61,12 +63,14 @@ def listen(
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_wait_seconds)),
         *http2_bounds.options(listeners=len(settings.listen)),
     ]
+    paths = [SocketPath(address) for address in settings.listen if address.startswith("unix:")]
     server = aio.server(options=options)
     health = HealthServicer()
     service.add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME), server)
-    return GrpcServer(server, health, [_bind(server, address, credentials) for address in settings.listen])
+    bound = [_bind(server, address, credentials) for address in settings.listen]
+    return GrpcServer(server, health, bound, paths)
 
 
 def _milliseconds(seconds: float) -> int:

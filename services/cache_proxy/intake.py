@@ -140,7 +140,7 @@ class Intake:
             self._add(peer, held_bytes=-size)
 
     def hold_until_sent(self, context: Context, size_bytes: int) -> None:
-        """Count an answer until its caller has read it, or is gone. Small ones the limit of streams bounds."""
+        """Count an answer until its caller has read it, or is gone. Of small ones, streams are the bound."""
         if size_bytes <= _SMALL_ANSWER_BYTES:
             return
         peer = context.peer()

@@ -43,7 +43,7 @@ class HttpEndpoint:
         return f"{host}:{self._listening.sockets[0].getsockname()[1]}"
 
     def _connected(self) -> asyncio.Protocol:
-        """One connection more. Every answer takes milliseconds, so of many the oldest is one that says nothing,
+        """One connection more. Answers take milliseconds: of many the oldest is one that says nothing,
         or too slowly: it makes room.
         """  # noqa: D205 - one thought
         server = self._runner.server

@@ -66,8 +66,8 @@ def _tells_all() -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not what callers do to their own requests, which libraries log with a stack: an answer that nobody waits
-    for any more (gRPC), and what is no HTTP (aiohttp). Logged, it would be for callers to flood with.
+    """Not what callers do to their own requests, which libraries log with a stack: an answer that nobody
+    waits for any more (gRPC), and what is no HTTP (aiohttp). Logged, it would be for callers to flood with.
     """  # noqa: D205 - one thought
     kind = record.exc_info[0] if record.exc_info else None
     return kind is None or not any(base.__name__ in _CALLERS_OWN for base in kind.__mro__)

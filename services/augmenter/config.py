@@ -70,7 +70,12 @@ class RunSettings:
         "false",
         text="redo files whose output is already there for this same input",
     )
-    endpoint_url: str | None = flag("--endpoint-url", flags.TEXT, text="S3-compatible endpoint")
+    endpoint_url: str | None = flag(
+        "--endpoint-url",
+        flags.TEXT,
+        text="S3-compatible endpoint",
+        login_goes_to="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    )
     dry_run: bool = flag(
         "--dry-run",
         flags.BOOL,

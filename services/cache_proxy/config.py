@@ -7,6 +7,7 @@ from urllib.parse import quote
 from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.key import NORMAL_FORM_VERSION
 from services.common import flags
+from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
 from services.common.flags import flag
 from services.common.units import is_address
@@ -50,6 +51,7 @@ class CacheSettings:
         "--cache-url", flags.TEXT, "embedded:",
         text="embedded:[DIR] (a server of its own), memory:, redis://, rediss://, unix://, "
         "redis+cluster://HOST:PORT,…, redis+sentinel://HOST:PORT,…/SERVICE",
+        login_goes_to="--cache-password-file",
     )  # fmt: skip
     cache_username: str | None = flag("--cache-username", flags.TEXT, text="Redis ACL user")
     cache_password_file: str | None = flag("--cache-password-file", flags.TEXT, text="file with the password")
@@ -248,6 +250,7 @@ def read_secret(path: str | None, *, flag_name: str) -> bytes | None:
     if not secret:
         message = f"{flag_name} {path}: the file is empty"
         raise UsageError(message)
+    warn_of_readers(Path(path), flag_name=flag_name)
     return secret
 
 

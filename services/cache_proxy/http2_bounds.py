@@ -15,7 +15,7 @@ _OWN_FILES = 256  # to Redis, the model, and for /metrics
 _MIN_PING_INTERVAL_MS = 10_000
 _IDLE_MS = 300_000
 _KEEPALIVE_MS = 60_000
-_ANSWER_MS = 20_000  # to say hello, to acknowledge settings, to answer a ping
+_ANSWER_MS = 10_000  # to say hello, to acknowledge settings, to answer a ping
 
 
 def options(*, listeners: int) -> list[tuple[str, int]]:

@@ -15,17 +15,20 @@ _CONNECT_SECONDS = 1.0
 class SocketPath:
     """A path that nobody else listens on. gRPC removes whatever socket it finds there, in use or not.
 
-    Held by a lock on a file beside it, which ends with the process however that ends: so of two that start at
-    once one is refused, and what a dead one left is taken over. Raises CommandError.
+    `lock` is the descriptor of a lock on a file beside it. It ends with the process, however that ends: so of
+    two that start at once one is refused, and what a dead one left is taken over. Raises CommandError.
     """
 
     def __init__(self, address: str) -> None:
         self._address = address
         path = address.removeprefix("unix:")
         path = path.removeprefix("//") if path.startswith("///") else path
-        self._lock = self._locked(f"{path}.lock")
-        if self._in_use(path):
-            raise self._refused("somebody listens there already")
+        self.lock = self._locked(f"{path}.lock")
+        try:
+            self._look(path)
+        except BaseException:
+            os.close(self.lock)
+            raise
 
     def _locked(self, path: str) -> int:
         try:
@@ -39,8 +42,8 @@ class SocketPath:
             raise self._refused("another proxy listens there already") from error
         return lock
 
-    def _in_use(self, path: str) -> bool:
-        """By whoever: not all that listen know of the lock."""
+    def _look(self, path: str) -> None:
+        """Who else listens there: not all that do know of the lock."""
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(Path(path).lstat().st_mode):
                 raise self._refused("what is there is no socket")
@@ -49,12 +52,12 @@ class SocketPath:
             try:
                 probe.connect(path)
             except (FileNotFoundError, ConnectionRefusedError):
-                return False
+                return
             except TimeoutError:  # it listens, and does not get to it
-                return True
+                pass
             except OSError as error:
                 raise self._refused(error.strerror or str(error)) from error
-            return True
+        raise self._refused("somebody listens there already")
 
     def _refused(self, why: str) -> CommandError:
         return CommandError(f"--listen {self._address}: {why}")

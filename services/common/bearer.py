@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
+from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
 from services.common.renewal import Look, Renewed, read_file
 from services.common.targets import is_on_this_machine
@@ -19,6 +21,7 @@ class Token:
         self._path = path
         self._flag_name = flag_name
         self.file = Renewed([path], self._read, tell=tell)
+        warn_of_readers(Path(path), flag_name=flag_name)
 
     def metadata(self) -> tuple[str, str]:
         """What to send with a call. While the file cannot be read, the last token is."""

@@ -12,7 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from services.common.errors import CommandError
+from services.common.credentials import has_password
+from services.common.errors import CommandError, UsageError
 from services.common.units import parse_duration_seconds, parse_size_bytes
 
 _FLAG = "flag"
@@ -88,10 +89,20 @@ def choice(*values: str) -> click.ParamType[Any]:
 
 
 def flag(
-    name: str, kind: click.ParamType[Any], default: str | None = None, *, required: bool = False, text: str
-) -> Any:
-    """A dataclass field that is also the flag `name`; `default` is written as a user would."""
-    metadata = {_FLAG: {"name": name, "kind": kind, "default": default, "required": required, "text": text}}
+    name: str, kind: click.ParamType[Any], default: str | None = None, *, required: bool = False, text: str,
+    login_goes_to: str = "",
+) -> Any:  # fmt: skip
+    """A dataclass field that is also the flag `name`; `default` is written as a user would.
+
+    `login_goes_to`, of a flag that is a URL: where a password goes instead. On a command line, which
+    everybody on the machine may read, the URL may hold none.
+    """
+    metadata = {
+        _FLAG: {
+            "name": name, "kind": kind, "default": default, "required": required, "text": text,
+            "login_goes_to": login_goes_to,
+        }
+    }  # fmt: skip
     if required:
         return dataclasses.field(metadata=metadata)
     value = None if default is None else kind.convert(default, None, None)
@@ -119,6 +130,8 @@ def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
         )  # fmt: skip
     if spec["default"] is not None:  # to click, a default of None is one, and nothing is missing
         common["default"] = spec["default"]
+    if spec["login_goes_to"]:
+        common["callback"] = _refuse_password(name, common["envvar"], spec["login_goes_to"])
     return click.Option(
         [name, field_name],
         type=kind,
@@ -126,6 +139,19 @@ def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
         show_default=spec["default"] is not None,
         **common,
     )
+
+
+def _refuse_password(name: str, variable: str, instead: str) -> Callable[..., Any]:
+    def refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        on_command_line = ctx.get_parameter_source(str(param.name)) is click.core.ParameterSource.COMMANDLINE
+        if value is not None and on_command_line and has_password(value):
+            message = (
+                f"{name}: everybody on this machine can read a password here; use {instead}, or {variable}"
+            )
+            raise UsageError(message)
+        return value
+
+    return refuse
 
 
 class _ListItem(click.ParamType[Any]):

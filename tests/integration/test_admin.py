@@ -116,7 +116,8 @@ def made(shared_redis: str, tmp_path_factory: pytest.TempPathFactory) -> Sequenc
 
 def test_a_redis_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     """Exit code 1, and no password in it."""
-    ended = _run("stats", "--cache-url", "redis://:hunter2@127.0.0.1:1")
+    url = {"CACHE_PROXY_CACHE_URL": "redis://:hunter2@127.0.0.1:1"}
+    ended = run_command("services.cache_proxy", "stats", env=url)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
     assert "hunter2" not in ended.stderr
 

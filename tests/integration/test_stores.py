@@ -231,10 +231,11 @@ def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
     path = tmp_path / "password"
     path.write_bytes(b"hunter2\xff\n")
     url = own_redis.url.replace("redis://", "redis://:hunter3@")
-    for flags in (("--cache-url", url), ("--cache-url", own_redis.url, "--cache-password-file", str(path))):
+    by_file = ("--cache-url", own_redis.url, "--cache-password-file", str(path))
+    for flags, env in (((), {"CACHE_PROXY_CACHE_URL": url}), (by_file, {})):
         with (
             scripted_model() as model,
-            cache_proxy("--model-target", model.target, *flags, *UNPACED) as proxy,
+            cache_proxy("--model-target", model.target, *flags, *UNPACED, env=env) as proxy,
             caller(proxy.target) as asking,
         ):
             assert asking.ask([("password", "t")]).code is StatusCode.OK

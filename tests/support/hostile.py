@@ -114,3 +114,14 @@ def peer(target: str, *, window: int = 65_535, receive_buffer: int | None = None
         yield made
     finally:
         made.close()
+
+
+def statuses(seen: Peer) -> dict[int, int]:
+    """The gRPC status of each stream that has ended with one."""
+    found = {}
+    for event in seen.events:
+        if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+            for name, value in event.headers or ():
+                if name == b"grpc-status":
+                    found[event.stream_id or 0] = int(value)
+    return found

@@ -10,6 +10,7 @@ from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
 from services.augmenter.errors import MissingError, StoreError
+from services.common.credentials import without_users
 
 # Throttling, 5xx and broken connections: eight tries, up to 1, 2, 4 … 64 s between them, a minute on average.
 # botocore's other modes share one allowance of a hundred retries among all requests: a burst uses it up.
@@ -47,7 +48,9 @@ async def aws_client(
                 session.create_client(service, endpoint_url=endpoint_url, config=config)
             )
         except (BotoCoreError, ValueError) as error:
-            raise StoreError(place=f"the {service.upper()} client", reason=str(error)) from error
+            raise StoreError(
+                place=f"the {service.upper()} client", reason=without_users(str(error))
+            ) from error
         yield client
 
 
@@ -71,6 +74,6 @@ def named(place: str) -> Iterator[None]:
         kind = MissingError if code in {"NoSuchKey", "404"} else StoreError
         raise kind(place=place, reason=_PLAIN_REASONS.get(code, reason)) from error
     except BROKEN as error:
-        raise StoreError(place=place, reason=str(error) or type(error).__name__) from error
+        raise StoreError(place=place, reason=without_users(str(error)) or type(error).__name__) from error
     except ValueError as error:  # a key that cannot be sent
-        raise StoreError(place=place, reason=str(error)) from error
+        raise StoreError(place=place, reason=without_users(str(error))) from error

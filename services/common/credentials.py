@@ -1,0 +1,31 @@
+"""What keeps secrets out of the process list, of errors, and of files that everybody reads."""
+
+import logging
+import re
+import stat
+from functools import cache
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+_USER_PART = re.compile(r"(?<=://)[^\s'\"]*@")  # up to the last @: a password may hold others, and slashes
+_SECRET_NAMES = {"password", "passwd", "secret", "token"}
+_log = logging.getLogger(__name__)
+
+
+def has_password(url: str) -> bool:
+    """Whether a URL (or a list of hosts after its scheme) tells a password."""
+    address, _, query = url.partition("?")
+    user = address.partition("://")[2].rpartition("@")[0]
+    return ":" in user or any(name.lower() in _SECRET_NAMES for name, _ in parse_qsl(query))
+
+
+def without_users(text: str) -> str:
+    """A text, as of an error, whose URLs tell neither user nor password."""
+    return _USER_PART.sub("***@", text)
+
+
+@cache
+def warn_of_readers(path: Path, *, flag_name: str) -> None:
+    """Warn, once, of a secret's file that everybody on the machine may read."""
+    if path.stat().st_mode & stat.S_IROTH:
+        _log.warning("%s %s: everybody on this machine may read it; chmod o-r", flag_name, path)

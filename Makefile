@@ -41,6 +41,10 @@ test-slow: $(VENV)/.dev  ## the slow tests
 bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/
 	$(BIN)/python -m benchmarks
 
+.PHONY: audit
+audit: $(VENV)/.audit  ## an SBOM of every lock, and what is known against what is in it (asks an advisory service)
+	$(BIN)/python -m scripts.audit
+
 .PHONY: k8s-check
 k8s-check: $(VENV)/.k8s  ## deploy/k8s: schemas, a policy, and whether it fits itself and the code
 	$(BIN)/python -m scripts.prometheus_rule --check
@@ -97,7 +101,7 @@ lock: $(VENV)/.uv  ## bring the locks in line with pyproject.toml (UPGRADE=1: to
 
 .PHONY: clean
 clean:  ## remove what was made
-	rm -rf $(VENV) .demo .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .demo .bench .audit .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # --- set-up -----------------------------------------------------------------------------------------------
 
@@ -125,4 +129,8 @@ $(VENV)/.dev: $(VENV)/.uv requirements/dev.txt pyproject.toml
 
 $(VENV)/.k8s: $(VENV)/.dev requirements/k8s.txt
 	$(call install,-r requirements/k8s.txt)
+	@touch $@
+
+$(VENV)/.audit: $(VENV)/.dev requirements/audit.txt
+	$(call install,-r requirements/audit.txt)
 	@touch $@

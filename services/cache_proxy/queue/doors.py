@@ -4,9 +4,13 @@ Only a replica that lives and lost Redis calls the model at moments of its own, 
 left free. A refused connection, or another replica behind the door, means that it is gone; a door that opens
 and nobody speaks, that it is paused. Whatever else is found (no route, say) proves nothing: its moments stay
 free.
+
+The addresses come from Redis, so whoever writes there chooses them: a knock is one short GET of one path, led
+nowhere else, and few are under way.
 """
 
 import asyncio
+import re
 
 import aiohttp
 
@@ -17,7 +21,9 @@ from services.common.endings import end
 PATH = "/replica"
 _TIMEOUT_SECONDS = 0.2
 _RELIED_ON_MS = 3000
-_TIMEOUT = aiohttp.ClientTimeout(sock_connect=_TIMEOUT_SECONDS, sock_read=_TIMEOUT_SECONDS)
+_TIMEOUT = aiohttp.ClientTimeout(total=1.0, sock_connect=_TIMEOUT_SECONDS, sock_read=_TIMEOUT_SECONDS)
+_MAX_KNOCKS = 16
+_ADDRESS = re.compile(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 
 
 class Doors:
@@ -30,7 +36,9 @@ class Doors:
 
     def knock(self, replica: str, address: str) -> None:
         """Find out about a replica, and tell Redis; it takes less than a second."""
-        if address and replica not in self._knocking:
+        if not _ADDRESS.fullmatch(address) or len(self._knocking) >= _MAX_KNOCKS:
+            return
+        if replica not in self._knocking:
             task = asyncio.create_task(self._knock(replica, address))
             self._knocking[replica] = task
             task.add_done_callback(lambda _: self._knocking.pop(replica, None))
@@ -51,9 +59,9 @@ class Doors:
 
     async def _find(self, replica: str, address: str) -> str | None:
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=_TIMEOUT)
+            self._session = aiohttp.ClientSession(timeout=_TIMEOUT, cookie_jar=aiohttp.DummyCookieJar())
         try:
-            async with self._session.get(f"http://{address}{PATH}") as answer:
+            async with self._session.get(f"http://{address}{PATH}", allow_redirects=False) as answer:
                 there = (await answer.content.read(200)).decode("ascii", "replace").strip()
                 return "alive" if there == replica else "gone"
         except aiohttp.ClientConnectorError as error:

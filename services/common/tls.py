@@ -3,9 +3,11 @@
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
+from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
 from services.common.renewal import Look, Renewed, read_file
 
@@ -66,6 +68,7 @@ class PemFiles:
         if self.cert is not None and self.key is not None:
             chain = read_file(self.cert, flag_name=cert_flag)
             private = read_file(self.key, flag_name=key_flag)
+            warn_of_readers(Path(self.key), flag_name=key_flag)
             try:
                 context.load_cert_chain(self.cert, self.key, password=lambda: b"")  # it would ask a terminal
             except (ssl.SSLError, ValueError) as error:

@@ -124,12 +124,12 @@ class Intake:
 
     @contextmanager
     def held(self, context: Context, size_bytes: int, *, pairs: int) -> Iterator[None]:
-        """Count a request while it is worked on. Raises `QueueFull`."""
+        """Count a request while it is worked on. Raises `QueueFull`; never for one that is alone."""
         size, peer = size_bytes + _PAIR_BYTES * pairs, context.peer()
         known = self._connections.get(peer)
-        of_one = (known.held_bytes if known else 0) + size
-        if of_one > self.limits.one_bytes or (
-            self._held_bytes + size > self.limits.all_bytes and of_one > self.limits.small_bytes
+        of_one, of_all = (known.held_bytes if known else 0) + size, self._held_bytes + size
+        if (of_one > max(size, self.limits.one_bytes)) or (
+            of_all > max(size, self.limits.all_bytes) and of_one > self.limits.small_bytes
         ):
             text = f"{of_one - size} bytes of requests and unread answers are held for this connection"
             raise QueueFull(text, _RETRY_SECONDS)

@@ -89,7 +89,7 @@ async def _run(
         )
         await _do_all(settings, plan, stores, runner, totals, stopping, stack)
     totals.seconds = time.monotonic() - started
-    span.note(done=totals.done, skipped=totals.skipped, failed=len(totals.failures))
+    span.note(done=totals.done, skipped=totals.skipped, failed=totals.failures.count)
     report.write_failures(totals, program=PROGRAM)
     if settings.dry_run:
         sys.stdout.write(report.dry_run_summary(totals, distinct=counting.distinct))
@@ -148,7 +148,7 @@ async def _single(jobs: Jobs, name: str) -> AsyncIterator[Job]:
 
 
 def _exit_code(settings: RunSettings, totals: Totals) -> int:
-    if totals.failures:
+    if totals.failures.count:
         return _EXIT_FAILED
     tolerated = settings.ok_rejects or settings.dry_run
     return _EXIT_REJECTED if totals.lines.rejected and not tolerated else 0

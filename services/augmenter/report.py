@@ -22,7 +22,7 @@ def summary(totals: Totals, *, rejects_place: str) -> str:
     lines = totals.lines
     fates = f"{lines.augmented:,} augmented + {lines.rejected:,} rejected + {lines.blank:,} blank"
     rows = [
-        ("Files", f"{totals.done:,} done, {totals.skipped:,} skipped, {len(totals.failures):,} failed"),
+        ("Files", f"{totals.done:,} done, {totals.skipped:,} skipped, {totals.failures.count:,} failed"),
         ("Lines", f"{lines.read:,} in = {fates}"),
         ("Pairs", f"{totals.pairs_asked:,} distinct pairs asked in {totals.rpcs:,} RPCs; {_hits(totals)}"),
         ("Time", f"{totals.seconds:.1f} s, {totals.lines_per_second:,.0f} lines/s"),
@@ -42,7 +42,7 @@ def dry_run_summary(totals: Totals, *, distinct: int) -> str:
     rows = [
         (
             "Files",
-            f"{totals.done:,} to do, {totals.skipped:,} already done, {len(totals.failures):,} unreadable",
+            f"{totals.done:,} to do, {totals.skipped:,} already done, {totals.failures.count:,} unreadable",
         ),
         ("Lines", f"{totals.lines.read:,}, {totals.lines.rejected:,} of them to be rejected"),
         ("Pairs", f"{distinct:,} distinct"),
@@ -52,9 +52,11 @@ def dry_run_summary(totals: Totals, *, distinct: int) -> str:
 
 
 def write_failures(totals: Totals, *, program: str) -> None:
-    """One line on standard error for each file that failed."""
-    for name, error in totals.failures.items():
+    """One line on standard error for each file that failed, as far as they are remembered."""
+    for name, error in totals.failures.named.items():
         sys.stderr.write(f"{program}: {name}: {' '.join(error.split())}\n")
+    if totals.failures.more:
+        sys.stderr.write(f"{program}: and {totals.failures.more:,} more, named when they failed\n")
 
 
 def write_summary_json(totals: Totals, path: str) -> None:
@@ -83,7 +85,7 @@ async def progress_bar(totals: Totals, *, shown: bool) -> AsyncIterator[None]:
 
         def update() -> None:
             elapsed = progress.tasks[0].elapsed or 0.0
-            ended = totals.done + totals.skipped + len(totals.failures)
+            ended = totals.done + totals.skipped + totals.failures.count
             progress.update(
                 bar,
                 completed=totals.bytes_read,

@@ -97,7 +97,7 @@ class Runner:
             _log.exception("%s: unexpected failure", place)
             self._failed(place, f"unexpected {type(error).__name__}; the log says where")
         else:
-            self._totals.failures.pop(place, None)  # of an earlier try
+            self._totals.failures.over(place)
         self._metrics.file_seconds.observe(time.monotonic() - started)
         self._metrics.files.labels(outcome=outcome).inc()
         return outcome
@@ -117,8 +117,8 @@ class Runner:
         return "done"
 
     def _failed(self, place: str, why: str) -> None:
-        self._totals.failures[place] = why
-        if self._tell_failures:
+        named_at_the_end = self._totals.failures.add(place, why)
+        if self._tell_failures or not named_at_the_end:
             _log.warning("%s: %s", place, why)
 
 

@@ -14,6 +14,7 @@ from services.augmenter.locations import S3Place
 from services.augmenter.notices import Notice, UnreadableMessageError
 from services.augmenter.object_store.protocol import is_input
 from services.augmenter.object_store.s3_client import named
+from services.augmenter.recent import Recent
 from services.augmenter.runner import Runner
 from services.augmenter.tasks import together
 from services.augmenter.totals import Totals
@@ -21,6 +22,7 @@ from services.common.endings import end
 
 _LONG_POLL_SECONDS, _SHORT_POLL_SECONDS = 10, 2
 _AGAIN_SECONDS = 5.0
+_MOST_LEFT = 10_000  # one that is forgotten is only looked into again, and counted twice
 _log = logging.getLogger("augmenter")
 
 
@@ -28,7 +30,7 @@ class QueueWorkers:
     """Each takes one message at a time, so that no message waits behind a file while others are idle.
 
     State: `_in_work`, a lock for each file in work: S3 tells of an object twice now and then, and the second
-    time has to find it done. `_left`, the messages that are not ours to take out of the queue.
+    time has to find it done. `_left`, messages that are not ours to take out of the queue.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class QueueWorkers:
         self._totals = totals
         self._visible_seconds = 0
         self._in_work: dict[str, asyncio.Lock] = {}
-        self._left: set[str] = set()
+        self._left = Recent(most=_MOST_LEFT)
 
     async def run(self, *, concurrency: int, endless: bool, stopping: asyncio.Event) -> None:
         """Until `stopping` is set, or, if not `endless`, the queue is empty. Raises StoreError."""
@@ -89,7 +91,7 @@ class QueueWorkers:
             told = notices.read(message["Body"])
         except UnreadableMessageError as error:  # it comes back until the queue's redrive takes it away
             self._left.add(message["MessageId"])
-            self._totals.failures[f"{self._queue_url} message {message['MessageId']}"] = str(error)
+            self._totals.failures.add(f"{self._queue_url} message {message['MessageId']}", str(error))
             _log.warning("%s: message %s: %s", self._queue_url, message["MessageId"], error)
             return
         names = [name for notice in told if (name := self._name(notice)) is not None]

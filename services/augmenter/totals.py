@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST_FAILURES_NAMED = 1000
+"""A run that goes on for months remembers so many of those that were never mended."""
+
 
 @dataclass(slots=True)
 class LineCounts:
@@ -27,12 +30,40 @@ class LineCounts:
 
 
 @dataclass(slots=True)
+class Failures:
+    """Files that failed. Of the first, `named`, by their places, why; of the others only how many times.
+
+    A file that is not among the named counts as often as it fails, also when it is done at last.
+    """
+
+    named: dict[str, str] = field(default_factory=dict)
+    more: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.named) + self.more
+
+    def add(self, place: str, why: str) -> bool:
+        """Note a failure; whether it will be named at the end."""
+        if place not in self.named and len(self.named) >= MOST_FAILURES_NAMED:
+            self.more += 1
+            return False
+        self.named[place] = why
+        return True
+
+    def over(self, place: str) -> None:
+        """It is done, whether or not an earlier try failed."""
+        self.named.pop(place, None)
+
+
+@dataclass(slots=True)
 class Totals:
     """The run's figures. `lines` are those of files that are done."""
 
     done: int = 0
     skipped: int = 0
-    failures: dict[str, str] = field(default_factory=dict)  # why, by the file's place
+    failures: Failures = field(default_factory=Failures)
     outside: int = 0  # keys outside INPUT that a queue told of
     lines: LineCounts = field(default_factory=LineCounts)
     pairs_asked: int = 0
@@ -60,7 +91,7 @@ class Totals:
     def as_json(self) -> dict[str, Any]:
         """The shape of `--summary-json`."""
         return {
-            "files": {"done": self.done, "skipped": self.skipped, "failed": len(self.failures)},
+            "files": {"done": self.done, "skipped": self.skipped, "failed": self.failures.count},
             "lines": {
                 "in": self.lines.read,
                 "augmented": self.lines.augmented,
@@ -71,5 +102,5 @@ class Totals:
             "rpcs": self.rpcs,
             "keys_outside": self.outside,
             "seconds": round(self.seconds, 3),
-            "failures": [{"file": name, "error": error} for name, error in self.failures.items()],
+            "failures": [{"file": name, "error": error} for name, error in self.failures.named.items()],
         }

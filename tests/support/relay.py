@@ -26,6 +26,19 @@ def no_conditional_writes(data: bytes) -> bytes | None:
     return NOT_IMPLEMENTED if on_condition and head.startswith((b"put ", b"post ")) else None
 
 
+DENIED = (
+    b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nContent-Length: 73\r\n"
+    b"Connection: close\r\n\r\n"
+    b"<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"
+)
+
+
+def denied_listings_of_uploads(data: bytes) -> bytes | None:
+    """A server where whoever asks may not list uploads."""
+    line = data.partition(b"\r\n")[0]
+    return DENIED if line.startswith(b"GET ") and b"uploads" in line.partition(b"?")[2] else None
+
+
 @dataclass
 class Relay:
     """`connections` counts them; `plan` says for the nth how many bytes pass, or what is said instead."""

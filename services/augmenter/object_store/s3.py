@@ -1,7 +1,6 @@
 """A prefix of a bucket: listed page by page, read as a stream that goes on where it broke."""
 
 import asyncio
-import datetime as dt
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -12,12 +11,12 @@ from botocore.exceptions import ClientError
 from services.augmenter.errors import InputChangedError, StoreError
 from services.augmenter.object_store.protocol import Item, Made, is_input
 from services.augmenter.object_store.s3_client import BROKEN, code_of, named
-from services.augmenter.object_store.s3_upload import MARK, Conditions, S3Upload, abort_uploads
+from services.augmenter.object_store.s3_leftovers import Leftovers
+from services.augmenter.object_store.s3_upload import MARK, Conditions, S3Upload
 
 _READ_BYTES = 2**20
 _BREAKS_IN_A_ROW = 5
 _FIRST_WAIT_SECONDS = 0.2
-_STALE = dt.timedelta(days=1)
 _log = logging.getLogger("augmenter")
 
 
@@ -29,6 +28,7 @@ class S3Store:
         self._bucket = bucket
         self._prefix = prefix
         self._conditions = Conditions()
+        self._leftovers = Leftovers(client, bucket=bucket, prefix=prefix)
 
     def place(self, name: str) -> str:
         """The object's address."""
@@ -94,11 +94,10 @@ class S3Store:
             body.close()
 
     async def prepare(self) -> None:
-        """See that the bucket is there and answers us; end what killed runs left of uploads long ago."""
+        """See that the bucket is there and answers us; end what killed runs left of uploads."""
         with named(self.place("")):
             await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
-        before = dt.datetime.now(dt.UTC) - _STALE
-        await abort_uploads(self._client, self._bucket, self._prefix, before=before)
+        await self._leftovers.end()
 
     async def made(self, name: str, source: Item) -> Made | None:
         """The output's metadata carries its input's version."""
@@ -121,6 +120,7 @@ class S3Store:
             source_version=source.version,
             onto=onto,
             conditions=self._conditions,
+            leftovers=self._leftovers,
         )
 
     async def remove(self, name: str) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import datetime as dt
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
@@ -15,6 +14,7 @@ from botocore.exceptions import ClientError
 from services.augmenter.errors import DoneElsewhereError, OutputTakenError, StoreError
 from services.augmenter.object_store.protocol import NOTHING
 from services.augmenter.object_store.s3_client import code_of, named
+from services.augmenter.object_store.s3_leftovers import Leftovers
 
 MARK, _BY = "input-etag", "upload"
 _PART_BYTES = 5 * 2**20  # the least that S3 takes, of at most 10,000: outputs up to 50 GB
@@ -58,6 +58,7 @@ class S3Upload:
         source_version: str,
         onto: str | None,
         conditions: Conditions,
+        leftovers: Leftovers,
     ) -> None:
         self._client = client
         self._place = place
@@ -65,6 +66,7 @@ class S3Upload:
         self._metadata = {MARK: source_version, _BY: secrets.token_hex(8)}
         self._onto = onto
         self._conditions = conditions
+        self._leftovers = leftovers
         self._condition = (
             {} if onto is None else {"IfNoneMatch": "*"} if onto == NOTHING else {"IfMatch": onto}
         )
@@ -170,7 +172,7 @@ class S3Upload:
 
     async def _send(self, part: bytes) -> None:
         if self._upload is None:
-            await abort_uploads(self._client, self._target["Bucket"], self._target["Key"], exact=True)
+            await self._leftovers.end()
             with named(self._place):
                 made = await self._client.create_multipart_upload(**self._target, Metadata=self._metadata)
             self._upload = {"UploadId": made["UploadId"]}
@@ -202,37 +204,3 @@ class S3Upload:
         if self._upload is not None:
             with contextlib.suppress(StoreError), named(self._place):
                 await self._client.abort_multipart_upload(**self._target, **self._upload)
-
-
-async def abort_uploads(
-    client: Any,
-    bucket: str,
-    prefix: str,
-    *,
-    before: dt.datetime | None = None,
-    exact: bool = False,
-) -> None:
-    """End uploads that killed runs left: under a prefix those begun before, or all of one key.
-
-    Whoever is writing that key at this moment loses its upload, not its output: it is told at its next part.
-    A server that cannot list uploads, or may not, keeps what is left: a rule of the bucket must end it.
-    """
-    place = f"s3://{bucket}/{prefix}"
-    try:
-        with named(place):
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
-            async for page in pages:
-                for upload in page.get("Uploads", ()):
-                    if (exact and upload["Key"] != prefix) or (before and upload["Initiated"] >= before):
-                        continue
-                    await _abort(client, bucket, upload)
-    except StoreError as error:
-        _log.warning("%s: unfinished uploads are left as they are: %s", place, error.reason)
-
-
-async def _abort(client: Any, bucket: str, upload: dict[str, Any]) -> None:
-    try:
-        await client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-    except ClientError as error:
-        if code_of(error) != "NoSuchUpload":  # it ended by itself
-            raise

@@ -1,0 +1,82 @@
+"""Uploads that killed runs left: ended once nobody has added to them for hours, by the server's own clock."""
+
+import datetime as dt
+import logging
+import time
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from services.augmenter.errors import StoreError
+from services.augmenter.object_store.s3_client import code_of, named
+from services.common.codec import format_of
+
+# Longer than any file is between two parts of its output or of its rejects: in six hours the model answers
+# more pairs than 5 GB have lines. Ending a live one would cost its file's work, never an output.
+_IDLE = dt.timedelta(hours=6)
+_EVERY_SECONDS = 3600.0
+_log = logging.getLogger("augmenter")
+
+
+class Leftovers:
+    """Those under one store's prefix.
+
+    An upload does not say whose it is, and another process may be at work on the same key. So one is left
+    alone until it shows no sign of life: it was begun, and its last part arrived, hours ago.
+
+    State: `_looked_at`, when the last look began; `_said`, that the server does not let us look.
+    """
+
+    def __init__(self, client: Any, *, bucket: str, prefix: str) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._prefix = prefix
+        self._looked_at: float | None = None
+        self._said = False
+
+    async def end(self) -> None:
+        """At most once an hour, for runs that go on for months. It does not fail.
+
+        A server that cannot list uploads, or may not, keeps what is left: a rule of the bucket must end it.
+        """
+        now = time.monotonic()
+        if self._looked_at is not None and now - self._looked_at < _EVERY_SECONDS:
+            return
+        self._looked_at = now
+        place = f"s3://{self._bucket}/{self._prefix}"
+        try:
+            with named(place):
+                await self._end_all(place)
+        except StoreError as error:
+            level = logging.DEBUG if self._said else logging.WARNING
+            _log.log(level, "%s: unfinished uploads are left as they are: %s", place, error.reason)
+            self._said = True
+
+    async def _end_all(self, place: str) -> None:
+        pages = self._client.get_paginator("list_multipart_uploads")
+        async for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
+            before = _date(page, place) - _IDLE
+            for upload in page.get("Uploads", ()):
+                if format_of(upload["Key"]) and upload["Initiated"] < before:  # else it cannot be ours
+                    await self._end_idle({"Key": upload["Key"], "UploadId": upload["UploadId"]}, before)
+
+    async def _end_idle(self, upload: dict[str, str], before: dt.datetime) -> None:
+        try:
+            parts = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, **upload)
+            async for page in parts:
+                if any(part["LastModified"] >= before for part in page.get("Parts", ())):
+                    return
+            await self._client.abort_multipart_upload(Bucket=self._bucket, **upload)
+        except ClientError as error:
+            if code_of(error) != "NoSuchUpload":  # it ended by itself
+                raise
+
+
+def _date(answer: Any, place: str) -> dt.datetime:
+    """The server's time: this machine's clock may be wrong."""
+    try:
+        found = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    except (KeyError, ValueError) as error:
+        raise StoreError(place=place, reason="the server does not tell the time") from error
+    return found if found.tzinfo else found.replace(tzinfo=dt.UTC)

@@ -23,9 +23,11 @@ from services.augmenter.object_store.local import LocalStore
 from services.augmenter.object_store.protocol import Store
 from services.augmenter.object_store.s3 import S3Store
 from services.augmenter.object_store.s3_client import aws_client
+from services.augmenter.object_store.s3_upload import PARTS_ROOM_BYTES
 from services.augmenter.pipeline import Pipeline
 from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.retry import RetryBudget, TargetHealth
+from services.augmenter.room import Room
 from services.augmenter.rpc import SeniorityRpc
 from services.augmenter.runner import Runner
 from services.augmenter.signals import Signals
@@ -212,6 +214,7 @@ async def _augmenting(
 async def _stores(settings: RunSettings, plan: Plan, stack: AsyncExitStack) -> _Stores:
     """INPUT, OUTPUT and the rejects, with one S3 client for as many of them as need it."""
     places = (plan.source, plan.sink, plan.rejects)
+    parts_room = Room(limit_bytes=PARTS_ROOM_BYTES)
     client = None
     if any(isinstance(place, S3Place) for place in places):
         connections = _CONNECTIONS_PER_FILE * settings.concurrency
@@ -222,6 +225,6 @@ async def _stores(settings: RunSettings, plan: Plan, stack: AsyncExitStack) -> _
     def store(place: Place) -> Store:
         if isinstance(place, LocalPlace):
             return LocalStore(place.path)
-        return S3Store(client, bucket=place.bucket, prefix=place.key)
+        return S3Store(client, bucket=place.bucket, prefix=place.key, parts_room=parts_room)
 
     return _Stores(*map(store, places))

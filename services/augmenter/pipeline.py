@@ -54,11 +54,14 @@ class Pipeline:
                 aclosing(in_hand.parsed(read)) as parsed,
                 aclosing(worked_ahead(parsed, partial(self._ask, budget=budget))) as asked,
             ):
-                async for (one, size_bytes, _), answers in asked:
+                async for (one, size_bytes, pairs), answers in asked:
                     augmented, rejected = one.settled(answers, counts)
+                    del one, pairs, answers  # while it is written, only the text of it is held
                     if rejected:
                         await rejects.write(rejected)
+                    del rejected
                     await output.write(augmented)
+                    del augmented
                     in_hand.done_with(size_bytes)
                 counts.read = in_hand.lines_read
                 _check(counts)
@@ -138,8 +141,10 @@ async def read_blocks(
         aclosing(_decoded(chunks, lines_format.decoder(), totals)) as decoded,
         aclosing(blocks(decoded)) as all_blocks,
     ):
-        async for block in all_blocks:
-            yield block
+        async for block, count in all_blocks:
+            only = [(block, count)]
+            del block
+            yield only.pop()
 
 
 async def _decoded(chunks: AsyncIterator[bytes], decoder: Decoder, totals: Totals) -> AsyncGenerator[bytes]:

@@ -40,15 +40,16 @@ async def worked_ahead(
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             begun.put_nowait((item, task))
+            del item, task  # or the loop would hold them until it has the next
 
     beginning = asyncio.create_task(begin_all())
     beginning.add_done_callback(lambda _: begun.put_nowait(None))
     try:
         while made := await begun.get():
             item, task = made
-            del made  # or the loop would hold an item until it has the next
-            yield item, await task
-            del item, task
+            done = [(item, await task)]
+            del made, item, task
+            yield done.pop()  # whoever takes it is the only one who holds it
         await beginning
     finally:
         await end([beginning, *tasks])

@@ -30,11 +30,12 @@ async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[tuple[bytes, in
         _check_first_line(buffer, lines_before)
         cut = buffer.rfind(b"\n", searched)
         if cut >= 0:
-            text = bytes(memoryview(buffer)[:cut])
+            bounded = _bounded(bytes(memoryview(buffer)[:cut]))
             del buffer[: cut + 1]
-            for block, count in _bounded(text):
+            for block, count in bounded:
                 lines_before += count
                 yield block, count
+                del block
     _check_first_line(buffer, lines_before)
     if buffer:
         for counted in _bounded(bytes(buffer).removesuffix(b"\n")):

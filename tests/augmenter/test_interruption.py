@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from services.augmenter.object_store.local import LocalStore
 from services.common.lines import MAX_LINE_BYTES
 from tests.augmenter.conftest import StubWith, posting
 from tests.augmenter.running import running
+from tests.support.bucket import Bucket
 from tests.support.model_server import Answers, Call, scripted_model, well
 from tests.support.processes import ROOT, clean_environment
 from tests.support.redis_server import wait_for
@@ -150,11 +152,11 @@ sys.exit(code)
 """
 
 
-def _peak_mib(*args: object) -> int:
+def _peak_mib(*args: object, env: dict[str, str] | None = None) -> int:
     """The most memory that a run ever had, started by a small process: a child begins with its parent's."""
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, *map(str, args)], check=True, stdout=subprocess.PIPE, text=True,
-        env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+        env=clean_environment() | {"PYTHONPATH": str(ROOT)} | (env or {}),
     )  # fmt: skip
     return int(done.stdout.splitlines()[-1]) // 1024
 
@@ -204,3 +206,20 @@ def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StubWith
     assert [path.stat().st_size > 24 * MAX_LINE_BYTES - 2400 for path in (tmp_path / "out").iterdir()] == [
         True
     ] * 4
+
+
+@pytest.mark.slow
+def test_memory_holds_uploads_of_rejected_lines_too(
+    stub_with: StubWith, bucket: Bucket, tmp_path: Path
+) -> None:
+    """Four files of the longest lines, every second one rejected, each with two uploads: in 300 MiB."""
+    source = tmp_path / "in"
+    source.mkdir()
+    good = posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
+    bad = good.replace(b'"company"', b'"nothing"')
+    for name in "abcd":
+        (source / f"{name}.jsonl").write_bytes((good + bad) * 8)
+    args = ("--target", stub_with().target, "--endpoint-url", bucket.endpoint_url, "--ok-rejects")
+    peak = _peak_mib(source, f"s3://{bucket.name}/mod/", *args, env=dict(os.environ))
+    assert peak < 300
+    assert len(bucket.listed()) == 4 * 3

@@ -12,7 +12,8 @@ from services.augmenter.errors import InputChangedError, StoreError
 from services.augmenter.object_store.protocol import Item, Made, is_input
 from services.augmenter.object_store.s3_client import BROKEN, code_of, named
 from services.augmenter.object_store.s3_leftovers import Leftovers
-from services.augmenter.object_store.s3_upload import MARK, Conditions, S3Upload
+from services.augmenter.object_store.s3_upload import MARK, PARTS_ROOM_BYTES, Conditions, S3Upload
+from services.augmenter.room import Room
 
 _READ_BYTES = 2**20
 _BREAKS_IN_A_ROW = 5
@@ -21,10 +22,14 @@ _log = logging.getLogger("augmenter")
 
 
 class S3Store:
-    """The objects whose keys begin with `prefix` (empty, or ending in "/")."""
+    """The objects whose keys begin with `prefix` (empty, or ending in "/").
 
-    def __init__(self, client: Any, *, bucket: str, prefix: str) -> None:
+    `parts_room`: what the parts on their way to all stores of this process may have of its memory.
+    """
+
+    def __init__(self, client: Any, *, bucket: str, prefix: str, parts_room: Room | None = None) -> None:
         self._client = client
+        self._parts_room = parts_room or Room(limit_bytes=PARTS_ROOM_BYTES)
         self._bucket = bucket
         self._prefix = prefix
         self._conditions = Conditions()
@@ -121,6 +126,7 @@ class S3Store:
             onto=onto,
             conditions=self._conditions,
             leftovers=self._leftovers,
+            parts_room=self._parts_room,
         )
 
     async def remove(self, name: str) -> None:

@@ -15,9 +15,12 @@ from services.augmenter.errors import DoneElsewhereError, OutputTakenError, Stor
 from services.augmenter.object_store.protocol import NOTHING
 from services.augmenter.object_store.s3_client import code_of, named
 from services.augmenter.object_store.s3_leftovers import Leftovers
+from services.augmenter.room import Room
 
 MARK, _BY = "input-etag", "upload"
 _PART_BYTES = 5 * 2**20  # the least that S3 takes, of at most 10,000: outputs up to 50 GB
+PARTS_ROOM_BYTES = 4 * _PART_BYTES
+"""Of all uploads of a process together: what is on its way, beside what each of them has of its next part."""
 # What S3 says when somebody else came first, is writing right now, or has aborted our upload.
 _TAKEN = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"}
 # What a server says that has no conditional writes; 400 is too common to be taken for it by itself.
@@ -59,6 +62,7 @@ class S3Upload:
         onto: str | None,
         conditions: Conditions,
         leftovers: Leftovers,
+        parts_room: Room,
     ) -> None:
         self._client = client
         self._place = place
@@ -67,6 +71,7 @@ class S3Upload:
         self._onto = onto
         self._conditions = conditions
         self._leftovers = leftovers
+        self._parts_room = parts_room
         self._condition = (
             {} if onto is None else {"IfNoneMatch": "*"} if onto == NOTHING else {"IfMatch": onto}
         )
@@ -177,7 +182,9 @@ class S3Upload:
                 made = await self._client.create_multipart_upload(**self._target, Metadata=self._metadata)
             self._upload = {"UploadId": made["UploadId"]}
         await self._arrived()
+        await self._parts_room.take(len(part))
         self._sending = asyncio.create_task(self._send_part(self._upload, len(self._parts) + 1, part))
+        self._sending.add_done_callback(partial(_give_back, self._parts_room, len(part)))
 
     async def _send_part(self, upload: dict[str, str], number: int, part: bytes) -> dict[str, Any]:
         with named(self._place):
@@ -204,3 +211,7 @@ class S3Upload:
         if self._upload is not None:
             with contextlib.suppress(StoreError), named(self._place):
                 await self._client.abort_multipart_upload(**self._target, **self._upload)
+
+
+def _give_back(room: Room, size_bytes: int, _: object) -> None:
+    room.give_back(size_bytes)

@@ -132,8 +132,9 @@ def test_files_that_cannot_be_meant_are_refused(
     """Exit code 2 and one line that names the flag, before anything is written."""
     flags = {name: file for name, file in (_RIGHT | given).items() if file}
     ended = augment(
-        source, f"{source.parent}/out/", "--target", "127.0.0.1:1", *_flags(certificates, **flags)
-    )
+        source, f"{source.parent}/out/", "--target", "127.0.0.1:1", "--retry-budget", "0s",
+        *_flags(certificates, **flags),
+    )  # fmt: skip
     assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
     assert named in ended.err
     assert not (source.parent / "out").exists()
@@ -141,7 +142,7 @@ def test_files_that_cannot_be_meant_are_refused(
 
 def test_token_in_the_clear_stays_on_this_machine(augment: Augment, source: Path, certificates: Path) -> None:
     """Without TLS the token is sent to this machine only: to any other it is a usage error."""
-    flags = _flags(certificates, token_file="token")
+    flags = [*_flags(certificates, token_file="token"), "--retry-budget", "5s"]
     ended = augment(source, f"{source.parent}/out/", "--target", "proxy.example:50051", *flags)
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert ended.err.startswith("augmenter: --token-file: proxy.example:50051 would get it in the clear")

@@ -1,0 +1,45 @@
+"""A file's books: what was read is what was written, rejected or blank, or there is no output."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from services.augmenter import window
+from services.augmenter.jsonl import Pair
+from services.augmenter.window import MixedWindow, PlainWindow, Window
+from tests.augmenter.conftest import Augment, Stub, posting
+
+Parse = Callable[..., tuple[Window, list[Pair]]]
+
+
+def _losing_a_line(parse: Parse) -> Parse:
+    """As `parse`, but of each block it forgets the last line."""
+
+    def lose(block: bytes, count: int, *, first: int) -> tuple[Window, list[Pair]]:
+        made, pairs = parse(block, count, first=first)
+        if isinstance(made, PlainWindow):
+            return PlainWindow(made.first, made.inner[:-1], made.which[:-1]), pairs
+        lines, texts, entries = made.lines[:-1], made.texts[:-1], made.entries[:-1]
+        return MixedWindow(made.first, lines, texts, entries, made.which), pairs
+
+    return lose
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([posting(), posting()], "2 lines in, but 1 augmented + 0 rejected + 0 blank"),
+        ([b"bad", b"", posting(), b"bad"], "4 lines in, but 1 augmented + 1 rejected + 1 blank"),
+    ],
+)
+def test_a_file_whose_lines_do_not_add_up_has_no_output(
+    augment: Augment, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    lines: list[bytes], said: str,
+) -> None:  # fmt: skip
+    """A line that a defect lost fails its file, with the figures; neither output nor rejects appear."""
+    monkeypatch.setattr(window, "parsed", _losing_a_line(window.parsed))
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
+    assert (ended.code, ended.err) == (1, f"augmenter: {tmp_path}/a.jsonl: {said}\n")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []

@@ -51,6 +51,8 @@ class ProxyClient:
 
     async def ask(self, pairs: list[Pair], budget: RetryBudget, *, text_bytes: int) -> Answers:
         """The levels of distinct pairs, which were read from so many bytes. Raises RpcFailedError."""
+        if not pairs:  # its flight would have the number of the next
+            return Answers([])
         first, self._next = self._next, self._next + len(pairs)
         # One step of C a pair: it is given its number, or joins the one that it has.
         numbers = list(map(self._in_flight.setdefault, pairs, range(first, self._next)))

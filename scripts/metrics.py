@@ -43,6 +43,8 @@ def described() -> list[Described]:
     proxy = ProxyMetrics(registry)
     proxy.store_duration.labels("get")
     proxy.rpcs.count(code="OK", seconds=0, caller="c", outcomes={"l1": 1, "inferred": 1, "failed": 1})
+    for quota in ("pairs_per_second", "queued_pairs"):
+        proxy.rpcs.count_over_quota(account="c", quota=quota)
     Metrics(registry)
     return list(_described(registry))
 

@@ -193,6 +193,19 @@ _CALLERS = (
         ],
         unit="cps",
     ),
+    Series(
+        title="Over their quotas",
+        description="Requests refused because a caller had as much as its quota allows; pairs that wait only "
+        "because quotas are spent.",
+        queries=[
+            Query(
+                expr="sum by (caller, quota) "
+                f"(increase({of('cache_proxy_quota_refused_total')}[$__rate_interval]))",
+                legend="{{caller}}: {{quota}}",
+            ),
+            Query(expr=most("cache_proxy_quota_held_pairs"), legend="pairs held back"),
+        ],
+    ),
 )
 
 _MODEL = (

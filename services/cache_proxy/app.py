@@ -16,7 +16,7 @@ import redis.asyncio
 from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from services.cache_proxy import grpc_server
+from services.cache_proxy import grpc_server, quotas
 from services.cache_proxy.access.opening import open_callers, open_way
 from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config import Settings, read_secret
@@ -32,6 +32,7 @@ from services.cache_proxy.queue.listener import Hear
 from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, new_replica, open_local, open_shared
 from services.cache_proxy.queue.overview import Reporter
 from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.quotas import QuotasNow
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, RpcBooks, SeniorityService
 from services.cache_proxy.status.page import StatusPage
@@ -44,6 +45,7 @@ from services.cache_proxy.waiters import Waiters
 from services.common import logs
 from services.common.endings import end
 from services.common.http import HttpEndpoint
+from services.common.renewal import Renewed
 from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         queue = await stack.enter_async_context(
             _open_queue(
                 settings, opened.shared, replica=replica, http_bound=http_bound, settle=waiters.settle,
-                metrics=metrics, reporter=status.ledger,
+                metrics=metrics, reporter=status.ledger, quotas_now=_follow_quotas(settings, renewals),
                 logs={log.key: follower.hear for log, follower in zip(opened.logs, followers, strict=True)},
             )
         )  # fmt: skip
@@ -219,9 +221,10 @@ def _queue_limits(settings: Settings) -> QueueLimits:
 
 
 @asynccontextmanager
-async def _open_queue(
+async def _open_queue(  # noqa: PLR0913 - each is a part of its own
     settings: Settings, client: "redis.asyncio.Redis | None", *, replica: str, http_bound: str,
     settle: Settle, metrics: ProxyMetrics, logs: Mapping[str, Hear], reporter: Reporter,
+    quotas_now: QuotasNow,
 ) -> AsyncIterator[ProxyQueue]:  # fmt: skip
     limits, share = _queue_limits(settings), settings.model.expected_replicas
     metrics.show_limits(
@@ -231,7 +234,7 @@ async def _open_queue(
         queued_pairs=limits.max_pairs,
     )
     if client is None:
-        yield open_local(limits, expected_replicas=share, settle=settle, metrics=metrics)
+        yield open_local(limits, expected_replicas=share, settle=settle, metrics=metrics, quotas=quotas_now)
         return
     shared = SharedRedis(
         client=client,
@@ -243,8 +246,19 @@ async def _open_queue(
         logs=logs,
         reporter=reporter,
     )
-    async with open_shared(limits, shared, replica=replica, settle=settle, metrics=metrics) as queue:
+    async with open_shared(
+        limits, shared, replica=replica, settle=settle, metrics=metrics, quotas=quotas_now
+    ) as queue:
         yield queue
+
+
+def _follow_quotas(settings: Settings, renewals: Renewals) -> QuotasNow:
+    path = settings.server.caller_quotas_file
+    if path is None:
+        return quotas.none
+    followed = Renewed([path], partial(quotas.read_quotas, path), tell=renewals.teller("caller_quotas"))
+    renewals.add(followed.look)
+    return lambda: followed.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,6 +181,11 @@ class ServerSettings:
     max_queued_bytes: int = flag(
         "--max-queued-bytes", flags.SIZE, "1GiB", text="bytes of pairs waiting for the model, at most"
     )
+    caller_quotas_file: str | None = flag(
+        "--caller-quotas-file", flags.TEXT,
+        text="JSON: how much of model and queue each caller may have, all replicas together; read again when "
+        "it changes",
+    )  # fmt: skip
     max_wait_seconds: float = flag(
         "--max-wait", flags.DURATION, "5m", text="how long a caller without a deadline waits, at most"
     )

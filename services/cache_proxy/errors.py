@@ -45,6 +45,17 @@ class QueueFull(ProxyError):
 
 
 @dataclass(eq=False)
+class OverQuota(QueueFull):
+    """Nothing was queued: the caller has as much as its quota allows, of all replicas together.
+
+    `account` is whose quota it is, empty for that of all who have none of their own; `quota` is its name.
+    """
+
+    account: str
+    quota: str
+
+
+@dataclass(eq=False)
 class Draining(ProxyError):
     """The proxy is about to end; another replica, or its successor, will answer."""
 

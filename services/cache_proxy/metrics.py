@@ -13,7 +13,9 @@ from services.cache_proxy.rpc_metrics import RpcMetrics
 
 PRIORITIES = ("interactive", "bulk")  # what a caller may ask for
 LANES = (*PRIORITIES, "refresh")  # and below both, what nobody waits for
-RENEWED = ("listen_tls", "caller_tokens", "model_tls", "model_token", "cache_tls")  # files that may be
+RENEWED = (  # files that may be
+    "listen_tls", "caller_tokens", "caller_quotas", "model_tls", "model_token", "cache_tls",
+)  # fmt: skip
 
 _CODES = tuple(code.name for code in grpc.StatusCode)  # there from the start: a rate over nothing is no data
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -65,6 +67,12 @@ class ProxyMetrics:
             "How long the oldest pair has waited for which a caller waits. Of all replicas: take the max.",
             registry=registry,
         )  # fmt: skip
+        self.quota_held = Gauge(
+            "cache_proxy_quota_held_pairs",
+            "Pairs of all replicas that wait only because their callers' quotas are spent. Each replica "
+            "tells the same: take the max. They go out as the quotas allow, even where calls have room.",
+            registry=registry,
+        )  # fmt: skip
         self.slot_wait = Histogram(
             "cache_proxy_slot_wait_duration_seconds",
             "How long a pair waited for its call to the model. Half a second on average at one call a second "
@@ -108,7 +116,7 @@ class ProxyMetrics:
         )  # fmt: skip
         self.renewals = Counter(
             "cache_proxy_renewals_total",
-            "Changes of certificates, tokens and the list of callers that were noticed. "
+            "Changes of certificates, tokens, the list of callers and their quotas that were noticed. "
             "`failed`: what is there now cannot be used, and what was there before is used on.",
             ["files", "outcome"], registry=registry,
         )  # fmt: skip

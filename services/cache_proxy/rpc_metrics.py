@@ -32,6 +32,7 @@ class RpcMetrics(Collector):
         self._pairs = Counter(dict.fromkeys(OUTCOMES, 0))
         self._caller_pairs: dict[str, Counter[str]] = {}
         self._bounds = buckets
+        self._quota_refused: Counter[tuple[str, str]] = Counter()
         self._durations = [0] * (len(buckets) + 1)
         self._seconds = 0.0
         registry.register(self)
@@ -70,6 +71,14 @@ class RpcMetrics(Collector):
                 self._pairs[outcome] += count
                 counts[outcome_kind(outcome)] += count
 
+    def count_over_quota(self, *, account: str, quota: str) -> None:
+        """Count a request that was refused for a quota; without a name, it is that of all others."""
+        known = {name for name, _ in self._quota_refused}
+        name = account or "others"
+        if name not in known and len(known) >= _MAX_CALLERS:
+            name = _OTHER
+        self._quota_refused[name, quota] += 1
+
     def collect(self) -> Iterable[CounterMetricFamily | HistogramMetricFamily]:
         """All that was counted."""
         requests = CounterMetricFamily(
@@ -101,6 +110,16 @@ class RpcMetrics(Collector):
             for kind, count in counts.items():
                 caller_pairs.add_metric([caller, kind], count)
         yield caller_pairs
+        quota_refused = CounterMetricFamily(
+            "cache_proxy_quota_refused",
+            "Requests refused because their caller had as much as its quota allows. `caller` is as the "
+            "file of quotas names it, `others` all whom it does not: the first 100, then `other`. "
+            "`pairs_per_second`: the quota's turn would have come after the deadline.",
+            labels=["caller", "quota"],
+        )
+        for labels, count in self._quota_refused.items():
+            quota_refused.add_metric(labels, count)
+        yield quota_refused
         bounds = [*map(floatToGoString, self._bounds), "+Inf"]
         yield HistogramMetricFamily(
             "cache_proxy_request_duration_seconds",

@@ -15,7 +15,14 @@ from protos import seniority_pb2
 from services.cache_proxy import asked, wire
 from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.callers import ANONYMOUS, Caller, Context, Identify
-from services.cache_proxy.errors import AccessRefused, Draining, InvalidRequest, ProxyError, QueueFull
+from services.cache_proxy.errors import (
+    AccessRefused,
+    Draining,
+    InvalidRequest,
+    OverQuota,
+    ProxyError,
+    QueueFull,
+)
 from services.cache_proxy.intake import Intake
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
@@ -37,6 +44,9 @@ class RpcBooks(Protocol):
 
     def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
         """Count one, and its pairs by outcome."""
+
+    def count_over_quota(self, *, account: str, quota: str) -> None:
+        """Count one that was refused for a quota."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +153,8 @@ class SeniorityService:
         except ProxyError as error:
             failure = status_of(error)
             code = failure.code
+            if isinstance(error, OverQuota):
+                self._books.count_over_quota(account=error.account, quota=error.quota)
         except Exception:  # noqa: BLE001 - a defect costs this request a clear status, and no other anything
             _log.exception("a request failed unexpectedly")
             failure = Status(grpc.StatusCode.INTERNAL, "the proxy failed", ())

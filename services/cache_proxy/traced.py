@@ -21,6 +21,10 @@ class ToldBooks:
         self._tracing = tracing
         self._replica = replica
 
+    def count_over_quota(self, *, account: str, quota: str) -> None:
+        """See `RpcBooks`."""
+        self._books.count_over_quota(account=account, quota=quota)
+
     def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
         """See `RpcBooks.count`."""
         self._books.count(code=code, seconds=seconds, caller=caller, outcomes=outcomes)

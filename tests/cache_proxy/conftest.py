@@ -10,8 +10,15 @@ from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store.connecting import connect, servers
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.servers import Servers
+from tests.support.queues import Open, opening
 
 _bases = (f"conftest{number}:c2:" for number in itertools.count())
+
+
+@pytest.fixture(params=["local", "redis"])
+def opened(request: pytest.FixtureRequest, shared_redis: str) -> Open:
+    """Opens a queue of each kind with the limits and quotas that a test needs."""
+    return opening(request.param, shared_redis)
 
 
 @pytest.fixture

@@ -4,18 +4,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.queue import Pair
-from services.cache_proxy.queue.fair import Entry, FairLane
+from services.cache_proxy.queue.fair import Entry, FairLane, Place
 
 
-def _entry(number: int, caller: str) -> Entry:
-    return Entry(Pair(number.to_bytes(16, "big"), "c", "t"), "interactive", caller, 0.0)
+def _entry(number: int, caller: str) -> Place:
+    entry = Entry(Pair(number.to_bytes(16, "big"), "c", "t"), caller, 0.0)
+    return Place(entry, "interactive", caller)
 
 
-def _take(lane: FairLane, count: int) -> list[Entry]:
+def _take(lane: FairLane, count: int) -> list[Place]:
     """As a batch is taken: the first so many, the lane's time being the last one's start."""
     taken = [entry for entry, _ in zip(lane, range(count), strict=False)]
     for entry in taken:
-        lane.advance(entry)
+        lane.advance(entry.start)
     for entry in taken:
         lane.remove(entry)
     return taken
@@ -34,7 +35,7 @@ def test_nobody_gets_a_second_more_than_another_that_waits(counts: dict[str, int
     while len(lane):
         for entry in _take(lane, batch):
             got[entry.caller] += 1
-            order[entry.caller].append(entry.pair.digest)
+            order[entry.caller].append(entry.entry.pair.digest)
         waiting = [got[caller] for caller in counts if got[caller] < counts[caller]]
         if waiting:
             assert max(waiting) - min(waiting) <= 1
@@ -46,8 +47,8 @@ def test_nobody_gets_a_second_more_than_another_that_waits(counts: dict[str, int
 def test_what_goes_out_is_in_the_order_of_its_starts_and_none_is_lost(steps: list[str]) -> None:
     """Through coming, going and coming back; what comes back is in front of all that came since."""
     lane, numbers = FairLane(), iter(range(1000))
-    inside: list[Entry] = []
-    out: list[Entry] = []
+    inside: list[Place] = []
+    out: list[Place] = []
     for step in steps:
         if step.startswith("add"):
             inside.append(_entry(next(numbers), step[-1]))
@@ -82,11 +83,11 @@ def test_who_comes_late_starts_with_the_others_and_not_before_them() -> None:
     assert abs(callers.count("late") - 10) <= 1
 
 
-def test_names_beyond_a_thousand_share_a_turn_and_memory_is_given_back() -> None:
+def test_names_beyond_a_hundred_share_a_turn_and_memory_is_given_back() -> None:
     """Nothing stays of callers that are gone."""
     lane = FairLane()
     for number in range(3000):
         lane.add(_entry(number, f"caller {number}"))
-    assert len(lane._turns) <= 1001
+    assert len(lane._turns) <= 101
     assert len(_take(lane, 3000)) == 3000
-    assert (lane._turns, lane._ends, lane._virtual, len(lane)) == ({}, {}, 0.0, 0)
+    assert (lane._turns, lane._ends, lane.virtual, len(lane)) == ({}, {}, 0.0, 0)

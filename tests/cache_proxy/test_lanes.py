@@ -5,22 +5,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.queue import Pair
-from services.cache_proxy.queue.fair import Entry
+from services.cache_proxy.queue.accounts import Accounts
+from services.cache_proxy.queue.fair import Entry, Place
 from services.cache_proxy.queue.lanes import Lanes
 
 
 def _lanes(interactive: int, bulk: int, *, text: str = "") -> Lanes:
-    lanes = Lanes()
+    lanes = Lanes(Accounts(slot_seconds=1.0, replicas=lambda: 1, now=0.0))
     for priority, count in (("interactive", interactive), ("bulk", bulk)):
         for number in range(count):
             name = f"{priority}{number}"
-            lanes.add(Entry(Pair(name.encode(), name, text), priority, "caller", float(number)))
+            entry = Entry(Pair(name.encode(), name, text), "caller", float(number))
+            entry.places.append(Place(entry, priority, "caller"))
+            lanes.add(entry)
     return lanes
 
 
 def _composed(lanes: Lanes, *, batch_pairs: int, batch_bytes: int = 10**9) -> dict[str, int]:
-    chosen = lanes.take(batch_pairs=batch_pairs, batch_bytes=batch_bytes)
-    return {name: sum(entry.priority == name for entry in chosen) for name in ("interactive", "bulk")}
+    chosen, _ = lanes.take(batch_pairs=batch_pairs, batch_bytes=batch_bytes, now=0.0)
+    return {
+        name: sum(entry.places[0].priority == name for entry in chosen) for name in ("interactive", "bulk")
+    }
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_a_batch_is_full_and_within_its_bounds(
 ) -> None:
     """Never over either bound (but a pair that is too large alone goes alone), never short of both."""
     lanes = _lanes(interactive, bulk, text="x" * length)
-    chosen = lanes.take(batch_pairs=batch_pairs, batch_bytes=batch_bytes)
+    chosen, _ = lanes.take(batch_pairs=batch_pairs, batch_bytes=batch_bytes, now=0.0)
     sizes = [entry.pair.size_bytes for entry in chosen]
     assert len(set(map(id, chosen))) == len(chosen) <= batch_pairs
     assert sum(sizes) <= batch_bytes or len(chosen) == 1
@@ -66,8 +71,10 @@ def test_a_promoted_entry_waits_in_the_better_lane_alone() -> None:
     """The better priority of two callers counts, and only upwards."""
     lanes = _lanes(1, 2)
     entry = lanes.entries()[1]
-    lanes.promote(entry, "interactive", "caller")
-    lanes.promote(entry, "bulk", "caller")
+    for priority in ("interactive", "bulk"):
+        place = lanes.place_for(entry, priority=priority, account=None, caller="caller")
+        if place is not None:
+            lanes.join(entry, place)
     assert (lanes.count("interactive"), lanes.count("bulk"), len(lanes)) == (2, 1, 3)
     size = lanes.size_bytes
     assert lanes.discard(entry)

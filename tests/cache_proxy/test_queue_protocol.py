@@ -3,90 +3,19 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import pytest
 from grpc import StatusCode
-from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import Nonsense, PairError, QueueFull, Refused, Unavailable
-from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import (
-    Asker,
-    Claim,
-    Enqueued,
-    NotYet,
-    Outcome,
-    Pair,
-    Queue,
-    QueueLimits,
-)
+from services.cache_proxy.queue import Claim, NotYet, Outcome, Pair
 from services.cache_proxy.queue.gcra import PACE
-from services.cache_proxy.queue.opening import open_local
-from tests.support.replicas import Place, asker, limits, numbers_of, pair, pairs, replicas
+from tests.support.queues import Open, Subject
+from tests.support.replicas import asker, limits, numbers_of, pair, pairs
 
 BAD = Refused(StatusCode.INVALID_ARGUMENT, "bad", ".title", "too odd")
 DOWN = Unavailable("down", retry_after_seconds=1.0)
-
-
-class Subject:
-    """A queue of either kind, and what it settled."""
-
-    def __init__(self, queue: Queue, settled: list[tuple[bytes, Outcome]]) -> None:
-        self.queue = queue
-        self.settled = settled
-
-    async def ask(self, wanted: list[Pair], who: Asker | None = None) -> Enqueued:
-        """Ask for pairs."""
-        return await self.queue.enqueue(wanted, who or asker())
-
-    async def take(self) -> Claim:
-        """The next batch, which is due."""
-        for _ in range(100):
-            decision = await self.queue.claim()
-            if isinstance(decision, Claim):
-                return decision
-            assert decision.wait_seconds < 2, decision
-            await asyncio.sleep(decision.wait_seconds)
-        raise AssertionError("no batch")
-
-    async def answer(self, claim: Claim, level: int = 3) -> None:
-        """Be the model."""
-        await self.queue.fulfil(claim, {item.digest: level for item in claim.pairs})
-
-    async def nothing_waits(self) -> bool:
-        """Whether a claim says so."""
-        return await self.queue.claim() == NotYet(math.inf)
-
-    def ended(self) -> dict[int, Outcome]:
-        """How pairs ended, by number, each once."""
-        found = {int.from_bytes(digest, "big"): outcome for digest, outcome in self.settled}
-        assert len(found) == len(self.settled), "told twice"
-        return found
-
-
-Open = Callable[..., AbstractAsyncContextManager[Subject]]
-
-
-@pytest.fixture(params=["local", "redis"])
-def opened(request: pytest.FixtureRequest, shared_redis: str) -> Open:
-    """Opens a queue of each kind with the limits that a test needs."""
-
-    @asynccontextmanager
-    async def local(bounds: QueueLimits | None = None) -> AsyncIterator[Subject]:
-        settled: list[tuple[bytes, Outcome]] = []
-        metrics = ProxyMetrics(CollectorRegistry())
-        yield Subject(
-            open_local(bounds or limits(), settle=lambda *end: settled.append(end), metrics=metrics), settled
-        )
-
-    @asynccontextmanager
-    async def shared(bounds: QueueLimits | None = None) -> AsyncIterator[Subject]:
-        async with replicas(Place.new(shared_redis), bounds=bounds) as (replica,):
-            yield Subject(replica.queue, replica.settled)
-
-    return local if request.param == "local" else shared
 
 
 async def test_a_pair_is_queued_joined_sent_and_answered(opened: Open) -> None:

@@ -13,17 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.cache_proxy.errors import PairError, StoreError
-from services.cache_proxy.queue import Claim, NotYet
+from services.cache_proxy.queue import Asker, Claim, NotYet
+from services.cache_proxy.quotas import Quota, Quotas
 from tests.support.redis_server import redis_process
-from tests.support.replicas import Place, Replica, limits, numbers_of, pairs, replicas
+from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
 
 pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
 
 KEYS = [
     "pairs", "claims", "claimed", "suspects", "meta", "reserved", "lane:interactive", "lane:bulk",
     "lane:refresh", "fair:interactive", "LIMIT", "LIMIT:replicas", "LIMIT:addresses", "LIMIT:paused",
-    "recent", "refused",
+    "recent", "refused", "quotas", "lane:interactive:c", "fair:accounts:interactive", "LIMIT:spent",
 ]  # fmt: skip
+QUOTAS = Quotas({"c": Quota("c", 1e6, 10**6)})  # c's pairs wait in lanes of its own, d's in all others'
 
 
 def _names(place: Place, key: str) -> list[str]:
@@ -47,12 +49,17 @@ def _of_another_type(client: "redis.Redis", name: str) -> None:
         client.set(name, b"\xc1 what is this")
 
 
+def _who(replica: Replica) -> Asker:
+    """Each replica's callers: the first one's have a quota."""
+    return asker("c" if int(replica.name, 16) == 1 else "d")
+
+
 async def _work(replica: Replica, numbers: range) -> None:
     """Ask, send, refuse and answer, as if nothing were wrong, until all are answered with 1 + number % 7."""
     for attempt in range(60):
         try:
             await replica.beat()
-            wait, _ = await replica.ask(pairs(numbers))
+            wait, _ = await replica.ask(pairs(numbers), _who(replica))
             await replica.queue.ask_again()  # as the waiters' poll does every now and then
             claim = await replica.queue.claim()
             if isinstance(claim, Claim):
@@ -83,9 +90,9 @@ async def _work(replica: Replica, numbers: range) -> None:
 async def test_a_key_of_another_type_stops_nobody(key: str, shared_redis: str) -> None:
     """Replaced while pairs wait and are in flight: they and new ones are answered by the model."""
     place = Place.new(shared_redis)
-    async with replicas(place, 2) as (one, other):
-        await one.ask(pairs(range(12)))
-        await other.ask(pairs(range(12)))
+    async with replicas(place, 2, quotas=lambda: QUOTAS) as (one, other):
+        await one.ask(pairs(range(8)))
+        await other.ask(pairs(range(12)), _who(other))
         await one.take()
         with place.client() as client:
             for name in _names(place, key):
@@ -99,13 +106,17 @@ MSGPACK = st.recursive(
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.binary(max_size=9), inner, max_size=5),
     max_leaves=10,
 ).map(lambda value: bytes(msgpack.packb(value, use_bin_type=False)))
+_JUNK: list[Any] = [
+    b"bulk", b"bulk:c", b"x:", {b"bulk:c": [1, b"c"]}, b"x", b"\xff", 0, -1, 1.5, float("nan"), 2**60, None,
+    True, [], {},
+]  # fmt: skip
 RECORD: st.SearchStrategy[dict[str, object]] = st.fixed_dictionaries(
     {},
     optional={
-        name: st.sampled_from([b"bulk", b"x", b"\xff", 0, -1, 1.5, float("nan"), 2**60, None, True, [], {}])
+        name: st.sampled_from(_JUNK)
         for name in (
             "lane", "tag", "caller", "at", "attempts", "deaths", "refusals", "company", "title", "size",
-            "claim", "suspect", "interest", "replica", "send_at", "slot_at", "lease_until",
+            "claim", "suspect", "interest", "replica", "send_at", "slot_at", "lease_until", "also", "paid",
         )
     },
 )  # fmt: skip
@@ -152,9 +163,9 @@ def test_hostile_values_stop_nobody_and_become_no_answers(data: st.DataObject, s
 
     async def run() -> None:
         place = Place.new(shared_redis)
-        async with replicas(place, 2) as (one, other):
+        async with replicas(place, 2, quotas=lambda: QUOTAS) as (one, other):
             await one.ask(pairs(range(12)))
-            await other.ask(pairs(range(6)))
+            await other.ask(pairs(range(6, 16)), _who(other))
             claim = await one.take()
             await one.queue.fulfil(claim, {claim.pairs[0].digest: 1 + numbers_of(claim)[0] % 7})
             with place.client() as client:
@@ -243,13 +254,17 @@ async def test_redis_out_of_memory_still_carries_the_queue(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "key", ["pairs", "claims", "claimed", "suspects", "meta", "lane:interactive", "LIMIT"]
-)
+    "key",
+    [
+        "pairs", "claims", "claimed", "suspects", "meta", "lane:interactive", "LIMIT", "quotas",
+        "lane:interactive:c",
+    ],
+)  # fmt: skip
 async def test_a_key_that_is_gone_is_healed_by_the_next_poll(key: str, shared_redis: str) -> None:
     """Deleted or evicted: whoever waits asks again, and is answered."""
     place = Place.new(shared_redis)
-    async with replicas(place) as (replica,):
-        wait, _ = await replica.ask(pairs(range(8)))
+    async with replicas(place, quotas=lambda: QUOTAS) as (replica,):
+        wait, _ = await replica.ask(pairs(range(8)), asker("c" if key.endswith((":c", "quotas")) else "d"))
         await replica.take()
         with place.client() as client:
             client.delete(*_names(place, key))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from services.cache_proxy.errors import Nonsense, PairError, Refused, StoreError, Unavailable
 from services.cache_proxy.queue import Claim, NotYet, Outcome
+from services.cache_proxy.quotas import Quota, Quotas
 from services.cache_proxy.waiters import Wait
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs
 
@@ -21,6 +22,9 @@ BOUNDS = limits(batch_pairs=4)
 REFUSED = Refused(StatusCode.INVALID_ARGUMENT, "bad")
 DOWN = Unavailable("down", retry_after_seconds=1.0)
 NUMBERS = range(1, 11)
+QUOTAS = Quotas(
+    {"a": Quota("a", pairs_per_second=1e6)}
+)  # never spent, but a's pairs wait in lanes of their own
 
 
 @dataclass
@@ -52,7 +56,9 @@ class Play:
     async def join(self) -> None:
         """A replica starts."""
         if len(self._here) < 4:
-            self._here.append(_Here(await Replica(self._place, next(self._names), BOUNDS).join()))
+            self._here.append(
+                _Here(await Replica(self._place, next(self._names), BOUNDS, lambda: QUOTAS).join())
+            )
 
     def _one(self) -> _Here:
         return self._draw(st.sampled_from(self._here))

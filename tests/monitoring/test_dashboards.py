@@ -14,7 +14,7 @@ from tests.monitoring.queries import DASHBOARDS, asked, dashboard, panels
 _TYPES = Path(__file__).parent / "grafana"
 _METRIC = re.compile(r"\b(?:cache_proxy|augmenter)_\w+")
 _OF_ALL_REPLICAS = re.compile(
-    r"cache_proxy_(?:queue_global|queue_oldest|live_replicas|limit|store_evicts)\w*"
+    r"cache_proxy_(?:queue_global|queue_oldest|live_replicas|limit|store_evicts|quota_held)\w*"
 )
 
 

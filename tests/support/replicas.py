@@ -25,6 +25,7 @@ from services.cache_proxy.queue.local import LocalQueue
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
 from services.cache_proxy.queue.slots import SlotLimiter
+from services.cache_proxy.quotas import QuotasNow, none
 from services.cache_proxy.waiters import Wait, Waiters
 from tests.support.redis_server import wait_for
 
@@ -125,7 +126,15 @@ class Place:
                 for key in client.scan_iter(f"{base}*".replace("{", "[{]").replace("}", "[}]"))
             }
             bytes_held = int(client.hget(f"{base}meta", "bytes") or 0)
-        kept = ("meta", "recent:", "refused:", "nonsense:", "broke:", "fair:")  # each bounded in size or time
+        kept = (
+            "meta",
+            "recent:",
+            "refused:",
+            "nonsense:",
+            "broke:",
+            "fair:",
+            "quotas",
+        )  # each bounded in size or time
         rest: dict[str, Any] = {key: kind for key, kind in found.items() if not key.startswith(kept)}
         return rest | ({"bytes": bytes_held} if bytes_held else {})
 
@@ -135,6 +144,14 @@ class Place:
         with self.client() as client:
             for key in client.scan_iter(f"*{prefix}*"):
                 client.delete(key)
+
+    def age_quotas(self, milliseconds: int) -> None:
+        """As if that time had passed since they were spent."""
+        limit = self.keys.limit
+        with self.client() as client:
+            for account, until in client.zrange(f"{limit}:spent", 0, -1, withscores=True):
+                client.zadd(f"{limit}:spent", {account: until - milliseconds})
+            client.hincrby(limit, "quotas_since", -milliseconds)
 
     def age_claims(self, milliseconds: int) -> None:
         """As if that time had passed since they were granted."""
@@ -149,7 +166,7 @@ class Place:
 class Replica:
     """One replica: its queue, its waiters, and its subscription, whose messages are taken by hand."""
 
-    def __init__(self, place: Place, name: str, bounds: QueueLimits) -> None:
+    def __init__(self, place: Place, name: str, bounds: QueueLimits, quotas: QuotasNow = none) -> None:
         self.place = place
         self.name = name
         self.bounds = bounds
@@ -160,7 +177,13 @@ class Replica:
         self.waiters = Waiters()
         self.settled: list[tuple[bytes, Outcome]] = []
         self.queue = RedisQueue(
-            self.scripts, replica=name, limits=bounds, lease_seconds=30, settle=self._settle, metrics=metrics
+            self.scripts,
+            replica=name,
+            limits=bounds,
+            lease_seconds=30,
+            settle=self._settle,
+            metrics=metrics,
+            quotas=quotas,
         )
         limiter = SlotLimiter(
             Limiter(pairs_per_second=0, calls_per_second=0, burst=bounds.batch_pairs, now=0)
@@ -168,6 +191,7 @@ class Replica:
         local = LocalQueue(
             bounds, limiter=limiter, metrics=metrics,
             settle=lambda digest, outcome: self.queue.end({digest: outcome}),
+            replicas=lambda: limiter.replicas or 1, quotas=quotas,
         )  # fmt: skip
         self.failover = FailoverQueue(shared=self.queue, local=local, limiter=limiter)
         self.listener = Listener(
@@ -259,11 +283,11 @@ class Replica:
 
 @asynccontextmanager
 async def replicas(
-    place: Place, count: int = 1, bounds: QueueLimits | None = None
+    place: Place, count: int = 1, bounds: QueueLimits | None = None, quotas: QuotasNow = none
 ) -> AsyncIterator[list[Replica]]:
     """So many, for as long as the block lasts."""
     names = (f"{number:016x}" for number in itertools.count(1))
-    opened = [Replica(place, next(names), bounds or limits()) for _ in range(count)]
+    opened = [Replica(place, next(names), bounds or limits(), quotas) for _ in range(count)]
     try:
         for replica in opened:
             await replica.join()

@@ -46,15 +46,6 @@ Settle = Callable[[bytes, Outcome], None]
 """Told of every pair that ends, by its digest."""
 
 
-_PUSHBACK_SECONDS = (1.0, 60.0)
-
-
-def pushback_seconds(wait_seconds: float) -> float:
-    """How long a caller that was not queued should stay away."""
-    least, most = _PUSHBACK_SECONDS
-    return min(most, max(least, wait_seconds))
-
-
 @dataclass(frozen=True, slots=True)
 class Asker:
     """Who asks: `deadline` is on the event loop's clock; `trace` as `Tracing.here` gives it, mostly empty."""
@@ -105,6 +96,12 @@ class QueueLimits:
     linger_seconds: float
     max_pairs: int
     max_bytes: int
+
+    @property
+    def slot_seconds(self) -> float:
+        """How far apart full batches are, as they are spent; 0 if nothing limits them."""
+        pairs_rate, calls_rate, batch_pairs = self.paced
+        return max(batch_pairs / pairs_rate if pairs_rate else 0.0, 1 / calls_rate if calls_rate else 0.0)
 
     @property
     def paced(self) -> tuple[float, float, int]:

@@ -197,6 +197,7 @@ class FailoverQueue:
         self._lost = True
         self.last_loss = (error.kind, time.monotonic())
         _log.warning("the shared queue is lost, going on alone: %s", error)
+        self._local.begin_quotas()
         now = time.monotonic()
         if now - self._heard_at > _PAUSE_SECONDS:  # it was paused: the others may be using its moments
             self._limiter.begins_at = now + _QUIET_SECONDS

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from services.cache_proxy.queue import MAX_TRACES, Pair
+from services.cache_proxy.queue import MAX_TRACES, Claim, Pair
 
-_MAX_CALLERS = 1000  # names are the callers' to choose: those beyond share one turn
+MAX_CALLERS = 100  # names are the callers' to choose: those beyond share one turn
 _OTHERS = ""
 
 
@@ -23,16 +23,37 @@ class Entry:
     """A pair that has not ended: `attempts` and `refusals` count the failed calls it was in.
 
     `wanted` is false once nobody waits for it: in flight it may still be answered, but is not sent again.
-    `start` is its place in the lane; `traces` those of who waits, a few.
+    `places` are where it waits, or waited before it was sent; the first is that of who asked first. `paid_by`
+    is the claim that an account's quota was spent for; `traces` those of who waits, a few.
     """
 
     pair: Pair
-    priority: str
     caller: str
     enqueued_at: float
     wanted: bool = True
     attempts: int = 0
     refusals: int = 0
+    places: "list[Place]" = field(default_factory=list)
+    paid_by: Claim | None = None
+    traces: list[bytes] = field(default_factory=list)
+
+    def traced(self, trace: bytes) -> None:
+        """One more waits, in this trace, if in any."""
+        if trace and len(self.traces) < MAX_TRACES and trace not in self.traces:
+            self.traces.append(trace)
+
+
+@dataclass(slots=True, eq=False)
+class Place:
+    """Where an entry waits: in whose turn, in a priority's own lane or an account's.
+
+    `start` is its place there.
+    """
+
+    entry: Entry
+    priority: str
+    caller: str
+    account: str | None = None
     start: float = 0.0
     traces: list[bytes] = field(default_factory=list)
 
@@ -43,27 +64,31 @@ class Entry:
 
 
 class FairLane:
-    """State: `_arrivals`, all that wait, oldest first; `_turns`, the same by caller; `_ends`, by caller."""
+    """State: `_arrivals`, all that wait, oldest first; `_turns`, the same by caller; `_ends`, by caller.
 
-    def __init__(self) -> None:
-        self._arrivals: OrderedDict[bytes, Entry] = OrderedDict()
-        self._turns: dict[str, OrderedDict[bytes, Entry]] = {}
+    A lane that is empty begins to count anew, unless others count with it (`alone`).
+    """
+
+    def __init__(self, *, alone: bool = True) -> None:
+        self._alone = alone
+        self._arrivals: OrderedDict[bytes, Place] = OrderedDict()
+        self._turns: dict[str, OrderedDict[bytes, Place]] = {}
         self._ends: dict[str, float] = {}
-        self._virtual = 0.0
+        self.virtual = 0.0
 
     def __len__(self) -> int:
         return len(self._arrivals)
 
-    def __contains__(self, entry: Entry) -> bool:
-        return self._arrivals.get(entry.pair.digest) is entry
+    def __contains__(self, place: Place) -> bool:
+        return self._arrivals.get(place.entry.pair.digest) is place
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Place]:
         """All that wait, in the order in which they go out."""
         return heapq.merge(*(turn.values() for turn in self._turns.values()), key=attrgetter("start"))
 
     def start_of(self, caller: str) -> float:
         """Where the caller's next pair would start."""
-        return max(self._virtual, self._ends.get(caller, 0.0))
+        return max(self.virtual, self._ends.get(caller, 0.0))
 
     def until(self, start: float) -> int:
         """How many go out no later than one that starts there: a caller's pairs start one after the other."""
@@ -74,34 +99,38 @@ class FairLane:
 
     def oldest(self) -> Entry | None:
         """The one that came first."""
-        return next(iter(self._arrivals.values()), None)
+        return next((place.entry for place in self._arrivals.values()), None)
 
-    def add(self, entry: Entry, *, front: bool = False) -> None:
-        """Have an entry wait: behind its caller's last, or, as before, in front of what came since."""
-        if entry.caller not in self._turns and len(self._turns) >= _MAX_CALLERS:
-            entry.caller = _OTHERS
+    def add(self, place: Place, *, front: bool = False) -> None:
+        """Have it wait: behind its caller's last, or, as before, in front of what came since."""
+        if place.caller not in self._turns and len(self._turns) >= MAX_CALLERS:
+            place.caller = _OTHERS
         if front:  # the lane may have been empty meanwhile, and begun to count anew
-            entry.start = min(entry.start, self._virtual - 1)
+            place.start = min(place.start, self.virtual - 1)
         else:
-            entry.start = self.start_of(entry.caller)
-            self._ends[entry.caller] = entry.start + 1
-        for waiting in (self._arrivals, self._turns.setdefault(entry.caller, OrderedDict())):
-            waiting[entry.pair.digest] = entry
-            waiting.move_to_end(entry.pair.digest, last=not front)
+            place.start = self.start_of(place.caller)
+            self._ends[place.caller] = place.start + 1
+        for waiting in (self._arrivals, self._turns.setdefault(place.caller, OrderedDict())):
+            waiting[place.entry.pair.digest] = place
+            waiting.move_to_end(place.entry.pair.digest, last=not front)
 
-    def remove(self, entry: Entry) -> None:
-        """Take an entry out that is there."""
-        del self._arrivals[entry.pair.digest]
-        turn = self._turns[entry.caller]
-        del turn[entry.pair.digest]
+    def remove(self, place: Place) -> None:
+        """Take one out that is there."""
+        del self._arrivals[place.entry.pair.digest]
+        turn = self._turns[place.caller]
+        del turn[place.entry.pair.digest]
         if not turn:
-            del self._turns[entry.caller]
-            if self._ends.get(entry.caller, 0.0) <= self._virtual or not self._arrivals:
-                self._ends.pop(entry.caller, None)
-        if not self._arrivals:  # whoever comes next starts anew
-            self._ends.clear()
-            self._virtual = 0.0
+            del self._turns[place.caller]
+            if self._ends.get(place.caller, 0.0) <= self.virtual:
+                self._ends.pop(place.caller, None)
+        if not self._arrivals and self._alone:
+            self.begin_anew()
 
-    def advance(self, entry: Entry) -> None:
-        """An entry goes out: the lane's time is its start."""
-        self._virtual = max(self._virtual, entry.start)
+    def begin_anew(self) -> None:
+        """Nobody waits: whoever comes next starts with the others."""
+        self._ends.clear()
+        self.virtual = 0.0
+
+    def advance(self, start: float) -> None:
+        """What starts there goes out: that is the lane's time."""
+        self.virtual = max(self.virtual, start)

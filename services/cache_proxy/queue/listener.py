@@ -66,6 +66,7 @@ class _Pulse:
     subscribed: int
     logs: Sequence[bytes | None]
     run: str
+    held_back: int
 
     @classmethod
     def read(cls, reply: Any) -> "_Pulse":
@@ -73,7 +74,7 @@ class _Pulse:
         try:
             (
                 now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms, subscribed,
-                logs, run,
+                logs, run, held_back,
             ) = reply  # fmt: skip
             return cls(
                 int(now_ms), int(published), bytes(queue_id), [int(count) for count in waiting],
@@ -82,6 +83,7 @@ class _Pulse:
                  for replica, address in late],
                 float(moment_ms), int(subscribed),
                 [last if isinstance(last, bytes) else None for last in logs], run.decode("ascii", "replace"),
+                int(held_back),
             )  # fmt: skip
         except (ValueError, TypeError, AttributeError) as error:
             message = "the heartbeat's reply cannot be read"
@@ -209,6 +211,7 @@ class Listener:
             self._doors.knock(replica, address)
         for priority, count in zip(LANES, pulse.waiting, strict=True):
             self._metrics.queue_global_pairs.labels(priority).set(count)
+        self._metrics.quota_held.set(pulse.held_back)
         self._metrics.queue_oldest.set(pulse.oldest_ms / 1000)
         self._metrics.live_replicas.set(max(0, len(pulse.members) - len(pulse.late)))
 

@@ -3,11 +3,11 @@
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 
-from services.cache_proxy.errors import PairError, QueueFull
+from services.cache_proxy.errors import PairError
 from services.cache_proxy.metrics import LANES, PRIORITIES, ProxyMetrics
 from services.cache_proxy.queue import (
     MAX_ATTEMPTS,
@@ -21,15 +21,18 @@ from services.cache_proxy.queue import (
     Pair,
     QueueLimits,
     Settle,
-    pushback_seconds,
 )
-from services.cache_proxy.queue.fair import Entry
-from services.cache_proxy.queue.lanes import Lanes, is_better
+from services.cache_proxy.queue.accounts import Accounts, Spent
+from services.cache_proxy.queue.admission import Admission
+from services.cache_proxy.queue.fair import Entry, Place
+from services.cache_proxy.queue.lanes import Lanes
 from services.cache_proxy.queue.limiter import CallLimiter
 from services.cache_proxy.queue.overview import Overview
 from services.cache_proxy.queue.recent import Recent
 from services.cache_proxy.queue.suspects import Suspects
+from services.cache_proxy.quotas import Quota, QuotasNow, none
 
+_GATHER_SECONDS = 0.05  # where nothing but quotas holds pairs back, so much of them goes together
 _LEAD_SECONDS = 0.015  # so long before its slot a batch is claimed, to be ready when that begins
 
 
@@ -43,18 +46,27 @@ class LocalQueue:
     """
 
     def __init__(
-        self, limits: QueueLimits, *, limiter: CallLimiter, settle: Settle, metrics: ProxyMetrics
-    ) -> None:
+        self, limits: QueueLimits, *, limiter: CallLimiter, settle: Settle, metrics: ProxyMetrics,
+        replicas: Callable[[], int] = lambda: 1, quotas: QuotasNow = none,
+    ) -> None:  # fmt: skip
+        """`replicas`: by how many, this one among them, every quota is shared."""
         self._limits = limits
         self._settle = settle
         self._metrics = metrics
         self._entries: dict[bytes, Entry] = {}
         self._held_bytes = 0  # of all entries, waiting or in flight
-        self._lanes = Lanes()
+        self._quotas = quotas
+        self._quotas_then = quotas()
+        self._accounts = Accounts(slot_seconds=limits.slot_seconds, replicas=replicas, now=_now())
+        self._lanes = Lanes(self._accounts, quotas)
+        self._admission = Admission(
+            limits, lanes=self._lanes, limiter=limiter, accounts=self._accounts, quotas=quotas
+        )
         self._suspects: Suspects[Entry] = Suspects(attrgetter("caller"))
         self._recent = Recent()
         self._limiter = limiter
-        self._last_claim: Claim | None = None  # the only one whose slot may be refunded
+        self._last_claim: Claim | None = None  # the only one whose slot and quotas may be refunded
+        self._last_spent: Spent = {}
         self._failures_in_a_row = 0
         self._failed_at = -math.inf  # when the last of them was noticed
         self._changed = asyncio.Event()
@@ -73,6 +85,7 @@ class LocalQueue:
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
         """See `Queue.enqueue`."""
         now = _now()
+        self._follow_quotas()
         ended: dict[bytes, Outcome] = {}
         fresh: dict[bytes, Pair] = {}
         joined: list[Entry] = []
@@ -85,11 +98,15 @@ class LocalQueue:
                 ended[pair.digest] = outcome
             else:
                 fresh[pair.digest] = pair
-        self._admit(list(fresh.values()), joined, asker, now)
+        places = self._admission.admit(
+            list(fresh.values()), [entry for entry in joined if self._lanes.waits(entry)], asker, now=now,
+            held_pairs=len(self._entries), held_bytes=self._held_bytes,
+        )  # fmt: skip
         for entry in joined:
             entry.wanted = True
             entry.traced(asker.trace)
-            self._lanes.promote(entry, asker.priority, asker.caller)
+        for place in places:
+            self._lanes.join(place.entry, place)
         for pair in fresh.values():
             self._add(pair, asker, now)
         if fresh:
@@ -109,24 +126,30 @@ class LocalQueue:
     async def claim(self) -> Claim | NotYet:
         """See `Queue.claim`."""
         now = _now()
-        probe = self._suspects.due(others_wait=bool(self._lanes))
-        count = len(probe) or min(len(self._lanes), self._limits.batch_pairs)
+        self._follow_quotas()
+        ready = self._lanes.ready(now=now)
+        probe = self._suspects.due(others_wait=ready > 0)
+        count = len(probe) or min(ready, self._limits.batch_pairs)
         if not count:
-            return NotYet(math.inf)
-        linger_seconds = 0.0 if probe or self._full() else self._limits.linger_seconds
-        company_comes_until = self._lanes.oldest_at() + linger_seconds if linger_seconds else now
+            return NotYet(max(_GATHER_SECONDS, self._lanes.wait_seconds(now=now)))
+        linger_seconds = 0.0 if probe or self._full(ready) else self._limits.linger_seconds
+        company_comes_until = self._lanes.oldest_at(now=now) + linger_seconds if linger_seconds else now
         slot_at = now + self._limiter.wait_seconds(count, now=now)
         wait_seconds = max(company_comes_until, slot_at - _LEAD_SECONDS) - now
         if wait_seconds > 0:
             return NotYet(wait_seconds)
-        entries = probe or self._lanes.take(
-            batch_pairs=self._limits.batch_pairs, batch_bytes=self._limits.batch_bytes
-        )
-        for entry in entries:
-            self._metrics.slot_wait.observe(now - entry.enqueued_at)
-        self._limiter.spend(len(entries), now=slot_at)
+        entries, counts = probe, dict[Quota, int]()
+        if not probe:
+            entries, counts = self._lanes.take(
+                batch_pairs=self._limits.batch_pairs, batch_bytes=self._limits.batch_bytes, now=now
+            )
         traces = [trace for entry in entries for trace in entry.traces]
         claim = Claim("", [entry.pair for entry in entries], slot_at, slot_at, traces)
+        for entry in entries:
+            self._metrics.slot_wait.observe(now - entry.enqueued_at)
+            entry.paid_by = entry.paid_by or claim
+        self._limiter.spend(len(entries), now=slot_at)
+        self._last_spent = self._accounts.spend(counts, now=slot_at)
         self._suspects.sent(claim, probe)
         self._last_claim = claim
         return claim
@@ -139,7 +162,10 @@ class LocalQueue:
         """See `Queue.put_back`."""
         if claim is self._last_claim:  # the limits are still what this claim made them
             self._limiter.refund(len(claim.pairs))
+            self._accounts.refund(self._last_spent)
             self._last_claim = None
+        for entry in self._held(claim):
+            entry.paid_by = None if entry.paid_by is claim else entry.paid_by
         self._not_judged(claim, self._wanted(self._held(claim)))
 
     async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
@@ -243,6 +269,10 @@ class LocalQueue:
             self._forget(entry)
         return set(self._entries)
 
+    def begin_quotas(self) -> None:
+        """Another queue sent until now: what it spent of quotas is not known here."""
+        self._accounts.begin(now=_now())
+
     def end_elsewhere(self, outcomes: Mapping[bytes, Outcome]) -> None:
         """Pairs were answered by a call that another queue had allowed."""
         for digest, outcome in outcomes.items():
@@ -265,59 +295,24 @@ class LocalQueue:
         for entry in list(self._entries.values()):
             self._end(entry, error, remember=False)
 
-    def _admit(self, pairs: Sequence[Pair], joined: Sequence[Entry], asker: Asker, now: float) -> None:
-        limits = self._limits
-        wait_seconds = self._wait_seconds(len(pairs), joined, asker, now)
-        size_bytes = sum(pair.size_bytes for pair in pairs)
-        if pairs and len(self._entries) + len(pairs) > limits.max_pairs:
-            reason = f"the queue is full: {len(self._entries)} pairs wait, the limit is {limits.max_pairs}"
-            raise QueueFull(reason, pushback_seconds(wait_seconds))
-        if pairs and self._held_bytes + size_bytes > limits.max_bytes:
-            reason = f"the queue is full: {self._held_bytes} bytes wait, the limit is {limits.max_bytes}"
-            raise QueueFull(reason, pushback_seconds(wait_seconds))
-        left_seconds = asker.deadline - now
-        if wait_seconds > left_seconds:
-            reason = (
-                f"the pairs would wait {wait_seconds:.1f} s for the model, "
-                f"but the deadline is in {max(0.0, left_seconds):.1f} s"
-            )
-            raise QueueFull(reason, pushback_seconds(wait_seconds - left_seconds))
-
-    def _wait_seconds(self, fresh: int, joined: Sequence[Entry], asker: Asker, now: float) -> float:
-        """How long until the last of a request's pairs goes out: of the new ones and those that it promotes,
-        which wait in the caller's own turn, and of those that it joins where they are.
-        """  # noqa: D205 - one thought
-        batch_pairs, lanes = self._limits.batch_pairs, self._lanes
-        turn, last = fresh, dict[str, Entry]()
-        for entry in joined:
-            if not lanes.waits(entry):
-                continue
-            if is_better(asker.priority, entry.priority):
-                turn += 1
-            elif entry.priority not in last or entry.start > last[entry.priority].start:
-                last[entry.priority] = entry
-        calls = [lanes.calls_until(entry, batch_pairs=batch_pairs) for entry in last.values()]
-        if turn:
-            calls.append(
-                lanes.calls_until_new(
-                    priority=asker.priority, caller=asker.caller, count=turn, batch_pairs=batch_pairs
-                )
-            )
-        if not calls:
-            return 0.0
-        first_seconds = self._limiter.wait_seconds(max(1, min(turn, batch_pairs)), now=now)
-        return first_seconds + (max(1, *calls) - 1) * self._limiter.slot_seconds
+    def _follow_quotas(self) -> None:
+        if self._quotas() is not self._quotas_then:
+            self._quotas_then = self._quotas()
+            self._lanes.resettle()
 
     def _add(self, pair: Pair, asker: Asker, now: float) -> None:
-        entry = Entry(pair, asker.priority, asker.caller, now)
+        entry = Entry(pair, asker.caller, now)
         entry.traced(asker.trace)
+        account = self._admission.account_of(asker)
+        entry.places.append(Place(entry, asker.priority, asker.caller, account))
         self._entries[pair.digest] = entry
         self._held_bytes += pair.size_bytes
         self._lanes.add(entry)
 
-    def _full(self) -> bool:
-        return (
-            len(self._lanes) >= self._limits.batch_pairs or self._lanes.size_bytes >= self._limits.batch_bytes
+    def _full(self, ready: int) -> bool:
+        all_ready = ready == len(self._lanes)
+        return ready >= self._limits.batch_pairs or (
+            all_ready and self._lanes.size_bytes >= self._limits.batch_bytes
         )
 
     def _not_judged(self, claim: Claim, entries: Sequence[Entry]) -> None:
@@ -365,6 +360,7 @@ class LocalQueue:
             for gauge in (self._metrics.queue_pairs, self._metrics.queue_global_pairs):
                 gauge.labels(priority).set_function(partial(self._lanes.count, priority))
         self._metrics.queue_oldest.set_function(self._oldest_seconds)
+        self._metrics.quota_held.set_function(lambda: self._lanes.held(now=_now()))
         self._metrics.live_replicas.set(1)
 
     def show_alone(self) -> None:
@@ -372,6 +368,7 @@ class LocalQueue:
         for priority in LANES:
             self._metrics.queue_global_pairs.labels(priority).set(self._lanes.count(priority))
         self._metrics.queue_oldest.set(self._oldest_seconds())
+        self._metrics.quota_held.set(self._lanes.held(now=_now()))
         self._metrics.live_replicas.set(1)
 
     def _oldest_seconds(self) -> float:

@@ -22,6 +22,7 @@ from services.cache_proxy.queue.overview import Overview, Reporter
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
 from services.cache_proxy.queue.slots import SlotLimiter
+from services.cache_proxy.quotas import QuotasNow, none
 from services.cache_proxy.store.connecting import Client
 
 _log = logging.getLogger(__name__)
@@ -67,30 +68,36 @@ class SharedRedis:
 
 
 def open_local(
-    limits: QueueLimits, *, settle: Settle, metrics: ProxyMetrics, expected_replicas: int = 1
-) -> LocalQueue:
-    """The queue of a process that shares nothing, so keeps to its share of the rate."""
+    limits: QueueLimits, *, settle: Settle, metrics: ProxyMetrics, expected_replicas: int = 1,
+    quotas: QuotasNow = none,
+) -> LocalQueue:  # fmt: skip
+    """The queue of a process that shares nothing, so keeps to its share of the rate and of every quota."""
     limiter = _limiter(limits, replicas=expected_replicas)
-    queue = LocalQueue(limits, limiter=limiter, settle=settle, metrics=metrics)
+    queue = LocalQueue(
+        limits, limiter=limiter, settle=settle, metrics=metrics, replicas=lambda: expected_replicas,
+        quotas=quotas,
+    )  # fmt: skip
     queue.show_metrics()
     return queue
 
 
 @asynccontextmanager
 async def open_shared(
-    limits: QueueLimits, shared: SharedRedis, *, replica: str, settle: Settle, metrics: ProxyMetrics
-) -> AsyncIterator[ProxyQueue]:
+    limits: QueueLimits, shared: SharedRedis, *, replica: str, settle: Settle, metrics: ProxyMetrics,
+    quotas: QuotasNow = none,
+) -> AsyncIterator[ProxyQueue]:  # fmt: skip
     """The queue of all replicas, for as long as the block lasts. Redis need not be there yet."""
     home = Home(shared.client, key=shared.keys.limit)
     scripts = Scripts(home, shared.keys, metrics=metrics)
     limiter = SlotLimiter(_limiter(limits, replicas=shared.expected_replicas))
     asked = RedisQueue(
         scripts, replica=replica, limits=limits, lease_seconds=shared.lease_seconds, settle=settle,
-        metrics=metrics,
+        metrics=metrics, quotas=quotas,
     )  # fmt: skip
     local = LocalQueue(
-        limits, limiter=limiter, settle=lambda digest, outcome: asked.end({digest: outcome}), metrics=metrics
-    )
+        limits, limiter=limiter, settle=lambda digest, outcome: asked.end({digest: outcome}), metrics=metrics,
+        replicas=lambda: limiter.replicas or shared.expected_replicas, quotas=quotas,
+    )  # fmt: skip
     queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
     await _configure(scripts, limits)
     listener = Listener(

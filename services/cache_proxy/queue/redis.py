@@ -25,12 +25,13 @@ from services.cache_proxy.queue import (
     Pair,
     QueueLimits,
     Settle,
-    pushback_seconds,
+    refusals,
 )
 from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.messages import pack, pack_error, unpack, unpack_error
 from services.cache_proxy.queue.overview import MAX_REPORT_BYTES, MAX_REPORTS, Overview, read_overview
 from services.cache_proxy.queue.scripts import Scripts
+from services.cache_proxy.quotas import Quota, QuotasNow, none
 from services.cache_proxy.riders import Riders
 
 _log = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ _PART_SECONDS = 0.02
 _LEVEL_BYTES = 17
 _DIGEST_BYTES = 16
 _LEVELS = range(1, 8)
+_PAIRS = 7  # the place of a request's pairs in it
 _MAX_PATIENCE_SECONDS = 86_400.0
-_PAIRS = 7  # their place in a request to `enqueue.lua`
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ class RedisQueue:
 
     def __init__(
         self, scripts: Scripts, *, replica: str, limits: QueueLimits, lease_seconds: float,
-        settle: Settle, metrics: ProxyMetrics,
+        settle: Settle, metrics: ProxyMetrics, quotas: QuotasNow = none,
     ) -> None:  # fmt: skip
         self._scripts = scripts
         self.replica = replica
@@ -88,6 +89,7 @@ class RedisQueue:
         self._lease_ms = round((lease_seconds + _LEASE_MARGIN_SECONDS) * 1000)
         self._settle = settle
         self._metrics = metrics
+        self._quotas = quotas
         self._together = Riders(
             self._enqueue_together,
             size=lambda request: sum(_weight(size_bytes) for *_, size_bytes in request[_PAIRS]),
@@ -385,6 +387,9 @@ class RedisQueue:
             asker.caller, asker.priority, patience_ms, *following, token, int(polling),
             [[pair.digest, pair.company, pair.title, pair.size_bytes] for pair in pairs], asker.trace,
         ]  # fmt: skip
+        quota = None if asker.priority == "refresh" else self._quotas().of(asker.caller)
+        if quota is not None:
+            request.append([quota.account, quota.pairs_per_second * PACE, quota.queued_pairs])
         reply = await self._together.ride(request)
         if reply[0] == b"ok":
             return reply[1], reply[2]
@@ -392,14 +397,13 @@ class RedisQueue:
         if reply[0] == b"down":
             error = pack_error(Unavailable("the model is down", max(1.0, wait_seconds)))
             return bytes([_FAILED]) * len(pairs), [error] * len(pairs)
-        if reply[0] == b"full":
-            reason = f"the queue is full: {reply[2].decode()} wait"
-            raise QueueFull(reason, pushback_seconds(wait_seconds))
-        reason = (
-            f"the pairs would wait {wait_seconds:.1f} s for the model, "
-            f"but the deadline is in {patience_seconds:.1f} s"
+        raise _refused(
+            reply,
+            quota,
+            limits=self._limits,
+            pairs=len(pairs) + following[0],
+            patience_seconds=patience_seconds,
         )
-        raise QueueFull(reason, pushback_seconds(wait_seconds - patience_seconds))
 
     async def _enqueue_together(self, requests: Sequence[list[Any]]) -> Sequence[Any]:
         limits = self._limits
@@ -416,6 +420,23 @@ class RedisQueue:
 
     def _new_id(self) -> str:
         return f"{self.replica}.{next(self._ids)}"
+
+
+def _refused(
+    reply: Any, quota: Quota | None, *, limits: QueueLimits, pairs: int, patience_seconds: float
+) -> QueueFull:
+    why, wait_seconds = reply[0], reply[1] / 1000
+    if why == b"full":
+        held, unit = reply[2].decode().split(" ")
+        most = limits.max_pairs if unit == "pairs" else limits.max_bytes
+        return refusals.full(int(held), unit, most=most, wait_seconds=wait_seconds)
+    if why == b"queued" and quota is not None:
+        return refusals.over_queued_pairs(
+            quota, waiting=int(reply[2]), pairs=pairs, wait_seconds=wait_seconds
+        )
+    if why == b"slow" and quota is not None:
+        return refusals.over_pairs_per_second(quota, wait_seconds=wait_seconds, left_seconds=patience_seconds)
+    return refusals.late(wait_seconds=wait_seconds, left_seconds=patience_seconds)
 
 
 def _sort(

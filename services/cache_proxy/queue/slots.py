@@ -41,6 +41,11 @@ class SlotLimiter:
         self._membership = membership
 
     @property
+    def replicas(self) -> int:
+        """How many share what there is, as was last heard; 0 if nothing was."""
+        return 0 if self._membership is None else max(1, len(self._membership.members))
+
+    @property
     def slot_seconds(self) -> float:
         """How far apart this replica's batches are."""
         if self._membership is None:

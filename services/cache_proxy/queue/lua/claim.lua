@@ -20,6 +20,7 @@ local LEAD_MS = 15 -- from here to the model takes about so long: the slot of a 
 local PAIRS_A_MS = 50 -- and so many pairs take a millisecond more
 local HEARTBEAT_MS, QUIET_MS = 250, 1200
 local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wait
+local GATHER_MS = 50 -- where nothing but quotas holds pairs back, so many ms' worth of them go together
 
 local function as_batch(claim)
   local batch, contexts, known = {}, {}, {}
@@ -67,21 +68,61 @@ if limit[1] ~= run or not pairs_tat or not calls_tat or pairs_tat > latest or ca
   end
   redis.call('HSET', LIMIT, 'run', run, 'pairs_tat', pairs_tat, 'calls_tat', calls_tat)
   redis.call('HDEL', LIMIT, 'last') -- what was spent before is not given back
+  suspect_quotas()
 end
 
-local waiting, oldest = 0, nil
-for _, lane in ipairs(LANES) do
-  waiting = waiting + redis.call('ZCARD', lane_key(lane))
-  local first = redis.call('ZRANGE', lane_key(lane), 0, 0)
+-- Replicas that may have lost Redis have their share of every quota, as they have moments of their own.
+load_quotas()
+local silent, members, quiet = silent_replicas(replica), {}, {}
+if #silent > 0 then
+  for _, gone in ipairs(silent) do
+    quiet[gone] = true
+  end
+  local all = 0
+  for member in string.gmatch(redis.call('HGET', LIMIT, 'members') or '', '[^,]+') do
+    members[#members + 1] = member
+    all = all + (quiet[member] and 0 or 1)
+  end
+  for _, account in ipairs(accounts) do
+    rates[account] = rates[account] * math.max(1, all) / math.max(1, #members)
+  end
+end
+
+-- What may go out now, by lane, and who came first of it. An account's interactive pairs go first.
+local waiting, oldest, held_until = 0, nil, nil
+local counts, offered = {}, {}
+local function offer(lane, most)
+  local count = redis.call('ZCARD', lane_key(lane))
+  counts[lane] = count
+  local first = count > 0 and redis.call('ZRANGE', lane_key(lane), 0, 0) or {}
   load_pairs(first)
   local pair = records[first[1]]
-  if pair and (not oldest or pair.at < oldest) then
+  offered[lane] = math.min(count, math.max(most, pair and pair.paid and 1 or 0))
+  waiting = waiting + offered[lane]
+  if pair and offered[lane] > 0 and (not oldest or pair.at < oldest) then
     oldest = math.min(now, pair.at)
+  end
+  return count
+end
+for _, priority in ipairs(LANES) do
+  offer(priority, math.huge)
+end
+for _, account in ipairs(accounts) do
+  local rate, count = rates[account], 0
+  local left = may_send(account, rate, now + LEAD_MS)
+  for _, priority in ipairs(ASKED) do
+    local there = offer(lane_of(priority, account), left)
+    left, count = math.max(0, left - there), count + there
+  end
+  if count > 0 and rate > 0 then
+    local spent, burst = quota_of(account, rate)
+    local again = spent + 1000 / rate - burst - LEAD_MS
+    held_until = math.min(held_until or again, again)
   end
 end
 local groups = redis.call('LLEN', GROUPS)
 if waiting == 0 and groups == 0 then
-  return { 'wait', -1 }
+  return { 'wait', held_until and math.ceil(math.max(GATHER_MS, held_until - now)) or -1 }
 end
 
 local probing = groups > 0 and (waiting == 0 or meta('since_probe') >= SUSPECT_EVERY)
@@ -101,15 +142,8 @@ end
 -- Somebody who may have lost Redis calls the model at moments of his own: then all keep to theirs. Moments are
 -- `slot` apart; members have them in turn, a block each; those of the silent are left alone,
 -- and so is the last of each block when they are close together. (See slots.py.)
-local silent, slot = silent_replicas(replica), moment_ms()
+local slot = moment_ms()
 if #silent > 0 and slot > 0 then
-  local members, quiet = {}, {}
-  for member in string.gmatch(redis.call('HGET', LIMIT, 'members') or '', '[^,]+') do
-    members[#members + 1] = member
-  end
-  for _, gone in ipairs(silent) do
-    quiet[gone] = true
-  end
   local block = math.ceil(1000 / slot)
   local moment = math.floor((now + LEAD_MS) / slot)
   local owner = members[math.floor(moment / block) % math.max(1, #members) + 1]
@@ -142,6 +176,7 @@ local function add(digest, most, strictly)
 end
 
 local rest
+local spending = {} -- account -> pairs that its quota is spent for
 if probing then
   redis.call('RPOP', GROUPS)
   load_pairs(group)
@@ -186,29 +221,99 @@ if probing then
     end
   end
 else
-  local at = { interactive = 0, bulk = 0, refresh = 0 } -- how far each lane was looked through
-  local function fill(lane, most_pairs, most_bytes, strictly)
-    local room = most_pairs
-    while room > 0 and looked < AT_ONCE + batch_pairs do
-      local found = redis.call('ZRANGE', lane_key(lane), at[lane], at[lane] + math.min(room, CHUNK) - 1)
-      if #found == 0 then
+  -- A stream is what a lane may send now, in its order; `tag` is its first pair's place among all of the priority's.
+  local taken = {}
+  local function advance(stream, room)
+    while true do
+      stream.at = stream.at + 1
+      if stream.at > #stream.found then
+        if looked >= AT_ONCE + batch_pairs then
+          return false
+        end
+        local most = math.min(CHUNK, room, stream.account and 2 * #stream.found + 16 or CHUNK)
+        stream.found = redis.call('ZRANGE', lane_key(stream.lane), stream.from, stream.from + most - 1)
+        stream.from, stream.at = stream.from + #stream.found, 1
+        if #stream.found == 0 then
+          return false
+        end
+        load_pairs(stream.found)
+      end
+      looked = looked + 1
+      local digest = stream.found[stream.at]
+      local pair = records[digest]
+      local tag = pair and not pair.claim and not pair.suspect and tag_in(pair, stream.lane)
+      if not tag then
+        place(stream.lane, digest, false) -- it does not belong here
+      elseif not taken[digest] and is_wanted(digest) then
+        if stream.account and not pair.paid and stream.left < 1 then
+          return false
+        end
+        stream.digest, stream.own_tag = digest, tag
+        stream.tag = stream.account and account_tag(stream.priority, stream.account) or tag
+        return true
+      end
+    end
+  end
+  local heaps = {} -- priority -> its streams, a binary heap by tag
+  local function sift_down(heap)
+    local at = 1
+    while true do
+      local least = at
+      for child = 2 * at, math.min(2 * at + 1, #heap) do
+        least = heap[child].tag < heap[least].tag and child or least
+      end
+      if least == at then
         return
       end
-      load_pairs(found)
-      for _, digest in ipairs(found) do
-        at[lane], looked = at[lane] + 1, looked + 1
-        local pair = records[digest]
-        if not pair or pair.claim or pair.suspect or pair.lane ~= lane then
-          place(lane, digest, false) -- it does not belong here
-        elseif is_wanted(digest) then
-          if not add(digest, most_bytes, strictly) then
-            at[lane] = at[lane] - 1
-            return
-          end
-          room = room - 1
-          virtuals[lane] = math.max(virtual(lane), pair.tag)
+      heap[at], heap[least], at = heap[least], heap[at], least
+    end
+  end
+  local function heap_of(priority, room)
+    if not heaps[priority] then
+      local heap = {}
+      for _, lane in ipairs(lanes_of(priority)) do
+        local stream = { lane = lane, priority = priority, account = account_of(lane), left = offered[lane],
+          from = 0, at = 0, found = {} }
+        if offered[lane] > 0 and advance(stream, room) then
+          heap[#heap + 1] = stream
         end
       end
+      table.sort(heap, function(one, other)
+        return one.tag < other.tag
+      end)
+      heaps[priority] = heap
+    end
+    return heaps[priority]
+  end
+  local function fill(priority, most_pairs, most_bytes, strictly)
+    if most_pairs < 1 then
+      return
+    end
+    local room, heap = most_pairs, heap_of(priority, most_pairs)
+    while room > 0 and #heap > 0 do
+      local stream = heap[1]
+      local digest = stream.digest
+      if not taken[digest] and records[digest] then -- not by another stream meanwhile
+        if not add(digest, most_bytes, strictly) then
+          return
+        end
+        taken[digest], room = true, room - 1
+        virtuals[priority] = math.max(virtual(priority), stream.tag)
+        if stream.account then
+          virtuals[stream.lane] = math.max(virtual(stream.lane), stream.own_tag)
+          take_turn(priority, stream.account, stream.tag)
+          if not records[digest].paid and rates[stream.account] > 0 then
+            stream.left = stream.left - 1
+            records[digest].paid = id
+            spending[stream.account] = (spending[stream.account] or 0) + 1
+          end
+        end
+      end
+      if not advance(stream, math.max(room, 1)) then
+        heap[1] = heap[#heap]
+        heap[#heap] = nil
+      end
+      sift_down(heap)
     end
   end
   -- Nothing is taken out of a lane before all is chosen, so places in it hold.
@@ -222,21 +327,28 @@ end
 for _, digest in ipairs(chosen) do
   local pair = records[digest]
   if not pair.suspect then
-    place(pair.lane, digest, false)
+    leave_lanes(digest)
   end
   pair.claim, pair.suspect = id, nil
   save(digest)
 end
 write()
-for _, lane in ipairs(LANES) do
-  if redis.call('EXISTS', lane_key(lane)) == 0 then -- nobody waits in it: whoever comes next starts anew
-    redis.call('DEL', fair_key(lane))
-    redis.call('HDEL', META, 'virtual:' .. lane)
-  else
-    if virtuals[lane] then
+write_ends()
+local function begin_anew(lane, turns)
+  redis.call('DEL', fair_key(turns))
+  redis.call('HDEL', META, 'virtual:' .. lane)
+end
+for _, priority in ipairs(LANES) do
+  local lanes, any = lanes_of(priority), false
+  for _, lane in ipairs(lanes) do
+    local exists = counts[lane] > 0 and redis.call('EXISTS', lane_key(lane)) == 1
+    any = any or exists
+    if exists and virtuals[lane] then
       redis.call('HSET', META, 'virtual:' .. lane, virtuals[lane])
     end
-    if redis.call('HLEN', fair_key(lane)) >= MAX_CALLERS then
+    if counts[lane] > 0 and not exists and lane ~= priority then -- nobody waits in it: whoever comes next starts anew
+      begin_anew(lane, lane)
+    elseif exists and redis.call('HLEN', fair_key(lane)) >= MAX_CALLERS then
       local over, callers = {}, redis.call('HGETALL', fair_key(lane))
       for at = 1, #callers, 2 do
         if (number(callers[at + 1]) or 0) <= virtual(lane) then
@@ -245,6 +357,18 @@ for _, lane in ipairs(LANES) do
       end
       in_chunks('HDEL', fair_key(lane), over)
     end
+  end
+  if not any then
+    begin_anew(priority, priority)
+    redis.call('DEL', fair_key(turns_of(priority)))
+  elseif #lanes > 1 and virtuals[priority] then
+    redis.call('HSET', META, 'virtual:' .. priority, virtuals[priority])
+  end
+end
+for _, account in ipairs(accounts) do
+  local there = counts[lane_of('interactive', account)] + counts[lane_of('bulk', account)]
+  if there == 0 and seen_at[account] < now - REFUSED_MS then
+    redis.call('HDEL', QUOTAS, account)
   end
 end
 if #chosen == 0 then
@@ -255,7 +379,18 @@ end
 claim.digests = chosen
 redis.call('HSET', CLAIMS, id, cmsgpack.pack({ replica = claim.replica, at = claim.at, send_at = claim.send_at,
   slot_at = claim.slot_at, lease_until = claim.lease_until }))
-redis.call('HSET', CLAIMED, id, cmsgpack.pack({ table.concat(chosen), rest and table.concat(rest) or false }))
+local spent = {}
+for account, count in pairs(spending) do
+  local before = quota_of(account, rates[account])
+  local after = math.max(before, claim.slot_at) + count * 1000 / rates[account]
+  spent[account] = { before, after }
+  redis.call('ZADD', SPENT, string.format('%.17g', after), account)
+end
+if next(spent) then
+  redis.call('ZREMRANGEBYSCORE', SPENT, '-inf', now - HOUR_MS)
+end
+redis.call('HSET', CLAIMED, id,
+  cmsgpack.pack({ table.concat(chosen), rest and table.concat(rest) or false, next(spent) and spent or nil }))
 redis.call('HSET', META, 'since_probe', probing and 0 or meta('since_probe') + 1)
 local pairs_after = math.max(pairs_tat, claim.slot_at) + interval(pairs_rate, #chosen)
 local calls_after = math.max(calls_tat, claim.slot_at) + interval(calls_rate, 1)

@@ -62,11 +62,13 @@ for _, other in ipairs(flying) do
     end
   end
 end
-for _, lane in ipairs(LANES) do
-  redis.call('UNLINK', lane_key(lane), fair_key(lane))
-  redis.call('HDEL', META, 'virtual:' .. lane)
+for _, priority in ipairs(LANES) do
+  for _, lane in ipairs(lanes_of(priority)) do
+    redis.call('UNLINK', lane_key(lane), fair_key(lane), fair_key(turns_of(priority)))
+    redis.call('HDEL', META, 'virtual:' .. lane)
+  end
 end
-redis.call('UNLINK', PAIRS, GROUPS)
+redis.call('UNLINK', PAIRS, GROUPS, QUOTAS)
 redis.call('HDEL', META, 'bytes')
 write()
 publish('', {}, error)

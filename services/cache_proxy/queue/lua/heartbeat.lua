@@ -9,7 +9,7 @@
 --          ms since the oldest came for which a caller waits, members (who has which slot if Redis is lost),
 --          {replica, address} of those to knock at, ms between moments,
 --          subscribers that this server has for the replica, the last entry of each log, false if it has none,
---          this server}
+--          this server, pairs that wait because their accounts' quotas are spent}
 local replica, held = ARGV[1], {}
 local FORGOTTEN_MS, LATE_MS = 600000, 450
 for _, id in ipairs(cmsgpack.unpack(ARGV[2])) do
@@ -35,17 +35,25 @@ if ARGV[4] == '1' or (ARGV[9] ~= '' and ARGV[9] ~= run) then
     'calls_tat', math.max(number(redis.call('HGET', LIMIT, 'calls_tat')) or 0, now + slot_ms()),
     'pairs_tat', math.max(number(redis.call('HGET', LIMIT, 'pairs_tat')) or 0, now + slot_ms()))
   redis.call('HDEL', LIMIT, 'last') -- what a claim spent before is not given back
+  suspect_quotas()
 end
 redis.call('HSETNX', META, 'queue', clock[1] .. '.' .. clock[2] .. replica)
 
-local waiting, oldest = {}, now
-for at, lane in ipairs(LANES) do
-  waiting[at] = redis.call('ZCARD', lane_key(lane))
-  if lane ~= 'refresh' then -- for that nobody waits
-    local first = redis.call('ZRANGE', lane_key(lane), 0, 0)
-    load_pairs(first)
-    if records[first[1]] then
-      oldest = math.min(oldest, records[first[1]].at)
+local waiting, oldest, held_back, any = {}, now, 0, redis.call('EXISTS', PAIRS) == 1
+for at, priority in ipairs(LANES) do
+  waiting[at] = 0
+  for _, lane in ipairs(any and lanes_of(priority) or {}) do
+    local count, account = redis.call('ZCARD', lane_key(lane)), account_of(lane)
+    waiting[at] = waiting[at] + count
+    if count > 0 and priority ~= 'refresh' then -- for that nobody waits
+      local first = redis.call('ZRANGE', lane_key(lane), 0, 0)
+      load_pairs(first)
+      if records[first[1]] then
+        oldest = math.min(oldest, records[first[1]].at)
+      end
+      if account and may_send(account, rates[account], now) == 0 then
+        held_back = held_back + count
+      end
     end
   end
 end
@@ -78,4 +86,4 @@ for _, report in ipairs(unpack_safely(ARGV[10]) or {}) do
   end
 end
 return cmsgpack.pack({ now, meta('published'), redis.call('HGET', META, 'queue'), waiting, now - oldest,
-  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), subscribers_of(replica), logs, run })
+  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), subscribers_of(replica), logs, run, held_back })

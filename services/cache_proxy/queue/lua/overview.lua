@@ -9,7 +9,10 @@
 local minutes, most_replicas, most_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local waiting, next_pairs = {}, 1
 for at, lane in ipairs(LANES) do
-  waiting[at] = redis.call('ZCARD', lane_key(lane))
+  waiting[at] = 0
+  for _, one in ipairs(lanes_of(lane)) do
+    waiting[at] = waiting[at] + redis.call('ZCARD', lane_key(one))
+  end
   next_pairs = next_pairs + waiting[at]
 end
 local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second', 'pairs_tat', 'calls_tat',

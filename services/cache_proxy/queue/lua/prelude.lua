@@ -4,16 +4,20 @@
 -- KEYS[2]  the base of a namespace's queue; all keys below share its hash tag
 --
 -- A pair that has not ended has a record in `pairs`: it waits in a lane, is among the suspects, or is in
--- flight in a claim. Times are milliseconds of Redis's own clock, the only one that all replicas share.
+-- flight in a claim. Lanes are a priority's own, and those of accounts (`interactive:NAME`): callers that the file of
+-- quotas names, and `interactive:`, all others together. A pair that several accounts want waits in a lane of each. Times are milliseconds of Redis's own clock, the only one that all replicas share.
 -- What is read from Redis may be anything: what is not what it should be is treated as not there, and a key of
 -- another type is an error, after which the queue is made anew (`repair.lua`).
 local LIMIT, BASE = KEYS[1], KEYS[2]
 local PAIRS, GROUPS, META, ENDED = BASE .. 'pairs', BASE .. 'suspects', BASE .. 'meta', BASE .. 'ended'
 local CLAIMS, CLAIMED = BASE .. 'claims', BASE .. 'claimed' -- who has it until when; its pairs, which are many
 local RESERVED = BASE .. 'reserved'
+local QUOTAS = BASE .. 'quotas' -- account -> pairs a second that it may send (0: any number), and when it was last told
+local SPENT = LIMIT .. ':spent' -- account -> until when its quota is spent: a theoretical arrival time, as in GCRA
 local REPLICAS, ADDRESSES = LIMIT .. ':replicas', LIMIT .. ':addresses'
 local PAUSED, ALONE = LIMIT .. ':paused', LIMIT .. ':alone' -- replica -> until when that may be relied on
 local LANES, RANK = { 'interactive', 'bulk', 'refresh' }, { interactive = 1, bulk = 2, refresh = 3 }
+local ASKED = { 'interactive', 'bulk' } -- what a caller may ask for, and so those in which accounts have lanes
 local RECENT_MS, REFUSED_MS = 60000, 600000
 local SILENT_MS, CUT_OFF_MS = 800, 2000 -- heartbeats come every 250 ms
 local CHUNK = 400 -- arguments of one call: many at once, but Lua's stack is not endless
@@ -25,7 +29,10 @@ local LATE_MS = 1000 -- a batch that is later goes back: others may serve its pa
 local HOUR_MS = 3600000
 local MAX_BATCH_PAIRS = 1000 -- the model takes no more
 local CONTEXT, MAX_CONTEXTS, MAX_LINKS = 24, 4, 64 -- bytes; for one pair; for one batch
-local MAX_CALLERS = 1000 -- names are the callers' to choose: those beyond share one turn
+local MAX_CALLERS = 100 -- names are the callers' to choose: those beyond share one turn
+local MAX_ACCOUNTS = 5000 -- names in a file are the operator's, at most 1000, but files change
+local MAX_PLACES = 8 -- of one pair: whoever comes then waits where it is
+local BURST_SLOTS, BURST_MS = 1.5, 1000 -- what an account may save up: so that a call that is late costs it nothing
 
 -- With memory full, Redis refuses what may need some until a script has written anything. The queue has bounds
 -- of its own, and it must go on: what ends pairs frees memory.
@@ -73,11 +80,62 @@ local function split(digests)
   return list
 end
 
+-- The accounts that have pairs in this queue, or lately had: a list, their pairs a second, when they last had.
+local accounts, rates, seen_at
+local function load_quotas()
+  if not accounts then
+    accounts, rates, seen_at = {}, {}, {}
+    if redis.call('HLEN', QUOTAS) > MAX_ACCOUNTS then -- nobody of us
+      redis.call('DEL', QUOTAS)
+    end
+    local stored = redis.call('HGETALL', QUOTAS)
+    for at = 1, #stored, 2 do
+      local rate, seen = string.match(stored[at + 1], '^([^:]+):(%d+)$')
+      accounts[#accounts + 1] = stored[at]
+      rates[stored[at]], seen_at[stored[at]] = math.max(0, number(rate) or 0), number(seen) or 0
+    end
+  end
+  return accounts
+end
+
+local function priority_of(lane)
+  return string.match(lane, '^%l+')
+end
+
+local function rank_of(lane)
+  return RANK[priority_of(lane)]
+end
+
+local function account_of(lane) -- nil in a priority's own lane
+  return string.match(lane, '^%l+:(.*)$')
+end
+
+local function lane_of(priority, account)
+  return account and priority .. ':' .. account or priority
+end
+
+local function are_sound(also)
+  if also == nil then
+    return true
+  elseif type(also) ~= 'table' then
+    return false
+  end
+  for lane, place in pairs(also) do
+    if type(lane) ~= 'string' or not rank_of(lane) or type(place) ~= 'table' or type(place[1]) ~= 'number'
+      or type(place[2]) ~= 'string' then
+      return false
+    end
+  end
+  return true
+end
+
 -- A record: lane, tag, caller, at (when it came), attempts, deaths, refusals, company, title, size,
--- claim (the one that it is in flight in), suspect, interest (replica -> until when somebody waits there), trace
--- (where callers are traced: the contexts of up to MAX_CONTEXTS of their spans, one behind the other).
+-- claim (the one that it is in flight in), suspect, interest (replica -> until when somebody waits there),
+-- also (other lanes that it waits in -> {tag, caller}), paid (the claim that an account's quota was spent for: a
+-- pair that is sent again was paid for), trace (where callers are traced: the contexts of up to MAX_CONTEXTS of their
+-- spans, one behind the other).
 local function is_sound(digest, pair)
-  return pair and #digest == DIGEST and RANK[pair.lane] and type(pair.interest) == 'table'
+  return pair and #digest == DIGEST and type(pair.lane) == 'string' and rank_of(pair.lane) and are_sound(pair.also) and type(pair.interest) == 'table'
     and type(pair.tag) == 'number' and type(pair.at) == 'number' and type(pair.attempts) == 'number'
     and type(pair.deaths) == 'number' and type(pair.refusals) == 'number' and type(pair.size) == 'number'
     and type(pair.caller) == 'string' and type(pair.company) == 'string' and type(pair.title) == 'string'
@@ -113,20 +171,31 @@ local function place(lane, digest, tag)
   places[lane][digest] = tag
 end
 
+local function each_place(pair, visit)
+  visit(pair.lane, pair.tag)
+  for lane, other in pairs(pair.also or {}) do
+    visit(lane, other[1])
+  end
+end
+
+local function tag_in(pair, lane)
+  local other = pair.lane == lane and { pair.tag } or pair.also and pair.also[lane]
+  return other and other[1]
+end
+
+local function leave_lanes(digest)
+  each_place(records[digest], function(lane)
+    place(lane, digest, false)
+  end)
+end
+
 local function forget(digest)
   local pair = records[digest]
   bytes = bytes - pair.size
   if not pair.claim and not pair.suspect then
-    place(pair.lane, digest, false)
+    leave_lanes(digest)
   end
   records[digest] = false
-  save(digest)
-end
-
-local function wait_in_lane(digest)
-  local pair = records[digest]
-  pair.claim, pair.suspect = nil, nil
-  place(pair.lane, digest, pair.tag)
   save(digest)
 end
 
@@ -136,10 +205,33 @@ local function virtual(lane)
   return virtuals[lane]
 end
 
+local function is_known(lane)
+  local account = account_of(lane)
+  return not account or (load_quotas() and rates[account] ~= nil)
+end
+
+local function wait_in_lane(digest)
+  local pair = records[digest]
+  pair.claim, pair.suspect = nil, nil
+  if not is_known(pair.lane) then -- a quota that is forgotten holds nobody back
+    pair.lane, pair.tag = priority_of(pair.lane), virtual(priority_of(pair.lane))
+  end
+  for lane in pairs(pair.also or {}) do
+    pair.also[lane] = is_known(lane) and pair.also[lane] or nil
+  end
+  each_place(pair, function(lane, tag)
+    place(lane, digest, tag)
+  end)
+  save(digest)
+end
+
 -- In front of all that came since. (A lane that was empty meanwhile began to count anew.)
 local function wait_in_front(digest)
   local pair = records[digest]
   pair.tag = math.min(pair.tag, virtual(pair.lane) - 1)
+  for lane, other in pairs(pair.also or {}) do
+    other[1] = math.min(other[1], virtual(lane) - 1)
+  end
   wait_in_lane(digest)
 end
 
@@ -176,7 +268,8 @@ local function write()
   changed, places, bytes = {}, {}, 0
 end
 
--- A claim: replica, at, send_at, slot_at, lease_until; loaded whole, also its digests and, of a probe, the rest.
+-- A claim: replica, at, send_at, slot_at, lease_until; loaded whole, also its digests, of a probe the rest, and what
+-- was spent of quotas (account -> {until when before, and after}).
 local function load_lease(packed)
   local claim = unpack_safely(packed)
   if claim and type(claim.replica) == 'string' and type(claim.at) == 'number' and type(claim.send_at) == 'number'
@@ -191,6 +284,7 @@ local function load_claim(id)
     local held = unpack_safely(redis.call('HGET', CLAIMED, id)) or {}
     claim.digests = type(held[1]) == 'string' and split(held[1]) or {}
     claim.rest = type(held[2]) == 'string' and split(held[2]) or nil
+    claim.spent = type(held[3]) == 'table' and held[3] or {}
   end
   return claim
 end
@@ -232,6 +326,23 @@ local function write_ends()
     end
     in_chunks('HSET', fair_key(lane), fields)
   end
+end
+
+-- Accounts have turns like callers, but their pairs get tags only as they go out: what a quota held back has not
+-- lined up meanwhile.
+local function turns_of(priority)
+  return 'accounts:' .. priority
+end
+
+local function account_tag(priority, account)
+  return math.max(virtual(priority), first_tag(turns_of(priority), account))
+end
+
+local function take_turn(priority, account, tag)
+  local turns = turns_of(priority)
+  moved[turns] = moved[turns] or {}
+  ends[turns] = ends[turns] or {}
+  ends[turns][account], moved[turns][account] = tag + 1, tag + 1
 end
 
 local function anybody_waits(pair)
@@ -398,6 +509,56 @@ end
 -- How far apart the moments of those without Redis are: with some room for clocks that differ.
 local function moment_ms()
   return math.ceil(1.03 * slot_ms())
+end
+
+-- A priority's own lane, and those of the accounts.
+local function lanes_of(priority)
+  local lanes = { priority }
+  for _, account in ipairs(priority == 'refresh' and {} or load_quotas()) do
+    lanes[#lanes + 1] = lane_of(priority, account)
+  end
+  return lanes
+end
+
+-- Until when an account's quota is spent, at a rate above 0; and what of it may be saved up, in ms. That nothing is
+-- known of it means that it was not used, unless all may have been forgotten: then, that all was just spent.
+local slots_burst_ms, forgotten_at, spent_until_of
+local function quota_of(account, rate)
+  slots_burst_ms = slots_burst_ms or math.max(BURST_MS, BURST_SLOTS * slot_ms())
+  if not forgotten_at then
+    forgotten_at = number(redis.call('HGET', LIMIT, 'quotas_since'))
+    if not forgotten_at or forgotten_at > now then
+      forgotten_at = now
+      redis.call('HSET', LIMIT, 'quotas_since', now)
+    end
+  end
+  local burst = math.max(slots_burst_ms, 1000 / rate)
+  if not spent_until_of then
+    spent_until_of = {}
+    local stored = redis.call('ZRANGEBYSCORE', SPENT, now, '+inf', 'WITHSCORES', 'LIMIT', 0, MAX_ACCOUNTS)
+    for at = 1, #stored, 2 do
+      spent_until_of[stored[at]] = number(stored[at + 1])
+    end
+  end
+  local spent = spent_until_of[account] or 0
+  if spent > now + burst + LATE_MS then -- as another rate had it, or nobody of us
+    spent = now + burst
+  end
+  return math.max(spent, forgotten_at + burst), burst
+end
+
+-- How many pairs an account may send by then; any number if it has no such quota.
+local function may_send(account, rate, at)
+  if rate == 0 then
+    return math.huge
+  end
+  local spent, burst = quota_of(account, rate)
+  return math.max(0, math.floor((at + burst - math.max(spent, at)) * rate / 1000 + 1e-6))
+end
+
+-- What accounts did may have been forgotten, or done elsewhere: all of them may just have spent all.
+local function suspect_quotas()
+  redis.call('HSET', LIMIT, 'quotas_since', now)
 end
 
 -- Before when nobody may call the model, as the last failed call said; what is hours away is no such moment.

@@ -1,11 +1,16 @@
 -- A script could not work with what it found in Redis: some key or number is not what it should be. The queue is
 -- made anew, as after a flush: the heartbeat shows a new queue, and whoever waits asks again.
-for _, lane in ipairs(LANES) do
-  redis.call('DEL', lane_key(lane), fair_key(lane))
+if redis.call('TYPE', QUOTAS).ok ~= 'hash' then
+  redis.call('DEL', QUOTAS)
 end
-redis.call('DEL', PAIRS, GROUPS, META, CLAIMS, CLAIMED, RESERVED)
+for _, priority in ipairs(LANES) do
+  for _, lane in ipairs(lanes_of(priority)) do
+    redis.call('DEL', lane_key(lane), fair_key(lane), fair_key(turns_of(priority)))
+  end
+end
+redis.call('DEL', PAIRS, GROUPS, META, CLAIMS, CLAIMED, RESERVED, QUOTAS)
 for key, kind in pairs({ [LIMIT] = 'hash', [REPLICAS] = 'zset', [ADDRESSES] = 'hash', [PAUSED] = 'hash',
-  [ALONE] = 'hash' }) do
+  [ALONE] = 'hash', [SPENT] = 'zset' }) do
   if redis.call('TYPE', key).ok ~= kind then
     redis.call('DEL', key)
   end

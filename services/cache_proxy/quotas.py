@@ -1,0 +1,119 @@
+"""The file of quotas: how much of the model each caller may have, and how much of the queue.
+
+    {"callers": {"pricing": {"pairs_per_second": 50, "queued_pairs": 1000}, "search": {}},
+     "others": {"pairs_per_second": 100}}
+
+A caller that it names has an account of its own. All whom it does not name share one, `others`, if the file
+has that: a name may be made up, and so that gets nobody more than a share of that one. Without `others` they
+are bound by nothing.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+
+from services.common.errors import UsageError
+from services.common.renewal import read_file
+
+_FLAG = "--caller-quotas-file"
+_MAX_NAME = 255  # characters of a caller's that a certificate or a token names
+_MAX_CALLERS = 1000  # each is a turn of its own in every call to the model
+_MOST = 1e9
+OTHERS = ""
+"""The account of those whom the file does not name: no caller's name is empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What an account may have, of all replicas together; 0: as much as there is."""
+
+    account: str
+    pairs_per_second: float = 0.0
+    queued_pairs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """Who may have how much."""
+
+    callers: Mapping[str, Quota] = field(default_factory=dict)
+    others: Quota | None = None
+
+    def of(self, caller: str) -> Quota | None:
+        """The quota of a caller; None: it is bound by nothing but its turn."""
+        return self.callers.get(caller, self.others)
+
+    def account(self, name: str) -> Quota:
+        """What an account may have; as much as there is, if the file has it no more."""
+        found = self.others if name == OTHERS else self.callers.get(name)
+        return found or Quota(name)
+
+
+NO_QUOTAS = Quotas()
+QuotasNow = Callable[[], Quotas]
+"""The quotas as they are by now; the same object as long as they are the same."""
+
+
+def none() -> Quotas:
+    """Where there is no file."""
+    return NO_QUOTAS
+
+
+def read_quotas(path: str) -> Quotas:
+    """What the file says. Raises UsageError, with one line that names the place."""
+    content = read_file(path, flag_name=_FLAG)
+    try:
+        found = _read(content, _File)
+        _check_names(found.callers)
+        callers = {name: _quota(name, item, f"callers: {name!r}") for name, item in found.callers.items()}
+        others = None if bytes(found.others) == b"null" else _quota(OTHERS, found.others, "others")
+    except _BadFileError as error:
+        message = f"{_FLAG} {path}: {error}"
+        raise UsageError(message) from error
+    return Quotas(callers, others)
+
+
+class _BadFileError(Exception):
+    """Why the file cannot be meant."""
+
+
+class _Item(msgspec.Struct, forbid_unknown_fields=True):
+    pairs_per_second: Annotated[float, msgspec.Meta(gt=0, le=_MOST)] | None = None
+    queued_pairs: Annotated[int, msgspec.Meta(gt=0, le=int(_MOST))] | None = None
+
+
+_NULL = msgspec.Raw(b"null")
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    callers: dict[str, msgspec.Raw] = {}
+    others: msgspec.Raw = _NULL
+
+
+def _check_names(names: Collection[str]) -> None:
+    if len(names) > _MAX_CALLERS:
+        message = f"it names {len(names)} callers, the limit is {_MAX_CALLERS}"
+        raise _BadFileError(message)
+    for name in names:
+        if not (name.isprintable() and 0 < len(name) <= _MAX_NAME):
+            message = f"callers: {name[:80]!r} is no caller's name: 1 to {_MAX_NAME} printable characters"
+            raise _BadFileError(message)
+
+
+def _quota(account: str, item: msgspec.Raw, place: str) -> Quota:
+    try:
+        found = _read(bytes(item), _Item)
+    except _BadFileError as error:
+        message = f"{place}: {error}"
+        raise _BadFileError(message) from error
+    return Quota(account, found.pairs_per_second or 0.0, found.queued_pairs or 0)
+
+
+def _read(content: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        message = " ".join(str(error).split())
+        raise _BadFileError(message) from error

@@ -1,0 +1,74 @@
+"""The file of quotas: what it may say, whose account a caller has, and how a bad one is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from services.cache_proxy.quotas import OTHERS, Quota, Quotas, read_quotas
+from services.common.errors import UsageError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a test writes one."""
+    return tmp_path / "quotas.json"
+
+
+def test_what_is_named_has_its_own_and_all_others_share_one(path: Path) -> None:
+    """By name, exactly; what is left out binds nobody."""
+    path.write_text(
+        json.dumps(
+            {
+                "callers": {"a": {"pairs_per_second": 0.5, "queued_pairs": 7}, "é b": {}},
+                "others": {"queued_pairs": 9},
+            }
+        )
+    )
+    quotas = read_quotas(str(path))
+    assert quotas.of("a") == Quota("a", 0.5, 7)
+    assert quotas.of("é b") == Quota("é b", 0.0, 0)
+    assert quotas.of("A") == quotas.of("anonymous") == Quota(OTHERS, 0.0, 9)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"callers": {}}', '{"others": null}'])
+def test_without_others_who_is_not_named_is_free(path: Path, text: str) -> None:
+    """Nobody has an account unless somebody says so."""
+    path.write_text(text)
+    assert read_quotas(str(path)) == Quotas({}, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "truncated"), ("[]", "object"), ("{", "truncated"), ("[" * 100_000, "array"),
+        ('{"callers": {"a": {"pairs_per_second": 0}}}', "'a': .*pairs_per_second"),
+        ('{"callers": {"a": {"pairs_per_second": -1}}}', "'a': .*pairs_per_second"),
+        ('{"callers": {"a": {"pairs_per_second": NaN}}}', "malformed"),
+        ('{"callers": {"a": {"pairs_per_second": 1e300}}}', "'a': .*pairs_per_second"),
+        ('{"callers": {"a": {"queued_pairs": 1.5}}}', "'a': .*queued_pairs"),
+        ('{"callers": {"a": {"queued_pairs": "9"}}}', "'a': .*queued_pairs"),
+        ('{"callers": {"a": {"queued_pairs": 0}}}', "'a': .*queued_pairs"),
+        ('{"callers": {"a": {"queued": 1}}}', "'a': .*queued"), ('{"callers": {"a": []}}', "'a': "),
+        ('{"callers": {"": {}}}', "name"), ('{"callers": {"a\\nb": {}}}', "name"),
+        ('{"callers": {"' + "x" * 256 + '": {}}}', "name"), ('{"caller": {}}', "caller"),
+        ('{"others": 3}', "others: "), ('{"others": {"rate": 3}}', "others: .*rate"),
+        ('{"callers": {' + ",".join(f'"{n}": {{}}' for n in range(1001)) + "}}", "1001"),
+        ('{"callers": {"a": {"pairs_per_second": ' + "9" * 4_194_304 + "}}}", "MiB"),
+        ("\ud800", "."),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_one_line_that_names_the_place(path: Path, text: str, words: str) -> None:
+    """Flag, file and what of it cannot be meant, whatever is in it."""
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(UsageError, match=words) as bad:
+        read_quotas(str(path))
+    assert str(bad.value).startswith(f"--caller-quotas-file {path}: ")
+    assert "\n" not in str(bad.value)
+    assert len(str(bad.value)) < 500
+
+
+def test_a_file_that_is_not_there_is_named(path: Path) -> None:
+    """With the system's own words."""
+    with pytest.raises(UsageError, match="No such file"):
+        read_quotas(str(path))

@@ -31,7 +31,7 @@ setup: $(VENV)/.dev  ## everything that development needs, into .venv
 
 .PHONY: test
 test: $(VENV)/.dev  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow and not k8s" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not k8s" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(VENV)/.dev  ## the slow tests

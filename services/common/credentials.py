@@ -3,6 +3,7 @@
 import logging
 import re
 import stat
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -27,5 +28,7 @@ def without_users(text: str) -> str:
 @cache
 def warn_of_readers(path: Path, *, flag_name: str) -> None:
     """Warn, once, of a secret's file that everybody on the machine may read."""
-    if path.stat().st_mode & stat.S_IROTH:
+    with suppress(OSError):  # gone since it was read: a renewal
+        if not path.stat().st_mode & stat.S_IROTH:
+            return
         _log.warning("%s %s: everybody on this machine may read it; chmod o-r", flag_name, path)

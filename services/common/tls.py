@@ -68,7 +68,6 @@ class PemFiles:
         if self.cert is not None and self.key is not None:
             chain = read_file(self.cert, flag_name=cert_flag)
             private = read_file(self.key, flag_name=key_flag)
-            warn_of_readers(Path(self.key), flag_name=key_flag)
             try:
                 context.load_cert_chain(self.cert, self.key, password=lambda: b"")  # it would ask a terminal
             except (ssl.SSLError, ValueError) as error:
@@ -77,4 +76,5 @@ class PemFiles:
                     "not in PEM, not a pair, or behind a passphrase"
                 )
                 raise UsageError(message) from error
+            warn_of_readers(Path(self.key), flag_name=key_flag)
         return Pem(roots=roots, chain=chain, key=private)

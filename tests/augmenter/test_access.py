@@ -18,6 +18,13 @@ from tests.support.certificates import Authority, Mounted, Signed, self_signed
 _SECRET = "s3cret-of-the-day"
 
 
+def _keep(path: Path, token: str) -> Path:
+    """Write a token that nobody else may read."""
+    path.touch(0o600)
+    path.write_text(token)
+    return path
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a server's, a client's and a stranger's certificate, each its own CA."""
@@ -28,8 +35,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["openssl", "pkcs8", "-topk8", "-in", "client.key", "-out", "locked.key", "-passout", "pass:x"],
         cwd=folder, check=True,
     )  # fmt: skip
-    (folder / "empty").touch()
-    (folder / "token").write_text(f"{_SECRET}\n")
+    (folder / "empty").touch(0o600)
+    _keep(folder / "token", f"{_SECRET}\n")
     return folder
 
 
@@ -95,7 +102,7 @@ def test_who_lacks_one_of_them_is_not(
     code: str,
 ) -> None:
     """With another CA's server, certificate or token: a failure with its status, and no word of the token."""
-    (certificates / "stranger.key.token").write_text("not-the-secret")
+    _keep(certificates / "stranger.key.token", "not-the-secret")
     given = {name: file for name, file in (_RIGHT | wrong).items() if file}
     ended = augment(
         source, f"{source.parent}/out/", "--target", guarded.target, "--retry-budget", "300ms",
@@ -181,7 +188,7 @@ def test_targets_on_this_machine_are_known(target: str, is_local: bool) -> None:
 def test_token_that_changes_is_sent_from_then_on(augment: Augment, tmp_path: Path) -> None:
     """A file that is written anew between two RPCs: the second goes with the new token."""
     token, source = tmp_path / "token", tmp_path / "in"
-    token.write_text("first")
+    _keep(token, "first")
     source.mkdir()
     for name in ("a", "b"):
         (source / f"{name}.jsonl").write_bytes(posting(name))
@@ -252,14 +259,14 @@ def test_token_is_kept_while_its_file_cannot_be_read(
 ) -> None:
     """A file that is gone, or empty, for a while: the last token goes on, with one warning without it."""
     path = tmp_path / "token"
-    path.write_text("first")
+    _keep(path, "first")
     token = Token(str(path))
     assert token.metadata() == ("authorization", "Bearer first")
     path.unlink()
     assert token.metadata() == token.metadata() == ("authorization", "Bearer first")
-    path.write_text("")
+    _keep(path, "")
     assert token.metadata() == ("authorization", "Bearer first")
-    (tmp_path / "new").write_text("second\n")
+    _keep(tmp_path / "new", "second\n")
     (tmp_path / "new").replace(path)
     assert token.metadata() == ("authorization", "Bearer second")
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]

@@ -79,8 +79,9 @@ async def test_an_invalidation_under_a_look_up_keeps_its_answer_out_of_l1(forget
     items = _items("acme", BREATH_PAIRS + 1)
     await path.l2.put({_DIGEST("acme", f"{title:02}"): 5 for title in range(1, 100)})
     asked = asyncio.create_task(path.ask(items))
-    await asyncio.sleep(0)  # it takes breath, half of its items read
-    await asyncio.sleep(0)  # and again, its epoch read and half of its digests made
+    await asyncio.sleep(0)  # it takes breath, half of its items read,
+    await asyncio.sleep(0)  # has its turn,
+    await asyncio.sleep(0)  # and takes breath again, its epoch read and half of its digests made
     if forget == "remove":
         path.l1.remove(_DIGEST("acme", "00"))
     else:

@@ -102,11 +102,12 @@ print(cache.entries, cache.size_bytes, max(peak, resident() - before))
 @pytest.mark.parametrize(
     ("least", "most"),
     [
-        pytest.param(10, 10, id="short", marks=pytest.mark.slow),
+        pytest.param(10, 10, id="short"),
         pytest.param(20, 60, id="usual"),
-        pytest.param(100, 700, id="long", marks=pytest.mark.slow),
+        pytest.param(100, 700, id="long"),
     ],
 )
+@pytest.mark.slow
 def test_its_bound_holds_in_the_memory_of_a_process(least: int, most: int) -> None:
     """However many entries go through it, resident memory grows by the bound and a tenth at most."""
     bound = 96 * 2**20

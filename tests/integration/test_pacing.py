@@ -74,7 +74,8 @@ def test_the_limit_begins_as_just_spent(stage_with: StageWith) -> None:
     assert not stage.model.calls
 
 
-@pytest.mark.parametrize("limit", ["calls", pytest.param("pairs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["calls", "pairs"])
 def test_a_backlog_uses_the_rate(limit: str, stage_with: StageWith) -> None:
     """Every batch is full, and they follow each other at 97 % of the rate or more; what the machine takes
     from single ones is not held against the proxy, as long as no quarter of the slots is lost.
@@ -89,6 +90,7 @@ def test_a_backlog_uses_the_rate(limit: str, stage_with: StageWith) -> None:
     assert calls[-1].at - calls[0].at <= 15 * 0.25 / 0.75
 
 
+@pytest.mark.slow
 def test_the_limit_holds_while_the_cache_is_hammered(tmp_path: Path) -> None:
     """A proxy busy with hits neither passes the limit nor starves the model, by the model's own log."""
     log = tmp_path / "calls.jsonl"

@@ -76,6 +76,7 @@ class Mounted:
         whole.mkdir()
         for name, content in files.items():
             file = name.replace("_", ".")
+            (whole / file).touch(0o600)
             (whole / file).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
             if not (self.folder / file).is_symlink():
                 (self.folder / file).symlink_to(Path("..data") / file)

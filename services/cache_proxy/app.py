@@ -3,20 +3,16 @@
 import asyncio
 import gc
 import logging
-import os
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import redis.asyncio
 from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from services.cache_proxy import grpc_server, quotas
+from services.cache_proxy import grpc_server
 from services.cache_proxy.access.opening import open_callers, open_way
 from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config import Settings, read_secret
@@ -27,12 +23,10 @@ from services.cache_proxy.key import make_batch_digester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import ModelClient
-from services.cache_proxy.queue import QueueLimits, Settle, doors
-from services.cache_proxy.queue.listener import Hear
-from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, new_replica, open_local, open_shared
-from services.cache_proxy.queue.overview import Reporter
-from services.cache_proxy.queue.scripts import Keys
-from services.cache_proxy.quotas import QuotasNow
+from services.cache_proxy.process import running, stop_on_signals
+from services.cache_proxy.queue import doors
+from services.cache_proxy.queue.by_settings import follow_quotas, open_queue
+from services.cache_proxy.queue.opening import ProxyQueue, new_replica
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, RpcBooks, SeniorityService
 from services.cache_proxy.status.page import StatusPage
@@ -43,9 +37,7 @@ from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.traced import ToldBooks, TracedService
 from services.cache_proxy.waiters import Waiters
 from services.common import logs
-from services.common.endings import end
 from services.common.http import HttpEndpoint
-from services.common.renewal import Renewed
 from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger(__name__)
@@ -56,7 +48,7 @@ _GRACE_SECONDS = 1.0
 async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal exits at once."""
     async with AsyncExitStack() as stack:
-        stop = _stop_on_signals()
+        stop = stop_on_signals()
         registry = _registry()
         metrics = ProxyMetrics(registry)
         renewals = Renewals(metrics)
@@ -89,21 +81,21 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         followers = [Follower(log, remove=memories.remove, clear=memories.clear) for log in opened.logs]
         waiters = Waiters()
         queue = await stack.enter_async_context(
-            _open_queue(
+            open_queue(
                 settings, opened.shared, replica=replica, http_bound=http_bound, settle=waiters.settle,
-                metrics=metrics, reporter=status.ledger, quotas_now=_follow_quotas(settings, renewals),
+                metrics=metrics, reporter=status.ledger, quotas_now=follow_quotas(settings, renewals),
                 logs={log.key: follower.hear for log, follower in zip(opened.logs, followers, strict=True)},
             )
         )  # fmt: skip
         memories.all.append((queue.discard, queue.discard_all))
-        await stack.enter_async_context(_running(status.run(store=store, queue=queue)))
+        await stack.enter_async_context(running(status.run(store=store, queue=queue)))
         _show(metrics, l1=l1, degraded=lambda: not store.up or queue.lost)
         if opened.shared is None:  # else heartbeats tell
             for follower in followers:
-                await stack.enter_async_context(_running(follower.run()))
+                await stack.enter_async_context(running(follower.run()))
         dispatcher = Dispatcher(queue=queue, model=model, store=store, replica=replica, tracing=tracing)
         stack.push_async_callback(dispatcher.finish, within_seconds=0)
-        await stack.enter_async_context(_running(dispatcher.run()))
+        await stack.enter_async_context(running(dispatcher.run()))
         secret = read_secret(settings.key.key_secret_file, flag_name="--key-secret-file")
         resolver = Resolver(
             digests=make_batch_digester(normalize=settings.key.normalize, secret=secret),
@@ -133,7 +125,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
             credentials=callers.credentials,
         )
         stack.push_async_callback(front.server.stop, 0)
-        await stack.enter_async_context(_running(renewals.run()))
+        await stack.enter_async_context(running(renewals.run()))
         gc.freeze()  # what is built stays; and a full collection that walks a full L1 takes 24 ms
         await front.start()
         ready.set()
@@ -194,73 +186,6 @@ def _registry() -> CollectorRegistry:
     return registry
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if stop.is_set():
-            os._exit(128 + number)  # the embedded server, if there is one, ends with its parent
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-    return stop
-
-
-def _queue_limits(settings: Settings) -> QueueLimits:
-    model = settings.model
-    return QueueLimits(
-        batch_pairs=model.model_batch_size,
-        batch_bytes=model.model_batch_bytes,
-        pairs_per_second=model.model_rate,
-        calls_per_second=model.model_calls_per_second,
-        linger_seconds=model.linger_seconds,
-        max_pairs=settings.server.max_queued_pairs,
-        max_bytes=settings.server.max_queued_bytes,
-    )
-
-
-@asynccontextmanager
-async def _open_queue(  # noqa: PLR0913 - each is a part of its own
-    settings: Settings, client: "redis.asyncio.Redis | None", *, replica: str, http_bound: str,
-    settle: Settle, metrics: ProxyMetrics, logs: Mapping[str, Hear], reporter: Reporter,
-    quotas_now: QuotasNow,
-) -> AsyncIterator[ProxyQueue]:  # fmt: skip
-    limits, share = _queue_limits(settings), settings.model.expected_replicas
-    metrics.show_limits(
-        calls_per_second=limits.calls_per_second,
-        pairs_per_second=limits.pairs_per_second,
-        batch_pairs=limits.batch_pairs,
-        queued_pairs=limits.max_pairs,
-    )
-    if client is None:
-        yield open_local(limits, expected_replicas=share, settle=settle, metrics=metrics, quotas=quotas_now)
-        return
-    shared = SharedRedis(
-        client=client,
-        url=settings.cache.cache_url,
-        keys=Keys(prefix=settings.key.key_prefix, namespace=settings.key.namespace),
-        expected_replicas=share,
-        lease_seconds=settings.model.model_deadline_seconds,
-        http_bound=http_bound,
-        logs=logs,
-        reporter=reporter,
-    )
-    async with open_shared(
-        limits, shared, replica=replica, settle=settle, metrics=metrics, quotas=quotas_now
-    ) as queue:
-        yield queue
-
-
-def _follow_quotas(settings: Settings, renewals: Renewals) -> QuotasNow:
-    path = settings.server.caller_quotas_file
-    if path is None:
-        return quotas.none
-    followed = Renewed([path], partial(quotas.read_quotas, path), tell=renewals.teller("caller_quotas"))
-    renewals.add(followed.look)
-    return lambda: followed.value
-
-
 @dataclass(frozen=True, slots=True)
 class _Memories:
     """All that may hold an answer which is invalidated: how each forgets one, and everything."""
@@ -274,23 +199,6 @@ class _Memories:
     def clear(self) -> None:
         for _, clear in self.all:
             clear()
-
-
-@asynccontextmanager
-async def _running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    task = asyncio.create_task(work)
-    task.add_done_callback(_die_with)
-    try:
-        yield
-    finally:
-        await end([task])
-
-
-def _die_with(task: "asyncio.Task[None]") -> None:
-    """A proxy that calls no model, or forgets nothing, yet looks alive, is worse than a restarted one."""
-    if not task.cancelled() and task.exception() is not None:
-        _log.critical("a task that never ends has ended", exc_info=task.exception())
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _readyz(ready: asyncio.Event, _request: web.Request) -> web.Response:

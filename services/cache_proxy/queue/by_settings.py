@@ -1,0 +1,75 @@
+"""The queue as the settings want it: shared where Redis is, with its limits and quotas."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+
+import redis.asyncio
+
+from services.cache_proxy import quotas
+from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.config import Settings
+from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.queue import QueueLimits, Settle
+from services.cache_proxy.queue.listener import Hear
+from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_local, open_shared
+from services.cache_proxy.queue.overview import Reporter
+from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.quotas import QuotasNow
+from services.common.renewal import Renewed
+
+
+@asynccontextmanager
+async def open_queue(  # noqa: PLR0913 - each is a part of its own
+    settings: Settings, client: "redis.asyncio.Redis | None", *, replica: str, http_bound: str,
+    settle: Settle, metrics: ProxyMetrics, logs: Mapping[str, Hear], reporter: Reporter,
+    quotas_now: QuotasNow,
+) -> AsyncIterator[ProxyQueue]:  # fmt: skip
+    """The queue of all replicas, or without `client` this process's own."""
+    limits, share = _limits(settings), settings.model.expected_replicas
+    metrics.show_limits(
+        calls_per_second=limits.calls_per_second,
+        pairs_per_second=limits.pairs_per_second,
+        batch_pairs=limits.batch_pairs,
+        queued_pairs=limits.max_pairs,
+    )
+    if client is None:
+        yield open_local(limits, expected_replicas=share, settle=settle, metrics=metrics, quotas=quotas_now)
+        return
+    shared = SharedRedis(
+        client=client,
+        url=settings.cache.cache_url,
+        keys=Keys(prefix=settings.key.key_prefix, namespace=settings.key.namespace),
+        expected_replicas=share,
+        lease_seconds=settings.model.model_deadline_seconds,
+        http_bound=http_bound,
+        logs=logs,
+        reporter=reporter,
+    )
+    async with open_shared(
+        limits, shared, replica=replica, settle=settle, metrics=metrics, quotas=quotas_now
+    ) as queue:
+        yield queue
+
+
+def follow_quotas(settings: Settings, renewals: Renewals) -> QuotasNow:
+    """The quotas of the file as it is just now. Raises UsageError."""
+    path = settings.server.caller_quotas_file
+    if path is None:
+        return quotas.none
+    followed = Renewed([path], partial(quotas.read_quotas, path), tell=renewals.teller("caller_quotas"))
+    renewals.add(followed.look)
+    return lambda: followed.value
+
+
+def _limits(settings: Settings) -> QueueLimits:
+    model = settings.model
+    return QueueLimits(
+        batch_pairs=model.model_batch_size,
+        batch_bytes=model.model_batch_bytes,
+        pairs_per_second=model.model_rate,
+        calls_per_second=model.model_calls_per_second,
+        linger_seconds=model.linger_seconds,
+        max_pairs=settings.server.max_queued_pairs,
+        max_bytes=settings.server.max_queued_bytes,
+    )

@@ -131,6 +131,7 @@ async def _trouble(fleet: Proxies, tally: Tally) -> AsyncIterator[list[tuple[flo
         assert "Traceback" not in proxy.log
 
 
+@pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
 async def test_the_same_pairs_from_many_callers_are_inferred_once_on_a_cluster(
     on_cluster: Proxies, cluster: Cluster
 ) -> None:
@@ -155,6 +156,7 @@ async def test_the_same_pairs_from_many_callers_are_inferred_once_on_a_cluster(
     assert [proxy.stop() for proxy in proxies] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: Proxies, cluster: Cluster) -> None:
     """Whoever hears of an answer finds it in the store: the queue's node may be lost, and its memory."""
     proxy = on_cluster.start(*UNPACED)
@@ -185,7 +187,9 @@ async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: Proxies,
     assert not missing
 
 
-@pytest.mark.parametrize("ending", ["killed", "stopped"])
+@pytest.mark.parametrize(
+    ("redis_program", "ending"), [("valkey", "killed"), ("redis", "stopped")], indirect=["redis_program"]
+)
 async def test_the_node_of_the_queue_is_gone_and_its_replica_takes_over(
     on_cluster: Proxies, cluster: Cluster, ending: str
 ) -> None:
@@ -214,6 +218,7 @@ async def test_the_node_of_the_queue_is_gone_and_its_replica_takes_over(
     await _until(lambda: _is_replica(owner), what="the old master is a replica")
 
 
+@pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
 async def test_the_slot_of_the_queue_is_moved(on_cluster: Proxies, cluster: Cluster) -> None:
     """Thrice under load: the queue is not lost, no pair is asked twice, and all listen at the new node."""
     slot, tally = _slot(on_cluster), Tally()
@@ -265,6 +270,7 @@ async def test_a_slot_that_nobody_has_is_a_queue_that_is_lost(tmp_path: Path, re
         assert "Traceback" not in proxy.log
 
 
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_sentinels_make_another_server_the_master(tmp_path: Path, redis_program: str) -> None:
     """Killed, and its successor asked to step down, under load: nothing wrong, nobody fails, all return."""
     with ExitStack() as stack:

@@ -22,6 +22,7 @@ async def test_small_callers_go_before_a_hundred_thousand_pairs(running: Fleet) 
     assert all(len(call.pairs) == 1000 for call in running.calls)
 
 
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_a_lone_miss_waits_for_linger_and_model_alone(running: Fleet) -> None:
     """With the limit far away: half of the misses within linger, what the model itself takes, and the way."""
     proxy = running.start("--model-calls-per-second", "0", "--model-rate", "1000000", "--linger", "20ms")

@@ -10,7 +10,9 @@ from tests.support.judge import per_distinct_pair
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("loop", ["open", "closed"])
+@pytest.mark.parametrize(
+    ("redis_program", "loop"), [("redis", "open"), ("valkey", "closed")], indirect=["redis_program"]
+)
 async def test_the_same_pairs_from_many_callers_are_inferred_once(running: Fleet, loop: str) -> None:
     """Three replicas, six callers, the same 5,000 pairs: five calls and two (closed loop: four) at most, each
     pair once; a second round costs nothing.

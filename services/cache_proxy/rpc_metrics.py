@@ -20,6 +20,8 @@ _KINDS = ("hit", "miss", "failed")
 _HITS = frozenset({"l1", "l2", "stale"})
 _MAX_CALLERS = 100
 _OTHER = "other"
+_UNNAMED = "others"  # whom the file of quotas does not name, as it calls them
+_QUOTAS = ("pairs_per_second", "queued_pairs")
 
 
 class RpcMetrics(Collector):
@@ -32,7 +34,7 @@ class RpcMetrics(Collector):
         self._pairs = Counter(dict.fromkeys(OUTCOMES, 0))
         self._caller_pairs: dict[str, Counter[str]] = {}
         self._bounds = buckets
-        self._quota_refused: Counter[tuple[str, str]] = Counter()
+        self._quota_refused = Counter({(_UNNAMED, quota): 0 for quota in _QUOTAS})
         self._durations = [0] * (len(buckets) + 1)
         self._seconds = 0.0
         registry.register(self)
@@ -74,7 +76,7 @@ class RpcMetrics(Collector):
     def count_over_quota(self, *, account: str, quota: str) -> None:
         """Count a request that was refused for a quota; without a name, it is that of all others."""
         known = {name for name, _ in self._quota_refused}
-        name = account or "others"
+        name = account or _UNNAMED
         if name not in known and len(known) >= _MAX_CALLERS:
             name = _OTHER
         self._quota_refused[name, quota] += 1

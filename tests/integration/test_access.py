@@ -139,6 +139,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Place]:
     towards_model.put_pair(authority.sign("the-proxy"))
     callers, token = folder / "callers", folder / "token"
     callers.write_text("pricing.example certificate\n")
+    token.touch(0o600)
     token.write_text(_TOKENS["the-proxy"])
     ca, key, certificate = authority.sign("model").pem
     credentials = grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import grpc
 import pytest
@@ -71,6 +72,7 @@ def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServ
     server are refused; and there is no right that none of them uses.
     """  # noqa: D205 - one thought
     password, path = tmp_path / "password", tmp_path / "a.jsonl"
+    password.touch(0o600)
     password.write_text("s3cret\n")
     path.write_text('{"company": "c", "title": "t", "seniority": 1}\n')
     flags = ("--cache-url", guarded_redis.url, "--cache-username", "seniority",
@@ -93,6 +95,8 @@ def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServ
         ):
             ended = run_command("services.cache_proxy", command[0], *flags, *command[1:])
             assert ended.returncode == 0, ended.stderr
+        with urlopen(f"{proxy.http}/status.json", timeout=10) as page:
+            assert page.status == 200
         assert proxy.stop() == 0
     asyncio.run(_follow(guarded_redis.url))
     with guarded_redis.client() as client:
@@ -222,6 +226,7 @@ def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     users, password = tmp_path / "users.acl", tmp_path / "password"
     rights = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
     users.write_text(rights.replace("user default off", "user default on nopass ~* &* +@all"))
+    password.touch(0o600)
     password.write_text("s3cret\n")
     certificate, key = self_signed(tmp_path, "good")
     with ExitStack() as stack:

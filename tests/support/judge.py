@@ -17,8 +17,9 @@ class Call:
 
 
 def calls_of(log: Path) -> list[Call]:
-    """The calls in the order in which they came."""
-    lines = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
+    """The calls in the order in which they came; a line that is being written is none yet."""
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     calls = [Call(line["at"], line["code"], tuple(map(tuple, line["pairs"]))) for line in lines]
     return sorted(calls, key=lambda call: call.at)
 

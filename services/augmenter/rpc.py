@@ -85,8 +85,8 @@ class SeniorityRpc:
         self._token = token
         self._tracing = tracing
 
-    async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> list[int]:
-        """The pairs' levels. Raises CallFailedError or PairsRefusedError."""
+    async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> bytes:
+        """The pairs' levels, a byte each. Raises CallFailedError or PairsRefusedError."""
         self._totals.rpcs += 1
         with self._metrics.rpc_seconds.time(), self._tracing.call("InferSeniority", pairs=len(pairs)) as span:
             request = wire.request(pairs)
@@ -128,26 +128,27 @@ def _told(
         )  # fmt: skip
 
 
-def _joined(answer: bytes, count: int) -> list[int]:
-    """The levels by uuid, 1 to `count`: the answers may come in any order, but each exactly once."""
+def _joined(answer: bytes, count: int) -> bytes:
+    """The levels by uuid: the answers may come in any order, but each exactly once."""
     try:
         response = seniority_pb2.SeniorityResponseBatch.FromString(answer)
     except DecodeError as error:
         raise CallFailedError("INTERNAL", "the answer cannot be read", retryable=True) from error
-    levels = [0] * count
+    levels = bytearray(count)
     wrong = f"{len(response.batch)} answers to {count} pairs" if len(response.batch) != count else ""
     for one in response.batch:
-        if not 1 <= one.uuid <= count:
+        place = one.uuid - wire.FIRST_UUID
+        if not 0 <= place < count:
             wrong = f"an answer has uuid {one.uuid}, which was not asked"
-        elif levels[one.uuid - 1]:
+        elif levels[place]:
             wrong = f"uuid {one.uuid} was answered twice"
         elif not MIN_LEVEL <= one.seniority <= MAX_LEVEL:
             wrong = f"an answer has level {one.seniority}"
         else:
-            levels[one.uuid - 1] = one.seniority
+            levels[place] = one.seniority
     if wrong:
         raise CallFailedError("INTERNAL", f"nonsense in the answer: {wrong}", retryable=True)
-    return levels
+    return bytes(levels)
 
 
 def _failure(error: aio.AioRpcError, count: int) -> CallFailedError | PairsRefusedError:

@@ -7,7 +7,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 
 from protos import seniority_pb2 as pb
-from services.augmenter.wire import levels_in_order
+from services.augmenter.wire import FIRST_UUID, levels_in_order
 from services.cache_proxy import asked, hits, wire
 from services.cache_proxy.errors import InvalidRequest
 from services.cache_proxy.l1 import L1Cache
@@ -62,7 +62,7 @@ def _check_answers(items: list[bytes], keys: list[bytes], expected: list[tuple[i
 
 
 def check_answer(message: bytes) -> None:
-    """Levels are read by hand only where messages read uuids from 1 and the same levels."""
+    """Levels are read by hand only where messages read the uuids asked and the same levels."""
     try:
         batch = pb.SeniorityResponseBatch.FromString(message).batch
     except DecodeError:
@@ -71,7 +71,7 @@ def check_answer(message: bytes) -> None:
         levels = levels_in_order(message, count)
         if levels is not None:
             assert batch is not None
-            assert [(one.uuid, one.seniority) for one in batch] == list(enumerate(levels, 1))
+            assert [(one.uuid, one.seniority) for one in batch] == list(enumerate(levels, FIRST_UUID))
             assert len(levels) == count
             assert all(1 <= level <= 7 for level in levels)
 

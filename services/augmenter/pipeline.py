@@ -1,7 +1,7 @@
 """One file: read, parse, ask, splice, write, all at once; how far ahead is bounded by the room for text."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from functools import partial
 from typing import TypeAlias
 
@@ -44,9 +44,8 @@ class Pipeline:
     ) -> LineCounts:
         """Make the output of one file, whole, its rejects before it. Raises FileError."""
         counts = LineCounts()
-        in_hand = _InHand(self._room, self._totals)
         all_blocks = partial(read_blocks, self._source, item, lines_format, self._totals)
-        try:
+        with self._client.file_in_work(), closing(_InHand(self._room, self._totals)) as in_hand:
             async with (
                 Output(self._sink.create(output_name, item, onto=onto), lines_format) as output,
                 Rejects(self._rejects, item, lines_format) as rejects,
@@ -54,9 +53,9 @@ class Pipeline:
                 aclosing(in_hand.parsed(read)) as parsed,
                 aclosing(worked_ahead(parsed, partial(self._ask, budget=budget))) as asked,
             ):
-                async for (one, size_bytes, pairs), answers in asked:
+                async for (one, size_bytes, _), answers in asked:
                     augmented, rejected = one.settled(answers, counts)
-                    del one, pairs, answers  # while it is written, only the text of it is held
+                    del one, answers  # while it is written, only the text of it is held
                     if rejected:
                         await rejects.write(rejected)
                     del rejected
@@ -70,8 +69,6 @@ class Pipeline:
                 await rejects.complete()
                 await output.complete()
                 await rejects.clear()
-        finally:
-            in_hand.close()
         return counts
 
     async def _see_that_nobody_was_faster(self, item: Item, output_name: str, onto: str) -> None:
@@ -82,7 +79,7 @@ class Pipeline:
 
     async def _ask(self, parsed: _Parsed, *, budget: RetryBudget) -> Answers:
         window, size_bytes, pairs = parsed
-        with self._tracing.span("window", lines=window.count, bytes=size_bytes, pairs=len(pairs)):
+        with self._tracing.span("window", lines=window.count, bytes=size_bytes):
             return await self._client.ask(pairs, budget, text_bytes=size_bytes)
 
 

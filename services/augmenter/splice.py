@@ -5,7 +5,7 @@ The bytes are known to be one valid JSON object; so the scanner only finds where
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
 
@@ -17,15 +17,11 @@ _SCALAR = re.compile(rb"[^,}\]\s]+")
 _STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
 
 
-def all_spliced(inner: list[bytes], levels: list[int], which: Iterable[int]) -> bytes:
-    """Lines of objects that have no such member yet, given without their outer braces.
-
-    `which` says for each line which of the levels is its own.
-    """
-    endings = [_ENDINGS[level] for level in levels]
+def all_spliced(inner: list[bytes], levels: bytes) -> bytes:
+    """Lines of objects that have no such member yet, given without their outer braces; a level for each."""
     parts = [b"{"] * (3 * len(inner))
     parts[1::3] = inner
-    parts[2::3] = map(endings.__getitem__, which)
+    parts[2::3] = map(_ENDINGS.__getitem__, levels)
     return b"".join(parts)
 
 

@@ -1,9 +1,5 @@
 """A block of lines in hand: what it asks for, and what becomes of it once that is answered. Pure."""
 
-import itertools
-from array import array
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,21 +16,19 @@ RejectedLine: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason
 class Answers:
     """To pairs in their order: the level, or 0 where the reason stands in `refused`, by the pair's place."""
 
-    levels: list[int]
+    levels: bytes
     refused: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainWindow:
-    """Lines that can all be asked, kept without their outer braces, and which pair each of them has.
+    """Lines that can all be asked, kept without their outer braces. `first` is the first line's number.
 
-    The pairs themselves are not kept: what waits for its answer should be small. `first` is the first
-    line's number.
+    Their pairs are not kept: what waits for its answer should be small.
     """
 
     first: int
     inner: list[bytes]
-    which: "array[int]"
 
     @property
     def count(self) -> int:
@@ -58,7 +52,7 @@ class PlainWindow:
             mixed, _ = _mixed(block, first=self.first)  # the same pairs in the same order
             return mixed.settled(answers, counts)
         counts.augmented += len(self.inner)
-        return all_spliced(self.inner, answers.levels, self.which), []
+        return all_spliced(self.inner, answers.levels), []
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,6 @@ class MixedWindow:
     lines: list[bytes]
     texts: list[bytes]
     entries: list[jsonl.Entry]
-    which: "array[int]"
 
     @property
     def count(self) -> int:
@@ -91,11 +84,10 @@ class MixedWindow:
         augmented: list[bytes] = []
         rejected: list[RejectedLine] = []
         blank = 0
-        which = iter(self.which)
+        asked = enumerate(answers.levels)
         for place, (text, entry) in enumerate(zip(self.texts, self.entries, strict=True)):
             if isinstance(entry, jsonl.Posting):
-                pair = next(which)
-                level = answers.levels[pair]
+                pair, level = next(asked)
                 if level:
                     augmented.append(jsonl.augmented_line(text, entry, level))
                     continue
@@ -116,13 +108,12 @@ Window: TypeAlias = PlainWindow | MixedWindow
 
 
 def parsed(block: bytes, count: int, *, first: int) -> tuple[Window, list[Pair]]:
-    """The block's lines, and their distinct pairs in order. `first` is the first line's number."""
+    """The block's lines, and the pair of each that is to be asked. `first` is the first line's number."""
     plain = jsonl.parse_plain(block, count)
     if plain is None:
         return _mixed(block, first=first)
     inner, postings = plain
-    which, pairs = _numbered(postings)
-    return PlainWindow(first, inner, which), pairs
+    return PlainWindow(first, inner), postings
 
 
 def _mixed(block: bytes, *, first: int) -> tuple[MixedWindow, list[Pair]]:
@@ -131,12 +122,5 @@ def _mixed(block: bytes, *, first: int) -> tuple[MixedWindow, list[Pair]]:
     if first == 1:  # a byte order mark belongs to the file, not to its first line
         texts[0] = jsonl.strip(lines[0].removeprefix(BOM))
     entries = jsonl.parse(texts)
-    which, pairs = _numbered(entry.pair for entry in entries if isinstance(entry, jsonl.Posting))
-    return MixedWindow(first, lines, texts, entries, which), pairs
-
-
-def _numbered(pairs: Iterable[Pair]) -> tuple["array[int]", list[Pair]]:
-    """The number of each pair, and the pairs by number."""
-    numbers: defaultdict[Pair, int] = defaultdict(itertools.count().__next__)
-    which = array("I", map(numbers.__getitem__, pairs))
-    return which, list(numbers)
+    pairs = [entry.pair for entry in entries if isinstance(entry, jsonl.Posting)]
+    return MixedWindow(first, lines, texts, entries), pairs

@@ -19,9 +19,9 @@ def _losing_a_line(parse: Parse) -> Parse:
     def lose(block: bytes, count: int, *, first: int) -> tuple[Window, list[Pair]]:
         made, pairs = parse(block, count, first=first)
         if isinstance(made, PlainWindow):
-            return PlainWindow(made.first, made.inner[:-1], made.which[:-1]), pairs
+            return PlainWindow(made.first, made.inner[:-1]), pairs[:-1]
         lines, texts, entries = made.lines[:-1], made.texts[:-1], made.entries[:-1]
-        return MixedWindow(made.first, lines, texts, entries, made.which), pairs
+        return MixedWindow(made.first, lines, texts, entries), pairs
 
     return lose
 

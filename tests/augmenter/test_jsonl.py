@@ -17,7 +17,7 @@ def _entries(*texts: bytes) -> list[Posting | Rejected | None]:
     made, pairs = window.parsed(b"\n".join(texts), len(texts), first=2)
     if isinstance(made, window.MixedWindow):
         return made.entries
-    return [pairs[number] for number in made.which]
+    return list(pairs)
 
 
 def _one(text: bytes) -> Posting | Rejected | None:

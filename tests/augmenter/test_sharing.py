@@ -48,6 +48,17 @@ def test_pairs_of_files_in_work_are_asked_once(augment: Augment, tmp_path: Path)
         assert [int(line[-2:-1]) for line in made] == levels
 
 
+def test_a_pair_of_the_text_in_hand_is_asked_once(augment: Augment, tmp_path: Path) -> None:
+    """In the windows of one file each pair is one question, answered or not; the next run asks it again."""
+    lines = b"".join(posting(f"C{i % 50}", filler="x" * 1000) + b"\n" for i in range(3000))
+    (tmp_path / "in.jsonl").write_bytes(lines)
+    with scripted_model(well) as model:
+        for asked in (50, 100):
+            args = (tmp_path / "in.jsonl", f"{tmp_path}/out/", "--overwrite", "--target", model.target)
+            assert augment(*args).code == 0
+            assert len(model.asked()) == asked
+
+
 async def test_what_another_file_got_no_answer_to_is_asked_again() -> None:
     """A file whose budget is spent fails alone: who joined its pairs asks them on a budget of its own."""
     first_came = asyncio.Event()
@@ -78,7 +89,7 @@ async def test_what_another_file_got_no_answer_to_is_asked_again() -> None:
             with pytest.raises(RpcFailedError):
                 await failing
             answers = await joining
-    assert answers.levels == [level_of("b", "Clerk"), level_of("c", "Clerk")]
+    assert answers.levels == bytes([level_of("b", "Clerk"), level_of("c", "Clerk")])
     assert sorted(model.asked()) == [("a", "Clerk"), ("b", "Clerk"), ("b", "Clerk"), ("c", "Clerk")]
 
 

@@ -65,7 +65,7 @@ def check_line(case: bytes) -> None:
     for block, place in ((line, 0), (_GOOD + b"\n" + line, 1)):
         made, pairs = window.parsed(block, place + 1, first=2)
         counts = LineCounts()
-        output, rejected = made.settled(window.Answers([_LEVEL] * len(pairs)), counts)
+        output, rejected = made.settled(window.Answers(bytes([_LEVEL]) * len(pairs)), counts)
         found = output.split(b"\n")[:-1]
         assert counts.augmented == place + (expected is not None)
         assert [bytes_ for _, bytes_, _ in rejected] == ([line] if text and expected is None else [])

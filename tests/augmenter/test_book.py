@@ -1,0 +1,128 @@
+"""The book of pairs in hand: nobody asks what another asks or has the answer to."""
+
+import gc
+import time
+import weakref
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.augmenter import book as books
+from services.augmenter.book import Book, Books, Flight
+from services.augmenter.jsonl import Posting
+
+_PAIRS = [Posting(company, "Clerk") for company in "abcdef"]
+_ENDS = st.lists(st.sampled_from(["level", "refused", "nothing"]), min_size=len(_PAIRS), max_size=len(_PAIRS))
+_Windows = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from(_PAIRS), max_size=8),
+        st.integers(0, 5),  # how many windows later its flight is over
+        _ENDS,
+        st.booleans(),  # whether a new book is begun before it
+    ),
+    max_size=12,
+)
+
+
+def _end(flight: Flight, ends: list[str]) -> None:
+    """Settle each of a flight's pairs as its place in the alphabet says, and end it."""
+    for place, pair in enumerate(flight.pairs):
+        end = ends[_PAIRS.index(pair)]
+        if end == "level":
+            flight.levels[place] = 1 + _PAIRS.index(pair)
+        elif end == "refused":
+            flight.refused[place] = pair.company
+    flight.end()
+
+
+@given(_Windows)
+def test_a_pair_is_on_one_way_at_a_time_and_its_level_is_everywhere(
+    windows: list[tuple[list[Posting], int, list[str], bool]],
+) -> None:
+    """Whatever is asked, ends, begins anew: never two flights with a pair; a number has its pair's level."""
+    book = Book()
+    flying: list[tuple[int, Flight, list[str]]] = []
+    seen: list[tuple[Book, list[Posting], array[int]]] = []
+    for now, (pairs, takes, ends, anew) in enumerate(windows):
+        for due, flight, its_ends in flying:
+            if due == now:
+                _end(flight, its_ends)
+        flying = [one for one in flying if one[0] > now]
+        if anew:
+            book = Book(book.under_way())
+        which, flight = book.numbered(pairs)
+        flying.append((now + 1 + takes, flight, ends))
+        seen.append((book, pairs, which))
+        on_their_way = [pair for _, one, _ in flying for pair in one.pairs]
+        assert len(on_their_way) == len(set(on_their_way))
+    for _, flight, ends in flying:
+        _end(flight, ends)
+    for book, pairs, which in seen:
+        levels = book.levels_of(which)
+        for pair, number, level in zip(pairs, which, levels, strict=True):
+            flight, place = book.flight_of(number)
+            assert flight.over.is_set()
+            assert flight.pairs[place] == pair
+            assert level == flight.levels[place]
+            assert level in {0, 1 + _PAIRS.index(pair)}
+
+
+def test_what_is_answered_or_refused_is_not_asked_again_and_what_is_left_is() -> None:
+    """The three ends of a pair, as the next window has them."""
+    book = Book()
+    _, flight = book.numbered(_PAIRS[:3])
+    _end(flight, ["level", "refused", "nothing", "", "", ""])
+    which, again = book.numbered(_PAIRS[:3])
+    assert again.pairs == [_PAIRS[2]]
+    assert book.levels_of(which) == b"\1\0\0"
+    refused, place = book.flight_of(which[1])
+    assert refused.refused == {place: "b"}
+
+
+def test_a_book_ends_with_the_last_file_in_work() -> None:
+    """Answers are kept for what is in hand, no longer: the next run's file asks anew."""
+    all_books = Books()
+    with all_books.file_in_work():
+        with all_books.file_in_work():
+            first = all_books.of(1)
+        assert all_books.of(1) is first
+    assert all_books.of(1) is not first
+
+
+def test_a_book_is_gone_as_soon_as_nobody_needs_it() -> None:
+    """Without the garbage collector, which comes round seldom: a book is megabytes."""
+    book = Book()
+    _, flight = book.numbered(_PAIRS)
+    later = Book(book.under_way())
+    gone = weakref.ref(book)
+    _end(flight, ["level"] * len(_PAIRS))
+    gc.disable()
+    try:
+        del book
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert len(later) == len(_PAIRS)
+
+
+@pytest.mark.parametrize(("name", "most"), [("_BOOK_BYTES", 9), ("_BOOK_PAIRS", 2), ("_BOOK_SECONDS", 0.0)])
+def test_a_book_has_an_end(monkeypatch: pytest.MonkeyPatch, name: str, most: float) -> None:
+    """Bytes, pairs or seconds are used up: a new one, in which what is on its way still is."""
+    all_books = Books()
+    with all_books.file_in_work():
+        first = all_books.of(5)
+        _, over = first.numbered(_PAIRS[:1])
+        _end(over, ["level"] * len(_PAIRS))
+        _, flight = first.numbered(_PAIRS[1:4])
+        assert all_books.of(3) is first
+        time.sleep(0.001)  # more than none
+        monkeypatch.setattr(books, name, most)
+        second = all_books.of(2)
+        assert second is not first
+        which, new = second.numbered(_PAIRS[:4])
+        assert new.pairs == _PAIRS[:1]
+        _end(flight, ["level"] * len(_PAIRS))
+        _end(new, ["level"] * len(_PAIRS))
+        assert second.levels_of(which) == b"\1\2\3\4"

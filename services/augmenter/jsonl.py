@@ -75,7 +75,7 @@ def parse_plain(block: bytes, count: int) -> tuple[list[bytes], list[Posting]] |
     if len(inner) != count:
         return None
     try:
-        block.decode()  # msgspec does not look at the text of members that it skips
+        _ = block.isascii() or block.decode()  # msgspec does not look at the text of members that it skips
         postings = _decoder.decode_lines(block)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from services.augmenter.jsonl import Pair
 
-_BOOK_BYTES = 12 * 2**20  # of text: the larger, the fewer are asked, and the more memory they take
+_BOOK_BYTES = 6 * 2**20  # of text: with more, fewer pairs are new, but every look-up takes longer
 _BOOK_PAIRS = 60_000
 _BOOK_SECONDS = 5.0  # an answer that others may have forgotten by then
 
@@ -77,7 +77,7 @@ class Book:
         return which, flight
 
     def _number(self, pairs: Iterable[Pair]) -> "array[int]":
-        return array("I", map(self._numbers.__getitem__, pairs))
+        return array("I", map(self._numbers.__getitem__, pairs))  # a list would be pointers all over the heap
 
     def _add(self, flight: Flight) -> None:
         first = len(self.levels)

@@ -69,12 +69,19 @@ class Book:
     def numbered(self, pairs: Iterable[Pair]) -> tuple["array[int]", Flight]:
         """The number of each pair; and the flight of those that are new, for the caller to make and end."""
         known = len(self._numbers)
-        which = self._number(pairs)
+        try:
+            which = self._number(pairs)
+        except BaseException:  # of what makes the pairs as they are looked at
+            self._begun(known).end()
+            raise
+        return which, self._begun(known)
+
+    def _begun(self, known: int) -> Flight:
         new = list(itertools.islice(reversed(self._numbers), len(self._numbers) - known))
         new.reverse()
         flight = Flight(new)
         self._add(flight)
-        return which, flight
+        return flight
 
     def _number(self, pairs: Iterable[Pair]) -> "array[int]":
         return array("I", map(self._numbers.__getitem__, pairs))  # a list would be pointers all over the heap

@@ -7,6 +7,7 @@ from services.augmenter.jobs import Job
 from services.augmenter.object_store.protocol import Store
 from services.augmenter.pipeline import read_blocks
 from services.augmenter.totals import LineCounts, Totals
+from services.augmenter.window import Window
 
 
 class DryRun:
@@ -32,11 +33,12 @@ class DryRun:
             read_blocks(self._source, job.item, job.lines_format, self._totals)
         ) as all_blocks:
             async for block, count in all_blocks:
-                one, pairs = window.parsed(block, count, first=counts.read + 1)
-                counts.read += one.count
-                self._totals.lines_read += one.count
-                counts.blank += one.blank
-                counts.rejected += one.bad
-                self._pairs.update(map(hash, pairs))
+                windows: list[Window] = []
+                for pairs in window.parsed(block, first=counts.read + 1, into=windows):
+                    self._pairs.update(map(hash, pairs))
+                counts.read += count
+                self._totals.lines_read += count
+                counts.blank += sum(one.blank for one in windows)
+                counts.rejected += sum(one.bad for one in windows)
         counts.augmented = counts.read - counts.rejected - counts.blank
         return counts

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from services.augmenter.splice import spliced
+from services.common.lines import line_count
 
 _SPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
 
@@ -61,25 +62,25 @@ def parse(texts: Sequence[bytes]) -> list[Entry]:
     return [_parse_line(text) for text in texts]
 
 
-def parse_plain(block: bytes, count: int) -> tuple[list[bytes], list[Posting]] | None:
+def parse_plain(text: bytes) -> tuple[list[bytes], list[Posting]] | None:
     """The lines without their outer braces, and what they hold, if all are as plain as nearly all are.
 
     None: at least one is blank, bad, odd, has white space around it or a `seniority` already.
 
     Every line feed stands between `}` and `{`. No JSON value can span that, nor can a string; so the values
-    that are read from the block as a whole are one a line, if there are as many.
+    that are read from the text as a whole are one a line, if there are as many.
     """
-    if not (block.startswith(b"{") and block.endswith(b"}")):
+    if not (text.startswith(b"{") and text.endswith(b"}")):
         return None
-    inner = block[1:-1].split(b"}\n{")
-    if len(inner) != count:
+    inner = text[1:-1].split(b"}\n{")
+    if len(inner) != line_count(text):
         return None
     try:
-        _ = block.isascii() or block.decode()  # msgspec does not look at the text of members that it skips
-        postings = _decoder.decode_lines(block)
+        _ = text.isascii() or text.decode()  # msgspec does not look at the text of members that it skips
+        postings = _decoder.decode_lines(text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    if len(postings) != count or any(map(_seniority, postings)):
+    if len(postings) != len(inner) or any(map(_seniority, postings)):
         return None
     return inner, postings
 

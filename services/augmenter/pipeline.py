@@ -2,12 +2,11 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, closing
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 from services.augmenter import window
 from services.augmenter.errors import AccountingError, DoneElsewhereError
-from services.augmenter.jsonl import Pair
 from services.augmenter.object_store.protocol import Item, Store
 from services.augmenter.outputs import Output, Rejects
 from services.augmenter.proxy_client import ProxyClient
@@ -21,7 +20,22 @@ from services.common.lines import blocks
 from services.common.tracing import OFF, Tracing
 
 ROOM_BYTES = 24 * 2**20
-_Parsed: TypeAlias = tuple[Window, int, list[Pair]]  # with the bytes that it was
+
+
+@dataclass(slots=True)
+class _Block:
+    """Lines that there is room for. State: `text`, until it is parsed."""
+
+    first: int
+    count: int
+    size_bytes: int
+    text: bytes | None
+
+    def taken(self) -> bytes:
+        """The text, which what is parsed of it replaces."""
+        assert self.text is not None  # noqa: S101 - once
+        text, self.text = self.text, None
+        return text
 
 
 class Pipeline:
@@ -50,18 +64,18 @@ class Pipeline:
                 Output(self._sink.create(output_name, item, onto=onto), lines_format) as output,
                 Rejects(self._rejects, item, lines_format) as rejects,
                 aclosing(all_blocks()) as read,
-                aclosing(in_hand.parsed(read)) as parsed,
-                aclosing(worked_ahead(parsed, partial(self._ask, budget=budget))) as asked,
+                aclosing(in_hand.let_in(read)) as let_in,
+                aclosing(worked_ahead(let_in, partial(self._ask, budget=budget))) as asked,
             ):
-                async for (one, size_bytes, _), answers in asked:
-                    augmented, rejected = one.settled(answers, counts)
-                    del one, answers  # while it is written, only the text of it is held
+                async for block, (windows, answers) in asked:
+                    augmented, rejected = window.settled(windows, answers, counts)
+                    del windows, answers  # while it is written, only the text of it is held
                     if rejected:
                         await rejects.write(rejected)
                     del rejected
                     await output.write(augmented)
                     del augmented
-                    in_hand.done_with(size_bytes)
+                    in_hand.done_with(block.size_bytes)
                 counts.read = in_hand.lines_read
                 _check(counts)
                 if rejects.any:
@@ -77,10 +91,11 @@ class Pipeline:
         if made and made.from_this_input and made.version != onto:
             raise DoneElsewhereError
 
-    async def _ask(self, parsed: _Parsed, *, budget: RetryBudget) -> Answers:
-        window, size_bytes, pairs = parsed
-        with self._tracing.span("window", lines=window.count, bytes=size_bytes):
-            return await self._client.ask(pairs, budget, text_bytes=size_bytes)
+    async def _ask(self, block: _Block, *, budget: RetryBudget) -> tuple[list[Window], Answers]:
+        windows: list[Window] = []
+        pairs = window.parsed(block.taken(), first=block.first, into=windows)
+        with self._tracing.span("window", lines=block.count, bytes=block.size_bytes):
+            return windows, await self._client.ask(pairs, budget, text_bytes=block.size_bytes)
 
 
 class _InHand:
@@ -96,18 +111,17 @@ class _InHand:
         self._taken_bytes = 0
         self.lines_read = 0
 
-    async def parsed(self, all_blocks: AsyncIterator[tuple[bytes, int]]) -> AsyncGenerator[_Parsed]:
-        """The blocks parsed, each as soon as there is room for it."""
-        async for block, count in all_blocks:
-            size_bytes = len(block)
+    async def let_in(self, all_blocks: AsyncIterator[tuple[bytes, int]]) -> AsyncGenerator[_Block]:
+        """The blocks, each as soon as there is room for it."""
+        async for text, count in all_blocks:
+            size_bytes = len(text)
             await self._room.take(size_bytes)
             self._taken_bytes += size_bytes
-            made, pairs = window.parsed(block, count, first=self.lines_read + 1)
-            del block  # what is kept of it is in the window
+            block = _Block(self.lines_read + 1, count, size_bytes, text)
+            del text
             self.lines_read += count
             self._totals.lines_read += count
-            yield made, size_bytes, pairs
-            del made, pairs
+            yield block
 
     def done_with(self, size_bytes: int) -> None:
         """A block of this size is written."""

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -35,14 +35,13 @@ class ProxyClient:
         """Around all that is asked for one file."""
         return self._books.file_in_work()
 
-    async def ask(self, pairs: list[Pair], budget: RetryBudget, *, text_bytes: int) -> Answers:
+    async def ask(self, pairs: Iterable[list[Pair]], budget: RetryBudget, *, text_bytes: int) -> Answers:
         """The levels of pairs that were read from so many bytes. Raises RpcFailedError.
 
-        The list is emptied: while the answers are on their way, nothing holds what has come before.
+        Each list is looked at before the next is made, and forgotten.
         """
         book = self._books.of(text_bytes)
-        which, flight = book.numbered(pairs)
-        pairs.clear()
+        which, flight = book.numbered(itertools.chain.from_iterable(pairs))
         try:
             self._totals.pairs_asked += len(flight.pairs)
             batches = self._batches(flight.pairs, text_bytes)
@@ -78,7 +77,7 @@ class ProxyClient:
             elif not flight.levels[place]:
                 left[number] = flight.pairs[place]
         if left:  # whoever asked got no answer; what it cost them is no reason for us not to try
-            more = await self.ask(list(left.values()), budget, text_bytes=text_bytes)
+            more = await self.ask([list(left.values())], budget, text_bytes=text_bytes)
             for place, number in enumerate(left):
                 book.levels[number] = more.levels[place]
                 if place in more.refused:

@@ -17,12 +17,15 @@ _SCALAR = re.compile(rb"[^,}\]\s]+")
 _STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
 
 
-def all_spliced(inner: list[bytes], levels: bytes) -> bytes:
-    """Lines of objects that have no such member yet, given without their outer braces; a level for each."""
+def all_spliced(inner: list[bytes], levels: bytes) -> list[bytes]:
+    """Lines of objects that have no such member yet, given without their outer braces; a level for each.
+
+    To be joined.
+    """
     parts = [b"{"] * (3 * len(inner))
     parts[1::3] = inner
     parts[2::3] = map(_ENDINGS.__getitem__, levels)
-    return b"".join(parts)
+    return parts
 
 
 def spliced(text: bytes, level: int, *, replace: bool) -> bytes:

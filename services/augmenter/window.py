@@ -1,5 +1,6 @@
-"""A block of lines in hand: what it asks for, and what becomes of it once that is answered. Pure."""
+"""Lines in hand: what they ask for, and what becomes of them once that is answered. Pure."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -7,9 +8,10 @@ from services.augmenter import jsonl
 from services.augmenter.jsonl import Pair
 from services.augmenter.splice import all_spliced
 from services.augmenter.totals import LineCounts
-from services.common.lines import BOM
+from services.common.lines import BOM, pieces
 
 RejectedLine: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason
+_PIECE_BYTES = 2**17  # with what is parsed of it, what a processor has by itself
 
 
 @dataclass(slots=True)
@@ -18,6 +20,20 @@ class Answers:
 
     levels: bytes
     refused: dict[int, str] = field(default_factory=dict)
+
+    def part(self, start: int, count: int) -> "Answers":
+        """Those to so many pairs."""
+        end = start + count
+        refused = {place - start: why for place, why in self.refused.items() if start <= place < end}
+        return Answers(self.levels[start:end], refused)
+
+
+@dataclass(slots=True)
+class Settled:
+    """What became of lines: the output, to be joined, and those that were rejected."""
+
+    augmented: list[bytes]
+    rejected: list[RejectedLine]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +61,19 @@ class PlainWindow:
         """How many of them cannot be asked."""
         return 0
 
-    def settled(self, answers: Answers, counts: LineCounts) -> tuple[bytes, list[RejectedLine]]:
-        """The output lines and the rejected ones; counts what became of each."""
+    @property
+    def asked(self) -> int:
+        """How many of them are asked."""
+        return len(self.inner)
+
+    def settled(self, answers: Answers, counts: LineCounts) -> Settled:
+        """What becomes of the lines, each counted. The answers are to those asked."""
         if answers.refused:
-            block = b"{" + b"}\n{".join(self.inner) + b"}"
-            mixed, _ = _mixed(block, first=self.first)  # the same pairs in the same order
+            text = b"{" + b"}\n{".join(self.inner) + b"}"
+            mixed, _ = _mixed(text, first=self.first)  # the same pairs in the same order
             return mixed.settled(answers, counts)
         counts.augmented += len(self.inner)
-        return all_spliced(self.inner, answers.levels), []
+        return Settled(all_spliced(self.inner, answers.levels), [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +100,13 @@ class MixedWindow:
         """How many of them cannot be asked."""
         return sum(isinstance(entry, jsonl.Rejected) for entry in self.entries)
 
-    def settled(self, answers: Answers, counts: LineCounts) -> tuple[bytes, list[RejectedLine]]:
-        """The output lines and the rejected ones; counts what became of each."""
+    @property
+    def asked(self) -> int:
+        """How many of them are asked."""
+        return sum(isinstance(entry, jsonl.Posting) for entry in self.entries)
+
+    def settled(self, answers: Answers, counts: LineCounts) -> Settled:
+        """What becomes of the lines, each counted. The answers are to those asked."""
         augmented: list[bytes] = []
         rejected: list[RejectedLine] = []
         blank = 0
@@ -101,23 +127,49 @@ class MixedWindow:
         counts.augmented += len(augmented)
         counts.rejected += len(rejected)
         counts.blank += blank
-        return b"".join(augmented), rejected
+        return Settled(augmented, rejected)
 
 
 Window: TypeAlias = PlainWindow | MixedWindow
 
 
-def parsed(block: bytes, count: int, *, first: int) -> tuple[Window, list[Pair]]:
-    """The block's lines, and the pair of each that is to be asked. `first` is the first line's number."""
-    plain = jsonl.parse_plain(block, count)
-    if plain is None:
-        return _mixed(block, first=first)
-    inner, postings = plain
-    return PlainWindow(first, inner), postings
+def parsed(text: bytes, *, first: int, into: list[Window]) -> Iterator[list[Pair]]:
+    """The pair of each line that is to be asked, piece by piece; adds the piece's window to `into`.
+
+    What is parsed is looked at as long as it is in the processor's cache, if whoever takes it does so at
+    once. `first` is the first line's number.
+    """
+    for piece in pieces(text, _PIECE_BYTES):
+        plain = jsonl.parse_plain(piece)
+        made: Window
+        if plain is None:
+            made, pairs = _mixed(piece, first=first)
+        else:
+            inner, pairs = plain
+            made = PlainWindow(first, inner)
+        into.append(made)
+        first += made.count
+        yield pairs
 
 
-def _mixed(block: bytes, *, first: int) -> tuple[MixedWindow, list[Pair]]:
-    lines = block.split(b"\n")
+def settled(
+    windows: Iterable[Window], answers: Answers, counts: LineCounts
+) -> tuple[bytes, list[RejectedLine]]:
+    """The output lines and the rejected ones; counts what became of each."""
+    augmented: list[bytes] = []
+    rejected: list[RejectedLine] = []
+    place = 0
+    for window in windows:
+        asked = window.asked
+        became = window.settled(answers.part(place, asked), counts)
+        place += asked
+        augmented += became.augmented
+        rejected += became.rejected
+    return b"".join(augmented), rejected
+
+
+def _mixed(text: bytes, *, first: int) -> tuple[MixedWindow, list[Pair]]:
+    lines = text.split(b"\n")
     texts = [jsonl.strip(line) for line in lines]
     if first == 1:  # a byte order mark belongs to the file, not to its first line
         texts[0] = jsonl.strip(lines[0].removeprefix(BOM))

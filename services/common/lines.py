@@ -50,7 +50,7 @@ def _check_first_line(buffer: bytearray, lines_before: int) -> None:
 
 def _bounded(text: bytes) -> Iterator[tuple[bytes, int]]:
     """The text in blocks of a bounded number of lines: very short lines cost more than their bytes."""
-    count = 1 + len(text) - len(text.replace(b"\n", b""))  # a quarter of what `count` takes, byte by byte
+    count = line_count(text)
     if count <= WINDOW_LINES:
         yield text, count
         return
@@ -58,3 +58,22 @@ def _bounded(text: bytes) -> Iterator[tuple[bytes, int]]:
     for start in range(0, count, WINDOW_LINES):
         some = lines[start : start + WINDOW_LINES]
         yield b"\n".join(some), len(some)
+
+
+def line_count(text: bytes) -> int:
+    """How many lines are joined by line feeds."""
+    return 1 + len(text) - len(text.replace(b"\n", b""))  # a quarter of what `count` takes, byte by byte
+
+
+def pieces(text: bytes, size_bytes: int) -> Iterator[bytes]:
+    """The same lines in pieces of whole lines, of about that size."""
+    start = 0
+    while len(text) - start > size_bytes:
+        cut = text.rfind(b"\n", start, start + size_bytes)
+        if cut < 0:
+            cut = text.find(b"\n", start + size_bytes)
+            if cut < 0:
+                break
+        yield text[start:cut]
+        start = cut + 1
+    yield text[start:]

@@ -1,6 +1,6 @@
 """A file's books: what was read is what was written, rejected or blank, or there is no output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,18 +10,22 @@ from services.augmenter.jsonl import Pair
 from services.augmenter.window import MixedWindow, PlainWindow, Window
 from tests.augmenter.conftest import Augment, Stub, posting
 
-Parse = Callable[..., tuple[Window, list[Pair]]]
+Parse = Callable[..., Iterator[list[Pair]]]
 
 
 def _losing_a_line(parse: Parse) -> Parse:
-    """As `parse`, but of each block it forgets the last line."""
+    """As `parse`, but of each piece it forgets the last line."""
 
-    def lose(block: bytes, count: int, *, first: int) -> tuple[Window, list[Pair]]:
-        made, pairs = parse(block, count, first=first)
-        if isinstance(made, PlainWindow):
-            return PlainWindow(made.first, made.inner[:-1]), pairs[:-1]
-        lines, texts, entries = made.lines[:-1], made.texts[:-1], made.entries[:-1]
-        return MixedWindow(made.first, lines, texts, entries), pairs
+    def lose(text: bytes, *, first: int, into: list[Window]) -> Iterator[list[Pair]]:
+        for pairs in parse(text, first=first, into=into):
+            made = into.pop()
+            if isinstance(made, PlainWindow):
+                into.append(PlainWindow(made.first, made.inner[:-1]))
+                yield pairs[:-1]
+            else:
+                lines, texts, entries = made.lines[:-1], made.texts[:-1], made.entries[:-1]
+                into.append(MixedWindow(made.first, lines, texts, entries))
+                yield pairs
 
     return lose
 

@@ -4,6 +4,7 @@ import gc
 import time
 import weakref
 from array import array
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -89,6 +90,24 @@ def test_a_book_ends_with_the_last_file_in_work() -> None:
             first = all_books.of(1)
         assert all_books.of(1) is first
     assert all_books.of(1) is not first
+
+
+def test_what_fails_while_it_is_numbered_leaves_nobody_waiting() -> None:
+    """Pairs of lines that were parsed before an error of ours are new again to the next who has them."""
+
+    def pairs() -> Iterator[Posting]:
+        yield from _PAIRS[:2]
+        raise MemoryError
+
+    book = Book()
+    _, first = book.numbered(_PAIRS[:1])
+    with pytest.raises(MemoryError):
+        book.numbered(pairs())
+    which, flight = book.numbered(_PAIRS[:3])
+    assert flight.pairs == _PAIRS[1:3]
+    _end(first, ["level"] * len(_PAIRS))
+    _end(flight, ["level"] * len(_PAIRS))
+    assert book.levels_of(which) == b"\1\2\3"
 
 
 def test_a_book_is_gone_as_soon_as_nobody_needs_it() -> None:

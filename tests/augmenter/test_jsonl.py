@@ -14,10 +14,12 @@ _GOOD = b'"company":"Acme","title":"Clerk"'
 
 def _entries(*texts: bytes) -> list[Posting | Rejected | None]:
     """What a window makes of lines, whichever way it takes."""
-    made, pairs = window.parsed(b"\n".join(texts), len(texts), first=2)
-    if isinstance(made, window.MixedWindow):
-        return made.entries
-    return list(pairs)
+    windows: list[window.Window] = []
+    entries: list[Posting | Rejected | None] = []
+    for pairs in window.parsed(b"\n".join(texts), first=2, into=windows):
+        made = windows[-1]
+        entries += made.entries if isinstance(made, window.MixedWindow) else pairs
+    return entries
 
 
 def _one(text: bytes) -> Posting | Rejected | None:

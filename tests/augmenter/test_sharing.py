@@ -81,7 +81,7 @@ async def test_what_another_file_got_no_answer_to_is_asked_again() -> None:
 
             def ask(*companies: str) -> "asyncio.Task[Answers]":
                 budget = RetryBudget(seconds=9, health=health)
-                return asyncio.create_task(client.ask(_pairs(*companies), budget, text_bytes=1))
+                return asyncio.create_task(client.ask([_pairs(*companies)], budget, text_bytes=1))
 
             failing = ask("a", "b")
             await first_came.wait()

@@ -62,3 +62,12 @@ async def test_line_over_the_limit_is_refused(size: int, end: bytes) -> None:
     assert (await _windows(b"a\n" + b"x" * 20 + end, size))[-1][-1] in {b"x" * 20, b"after"}
     with pytest.raises(LineTooLongError, match="line 2 is longer"):
         await _windows(b"a\n" + b"x" * 21 + end, size)
+
+
+@given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), min_size=1, max_size=9))
+def test_pieces_are_the_lines(given_lines: list[bytes]) -> None:
+    """Pieces hold the text's lines in order; of more than one only within the size; all are counted."""
+    made = [piece.split(b"\n") for piece in lines.pieces(b"\n".join(given_lines), 6)]
+    assert [line for piece in made for line in piece] == given_lines
+    assert all(len(piece) == 1 or len(b"\n".join(piece)) <= 6 for piece in made)
+    assert lines.line_count(b"\n".join(given_lines)) == len(given_lines)

@@ -63,9 +63,10 @@ def check_line(case: bytes) -> None:
     except ValueError:
         expected = None
     for block, place in ((line, 0), (_GOOD + b"\n" + line, 1)):
-        made, pairs = window.parsed(block, place + 1, first=2)
+        windows: list[window.Window] = []
+        pairs = [pair for some in window.parsed(block, first=2, into=windows) for pair in some]
         counts = LineCounts()
-        output, rejected = made.settled(window.Answers(bytes([_LEVEL]) * len(pairs)), counts)
+        output, rejected = window.settled(windows, window.Answers(bytes([_LEVEL]) * len(pairs)), counts)
         found = output.split(b"\n")[:-1]
         assert counts.augmented == place + (expected is not None)
         assert [bytes_ for _, bytes_, _ in rejected] == ([line] if text and expected is None else [])

@@ -15,11 +15,13 @@ from services.augmenter.room import Room
 from services.augmenter.tasks import worked_ahead
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.window import Answers, Window
-from services.common.codec import Decoder, Format
+from services.common.codec import PLAIN, Decoder, Format
 from services.common.lines import blocks
 from services.common.tracing import OFF, Tracing
 
 ROOM_BYTES = 24 * 2**20
+_FILES_BYTES = 48 * 2**20
+_FILE_BYTES, _COMPRESSED_BYTES = 8 * 2**20, 12 * 2**20  # at most: what reads and writes it holds no more
 
 
 @dataclass(slots=True)
@@ -52,11 +54,23 @@ class Pipeline:
         self._totals = totals
         self._tracing = tracing
         self._room = Room(limit_bytes=ROOM_BYTES)
+        self._files_room = Room(limit_bytes=_FILES_BYTES)
 
     async def augment(
         self, item: Item, *, output_name: str, onto: str, lines_format: Format, budget: RetryBudget
     ) -> LineCounts:
-        """Make the output of one file, whole, its rejects before it. Raises FileError."""
+        """Make the output of one file, whole, its rejects before it. Raises FileError.
+
+        However many may be in work: of large files only so many as there is memory for what each holds
+        beside the text, a part of its upload and the windows of its compression.
+        """
+        most = _FILE_BYTES if lines_format is PLAIN else _COMPRESSED_BYTES
+        async with self._files_room.held(min(item.size_bytes, most)):
+            return await self._augment(item, output_name, onto, lines_format, budget)
+
+    async def _augment(
+        self, item: Item, output_name: str, onto: str, lines_format: Format, budget: RetryBudget
+    ) -> LineCounts:
         counts = LineCounts()
         all_blocks = partial(read_blocks, self._source, item, lines_format, self._totals)
         with self._client.file_in_work(), closing(_InHand(self._room, self._totals)) as in_hand:

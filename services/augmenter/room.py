@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 
 class Room:
@@ -29,6 +31,15 @@ class Room:
             else:  # admitted and cancelled at once
                 self.give_back(size_bytes)
             raise
+
+    @asynccontextmanager
+    async def held(self, size_bytes: int) -> AsyncIterator[None]:
+        """Room for so much, around what needs it."""
+        await self.take(size_bytes)
+        try:
+            yield
+        finally:
+            self.give_back(size_bytes)
 
     def give_back(self, size_bytes: int) -> None:
         """It is no longer in use."""

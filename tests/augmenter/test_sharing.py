@@ -8,6 +8,7 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from services.augmenter import pipeline
 from services.augmenter.channel import open_channel
 from services.augmenter.errors import RpcFailedError
 from services.augmenter.jsonl import Posting
@@ -57,6 +58,29 @@ def test_a_pair_of_the_text_in_hand_is_asked_once(augment: Augment, tmp_path: Pa
             args = (tmp_path / "in.jsonl", f"{tmp_path}/out/", "--overwrite", "--target", model.target)
             assert augment(*args).code == 0
             assert len(model.asked()) == asked
+
+
+def test_of_large_files_only_some_are_in_work(
+    augment: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many --concurrency allows: as many as there is memory for, and all of them in the end."""
+    monkeypatch.setattr(pipeline, "_FILES_BYTES", 30)
+    monkeypatch.setattr(pipeline, "_FILE_BYTES", 10)
+    source, sink = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for i in range(10):
+        (source / f"{i}.jsonl").write_bytes(posting(f"C{i}"))
+    in_work: list[int] = []
+
+    def behave(call: Call) -> Levels:
+        in_work.append(len(list(sink.glob(".*"))))
+        time.sleep(0.02)  # so that others would have begun
+        return well(call)
+
+    with scripted_model(behave) as model:
+        assert augment(source, sink, "--concurrency", "10", "--target", model.target).code == 0
+    assert max(in_work) == 3
+    assert len(list(sink.glob("*.jsonl"))) == 10
 
 
 async def test_what_another_file_got_no_answer_to_is_asked_again() -> None:

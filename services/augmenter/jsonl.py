@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, TypeAlias
 
 import msgspec
@@ -20,6 +19,17 @@ from services.common.lines import line_count
 _SPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
 
 
+class Pair(msgspec.Struct, frozen=True, gc=False):
+    """What is asked; made, hashed and compared without a step of Python, and not tracked by the collector.
+
+    Read from a line, it is of one without a `seniority`: there is no value that this type takes.
+    """
+
+    company: str
+    title: str
+    seniority: msgspec.UnsetType = msgspec.UNSET
+
+
 class Posting(msgspec.Struct, frozen=True, gc=False):
     """What matters in a line: company and title, and whether the object has a `seniority` already."""
 
@@ -28,14 +38,9 @@ class Posting(msgspec.Struct, frozen=True, gc=False):
     seniority: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
     @property
-    def pair(self) -> "Pair":
+    def pair(self) -> Pair:
         """What is asked."""
-        return Posting(self.company, self.title)
-
-
-# A posting without a seniority is its own pair: parsed, hashed and compared without a step of Python, and
-# unlike a tuple nothing that the garbage collector looks at.
-Pair: TypeAlias = Posting
+        return Pair(self.company, self.title)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +51,8 @@ class Rejected:
 
 
 Entry: TypeAlias = Posting | Rejected | None  # None: a blank line
-_decoder = msgspec.json.Decoder(Posting)
-_decode = _decoder.decode
-_seniority = attrgetter("seniority")  # UNSET is false, whatever else is there is true
+_decode = msgspec.json.Decoder(Posting).decode
+_decode_plain = msgspec.json.Decoder(Pair).decode_lines
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -62,7 +66,7 @@ def parse(texts: Sequence[bytes]) -> list[Entry]:
     return [_parse_line(text) for text in texts]
 
 
-def parse_plain(text: bytes) -> tuple[list[bytes], list[Posting]] | None:
+def parse_plain(text: bytes) -> tuple[list[bytes], list[Pair]] | None:
     """The lines without their outer braces, and what they hold, if all are as plain as nearly all are.
 
     None: at least one is blank, bad, odd, has white space around it or a `seniority` already.
@@ -77,12 +81,10 @@ def parse_plain(text: bytes) -> tuple[list[bytes], list[Posting]] | None:
         return None
     try:
         _ = text.isascii() or text.decode()  # msgspec does not look at the text of members that it skips
-        postings = _decoder.decode_lines(text)
+        pairs = _decode_plain(text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    if len(postings) != len(inner) or any(map(_seniority, postings)):
-        return None
-    return inner, postings
+    return (inner, pairs) if len(pairs) == len(inner) else None
 
 
 def _parse_line(text: bytes) -> Entry:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from services.augmenter import book as books
 from services.augmenter.book import Book, Books, Flight
-from services.augmenter.jsonl import Posting
+from services.augmenter.jsonl import Pair
 
-_PAIRS = [Posting(company, "Clerk") for company in "abcdef"]
+_PAIRS = [Pair(company, "Clerk") for company in "abcdef"]
 _ENDS = st.lists(st.sampled_from(["level", "refused", "nothing"]), min_size=len(_PAIRS), max_size=len(_PAIRS))
 _Windows = st.lists(
     st.tuples(
@@ -40,12 +40,12 @@ def _end(flight: Flight, ends: list[str]) -> None:
 
 @given(_Windows)
 def test_a_pair_is_on_one_way_at_a_time_and_its_level_is_everywhere(
-    windows: list[tuple[list[Posting], int, list[str], bool]],
+    windows: list[tuple[list[Pair], int, list[str], bool]],
 ) -> None:
     """Whatever is asked, ends, begins anew: never two flights with a pair; a number has its pair's level."""
     book = Book()
     flying: list[tuple[int, Flight, list[str]]] = []
-    seen: list[tuple[Book, list[Posting], array[int]]] = []
+    seen: list[tuple[Book, list[Pair], array[int]]] = []
     for now, (pairs, takes, ends, anew) in enumerate(windows):
         for due, flight, its_ends in flying:
             if due == now:
@@ -95,7 +95,7 @@ def test_a_book_ends_with_the_last_file_in_work() -> None:
 def test_what_fails_while_it_is_numbered_leaves_nobody_waiting() -> None:
     """Pairs of lines that were parsed before an error of ours are new again to the next who has them."""
 
-    def pairs() -> Iterator[Posting]:
+    def pairs() -> Iterator[Pair]:
         yield from _PAIRS[:2]
         raise MemoryError
 

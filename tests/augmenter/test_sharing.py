@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from services.augmenter import pipeline
 from services.augmenter.channel import open_channel
 from services.augmenter.errors import RpcFailedError
-from services.augmenter.jsonl import Posting
+from services.augmenter.jsonl import Pair
 from services.augmenter.metrics import Metrics
 from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.retry import RetryBudget, TargetHealth
@@ -24,8 +24,8 @@ from tests.support.model_server import Abort, Call, level_of, scripted_model, we
 from tests.support.model_server import Answers as Levels
 
 
-def _pairs(*companies: str) -> list[Posting]:
-    return [Posting(company, "Clerk") for company in companies]
+def _pairs(*companies: str) -> list[Pair]:
+    return [Pair(company, "Clerk") for company in companies]
 
 
 def test_pairs_of_files_in_work_are_asked_once(augment: Augment, tmp_path: Path) -> None:

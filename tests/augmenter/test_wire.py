@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
 from services.augmenter import wire
-from services.augmenter.jsonl import Posting
+from services.augmenter.jsonl import Pair
 from services.augmenter.wire import FIRST_UUID
 
 _TEXTS = st.text(max_size=6) | st.sampled_from(
@@ -13,8 +13,8 @@ _TEXTS = st.text(max_size=6) | st.sampled_from(
 )
 
 
-@given(st.lists(st.builds(Posting, _TEXTS, _TEXTS), min_size=1, max_size=5), st.sampled_from([1, 150]))
-def test_request_is_the_stubs(pairs: list[Posting], times: int) -> None:
+@given(st.lists(st.builds(Pair, _TEXTS, _TEXTS), min_size=1, max_size=5), st.sampled_from([1, 150]))
+def test_request_is_the_stubs(pairs: list[Pair], times: int) -> None:
     """Read by the stub, a request is the pairs with uuids; it is the stub's bytes unless a text is empty."""
     batch = pairs * times
     made = pb.SeniorityRequestBatch(
@@ -32,7 +32,7 @@ def test_longest_batch_and_longer() -> None:
     """Batches of more than 4096 pairs are the stub's."""
     most = 4096
     for count in (most, most + 1):
-        read = pb.SeniorityRequestBatch.FromString(wire.request([Posting("a", "b")] * count))
+        read = pb.SeniorityRequestBatch.FromString(wire.request([Pair("a", "b")] * count))
         assert [one.uuid for one in read.batch] == list(range(FIRST_UUID, FIRST_UUID + count))
         answer = _answer([(uuid, 7) for uuid in range(FIRST_UUID, FIRST_UUID + count)])
         assert wire.levels_in_order(answer, count) == (b"\7" * count if count == most else None)

@@ -32,7 +32,8 @@ class DryRun:
         async with aclosing(
             read_blocks(self._source, job.item, job.lines_format, self._totals)
         ) as all_blocks:
-            async for block, count in all_blocks:
+            async for block in all_blocks:
+                count = sum(piece.count for piece in block)
                 windows: list[Window] = []
                 for pairs in window.parsed(block, first=counts.read + 1, into=windows):
                     self._pairs.update(map(hash, pairs))

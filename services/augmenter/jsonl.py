@@ -13,9 +13,6 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from services.augmenter.splice import spliced
-from services.common.lines import line_count
-
 _SPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
 
 
@@ -42,6 +39,11 @@ class Posting(msgspec.Struct, frozen=True, gc=False):
         """What is asked."""
         return Pair(self.company, self.title)
 
+    @property
+    def has_seniority(self) -> bool:
+        """Whether there is one to be replaced."""
+        return self.seniority is not msgspec.UNSET
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
@@ -66,8 +68,8 @@ def parse(texts: Sequence[bytes]) -> list[Entry]:
     return [_parse_line(text) for text in texts]
 
 
-def parse_plain(text: bytes) -> tuple[list[bytes], list[Pair]] | None:
-    """The lines without their outer braces, and what they hold, if all are as plain as nearly all are.
+def parse_plain(text: bytes, count: int) -> tuple[list[bytes], list[Pair]] | None:
+    """So many lines without their outer braces, and what they hold, if all are as plain as nearly all are.
 
     None: at least one is blank, bad, odd, has white space around it or a `seniority` already.
 
@@ -77,7 +79,7 @@ def parse_plain(text: bytes) -> tuple[list[bytes], list[Pair]] | None:
     if not (text.startswith(b"{") and text.endswith(b"}")):
         return None
     inner = text[1:-1].split(b"}\n{")
-    if len(inner) != line_count(text):
+    if len(inner) != count:
         return None
     try:
         _ = text.isascii() or text.decode()  # msgspec does not look at the text of members that it skips
@@ -136,8 +138,3 @@ def _refuse(constant: str) -> Any:
 def _number(_digits: str) -> int:
     """Numbers are checked, not read: `int` would refuse one of 5,000 digits."""
     return 0
-
-
-def augmented_line(text: bytes, posting: Posting, level: int) -> bytes:
-    """The output line, with its end."""
-    return spliced(text, level, replace=posting.seniority is not msgspec.UNSET)

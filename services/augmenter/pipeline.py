@@ -16,7 +16,7 @@ from services.augmenter.tasks import worked_ahead
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.window import Answers, Window
 from services.common.codec import PLAIN, Decoder, Format
-from services.common.lines import blocks
+from services.common.lines import Piece, blocks
 from services.common.tracing import OFF, Tracing
 
 ROOM_BYTES = 24 * 2**20
@@ -24,20 +24,14 @@ _FILES_BYTES = 48 * 2**20
 _FILE_BYTES, _COMPRESSED_BYTES = 8 * 2**20, 12 * 2**20  # at most: what reads and writes it holds no more
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Block:
-    """Lines that there is room for. State: `text`, until it is parsed."""
+    """Lines that there is room for. Their pieces are there until they are parsed."""
 
     first: int
     count: int
     size_bytes: int
-    text: bytes | None
-
-    def taken(self) -> bytes:
-        """The text, which what is parsed of it replaces."""
-        assert self.text is not None  # noqa: S101 - once
-        text, self.text = self.text, None
-        return text
+    pieces: list[Piece]
 
 
 class Pipeline:
@@ -107,7 +101,7 @@ class Pipeline:
 
     async def _ask(self, block: _Block, *, budget: RetryBudget) -> tuple[list[Window], Answers]:
         windows: list[Window] = []
-        pairs = window.parsed(block.taken(), first=block.first, into=windows)
+        pairs = window.parsed(block.pieces, first=block.first, into=windows)
         with self._tracing.span("window", lines=block.count, bytes=block.size_bytes):
             return windows, await self._client.ask(pairs, budget, text_bytes=block.size_bytes)
 
@@ -125,14 +119,14 @@ class _InHand:
         self._taken_bytes = 0
         self.lines_read = 0
 
-    async def let_in(self, all_blocks: AsyncIterator[tuple[bytes, int]]) -> AsyncGenerator[_Block]:
+    async def let_in(self, all_blocks: AsyncIterator[list[Piece]]) -> AsyncGenerator[_Block]:
         """The blocks, each as soon as there is room for it."""
-        async for text, count in all_blocks:
-            size_bytes = len(text)
+        async for pieces in all_blocks:
+            size_bytes = sum(len(piece.text) for piece in pieces)
+            count = sum(piece.count for piece in pieces)
             await self._room.take(size_bytes)
             self._taken_bytes += size_bytes
-            block = _Block(self.lines_read + 1, count, size_bytes, text)
-            del text
+            block = _Block(self.lines_read + 1, count, size_bytes, pieces)
             self.lines_read += count
             self._totals.lines_read += count
             yield block
@@ -159,17 +153,15 @@ def _check(counts: LineCounts) -> None:
 
 async def read_blocks(
     source: Store, item: Item, lines_format: Format, totals: Totals
-) -> AsyncGenerator[tuple[bytes, int]]:
-    """The file's text in blocks of whole lines, counted. Raises FileError."""
+) -> AsyncGenerator[list[Piece]]:
+    """The file's text in blocks of whole lines, piece by piece. Raises FileError."""
     async with (
         aclosing(source.read(item)) as chunks,
         aclosing(_decoded(chunks, lines_format.decoder(), totals)) as decoded,
         aclosing(blocks(decoded)) as all_blocks,
     ):
-        async for block, count in all_blocks:
-            only = [(block, count)]
-            del block
-            yield only.pop()
+        async for block in all_blocks:
+            yield block
 
 
 async def _decoded(chunks: AsyncIterator[bytes], decoder: Decoder, totals: Totals) -> AsyncGenerator[bytes]:

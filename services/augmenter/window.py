@@ -6,12 +6,11 @@ from typing import TypeAlias
 
 from services.augmenter import jsonl
 from services.augmenter.jsonl import Pair
-from services.augmenter.splice import all_spliced
+from services.augmenter.splice import all_spliced, spliced
 from services.augmenter.totals import LineCounts
-from services.common.lines import BOM, pieces
+from services.common.lines import BOM, Piece
 
 RejectedLine: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason
-_PIECE_BYTES = 2**17  # with what is parsed of it, what a processor has by itself
 
 
 @dataclass(slots=True)
@@ -78,12 +77,15 @@ class PlainWindow:
 
 @dataclass(frozen=True, slots=True)
 class MixedWindow:
-    """Lines of any kind: as they were, stripped, what they hold, and the pairs of those to be asked."""
+    """Lines of any kind: as they were, stripped, and what is to become of them.
+
+    That is, of a line that is asked, whether it has a `seniority` to be replaced; None of a blank one.
+    """
 
     first: int
     lines: list[bytes]
     texts: list[bytes]
-    entries: list[jsonl.Entry]
+    fates: list[bool | jsonl.Rejected | None]
 
     @property
     def count(self) -> int:
@@ -93,17 +95,17 @@ class MixedWindow:
     @property
     def blank(self) -> int:
         """How many of them are blank."""
-        return self.entries.count(None)
+        return self.fates.count(None)
 
     @property
     def bad(self) -> int:
         """How many of them cannot be asked."""
-        return sum(isinstance(entry, jsonl.Rejected) for entry in self.entries)
+        return sum(isinstance(fate, jsonl.Rejected) for fate in self.fates)
 
     @property
     def asked(self) -> int:
         """How many of them are asked."""
-        return sum(isinstance(entry, jsonl.Posting) for entry in self.entries)
+        return sum(isinstance(fate, bool) for fate in self.fates)
 
     def settled(self, answers: Answers, counts: LineCounts) -> Settled:
         """What becomes of the lines, each counted. The answers are to those asked."""
@@ -111,18 +113,18 @@ class MixedWindow:
         rejected: list[RejectedLine] = []
         blank = 0
         asked = enumerate(answers.levels)
-        for place, (text, entry) in enumerate(zip(self.texts, self.entries, strict=True)):
-            if isinstance(entry, jsonl.Posting):
+        for place, (text, fate) in enumerate(zip(self.texts, self.fates, strict=True)):
+            if isinstance(fate, bool):
                 pair, level = next(asked)
                 if level:
-                    augmented.append(jsonl.augmented_line(text, entry, level))
+                    augmented.append(spliced(text, level, replace=fate))
                     continue
                 reason = answers.refused[pair]
-            elif entry is None:
+            elif fate is None:
                 blank += 1
                 continue
             else:
-                reason = entry.reason
+                reason = fate.reason
             rejected.append((self.first + place, self.lines[place], reason))
         counts.augmented += len(augmented)
         counts.rejected += len(rejected)
@@ -133,22 +135,24 @@ class MixedWindow:
 Window: TypeAlias = PlainWindow | MixedWindow
 
 
-def parsed(text: bytes, *, first: int, into: list[Window]) -> Iterator[list[Pair]]:
+def parsed(block: list[Piece], *, first: int, into: list[Window]) -> Iterator[list[Pair]]:
     """The pair of each line that is to be asked, piece by piece; adds the piece's window to `into`.
 
-    What is parsed is looked at as long as it is in the processor's cache, if whoever takes it does so at
-    once. `first` is the first line's number.
+    What is parsed is still in the processor's cache, if whoever takes it looks at it at once. The block is
+    emptied: the windows replace it. `first` is the first line's number.
     """
-    for piece in pieces(text, _PIECE_BYTES):
-        plain = jsonl.parse_plain(piece)
+    block.reverse()
+    while block:
+        piece = block.pop()
+        plain = jsonl.parse_plain(piece.text, piece.count)
         made: Window
         if plain is None:
-            made, pairs = _mixed(piece, first=first)
+            made, pairs = _mixed(piece.text, first=first)
         else:
             inner, pairs = plain
             made = PlainWindow(first, inner)
         into.append(made)
-        first += made.count
+        first += piece.count
         yield pairs
 
 
@@ -175,4 +179,5 @@ def _mixed(text: bytes, *, first: int) -> tuple[MixedWindow, list[Pair]]:
         texts[0] = jsonl.strip(lines[0].removeprefix(BOM))
     entries = jsonl.parse(texts)
     pairs = [entry.pair for entry in entries if isinstance(entry, jsonl.Posting)]
-    return MixedWindow(first, lines, texts, entries), pairs
+    fates = [entry.has_seniority if isinstance(entry, jsonl.Posting) else entry for entry in entries]
+    return MixedWindow(first, lines, texts, fates), pairs

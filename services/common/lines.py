@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from services.common.errors import LineTooLongError
 
@@ -9,17 +10,26 @@ WINDOW_BYTES = 2**20
 WINDOW_LINES = 20_000
 MAX_LINE_BYTES = 4 * 2**20  # a file in work has several in hand: read, parsed, spliced, on its way
 BOM = b"\xef\xbb\xbf"
+_PIECE_BYTES = 2**17  # with what is parsed of it, what a processor's core has as cache of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Lines joined by their line feeds, and how many they are."""
+
+    text: bytes
+    count: int
 
 
 async def windows(chunks: AsyncIterator[bytes]) -> AsyncGenerator[list[bytes]]:
     """Lists of lines without their line feed, which alone ends a line; a last line may lack it."""
     async with aclosing(blocks(chunks)) as all_blocks:
-        async for block, _ in all_blocks:
-            yield block.split(b"\n")
+        async for block in all_blocks:
+            yield [line for piece in block for line in piece.text.split(b"\n")]
 
 
-async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[tuple[bytes, int]]:
-    """The same lines, still joined by their line feeds, and how many they are."""
+async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[list[Piece]]:
+    """The same lines in pieces, so many at a time."""
     buffer = bytearray()
     lines_before = 0
     async for chunk in chunks:
@@ -30,16 +40,16 @@ async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[tuple[bytes, in
         _check_first_line(buffer, lines_before)
         cut = buffer.rfind(b"\n", searched)
         if cut >= 0:
-            bounded = _bounded(bytes(memoryview(buffer)[:cut]))
+            all_blocks = list(_bounded(bytes(memoryview(buffer)[:cut])))  # the pieces alone, not the text too
             del buffer[: cut + 1]
-            for block, count in bounded:
-                lines_before += count
-                yield block, count
+            for block in all_blocks:
+                lines_before += sum(piece.count for piece in block)
+                yield block
                 del block
     _check_first_line(buffer, lines_before)
     if buffer:
-        for counted in _bounded(bytes(buffer).removesuffix(b"\n")):
-            yield counted
+        for block in list(_bounded(bytes(buffer).removesuffix(b"\n"))):
+            yield block
 
 
 def _check_first_line(buffer: bytearray, lines_before: int) -> None:
@@ -48,32 +58,38 @@ def _check_first_line(buffer: bytearray, lines_before: int) -> None:
         raise LineTooLongError(line=lines_before + 1, limit_bytes=MAX_LINE_BYTES)
 
 
-def _bounded(text: bytes) -> Iterator[tuple[bytes, int]]:
+def _bounded(text: bytes) -> Iterator[list[Piece]]:
     """The text in blocks of a bounded number of lines: very short lines cost more than their bytes."""
-    count = line_count(text)
+    block: list[Piece] = []
+    room = WINDOW_LINES
+    for piece in _pieces(text):
+        if piece.count > room and block:
+            yield block
+            block, room = [], WINDOW_LINES
+        block.append(piece)
+        room -= piece.count
+    yield block
+
+
+def _pieces(text: bytes) -> Iterator[Piece]:
+    start = 0
+    while len(text) - start > _PIECE_BYTES:
+        cut = text.rfind(b"\n", start, start + _PIECE_BYTES)
+        if cut < 0:
+            cut = text.find(b"\n", start + _PIECE_BYTES)
+            if cut < 0:
+                break
+        yield from _counted(text[start:cut])
+        start = cut + 1
+    yield from _counted(text[start:] if start else text)
+
+
+def _counted(text: bytes) -> Iterator[Piece]:
+    count = 1 + len(text) - len(text.replace(b"\n", b""))  # a quarter of what `count` takes, byte by byte
     if count <= WINDOW_LINES:
-        yield text, count
+        yield Piece(text, count)
         return
     lines = text.split(b"\n")
     for start in range(0, count, WINDOW_LINES):
         some = lines[start : start + WINDOW_LINES]
-        yield b"\n".join(some), len(some)
-
-
-def line_count(text: bytes) -> int:
-    """How many lines are joined by line feeds."""
-    return 1 + len(text) - len(text.replace(b"\n", b""))  # a quarter of what `count` takes, byte by byte
-
-
-def pieces(text: bytes, size_bytes: int) -> Iterator[bytes]:
-    """The same lines in pieces of whole lines, of about that size."""
-    start = 0
-    while len(text) - start > size_bytes:
-        cut = text.rfind(b"\n", start, start + size_bytes)
-        if cut < 0:
-            cut = text.find(b"\n", start + size_bytes)
-            if cut < 0:
-                break
-        yield text[start:cut]
-        start = cut + 1
-    yield text[start:]
+        yield Piece(b"\n".join(some), len(some))

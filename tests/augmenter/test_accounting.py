@@ -8,6 +8,7 @@ import pytest
 from services.augmenter import window
 from services.augmenter.jsonl import Pair
 from services.augmenter.window import MixedWindow, PlainWindow, Window
+from services.common.lines import Piece
 from tests.augmenter.conftest import Augment, Stub, posting
 
 Parse = Callable[..., Iterator[list[Pair]]]
@@ -16,15 +17,15 @@ Parse = Callable[..., Iterator[list[Pair]]]
 def _losing_a_line(parse: Parse) -> Parse:
     """As `parse`, but of each piece it forgets the last line."""
 
-    def lose(text: bytes, *, first: int, into: list[Window]) -> Iterator[list[Pair]]:
-        for pairs in parse(text, first=first, into=into):
+    def lose(block: list[Piece], *, first: int, into: list[Window]) -> Iterator[list[Pair]]:
+        for pairs in parse(block, first=first, into=into):
             made = into.pop()
             if isinstance(made, PlainWindow):
                 into.append(PlainWindow(made.first, made.inner[:-1]))
                 yield pairs[:-1]
             else:
-                lines, texts, entries = made.lines[:-1], made.texts[:-1], made.entries[:-1]
-                into.append(MixedWindow(made.first, lines, texts, entries))
+                lines, texts, fates = made.lines[:-1], made.texts[:-1], made.fates[:-1]
+                into.append(MixedWindow(made.first, lines, texts, fates))
                 yield pairs
 
     return lose

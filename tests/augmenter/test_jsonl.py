@@ -6,8 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.augmenter import window
-from services.augmenter.jsonl import Pair, Posting, Rejected, augmented_line
+from services.augmenter import jsonl, window
+from services.augmenter.jsonl import Pair, Posting, Rejected
+from services.augmenter.splice import spliced
+from services.common.lines import Piece
 
 _GOOD = b'"company":"Acme","title":"Clerk"'
 
@@ -15,12 +17,11 @@ _GOOD = b'"company":"Acme","title":"Clerk"'
 def _entries(*texts: bytes) -> list[Posting | Rejected | None]:
     """What a window makes of lines, whichever way it takes."""
     windows: list[window.Window] = []
-    entries: list[Posting | Rejected | None] = []
-    for pairs in window.parsed(b"\n".join(texts), first=2, into=windows):
-        made = windows[-1]
-        plain = [Posting(pair.company, pair.title) for pair in pairs]
-        entries += made.entries if isinstance(made, window.MixedWindow) else plain
-    return entries
+    (pairs,) = window.parsed([Piece(b"\n".join(texts), len(texts))], first=2, into=windows)
+    (made,) = windows
+    if isinstance(made, window.MixedWindow):
+        return jsonl.parse([jsonl.strip(text) for text in texts])
+    return [Posting(pair.company, pair.title) for pair in pairs]
 
 
 def _one(text: bytes) -> Posting | Rejected | None:
@@ -102,7 +103,7 @@ def test_odd_but_lawful_line_is_asked(text: bytes, pair: tuple[str, str]) -> Non
     entry = _one(text)
     assert isinstance(entry, Posting)
     assert entry.pair == Pair(*pair)
-    assert augmented_line(text, entry, 5) == text[:-1] + b', "seniority": 5}\n'
+    assert spliced(text, 5, replace=entry.has_seniority) == text[:-1] + b', "seniority": 5}\n'
 
 
 @pytest.mark.parametrize("extra", [b"", b',"x":"\\ud800"'])
@@ -111,7 +112,7 @@ def test_existing_seniority_is_replaced(extra: bytes) -> None:
     text = b'{"\\u0073eniority":"high",' + _GOOD + extra + b"}"
     entry = _one(text)
     assert isinstance(entry, Posting)
-    assert augmented_line(text, entry, 5) == b"{" + _GOOD + extra + b', "seniority": 5}\n'
+    assert spliced(text, 5, replace=entry.has_seniority) == b"{" + _GOOD + extra + b', "seniority": 5}\n'
 
 
 def test_blank_line_is_no_posting() -> None:

@@ -1,12 +1,14 @@
 """What becomes of lines that are parsed piece by piece, once all of them are answered."""
 
-import pytest
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.augmenter import window
 from services.augmenter.totals import LineCounts
 from services.augmenter.window import Answers, Window
+from services.common.lines import Piece
 from tests.augmenter.conftest import posting
 
 _ODD = {b"": None, b"bad": "not JSON: Expecting value (character 1)", b"[]": "not a JSON object"}
@@ -20,20 +22,15 @@ _Lines = st.lists(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small() -> object:
-    """Pieces of two lines or three."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window, "_PIECE_BYTES", 100)
-        yield
-
-
-@given(_Lines)
-def test_each_line_has_its_own_answer(given_lines: list[tuple[bytes, int]]) -> None:
+@given(_Lines, st.lists(st.integers(1, 5), min_size=20, max_size=20))
+def test_each_line_has_its_own_answer(given_lines: list[tuple[bytes, int]], sizes: list[int]) -> None:
     """Whatever the lines are and wherever they are cut: its level, its reason or nothing; all are counted."""
     windows: list[Window] = []
-    text = b"\n".join(line for line, _ in given_lines)
-    asked = [pair for pairs in window.parsed(text, first=1, into=windows) for pair in pairs]
+    lines = iter([line for line, _ in given_lines])
+    cut = [list(itertools.islice(lines, size)) for size in sizes]
+    block = [Piece(b"\n".join(some), len(some)) for some in cut if some]
+    asked = [pair for pairs in window.parsed(block, first=1, into=windows) for pair in pairs]
+    assert block == []
     levels = [level for line, level in given_lines if line not in _ODD]
     assert len(asked) == len(levels)
     refused = {place: f"refused {place}" for place, level in enumerate(levels) if not level}

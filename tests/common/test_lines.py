@@ -26,6 +26,7 @@ def small() -> object:
         patch.setattr(lines, "WINDOW_BYTES", 8)
         patch.setattr(lines, "WINDOW_LINES", 3)
         patch.setattr(lines, "MAX_LINE_BYTES", 20)
+        patch.setattr(lines, "_PIECE_BYTES", 5)
         yield
 
 
@@ -34,10 +35,17 @@ def small() -> object:
     st.integers(1, 30),
 )
 async def test_every_line_comes_out_once(given_lines: list[bytes], size: int) -> None:
-    """However the bytes arrive, the windows hold the text's lines in order, each window of bounded length."""
-    windows = await _windows(b"".join(line + b"\n" for line in given_lines), size)
-    assert [line for window in windows for line in window] == given_lines
-    assert all(0 < len(window) <= 3 for window in windows)
+    """However the bytes arrive, blocks hold the text's lines in order, each of bounded length and counted."""
+    data = b"".join(line + b"\n" for line in given_lines)
+    blocks = [block async for block in lines.blocks(_pieces(data, size))]
+    pieces = [piece for block in blocks for piece in block]
+    assert [line for piece in pieces for line in piece.text.split(b"\n")] == given_lines
+    assert all(piece.count == 1 + piece.text.count(b"\n") for piece in pieces)
+    assert all(piece.count == 1 or len(piece.text) <= 5 for piece in pieces)
+    assert all(0 < sum(piece.count for piece in block) <= 3 for block in blocks)
+    assert await _windows(data, size) == [
+        [line for piece in block for line in piece.text.split(b"\n")] for block in blocks
+    ]
 
 
 @pytest.mark.parametrize(
@@ -62,12 +70,3 @@ async def test_line_over_the_limit_is_refused(size: int, end: bytes) -> None:
     assert (await _windows(b"a\n" + b"x" * 20 + end, size))[-1][-1] in {b"x" * 20, b"after"}
     with pytest.raises(LineTooLongError, match="line 2 is longer"):
         await _windows(b"a\n" + b"x" * 21 + end, size)
-
-
-@given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), min_size=1, max_size=9))
-def test_pieces_are_the_lines(given_lines: list[bytes]) -> None:
-    """Pieces hold the text's lines in order; of more than one only within the size; all are counted."""
-    made = [piece.split(b"\n") for piece in lines.pieces(b"\n".join(given_lines), 6)]
-    assert [line for piece in made for line in piece] == given_lines
-    assert all(len(piece) == 1 or len(b"\n".join(piece)) <= 6 for piece in made)
-    assert lines.line_count(b"\n".join(given_lines)) == len(given_lines)

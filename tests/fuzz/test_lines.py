@@ -8,6 +8,7 @@ from hypothesis import given
 
 from services.augmenter import jsonl, window
 from services.augmenter.totals import LineCounts
+from services.common.lines import Piece
 from tests.fuzz.corpus import fuzz_for_long, mutated, replayed
 
 _LEVEL = 4
@@ -62,9 +63,9 @@ def check_line(case: bytes) -> None:
         return
     except ValueError:
         expected = None
-    for block, place in ((line, 0), (_GOOD + b"\n" + line, 1)):
+    for lines, place in ((line, 0), (_GOOD + b"\n" + line, 1)):
         windows: list[window.Window] = []
-        pairs = [pair for some in window.parsed(block, first=2, into=windows) for pair in some]
+        (pairs,) = window.parsed([Piece(lines, place + 1)], first=2, into=windows)
         counts = LineCounts()
         output, rejected = window.settled(windows, window.Answers(bytes([_LEVEL]) * len(pairs)), counts)
         found = output.split(b"\n")[:-1]

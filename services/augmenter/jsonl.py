@@ -78,15 +78,13 @@ def parse_plain(text: bytes, count: int) -> tuple[list[bytes], list[Pair]] | Non
     """
     if not (text.startswith(b"{") and text.endswith(b"}")):
         return None
-    inner = text[1:-1].split(b"}\n{")
-    if len(inner) != count:
-        return None
     try:
         _ = text.isascii() or text.decode()  # msgspec does not look at the text of members that it skips
         pairs = _decode_plain(text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return (inner, pairs) if len(pairs) == len(inner) else None
+    inner = text[1:-1].split(b"}\n{")
+    return (inner, pairs) if len(pairs) == len(inner) == count else None
 
 
 def _parse_line(text: bytes) -> Entry:

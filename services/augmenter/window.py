@@ -11,6 +11,7 @@ from services.augmenter.totals import LineCounts
 from services.common.lines import BOM, Piece
 
 RejectedLine: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason
+_FEW_LINES = 32
 
 
 @dataclass(slots=True)
@@ -146,11 +147,14 @@ def parsed(block: list[Piece], *, first: int, into: list[Window]) -> Iterator[li
         piece = block.pop()
         plain = jsonl.parse_plain(piece.text, piece.count)
         made: Window
-        if plain is None:
-            made, pairs = _mixed(piece.text, first=first)
-        else:
+        if plain is not None:
             inner, pairs = plain
             made = PlainWindow(first, inner)
+        elif piece.count > _FEW_LINES:  # the odd ones are few, as a rule: those beside them go the fast way
+            block += reversed(piece.halves())
+            continue
+        else:
+            made, pairs = _mixed(piece.text, first=first)
         into.append(made)
         first += piece.count
         yield pairs

@@ -20,6 +20,15 @@ class Piece:
     text: bytes
     count: int
 
+    def halves(self) -> tuple["Piece", "Piece"]:
+        """The same in two, if they are two lines at least; of about one size."""
+        cut = self.text.find(b"\n", len(self.text) // 2)
+        if cut < 0:
+            cut = self.text.rfind(b"\n")
+        first = self.text[:cut]
+        count = _line_count(first)
+        return Piece(first, count), Piece(self.text[cut + 1 :], self.count - count)
+
 
 async def windows(chunks: AsyncIterator[bytes]) -> AsyncGenerator[list[bytes]]:
     """Lists of lines without their line feed, which alone ends a line; a last line may lack it."""
@@ -85,7 +94,7 @@ def _pieces(text: bytes) -> Iterator[Piece]:
 
 
 def _counted(text: bytes) -> Iterator[Piece]:
-    count = 1 + len(text) - len(text.replace(b"\n", b""))  # a quarter of what `count` takes, byte by byte
+    count = _line_count(text)
     if count <= WINDOW_LINES:
         yield Piece(text, count)
         return
@@ -93,3 +102,7 @@ def _counted(text: bytes) -> Iterator[Piece]:
     for start in range(0, count, WINDOW_LINES):
         some = lines[start : start + WINDOW_LINES]
         yield Piece(b"\n".join(some), len(some))
+
+
+def _line_count(text: bytes) -> int:
+    return 1 + len(text) - len(text.replace(b"\n", b""))  # a quarter of what `count` takes, byte by byte

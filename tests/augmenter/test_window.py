@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,14 @@ _Lines = st.lists(
     min_size=1,
     max_size=20,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few() -> object:
+    """Pieces of more than two lines are halved if one is odd."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(window, "_FEW_LINES", 2)
+        yield
 
 
 @given(_Lines, st.lists(st.integers(1, 5), min_size=20, max_size=20))

@@ -70,3 +70,11 @@ async def test_line_over_the_limit_is_refused(size: int, end: bytes) -> None:
     assert (await _windows(b"a\n" + b"x" * 20 + end, size))[-1][-1] in {b"x" * 20, b"after"}
     with pytest.raises(LineTooLongError, match="line 2 is longer"):
         await _windows(b"a\n" + b"x" * 21 + end, size)
+
+
+@given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), min_size=2, max_size=9))
+def test_halves_are_the_lines(given_lines: list[bytes]) -> None:
+    """Both have lines, together the same in order, and are counted."""
+    halves = lines.Piece(b"\n".join(given_lines), len(given_lines)).halves()
+    assert [line for half in halves for line in half.text.split(b"\n")] == given_lines
+    assert [half.count for half in halves] == [1 + half.text.count(b"\n") for half in halves]

@@ -11,6 +11,8 @@ from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
 
 _NAME = b"seniority"
 _ENDINGS = {level: b', "seniority": %d}\n' % level for level in range(MIN_LEVEL, MAX_LEVEL + 1)}
+_QUOTED = b'"%b"' % _NAME
+_LAST = re.compile(rb'"[^"]*"[ \t\r\n]*:[ \t\r\n]*(?:"[^"]*"|[^"{}\[\],:\s]+)\}')
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _SCALAR = re.compile(rb"[^,}\]\s]+")
@@ -33,9 +35,27 @@ def spliced(text: bytes, level: int, *, replace: bool) -> bytes:
 
     `replace` says that it has members of that name, which are removed. It has another member too.
     """
-    if replace:
-        text = _without_seniority(text)
-    return text[:-1] + _ENDINGS[level]
+    if not replace:
+        return text[:-1] + _ENDINGS[level]
+    comma = _comma_before_last(text)
+    if comma > 0:
+        return text[:comma] + _ENDINGS[level]
+    return _without_seniority(text)[:-1] + _ENDINGS[level]
+
+
+def _comma_before_last(text: bytes) -> int:
+    """Where the comma before the last member is, if that alone is named `seniority`; -1 if it takes a scan.
+
+    That is how we write it ourselves, and takes a twentieth of a scan. Without a backslash, what is quoted
+    like the name is a whole string; with a colon behind it, it is a name; and what stands before the brace
+    that ends the text is the object's own.
+    """
+    start = text.find(_QUOTED)
+    last = start > 0 and b"\\" not in text and _LAST.fullmatch(text, start)
+    if not last:
+        return -1
+    before = text[:start].rstrip(b" \t\r\n")
+    return len(before) - 1 if before.endswith(b",") else -1
 
 
 def _without_seniority(text: bytes) -> bytes:

@@ -83,6 +83,12 @@ def test_without_a_seniority_every_byte_is_kept(text: bytes, level: int) -> None
             b'{"a":{"seniority":1},"b":["seniority"]}',
             b'{"a":{"seniority":1},"b":["seniority"], "seniority": 4}\n',
         ),
+        (b'{"a":1 , "seniority" : 2}', b'{"a":1 , "seniority": 4}\n'),
+        (b'{"a":1,"seniority":2 }', b'{"a":1 , "seniority": 4}\n'),
+        (b'{"a":"seniority","seniority":"seniority"}', b'{"a":"seniority", "seniority": 4}\n'),
+        (b'{"seniority":1,"a":1,"seniority":2}', b'{"a":1, "seniority": 4}\n'),
+        (b'{"seniority":1,"a":{"seniority":2}}', b'{"a":{"seniority":2}, "seniority": 4}\n'),
+        (b'{"\\u0073eniority":1,"a":1,"seniority":2}', b'{"a":1, "seniority": 4}\n'),
         (b'{"a":"\\"seniority\\": 1","seniority":2}', b'{"a":"\\"seniority\\": 1", "seniority": 4}\n'),
     ],
 )

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+import weakref
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
@@ -28,22 +29,22 @@ class Flight:
         self.levels = bytearray(len(pairs))
         self.refused: dict[int, str] = {}
         self.over = asyncio.Event()
-        self._entries: list[tuple[Book, int]] = []
+        # Not held: of those that nobody waits in any more there may be hundreds before it is over.
+        self._entries: weakref.WeakKeyDictionary[Book, int] = weakref.WeakKeyDictionary()
 
     def entered(self, book: "Book", first: int) -> None:
         """The pairs have the numbers from `first` in that book."""
-        self._entries.append((book, first))
+        self._entries[book] = first
 
     def end(self) -> None:
         """Whoever began it ends it, however that went."""
-        for book, first in self._entries:
+        for book, first in self._entries.items():
             book.levels[first : first + len(self.levels)] = self.levels
         if 0 in self.levels:
             for place, level in enumerate(self.levels):
                 if not level and place not in self.refused:
-                    for book, _ in self._entries:
+                    for book in self._entries:
                         book.forget(self.pairs[place])
-        self._entries.clear()  # or it and its books, megabytes, would be a cycle
         self.over.set()
 
 

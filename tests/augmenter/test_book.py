@@ -126,6 +126,23 @@ def test_a_book_is_gone_as_soon_as_nobody_needs_it() -> None:
     assert len(later) == len(_PAIRS)
 
 
+def test_a_flight_that_goes_on_holds_no_book(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pair may wait for minutes, while a hundred other books begin and end around it."""
+    monkeypatch.setattr(books, "_BOOK_BYTES", 0)
+    all_books = Books()
+    with all_books.file_in_work():
+        which, flight = all_books.of(1).numbered(_PAIRS[:1])
+        gone = weakref.ref(all_books.of(1))
+        gc.disable()
+        try:
+            later = all_books.of(1)
+            assert gone() is None
+        finally:
+            gc.enable()
+        _end(flight, ["level"] * len(_PAIRS))
+        assert later.levels_of(which) == b"\1"
+
+
 @pytest.mark.parametrize(("name", "most"), [("_BOOK_BYTES", 9), ("_BOOK_PAIRS", 2), ("_BOOK_SECONDS", 0.0)])
 def test_a_book_has_an_end(monkeypatch: pytest.MonkeyPatch, name: str, most: float) -> None:
     """Bytes, pairs or seconds are used up: a new one, in which what is on its way still is."""

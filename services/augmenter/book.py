@@ -51,8 +51,8 @@ class Flight:
 class Book:
     """Pairs by number, each with the flight that asks it.
 
-    State: `_numbers` (of a pair that was left without an answer no longer), `levels` (by number; 0: not yet,
-    or never), `_flights` and `_firsts` (the first number of each), in the order of their numbers.
+    State: `_numbers` (of a pair that was left without an answer no longer; none once it is over), `levels`
+    (by number; 0: not yet, or never), `_flights` and `_firsts` (the first number of each), in their order.
     """
 
     def __init__(self, carried: Iterable[Flight] = ()) -> None:
@@ -105,7 +105,11 @@ class Book:
 
     def forget(self, pair: Pair) -> None:
         """Whoever has it next asks it."""
-        del self._numbers[pair]
+        self._numbers.pop(pair, None)  # of a book that is over there is none
+
+    def end(self) -> None:
+        """Nothing more is numbered in it; whoever waits for answers has what that takes."""
+        self._numbers.clear()
 
     def under_way(self) -> Sequence[Flight]:
         """The flights that are not over."""
@@ -144,6 +148,7 @@ class Books:
         return self._book
 
     def _begin(self) -> None:
+        self._book.end()  # who waits in it, and there may be one for each block in hand, needs no look-up
         self._book = Book(self._book.under_way())  # which nobody asks a second time
         self._bytes = 0
         self._begun_at = time.monotonic()

@@ -143,6 +143,20 @@ def test_a_flight_that_goes_on_holds_no_book(monkeypatch: pytest.MonkeyPatch) ->
         assert later.levels_of(which) == b"\1"
 
 
+def test_a_book_that_is_over_holds_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for its answers gets them, but the look-up, most of its bytes, is the next one's alone."""
+    monkeypatch.setattr(books, "_BOOK_BYTES", 0)
+    all_books = Books()
+    with all_books.file_in_work():
+        first = all_books.of(1)
+        which, flight = first.numbered(_PAIRS)
+        later = all_books.of(1)
+        assert (len(first), len(later)) == (0, len(_PAIRS))
+        _end(flight, ["level", "nothing", "refused", "level", "level", "level"])
+        assert first.levels_of(which) == later.levels_of(which) == b"\1\0\0\4\5\6"
+        assert later.numbered(_PAIRS)[1].pairs == _PAIRS[1:2]
+
+
 @pytest.mark.parametrize(("name", "most"), [("_BOOK_BYTES", 9), ("_BOOK_PAIRS", 2), ("_BOOK_SECONDS", 0.0)])
 def test_a_book_has_an_end(monkeypatch: pytest.MonkeyPatch, name: str, most: float) -> None:
     """Bytes, pairs or seconds are used up: a new one, in which what is on its way still is."""

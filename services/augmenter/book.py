@@ -119,12 +119,14 @@ class Book:
 class Books:
     """The book of what is in hand; begun anew when that is nothing, and so often that it stays small.
 
-    State: `_book`, with the bytes of text that went into it and when it was begun; `_files` in work.
+    State: `_book`, with the bytes of text that went into it, how many pairs it began with and when; `_files`
+    in work.
     """
 
     def __init__(self) -> None:
         self._book = Book()
         self._bytes = 0
+        self._carried = 0
         self._begun_at = time.monotonic()
         self._files = 0
 
@@ -141,7 +143,8 @@ class Books:
 
     def of(self, text_bytes: int) -> Book:
         """The book for so much more text."""
-        full = self._bytes + text_bytes > _BOOK_BYTES or len(self._book) > _BOOK_PAIRS
+        new = len(self._book) - self._carried
+        full = self._bytes + text_bytes > _BOOK_BYTES or new > _BOOK_PAIRS
         if full or time.monotonic() > self._begun_at + _BOOK_SECONDS:
             self._begin()
         self._bytes += text_bytes
@@ -151,4 +154,5 @@ class Books:
         self._book.end()  # who waits in it, and there may be one for each block in hand, needs no look-up
         self._book = Book(self._book.under_way())  # which nobody asks a second time
         self._bytes = 0
+        self._carried = len(self._book)
         self._begun_at = time.monotonic()

@@ -157,6 +157,19 @@ def test_a_book_that_is_over_holds_no_numbers(monkeypatch: pytest.MonkeyPatch) -
         assert later.numbered(_PAIRS)[1].pairs == _PAIRS[1:2]
 
 
+def test_what_was_carried_into_a_book_does_not_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or, with more on its way than a book should hold, each window would begin one and carry it all."""
+    all_books = Books()
+    with all_books.file_in_work():
+        all_books.of(1).numbered(_PAIRS[:4])
+        monkeypatch.setattr(books, "_BOOK_PAIRS", 1)
+        second = all_books.of(1)
+        second.numbered(_PAIRS[:5])
+        assert all_books.of(1) is second
+        second.numbered(_PAIRS)
+        assert all_books.of(1) is not second
+
+
 @pytest.mark.parametrize(("name", "most"), [("_BOOK_BYTES", 9), ("_BOOK_PAIRS", 2), ("_BOOK_SECONDS", 0.0)])
 def test_a_book_has_an_end(monkeypatch: pytest.MonkeyPatch, name: str, most: float) -> None:
     """Bytes, pairs or seconds are used up: a new one, in which what is on its way still is."""

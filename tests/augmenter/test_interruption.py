@@ -193,6 +193,24 @@ def test_memory_is_bounded_while_the_target_is_slow(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_memory_holds_the_shortest_lines_while_the_target_is_slow(tmp_path: Path) -> None:
+    """A million lines of 30 bytes, no two of them alike, wait for a slow model: all within 300 MiB."""
+    with (tmp_path / "many.jsonl").open("wb") as file:
+        for i in range(1_000_000):
+            file.write(b'{"company":"%x","title":"b"}\n' % i)
+    began: list[float] = []
+
+    def behave(call: Call) -> Answers:
+        began.append(call.at)
+        time.sleep(max(0.0, began[0] + 15 - time.monotonic()))
+        return well(call)
+
+    with scripted_model(behave) as model:
+        peak = _peak_mib(tmp_path / "many.jsonl", f"{tmp_path}/out/", "--target", model.target)
+    assert peak < 300
+
+
+@pytest.mark.slow
 def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StubWith, tmp_path: Path) -> None:
     """Four files of nothing but the longest lines that are taken are augmented within 300 MiB."""
     source = tmp_path / "in"

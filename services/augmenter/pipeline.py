@@ -22,6 +22,7 @@ from services.common.tracing import OFF, Tracing
 ROOM_BYTES = 24 * 2**20
 _FILES_BYTES = 48 * 2**20
 _FILE_BYTES, _COMPRESSED_BYTES = 8 * 2**20, 12 * 2**20  # at most: what reads and writes it holds no more
+_UNPACKED = 10  # bytes of text in a compressed one, about: little of it is as much to hold as its text
 _LINE_BYTES = 128  # in the room, at least: a line of 30 takes ten times as much with what is parsed of it
 
 
@@ -64,8 +65,11 @@ class Pipeline:
         However many may be in work: of large files only so many as there is memory for what each holds
         beside the text, a part of its upload and the windows of its compression.
         """
-        most = _FILE_BYTES if lines_format is PLAIN else _COMPRESSED_BYTES
-        async with self._files_room.held(min(item.size_bytes, most)):
+        if lines_format is PLAIN:
+            held_bytes = min(item.size_bytes, _FILE_BYTES)
+        else:
+            held_bytes = min(_UNPACKED * item.size_bytes, _COMPRESSED_BYTES)
+        async with self._files_room.held(held_bytes):
             return await self._augment(item, output_name, onto, lines_format, budget)
 
     async def _augment(

@@ -1,6 +1,7 @@
 """What files in work share: the pairs on their way, and the room for text."""
 
 import asyncio
+import gzip
 import time
 from pathlib import Path
 
@@ -60,16 +61,20 @@ def test_a_pair_of_the_text_in_hand_is_asked_once(augment: Augment, tmp_path: Pa
             assert len(model.asked()) == asked
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "most"), [("_FILE_BYTES", "", 30), ("_COMPRESSED_BYTES", ".gz", 300)]
+)
 def test_of_large_files_only_some_are_in_work(
-    augment: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    augment: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, most: int
 ) -> None:
-    """However many --concurrency allows: as many as there is memory for, and all of them in the end."""
-    monkeypatch.setattr(pipeline, "_FILES_BYTES", 30)
-    monkeypatch.setattr(pipeline, "_FILE_BYTES", 10)
+    """As many as there is memory for, compressed ones by about their text, and all of them in the end."""
+    monkeypatch.setattr(pipeline, "_FILES_BYTES", 3 * most)
+    monkeypatch.setattr(pipeline, name, most)
     source, sink = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for i in range(10):
-        (source / f"{i}.jsonl").write_bytes(posting(f"C{i}"))
+        line = posting(f"C{i}")
+        (source / f"{i}.jsonl{kind}").write_bytes(gzip.compress(line) if kind else line)
     in_work: list[int] = []
 
     def behave(call: Call) -> Levels:
@@ -80,7 +85,7 @@ def test_of_large_files_only_some_are_in_work(
     with scripted_model(behave) as model:
         assert augment(source, sink, "--concurrency", "10", "--target", model.target).code == 0
     assert max(in_work) == 3
-    assert len(list(sink.glob("*.jsonl"))) == 10
+    assert len(list(sink.glob("*.jsonl*"))) == 10
 
 
 async def test_what_another_file_got_no_answer_to_is_asked_again() -> None:

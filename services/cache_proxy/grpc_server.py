@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from services.cache_proxy import http2_bounds
+from services.cache_proxy import http2_bounds, known_methods
 from services.cache_proxy.config import ServerSettings
 from services.cache_proxy.servicer import SERVICE_NAME
 from services.cache_proxy.unix_socket import SocketPath
@@ -64,7 +64,7 @@ def listen(
         *http2_bounds.options(listeners=len(settings.listen)),
     ]
     paths = [SocketPath(address) for address in settings.listen if address.startswith("unix:")]
-    server = aio.server(options=options)
+    server = known_methods.server(options)
     health = HealthServicer()
     service.add_to(server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -20,6 +20,7 @@ from tests.support.redis_server import wait_for
 
 _STREAMS = 1024
 _RESOURCE_EXHAUSTED = StatusCode.RESOURCE_EXHAUSTED.value[0]
+_UNIMPLEMENTED = StatusCode.UNIMPLEMENTED.value[0]
 
 
 def _of(seen: Peer, kind: type[h2.events.Event]) -> int:
@@ -74,6 +75,18 @@ def test_large_metadata_is_refused(siege: Siege, count: int, size: int) -> None:
         except ConnectionError:
             return
         assert statuses(hostile) == {stream: _RESOURCE_EXHAUSTED}
+
+
+@pytest.mark.parametrize("path", ["/SeniorityModel/No", "nothing", b"/S\xff/\xfe", b"/\xc3", b"\x80" * 1000])
+def test_a_method_that_is_none_is_not_found(siege: Siege, path: str | bytes) -> None:
+    """UNIMPLEMENTED, also where its name is not UTF-8, and the connection serves on."""
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        stream = hostile.headers(path=path)
+        hostile.send(stream, grpc_message(b""))
+        known = hostile.ask(batch("honest", 0))
+        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) == 2, what="both are answered")
+        assert statuses(hostile) == {stream: _UNIMPLEMENTED, known: 0}
 
 
 @pytest.mark.slow

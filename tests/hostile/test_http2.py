@@ -15,7 +15,7 @@ from grpc import StatusCode
 
 from tests.hostile.conftest import MAX_REQUEST_BYTES, Siege, siege_of
 from tests.support.caller import caller
-from tests.support.hostile import Peer, batch, grpc_message, peer, statuses
+from tests.support.hostile import PATH, Peer, batch, grpc_message, peer, statuses
 from tests.support.redis_server import wait_for
 
 _STREAMS = 1024
@@ -87,6 +87,30 @@ def test_a_method_that_is_none_is_not_found(siege: Siege, path: str | bytes) -> 
         known = hostile.ask(batch("honest", 0))
         wait_for(lambda: hostile.read(1) and len(statuses(hostile)) == 2, what="both are answered")
         assert statuses(hostile) == {stream: _UNIMPLEMENTED, known: 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "metadata", "message"),
+    [
+        (PATH, [("authorization", b"Bearer s3cret\xff")], batch("honest", 0)),
+        (PATH, [("x-caller", b"\xff"), ("traceparent", b"\xfe")], batch("honest", 0)),
+        ("/grpc.health.v1.Health/Check", [], b"\xff"),
+        ("/grpc.health.v1.Health/Watch", [], b"\xff"),
+        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", [], b"\xff"),
+    ],
+)
+def test_what_cannot_be_read_is_not_logged(
+    siege: Siege, path: str, metadata: list[tuple[str, str | bytes]], message: bytes
+) -> None:
+    """Metadata that are no UTF-8, a token among them, and what is no message: nobody else hears of them."""
+    told = siege.proxy.log
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        stream = hostile.headers(metadata, path=path)
+        hostile.send(stream, grpc_message(message))
+        wait_for(lambda: hostile.read(1) and statuses(hostile), what="it is answered")
+    assert siege.is_served()
+    assert siege.proxy.log == told
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import h2.events
 import h2.settings
 import pytest
 from grpc import StatusCode
+from grpc_health.v1 import health_pb2
 
 from tests.hostile.conftest import MAX_REQUEST_BYTES, Siege, siege_of
 from tests.support.caller import caller
@@ -142,6 +143,22 @@ def test_messages_that_never_end_take_few_places_and_not_for_long(siege: Siege) 
         wait_for(lambda: hostile.read(1) and len(statuses(hostile)) >= 16, what="16 are refused")
         assert set(statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
         assert len(statuses(hostile)) == 16
+        assert siege.is_served()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["Health/Check", "Health/Watch"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_health_takes_no_large_names(siege: Siege, method: str, is_whole: bool) -> None:
+    """Nobody needs a token for it: of 20 whole ones all are refused, of 20 without their last byte 16."""
+    name = health_pb2.HealthCheckRequest(service="x" * (MAX_REQUEST_BYTES - 100)).SerializeToString()
+    sent = grpc_message(name)[: None if is_whole else -1]
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        for _ in range(20):
+            hostile.send(hostile.headers(path=f"/grpc.health.v1.{method}"), sent, end=False)
+        least = 20 if is_whole else 16
+        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) >= least, what="they are refused")
         assert siege.is_served()
 
 

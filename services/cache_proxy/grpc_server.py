@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from services.cache_proxy import http2_bounds
+from services.cache_proxy import http2_bounds, known_methods
 from services.cache_proxy.config import ServerSettings
+from services.cache_proxy.intake import Intake, IntakeLimits
+from services.cache_proxy.open_services import OpenServices
 from services.cache_proxy.servicer import SERVICE_NAME
 from services.cache_proxy.unix_socket import SocketPath
 from services.common.errors import CommandError
@@ -64,11 +66,13 @@ def listen(
         *http2_bounds.options(listeners=len(settings.listen)),
     ]
     paths = [SocketPath(address) for address in settings.listen if address.startswith("unix:")]
-    server = aio.server(options=options)
+    server = known_methods.server(options)
     health = HealthServicer()
     service.add_to(server)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME), server)
+    open_services: Any = OpenServices(server, Intake(IntakeLimits.of(settings.max_request_bytes)))
+    health_pb2_grpc.add_HealthServicer_to_server(health, open_services)
+    reflected = reflection.aio.ReflectionServicer((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, open_services)  # type: ignore[no-untyped-call]
     bound = [_bind(server, address, credentials) for address in settings.listen]
     return GrpcServer(server, health, bound, paths)
 

@@ -21,6 +21,7 @@ _FLAG = "--caller-quotas-file"
 _MAX_NAME = 255  # characters of a caller's that a certificate or a token names
 _MAX_CALLERS = 1000  # each is a turn of its own in every call to the model
 _MOST = 1e9
+_LEAST_RATE = 1e-6  # a pair in eleven days; at a rate of almost nothing the wait for one is no number
 OTHERS = ""
 """The account of those whom the file does not name: no caller's name is empty."""
 
@@ -80,7 +81,7 @@ class _BadFileError(Exception):
 
 
 class _Item(msgspec.Struct, forbid_unknown_fields=True):
-    pairs_per_second: Annotated[float, msgspec.Meta(gt=0, le=_MOST)] | None = None
+    pairs_per_second: Annotated[float, msgspec.Meta(ge=_LEAST_RATE, le=_MOST)] | None = None
     queued_pairs: Annotated[int, msgspec.Meta(gt=0, le=int(_MOST))] | None = None
 
 

@@ -20,7 +20,8 @@ _IDS = ("trace_id", "span_id")
 _ExcInfo: TypeAlias = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 )
-_CALLERS_OWN = {"ExecuteBatchError", "HttpProcessingError"}
+_CALLERS_OWN = {"ExecuteBatchError", "HttpProcessingError", "RequestPayloadError"}
+_NO_TEXT = "Invalid encoding on %s"  # gRPC's, with the metadata itself: a token, or a model's words
 
 
 def configure(*, log_format: str, level: str) -> None:
@@ -67,10 +68,15 @@ def _tells_all() -> bool:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Not what callers do to their own requests, which libraries log with a stack: an answer that nobody
-    waits for any more (gRPC), and what is no HTTP (aiohttp). Logged, it would be for callers to flood with.
+    waits for any more, what is no message, metadata that are no text (gRPC), and what is no HTTP, or no body
+    of a request (aiohttp). Logged, it would be for callers to flood with.
     """  # noqa: D205 - one thought
     kind = record.exc_info[0] if record.exc_info else None
-    return kind is None or not any(base.__name__ in _CALLERS_OWN for base in kind.__mro__)
+    if kind is None:
+        return True
+    if record.name.startswith("grpc.") and (record.msg == _NO_TEXT or kind.__name__ == "DecodeError"):
+        return False
+    return not any(base.__name__ in _CALLERS_OWN for base in kind.__mro__)
 
 
 def _with_ids(record: logging.LogRecord) -> bool:

@@ -11,6 +11,11 @@ from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
 from services.common.renewal import Look, Renewed, read_file
 
+# rsaEncryption, P-256, P-384, P-521, in DER. Of others gRPC says nothing, but no handshake succeeds.
+_KINDS = tuple(
+    map(bytes.fromhex, ("06092a864886f70d010101", "06082a8648ce3d030107", "06052b81040022", "06052b81040023"))
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pem:
@@ -76,5 +81,18 @@ class PemFiles:
                     "not in PEM, not a pair, or behind a passphrase"
                 )
                 raise UsageError(message) from error
+            if not _is_known(chain):
+                message = f"{cert_flag} {self.cert}: gRPC knows RSA and ECDSA (P-256, P-384, P-521) only"
+                raise UsageError(message)
             warn_of_readers(Path(self.key), flag_name=key_flag)
         return Pem(roots=roots, chain=chain, key=private)
+
+
+def _is_known(chain: bytes) -> bool:
+    """Whether the first certificate's key is of a kind that gRPC knows; whatever cannot be told is."""
+    first, end, _ = chain.decode(errors="replace").partition(ssl.PEM_FOOTER)
+    try:
+        der = ssl.PEM_cert_to_DER_cert(ssl.PEM_HEADER + first.rpartition(ssl.PEM_HEADER)[2] + end)
+    except ValueError:  # OpenSSL knows other headers than the usual one
+        return True
+    return any(kind in der for kind in _KINDS)

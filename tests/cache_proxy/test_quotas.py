@@ -44,6 +44,8 @@ def test_without_others_who_is_not_named_is_free(path: Path, text: str) -> None:
         ("", "truncated"), ("[]", "object"), ("{", "truncated"), ("[" * 100_000, "array"),
         ('{"callers": {"a": {"pairs_per_second": 0}}}', "'a': .*pairs_per_second"),
         ('{"callers": {"a": {"pairs_per_second": -1}}}', "'a': .*pairs_per_second"),
+        ('{"callers": {"a": {"pairs_per_second": 1e-300}}}', "'a': .*pairs_per_second"),
+        ('{"others": {"pairs_per_second": 5e-324}}', "others: .*pairs_per_second"),
         ('{"callers": {"a": {"pairs_per_second": NaN}}}', "malformed"),
         ('{"callers": {"a": {"pairs_per_second": 1e300}}}', "'a': .*pairs_per_second"),
         ('{"callers": {"a": {"queued_pairs": 1.5}}}', "'a': .*queued_pairs"),

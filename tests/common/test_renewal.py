@@ -8,7 +8,7 @@ import pytest
 from services.common.errors import UsageError
 from services.common.renewal import MAX_FILE_BYTES, Look, Renewed, read_file
 from services.common.tls import Pem, PemFiles
-from tests.support.certificates import Authority, Mounted
+from tests.support.certificates import Authority, Mounted, self_signed
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,24 @@ def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
     assert len(warned) == 4
     assert "not a pair" in warned[0]
     assert "PRIVATE KEY" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "ec -pkeyopt ec_paramgen_curve:secp256k1"])
+def test_a_kind_of_key_that_grpc_does_not_know_changes_nothing(
+    mounted: tuple[Mounted, Authority, Authority], tmp_path: Path, kind: str
+) -> None:
+    """OpenSSL takes such a pair; with gRPC every handshake by it fails, so it is refused by name."""
+    place, one, _ = mounted
+    good = one.sign("a")
+    place.put_pair(good)
+    told: list[Look] = []
+    renewed = _follow(place, told)
+    certificate, key = self_signed(tmp_path, "odd", kind=kind)
+    place.put(tls_crt=certificate, tls_key=key, ca_crt=good.ca)
+    assert renewed.look() is Look.FAILED
+    assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == good.pem
+    with pytest.raises(UsageError, match=r"--tls-cert .*: gRPC knows RSA and ECDSA \(P-256, P-384, P-521\)"):
+        _follow(place, told)
 
 
 def test_what_changes_while_it_is_read_is_read_once_more(tmp_path: Path) -> None:

@@ -63,3 +63,21 @@ def test_answers_to_pipelined_requests_wait_for_their_reader(siege: Siege) -> No
             hostile.sendall(flood)
         assert _is_probed(siege)
         assert siege.rss_mib() < before_mib + 64
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"accept: text/plain; version=1.x\r\n\r\n",
+        b"accept: application/openmetrics-text; version=\xff\r\n\r\n",
+        b"content-encoding: gzip\r\ncontent-length: 5\r\n\r\nnoise",
+    ],
+)
+def test_what_goes_with_a_request_is_not_logged(siege: Siege, rest: bytes) -> None:
+    """Who asks for metrics in no version, or with what is no body, gets them; nobody hears of it."""
+    told = siege.proxy.log
+    with _connect(siege) as hostile:
+        hostile.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n" + rest)
+        assert hostile.recv(2**16).startswith(b"HTTP/1.1 200 ")
+        assert _is_probed(siege)
+    assert siege.proxy.log == told

@@ -12,14 +12,16 @@ import h2.events
 import h2.settings
 import pytest
 from grpc import StatusCode
+from grpc_health.v1 import health_pb2
 
 from tests.hostile.conftest import MAX_REQUEST_BYTES, Siege, siege_of
 from tests.support.caller import caller
-from tests.support.hostile import Peer, batch, grpc_message, peer, statuses
+from tests.support.hostile import PATH, Peer, batch, grpc_message, peer, statuses
 from tests.support.redis_server import wait_for
 
 _STREAMS = 1024
 _RESOURCE_EXHAUSTED = StatusCode.RESOURCE_EXHAUSTED.value[0]
+_UNIMPLEMENTED = StatusCode.UNIMPLEMENTED.value[0]
 
 
 def _of(seen: Peer, kind: type[h2.events.Event]) -> int:
@@ -76,6 +78,42 @@ def test_large_metadata_is_refused(siege: Siege, count: int, size: int) -> None:
         assert statuses(hostile) == {stream: _RESOURCE_EXHAUSTED}
 
 
+@pytest.mark.parametrize("path", ["/SeniorityModel/No", "nothing", b"/S\xff/\xfe", b"/\xc3", b"\x80" * 1000])
+def test_a_method_that_is_none_is_not_found(siege: Siege, path: str | bytes) -> None:
+    """UNIMPLEMENTED, also where its name is not UTF-8, and the connection serves on."""
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        stream = hostile.headers(path=path)
+        hostile.send(stream, grpc_message(b""))
+        known = hostile.ask(batch("honest", 0))
+        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) == 2, what="both are answered")
+        assert statuses(hostile) == {stream: _UNIMPLEMENTED, known: 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "metadata", "message"),
+    [
+        (PATH, [("authorization", b"Bearer s3cret\xff")], batch("honest", 0)),
+        (PATH, [("x-caller", b"\xff"), ("traceparent", b"\xfe")], batch("honest", 0)),
+        ("/grpc.health.v1.Health/Check", [], b"\xff"),
+        ("/grpc.health.v1.Health/Watch", [], b"\xff"),
+        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", [], b"\xff"),
+    ],
+)
+def test_what_cannot_be_read_is_not_logged(
+    siege: Siege, path: str, metadata: list[tuple[str, str | bytes]], message: bytes
+) -> None:
+    """Metadata that are no UTF-8, a token among them, and what is no message: nobody else hears of them."""
+    told = siege.proxy.log
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        stream = hostile.headers(metadata, path=path)
+        hostile.send(stream, grpc_message(message))
+        wait_for(lambda: hostile.read(1) and statuses(hostile), what="it is answered")
+    assert siege.is_served()
+    assert siege.proxy.log == told
+
+
 @pytest.mark.slow
 def test_rapid_resets_cancel_nobody_elses_rpc(siege: Siege) -> None:
     """8,000 streams that are opened and reset at once: an honest caller waits, and gets all its answers."""
@@ -105,6 +143,22 @@ def test_messages_that_never_end_take_few_places_and_not_for_long(siege: Siege) 
         wait_for(lambda: hostile.read(1) and len(statuses(hostile)) >= 16, what="16 are refused")
         assert set(statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
         assert len(statuses(hostile)) == 16
+        assert siege.is_served()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["Health/Check", "Health/Watch"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_health_takes_no_large_names(siege: Siege, method: str, is_whole: bool) -> None:
+    """Nobody needs a token for it: of 20 whole ones all are refused, of 20 without their last byte 16."""
+    name = health_pb2.HealthCheckRequest(service="x" * (MAX_REQUEST_BYTES - 100)).SerializeToString()
+    sent = grpc_message(name)[: None if is_whole else -1]
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        for _ in range(20):
+            hostile.send(hostile.headers(path=f"/grpc.health.v1.{method}"), sent, end=False)
+        least = 20 if is_whole else 16
+        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) >= least, what="they are refused")
         assert siege.is_served()
 
 

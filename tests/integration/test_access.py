@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.integration.conftest import UNPACED, Stage
 from tests.support.caller import Reply, caller, metrics, pairs_of
 from tests.support.certificates import Authority, Mounted, Signed
+from tests.support.hostile import peer, statuses
 from tests.support.model_server import Answers, Call, ScriptedModel, scripted_model, well
 from tests.support.processes import Service, cache_proxy, run_command
 from tests.support.redis_server import wait_for
@@ -96,8 +97,11 @@ def test_health_and_reflection_are_open(by_token: Stage) -> None:
 
 def test_no_token_is_seen_anywhere(by_token: Stage) -> None:
     """Neither in the log at its most talkative, nor in the metrics, nor in the list of processes."""
-    for name in _TOKENS:
+    for name, token in _TOKENS.items():
         by_token.caller.ask(pairs_of("seen", 1), metadata=_bearer(name))
+        with peer(by_token.proxy.target) as odd:
+            odd.ask(b"", [("authorization", f"Bearer {token}".encode() + b"\xff")])
+            wait_for(lambda: odd.read(1) and statuses(odd), what="it is answered")
     process = Path("/proc") / str(by_token.proxy.process.pid)
     text = by_token.proxy.log + str(metrics(by_token.proxy.http))
     text += "".join((process / file).read_text() for file in ("cmdline", "environ"))

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 
-def self_signed(folder: Path, name: str) -> tuple[Path, Path]:
+def self_signed(folder: Path, name: str, *, kind: str = "rsa:2048") -> tuple[Path, Path]:
     """A certificate for this machine that signs itself, and its key; skips where openssl is missing."""
     key, certificate = folder / f"{name}.key", folder / f"{name}.crt"
     _openssl(
-        "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate),
+        "req", "-x509", "-newkey", *kind.split(), "-nodes", "-keyout", str(key), "-out", str(certificate),
         "-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1",
     )  # fmt: skip
     return certificate, key

@@ -13,7 +13,7 @@ import h2.exceptions
 from protos import seniority_pb2 as pb
 
 PATH = "/SeniorityModel/InferSeniority"
-Headers = Sequence[tuple[str, str]]
+Headers = Sequence[tuple[str, str | bytes]]
 
 
 def grpc_message(message: bytes) -> bytes:
@@ -54,7 +54,7 @@ class Peer:
         if data:
             self.socket.sendall(data)
 
-    def headers(self, extra: Headers = (), *, path: str = PATH, end: bool = False) -> int:
+    def headers(self, extra: Headers = (), *, path: str | bytes = PATH, end: bool = False) -> int:
         """Begin an RPC; the stream's number."""
         stream = self.h2.get_next_available_stream_id()
         self.h2.send_headers(

@@ -67,7 +67,7 @@ class PemFiles:
             roots = read_file(self.ca, flag_name=ca_flag)
             try:
                 context.load_verify_locations(self.ca)
-            except (ssl.SSLError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 message = f"{ca_flag} {self.ca}: holds no certificate in PEM"
                 raise UsageError(message) from error
         if self.cert is not None and self.key is not None:
@@ -75,7 +75,7 @@ class PemFiles:
             private = read_file(self.key, flag_name=key_flag)
             try:
                 context.load_cert_chain(self.cert, self.key, password=lambda: b"")  # it would ask a terminal
-            except (ssl.SSLError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 message = (
                     f"{cert_flag} {self.cert} and {key_flag} {self.key}: "
                     "not in PEM, not a pair, or behind a passphrase"

@@ -22,5 +22,5 @@ def test_a_file_that_goes_as_it_is_read_is_an_error_like_any_other(
         return content
 
     monkeypatch.setattr(tls, "read_file", read_and_lose)
-    with pytest.raises(UsageError, match="--tls-ca .*ca.pem"):
+    with pytest.raises(UsageError, match=r"--tls-ca .*ca\.pem"):
         tls.PemFiles(ca=str(path), cert=None, key=None).follow()

@@ -152,7 +152,7 @@ def _ask(stage: Stage, message: bytes) -> tuple[Expected, str, dict[str, str]]:
         "/SeniorityModel/InferSeniority"
     )
     try:
-        response, under_way = call.with_call(message, timeout=20)
+        response, under_way = call.with_call(message, timeout=60)
     except grpc.RpcError as error:
         failed: Any = error
         return Expected(failed.code()), str(failed.details()), {}

@@ -25,7 +25,7 @@ from services.cache_proxy.store.servers import FAILURES
 from services.common.endings import end
 from services.common.supervision import supervise
 
-_HEARTBEAT_SECONDS = 0.25
+_HEARTBEAT_SECONDS = 0.3
 _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
 _RECONNECT_SECONDS = 0.2
 _DEAF_SECONDS = 1.0

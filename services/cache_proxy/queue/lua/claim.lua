@@ -18,7 +18,7 @@ local pairs_rate, calls_rate = rate(settings[1]) or tonumber(ARGV[3]), rate(sett
 local batch_pairs, batch_bytes, linger = pairs_in_batch(tonumber(ARGV[5])), tonumber(ARGV[6]), tonumber(ARGV[7])
 local LEAD_MS = 15 -- from here to the model takes about so long: the slot of a batch that could go at once
 local PAIRS_A_MS = 50 -- and so many pairs take a millisecond more
-local HEARTBEAT_MS, QUIET_MS = 250, 1200
+local HEARTBEAT_MS, QUIET_MS = 300, 1200
 local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wait
 local GATHER_MS = 50 -- where nothing but quotas holds pairs back, so many ms' worth of them go together
 

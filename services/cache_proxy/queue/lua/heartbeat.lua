@@ -11,7 +11,7 @@
 --          subscribers that this server has for the replica, the last entry of each log, false if it has none,
 --          this server, pairs that wait because their accounts' quotas are spent}
 local replica, held = ARGV[1], {}
-local FORGOTTEN_MS, LATE_MS = 600000, 450
+local FORGOTTEN_MS, LATE_MS = 600000, 500
 for _, id in ipairs(cmsgpack.unpack(ARGV[2])) do
   held[id] = true
 end

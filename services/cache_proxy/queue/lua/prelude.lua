@@ -19,7 +19,7 @@ local PAUSED, ALONE = LIMIT .. ':paused', LIMIT .. ':alone' -- replica -> until 
 local LANES, RANK = { 'interactive', 'bulk', 'refresh' }, { interactive = 1, bulk = 2, refresh = 3 }
 local ASKED = { 'interactive', 'bulk' } -- what a caller may ask for, and so those in which accounts have lanes
 local RECENT_MS, REFUSED_MS = 60000, 600000
-local SILENT_MS, CUT_OFF_MS = 800, 2000 -- heartbeats come every 250 ms
+local SILENT_MS, CUT_OFF_MS = 800, 2000 -- heartbeats come every 300 ms
 local CHUNK = 400 -- arguments of one call: many at once, but Lua's stack is not endless
 local DIGEST = 16 -- bytes
 local AT_ONCE = 2000 -- pairs that one script gives back or finds unwanted: Redis does nothing else meanwhile

@@ -89,12 +89,13 @@ class Dispatcher:
             sent = await self._unanswered(claim)
             batch = self._model.prepare(sent)
             await asyncio.sleep(claim.send_at - time.monotonic())
-            if not sent or not await self._may_leave(claim):
+            told = await self._tell_late(claim) if sent else None
+            if told is None:
                 await self._queue.put_back(claim)
                 return "put back"
             answering = await self._model.send(batch)
             try:
-                await self._may_leave(claim)  # it has left, perhaps late after all
+                await self._tell_late(claim, told_seconds=told)  # it has left, perhaps later after all
                 left.set()
                 answers = await answering
             finally:
@@ -131,10 +132,12 @@ class Dispatcher:
         finally:
             left.set()
 
-    async def _may_leave(self, claim: Claim) -> bool:
-        """Whether it is in time, or the next slot could be moved by what it is late."""
+    async def _tell_late(self, claim: Claim, *, told_seconds: float = 0.0) -> float | None:
+        """By how much the next slot is moved, as the queue was told; None if it cannot be any more."""
         late_seconds = time.monotonic() - claim.slot_at
-        return late_seconds <= LATE_SECONDS or await self._queue.late(claim, seconds=late_seconds)
+        if late_seconds <= told_seconds + LATE_SECONDS:
+            return told_seconds
+        return late_seconds if await self._queue.late(claim, seconds=late_seconds) else None
 
     async def _unanswered(self, claim: Claim) -> Sequence[Pair]:
         """The claim's pairs that no other replica has answered since they were looked up."""

@@ -330,3 +330,45 @@ async def test_a_late_answer_of_what_was_invalidated_is_not_remembered(shared_re
         await one.queue.fulfil(claim, {pair.digest: 3 for pair in claim.pairs})
         _, again = await one.ask(pairs([1, 2]))
         assert list(again.ended) == [pairs([2])[0].digest]
+
+
+async def test_who_only_joined_leaves_the_next_call_to_who_queued(place: Place) -> None:
+    """It asks for none until that replica should have had one, and then does: that one may be gone."""
+    async with replicas(place, 2) as (first, second):
+        await first.ask(pairs([1, 2]))
+        assert first.queue._changed.is_set()
+        second.queue._changed.clear()
+        await second.ask(pairs([1, 2]))
+        await second.ask(pairs([2]))
+        assert not second.queue._changed.is_set()
+        await asyncio.wait_for(second.queue.changed(), 30)
+        await second.ask(pairs([2, 3]))
+        assert second.queue._changed.is_set()
+
+
+@pytest.mark.parametrize(("before", "now"), [("bulk", "interactive"), ("refresh", "bulk")])
+async def test_who_joins_with_a_better_priority_asks_for_a_call_at_once(
+    before: str, now: str, place: Place
+) -> None:
+    """What waits has changed, and perhaps when a call is due: who queued it does not know of that."""
+    async with replicas(place, 2) as (first, second):
+        await first.ask(pairs([1]), asker(priority=before))
+        second.queue._changed.clear()
+        await second.ask(pairs([1]), asker(priority=now))
+        assert second.queue._changed.is_set()
+
+
+async def test_an_answer_wakes_only_who_still_waits(place: Place) -> None:
+    """Of two replicas whose pairs are answered, the one that waits for others too asks for a call; soon."""
+    async with replicas(place, 2) as (first, second):
+        await first.ask(pairs([1, 2]))
+        claim = await first.take()
+        await second.ask(pairs([1]))
+        await first.ask(pairs([3]))
+        for replica in (first, second):
+            replica.queue._changed.clear()
+        await first.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+        await second.messages()
+        await first.messages()
+        await asyncio.wait_for(first.queue.changed(), 30)
+        assert not second.queue._changed.is_set()

@@ -43,7 +43,8 @@ _LEASE_MARGIN_SECONDS = 5.0
 _AHEAD_MS = 60
 _TIMERS_MS = 2  # scripts and the loop's timers count whole milliseconds, and each rounds up
 _DEFER_SECONDS = 0.2  # whose calls just failed lets another replica have the next slot
-_PART_SECONDS = 0.02
+_PART_SECONDS = 0.06
+_OTHERS_SECONDS = 0.5  # whoever queued a pair claims it; whose replica is gone or paused does not
 _LEVEL_BYTES = 17
 _DIGEST_BYTES = 16
 _LEVELS = range(1, 8)
@@ -100,6 +101,7 @@ class RedisQueue:
         self._in_turn = asyncio.Lock()
         self._ids = itertools.count(1)
         self._changed = asyncio.Event()
+        self._look: asyncio.TimerHandle | None = None
         self._not_before = 0.0
         for priority in LANES:
             metrics.queue_pairs.labels(priority).set_function(partial(self._count, priority))
@@ -126,12 +128,14 @@ class RedisQueue:
         ended: dict[bytes, Outcome] = {}
         queued: set[bytes] = set()
         done, size_bytes = 0, sum(pair.size_bytes for pair in pairs)
+        look_after: list[float] = []
         try:
             for chunk in _parts(pairs):
                 size_bytes -= sum(pair.size_bytes for pair in chunk)
                 following = (len(pairs) - done - len(chunk), size_bytes)
-                states, errors = await self._enqueue(chunk, asker, token, following, polling=False)
+                states, errors, seconds = await self._enqueue(chunk, asker, token, following, polling=False)
                 _sort(chunk, states, errors, ended, queued)
+                look_after.append(seconds)
                 done += len(chunk)
         except QueueFull:  # whoever else asked for the same pairs may still wait
             mine = [digest for digest in added if digest in self._asked and not self._asked[digest].shared]
@@ -142,7 +146,8 @@ class RedisQueue:
             await self.leave([digest for digest in mine if digest in joined])
             raise
         self.learn(ended, new=added)
-        self._changed.set()
+        if look_after:
+            self._look_after(min(look_after))
         return Enqueued(ended, frozenset(queued))
 
     def learn(self, ended: Mapping[bytes, Outcome], *, new: Collection[bytes]) -> None:
@@ -195,7 +200,7 @@ class RedisQueue:
 
     async def _ask_chunk_again(self, chunk: Sequence[Pair], asker: Asker) -> None:
         pairs = [pair for pair in chunk if pair.digest in self._asked]
-        states, errors = await self._enqueue(pairs, asker, self._new_id(), (0, 0), polling=True)
+        states, errors, _ = await self._enqueue(pairs, asker, self._new_id(), (0, 0), polling=True)
         ended: dict[bytes, Outcome] = {}
         _sort(pairs, states, errors, ended, set())
         self.end({digest: outcome for digest, outcome in ended.items() if digest in self._asked})
@@ -341,9 +346,27 @@ class RedisQueue:
             self._end(digest, unpack_error(error))
         if all_error:
             self.end_all(unpack_error(all_error))
-        # A batch's answers come in parts: until the last is here, all replicas would ask for a call in vain.
-        rest_seconds = _PART_SECONDS if levels or errors else 0.0
-        asyncio.get_running_loop().call_later(rest_seconds, self._changed.set)
+        if self._asked:
+            # A batch's answers come in parts: until the last is here, all would ask for a call in vain.
+            rest_seconds = _PART_SECONDS if levels or errors else 0.0
+            asyncio.get_running_loop().call_later(rest_seconds, self._changed.set)
+
+    def _look_after(self, seconds: float) -> None:
+        """Ask for a call now (0), or when whoever queued what was only joined here should have had one."""
+        if not seconds:
+            self._changed.set()
+            return
+        loop = asyncio.get_running_loop()
+        due = loop.time() + seconds + _OTHERS_SECONDS
+        if self._look is not None:
+            if self._look.when() <= due:
+                return
+            self._look.cancel()
+        self._look = loop.call_at(due, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look = None
+        self._changed.set()
 
     def _let_go(self, claim: Claim, ended: Iterable[bytes]) -> None:
         left = self._held.get(claim.id)
@@ -377,10 +400,10 @@ class RedisQueue:
 
     async def _enqueue(
         self, pairs: Sequence[Pair], asker: Asker, token: str, following: tuple[int, int], *, polling: bool
-    ) -> tuple[bytes, list[Any]]:
-        """One byte a pair, and the errors of those that failed (see `enqueue.lua`)."""
+    ) -> tuple[bytes, list[Any], float]:
+        """One byte a pair, the errors of those that failed, and when to see to a call (see `enqueue.lua`)."""
         if not pairs:
-            return b"", []
+            return b"", [], 0.0
         patience_seconds = max(0.0, asker.deadline - asyncio.get_running_loop().time())
         patience_ms = round(min(patience_seconds, _MAX_PATIENCE_SECONDS) * 1000)
         request = [
@@ -392,11 +415,11 @@ class RedisQueue:
             request.append([quota.account, quota.pairs_per_second * PACE, quota.queued_pairs])
         reply = await self._together.ride(request)
         if reply[0] == b"ok":
-            return reply[1], reply[2]
+            return reply[1], reply[2], reply[3] / 1000
         wait_seconds = reply[1] / 1000
         if reply[0] == b"down":
             error = pack_error(Unavailable("the model is down", max(1.0, wait_seconds)))
-            return bytes([_FAILED]) * len(pairs), [error] * len(pairs)
+            return bytes([_FAILED]) * len(pairs), [error] * len(pairs), 0.0
         raise _refused(
             reply,
             quota,

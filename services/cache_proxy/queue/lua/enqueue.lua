@@ -10,7 +10,8 @@
 --          {'full' | 'late' | 'down' | 'queued' | 'slow', ms to wait, held pairs or bytes}: nothing was queued; the
 --          last two are the quota's: pairs that may wait, pairs a second
 --          {'ok', one byte a pair: 1-7 its level, 16 queued by this call, 17 joined, 18 failed,
---           list of the errors of those that failed}
+--           list of the errors of those that failed, ms after which a call is for the replica to see to: 0 if this
+--           changed what waits; else whoever queued them does so first, and no call is possible before}
 local replica, most_pairs, most_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local batch_pairs, batch_ms, most_failures = pairs_in_batch(tonumber(ARGV[4])), slot_ms(), tonumber(ARGV[5])
 local requests = cmsgpack.unpack(ARGV[6])
@@ -223,9 +224,11 @@ local function step_of(pair, priority, account)
   end
 end
 
+local changed -- whether a request has changed what waits, and so perhaps when the next call is due
 local function put(digest, lane, caller, instead_of)
   local pair = records[digest]
   local tag = next_tag(lane, turn_of(lane, caller))
+  changed = true
   if pair.lane == instead_of then
     place(instead_of, digest, false)
     pair.lane, pair.caller, pair.tag = lane, caller, tag
@@ -247,6 +250,7 @@ end
 local function join(digest, priority, account, caller, until_ms, polling, room, context)
   local pair = records[digest]
   if polling and is_lost(pair) then -- part of the queue was lost: in no claim, no group, perhaps in no lane
+    changed = true
     wait_in_lane(digest)
   end
   local had = priority_of(pair.lane)
@@ -344,6 +348,7 @@ local function enqueue(
     reserve(token, following, following_bytes, account)
   end
 
+  changed = #fresh > 0
   for _, digest in ipairs(joined) do
     room = join(digest, priority, account, caller, now + patience, polling == 1, room, context)
   end
@@ -367,7 +372,7 @@ local function enqueue(
   for index, state in ipairs(states) do
     states[index] = string.char(state)
   end
-  return { 'ok', table.concat(states), errors }
+  return { 'ok', table.concat(states), errors, changed and 0 or math.max(1, math.ceil(first_wait)) }
 end
 
 local replies = {}

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 
 import stamina
 from prometheus_client import CollectorRegistry
@@ -17,28 +16,20 @@ from services.augmenter.config import RunSettings
 from services.augmenter.dry_run import DryRun
 from services.augmenter.errors import TerminatedError
 from services.augmenter.jobs import Job, Jobs, Shard
-from services.augmenter.locations import LocalPlace, Place, Plan, S3Place
+from services.augmenter.locations import Plan, S3Place
 from services.augmenter.metrics import Metrics
-from services.augmenter.object_store.local import LocalStore
-from services.augmenter.object_store.protocol import Store
-from services.augmenter.object_store.s3 import S3Store
-from services.augmenter.object_store.s3_client import aws_client
-from services.augmenter.object_store.s3_upload import PARTS_ROOM_BYTES
 from services.augmenter.pipeline import Pipeline
 from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.retry import RetryBudget, TargetHealth
-from services.augmenter.room import Room
 from services.augmenter.rpc import SeniorityRpc
 from services.augmenter.runner import Runner
 from services.augmenter.signals import Signals
-from services.augmenter.sqs import QueueWorkers
+from services.augmenter.stores import Stores, open_stores
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.watch import Watcher
-from services.common.http import HttpEndpoint
 from services.common.tracing import OFF, Span, Tracing
 
 PROGRAM = "augmenter"
-_CONNECTIONS_PER_FILE = 12  # read, write, rejects; and a listing's outputs are looked at together
 GRACE_SECONDS = 20.0  # of the 30 that Kubernetes gives
 _EXIT_FAILED, _EXIT_REJECTED = 1, 3
 _log = logging.getLogger(PROGRAM)
@@ -60,13 +51,6 @@ async def run(settings: RunSettings, plan: Plan, tracing: Tracing = OFF) -> int:
         raise TerminatedError("stopped by SIGTERM; run again to go on") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Stores:
-    source: Store
-    sink: Store
-    rejects: Store
-
-
 async def _run(
     settings: RunSettings, plan: Plan, access: Access, stopping: asyncio.Event, tracing: Tracing, span: Span
 ) -> int:
@@ -75,12 +59,17 @@ async def _run(
     started = time.monotonic()
     async with AsyncExitStack() as stack:
         if settings.http_listen:
+            from services.common.http import HttpEndpoint  # noqa: PLC0415 - see stores.py
+
             http = HttpEndpoint(registry=registry)
             stack.push_async_callback(http.close)
             _log.info("metrics on http://%s/metrics", await http.start(settings.http_listen))
-        stores = await _stores(settings, plan, stack)
+        stores = await open_stores(settings, plan, stack)
         shown = sys.stderr.isatty() if settings.progress is None else settings.progress
-        await stack.enter_async_context(report.progress_bar(totals, shown=shown))
+        if shown:
+            from services.augmenter.progress import progress_bar  # noqa: PLC0415 - see stores.py
+
+            await stack.enter_async_context(progress_bar(totals))
         counting = DryRun(source=stores.source, totals=totals)
         work: Callable[[Job], Awaitable[LineCounts]] = counting.count
         if not settings.dry_run:
@@ -105,7 +94,7 @@ async def _run(
 async def _do_all(
     settings: RunSettings,
     plan: Plan,
-    stores: _Stores,
+    stores: Stores,
     runner: Runner,
     totals: Totals,
     stopping: asyncio.Event,
@@ -121,6 +110,9 @@ async def _do_all(
     )
     concurrency = settings.concurrency
     if settings.sqs_queue_url:
+        from services.augmenter.object_store.s3_client import aws_client  # noqa: PLC0415 - see stores.py
+        from services.augmenter.sqs import QueueWorkers  # noqa: PLC0415
+
         assert isinstance(plan.source, S3Place)  # noqa: S101 - checked with the places
         client = await stack.enter_async_context(aws_client("sqs", connections=4 * concurrency))
         workers = QueueWorkers(
@@ -159,7 +151,7 @@ def _exit_code(settings: RunSettings, totals: Totals) -> int:
 async def _augmenting(
     settings: RunSettings,
     access: Access,
-    stores: _Stores,
+    stores: Stores,
     stack: AsyncExitStack,
     totals: Totals,
     metrics: Metrics,
@@ -209,22 +201,3 @@ async def _augmenting(
             return counts
 
     return augment
-
-
-async def _stores(settings: RunSettings, plan: Plan, stack: AsyncExitStack) -> _Stores:
-    """INPUT, OUTPUT and the rejects, with one S3 client for as many of them as need it."""
-    places = (plan.source, plan.sink, plan.rejects)
-    parts_room = Room(limit_bytes=PARTS_ROOM_BYTES)
-    client = None
-    if any(isinstance(place, S3Place) for place in places):
-        connections = _CONNECTIONS_PER_FILE * settings.concurrency
-        client = await stack.enter_async_context(
-            aws_client("s3", endpoint_url=settings.endpoint_url, connections=connections)
-        )
-
-    def store(place: Place) -> Store:
-        if isinstance(place, LocalPlace):
-            return LocalStore(place.path)
-        return S3Store(client, bucket=place.bucket, prefix=place.key, parts_room=parts_room)
-
-    return _Stores(*map(store, places))

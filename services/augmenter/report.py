@@ -1,19 +1,12 @@
-"""What a run tells people: a progress bar while it lasts, its totals at the end."""
+"""What a run tells people at its end."""
 
-import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services.augmenter.totals import Totals
 from services.common.errors import CommandError
 
-_REFRESH_SECONDS = 0.2
 _MODEL_BATCH = 1000  # what the model takes in one call, one call a second
 
 
@@ -66,47 +59,6 @@ def write_summary_json(totals: Totals, path: str) -> None:
     except OSError as error:
         message = f"--summary-json {path}: {error.strerror}"
         raise CommandError(message) from error
-
-
-@asynccontextmanager
-async def progress_bar(totals: Totals, *, shown: bool) -> AsyncIterator[None]:
-    """Show `totals` moving, by the bytes of the input, for as long as the block lasts."""
-    if not shown:
-        yield
-        return
-    columns = (
-        TextColumn("{task.fields[files]}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}% {task.fields[rate]} {task.fields[hits]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True, force_terminal=True)) as progress:
-        bar = progress.add_task("", total=None, files="", rate="", hits="")
-
-        def update() -> None:
-            elapsed = progress.tasks[0].elapsed or 0.0
-            ended = totals.done + totals.skipped + totals.failures.count
-            progress.update(
-                bar,
-                completed=totals.bytes_read,
-                total=totals.bytes_found or None,
-                files=f"{ended:,}/{totals.files_found:,} files",
-                rate=f"{totals.lines_read / elapsed:,.0f} lines/s" if elapsed else "",
-                hits="" if totals.hit_rate is None else f"{totals.hit_rate:.1%} hits",
-            )
-
-        async def refresh() -> None:
-            while True:
-                update()
-                await asyncio.sleep(_REFRESH_SECONDS)
-
-        task = asyncio.create_task(refresh())
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            update()
 
 
 def _hits(totals: Totals) -> str:

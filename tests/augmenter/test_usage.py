@@ -1,6 +1,8 @@
 """What cannot be meant ends with exit code 2 and one line; places are told apart before anything is read."""
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,3 +178,10 @@ def test_settings_that_no_client_can_be_made_of_are_one_line(
     ended = augment("s3://bucket/raw/", str(tmp_path / "out"), "--target", "127.0.0.1:1")
     assert (ended.code, ended.err.count("\n")) == (1, 1)
     assert "Traceback" not in ended.err
+
+
+def test_what_only_s3_or_a_terminal_needs_is_not_loaded_at_every_start() -> None:
+    """It would take longer than the augmenting of 100,000 lines."""
+    code = "import sys, services.augmenter.cli; print(*{'aiobotocore', 'aiohttp', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []

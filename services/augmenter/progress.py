@@ -1,0 +1,50 @@
+"""The progress bar of a run."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from services.augmenter.totals import Totals
+
+_REFRESH_SECONDS = 0.2
+
+
+@asynccontextmanager
+async def progress_bar(totals: Totals) -> AsyncIterator[None]:
+    """Show `totals` moving, by the bytes of the input, for as long as the block lasts."""
+    columns = (
+        TextColumn("{task.fields[files]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[rate]} {task.fields[hits]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True, force_terminal=True)) as progress:
+        bar = progress.add_task("", total=None, files="", rate="", hits="")
+
+        def update() -> None:
+            elapsed = progress.tasks[0].elapsed or 0.0
+            ended = totals.done + totals.skipped + totals.failures.count
+            progress.update(
+                bar,
+                completed=totals.bytes_read,
+                total=totals.bytes_found or None,
+                files=f"{ended:,}/{totals.files_found:,} files",
+                rate=f"{totals.lines_read / elapsed:,.0f} lines/s" if elapsed else "",
+                hits="" if totals.hit_rate is None else f"{totals.hit_rate:.1%} hits",
+            )
+
+        async def refresh() -> None:
+            while True:
+                update()
+                await asyncio.sleep(_REFRESH_SECONDS)
+
+        task = asyncio.create_task(refresh())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            update()

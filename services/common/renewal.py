@@ -1,6 +1,8 @@
 """What is read of files, and read again when they become others: certificates, tokens, lists of callers."""
 
 import logging
+import os
+import stat
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -80,9 +82,12 @@ class Renewed(Generic[_Value]):
 
 
 def read_file(path: str, *, flag_name: str) -> bytes:
-    """A file's content, within bounds. Raises UsageError."""
+    """A file's content, within bounds. Raises UsageError, also where one could wait: a FIFO, a device."""
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                message = f"{flag_name} {path}: it is not a file"
+                raise UsageError(message)
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         message = f"{flag_name} {path}: {error.strerror}"
@@ -91,6 +96,11 @@ def read_file(path: str, *, flag_name: str) -> bytes:
         message = f"{flag_name} {path}: it has more than {MAX_FILE_BYTES // 2**20} MiB"
         raise UsageError(message)
     return content
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a FIFO, too, whether or not anybody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _state(path: str) -> tuple[int, ...] | None:

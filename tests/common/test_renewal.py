@@ -1,6 +1,7 @@
 """Files that are read again when they change, and are believed only when they are whole."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,18 @@ def test_a_start_with_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"x" * (MAX_FILE_BYTES + 1))
     with pytest.raises(UsageError, match="more than 4 MiB"):
         read_file(str(tmp_path / "large"), flag_name="--x")
+
+
+def test_a_file_that_becomes_a_fifo_is_waited_for_by_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody writes to it: a look that waited would hold the loop for ever."""
+    path = tmp_path / "token"
+    path.write_bytes(b"one")
+    renewed = Renewed([str(path)], lambda: read_file(str(path), flag_name="--x"))
+    path.unlink()
+    os.mkfifo(path)
+    assert (renewed.look(), renewed.look(), renewed.value) == (Look.FAILED, Look.UNCHANGED, b"one")
+    assert "--x" in caplog.text
+    with pytest.raises(UsageError, match="not a file"):
+        read_file("/dev/zero", flag_name="--x")

@@ -4,8 +4,8 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -127,7 +127,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         stack.push_async_callback(front.server.stop, 0)
         await stack.enter_async_context(running(renewals.run()))
         gc.freeze()  # what is built stays; and a full collection that walks a full L1 takes 24 ms
-        await front.start()
+        await stack.enter_async_context(_serving(front))
         ready.set()
         logs.announce_ready(listen=front.bound, http=http_bound)
         await stop.wait()
@@ -136,6 +136,13 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         await front.health.enter_graceful_shutdown()
         await _drain(settings, front=front, service=service, queue=queue, dispatcher=dispatcher)
     _log.info("stopped")
+
+
+@asynccontextmanager
+async def _serving(front: grpc_server.GrpcServer) -> AsyncIterator[None]:
+    await front.start()
+    async with running(front.ended()):
+        yield
 
 
 async def _drain(

@@ -44,6 +44,10 @@ class GrpcServer:
         for name in ("", SERVICE_NAME):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
+    async def ended(self) -> None:
+        """Return when it was stopped. Raises what it ended of by itself: gRPC would only log that."""
+        await self.server.wait_for_termination()
+
 
 def listen(
     settings: ServerSettings,

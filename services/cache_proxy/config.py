@@ -37,6 +37,11 @@ class KeySettings:
         text="which spellings share an answer: fold ignores case, width and white space",
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        """Refuse a prefix that is none: what keeps the queue's keys together on a Cluster would be empty."""
+        if not self.key_prefix:
+            raise UsageError("--key-prefix must not be empty")
+
     @property
     def namespace(self) -> str:
         """What answers and queues of one kind have in common: normal form, its version, the model's."""

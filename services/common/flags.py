@@ -17,7 +17,7 @@ from services.common.errors import CommandError, UsageError
 from services.common.units import parse_duration_seconds, parse_size_bytes
 
 _FLAG = "flag"
-_MAX_RATE = 1e9
+_MIN_RATE, _MAX_RATE = 1e-6, 1e9  # one in eleven days; at a rate of almost nothing a wait is no number
 _Settings = TypeVar("_Settings")
 
 
@@ -48,23 +48,23 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _parse_rate_or_zero(text: str) -> float:
+def _parse_rate(text: str) -> float:
     try:
         rate = float(text)
     except ValueError:
         rate = math.nan
-    if not 0 <= rate <= _MAX_RATE:  # false for nan too
-        message = f"{text!r} is not a number from 0 to {_MAX_RATE:.0f}"
+    if not _MIN_RATE <= rate <= _MAX_RATE:  # false for nan too
+        message = f"{text!r} is not a number from {_MIN_RATE:f} to {_MAX_RATE:.0f}"
         raise ValueError(message)
     return rate
 
 
-def _parse_rate(text: str) -> float:
-    rate = _parse_rate_or_zero(text)
-    if rate == 0:
-        message = f"{text!r} is not a number above 0"
-        raise ValueError(message)
-    return rate
+def _parse_rate_or_zero(text: str) -> float:
+    try:
+        is_zero = float(text) == 0
+    except ValueError:
+        is_zero = False
+    return 0.0 if is_zero else _parse_rate(text)
 
 
 TEXT = click.STRING

@@ -372,3 +372,60 @@ async def test_an_answer_wakes_only_who_still_waits(place: Place) -> None:
         await first.messages()
         await asyncio.wait_for(first.queue.changed(), 30)
         assert not second.queue._changed.is_set()
+
+
+async def test_who_only_joined_hears_when_nobody_waits_any_more_where_it_was_queued(place: Place) -> None:
+    """That replica asks for no call now. Nor is anybody told as long as it waits for other pairs."""
+    async with replicas(place, 2) as (first, second):
+        one, _ = await first.ask(pairs([1]))
+        other, _ = await first.ask(pairs([2]))
+        await second.ask(pairs([1]))
+        assert second.queue._look
+        second.queue._look.cancel()
+        second.queue._changed.clear()
+        await second.messages()
+        heard = second.listener._heard.number
+        await first.close(one)
+        await second.messages()
+        assert second.listener._heard.number == heard
+        one, _ = await first.ask(pairs([1]))
+        await first.close(other)
+        await first.close(one)
+        await second.messages()
+        await asyncio.wait_for(second.queue.changed(), 30)
+
+
+async def test_while_calls_fail_who_joins_asks_for_one_at_once(place: Place) -> None:
+    """The way to the model of whoever queued them may be what is broken, and that replica stands back."""
+    async with replicas(place, 2) as (first, second):
+        await first.ask(pairs([1]))
+        await first.queue.fail(await first.take(), DOWN, retry_after_seconds=0)
+        second.queue._changed.clear()
+        await second.ask(pairs([1]))
+        assert second.queue._changed.is_set()
+
+
+async def test_whose_reply_is_lost_knows_the_pairs_for_its_own(place: Place) -> None:
+    """Asked again, it joins what it has queued itself; so do the callers of one that died and came back."""
+    async with replicas(place, 2) as (first, second):
+        first.client.lose = 1
+        await first.ask(pairs([1]))
+        assert first.queue._changed.is_set()
+        first.unheard()
+        second.queue._changed.clear()
+        await second.ask(pairs([1]))
+        assert second.queue._changed.is_set()
+
+
+async def test_a_long_question_asks_for_calls_meanwhile(place: Place) -> None:
+    """As soon as it has queued a batch: others may have joined that."""
+    async with replicas(place, 1) as (replica,):
+        replica.queue._changed.clear()
+        replica.client.slow = (0, 60)
+        asking = asyncio.create_task(replica.ask(pairs(range(600))))
+        await asyncio.wait_for(replica.queue.changed(), 20)
+        assert not asking.done()
+        replica.queue._changed.clear()
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert replica.queue._changed.is_set()  # what it sent may be queued all the same

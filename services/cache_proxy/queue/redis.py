@@ -137,6 +137,8 @@ class RedisQueue:
                 _sort(chunk, states, errors, ended, queued)
                 look_after.append(seconds)
                 done += len(chunk)
+                if not seconds and done >= self._limits.batch_pairs:
+                    self._changed.set()  # what follows may take seconds
         except QueueFull:  # whoever else asked for the same pairs may still wait
             mine = [digest for digest in added if digest in self._asked and not self._asked[digest].shared]
             joined = {pair.digest for pair in pairs[:done]}  # those before the first new one
@@ -144,6 +146,9 @@ class RedisQueue:
                 if digest not in joined:
                     del self._asked[digest]
             await self.leave([digest for digest in mine if digest in joined])
+            raise
+        except BaseException:  # of what may have been queued all the same
+            self._changed.set()
             raise
         self.learn(ended, new=added)
         if look_after:
@@ -222,7 +227,7 @@ class RedisQueue:
                 digest for digest in digests if digest not in self._asked
             ]  # nor asked for again meanwhile
             if gone:
-                await self._scripts.run("leave", [self.replica, b"".join(gone)])
+                await self._scripts.run("leave", [self.replica, b"".join(gone), int(not self._asked)])
 
     def waiting(self) -> list[tuple[Pair, Asker]]:
         """All that somebody here waits for and that is not in a call of this replica's."""

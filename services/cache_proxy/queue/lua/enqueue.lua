@@ -11,7 +11,7 @@
 --          last two are the quota's: pairs that may wait, pairs a second
 --          {'ok', one byte a pair: 1-7 its level, 16 queued by this call, 17 joined, 18 failed,
 --           list of the errors of those that failed, ms after which a call is for the replica to see to: 0 if this
---           changed what waits; else whoever queued them does so first, and no call is possible before}
+--           changed what waits, or if nobody else sees to it; else no call is possible before}
 local replica, most_pairs, most_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local batch_pairs, batch_ms, most_failures = pairs_in_batch(tonumber(ARGV[4])), slot_ms(), tonumber(ARGV[5])
 local requests = cmsgpack.unpack(ARGV[6])
@@ -224,11 +224,11 @@ local function step_of(pair, priority, account)
   end
 end
 
-local changed -- whether a request has changed what waits, and so perhaps when the next call is due
+local stirred -- whether a request has changed what waits, and so perhaps when the next call is due
 local function put(digest, lane, caller, instead_of)
   local pair = records[digest]
   local tag = next_tag(lane, turn_of(lane, caller))
-  changed = true
+  stirred = true
   if pair.lane == instead_of then
     place(instead_of, digest, false)
     pair.lane, pair.caller, pair.tag = lane, caller, tag
@@ -247,12 +247,29 @@ local function put(digest, lane, caller, instead_of)
   wait_in_lane(digest)
 end
 
+-- Whether a replica that is heard of waits for a pair too, and so sees to its call.
+local heard = {}
+local function others_wait(pair)
+  for other, deadline in pairs(pair.interest) do
+    if other ~= replica and type(deadline) == 'number' and deadline > now then
+      if heard[other] == nil then
+        heard[other] = now - (number(redis.call('ZSCORE', REPLICAS, other)) or 0) <= SILENT_MS
+      end
+      if heard[other] then
+        return true
+      end
+    end
+  end
+  return false
+end
+
 local function join(digest, priority, account, caller, until_ms, polling, room, context)
   local pair = records[digest]
   if polling and is_lost(pair) then -- part of the queue was lost: in no claim, no group, perhaps in no lane
-    changed = true
+    stirred = true
     wait_in_lane(digest)
   end
+  stirred = stirred or not pair.claim and not others_wait(pair)
   local had = priority_of(pair.lane)
   if polling and pair.caller == caller and had ~= 'refresh' and account_of(pair.lane) ~= account
     and not pair.claim and not pair.suspect then -- the caller's quota is another than it was
@@ -348,7 +365,7 @@ local function enqueue(
     reserve(token, following, following_bytes, account)
   end
 
-  changed = #fresh > 0
+  stirred = #fresh > 0 or failures > 0 -- whose calls fail waits a little longer than others
   for _, digest in ipairs(joined) do
     room = join(digest, priority, account, caller, now + patience, polling == 1, room, context)
   end
@@ -372,7 +389,7 @@ local function enqueue(
   for index, state in ipairs(states) do
     states[index] = string.char(state)
   end
-  return { 'ok', table.concat(states), errors, changed and 0 or math.max(1, math.ceil(first_wait)) }
+  return { 'ok', table.concat(states), errors, stirred and 0 or math.max(1, math.ceil(wait_of(held, 1))) }
 end
 
 local replies = {}

@@ -10,7 +10,8 @@ ifdef PIP_INDEX_URL
 export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
 endif
 export UV_CUSTOM_COMPILE_COMMAND := make lock
-export PYTHONDONTWRITEBYTECODE ?= 1
+# Without bytecode every start compiles all that it imports: a second each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 
@@ -34,8 +35,12 @@ test: $(VENV)/.dev  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow and not k8s" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: test-slow
-test-slow: $(VENV)/.dev  ## the slow tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+test-slow: $(VENV)/.dev  ## the slow tests, but for those that want the machine for themselves
+	$(BIN)/python -m pytest -m "slow and not alone" -n 2 --dist loadfile $(PYTEST_ARGS)
+
+.PHONY: test-alone
+test-alone: $(VENV)/.dev  ## the slow tests that are judged by time or memory, one after the other
+	$(BIN)/python -m pytest -m "slow and alone" $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/

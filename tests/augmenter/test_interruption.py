@@ -25,6 +25,7 @@ from tests.support.model_server import Answers, Call, scripted_model, well
 from tests.support.processes import ROOT, clean_environment
 from tests.support.redis_server import wait_for
 
+pytestmark = pytest.mark.alone
 _FIRST_WINDOW_LINES = 20_000
 
 

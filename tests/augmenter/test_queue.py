@@ -220,10 +220,11 @@ def test_workers_share_a_queue(
     assert [process.wait(90) for process in processes] == [0] * workers
     told = [summary(tmp_path / f"{i}.json") for i in range(workers)]
     assert sum(one["files"]["done"] for one in told) == files
-    assert sum(one["files"]["skipped"] for one in told) == files
+    # The stand-in's threads lose some of the deletions at the same moment: such a message comes once more.
+    assert sum(one["files"]["skipped"] for one in told) >= files
     assert sum(one["lines"]["augmented"] for one in told) == files * 50
     assert len([key for key in bucket.listed() if key.startswith("mod/")]) == files
-    assert queue.visible == 0  # not `count`: of deletions at the same moment the stand-in's threads lose some
+    assert queue.visible == 0  # not `count`, for the same reason
 
 
 def _start(bucket: Bucket, queue: Queue, target: str, path: Path) -> "subprocess.Popen[Any]":

@@ -79,6 +79,7 @@ _ODD_NAMES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_names_are_kept_whatever_they_hold(augment: Augment, stub: Stub, bucket: Bucket) -> None:
     """Signs that URLs, XML and shells take for their own reach the output's name as they were, and back."""
     for name in _ODD_NAMES:

@@ -31,7 +31,7 @@ from tests.support.redis_cluster import Cluster, redis_cluster, sentinels
 from tests.support.redis_server import RedisServer, free_port, redis_process, wait_for
 from tests.support.wire import wire_to
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
 
 SERVICE = "cache"
 LOST, BACK = "the shared queue is lost", "the shared queue is back"

@@ -15,7 +15,7 @@ from tests.support.judge import Call, inferences, most_over
 from tests.support.load import Tally
 from tests.support.processes import Service
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(240)]
 
 CALLS_PER_SECOND, BATCH_PAIRS = 5, 200
 FLAGS = (

@@ -5,7 +5,7 @@ import pytest
 from tests.fleet.scenarios import lone_misses, small_before_many
 from tests.support.fleet import Fleet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 CLAIMED_AHEAD = 1
 """A full batch is claimed a moment before its slot, so the next slot's may be on its way already."""

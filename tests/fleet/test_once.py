@@ -7,7 +7,7 @@ from tests.support.caller import pairs_of
 from tests.support.fleet import Fleet
 from tests.support.judge import per_distinct_pair
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from tests.fleet.scenarios import backlog_of_single_pairs
 from tests.support.fleet import Fleet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SECONDS = 90  # a minute, and half of one more: what a kill and a pause cost is not half a hundredth then
 BATCH_PAIRS = 300  # a call a second, so 300 pairs: what two cores bear, with the callers on them too

@@ -18,7 +18,7 @@ from tests.support.load import LoadCaller, Tally
 from tests.support.processes import Service
 from tests.support.redis_server import wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 BATCH, CALLS_PER_SECOND, QUOTA = 100, 4, 40
 FLAGS = ("--model-batch-size", str(BATCH), "--model-rate", str(BATCH * CALLS_PER_SECOND),

@@ -212,7 +212,9 @@ def test_without_l1_everything_is_answered_by_l2(stage_with: StageWith) -> None:
     assert metrics(stage.proxy.http)["cache_proxy_l1_entries",] == 0
 
 
-@pytest.mark.parametrize("known", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("known", [False, True])
 def test_a_million_empty_pairs_are_answered_in_bounded_memory(stage_with: StageWith, known: bool) -> None:
     """Where so many are allowed each is answered, the model hears of one pair, and others are not held up."""
     stage = stage_with("--max-request-pairs", "1000000", *UNPACED)

@@ -16,6 +16,7 @@ from tests.support.model_server import Abort, Answers, Call, well
 from tests.support.processes import cache_proxy, model_stub, stub_calls
 from tests.support.redis_server import wait_for
 
+pytestmark = pytest.mark.alone
 _CALLS_EVERY_HALF_SECOND = ("--model-calls-per-second", "2", "--model-rate", "2000")
 _FOUR_CALLS_A_SECOND = {
     "calls": ("--model-calls-per-second", "4", "--model-rate", "1000000", "--model-batch-size", "200"),
@@ -117,6 +118,7 @@ def test_the_limit_holds_while_the_cache_is_hammered(tmp_path: Path) -> None:
     assert at[-1] - at[0] <= 5 * 0.5 / 0.5
 
 
+@pytest.mark.slow
 def test_batches_that_nothing_limits_do_not_make_each_other_late(stage_with: StageWith) -> None:
     """Fifty at once, which take longer than one may take to the model, are all sent in turn."""
     stage = stage_with(*UNPACED)

@@ -67,6 +67,7 @@ def _started(folder: Path, *args: str, user: str) -> Iterator[RedisServer]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServer, tmp_path: Path) -> None:
     """A proxy and every command do all they do with them, nothing is refused; another's keys and what harms a
     server are refused; and there is no right that none of them uses.

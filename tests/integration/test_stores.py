@@ -64,6 +64,7 @@ def _asks_well(stage: Stage, company: str, *, count: int = 20) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_callers_are_answered_whatever_redis_does(stage_with: StageWith, own_redis: RedisServer) -> None:
     """Down at start, back, killed under load, back, paused, back: always answers, in time, one warning a
     change, and what was answered meanwhile is saved.
@@ -132,6 +133,7 @@ def _servers(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_an_embedded_store_outlives_a_kill_and_leaves_no_server(
     stage_with: StageWith, tmp_path: Path
 ) -> None:
@@ -171,6 +173,7 @@ def test_an_embedded_server_that_dies_is_started_again(stage_with: StageWith, tm
     assert later.caller.ask([*pairs_of("before", 20), *pairs_of("after", 20)]).hits == 40
 
 
+@pytest.mark.slow
 def test_a_second_proxy_on_the_folder_is_refused(stage_with: StageWith, tmp_path: Path) -> None:
     """One clear line with the owner's process, exit code 1, and the first goes on."""
     stage = stage_with("--cache-url", f"embedded:{tmp_path}", *UNPACED)
@@ -198,6 +201,7 @@ def _start(url: str) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_secret_keys_the_cache(stage_with: StageWith, shared_redis: str, tmp_path: Path) -> None:
     """Another secret knows nothing of the answers, the same one all of them; it is never logged."""
     secret = tmp_path / "secret"
@@ -222,6 +226,7 @@ def test_exact_keeps_spellings_apart_and_fold_does_not(stage_with: StageWith) ->
     assert len(stage.model.asked()) == 4
 
 
+@pytest.mark.slow
 def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
     own_redis: RedisServer, tmp_path: Path
 ) -> None:
@@ -264,6 +269,7 @@ def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
             wait_for(lambda: any(b":c2:" in key for key in client.scan_iter()), what="it is written")
 
 
+@pytest.mark.slow
 def test_a_redis_that_evicts_any_key_is_warned_of_once(own_redis: RedisServer) -> None:
     """One loud line and a gauge; with a policy that spares the queue, neither."""
     for policy, evicts in (("allkeys-lru", 1), ("volatile-lru", 0), ("noeviction", 0)):

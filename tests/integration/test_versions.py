@@ -45,6 +45,7 @@ def _invalidate(flags: tuple[str, ...], *what: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_previous_versions_answers_are_served_and_refreshed_behind(
     stage_with: StageWith, flags: tuple[str, ...]
 ) -> None:
@@ -69,7 +70,7 @@ def test_the_previous_versions_answers_are_served_and_refreshed_behind(
     assert len(old.model.asked()) == 80
 
 
-@pytest.mark.parametrize("serve_stale", [True, False])
+@pytest.mark.parametrize("serve_stale", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_answers_that_are_too_old_are_inferred_again(
     stage_with: StageWith, own_redis: RedisServer, serve_stale: bool
 ) -> None:

@@ -1,18 +1,15 @@
 """Real processes for tests: started, waited for by what they say, and always ended."""
 
-import atexit
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -144,15 +141,7 @@ def clean_environment() -> dict[str, str]:
     Whoever keeps Python from writing bytecode makes every start compile all that it imports: a second each.
     """
     prefixes = ("CACHE_PROXY_", "AUGMENTER_", "MODEL_STUB_", "AWS_", "OTEL_", "PYTHONDONTWRITEBYTECODE")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
-    return kept | {"PYTHONPYCACHEPREFIX": _bytecode_folder()}
-
-
-@cache
-def _bytecode_folder() -> str:
-    folder = tempfile.mkdtemp(prefix="bytecode-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
 def stub_calls(log: Path) -> list[dict[str, Any]]:

@@ -99,13 +99,11 @@ class ProxyClient:
         while waiting:
             places = waiting.pop()
             try:
-                pairs = [flight.pairs[place] for place in places]
-                levels = await budget.call(partial(self._infer, pairs, tries))
+                levels = await budget.call(partial(self._infer, flight.part(places), tries))
             except PairsRefusedError as refusal:
                 waiting += _settle(places, refusal, flight.refused)
             else:
-                for place, level in zip(places, levels, strict=True):
-                    flight.levels[place] = level
+                flight.answer(places, levels)
 
     async def _infer(self, batch: Sequence[Pair], tries: Iterator[int]) -> bytes:
         # A failed call tells no hits, yet fills the cache: counting the hits of the next would flatter it.

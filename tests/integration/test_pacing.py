@@ -38,7 +38,8 @@ def _apart(calls: list[Call]) -> float:
     return quantiles([later.at - earlier.at for earlier, later in pairwise(calls)])[0]
 
 
-@pytest.mark.parametrize("limit", ["calls", pytest.param("pairs", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["calls", "pairs"])
 def test_idle_time_is_not_saved_up(limit: str, stage_with: StageWith) -> None:
     """After a second without a miss a backlog gets one batch at once, and each further one in its turn."""
     stage = stage_with(*_FOUR_CALLS_A_SECOND[limit])
@@ -154,6 +155,7 @@ def test_a_lone_miss_waits_for_company_no_longer_than_the_linger(stage_with: Sta
     assert stage.model.calls[0].at - started_at >= 0.7
 
 
+@pytest.mark.slow
 def test_a_batch_closes_at_its_bytes(stage_with: StageWith) -> None:
     """No message to the model is over `--model-batch-bytes`, and pairs that fit go together."""
     stage = stage_with("--model-batch-bytes", "20KiB", *UNPACED)

@@ -96,7 +96,8 @@ def test_a_model_that_is_down_for_a_while_is_come_back_to(stage_with: StageWith)
         assert asked.result() == levels(pairs)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_replica_that_ends_costs_no_rpc(shared_redis: str, number: signal.Signals) -> None:
     """Two of them, one drained or killed under load: every RPC is answered."""
     flags = ("--cache-url", shared_redis, "--key-prefix", f"ends{number}", *UNPACED)

@@ -194,6 +194,7 @@ def test_a_deadline_before_its_turn_is_refused_at_once(stage_with: StageWith) ->
     assert not stage.model.asked("late")
 
 
+@pytest.mark.slow
 def test_a_model_that_is_down_is_unavailable_and_recovers(stage_with: StageWith) -> None:
     """After retries: UNAVAILABLE with pushback and the places; once the model answers, so does the proxy."""
     stage = stage_with(*UNPACED)

@@ -159,6 +159,7 @@ def _saved(folder: Path, pairs: int) -> bool:
     return sum(path.stat().st_size for path in (folder / "appendonlydir").glob("*.incr.aof")) > pairs * 17
 
 
+@pytest.mark.slow
 def test_an_embedded_server_that_dies_is_started_again(stage_with: StageWith, tmp_path: Path) -> None:
     """Callers are answered meanwhile, and the answers are there afterwards."""
     stage = stage_with("--cache-url", f"embedded:{tmp_path}", *UNPACED)

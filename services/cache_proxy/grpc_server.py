@@ -19,6 +19,7 @@ from services.cache_proxy.unix_socket import SocketPath
 from services.common.errors import CommandError
 
 _HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_HOUR_SECONDS = 3600.0
 _INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
 
 
@@ -46,7 +47,9 @@ class GrpcServer:
 
     async def ended(self) -> None:
         """Return when it was stopped. Raises what it ended of by itself: gRPC would only log that."""
-        await self.server.wait_for_termination()
+        # Without a timeout, a cancellation here would also cancel what `stop` waits for.
+        while await self.server.wait_for_termination(_HOUR_SECONDS):
+            pass
 
 
 def listen(

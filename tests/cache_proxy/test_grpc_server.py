@@ -7,6 +7,7 @@ from grpc import aio
 from grpc_health.v1._async import HealthServicer
 
 from services.cache_proxy.grpc_server import GrpcServer
+from services.common.endings import end
 from tests.support.hostile import grpc_message, peer
 
 
@@ -42,3 +43,12 @@ async def test_a_server_that_is_stopped_ends_without_a_word() -> None:
     ended = asyncio.create_task(front.ended())
     await front.server.stop(0)
     await asyncio.wait_for(ended, 30)
+
+
+async def test_who_waits_no_longer_leaves_a_server_that_can_be_stopped() -> None:
+    """As where the proxy ends by a failure."""
+    front, _ = await _started()
+    ended = asyncio.create_task(front.ended())
+    await asyncio.sleep(0)
+    await end([ended])
+    await asyncio.wait_for(front.server.stop(0), 30)

@@ -43,7 +43,7 @@ _LEASE_MARGIN_SECONDS = 5.0
 _AHEAD_MS = 60
 _TIMERS_MS = 2  # scripts and the loop's timers count whole milliseconds, and each rounds up
 _DEFER_SECONDS = 0.2  # whose calls just failed lets another replica have the next slot
-_PART_SECONDS = 0.06
+_PART_SECONDS = 0.06  # for two parts of 500 to be published, on a machine with little time
 _OTHERS_SECONDS = 0.5  # whoever queued a pair claims it; whose replica is gone or paused does not
 _LEVEL_BYTES = 17
 _DIGEST_BYTES = 16
@@ -72,7 +72,8 @@ class _Asked:
 class RedisQueue:
     """State: `_asked`, the pairs for which somebody waits here, and `_held`, the claims in work here.
 
-    And `run`, the server that the last heartbeat reached (the listener's to set). All are touched only from
+    And `run`, the server that the last heartbeat reached (the listener's to set), and `_look`, when to ask
+    for a call of what others queued. All are touched only from
     the event loop. A pair is in `_asked` before the script that queues it runs, so an answer published in
     between finds it. A lost message costs nothing for long: messages are numbered, and the heartbeat brings
     the last number (`listener.py`).

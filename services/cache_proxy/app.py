@@ -42,8 +42,6 @@ from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 1.0
-
 
 async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal exits at once."""
@@ -124,7 +122,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
             TracedService(service, tracing=tracing) if tracing.is_on else service,
             credentials=callers.credentials,
         )
-        stack.push_async_callback(front.server.stop, 0)
+        stack.push_async_callback(front.close)
         await stack.enter_async_context(running(renewals.run()))
         gc.freeze()  # what is built stays; and a full collection that walks a full L1 takes 24 ms
         await stack.enter_async_context(_serving(front))
@@ -162,7 +160,7 @@ async def _drain(
     except TimeoutError:
         _log.warning("some requests did not end within the drain timeout")
         queue.end_all(Unavailable("the proxy ended before the model answered", retry_after_seconds=1.0))
-    await front.server.stop(_GRACE_SECONDS)
+    await front.finish()
     await dispatcher.finish(within_seconds=max(0.0, end_at - time.monotonic()))
 
 

@@ -1,7 +1,9 @@
 """The gRPC server: the model's interface, health and reflection on every `--listen` address."""
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -12,6 +14,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from services.cache_proxy import http2_bounds, known_methods
 from services.cache_proxy.config import ServerSettings
+from services.cache_proxy.connections import Connections
 from services.cache_proxy.intake import Intake, IntakeLimits
 from services.cache_proxy.open_services import OpenServices
 from services.cache_proxy.servicer import SERVICE_NAME
@@ -21,6 +24,8 @@ from services.common.errors import CommandError
 _HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _HOUR_SECONDS = 3600.0
 _INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
+_LEAVING_SECONDS = 1.0
+_COUNT_EVERY_SECONDS = 0.1
 
 
 class Service(Protocol):
@@ -38,6 +43,7 @@ class GrpcServer:
     health: HealthServicer
     bound: list[str]
     paths: list[SocketPath]  # held for as long as this is
+    connections: Connections = field(default_factory=Connections)
 
     async def start(self) -> None:
         """Begin to answer, as SERVING."""
@@ -50,6 +56,22 @@ class GrpcServer:
         # Without a timeout, a cancellation here would also cancel what `stop` waits for.
         while await self.server.wait_for_termination(_HOUR_SECONDS):
             pass
+
+    async def finish(self) -> None:
+        """End once every caller has left, or after a second. The service refuses what arrives meanwhile."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVING_SECONDS):
+                while await asyncio.to_thread(self.connections.count):  # noqa: ASYNC110 - no event says it
+                    await asyncio.sleep(_COUNT_EVERY_SECONDS)
+        await self.close()
+
+    async def close(self) -> None:
+        """End at once: RPCs under way end as UNAVAILABLE, because their connection is closed."""
+        self.connections.shut()
+        stopping = asyncio.ensure_future(self.server.stop(0))
+        await asyncio.sleep(0)  # now it accepts no connection any more
+        self.connections.shut()
+        await stopping
 
 
 def listen(
@@ -80,8 +102,10 @@ def listen(
     health_pb2_grpc.add_HealthServicer_to_server(health, open_services)
     reflected = reflection.aio.ReflectionServicer((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME))
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, open_services)  # type: ignore[no-untyped-call]
-    bound = [_bind(server, address, credentials) for address in settings.listen]
-    return GrpcServer(server, health, bound, paths)
+    connections = Connections()
+    with connections.found():
+        bound = [_bind(server, address, credentials) for address in settings.listen]
+    return GrpcServer(server, health, bound, paths, connections)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -1,0 +1,84 @@
+"""Close the gRPC server's connections, which are found among the process's open files.
+
+Core ends a server by GOAWAY, and cancels every RPC that arrives before the caller has read that
+(https://github.com/grpc/grpc/issues/41785): its caller gets CANCELLED, which no retry policy repeats. A
+connection that is closed gives the caller UNAVAILABLE, but gRPC has no function for it.
+"""
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_Address = tuple[int, object, object]  # family, host or path, port
+_WILDCARDS = ("::", "0.0.0.0")  # noqa: S104 - what the kernel says of a listener on all addresses
+_OPEN_FILES = tuple(map(Path, ("/proc/self/fd", "/dev/fd")))
+
+
+class Connections:
+    """The connections to listeners that were opened within `found`. Where open files cannot be listed: none.
+
+    State: `_listeners`, the addresses of these listeners.
+    """
+
+    def __init__(self) -> None:
+        self._listeners: frozenset[_Address] = frozenset()
+
+    @contextmanager
+    def found(self) -> Iterator[None]:
+        """Note which listeners are opened meanwhile."""
+        before = _listeners()
+        yield
+        self._listeners = _listeners() - before
+
+    def count(self) -> int:
+        """Return how many are open."""
+        return sum(1 for one in _sockets() if self._is_ours(one))
+
+    def shut(self) -> None:
+        """Close them all. Each caller reads what was sent, then that the connection is closed."""
+        for one in _sockets():
+            if self._is_ours(one):
+                with suppress(OSError):  # the caller was faster
+                    one.shutdown(socket.SHUT_RDWR)
+
+    def _is_ours(self, one: socket.socket) -> bool:
+        if _is_listening(one):
+            return False
+        try:
+            family, host, port = _address(one)
+            one.getpeername()
+        except OSError:  # it is closed, or was never connected
+            return False
+        return any((family, either, port) in self._listeners for either in (host, *_WILDCARDS))
+
+
+def _listeners() -> frozenset[_Address]:
+    return frozenset(_address(one) for one in _sockets() if _is_listening(one))
+
+
+def _sockets() -> Iterator[socket.socket]:
+    """Yield each open socket of a stream as a copy, so that its number cannot become another's meanwhile."""
+    folder = next((one for one in _OPEN_FILES if one.is_dir()), None)
+    for file in [] if folder is None else folder.iterdir():
+        with suppress(OSError):  # it is closed by now
+            copy = os.dup(int(file.name))
+            if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+                os.close(copy)
+                continue
+            with socket.socket(fileno=copy) as one:
+                if one.type == socket.SOCK_STREAM and one.family in (
+                    socket.AF_INET, socket.AF_INET6, socket.AF_UNIX,
+                ):  # fmt: skip
+                    yield one
+
+
+def _is_listening(one: socket.socket) -> bool:
+    return bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _address(one: socket.socket) -> _Address:
+    name = one.getsockname()
+    return (one.family, name, None) if one.family == socket.AF_UNIX else (one.family, name[0], name[1])

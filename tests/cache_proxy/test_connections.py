@@ -1,0 +1,77 @@
+"""Whose connections are found and closed: those to listeners that were opened meanwhile."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from services.cache_proxy.connections import Connections
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Closes every socket of a test."""
+    with ExitStack() as opened:
+        yield opened
+
+
+def _listen(stack: ExitStack, family: int, address: object) -> socket.socket:
+    listener = stack.enter_context(socket.socket(family))
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind(address)  # type: ignore[arg-type]
+    listener.listen()
+    return listener
+
+
+def _connect(stack: ExitStack, listener: socket.socket, family: int, address: object) -> socket.socket:
+    """The caller's end; the accepted one stays open too."""
+    caller = stack.enter_context(socket.socket(family))
+    caller.settimeout(10)
+    caller.connect(address)  # type: ignore[arg-type]
+    stack.enter_context(listener.accept()[0])
+    return caller
+
+
+@pytest.mark.parametrize(
+    ("family", "host", "to"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET, "0.0.0.0", "127.0.0.1"),
+        (socket.AF_INET6, "::", "127.0.0.1"),
+        (socket.AF_INET6, "::ffff:127.0.0.1", "127.0.0.1"),
+    ],
+)
+def test_connections_of_a_listener_are_closed_and_no_others(
+    stack: ExitStack, family: int, host: str, to: str
+) -> None:
+    """Those of a listener that was there before stay."""
+    other = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
+    staying = _connect(stack, other, socket.AF_INET, other.getsockname())
+    connections = Connections()
+    with connections.found():
+        ours = _listen(stack, family, (host, 0))
+    assert connections.count() == 0
+    ending = _connect(stack, ours, socket.AF_INET, (to, ours.getsockname()[1]))
+    assert connections.count() == 1
+    connections.shut()
+    assert ending.recv(1) == b""
+    staying.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        staying.recv(1)
+
+
+def test_connections_of_a_unix_socket_are_closed(stack: ExitStack) -> None:
+    """Where the listener's path is all that there is of an address."""
+    folder = stack.enter_context(TemporaryDirectory(prefix="s"))
+    path = str(Path(folder) / "s")
+    connections = Connections()
+    with connections.found():
+        listener = _listen(stack, socket.AF_UNIX, path)
+    ending = _connect(stack, listener, socket.AF_UNIX, path)
+    assert connections.count() == 1
+    connections.shut()
+    assert ending.recv(1) == b""

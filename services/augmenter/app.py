@@ -78,7 +78,7 @@ async def _run(
         runner = Runner(
             source=stores.source, work=work, totals=totals, metrics=metrics, tell_failures=settings.watch
         )
-        await _do_all(settings, plan, stores, runner, totals, stopping, stack)
+        await _do_all(settings, plan, stores, runner, totals, metrics, stopping, stack)
     totals.seconds = time.monotonic() - started
     span.note(done=totals.done, skipped=totals.skipped, failed=totals.failures.count)
     report.write_failures(totals, program=PROGRAM)
@@ -97,6 +97,7 @@ async def _do_all(
     stores: Stores,
     runner: Runner,
     totals: Totals,
+    metrics: Metrics,
     stopping: asyncio.Event,
     stack: AsyncExitStack,
 ) -> None:
@@ -122,6 +123,7 @@ async def _do_all(
             jobs=jobs,
             runner=runner,
             totals=totals,
+            metrics=metrics,
         )
         await workers.run(concurrency=concurrency, endless=settings.watch, stopping=stopping)
     elif settings.watch:

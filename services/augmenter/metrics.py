@@ -44,6 +44,12 @@ class Metrics:
             "the queue's own depth is the backlog.",
             registry=registry,
         )  # fmt: skip
+        self.messages = Counter(
+            "augmenter_queue_messages",
+            "Messages of the queue, by outcome. `outside` (not about INPUT) and `not_understood` stay in the "
+            "queue and are counted once; `failed` ones come back.",
+            ["outcome"], registry=registry,
+        )  # fmt: skip
         build = Gauge(
             "augmenter_build_info", "Always 1. One series a process: count them by `version`.",
             ["version"], registry=registry,
@@ -53,6 +59,8 @@ class Metrics:
             self.files.labels(outcome=outcome)
         for outcome in ("augmented", "rejected", "blank"):
             self.lines.labels(outcome=outcome)
+        for outcome in ("deleted", "failed", "outside", "not_understood"):
+            self.messages.labels(outcome=outcome)
 
 
 def _version() -> str:

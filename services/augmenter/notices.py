@@ -1,46 +1,134 @@
-"""What a queue's message says: which objects were made. Pure."""
+"""Read a queue's message: which objects in which buckets it is about, and whether they are to be augmented.
+
+Pure. The formats:
+
+- S3 event notifications, directly or through SNS (with or without raw delivery): `Records`, keys encoded as
+  in a URL query, https://docs.aws.amazon.com/AmazonS3/latest/userguide/notification-content-structure.html
+- EventBridge `Object Created` and the other events of `aws.s3`, keys not encoded,
+  https://docs.aws.amazon.com/AmazonS3/latest/userguide/ev-events.html
+- EventBridge `AWS API Call via CloudTrail`, keys not encoded.
+"""
 
 import json
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
 
+_EVENT_NAMES = ("ObjectCreated:", "ObjectRestore:Completed")
+_DETAIL_TYPES = {"Object Created", "Object Restore Completed"}
+_API_CALL = "AWS API Call via CloudTrail"
+_API_SOURCES = {"s3.amazonaws.com", "s3express.amazonaws.com"}
+_API_WRITES = {"PutObject", "PostObject", "CopyObject", "CompleteMultipartUpload", "RenameObject"}
+
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """An object that was made."""
+    """An event about one object.
+
+    `bucket` and `key` are empty where an event names none (an event of another service, a test event).
+    `starts`: the object can be read now, so it is to be augmented. `kind`: the event's own name.
+    """
 
     bucket: str
     key: str
+    starts: bool = True
+    is_test: bool = False
+    kind: str = ""
+
+    def __str__(self) -> str:
+        """Return the event for a log line."""
+        place = f"s3://{self.bucket}/{self.key}" if self.bucket else "no object"
+        return f"{self.kind or 'an event'} about {place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The events of a message. `not_understood`: why a part of it could not be read; empty if all could."""
+
+    notices: list[Notice]
+    not_understood: str = ""
 
 
 class UnreadableMessageError(Exception):
-    """The message is no S3 event notification."""
+    """The message, or a record of it, is in none of the formats."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"not an S3 event notification: {reason}")
+        self.reason = reason
 
 
-def read(body: str) -> list[Notice]:
-    """The objects that the message tells of: from S3 itself, through SNS, or through EventBridge.
-
-    A test event, and one of anything but an object made, tells of none. Raises UnreadableMessageError.
-    """
+def read(body: str) -> Message:
+    """Return the events of a message's body. Raises UnreadableMessageError if there is not one."""
     try:
-        return _notices(json.loads(body))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        message = f"not an S3 event notification: {type(error).__name__}: {error}"
-        raise UnreadableMessageError(message) from error
-
-
-def _notices(event: Any) -> list[Notice]:
-    if event.get("Type") == "Notification" and "Message" in event:  # SNS without raw delivery
-        return _notices(json.loads(event["Message"]))
+        event = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableMessageError("not JSON") from error
+    if not isinstance(event, dict):
+        raise UnreadableMessageError("not a JSON object")
+    if event.get("Type") == "Notification" and isinstance(event.get("Message"), str):  # SNS
+        return read(event["Message"])
     if event.get("Event") == "s3:TestEvent":
-        return []
-    if "detail-type" in event:  # EventBridge, which does not encode keys
-        if event["detail-type"] != "Object Created":
-            return []
-        return [Notice(event["detail"]["bucket"]["name"], event["detail"]["object"]["key"])]
-    return [
-        Notice(record["s3"]["bucket"]["name"], unquote_plus(record["s3"]["object"]["key"]))
-        for record in event["Records"]
-        if record["eventName"].removeprefix("s3:").startswith("ObjectCreated:")
-    ]
+        return Message([_test_event(event)])
+    if "detail-type" in event:
+        return Message([_of_event_bridge(event)])
+    if isinstance(event.get("Records"), list) and event["Records"]:
+        return _of_records(event["Records"])
+    raise UnreadableMessageError("neither Records nor detail-type")
+
+
+def _test_event(event: dict[str, Any]) -> Notice:
+    bucket = event.get("Bucket")
+    return Notice(
+        bucket if isinstance(bucket, str) else "", "", starts=False, is_test=True, kind="s3:TestEvent"
+    )
+
+
+def _of_event_bridge(event: dict[str, Any]) -> Notice:
+    kind = _text(event, "detail-type")
+    if event.get("source", "aws.s3") != "aws.s3":
+        return Notice("", "", starts=False, kind=kind)
+    if kind != _API_CALL:
+        bucket, key = _text(event, "detail", "bucket", "name"), _text(event, "detail", "object", "key")
+        return Notice(bucket, key, starts=kind in _DETAIL_TYPES, kind=kind)
+    call = _text(event, "detail", "eventName")
+    if _text(event, "detail", "eventSource") not in _API_SOURCES:
+        return Notice("", "", starts=False, kind=call)
+    parameters = ("detail", "requestParameters")
+    bucket, key = _text(event, *parameters, "bucketName"), _text(event, *parameters, "key")
+    refused = event["detail"].get("errorCode") is not None  # CloudTrail records calls that failed, too
+    return Notice(bucket, key, starts=call in _API_WRITES and not refused, kind=call)
+
+
+def _of_records(records: list[Any]) -> Message:
+    notices: list[Notice] = []
+    problem: UnreadableMessageError | None = None
+    for record in records:
+        try:
+            notices.append(_of_record(record))
+        except UnreadableMessageError as error:
+            problem = problem or UnreadableMessageError(f"a record has {error.reason}")
+    if problem and not notices:
+        raise problem
+    return Message(notices, str(problem or ""))
+
+
+def _of_record(record: Any) -> Notice:
+    kind = _text(record, "eventName").removeprefix("s3:")
+    source = record.get("eventSource", "aws:s3")
+    if not isinstance(source, str) or not source.endswith(":s3"):  # Ceph and MinIO have their own first word
+        return Notice("", "", starts=False, kind=kind)
+    try:
+        key = unquote_plus(_text(record, "s3", "object", "key"), errors="strict")
+    except UnicodeDecodeError as error:
+        raise UnreadableMessageError("a key that is not UTF-8") from error
+    return Notice(_text(record, "s3", "bucket", "name"), key, starts=kind.startswith(_EVENT_NAMES), kind=kind)
+
+
+def _text(event: Any, *path: str) -> str:
+    """Return the text at a path of members. Raises UnreadableMessageError."""
+    for name in path:
+        event = event.get(name) if isinstance(event, dict) else None
+    if not isinstance(event, str) or not event:
+        message = f"no {'.'.join(path)}"
+        raise UnreadableMessageError(message)
+    return event

@@ -22,10 +22,12 @@ def summary(totals: Totals, *, rejects_place: str) -> str:
     ]
     if lines.rejected:
         rows.append(("Rejects", f"{rejects_place} (the lines, and why)"))
-    if totals.outside:
-        rows.append(
-            ("Outside", f"{totals.outside:,} keys outside INPUT; their messages are left in the queue")
+    if totals.messages_left:
+        not_understood = totals.messages_not_understood
+        kinds = (
+            f"{totals.messages_left - not_understood:,} not about INPUT, {not_understood:,} not understood"
         )
+        rows.append(("Left", f"{totals.messages_left:,} messages left in the queue: {kinds}"))
     return "".join(f"{name:<8} {text}\n" for name, text in rows)
 
 

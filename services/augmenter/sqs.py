@@ -1,9 +1,12 @@
-"""`--sqs-queue-url`: one message, one file; a message goes when its file is done, else it comes back."""
+"""`--sqs-queue-url`: one message, one file; the message is deleted once its file is done.
+
+A message is deleted only if all of it is S3's own events about INPUT (or its test event). Any other is left
+in the queue: it belongs to another consumer, or the queue's redrive policy moves it away.
+"""
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
 from functools import partial
 from typing import Any
 
@@ -11,30 +14,45 @@ from services.augmenter import notices
 from services.augmenter.errors import StoreError
 from services.augmenter.jobs import Jobs
 from services.augmenter.locations import S3Place
-from services.augmenter.notices import Notice, UnreadableMessageError
+from services.augmenter.message_lease import MessageGoneError, MessageLease
+from services.augmenter.metrics import Metrics
+from services.augmenter.notices import Message, Notice, UnreadableMessageError
 from services.augmenter.object_store.protocol import is_input
 from services.augmenter.object_store.s3_client import named
 from services.augmenter.recent import Recent
 from services.augmenter.runner import Runner
 from services.augmenter.tasks import together
 from services.augmenter.totals import Totals
-from services.common.endings import end
 
 _LONG_POLL_SECONDS, _SHORT_POLL_SECONDS = 10, 2
 _AGAIN_SECONDS = 5.0
-_MOST_LEFT = 10_000  # one that is forgotten is only looked into again, and counted twice
+_MAX_LEFT = 10_000  # one that is forgotten is only read once more, and counted twice
+# How long a message that is left is hidden from its own consumer, whatever the queue's timeout is. With less,
+# a worker would receive it again at once, and the redrive policy would count each time.
+_MIN_LEFT_SECONDS, _MAX_LEFT_SECONDS = 5, 60
+_RELEASED_TOGETHER = 10  # the maximum of ChangeMessageVisibilityBatch
 _log = logging.getLogger("augmenter")
 
 
 class QueueWorkers:
-    """Each takes one message at a time, so that no message waits behind a file while others are idle.
+    """Each worker takes one message at a time, so that no message waits behind a file while others are idle.
 
-    State: `_in_work`, a lock for each file in work: S3 tells of an object twice now and then, and the second
-    time has to find it done. `_left`, messages that are not ours to take out of the queue.
+    State: `_in_work`, a lock for each file in work: S3 sends an event twice now and then, and the second
+    message must find the file done. `_left`, messages that this run does not look into again. `_hidden`, the
+    receipt of each message that was left, and when it is visible again. `_is_failing`, that the last receive
+    failed.
     """
 
     def __init__(
-        self, client: Any, *, queue_url: str, source: S3Place, jobs: Jobs, runner: Runner, totals: Totals
+        self,
+        client: Any,
+        *,
+        queue_url: str,
+        source: S3Place,
+        jobs: Jobs,
+        runner: Runner,
+        totals: Totals,
+        metrics: Metrics,
     ) -> None:
         self._client = client
         self._queue_url = queue_url
@@ -42,18 +60,22 @@ class QueueWorkers:
         self._jobs = jobs
         self._runner = runner
         self._totals = totals
+        self._metrics = metrics
         self._visible_seconds = 0
         self._in_work: dict[str, asyncio.Lock] = {}
-        self._left = Recent(most=_MOST_LEFT)
+        self._left = Recent(most=_MAX_LEFT)
+        self._hidden: dict[str, tuple[str, float]] = {}
+        self._is_failing = False
 
     async def run(self, *, concurrency: int, endless: bool, stopping: asyncio.Event) -> None:
-        """Until `stopping` is set, or, if not `endless`, the queue is empty. Raises StoreError."""
+        """Until `stopping` is set, or, if not `endless`, nothing is left to do. Raises StoreError."""
         with named(self._queue_url):
             got = await self._client.get_queue_attributes(
                 QueueUrl=self._queue_url, AttributeNames=["VisibilityTimeout"]
             )
         self._visible_seconds = max(1, int(got["Attributes"]["VisibilityTimeout"]))
         await together(self._worker(endless=endless, stopping=stopping) for _ in range(concurrency))
+        await self._release_left()
 
     async def _worker(self, *, endless: bool, stopping: asyncio.Event) -> None:
         passed: set[str] = set()  # left ones, since the last that was ours: there may be others behind them
@@ -63,20 +85,24 @@ class QueueWorkers:
             except StoreError as error:
                 if not endless:
                     raise
-                _log.warning("%s; asking again in %.0f s", error, _AGAIN_SECONDS)
+                level = logging.DEBUG if self._is_failing else logging.WARNING
+                _log.log(level, "%s; receiving again every %.0f s", error, _AGAIN_SECONDS)
+                self._is_failing = True
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
+            self._is_failing = False
             if message is None or message["MessageId"] in passed:
                 if not endless:
                     return
             elif message["MessageId"] in self._left:
                 if not endless:
                     passed.add(message["MessageId"])
+                await self._leave(message)
             elif stopping.is_set():
-                await self._show_again(message)
+                await self._lease(message).release()
             else:
                 passed.clear()
-                await self._take(message)
+                await self._take(message, endless=endless)
 
     async def _receive(self, wait_seconds: int) -> Any:
         """Never cancelled to end it: a message that was on its way would be nobody's for a while."""
@@ -86,29 +112,52 @@ class QueueWorkers:
             )
         return next(iter(got.get("Messages", ())), None)
 
-    async def _take(self, message: Any) -> None:
+    async def _take(self, received: Any, *, endless: bool) -> None:
         try:
-            told = notices.read(message["Body"])
-        except UnreadableMessageError as error:  # it comes back until the queue's redrive takes it away
-            self._left.add(message["MessageId"])
-            self._totals.failures.add(f"{self._queue_url} message {message['MessageId']}", str(error))
-            _log.warning("%s: message %s: %s", self._queue_url, message["MessageId"], error)
-            return
-        names = [name for notice in told if (name := self._name(notice)) is not None]
-        outside = len(told) - len(names)
-        async with self._kept(message):
-            done = [await self._do(name) for name in names if is_input(name)]
-        if outside:
-            self._left.add(message["MessageId"])
-            self._totals.outside += outside
-        elif all(done):
-            await self._delete(message)
+            message = notices.read(received["Body"])
+        except UnreadableMessageError as error:
+            message = Message([], not_understood=str(error))
+        ours = [notice for notice in message.notices if self._is_ours(notice)]
+        foreign = [notice for notice in message.notices if not self._is_ours(notice)]
+        names = [self._name(notice) for notice in ours if notice.starts and is_input(self._name(notice))]
+        lease = self._lease(received)
+        async with lease:
+            done = [await self._do(name) for name in names]
+        if not all(done):
+            self._count("failed")
+            if not endless:  # one try a run, as for a file that was listed
+                self._left.add(received["MessageId"])
+        elif foreign or message.not_understood:
+            self._note_left(received, foreign, message.not_understood)
+            await self._leave(received)
+        else:
+            await lease.delete()
+            self._count("deleted")
 
-    def _name(self, notice: Notice) -> str | None:
-        """The file's name in INPUT; None if it is somewhere else."""
-        if notice.bucket != self._source.bucket or not notice.key.startswith(self._source.key):
-            return None
+    def _is_ours(self, notice: Notice) -> bool:
+        """Whether the event is about INPUT. The key of another bucket may begin as ours do."""
+        if notice.is_test:
+            return notice.bucket in {"", self._source.bucket}
+        return notice.bucket == self._source.bucket and notice.key.startswith(self._source.key)
+
+    def _name(self, notice: Notice) -> str:
         return notice.key.removeprefix(self._source.key)
+
+    def _note_left(self, received: Any, foreign: list[Notice], not_understood: str) -> None:
+        """Count a message that is left, and name it; both once."""
+        self._left.add(received["MessageId"])
+        self._totals.outside += len(foreign)
+        self._totals.messages_left += 1
+        reason = not_understood or f"not about INPUT: {foreign[0]}"
+        if not_understood:
+            self._totals.messages_not_understood += 1
+        self._count("not_understood" if not_understood else "outside")
+        _log.warning(
+            "%s: message %s is left in the queue: %s", self._queue_url, received["MessageId"], reason
+        )
+
+    def _count(self, outcome: str) -> None:
+        self._metrics.messages.labels(outcome=outcome).inc()
 
     async def _do(self, name: str) -> bool:
         lock = self._in_work.setdefault(name, asyncio.Lock())
@@ -118,46 +167,37 @@ class QueueWorkers:
             del self._in_work[name]
         return outcome != "failed"
 
-    @asynccontextmanager
-    async def _kept(self, message: Any) -> AsyncIterator[None]:
-        """Keep the message from everybody else; if the work is abandoned, it is there again at once."""
-        keeping = asyncio.create_task(self._keep(message))
-        try:
-            yield
-        except asyncio.CancelledError:
-            await end([keeping])
-            await self._show_again(message)
-            raise
-        finally:
-            await end([keeping])
+    def _lease(self, received: Any) -> MessageLease:
+        return MessageLease(
+            self._client, queue_url=self._queue_url, message=received, seconds=self._visible_seconds
+        )
 
-    async def _keep(self, message: Any) -> None:
-        while True:
-            await asyncio.sleep(self._visible_seconds / 3)
+    async def _leave(self, received: Any) -> None:
+        """Let a message that is not ours be visible again soon, but not at once."""
+        seconds = min(max(self._visible_seconds, _MIN_LEFT_SECONDS), _MAX_LEFT_SECONDS)
+        self._hidden.pop(received["MessageId"], None)
+        self._hidden[received["MessageId"]] = received["ReceiptHandle"], time.monotonic() + seconds
+        if len(self._hidden) > _MAX_LEFT:
+            del self._hidden[next(iter(self._hidden))]
+        try:
+            await self._lease(received).hide(seconds)
+        except (MessageGoneError, StoreError) as error:
+            _log.debug("%s: message %s: %s", self._queue_url, received["MessageId"], error)
+
+    async def _release_left(self) -> None:
+        """Make what was left visible now that no worker of this run would receive it again."""
+        now = time.monotonic()
+        receipts = [receipt for receipt, until in self._hidden.values() if until > now]
+        for start in range(0, len(receipts), _RELEASED_TOGETHER):
+            entries = [
+                {"Id": str(place), "ReceiptHandle": receipt, "VisibilityTimeout": 0}
+                for place, receipt in enumerate(receipts[start : start + _RELEASED_TOGETHER])
+            ]
             try:
-                await self._hide(message, self._visible_seconds)
-            except StoreError as error:
-                _log.warning("%s; trying again", error)
-
-    async def _show_again(self, message: Any) -> None:
-        try:
-            await self._hide(message, 0)
-        except StoreError as error:
-            _log.warning(
-                "%s: message %s is seen again later: %s", self._queue_url, message["MessageId"], error
-            )
-
-    async def _delete(self, message: Any) -> None:
-        try:
-            with named(self._queue_url):
-                await self._client.delete_message(
-                    QueueUrl=self._queue_url, ReceiptHandle=message["ReceiptHandle"]
-                )
-        except StoreError as error:  # it comes back, and finds its file done
-            _log.warning("%s", error)
-
-    async def _hide(self, message: Any, seconds: int) -> None:
-        with named(self._queue_url):
-            await self._client.change_message_visibility(
-                QueueUrl=self._queue_url, ReceiptHandle=message["ReceiptHandle"], VisibilityTimeout=seconds
-            )
+                with named(self._queue_url):
+                    await self._client.change_message_visibility_batch(
+                        QueueUrl=self._queue_url, Entries=entries
+                    )
+            except StoreError as error:  # they are visible after their timeout
+                _log.debug("%s", error)
+                return

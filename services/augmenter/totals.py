@@ -64,7 +64,9 @@ class Totals:
     done: int = 0
     skipped: int = 0
     failures: Failures = field(default_factory=Failures)
-    outside: int = 0  # keys outside INPUT that a queue told of
+    outside: int = 0  # keys outside INPUT in messages of the queue
+    messages_left: int = 0  # in the queue: not about INPUT, or not understood
+    messages_not_understood: int = 0
     lines: LineCounts = field(default_factory=LineCounts)
     pairs_asked: int = 0
     hits: int = 0
@@ -101,6 +103,7 @@ class Totals:
             "pairs": {"asked": self.pairs_asked, "hits": self.hits, "misses": self.misses},
             "rpcs": self.rpcs,
             "keys_outside": self.outside,
+            "messages": {"left": self.messages_left, "not_understood": self.messages_not_understood},
             "seconds": round(self.seconds, 3),
             "failures": [{"file": name, "error": error} for name, error in self.failures.named.items()],
         }

@@ -16,6 +16,7 @@ from services.common import flags
 from tests.support.bucket import Bucket
 from tests.support.processes import Service, model_stub
 from tests.support.s3 import S3Server, s3_server
+from tests.support.sqs import Queue, SqsServer, sqs_server
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,35 @@ def bucket(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Buc
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return Bucket(s3, f"test-{random.SystemRandom().randrange(2**40):x}")
+
+
+@pytest.fixture(scope="session")
+def sqs(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqsServer]:
+    """An SQS server for the whole session."""
+    with sqs_server(tmp_path_factory.mktemp("sqs"), s3.environment) as server:
+        yield server
+
+
+MakeQueue: TypeAlias = Callable[..., Queue]
+
+
+@pytest.fixture
+def make_queue(sqs: SqsServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> MakeQueue:
+    """Make a queue of the test's own, with its server in the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
+
+    def make(**settings: int) -> Queue:
+        return sqs.queue(f"test-{random.SystemRandom().randrange(2**40):x}", **settings)
+
+    return make
+
+
+def queue_args(bucket: Bucket, queue: Queue, target: str) -> list[str]:
+    """The arguments of a run that takes the bucket's files from a queue."""
+    return [
+        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--endpoint-url", bucket.endpoint_url,
+        "--sqs-queue-url", queue.url, "--target", target,
+    ]  # fmt: skip
 
 
 def posting(company: str = "Acme", title: str = "Clerk", **more: object) -> bytes:

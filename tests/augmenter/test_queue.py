@@ -1,57 +1,23 @@
 """`--sqs-queue-url` on a real queue and a real bucket: every message's way, and workers that share a day."""
 
 import itertools
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.augmenter import notices
-from services.augmenter.notices import Notice
-from tests.augmenter.conftest import Augment, Stub, posting
+from tests.augmenter.conftest import Augment, MakeQueue, Stub, posting, queue_args
 from tests.augmenter.running import running, summary
 from tests.support.bucket import Bucket
 from tests.support.model_server import Answers, Call, scripted_model, well
 from tests.support.redis_server import wait_for
-from tests.support.s3 import S3Server
-from tests.support.sqs import Queue, SqsServer, made, sqs_server
-
-
-@pytest.fixture(scope="session")
-def sqs(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqsServer]:
-    """An SQS server for the whole session."""
-    with sqs_server(tmp_path_factory.mktemp("sqs"), s3.environment) as server:
-        yield server
-
-
-MakeQueue = Callable[..., Queue]
-
-
-@pytest.fixture
-def make_queue(sqs: SqsServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> MakeQueue:
-    """Make a queue of the test's own, with its server in the environment."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
-
-    def make(**settings: int) -> Queue:
-        return sqs.queue(f"test-{random.SystemRandom().randrange(2**40):x}", **settings)
-
-    return make
-
-
-def _args(bucket: Bucket, queue: Queue, target: str) -> list[str]:
-    return [
-        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--endpoint-url", bucket.endpoint_url,
-        "--sqs-queue-url", queue.url, "--target", target,
-    ]  # fmt: skip
+from tests.support.sqs import Queue, made
 
 
 @pytest.mark.slow
@@ -69,13 +35,15 @@ def test_each_message_is_dealt_with(
     queue.send(made(bucket.name, "raw/notes.txt"))
     queue.send(made(bucket.name, "elsewhere/3.jsonl"))
     queue.send(made("another-bucket", "raw/1.jsonl"))
-    ended = augment(*_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
-    assert (ended.code, ended.err) == (0, "")
+    ended = augment(*queue_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
+    assert ended.code == 0
+    assert ended.err.count("is left in the queue: not about INPUT") == len(ended.err.splitlines()) == 2
     assert [key for key in bucket.listed() if key.startswith("mod")] == ["mod/1.jsonl", "mod/a b+ü/2.jsonl"]
     told = summary(tmp_path / "s.json")
     assert told["files"] == {"done": 2, "skipped": 1, "failed": 0}
     assert told["keys_outside"] == 2
-    assert queue.count() == 2
+    assert told["messages"] == {"left": 2, "not_understood": 0}
+    assert queue.visible == 2  # their own consumer has them at once
 
 
 @pytest.mark.slow
@@ -88,7 +56,7 @@ def test_what_is_left_does_not_hide_what_is_behind_it(
     for i in range(60):
         bucket.put(f"raw/{i}.jsonl", posting())
         queue.send(made(bucket.name, f"raw/{i}.jsonl"))
-    ended = augment(*_args(bucket, queue, stub.target), "--concurrency", "1")
+    ended = augment(*queue_args(bucket, queue, stub.target), "--concurrency", "1")
     assert ended.code == 0
     assert "60 done" in ended.out
     assert queue.count() == 1
@@ -104,13 +72,13 @@ def test_poison_goes_to_the_dead_letters(
     queue.send("what is this?")
     queue.send(made(bucket.name, "raw/gone.jsonl"))
     queue.send(made(bucket.name, "raw/1.jsonl"))
-    ended = augment(*_args(bucket, queue, stub.target))
+    ended = augment(*queue_args(bucket, queue, stub.target))
     assert ended.code == 1
     assert "not an S3 event notification" in ended.err
     assert "gone.jsonl: does not exist" in ended.err
     for _ in range(2):
         wait_for(lambda: queue.visible or not queue.count(), what="the messages are visible again")
-        augment(*_args(bucket, queue, stub.target))
+        augment(*queue_args(bucket, queue, stub.target))
     assert (queue.count(), queue.count(queue.dead_url)) == (0, 2)
     assert bucket.get("mod/1.jsonl")
 
@@ -132,7 +100,7 @@ def test_message_is_hidden_as_long_as_its_file_takes(bucket: Bucket, make_queue:
         queue.send(made(bucket.name, f"raw/{name}"))
 
     with scripted_model(behave) as model:
-        args = [*_args(bucket, queue, model.target), "--watch", "--concurrency", "1"]
+        args = [*queue_args(bucket, queue, model.target), "--watch", "--concurrency", "1"]
         send("held.jsonl", "Held")
         with running(*args, env=dict(os.environ)) as first:
             assert asked.wait(30)
@@ -175,7 +143,7 @@ def test_sigterm_gives_the_message_back(
 
     with (
         scripted_model(behave) as model,
-        running(*_args(bucket, queue, model.target), how, env=dict(os.environ)) as process,
+        running(*queue_args(bucket, queue, model.target), how, env=dict(os.environ)) as process,
     ):
         assert asked.wait(30)
         process.send_signal(signal.SIGTERM)
@@ -193,7 +161,7 @@ def test_sigterm_ends_an_idle_worker(stub: Stub, bucket: Bucket, make_queue: Mak
     queue = make_queue(visible_seconds=600)
     bucket.put("raw/1.jsonl", posting())
     queue.send(made(bucket.name, "raw/1.jsonl"))
-    with running(*_args(bucket, queue, stub.target), "--watch", env=dict(os.environ)) as process:
+    with running(*queue_args(bucket, queue, stub.target), "--watch", env=dict(os.environ)) as process:
         wait_for(lambda: queue.count() == 0, what="the file is done")
         process.send_signal(signal.SIGTERM)
         queue.send(made(bucket.name, "raw/1.jsonl"))
@@ -229,39 +197,7 @@ def test_workers_share_a_queue(
 
 def _start(bucket: Bucket, queue: Queue, target: str, path: Path) -> "subprocess.Popen[Any]":
     return subprocess.Popen(
-        [sys.executable, "-m", "services.augmenter", "run", *_args(bucket, queue, target),
+        [sys.executable, "-m", "services.augmenter", "run", *queue_args(bucket, queue, target),
          "--summary-json", str(path)],
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("event", "told"),
-    [
-        (made("b", "raw/a+b%2Fc%3D.jsonl"), [Notice("b", "raw/a b/c=.jsonl")]),
-        (made("b", "1", "2"), [Notice("b", "1"), Notice("b", "2")]),
-        ({"Event": "s3:TestEvent"}, []),
-        ({"Type": "Notification", "Message": json.dumps(made("b", "k%2B"))}, [Notice("b", "k+")]),
-        (
-            {
-                "detail-type": "Object Created",
-                "detail": {"bucket": {"name": "b"}, "object": {"key": "+%2"}},
-            },
-            [Notice("b", "+%2")],
-        ),
-        ({"detail-type": "Object Deleted", "detail": {}}, []),
-        ({"Records": [{"eventName": "ObjectRemoved:Delete"}]}, []),
-    ],
-)
-def test_notices_are_read(event: object, told: list[Notice]) -> None:
-    """From S3, through SNS and through EventBridge; keys decoded where they are encoded."""
-    assert notices.read(json.dumps(event)) == told
-
-
-@pytest.mark.parametrize(
-    "body", ["", "text", "[]", "{}", "7", '{"Records": 1}', '{"Records": [{}]}', "[" * 100_000]
-)
-def test_what_is_no_notice_is_told_apart(body: str) -> None:
-    """Anything else is unreadable, never a crash."""
-    with pytest.raises(notices.UnreadableMessageError):
-        notices.read(body)

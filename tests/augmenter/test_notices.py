@@ -1,0 +1,156 @@
+"""What a queue's message is about, in every format in which S3's events come."""
+
+import json
+from typing import Any
+
+import pytest
+
+from services.augmenter import notices
+from services.augmenter.notices import Notice
+from tests.support.sqs import made
+
+
+def _seen(body: object) -> list[tuple[str, str, bool]]:
+    """Bucket, key and whether the file is started, of each event."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    return [(notice.bucket, notice.key, notice.starts) for notice in notices.read(text).notices]
+
+
+def record(name: str, bucket: str = "b", key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
+    """A record of an S3 event notification."""
+    place = {"bucket": {"name": bucket}, "object": {"key": key}}
+    return {"eventVersion": "2.1", "eventSource": "aws:s3", "eventName": name, "s3": place, **more}
+
+
+def event_bridge(detail_type: str, key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
+    """One of EventBridge's events of S3."""
+    detail = {"version": "0", "bucket": {"name": "b"}, "object": {"key": key, "version-id": "v1"}}
+    return {"version": "0", "source": "aws.s3", "detail-type": detail_type, "detail": detail, **more}
+
+
+def cloudtrail(call: str, key: str | None = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
+    """An API call as CloudTrail reports it to EventBridge."""
+    parameters = {"bucketName": "b", **({} if key is None else {"key": key})}
+    detail = {
+        "eventSource": "s3.amazonaws.com",
+        "eventName": call,
+        "requestParameters": parameters,
+        **more,
+    }
+    return {"source": "aws.s3", "detail-type": "AWS API Call via CloudTrail", "detail": detail}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"Records": [record("ObjectCreated:Put")]},
+        {"Records": [record("s3:ObjectCreated:CompleteMultipartUpload")]},
+        {"Records": [record("ObjectCreated:Copy", eventVersion="2.4", eventSource="ceph:s3")]},
+        {"Records": [record("ObjectRestore:Completed")]},
+        {"Records": [record("s3:ObjectRestore:Completed")]},
+        {"Type": "Notification", "Message": json.dumps({"Records": [record("ObjectCreated:Post")]})},
+        {"Type": "Notification", "Message": json.dumps(event_bridge("Object Created"))},
+        event_bridge("Object Created"),
+        event_bridge("Object Restore Completed"),
+        cloudtrail("PutObject"),
+        cloudtrail("CompleteMultipartUpload"),
+        cloudtrail("CopyObject"),
+    ],
+)
+def test_object_that_can_be_read_starts_its_file(event: object) -> None:
+    """From S3, through SNS, through EventBridge and from CloudTrail."""
+    assert _seen(event) == [("b", "raw/1.jsonl", True)]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"Records": [record("ObjectRemoved:Delete")]},
+        {"Records": [record("ObjectRestore:Post")]},
+        {"Records": [record("ObjectTagging:Put")]},
+        {"Records": [record("LifecycleTransition")]},
+        event_bridge("Object Deleted"),
+        event_bridge("Object Restore Initiated"),
+        event_bridge("Object Storage Class Changed"),
+        cloudtrail("GetObject"),
+        cloudtrail("DeleteObject"),
+        cloudtrail("PutObject", errorCode="AccessDenied"),
+    ],
+)
+def test_other_event_has_its_place_but_starts_nothing(event: object) -> None:
+    """An event after which there is nothing to read, or nothing new, needs no work."""
+    assert _seen(event) == [("b", "raw/1.jsonl", False)]
+
+
+@pytest.mark.parametrize(
+    ("event", "key"),
+    [
+        (made("b", "raw/a+b%2Fc%3D.jsonl"), "raw/a b/c=.jsonl"),
+        ({"Type": "Notification", "Message": json.dumps(made("b", "k%2B"))}, "k+"),
+        (made("b", "%C3%BC"), "ü"),
+        (event_bridge("Object Created", "a+b%2F"), "a+b%2F"),
+        (event_bridge("Object Restore Completed", "a+b%2F"), "a+b%2F"),
+        (cloudtrail("PutObject", "a+b%2F ü"), "a+b%2F ü"),
+    ],
+)
+def test_key_is_decoded_only_where_it_is_encoded(event: object, key: str) -> None:
+    """S3's own notifications encode keys; EventBridge and CloudTrail do not."""
+    assert _seen(event) == [("b", key, True)]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"source": "aws.ec2", "detail-type": "EC2 Instance State-change Notification", "detail": {}},
+        {"source": "my.app", "detail-type": "Object Created", "detail": event_bridge("x")["detail"]},
+        cloudtrail("PutObject", eventSource="glacier.amazonaws.com"),
+        {"Records": [record("INSERT", eventSource="aws:dynamodb")]},
+        {"Records": [record("ObjectCreated:Put", eventSource=None)]},
+    ],
+)
+def test_event_of_another_service_has_no_place(event: object) -> None:
+    """Whatever its detail looks like, it is not S3's own event."""
+    assert _seen(event) == [("", "", False)]
+
+
+def test_test_event_names_its_bucket() -> None:
+    """The event that S3 sends when a notification is configured."""
+    event = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}
+    expected = Notice("b", "", starts=False, is_test=True, kind="s3:TestEvent")
+    assert notices.read(json.dumps(event)).notices == [expected]
+
+
+def test_record_without_fields_does_not_hide_the_others() -> None:
+    """The records that can be read are, and the message says that one could not."""
+    records = [record("ObjectCreated:Put", key="1"), {"eventName": "ObjectCreated:Put"}, 7]
+    message = notices.read(json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]}))
+    assert [notice.key for notice in message.notices] == ["1", "2"]
+    assert message.not_understood == "not an S3 event notification: a record has no s3.object.key"
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("", "not JSON"),
+        ("text", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a JSON object"),
+        ("7", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ("{}", "neither Records nor detail-type"),
+        ({"Records": 1}, "neither Records nor detail-type"),
+        ({"Records": []}, "neither Records nor detail-type"),
+        ({"Records": [{}]}, "no eventName"),
+        ({"Records": [{"eventName": "ObjectRemoved:Delete"}]}, "no s3.object.key"),
+        ({"Records": [record("ObjectCreated:Put", key="%ff")]}, "not UTF-8"),
+        ({"Type": "Notification", "Message": "hello"}, "not JSON"),
+        ({"detail-type": "Object Created", "detail": {"bucket": "b"}}, "no detail.bucket.name"),
+        ({"detail-type": 7}, "no detail-type"),
+        (cloudtrail("DeleteObjects", key=None), "no detail.requestParameters.key"),
+        (cloudtrail("PutObject", requestParameters=None), "no detail.requestParameters.bucketName"),
+    ],
+)
+def test_message_in_no_known_format_is_unreadable(body: object, reason: str) -> None:
+    """With the true reason, in the format's own names; never a crash."""
+    with pytest.raises(notices.UnreadableMessageError, match=reason):
+        notices.read(body if isinstance(body, str) else json.dumps(body))

@@ -12,6 +12,7 @@ from protos import seniority_pb2, seniority_pb2_grpc
 from services.common import bearer, flags
 from services.common.errors import CommandError, UsageError
 from services.common.flags import flag
+from services.common.targets import http_proxy_options
 from services.common.tls import PemFiles
 
 _BATCH_PAIRS = 1000
@@ -74,9 +75,11 @@ def run(settings: InferSettings) -> None:
 
 
 def _channel(settings: InferSettings) -> grpc.Channel:
+    options = http_proxy_options(settings.target)
     if settings.tls_ca is None:
-        return grpc.insecure_channel(settings.target)
-    return grpc.secure_channel(settings.target, settings.tls.follow().value.channel_credentials())
+        return grpc.insecure_channel(settings.target, options=options)
+    credentials = settings.tls.follow().value.channel_credentials()
+    return grpc.secure_channel(settings.target, credentials, options=options)
 
 
 def _infer(

@@ -9,6 +9,7 @@ from grpc import aio
 
 from services.common.endings import end
 from services.common.renewal import Renewed
+from services.common.targets import http_proxy_options
 from services.common.tls import Pem
 
 _CONNECTING_SECONDS = 5.0
@@ -35,7 +36,7 @@ class RenewedChannel:
     ) -> None:
         self._target = target
         self._tls = tls
-        self._options = options
+        self._options = [*options, *http_proxy_options(target)]
         self._longest_call_seconds = longest_call_seconds
         self._used = None if tls is None else tls.value
         self._current = self._open(self._used)

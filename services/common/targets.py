@@ -1,4 +1,4 @@
-"""gRPC targets: whether what is sent there stays on this machine."""
+"""gRPC targets: whether what is sent there stays on this machine, and what follows for a channel."""
 
 import ipaddress
 import re
@@ -15,8 +15,17 @@ def is_on_this_machine(target: str) -> bool:
     return all(_is_loopback(address.rpartition(":")[0].strip("[]")) for address in addresses)
 
 
+def http_proxy_options(target: str) -> list[tuple[str, int]]:
+    """Return the options that keep a channel to this machine away from the environment's HTTP proxy.
+
+    gRPC sends every channel but one to a Unix socket through `grpc_proxy`, `https_proxy` or `http_proxy`. On
+    the proxy's own machine, `localhost` is another one.
+    """
+    return [("grpc.enable_http_proxy", 0)] if is_on_this_machine(target) else []
+
+
 def _is_loopback(host: str) -> bool:
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower().rstrip(".") == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

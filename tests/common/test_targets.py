@@ -1,0 +1,91 @@
+"""Channels to this machine, in an environment that names an HTTP proxy."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from grpc import aio
+
+from protos import seniority_pb2 as pb
+from protos import seniority_pb2_grpc
+from services.cache_proxy import infer
+from services.cache_proxy.infer import InferSettings
+from services.common.channel import RenewedChannel
+from services.common.targets import http_proxy_options
+from tests.support.model_server import scripted_model, well
+
+_NOTHING = pb.SeniorityRequestBatch()
+_NO_PROXY = [("grpc.enable_http_proxy", 0)]
+
+
+@pytest.fixture
+def http_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    """Name an HTTP proxy in the environment that refuses everything; what it was asked."""
+    asked: list[bytes] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    asked.append(connection.recv(1000).partition(b"\r\n")[0])
+                    connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+    threading.Thread(target=serve, daemon=True).start()
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    yield asked
+    listener.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "dns:///localhost", "ipv4:127.0.0.1"])
+async def test_channel_to_loopback_avoids_the_http_proxy(http_proxy: list[bytes], host: str) -> None:
+    """The augmenter's and the proxy's channels connect directly."""
+    with scripted_model(well) as model:
+        target = f"{host}:{model.target.rpartition(':')[2]}"
+        async with RenewedChannel(target, tls=None, options=[], longest_call_seconds=0) as channel:
+            stub = seniority_pb2_grpc.SeniorityModelStub(channel.current)
+            assert await stub.InferSeniority(_NOTHING, timeout=20) == pb.SeniorityResponseBatch()
+    assert http_proxy == []
+
+
+def test_infer_avoids_the_http_proxy(http_proxy: list[bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    """So does the command for people."""
+    with scripted_model(well) as model:
+        infer.run(InferSettings(target=model.target, company="Acme", title="Clerk", deadline_seconds=20))
+    assert (capsys.readouterr().out != "", http_proxy) == (True, [])
+
+
+async def test_channel_to_another_machine_uses_the_http_proxy(http_proxy: list[bytes]) -> None:
+    """A target elsewhere may be out of reach without it."""
+    options = [("grpc.initial_reconnect_backoff_ms", 100)]
+    async with RenewedChannel(
+        "192.0.2.1:50051", tls=None, options=options, longest_call_seconds=0
+    ) as channel:
+        with pytest.raises(aio.AioRpcError, match="UNAVAILABLE"):
+            await seniority_pb2_grpc.SeniorityModelStub(channel.current).InferSeniority(_NOTHING, timeout=20)
+    assert http_proxy[0] == b"CONNECT 192.0.2.1:50051 HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        (f"unix:{Path('/run/proxy.sock')}", _NO_PROXY),
+        ("[::1]:50051", _NO_PROXY),
+        ("ipv6:[::1]:50051", _NO_PROXY),
+        ("dns:LOCALHOST:50051", _NO_PROXY),
+        ("ipv4:127.0.0.1:1,127.0.0.2:2", _NO_PROXY),
+        ("ipv4:127.0.0.1:1,10.0.0.2:2", []),
+        ("localhost.example.com:50051", []),
+        ("cache-proxy:50051", []),
+    ],
+)
+def test_only_this_machine_is_kept_from_the_http_proxy(target: str, options: list[object]) -> None:
+    """By what the target says, without a name resolution."""
+    assert http_proxy_options(target) == options

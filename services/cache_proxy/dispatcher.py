@@ -6,16 +6,17 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import grpc
 
 from services.cache_proxy.errors import BatchRefused, CallFailed, Refused, Unavailable
-from services.cache_proxy.model import ModelClient
+from services.cache_proxy.model import REFUSED_PAIR, ModelClient
 from services.cache_proxy.queue import LATE_SECONDS, Claim, Outcome, Pair, Queue
 from services.cache_proxy.store.guarded import GuardedStore
 from services.common.endings import end
-from services.common.tracing import OFF, Tracing
+from services.common.tracing import NO_SPAN, OFF, Span, Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -75,11 +76,23 @@ class Dispatcher:
 
     async def _do(self, claim: Claim, left: asyncio.Event) -> None:
         """From a claim to its end; `left` is set as soon as the batch is on its way, or will not go."""
-        traced = self._tracing.batch(
-            "model.batch", claim.traces, pairs=len(claim.pairs), replica=self._replica
-        )
-        with traced as span:
+        with self._traced(claim) as span:
             span.note(outcome=await self._send(claim, left))
+
+    @contextlib.contextmanager
+    def _traced(self, claim: Claim) -> Iterator[Span]:
+        """Trace the block. Tracing that fails is logged, and costs no batch its call."""
+        with contextlib.ExitStack() as stack:
+            try:
+                span = stack.enter_context(
+                    self._tracing.batch(
+                        "model.batch", claim.traces, pairs=len(claim.pairs), replica=self._replica
+                    )
+                )
+            except Exception:  # noqa: BLE001 - whatever a tracing library raises
+                _log.exception("a call to the model cannot be traced")
+                span = NO_SPAN
+            yield span
 
     async def _send(self, claim: Claim, left: asyncio.Event) -> str:
         """See `_do`; what came of it, in a word."""
@@ -102,18 +115,17 @@ class Dispatcher:
                 answering.cancel()
         except BatchRefused as error:
             self._recovered()
-            named = {sent[position].digest: refused for position, refused in error.named.items()}
-            await self._queue.refuse(claim, Refused(error.code, error.message), named)
+            await self._refused(claim, sent, error)
             return "refused"
         except CallFailed as error:
             suspicious = error.code in _BREAKDOWNS
             _log.debug("a call to the model failed: %s", error.message)
-            await self._failed(claim, error, suspicious=suspicious)
+            await self._failed(claim, sent, error, suspicious=suspicious)
             return "failed"
         except Exception as error:  # noqa: BLE001 - the loop must outlive it, and waiters must hear of it
             _log.exception("a call to the model ended unexpectedly")
             message = f"the proxy could not call the model: {type(error).__name__}"
-            await self._failed(claim, CallFailed(grpc.StatusCode.INTERNAL, message, None, told=message))
+            await self._failed(claim, sent, CallFailed(grpc.StatusCode.INTERNAL, message, None, told=message))
             return "failed"
         else:
             self._recovered()
@@ -155,7 +167,20 @@ class Dispatcher:
             await self._queue.fulfil(claim, found)
         return [pair for pair in claim.pairs if pair.digest not in found]
 
-    async def _failed(self, claim: Claim, failure: CallFailed, *, suspicious: bool = False) -> None:
+    async def _refused(self, claim: Claim, sent: Sequence[Pair], refusal: BatchRefused) -> None:
+        """End or look for the refused pairs; the model's message may quote any pair of the batch."""
+
+        def told(error: Refused) -> Refused:
+            if len(sent) == 1:
+                return replace(error, message=refusal.message)
+            return replace(error, words=refusal.message, words_for=claim.request)
+
+        named = {sent[position].digest: told(refused) for position, refused in refusal.named.items()}
+        await self._queue.refuse(claim, told(Refused(refusal.code, REFUSED_PAIR)), named)
+
+    async def _failed(
+        self, claim: Claim, sent: Sequence[Pair], failure: CallFailed, *, suspicious: bool = False
+    ) -> None:
         if claim.send_at >= self._failed_at:  # calls that were under way together fail together: once
             self._failures_in_a_row += 1
             self._failed_at = time.monotonic()
@@ -165,7 +190,11 @@ class Dispatcher:
         backoff = min(most, least * 2 ** min(self._failures_in_a_row - 1, 10))
         pushback = failure.retry_after_seconds
         delay = pushback if pushback is not None else backoff * random.uniform(0.8, 1.2)  # noqa: S311
-        error = Unavailable(failure.message, retry_after_seconds=max(1.0, delay))
+        error = Unavailable(failure.told, retry_after_seconds=max(1.0, delay))
+        if len(sent) == 1:
+            error.message = failure.message
+        else:
+            error.words, error.words_for = failure.message, claim.request
         await self._queue.fail(claim, error, retry_after_seconds=delay, suspicious=suspicious)
 
     def _recovered(self) -> None:

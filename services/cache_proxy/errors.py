@@ -1,7 +1,7 @@
 """Every way in which a pair or an RPC can fail; the servicer alone makes statuses of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -70,20 +70,43 @@ class DeadlinePassed(ProxyError):
 
 
 class PairError(ProxyError):
-    """Why one pair has no answer."""
+    """Why one pair has no answer.
+
+    A message that the model gave about a whole batch may quote every pair of it. An error has it in `words`,
+    and `words_for` is the one request to which all pairs of the batch belong. Every caller may read the rest.
+    """
+
+    def told_to(self, request: str) -> "PairError":  # noqa: ARG002 - most errors have no words of the model
+        """Return the error as the request may read it."""
+        return self
+
+    def told_to_anyone(self) -> "PairError":
+        """Return the error as every caller of the pair may read it."""
+        return self
 
 
 @dataclass(eq=False)
 class Refused(PairError):
-    """The model called the pair invalid, in these words; `field` is `.company`, `.title` or empty.
+    """The model called the pair invalid; `field` is `.company`, `.title` or empty.
 
-    `reason` is what the model said of this very pair, if it named it.
+    `reason` is the model's description of this very pair, if it named it.
     """
 
     code: grpc.StatusCode
     message: str
     field: str = ""
     reason: str = ""
+    words: str = ""
+    words_for: str = ""
+
+    def told_to(self, request: str) -> "Refused":
+        """See `PairError.told_to`."""
+        message = self.words if self.words_for and self.words_for == request else self.message
+        return replace(self, message=message, words="", words_for="")
+
+    def told_to_anyone(self) -> "Refused":
+        """See `PairError.told_to_anyone`."""
+        return replace(self, words="", words_for="")
 
 
 @dataclass(eq=False)
@@ -95,10 +118,21 @@ class Nonsense(PairError):
 
 @dataclass(eq=False)
 class Unavailable(PairError):
-    """The model could not be asked, after retries."""
+    """The model answered nothing in time."""
 
     message: str
     retry_after_seconds: float
+    words: str = ""
+    words_for: str = ""
+
+    def told_to(self, request: str) -> "Unavailable":
+        """See `PairError.told_to`."""
+        message = self.words if self.words_for and self.words_for == request else self.message
+        return replace(self, message=message, words="", words_for="")
+
+    def told_to_anyone(self) -> "Unavailable":
+        """See `PairError.told_to_anyone`."""
+        return replace(self, words="", words_for="")
 
 
 @dataclass(eq=False)
@@ -114,7 +148,10 @@ class ModelError(Exception):
 
 @dataclass(eq=False)
 class BatchRefused(ModelError):
-    """The model called the batch invalid; `named` has the reasons of the pairs it named, by position."""
+    """The model called the batch invalid; `named` has the reasons of the pairs it named, by position.
+
+    `message` may quote any pair of the batch.
+    """
 
     code: grpc.StatusCode
     message: str
@@ -125,7 +162,7 @@ class BatchRefused(ModelError):
 class CallFailed(ModelError):
     """The model was unreachable, overloaded, too slow or broken; the call may be repeated.
 
-    `message` is for callers, and may hold what the model says; `told` is for the log, and does not.
+    `message` may quote any pair of the batch. `told` does not: it is for the log and for every caller.
     """
 
     code: grpc.StatusCode

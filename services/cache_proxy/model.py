@@ -22,6 +22,7 @@ from services.common.tracing import OFF, Tracing
 from services.common.words import answered
 
 MIN_LEVEL, MAX_LEVEL = 1, 7
+REFUSED_PAIR = "the model refused the pair"
 REFUSALS = frozenset(
     {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
 )
@@ -189,16 +190,22 @@ def join(ids: Sequence[int], response: seniority_pb2.SeniorityResponseBatch) -> 
 def named_pairs(
     trailers: Mapping[str, Any], code: grpc.StatusCode, message: str, pairs: int
 ) -> dict[int, Refused]:
-    """The pairs that a refusal names by index, in `google.rpc.BadRequest` details or in its message."""
+    """Return the pairs that a refusal names by index, in `google.rpc.BadRequest` details or in its message.
+
+    What the model says of one pair is that pair's reason. What it says of several may quote each of them.
+    """
     named: dict[int, Refused] = {}
     for field, description in _violations(trailers):
         found = _INDEX.fullmatch(field)
         if found and int(found[1]) < pairs:
-            named[int(found[1])] = Refused(code, message, found[2] or "", description)
+            reason = "" if pairs > 1 and message and message in description else description
+            named[int(found[1])] = Refused(code, reason or REFUSED_PAIR, found[2] or "", reason)
     if not named:
         found = _INDEX.match(message)  # only in front: behind it could be a pair's own text
         if found and int(found[1]) < pairs:
-            named[int(found[1])] = Refused(code, message, found[2] or "")
+            names_one = len({index for index, _ in _INDEX.findall(message)}) == 1
+            reason = message if names_one else ""
+            named[int(found[1])] = Refused(code, reason or REFUSED_PAIR, found[2] or "", reason)
     return named
 
 

@@ -167,7 +167,7 @@ class Resolver:
             self._note_outcomes(wait.outcomes, places, asked, epoch, queued, answers)
             await self._queue.leave(self._waiters.close(wait))
         failures = {
-            asked.positions[place]: outcome
+            asked.positions[place]: outcome.told_to(asker.request)
             for digest, outcome in wait.outcomes.items()
             if isinstance(outcome, PairError)
             for place in places[digest]

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -205,7 +206,9 @@ class SeniorityService:
         left = context.time_remaining()
         wait_seconds = self._limits.max_wait_seconds if left is None else left
         deadline = asyncio.get_running_loop().time() + wait_seconds
-        return Asker(caller.name, caller.priority, deadline, self._tracing.here())
+        return Asker(
+            caller.name, caller.priority, deadline, self._tracing.here(), request=secrets.token_hex(8)
+        )
 
 
 def serve_on(server: aio.Server, infer: Callable[[object, Context], Awaitable[bytes]]) -> None:

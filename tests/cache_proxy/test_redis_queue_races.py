@@ -429,3 +429,13 @@ async def test_a_long_question_asks_for_calls_meanwhile(place: Place) -> None:
         asking.cancel()
         await asyncio.wait([asking])
         assert replica.queue._changed.is_set()  # what it sent may be queued all the same
+
+
+async def test_an_error_that_cannot_be_read_is_counted_and_may_be_retried(place: Place) -> None:
+    """In a message or a reply: the pair ends, so nobody waits for ever, and the metric tells."""
+    async with replicas(place, 1) as (replica,):
+        wait, _ = await replica.ask(pairs([1]))
+        replica.queue.published(b"", [(pair(1).digest, [b"refused", b"no such code"])], None)
+        [outcome] = wait.outcomes.values()
+        assert isinstance(outcome, Unavailable)
+        assert replica.metrics.store_garbage._value.get() == 1

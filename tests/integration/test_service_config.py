@@ -96,6 +96,19 @@ def test_a_model_that_is_down_for_a_while_is_come_back_to(stage_with: StageWith)
         assert asked.result() == levels(pairs)
 
 
+def test_an_rpc_that_a_replica_cancels_is_repeated() -> None:
+    """A server that ends closes connections, and gRPC may call that CANCELLED."""
+
+    def once(call: Call) -> Answers:
+        if call.number == 0:
+            raise Abort(grpc.StatusCode.CANCELLED)
+        return well(call)
+
+    pairs = pairs_of("cancelled", 3)
+    with scripted_model(once) as replica, plain_client(replica.target) as stub:
+        assert sorted(ask(stub, pairs)) == sorted(levels(pairs))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_replica_that_ends_costs_no_rpc(shared_redis: str, number: signal.Signals) -> None:

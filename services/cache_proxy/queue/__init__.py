@@ -48,12 +48,16 @@ Settle = Callable[[bytes, Outcome], None]
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Who asks: `deadline` is on the event loop's clock; `trace` as `Tracing.here` gives it, mostly empty."""
+    """Who asks: `deadline` is on the event loop's clock; `trace` as `Tracing.here` gives it, mostly empty.
+
+    `request` names the RPC, as no other one of any replica is named.
+    """
 
     caller: str
     priority: str
     deadline: float
     trace: bytes = b""
+    request: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class Claim:
     """A batch whose slot is spent: the claimer sends it in time, or says that it is late, or puts it back.
 
     `traces` are of some who wait for its pairs, as their `Asker` had it, or whatever Redis gave instead.
+    `request` is the one that queued all of its pairs, empty if there were several.
     """
 
     id: str
@@ -76,6 +81,7 @@ class Claim:
     send_at: float  # not before, on time.monotonic
     slot_at: float  # when its slot begins, so the latest that it is thought to leave
     traces: Sequence[bytes] = ()
+    request: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ class Entry:
 
     `wanted` is false once nobody waits for it: in flight it may still be answered, but is not sent again.
     `places` are where it waits, or waited before it was sent; the first is that of who asked first. `paid_by`
-    is the claim that an account's quota was spent for; `traces` those of who waits, a few.
+    is the claim that an account's quota was spent for; `traces` of a few who wait. `request` queued it.
     """
 
     pair: Pair
@@ -34,6 +34,7 @@ class Entry:
     attempts: int = 0
     refusals: int = 0
     places: "list[Place]" = field(default_factory=list)
+    request: str = ""
     paid_by: Claim | None = None
     traces: list[bytes] = field(default_factory=list)
 

@@ -144,7 +144,9 @@ class LocalQueue:
                 batch_pairs=self._limits.batch_pairs, batch_bytes=self._limits.batch_bytes, now=now
             )
         traces = [trace for entry in entries for trace in entry.traces]
-        claim = Claim("", [entry.pair for entry in entries], slot_at, slot_at, traces)
+        requests = {entry.request for entry in entries}
+        request = requests.pop() if len(requests) == 1 else ""
+        claim = Claim("", [entry.pair for entry in entries], slot_at, slot_at, traces, request)
         for entry in entries:
             self._metrics.slot_wait.observe(now - entry.enqueued_at)
             entry.paid_by = entry.paid_by or claim
@@ -301,7 +303,7 @@ class LocalQueue:
             self._lanes.resettle()
 
     def _add(self, pair: Pair, asker: Asker, now: float) -> None:
-        entry = Entry(pair, asker.caller, now)
+        entry = Entry(pair, asker.caller, now, request=asker.request)
         entry.traced(asker.trace)
         account = self._admission.account_of(asker)
         entry.places.append(Place(entry, asker.priority, asker.caller, account))
@@ -347,7 +349,8 @@ class LocalQueue:
             self._lanes.discard(entry)
             self._forget(entry)
             if remember:
-                self._recent.add(entry.pair.digest, outcome, now=_now())
+                kept = outcome.told_to_anyone() if isinstance(outcome, PairError) else outcome
+                self._recent.add(entry.pair.digest, kept, now=_now())
             self._settle(entry.pair.digest, outcome)
 
     def _forget(self, entry: Entry) -> None:

@@ -1,7 +1,7 @@
 """What goes through Redis besides plain arguments: msgpack, in the form that Redis's Lua reads and writes.
 
-Whatever comes back may be anything. What is not what it should be raises `StoreError` (a reply) or is passed
-over (a published message); it never becomes an answer.
+Whatever comes back may be anything. What is not what it should be raises `StoreError`; it never becomes an
+answer.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import msgpack
 from services.cache_proxy.errors import Nonsense, PairError, Refused, StoreError, Unavailable
 
 _MAX_TEXT = 1000
+_MAX_SECONDS = 86_400.0
 _CODES = {code.name: code for code in grpc.StatusCode if code is not grpc.StatusCode.OK}
 
 
@@ -31,25 +32,54 @@ def unpack(packed: Any) -> Any:
 
 
 def pack_error(error: PairError) -> list[Any]:
-    """An error as a list that Lua can carry."""
-    if isinstance(error, Refused):
-        return ["refused", error.code.name, error.message[:_MAX_TEXT], error.field, error.reason[:_MAX_TEXT]]
+    """Return the error as a list that Lua can carry: its strings are bytes, as `unpack` returns them."""
     if isinstance(error, Nonsense):
-        return ["nonsense", error.message[:_MAX_TEXT]]
-    if isinstance(error, Unavailable):
-        return ["unavailable", error.message[:_MAX_TEXT], error.retry_after_seconds]
-    raise TypeError(error)
+        return [b"nonsense", _cut(error.message)]
+    packed: list[Any]
+    if isinstance(error, Refused):
+        texts = (error.message, error.field, error.reason)
+        packed = [b"refused", error.code.name.encode(), *map(_cut, texts)]
+    elif isinstance(error, Unavailable):
+        packed = [b"unavailable", _cut(error.message), error.retry_after_seconds]
+    else:
+        raise TypeError(error)
+    # Left out where there are none, so that a replica of the release before can read it too.
+    return [*packed, _cut(error.words), _cut(error.words_for)] if error.words_for else packed
 
 
 def unpack_error(packed: Any) -> PairError:
-    """The error that was packed; of what cannot be read, that the pair could not be asked."""
+    """Return the error that was packed. Raises `StoreError` if it is none."""
     try:
         kind, *fields = packed
-        if kind == b"refused":
-            code, message, field, reason = (part.decode() for part in fields)
-            return Refused(_CODES[code], message, field, reason)
         if kind == b"nonsense":
-            return Nonsense(fields[0].decode())
-        return Unavailable(fields[0].decode(), float(fields[1]))
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-        return Unavailable("another replica failed to ask the model", 1.0)
+            [message] = fields
+            return Nonsense(message.decode())
+        if kind == b"refused":
+            code, message, field, reason, *words = (part.decode() for part in fields)
+            return Refused(_CODES[code], message, field, reason, *_words(words))
+        if kind == b"unavailable":
+            message, retry_after_seconds, *packed_words = fields
+            words = [part.decode() for part in packed_words]
+            return Unavailable(message.decode(), _seconds(retry_after_seconds), *_words(words))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        message = "an error in Redis cannot be read"
+        raise StoreError(message) from error
+    message = "an error in Redis is of no known kind"
+    raise StoreError(message)
+
+
+def _cut(text: str) -> bytes:
+    return text[:_MAX_TEXT].encode(errors="replace")
+
+
+def _words(words: list[str]) -> list[str]:
+    if len(words) not in {0, 2}:
+        raise ValueError(words)
+    return words
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if isinstance(value, bytes) or not 0 <= seconds <= _MAX_SECONDS:
+        raise ValueError(value)
+    return seconds

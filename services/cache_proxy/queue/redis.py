@@ -50,6 +50,7 @@ _DIGEST_BYTES = 16
 _LEVELS = range(1, 8)
 _PAIRS = 7  # the place of a request's pairs in it
 _MAX_PATIENCE_SECONDS = 86_400.0
+_UNREADABLE_RETRY_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -125,7 +126,7 @@ class RedisQueue:
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
         """See `Queue.enqueue`."""
         added = self.note(pairs, asker)
-        token = self._new_id()
+        token = asker.request or self._new_id()
         ended: dict[bytes, Outcome] = {}
         queued: set[bytes] = set()
         done, size_bytes = 0, sum(pair.size_bytes for pair in pairs)
@@ -135,7 +136,7 @@ class RedisQueue:
                 size_bytes -= sum(pair.size_bytes for pair in chunk)
                 following = (len(pairs) - done - len(chunk), size_bytes)
                 states, errors, seconds = await self._enqueue(chunk, asker, token, following, polling=False)
-                _sort(chunk, states, errors, ended, queued)
+                self._sort(chunk, states, errors, ended, queued)
                 look_after.append(seconds)
                 done += len(chunk)
                 if not seconds and done >= self._limits.batch_pairs:
@@ -208,7 +209,7 @@ class RedisQueue:
         pairs = [pair for pair in chunk if pair.digest in self._asked]
         states, errors, _ = await self._enqueue(pairs, asker, self._new_id(), (0, 0), polling=True)
         ended: dict[bytes, Outcome] = {}
-        _sort(pairs, states, errors, ended, set())
+        self._sort(pairs, states, errors, ended, set())
         self.end({digest: outcome for digest, outcome in ended.items() if digest in self._asked})
         await self._tell_gone(
             [pair.digest for pair in pairs if pair.digest not in ended]
@@ -274,12 +275,13 @@ class RedisQueue:
         ])  # fmt: skip
         if reply[0] == b"wait":
             return NotYet(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))
-        until_send_ms, until_slot_ms, packed, traces = reply[1:5]
+        until_send_ms, until_slot_ms, packed, traces, request = reply[1:6]
         pairs = list(self._read(unpack(packed)))
         # Redis's `now` lies somewhere between request and reply; two neighbours err alike.
         redis_now = now + (time.monotonic() - now) / 2
         send_at = redis_now + until_send_ms / 1000 if until_send_ms else now
-        claim = Claim(claim_id, pairs, send_at, redis_now + until_slot_ms / 1000, traces)
+        slot_at = redis_now + until_slot_ms / 1000
+        claim = Claim(claim_id, pairs, send_at, slot_at, traces, request.decode("ascii", "replace"))
         self._held[claim_id] = {pair.digest for pair in pairs}
         return claim
 
@@ -349,9 +351,9 @@ class RedisQueue:
             if level in _LEVELS:
                 self._end(levels[at : at + _DIGEST_BYTES], level)
         for digest, error in errors:
-            self._end(digest, unpack_error(error))
+            self._end(digest, self._error(error))
         if all_error:
-            self.end_all(unpack_error(all_error))
+            self.end_all(self._error(all_error))
         if self._asked:
             # A batch's answers come in parts: until the last is here, all would ask for a call in vain.
             rest_seconds = _PART_SECONDS if levels or errors else 0.0
@@ -447,6 +449,27 @@ class RedisQueue:
             raise StoreError(message)
         return replies  # type: ignore[no-any-return]
 
+    def _sort(
+        self, pairs: Sequence[Pair], states: bytes, errors: list[Any], ended: dict[bytes, Outcome],
+        queued: set[bytes],
+    ) -> None:  # fmt: skip
+        failed = iter(errors)
+        for pair, state in zip(pairs, states, strict=True):
+            if state == _FAILED:
+                ended[pair.digest] = self._error(next(failed, None))
+            elif state in _LEVELS:
+                ended[pair.digest] = state
+            elif state == _QUEUED:
+                queued.add(pair.digest)
+
+    def _error(self, packed: Any) -> PairError:
+        """Return the error that some replica packed. What cannot be read is counted, and may be retried."""
+        try:
+            return unpack_error(packed)
+        except StoreError as error:
+            self._metrics.store_garbage.inc()
+            return Unavailable(f"the pair failed, and {error}", _UNREADABLE_RETRY_SECONDS)
+
     def _new_id(self) -> str:
         return f"{self.replica}.{next(self._ids)}"
 
@@ -466,19 +489,6 @@ def _refused(
     if why == b"slow" and quota is not None:
         return refusals.over_pairs_per_second(quota, wait_seconds=wait_seconds, left_seconds=patience_seconds)
     return refusals.late(wait_seconds=wait_seconds, left_seconds=patience_seconds)
-
-
-def _sort(
-    pairs: Sequence[Pair], states: bytes, errors: list[Any], ended: dict[bytes, Outcome], queued: set[bytes]
-) -> None:
-    failed = iter(errors)
-    for pair, state in zip(pairs, states, strict=True):
-        if state == _FAILED:
-            ended[pair.digest] = unpack_error(next(failed))
-        elif state in _LEVELS:
-            ended[pair.digest] = state
-        elif state == _QUEUED:
-            queued.add(pair.digest)
 
 
 def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

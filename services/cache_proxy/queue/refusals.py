@@ -1,5 +1,7 @@
 """Why a request is not queued, in the words that its caller gets; one for both queues."""
 
+import math
+
 from services.cache_proxy.errors import OverQuota, QueueFull
 from services.cache_proxy.quotas import OTHERS, Quota
 
@@ -21,10 +23,10 @@ def full(held: int, unit: str, *, most: int, wait_seconds: float) -> QueueFull:
 
 def late(*, wait_seconds: float, left_seconds: float) -> QueueFull:
     """The turn would come after the caller's deadline."""
-    reason = (
-        f"the pairs would wait {wait_seconds:.1f} s for the model, "
-        f"but the deadline is in {max(0.0, left_seconds):.1f} s"
-    )
+    left = f"the deadline is in {max(0.0, left_seconds):.1f} s"
+    if math.isinf(wait_seconds):
+        return QueueFull(f"no call to the model is due, and {left}", pushback_seconds(wait_seconds))
+    reason = f"the pairs would wait {wait_seconds:.1f} s for the model, but {left}"
     return QueueFull(reason, pushback_seconds(wait_seconds - left_seconds))
 
 

@@ -7,7 +7,8 @@
 -- ARGV[10] the server that the replica's last heartbeat reached
 -- Returns  {'wait', ms; -1 if nothing waits}
 --          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited},
---           contexts of the spans that wait for them, at most MAX_LINKS}
+--           contexts of the spans that wait for them, at most MAX_LINKS,
+--           the request that queued all of them, '' if there were several}
 local replica, id, ahead = ARGV[1], ARGV[2], tonumber(ARGV[9])
 local function rate(value)
   local found = number(value)
@@ -23,11 +24,13 @@ local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wai
 local GATHER_MS = 50 -- where nothing but quotas holds pairs back, so many ms' worth of them go together
 
 local function as_batch(claim)
-  local batch, contexts, known = {}, {}, {}
+  local batch, contexts, known, request = {}, {}, {}, nil
   for _, digest in ipairs(claim.digests) do
     local pair = records[digest]
     if pair and pair.claim == id then
       batch[#batch + 1] = { digest, pair.company, pair.title, claim.at - pair.at }
+      local queued_by = type(pair.request) == 'string' and pair.request or ''
+      request = (request or queued_by) == queued_by and queued_by or ''
       for _, context in ipairs(pair.trace and #contexts < MAX_LINKS and contexts_of(pair) or {}) do
         if not known[context] then
           known[context], contexts[#contexts + 1] = true, context
@@ -35,7 +38,8 @@ local function as_batch(claim)
       end
     end
   end
-  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch), contexts }
+  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch), contexts,
+    request or '' }
 end
 
 local mine = load_claim(id)

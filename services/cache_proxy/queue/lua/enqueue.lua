@@ -3,7 +3,7 @@
 -- ARGV[4]  pairs in a batch, if the deployment's were lost
 -- ARGV[5]  failed calls in a row after which the model is taken for down
 -- ARGV[6]  requests: msgpack list of {caller, lane, ms that the caller will wait, pairs and bytes of the request
---          that follow in further calls, token (what follows was admitted with the first new pair), polling (1:
+--          that follow in further calls, token (the request's name; what follows was admitted with the first new pair), polling (1:
 --          admitted before), list of {digest, company, title, size}, context of the caller's span or '', and, if
 --          there is one, the caller's quota: {account, pairs a second, pairs that may wait} (0: any number)}
 -- Returns  msgpack list of a reply a request, by position:
@@ -376,6 +376,7 @@ local function enqueue(
       records[digest] = {
         lane = lane, tag = next_tag(lane, turn), caller = caller, at = now, attempts = 0, deaths = 0, refusals = 0,
         company = item[2], title = item[3], size = item[4], interest = { [replica] = now + patience },
+        request = polling ~= 1 and token or nil,
       }
       add_context(records[digest], context)
       wait_in_lane(digest)

@@ -133,7 +133,7 @@ end
 -- claim (the one that it is in flight in), suspect, interest (replica -> until when somebody waits there),
 -- also (other lanes that it waits in -> {tag, caller}), paid (the claim that an account's quota was spent for: a
 -- pair that is sent again was paid for), trace (where callers are traced: the contexts of up to MAX_CONTEXTS of their
--- spans, one behind the other).
+-- spans, one behind the other), request (the one that queued it).
 local function is_sound(digest, pair)
   return pair and #digest == DIGEST and type(pair.lane) == 'string' and rank_of(pair.lane) and are_sound(pair.also) and type(pair.interest) == 'table'
     and type(pair.tag) == 'number' and type(pair.at) == 'number' and type(pair.attempts) == 'number'
@@ -613,6 +613,15 @@ local function recall(digests)
   return outcomes
 end
 
+-- An error without the model's message about a whole batch, which is one request's alone (see messages.py).
+local function told_to_anyone(error)
+  local kept = {}
+  for at = 1, error[1] == 'refused' and 5 or 3 do
+    kept[at] = error[at]
+  end
+  return kept
+end
+
 -- The model refused a claim's batch, or broke down in it, for a pair: those that it named (digest -> error) end.
 -- If it named none, one of them is bad, and they are suspects; one that was alone, or in `most` such batches, is
 -- taken for the bad one. What ended is remembered as `kind` for a while, and published.
@@ -635,7 +644,7 @@ local function convict(id, claim, error, named, most, kind, period)
     if reason then
       forget(digest)
       remembered[#remembered + 1] = digest
-      remembered[#remembered + 1] = cmsgpack.pack(reason)
+      remembered[#remembered + 1] = cmsgpack.pack(told_to_anyone(reason))
       ended[#ended + 1] = { digest, reason }
     elseif not anybody_waits(pair) then
       forget(digest)

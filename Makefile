@@ -50,6 +50,10 @@ bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/
 audit: $(VENV)/.audit  ## an SBOM of every lock, and what is known against what is in it (asks an advisory service)
 	$(BIN)/python -m scripts.audit
 
+.PHONY: mutants
+mutants: $(VENV)/.mutants  ## change the code in one place at a time and list what no test notices (MUTANTS="gcra claim.lua --sample 20")
+	$(BIN)/python -m scripts.mutants $(MUTANTS)
+
 .PHONY: k8s-check
 k8s-check: $(VENV)/.k8s  ## deploy/k8s: schemas, a policy, and whether it fits itself and the code
 	$(BIN)/python -m scripts.prometheus_rule --check
@@ -134,6 +138,10 @@ $(VENV)/.dev: $(VENV)/.uv requirements/dev.txt pyproject.toml
 
 $(VENV)/.k8s: $(VENV)/.dev requirements/k8s.txt
 	$(call install,-r requirements/k8s.txt)
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.dev requirements/mutants.txt
+	$(call install,-r requirements/mutants.txt)
 	@touch $@
 
 $(VENV)/.audit: $(VENV)/.dev requirements/audit.txt

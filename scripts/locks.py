@@ -22,6 +22,7 @@ _LOCKS = {
     "augmenter.txt": ("pyproject.toml", "--extra", "augmenter", "--extra", "tracing", "-c", "{dev}"),
     "k8s.txt": ("pyproject.toml", "--group", "k8s", "-c", "{dev}"),
     "audit.txt": ("pyproject.toml", "--group", "audit", "-c", "{dev}"),
+    "mutants.txt": ("pyproject.toml", "--group", "mutants", "-c", "{dev}"),
     "stub.txt": ("pyproject.toml", "--extra", "stub", "-c", "{dev}"),
 }  # fmt: skip
 

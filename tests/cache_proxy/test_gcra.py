@@ -94,3 +94,12 @@ def test_a_hold_is_only_ever_extended() -> None:
     limiter.hold_until(5.0)
     limiter.hold_until(2.0)
     assert limiter.wait_seconds(1, now=1.0) == pytest.approx(4.0)
+
+
+def test_a_rate_of_0_never_waits() -> None:
+    """0 means no limit, however much was spent."""
+    limit = Gcra.begin(rate_per_second=0.0, burst=BURST, now=0.0)
+    for _ in range(3):
+        assert limit.wait_seconds(BURST, now=0.0) == 0
+        limit.spend(BURST, now=0.0)
+    assert limit.tat == 0.0

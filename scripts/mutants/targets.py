@@ -1,0 +1,72 @@
+"""Which tests must notice a change of which file."""
+
+from dataclasses import dataclass
+
+_QUEUE_TESTS = (
+    "tests/cache_proxy/test_queue_protocol.py",
+    "tests/cache_proxy/test_redis_queue_races.py",
+    "tests/cache_proxy/test_redis_queue_limit.py",
+    "tests/cache_proxy/test_redis_queue_liveness.py",
+    "tests/cache_proxy/test_redis_queue_quotas.py",
+    "tests/cache_proxy/test_quota_protocol.py",
+    "tests/cache_proxy/test_redis_queue_garbage.py",
+)
+_STORE_TESTS = ("tests/cache_proxy/test_store.py", "tests/cache_proxy/test_deployment.py")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """A source file, and the tests that are run against each of its mutants, the quickest first."""
+
+    path: str
+    tests: tuple[str, ...]
+
+
+PYTHON = (
+    Target(path="services/cache_proxy/key.py", tests=("tests/cache_proxy/test_key.py",)),
+    Target(path="services/cache_proxy/store/dated.py", tests=_STORE_TESTS),
+    Target(
+        path="services/cache_proxy/wire.py",
+        tests=("tests/cache_proxy/test_wire.py", "tests/cache_proxy/test_hits.py", "tests/fuzz/test_wire.py"),
+    ),
+    Target(
+        path="services/cache_proxy/l1.py",
+        tests=("tests/cache_proxy/test_l1.py", "tests/cache_proxy/test_invalidation.py"),
+    ),
+    Target(path="services/cache_proxy/segmented.py", tests=("tests/cache_proxy/test_segmented.py",)),
+    Target(path="services/cache_proxy/queue/gcra.py", tests=("tests/cache_proxy/test_gcra.py",)),
+    Target(
+        path="services/cache_proxy/queue/limiter.py",
+        tests=("tests/cache_proxy/test_gcra.py", "tests/cache_proxy/test_local_queue.py"),
+    ),
+    Target(
+        path="services/cache_proxy/dispatcher.py",
+        tests=("tests/cache_proxy/test_dispatcher.py",),
+    ),
+    Target(
+        path="services/augmenter/splice.py",
+        tests=("tests/augmenter/test_splice.py", "tests/augmenter/test_window.py"),
+    ),
+    Target(
+        path="services/augmenter/jsonl.py",
+        tests=("tests/augmenter/test_jsonl.py", "tests/augmenter/test_window.py", "tests/fuzz/test_lines.py"),
+    ),
+    Target(path="services/augmenter/totals.py", tests=("tests/augmenter/test_accounting.py",)),
+    Target(
+        path="services/augmenter/object_store/s3_upload.py",
+        tests=("tests/augmenter/test_s3_refusals.py", "tests/augmenter/test_run_s3.py"),
+    ),
+)
+LUA = (
+    *(
+        Target(path=f"services/cache_proxy/queue/lua/{name}.lua", tests=_QUEUE_TESTS)
+        for name in (
+            "claim", "configure", "enqueue", "fail", "fulfil", "heartbeat", "late", "leave", "prelude",
+            "put_back", "refuse", "repair", "verdict",
+        )
+    ),
+    *(
+        Target(path=f"services/cache_proxy/store/lua/{name}.lua", tests=_STORE_TESTS)
+        for name in ("get", "put", "forget", "sweep", "clear", "layout", "writing")
+    ),
+)  # fmt: skip

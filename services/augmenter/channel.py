@@ -15,8 +15,7 @@ _OPTIONS = [
     ("grpc.enable_retries", 0),  # ours know the file's budget
     ("grpc.lb_policy_name", "round_robin"),
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 10_000),  # also for bytes that nobody acknowledges: the machine is gone
 ]
 
 

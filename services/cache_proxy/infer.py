@@ -10,6 +10,7 @@ import grpc
 
 from protos import seniority_pb2, seniority_pb2_grpc
 from services.common import bearer, flags
+from services.common.channel import FOLLOW_DNS
 from services.common.errors import CommandError, UsageError
 from services.common.flags import flag
 from services.common.targets import http_proxy_options
@@ -75,7 +76,7 @@ def run(settings: InferSettings) -> None:
 
 
 def _channel(settings: InferSettings) -> grpc.Channel:
-    options = http_proxy_options(settings.target)
+    options = (*FOLLOW_DNS, *http_proxy_options(settings.target))
     if settings.tls_ca is None:
         return grpc.insecure_channel(settings.target, options=options)
     credentials = settings.tls.follow().value.channel_credentials()

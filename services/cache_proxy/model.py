@@ -40,9 +40,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
     ("grpc.enable_retries", 0),  # retries are the queue's, within the slots
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.keepalive_time_ms", 300_000),
+    ("grpc.keepalive_timeout_ms", 10_000),  # also for bytes that nobody acknowledges: the machine is gone
 ]
 
 
@@ -77,14 +76,12 @@ class ModelClient:
         self._metrics = metrics
         self._tracing = tracing
         self._token = way.token
-        self._channel = RenewedChannel(
-            target, tls=way.tls, options=_CHANNEL_OPTIONS, longest_call_seconds=deadline_seconds
-        )
+        self._channel = open_model_channel(target, way=way, longest_call_seconds=deadline_seconds)
         self._channel.current.get_state(try_to_connect=True)  # a handshake would make the first call late
         self._ids = itertools.cycle(range(1, _MAX_ID))
 
     def renew(self) -> None:
-        """Look at the certificates and the token, and go by them from the next call on."""
+        """Look at the target, the certificates and the token, and go by them from the next call on."""
         self._channel.renew()
         if self._token is not None:
             self._token.file.look()
@@ -157,6 +154,15 @@ class ModelClient:
             _pushback_seconds(trailers),
             told=f"the model at {self._target}: {answered(code.name, message)}",
         )
+
+
+def open_model_channel(
+    target: str, *, way: ModelWay = IN_THE_CLEAR, longest_call_seconds: float = 0
+) -> RenewedChannel:
+    """Return a channel to the model. It connects when it is first used, and again whenever that is needed."""
+    return RenewedChannel(
+        target, tls=way.tls, options=_CHANNEL_OPTIONS, longest_call_seconds=longest_call_seconds
+    )
 
 
 def _parsed(message: bytes) -> seniority_pb2.SeniorityResponseBatch | None:

@@ -1,10 +1,12 @@
-"""A channel whose certificates are renewed while it is in use."""
+"""A channel that follows its target: renewed certificates, and a name whose address changes."""
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Self
 
+import grpc
 from grpc import aio
 
 from services.common.endings import end
@@ -13,6 +15,17 @@ from services.common.targets import http_proxy_options
 from services.common.tls import Pem
 
 _CONNECTING_SECONDS = 5.0
+_LOST_SECONDS = 2.0
+
+FOLLOW_DNS = (
+    # Core asks DNS once in 30 s at most, however often it cannot connect.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+    # How long one attempt to connect may take, 20 s by default. Core asks DNS again only after it has failed.
+    ("grpc.min_reconnect_backoff_ms", 3_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+"""Channel arguments with which a server that moves to another address is found within seconds."""
 
 
 class RenewedChannel:
@@ -22,8 +35,11 @@ class RenewedChannel:
     connected, so that no call waits for a handshake; a call on the one before may take `longest_call_seconds`
     to end.
 
-    State: `_current`; `_used`, what the files held that it is made with, or is to be; `_changes`, the tasks
-    that replace it and close what was replaced.
+    While a name has no address, core's resolver waits longer after each failure, up to two minutes. A channel
+    that has no connection is therefore replaced every two seconds: another resolver asks DNS at once.
+
+    State: `_current`, opened at `_opened_at`; `_used`, what the files held that it is made with, or is to be;
+    `_changes`, the tasks that replace it and close what was replaced.
     """
 
     def __init__(
@@ -36,10 +52,11 @@ class RenewedChannel:
     ) -> None:
         self._target = target
         self._tls = tls
-        self._options = [*options, *http_proxy_options(target)]
+        self._options = (*FOLLOW_DNS, *options, *http_proxy_options(target))
         self._longest_call_seconds = longest_call_seconds
         self._used = None if tls is None else tls.value
         self._current = self._open(self._used)
+        self._opened_at = time.monotonic()
         self._changes: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -56,22 +73,35 @@ class RenewedChannel:
         return self._current
 
     def renew(self) -> None:
-        """Look at the files, and go by what they hold now if it is something else."""
-        if self._tls is None:
-            return
-        self._tls.look()
-        if self._tls.value == self._used:
-            return
-        self._used = self._tls.value
-        change = asyncio.create_task(self._replace(self._used))
-        self._changes.add(change)
-        change.add_done_callback(self._changes.discard)
+        """Follow the target: call it before an RPC, or every second.
+
+        Read the files, and use what they hold now if it is something else. Resolve the name again if there is
+        no connection.
+        """
+        if self._tls is not None:
+            self._tls.look()
+            if self._tls.value != self._used:
+                self._used = self._tls.value
+                self._start(self._replace(self._used))
+                return
+        state = self._current.get_state(try_to_connect=True)
+        is_lost = state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+        if is_lost and time.monotonic() - self._opened_at >= _LOST_SECONDS:
+            lost, self._current = self._current, self._open(self._used)
+            self._opened_at = time.monotonic()
+            self._current.get_state(try_to_connect=True)
+            self._start(lost.close(self._longest_call_seconds))
 
     async def close(self) -> None:
         """Close it, and what it replaced."""
         if self._changes:
             await end(self._changes)
         await self._current.close()
+
+    def _start(self, change: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
 
     async def _replace(self, pem: Pem) -> None:
         fresh = self._open(pem)
@@ -84,6 +114,7 @@ class RenewedChannel:
             if pem == self._used:  # else they were renewed once more meanwhile
                 closing, grace_seconds = self._current, self._longest_call_seconds
                 self._current = fresh
+                self._opened_at = time.monotonic()
             await closing.close(grace_seconds)
         except asyncio.CancelledError:
             await closing.close()

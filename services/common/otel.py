@@ -22,6 +22,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from services.common import logs
+from services.common.channel import FOLLOW_DNS
 from services.common.errors import UsageError
 from services.common.tracing import CONTEXT_BYTES, MAX_LINKS, NO_SPAN, Headers, Span, Tracing, Value
 
@@ -310,7 +311,7 @@ def _exporter() -> SpanExporter:
     if protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc import trace_exporter as by_grpc  # noqa: PLC0415
 
-        return by_grpc.OTLPSpanExporter()
+        return by_grpc.OTLPSpanExporter(channel_options=FOLLOW_DNS)  # type: ignore[arg-type]  # too narrow
     if protocol == "http/protobuf":
         from opentelemetry.exporter.otlp.proto.http import trace_exporter as by_http  # noqa: PLC0415
 

@@ -70,7 +70,7 @@ async def _run(
             from services.augmenter.progress import progress_bar  # noqa: PLC0415 - see stores.py
 
             await stack.enter_async_context(progress_bar(totals))
-        counting = DryRun(source=stores.source, totals=totals)
+        counting = DryRun(source=stores.source, totals=totals, limits=settings.read_limits)
         work: Callable[[Job], Awaitable[LineCounts]] = counting.count
         if not settings.dry_run:
             await stores.sink.prepare()
@@ -185,6 +185,7 @@ async def _augmenting(
         client=ProxyClient(rpc, batch_size=settings.batch_size, totals=totals),
         totals=totals,
         tracing=tracing,
+        limits=settings.read_limits,
     )
     run = tracing.here()
 

@@ -4,7 +4,8 @@ import string
 from dataclasses import dataclass
 
 from services.augmenter.jobs import parse_shard
-from services.common import bearer, flags
+from services.augmenter.reading import ReadLimits
+from services.common import bearer, flags, limits
 from services.common.errors import UsageError
 from services.common.flags import flag
 from services.common.tls import PemFiles
@@ -47,6 +48,18 @@ class RunSettings:
     )
     ok_rejects: bool = flag(
         "--ok-rejects", flags.BOOL, "false", text="exit 0, not 3, when only lines were rejected"
+    )
+    max_line_bytes: int = flag(
+        "--max-line-bytes",
+        flags.SIZE,
+        "4MiB",
+        text="a longer line is rejected; a file in work may hold seven lines of this size",
+    )
+    max_zstd_window_bytes: int = flag(
+        "--max-zstd-window",
+        flags.SIZE,
+        "8MiB",
+        text="a file compressed with a larger window fails; a file in work may hold one window of this size",
     )
     concurrency: int = flag("--concurrency", flags.COUNT, "4", text="files at a time")
     batch_size: int = flag("--batch-size", flags.COUNT, "1000", text="pairs in one RPC, at most")
@@ -112,10 +125,16 @@ class RunSettings:
         if not self.caller or not _HEADER_CHARACTERS.issuperset(self.caller):
             message = f"--caller {self.caller!r}: only printable ASCII can be sent"
             raise UsageError(message)
+        limits.check(self.max_line_bytes, self.max_zstd_window_bytes)
         if self.dry_run and self.summary_json:
             raise UsageError("--summary-json does not go with --dry-run, which writes nothing")
         self.tls.check_together()
         bearer.check_way(self.target or "localhost:0", token_file=self.token_file, tls_ca=self.tls_ca)
+
+    @property
+    def read_limits(self) -> ReadLimits:
+        """What one file may cost of memory."""
+        return ReadLimits(self.max_line_bytes, self.max_zstd_window_bytes)
 
     @property
     def tls(self) -> PemFiles:

@@ -3,11 +3,13 @@
 from contextlib import aclosing
 
 from services.augmenter import window
+from services.augmenter.errors import NoLineAugmentedError
 from services.augmenter.jobs import Job
 from services.augmenter.object_store.protocol import Store
-from services.augmenter.pipeline import read_blocks
+from services.augmenter.reading import FileReader, ReadLimits
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.window import Window
+from services.common.lines import LongLinePart
 
 
 class DryRun:
@@ -16,8 +18,9 @@ class DryRun:
     A pair is remembered by its 64-bit hash: 20M pairs in about 1.5 GB, off by one in ten million runs.
     """
 
-    def __init__(self, *, source: Store, totals: Totals) -> None:
+    def __init__(self, *, source: Store, totals: Totals, limits: ReadLimits | None = None) -> None:
         self._source = source
+        self._limits = limits or ReadLimits()
         self._totals = totals
         self._pairs: set[int] = set()
 
@@ -29,17 +32,26 @@ class DryRun:
     async def count(self, job: Job) -> LineCounts:
         """Count one file. Raises FileError."""
         counts = LineCounts()
-        async with aclosing(
-            read_blocks(self._source, job.item, job.lines_format, self._totals)
-        ) as all_blocks:
+        reader = FileReader(self._source, job.item, job.lines_format, self._totals, self._limits)
+        first: tuple[int, str] | None = None
+        async with aclosing(reader.blocks()) as all_blocks:
             async for block in all_blocks:
-                count = sum(piece.count for piece in block)
+                if isinstance(block, LongLinePart):
+                    first = first or (counts.read + 1, self._limits.long_line_reason)
+                    self._count(counts, LineCounts(read=block.is_last, rejected=block.is_last))
+                    continue
                 windows: list[Window] = []
-                for pairs in window.parsed(block, first=counts.read + 1, into=windows):
+                for pairs in window.parsed(block, into=windows):
                     self._pairs.update(map(hash, pairs))
-                counts.read += count
-                self._totals.lines_read += count
-                counts.blank += sum(one.blank for one in windows)
-                counts.rejected += sum(one.bad for one in windows)
+                for one in windows:
+                    if first is None and (bad := one.first_bad()):
+                        first = (counts.read + 1 + bad[0], bad[1])
+                    self._count(counts, LineCounts(read=one.count, rejected=one.bad, blank=one.blank))
         counts.augmented = counts.read - counts.rejected - counts.blank
+        if first and not counts.augmented:
+            raise NoLineAugmentedError(rejected=counts.rejected, first=first, hint=reader.hint)
         return counts
+
+    def _count(self, counts: LineCounts, more: LineCounts) -> None:
+        counts.add(more)
+        self._totals.lines_read += more.read

@@ -20,6 +20,18 @@ class AccountingError(FileError):
         )
 
 
+class NoLineAugmentedError(FileError):
+    """Every line of the file was rejected: it is no output that anybody wants, whatever is tolerated.
+
+    `hint` is what the file seems to be instead; else the first line's reason stands for all.
+    """
+
+    def __init__(self, *, rejected: int, first: tuple[int, str], hint: str | None = None) -> None:
+        number, reason = first
+        why = f"it is {hint}" if hint else f"line {number}: {reason}"
+        super().__init__(f"no line can be augmented ({rejected:,} rejected): {why}")
+
+
 class DoneElsewhereError(FileError):
     """Another process made the same output from the same input meanwhile: nothing is left to do."""
 

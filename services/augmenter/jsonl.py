@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 _SPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
+_BOM = b"\xef\xbb\xbf"
 
 
 class Pair(msgspec.Struct, frozen=True, gc=False):
@@ -59,8 +60,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def strip(line: bytes) -> bytes:
-    """The line without its outer white space."""
-    return line.strip(_SPACE)
+    """The line without its outer white space, and without a byte order mark: it was a file's first line."""
+    text = line.strip(_SPACE)
+    while text.startswith(_BOM):
+        text = text.removeprefix(_BOM).lstrip(_SPACE)
+    return text
 
 
 def parse(texts: Sequence[bytes]) -> list[Entry]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from services.augmenter.errors import StoreError
-from services.augmenter.object_store.protocol import REJECTS_FOLDER
-from services.common.codec import SUFFIXES, format_of
+from services.common.codec import NAMES, format_of
 from services.common.errors import UsageError
+from services.common.file_names import REJECTS_FOLDER
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -114,7 +114,7 @@ def _source(text: str) -> tuple[Place, str | None]:
     if not place.path.is_file():
         raise StoreError(place=text, reason="no such file or folder")
     if format_of(place.path.name) is None:
-        message = f"{text}: the name must end in one of {', '.join(SUFFIXES)}"
+        message = f"{text}: the name must end in one of {NAMES}"
         raise UsageError(message)
     return place.split()
 
@@ -135,7 +135,8 @@ def _sink(text: str, input_name: str | None) -> tuple[Place, str | None]:
         return _folder(text), None
     wanted = format_of(input_name)
     if format_of(text) is not wanted:
-        message = f"{text}: must end in {wanted.suffix if wanted else ''} as INPUT does, or in / for a folder"
+        names = wanted.names if wanted else NAMES
+        message = f"{text}: must end in one of {names} as INPUT does, or in / for a folder"
         raise UsageError(message)
     return place.split()
 

@@ -5,9 +5,11 @@ import json
 from types import TracebackType
 from typing import Self
 
-from services.augmenter.object_store.protocol import REASONS_SUFFIX, Item, Store, Upload
+from services.augmenter.object_store.protocol import Item, Store, Upload
 from services.augmenter.tasks import together
 from services.common.codec import PLAIN, Format
+from services.common.file_names import REASONS_SUFFIX
+from services.common.lines import LongLinePart
 
 
 class Output:
@@ -49,6 +51,8 @@ class Rejects:
         self._item = item
         self._format = lines_format
         self._outputs: tuple[Output, Output] | None = None
+        self.first: tuple[int, str] | None = None
+        """The first rejected line's number and reason."""
 
     async def __aenter__(self) -> Self:
         """Nothing to begin as long as nothing is rejected."""
@@ -61,16 +65,30 @@ class Rejects:
 
     async def write(self, rejected: list[tuple[int, bytes, str]]) -> None:
         """Add lines: number, bytes, reason."""
-        if self._outputs is None:
-            self._outputs = await self._begin()
-        lines, reasons = self._outputs
+        lines, reasons = await self._begun()
         await lines.write(b"".join(line + b"\n" for _, line, _ in rejected))
+        await self._note(reasons, [(number, reason) for number, _, reason in rejected])
+
+    async def write_part(self, part: LongLinePart, *, number: int, reason: str) -> None:
+        """Add a part of a line; with the last one, its number and reason."""
+        lines, reasons = await self._begun()
+        await lines.write(part.text + b"\n" if part.is_last else part.text)
+        if part.is_last:
+            await self._note(reasons, [(number, reason)])
+
+    async def _note(self, reasons: Output, noted: list[tuple[int, str]]) -> None:
+        if self.first is None:
+            self.first = noted[0]
         await reasons.write(
             b"".join(
-                json.dumps({"line": number, "reason": reason}).encode() + b"\n"
-                for number, _, reason in rejected
+                json.dumps({"line": number, "reason": reason}).encode() + b"\n" for number, reason in noted
             )
         )
+
+    async def _begun(self) -> tuple[Output, Output]:
+        if self._outputs is None:
+            self._outputs = await self._begin()
+        return self._outputs
 
     async def _begin(self) -> tuple[Output, Output]:
         lines = Output(self._store.create(self._item.name, self._item), self._format)

@@ -1,22 +1,23 @@
 """One file: read, parse, ask, splice, write, all at once; how far ahead is bounded by the room for text."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from functools import partial
 
 from services.augmenter import window
-from services.augmenter.errors import AccountingError, DoneElsewhereError
+from services.augmenter.errors import AccountingError, DoneElsewhereError, NoLineAugmentedError
 from services.augmenter.object_store.protocol import Item, Store
 from services.augmenter.outputs import Output, Rejects
 from services.augmenter.proxy_client import ProxyClient
+from services.augmenter.reading import FileReader, ReadLimits
 from services.augmenter.retry import RetryBudget
 from services.augmenter.room import Room
 from services.augmenter.tasks import worked_ahead
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.window import Answers, Window
-from services.common.codec import PLAIN, Decoder, Format
-from services.common.lines import Piece, blocks
+from services.common.codec import PLAIN, Format
+from services.common.lines import Block, LongLinePart, Piece
 from services.common.tracing import OFF, Tracing
 
 ROOM_BYTES = 24 * 2**20
@@ -28,12 +29,15 @@ _LINE_BYTES = 128  # in the room, at least: a line of 30 takes ten times as much
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Lines that are given room. Their pieces are there until they are parsed."""
+    """Lines that are given room, or a part of one that is over the limit.
 
-    first: int
+    Their pieces are there until they are parsed.
+    """
+
     count: int
     size_bytes: int
     pieces: list[Piece]
+    long_line: LongLinePart | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -46,7 +50,7 @@ class Pipeline:
 
     def __init__(
         self, *, source: Store, sink: Store, rejects: Store, client: ProxyClient, totals: Totals,
-        tracing: Tracing = OFF,
+        tracing: Tracing = OFF, limits: ReadLimits | None = None,
     ) -> None:  # fmt: skip
         self._source = source
         self._sink = sink
@@ -54,6 +58,7 @@ class Pipeline:
         self._client = client
         self._totals = totals
         self._tracing = tracing
+        self._limits = limits or ReadLimits()
         self._room = Room(limit_bytes=ROOM_BYTES)
         self._files_room = Room(limit_bytes=_FILES_BYTES)
 
@@ -76,16 +81,21 @@ class Pipeline:
         self, item: Item, output_name: str, onto: str, lines_format: Format, budget: RetryBudget
     ) -> LineCounts:
         counts = LineCounts()
-        all_blocks = partial(read_blocks, self._source, item, lines_format, self._totals)
+        reader = FileReader(self._source, item, lines_format, self._totals, self._limits)
         with self._client.file_in_work(), closing(_InHand(self._room, self._totals)) as in_hand:
             async with (
                 Output(self._sink.create(output_name, item, onto=onto), lines_format) as output,
                 Rejects(self._rejects, item, lines_format) as rejects,
-                aclosing(all_blocks()) as read,
+                aclosing(reader.blocks()) as read,
                 aclosing(in_hand.let_in(read)) as let_in,
                 aclosing(worked_ahead(let_in, partial(self._ask, budget=budget))) as asked,
             ):
                 async for block, (windows, answers) in asked:
+                    if block.long_line is not None:
+                        await self._reject(block.long_line, rejects, counts)
+                        in_hand.done_with(block.held_bytes)
+                        continue
+                    in_hand.count(sum(one.extra for one in windows))
                     augmented, rejected = window.settled(windows, answers, counts)
                     del windows, answers  # while it is written, only the text of it is held
                     if rejected:
@@ -96,6 +106,10 @@ class Pipeline:
                     in_hand.done_with(block.held_bytes)
                 counts.read = in_hand.lines_read
                 _check(counts)
+                if rejects.first and not counts.augmented:
+                    raise NoLineAugmentedError(
+                        rejected=counts.rejected, first=rejects.first, hint=reader.hint
+                    )
                 if rejects.any:
                     await self._see_that_nobody_was_faster(item, output_name, onto)
                 await rejects.complete()
@@ -109,9 +123,16 @@ class Pipeline:
         if made and made.from_this_input and made.version != onto:
             raise DoneElsewhereError
 
+    async def _reject(self, part: LongLinePart, rejects: Rejects, counts: LineCounts) -> None:
+        """Pass a line that is over the limit on to the rejects, part by part."""
+        await rejects.write_part(part, number=counts.settled + 1, reason=self._limits.long_line_reason)
+        counts.rejected += part.is_last
+
     async def _ask(self, block: _Block, *, budget: RetryBudget) -> tuple[list[Window], Answers]:
         windows: list[Window] = []
-        pairs = window.parsed(block.pieces, first=block.first, into=windows)
+        if block.long_line is not None:
+            return windows, Answers(b"")
+        pairs = window.parsed(block.pieces, into=windows)
         with self._tracing.span("window", lines=block.count, bytes=block.size_bytes):
             return windows, await self._client.ask(pairs, budget, text_bytes=block.size_bytes)
 
@@ -129,17 +150,23 @@ class _InHand:
         self._taken_bytes = 0
         self.lines_read = 0
 
-    async def let_in(self, all_blocks: AsyncIterator[list[Piece]]) -> AsyncGenerator[_Block]:
+    async def let_in(self, all_blocks: AsyncGenerator[Block]) -> AsyncGenerator[_Block]:
         """The blocks, each as soon as there is room for it."""
-        async for pieces in all_blocks:
-            size_bytes = sum(len(piece.text) for piece in pieces)
-            count = sum(piece.count for piece in pieces)
-            block = _Block(self.lines_read + 1, count, size_bytes, pieces)
+        async for read in all_blocks:
+            if isinstance(read, LongLinePart):
+                block = _Block(int(read.is_last), len(read.text), [], read)
+            else:
+                size_bytes = sum(len(piece.text) for piece in read)
+                block = _Block(sum(piece.count for piece in read), size_bytes, read)
             await self._room.take(block.held_bytes)
             self._taken_bytes += block.held_bytes
-            self.lines_read += count
-            self._totals.lines_read += count
+            self.count(block.count)
             yield block
+
+    def count(self, lines: int) -> None:
+        """So many lines were read, or one was found to be so many more."""
+        self.lines_read += lines
+        self._totals.lines_read += lines
 
     def done_with(self, size_bytes: int) -> None:
         """A block of this size is written."""
@@ -159,24 +186,3 @@ def _check(counts: LineCounts) -> None:
             rejected=counts.rejected,
             blank=counts.blank,
         )
-
-
-async def read_blocks(
-    source: Store, item: Item, lines_format: Format, totals: Totals
-) -> AsyncGenerator[list[Piece]]:
-    """The file's text in blocks of whole lines, piece by piece. Raises FileError."""
-    async with (
-        aclosing(source.read(item)) as chunks,
-        aclosing(_decoded(chunks, lines_format.decoder(), totals)) as decoded,
-        aclosing(blocks(decoded)) as all_blocks,
-    ):
-        async for block in all_blocks:
-            yield block
-
-
-async def _decoded(chunks: AsyncIterator[bytes], decoder: Decoder, totals: Totals) -> AsyncGenerator[bytes]:
-    async for chunk in chunks:
-        totals.bytes_read += len(chunk)
-        for decoded in decoder.feed(chunk):
-            yield decoded
-    decoder.finish()

@@ -17,12 +17,12 @@ from services.augmenter.locations import S3Place
 from services.augmenter.message_lease import MessageGoneError, MessageLease
 from services.augmenter.metrics import Metrics
 from services.augmenter.notices import Message, Notice, UnreadableMessageError
-from services.augmenter.object_store.protocol import is_input
 from services.augmenter.object_store.s3_client import named
 from services.augmenter.recent import Recent
 from services.augmenter.runner import Runner
 from services.augmenter.tasks import together
 from services.augmenter.totals import Totals
+from services.common.file_names import is_input
 
 _LONG_POLL_SECONDS, _SHORT_POLL_SECONDS = 10, 2
 _AGAIN_SECONDS = 5.0

@@ -17,9 +17,14 @@ class LineCounts:
     blank: int = 0
 
     @property
+    def settled(self) -> int:
+        """How many lines it is known of what became of them."""
+        return self.augmented + self.rejected + self.blank
+
+    @property
     def balanced(self) -> bool:
         """Whether nothing was lost."""
-        return self.read == self.augmented + self.rejected + self.blank
+        return self.read == self.settled
 
     def add(self, other: "LineCounts") -> None:
         """Add another file's."""

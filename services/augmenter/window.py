@@ -8,7 +8,8 @@ from services.augmenter import jsonl
 from services.augmenter.jsonl import Pair
 from services.augmenter.splice import all_spliced, spliced
 from services.augmenter.totals import LineCounts
-from services.common.lines import BOM, Piece
+from services.common import json_objects
+from services.common.lines import Piece
 
 RejectedLine: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason
 _FEW_LINES = 32
@@ -38,18 +39,22 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class PlainWindow:
-    """Lines that can all be asked, kept without their outer braces. `first` is the first line's number.
+    """Lines that can all be asked, kept without their outer braces.
 
     Their pairs are not kept: what waits for its answer should be small.
     """
 
-    first: int
     inner: list[bytes]
 
     @property
     def count(self) -> int:
         """How many lines."""
         return len(self.inner)
+
+    @property
+    def extra(self) -> int:
+        """How many more they are than the text has line ends for."""
+        return 0
 
     @property
     def blank(self) -> int:
@@ -61,6 +66,10 @@ class PlainWindow:
         """How many of them cannot be asked."""
         return 0
 
+    def first_bad(self) -> tuple[int, str] | None:
+        """The place of the first of those, and why."""
+        return None
+
     @property
     def asked(self) -> int:
         """How many of them are asked."""
@@ -70,7 +79,7 @@ class PlainWindow:
         """What becomes of the lines, each counted. The answers are to those asked."""
         if answers.refused:
             text = b"{" + b"}\n{".join(self.inner) + b"}"
-            mixed, _ = _mixed(text, first=self.first)  # the same pairs in the same order
+            mixed, _ = _mixed(text)  # the same pairs in the same order
             return mixed.settled(answers, counts)
         counts.augmented += len(self.inner)
         return Settled(all_spliced(self.inner, answers.levels), [])
@@ -83,10 +92,10 @@ class MixedWindow:
     That is, of a line that is asked, whether it has a `seniority` to be replaced; None of a blank one.
     """
 
-    first: int
     lines: list[bytes]
     texts: list[bytes]
     fates: list[bool | jsonl.Rejected | None]
+    extra: int
 
     @property
     def count(self) -> int:
@@ -103,6 +112,17 @@ class MixedWindow:
         """How many of them cannot be asked."""
         return sum(isinstance(fate, jsonl.Rejected) for fate in self.fates)
 
+    def first_bad(self) -> tuple[int, str] | None:
+        """The place of the first of those, and why."""
+        return next(
+            (
+                (place, fate.reason)
+                for place, fate in enumerate(self.fates)
+                if isinstance(fate, jsonl.Rejected)
+            ),
+            None,
+        )
+
     @property
     def asked(self) -> int:
         """How many of them are asked."""
@@ -113,6 +133,7 @@ class MixedWindow:
         augmented: list[bytes] = []
         rejected: list[RejectedLine] = []
         blank = 0
+        first = counts.settled + 1
         asked = enumerate(answers.levels)
         for place, (text, fate) in enumerate(zip(self.texts, self.fates, strict=True)):
             if isinstance(fate, bool):
@@ -126,7 +147,7 @@ class MixedWindow:
                 continue
             else:
                 reason = fate.reason
-            rejected.append((self.first + place, self.lines[place], reason))
+            rejected.append((first + place, self.lines[place], reason))
         counts.augmented += len(augmented)
         counts.rejected += len(rejected)
         counts.blank += blank
@@ -136,11 +157,11 @@ class MixedWindow:
 Window: TypeAlias = PlainWindow | MixedWindow
 
 
-def parsed(block: list[Piece], *, first: int, into: list[Window]) -> Iterator[list[Pair]]:
+def parsed(block: list[Piece], *, into: list[Window]) -> Iterator[list[Pair]]:
     """The pair of each line that is to be asked, piece by piece; adds the piece's window to `into`.
 
     What is parsed is still in the processor's cache, if whoever takes it looks at it at once. The block is
-    emptied: the windows replace it. `first` is the first line's number.
+    emptied: the windows replace it.
     """
     block.reverse()
     while block:
@@ -149,21 +170,23 @@ def parsed(block: list[Piece], *, first: int, into: list[Window]) -> Iterator[li
         made: Window
         if plain is not None:
             inner, pairs = plain
-            made = PlainWindow(first, inner)
+            made = PlainWindow(inner)
         elif piece.count > _FEW_LINES:  # the odd ones are few, as a rule: those beside them go the fast way
             block += reversed(piece.halves())
             continue
         else:
-            made, pairs = _mixed(piece.text, first=first)
+            made, pairs = _mixed(piece.text)
         into.append(made)
-        first += piece.count
         yield pairs
 
 
 def settled(
     windows: Iterable[Window], answers: Answers, counts: LineCounts
 ) -> tuple[bytes, list[RejectedLine]]:
-    """The output lines and the rejected ones; counts what became of each."""
+    """The output lines and the rejected ones; counts what became of each.
+
+    The windows are in the order of the file: a line's number is how many were counted before it, and one.
+    """
     augmented: list[bytes] = []
     rejected: list[RejectedLine] = []
     place = 0
@@ -176,12 +199,11 @@ def settled(
     return b"".join(augmented), rejected
 
 
-def _mixed(text: bytes, *, first: int) -> tuple[MixedWindow, list[Pair]]:
-    lines = text.split(b"\n")
+def _mixed(text: bytes) -> tuple[MixedWindow, list[Pair]]:
+    ends = text.split(b"\n")
+    lines = [part for line in ends for part in json_objects.split(line)]
     texts = [jsonl.strip(line) for line in lines]
-    if first == 1:  # a byte order mark belongs to the file, not to its first line
-        texts[0] = jsonl.strip(lines[0].removeprefix(BOM))
     entries = jsonl.parse(texts)
     pairs = [entry.pair for entry in entries if isinstance(entry, jsonl.Posting)]
     fates = [entry.has_seniority if isinstance(entry, jsonl.Posting) else entry for entry in entries]
-    return MixedWindow(first, lines, texts, fates), pairs
+    return MixedWindow(lines, texts, fates, len(lines) - len(ends)), pairs

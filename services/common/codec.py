@@ -6,6 +6,7 @@ whole: with deflate at most about a thousandfold, so 4 MiB; with zstd 128 KiB fo
 
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import zstandard
@@ -17,8 +18,9 @@ _ZSTD_SLICE_BYTES = 256
 _GZIP_WINDOW_BITS: Final = 31  # zlib's way to say "gzip, with its header and checksum"
 _ZSTD_LEVEL = 3
 # Each file in work holds a window. RFC 8878 asks a reader for this; only `--long` and `--ultra` make larger.
-_ZSTD_WINDOW_BYTES = 8 * 2**20
+MAX_ZSTD_WINDOW_BYTES = 8 * 2**20
 _ZSTD_WINDOW_TOO_LARGE = "requires too much memory"  # zstd's own words: it has no code that tells it apart
+_BASES = (".jsonl", ".ndjson", ".jl", ".json")
 
 
 class Decoder(Protocol):
@@ -27,8 +29,8 @@ class Decoder(Protocol):
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Decode the next bytes."""
 
-    def finish(self) -> None:
-        """Say that there are no more; raises CorruptInputError if that cannot be the end."""
+    def finish(self) -> Iterator[bytes]:
+        """Decode the last bytes. Raises CorruptInputError if that cannot be the end."""
 
 
 class Encoder(Protocol):
@@ -45,8 +47,8 @@ class _Plain:
     def feed(self, data: bytes) -> Iterator[bytes]:
         yield data
 
-    def finish(self) -> None:
-        pass
+    def finish(self) -> Iterator[bytes]:
+        return iter(())
 
     def compress(self, data: bytes, /) -> bytes:
         return data
@@ -58,19 +60,30 @@ class _Plain:
 class _Frames:
     """Compressed frames (gzip members, zstd frames), one after the other until the end of the file."""
 
-    def __init__(self, new_frame: Callable[[], Any], *, slice_bytes: int, padding: bytes) -> None:
+    def __init__(
+        self,
+        lines_format: "Format",
+        new_frame: Callable[[], Any],
+        *,
+        slice_bytes: int,
+        padding: bytes = b"",
+        max_window_bytes: int = MAX_ZSTD_WINDOW_BYTES,
+    ) -> None:
+        self._format = lines_format
+        self._max_window_bytes = max_window_bytes
         self._new_frame = new_frame
         self._slice_bytes = slice_bytes
-        self._any = False
         self._padding = padding  # what may stand between and behind frames
+        self._any = False
         self._frame: Any = None  # None: between frames
+        self._begun = b""  # fewer bytes than tell whether another frame begins
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         for start in range(0, len(data), self._slice_bytes):
             rest = data[start : start + self._slice_bytes]
             while rest:
                 if self._frame is None:
-                    rest = rest.lstrip(self._padding) if self._padding and self._any else rest
+                    rest = self._between(rest)
                     if not rest:
                         break
                     self._frame, self._any = self._new_frame(), True
@@ -78,50 +91,108 @@ class _Frames:
                     yield self._frame.decompress(rest)
                 except (zlib.error, zstandard.ZstdError, MemoryError) as error:
                     if _ZSTD_WINDOW_TOO_LARGE in str(error):
-                        raise WindowTooLargeError(limit_bytes=_ZSTD_WINDOW_BYTES) from error
+                        raise WindowTooLargeError(limit_bytes=self._max_window_bytes) from error
                     message = f"the compressed input is corrupt: {error}"
                     raise CorruptInputError(message) from error
                 rest = b""
                 if self._frame.eof:
                     rest, self._frame = self._frame.unused_data, None
 
-    def finish(self) -> None:
-        if self._frame is not None:
+    def _between(self, rest: bytes) -> bytes:
+        """Return the bytes that the next frame begins with, none while they are too few."""
+        if self._any and not self._begun:
+            rest = rest.lstrip(self._padding) if self._padding else rest
+        rest = self._begun + rest
+        self._begun = b""
+        if self._format.may_begin(rest):
+            self._begun = rest
+            return b""
+        if rest and not self._format.begins(rest):
+            self._refuse()
+        return rest
+
+    def _refuse(self) -> None:
+        name = self._format.compression
+        if self._any:
+            message = f"the compressed input is corrupt: bytes that are not {name} follow the {name} data"
+        else:
+            message = f"the compressed input is corrupt: it does not begin as {name} does"
+        raise CorruptInputError(message)
+
+    def finish(self) -> Iterator[bytes]:
+        if self._begun and self._any:
+            self._refuse()
+        if self._frame is not None or self._begun:
             raise CorruptInputError("the compressed input is cut short")
+        return iter(())
 
 
+@dataclass(frozen=True, eq=False)
 class Format:
-    """A way to store lines, known by its suffix."""
+    """A way to store lines, known by its suffix. `compression` is its name, empty for plain text."""
 
-    def __init__(self, suffix: str, decoder: Callable[[], Decoder], encoder: Callable[[], Encoder]) -> None:
-        self.suffix = suffix
-        self.decoder = decoder
-        self.encoder = encoder
+    suffix: str
+    compression: str = ""
+    magics: tuple[bytes, ...] = ()
 
+    @property
+    def names(self) -> str:
+        """What its files' names end in, for people."""
+        return ", ".join(base + self.suffix for base in _BASES)
 
-PLAIN = Format(".jsonl", _Plain, _Plain)
-_FORMATS = (
-    PLAIN,
-    Format(
-        ".jsonl.gz",
-        lambda: _Frames(
-            lambda: zlib.decompressobj(wbits=_GZIP_WINDOW_BITS), slice_bytes=_GZIP_SLICE_BYTES, padding=b"\0"
-        ),
-        lambda: zlib.compressobj(wbits=_GZIP_WINDOW_BITS),
-    ),
-    Format(
-        ".jsonl.zst",
-        lambda: _Frames(
-            lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj(),
+    def begins(self, data: bytes) -> bool:
+        """Return whether a file of this format begins with these bytes."""
+        return data.startswith(self.magics)
+
+    def may_begin(self, data: bytes) -> bool:
+        """Return whether more bytes are needed to know."""
+        return any(len(data) < len(magic) and magic.startswith(data) for magic in self.magics)
+
+    def decoder(self, *, max_zstd_window_bytes: int = MAX_ZSTD_WINDOW_BYTES) -> Decoder:
+        """Return a decoder that takes nothing but this format."""
+        if self is GZIP:
+            return _Frames(
+                self,
+                lambda: zlib.decompressobj(wbits=_GZIP_WINDOW_BITS),
+                slice_bytes=_GZIP_SLICE_BYTES,
+                padding=b"\0",
+            )
+        if self is PLAIN:
+            return _Plain()
+        return _Frames(
+            self,
+            lambda: zstandard.ZstdDecompressor(max_window_size=max_zstd_window_bytes).decompressobj(),
             slice_bytes=_ZSTD_SLICE_BYTES,
-            padding=b"",
-        ),
-        lambda: zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj(),
-    ),
+            max_window_bytes=max_zstd_window_bytes,
+        )
+
+    def encoder(self) -> Encoder:
+        """Return an encoder into this format."""
+        if self is PLAIN:
+            return _Plain()
+        if self is GZIP:
+            return zlib.compressobj(wbits=_GZIP_WINDOW_BITS)
+        return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj()
+
+
+PLAIN = Format("")
+GZIP = Format(".gz", "gzip", (b"\x1f\x8b",))
+# The last sixteen begin a frame that holds something else than text, and is skipped.
+ZSTD = Format(
+    ".zst",
+    "zstd",
+    (b"\x28\xb5\x2f\xfd", *(bytes([low, 0x2A, 0x4D, 0x18]) for low in range(0x50, 0x60))),
 )
-SUFFIXES = tuple(known.suffix for known in _FORMATS)
+FORMATS = (PLAIN, GZIP, ZSTD)
+SUFFIXES = tuple(base + known.suffix for base in _BASES for known in FORMATS)
+NAMES = f"{', '.join(_BASES)}, each also with {GZIP.suffix} or {ZSTD.suffix}, in any case"
+"""For people: what the name of a file of lines ends in."""
 
 
 def format_of(name: str) -> Format | None:
-    """The format that a file's name says, if it says one."""
-    return next((known for known in _FORMATS if name.endswith(known.suffix)), None)
+    """Return the format that a file's name says, if it says one."""
+    lower = name.lower()
+    for known in FORMATS:
+        if lower.endswith(known.suffix) and lower.removesuffix(known.suffix).endswith(_BASES):
+            return known
+    return None

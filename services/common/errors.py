@@ -1,5 +1,7 @@
 """The base of every error that a command may show to its user."""
 
+from services.common.units import format_size
+
 
 class CommandError(Exception):
     """Ends a command with one clear line on standard error; `exit_code` is the process's."""
@@ -21,18 +23,15 @@ class CorruptInputError(FileError):
     """The compressed input cannot be read to its end."""
 
 
+class UnreadableFormatError(FileError):
+    """The file holds something else than lines of JSON."""
+
+
 class WindowTooLargeError(FileError):
     """To read the compressed input takes more memory than one file may have."""
 
     def __init__(self, *, limit_bytes: int) -> None:
         super().__init__(
-            f"its zstd window is over {limit_bytes // 2**20} MiB; compress it again without --long or --ultra"
+            f"its zstd window is over {format_size(limit_bytes)}; compress it again without --long or "
+            "--ultra, or raise --max-zstd-window"
         )
-
-
-class LineTooLongError(FileError):
-    """A line is longer than memory may be spent on."""
-
-    def __init__(self, *, line: int, limit_bytes: int) -> None:
-        super().__init__(f"line {line} is longer than {limit_bytes // 2**20} MiB")
-        self.line = line

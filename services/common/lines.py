@@ -1,15 +1,17 @@
-"""A stream of bytes cut into blocks of whole lines, in bounded memory."""
+"""A stream of bytes cut into blocks of whole lines, in bounded memory.
+
+Of several JSON objects on one line each is a line.
+"""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from services.common.errors import LineTooLongError
+from services.common import json_objects
 
 WINDOW_BYTES = 2**20
 WINDOW_LINES = 20_000
 MAX_LINE_BYTES = 4 * 2**20  # a file in work has several in hand: read, parsed, spliced, on its way
-BOM = b"\xef\xbb\xbf"
 _PIECE_BYTES = 2**17  # with what is parsed of it, what a processor's core has as cache of its own
 
 
@@ -30,67 +32,152 @@ class Piece:
         return Piece(first, count), Piece(self.text[cut + 1 :], self.count - count)
 
 
-async def windows(chunks: AsyncIterator[bytes]) -> AsyncGenerator[list[bytes]]:
-    """Lists of lines without their line feed, which alone ends a line; a last line may lack it."""
-    async with aclosing(blocks(chunks)) as all_blocks:
-        async for block in all_blocks:
-            yield [line for piece in block for line in piece.text.split(b"\n")]
+@dataclass(frozen=True, slots=True)
+class LongLinePart:
+    """A part of a line that is over the limit. The parts of a line follow one another."""
+
+    text: bytes
+    is_last: bool
 
 
-async def blocks(chunks: AsyncIterator[bytes]) -> AsyncGenerator[list[Piece]]:
-    """The same lines in pieces, so many at a time."""
-    buffer = bytearray()
-    lines_before = 0
+Block: TypeAlias = list[Piece] | LongLinePart
+
+
+async def blocks(chunks: AsyncIterator[bytes], *, max_line_bytes: int | None = None) -> AsyncGenerator[Block]:
+    """Yield the lines in pieces, so many at a time. A line feed alone ends a line; the last may lack it."""
+    cutter = _Cutter(MAX_LINE_BYTES if max_line_bytes is None else max_line_bytes)
     async for chunk in chunks:
-        searched = len(buffer) if len(buffer) >= WINDOW_BYTES else 0
-        buffer += chunk
-        if len(buffer) < WINDOW_BYTES:
-            continue
-        _check_first_line(buffer, lines_before)
-        cut = buffer.rfind(b"\n", searched)
+        for block in cutter.feed(chunk):
+            yield block
+            del block
+    for block in cutter.finish():
+        yield block
+
+
+class _Cutter:
+    """State: `_buffer`, what is not cut yet; `_long_line`, finds the end of a line over the limit.
+
+    `_next_scan_bytes`: how much of a line without an end is there when it is next scanned for objects.
+    """
+
+    def __init__(self, max_line_bytes: int) -> None:
+        self._max_line_bytes = max_line_bytes
+        self._piece_bytes = min(_PIECE_BYTES, max_line_bytes)
+        self._buffer = bytearray()
+        self._long_line: json_objects.ObjectScanner | None = None
+        self._next_scan_bytes = 0
+
+    def feed(self, chunk: bytes) -> Iterator[Block]:
+        """Yield what the next bytes complete. Of a large chunk no more than a window is added at a time."""
+        if len(chunk) <= WINDOW_BYTES:
+            yield from self._add(chunk)
+            return
+        for start in range(0, len(chunk), WINDOW_BYTES):
+            yield from self._add(chunk[start : start + WINDOW_BYTES])
+
+    def _add(self, data: bytes) -> Iterator[Block]:
+        searched = len(self._buffer) if len(self._buffer) >= WINDOW_BYTES else 0
+        self._buffer += data
+        if len(self._buffer) < WINDOW_BYTES:
+            return
+        if self._long_line is not None:
+            yield from self._continue_long_line(self._long_line)
+            if len(self._buffer) < WINDOW_BYTES:
+                return
+            searched = 0
+        cut = self._buffer.rfind(b"\n", searched)
         if cut >= 0:
-            all_blocks = list(_bounded(bytes(memoryview(buffer)[:cut])))  # the pieces alone, not the text too
-            del buffer[: cut + 1]
+            self._next_scan_bytes = 0
+            # The pieces alone, not the text too.
+            all_blocks = list(self._bounded(bytes(memoryview(self._buffer)[:cut])))
+            del self._buffer[: cut + 1]
             for block in all_blocks:
-                lines_before += sum(piece.count for piece in block)
                 yield block
                 del block
-    _check_first_line(buffer, lines_before)
-    if buffer:
-        for block in list(_bounded(bytes(buffer).removesuffix(b"\n"))):
+        else:
+            yield from self._cut_line_without_end()
+
+    def _continue_long_line(self, scanner: json_objects.ObjectScanner) -> Iterator[Block]:
+        end = self._buffer.find(b"\n")
+        part = self._buffer if end < 0 else self._buffer[:end]
+        next_object = scanner.feed(part)
+        if next_object >= 0:
+            end = next_object
+            part = part[:end]
+        self._long_line = scanner if end < 0 else None
+        yield LongLinePart(bytes(part), is_last=end >= 0)
+        if end < 0:
+            self._buffer.clear()
+        else:
+            del self._buffer[: end if next_object >= 0 else end + 1]
+
+    def _cut_line_without_end(self) -> Iterator[Block]:
+        is_over = len(self._buffer) > self._max_line_bytes
+        if is_over or len(self._buffer) >= self._next_scan_bytes:
+            parts, rest = json_objects.leading(bytes(self._buffer))
+            # Each scan begins at the front again: with twice as much each time, all of them cost two.
+            self._next_scan_bytes = 2 * len(self._buffer)
+            if parts:
+                self._buffer = bytearray(rest)
+                self._next_scan_bytes = 2 * len(rest)
+                yield from self._bounded(b"\n".join(parts))
+                is_over = len(self._buffer) > self._max_line_bytes
+        if is_over:
+            self._next_scan_bytes = 0
+            yield from self._continue_long_line(json_objects.ObjectScanner(self._buffer))
+
+    def finish(self) -> Iterator[Block]:
+        """Yield the last lines."""
+        if self._long_line is not None:
+            yield from self._continue_long_line(self._long_line)
+            if self._long_line is not None:
+                yield LongLinePart(b"", is_last=True)
+                return
+        if self._buffer:
+            yield from list(self._bounded(bytes(self._buffer).removesuffix(b"\n")))
+
+    def _bounded(self, text: bytes) -> Iterator[Block]:
+        """Yield blocks of a bounded number of lines: very short lines cost more than their bytes."""
+        block: list[Piece] = []
+        room = WINDOW_LINES
+        for piece in self._pieces(text):
+            if isinstance(piece, LongLinePart) or (piece.count > room and block):
+                if block:
+                    yield block
+                block, room = [], WINDOW_LINES
+            if isinstance(piece, LongLinePart):
+                yield piece
+                continue
+            block.append(piece)
+            room -= piece.count
+        if block:
             yield block
 
-
-def _check_first_line(buffer: bytearray, lines_before: int) -> None:
-    """Only the first can be too long: the buffer is emptied of whole lines as soon as it is a window."""
-    if len(buffer) > MAX_LINE_BYTES and not 0 <= buffer.find(b"\n") <= MAX_LINE_BYTES:
-        raise LineTooLongError(line=lines_before + 1, limit_bytes=MAX_LINE_BYTES)
-
-
-def _bounded(text: bytes) -> Iterator[list[Piece]]:
-    """The text in blocks of a bounded number of lines: very short lines cost more than their bytes."""
-    block: list[Piece] = []
-    room = WINDOW_LINES
-    for piece in _pieces(text):
-        if piece.count > room and block:
-            yield block
-            block, room = [], WINDOW_LINES
-        block.append(piece)
-        room -= piece.count
-    yield block
-
-
-def _pieces(text: bytes) -> Iterator[Piece]:
-    start = 0
-    while len(text) - start > _PIECE_BYTES:
-        cut = text.rfind(b"\n", start, start + _PIECE_BYTES)
-        if cut < 0:
-            cut = text.find(b"\n", start + _PIECE_BYTES)
+    def _pieces(self, text: bytes) -> Iterator[Piece | LongLinePart]:
+        """Yield the lines, so many that a piece is at most so long, but for a line that is longer itself."""
+        start = 0
+        while len(text) - start > self._piece_bytes:
+            cut = text.rfind(b"\n", start, start + self._piece_bytes + 1)
             if cut < 0:
-                break
-        yield from _counted(text[start:cut])
-        start = cut + 1
-    yield from _counted(text[start:] if start else text)
+                cut = text.find(b"\n", start + self._piece_bytes)
+                line = text[start:] if cut < 0 else text[start:cut]
+                yield from self._large_line(line)
+                if cut < 0:
+                    return
+            else:
+                yield from _counted(text[start:cut])
+            start = cut + 1
+        yield from _counted(text[start:] if start else text)
+
+    def _large_line(self, line: bytes) -> Iterator[Piece | LongLinePart]:
+        if len(line) <= self._max_line_bytes:
+            yield Piece(line, 1)
+            return
+        for part in json_objects.split(line):
+            if len(part) <= self._max_line_bytes:
+                yield Piece(part, 1)
+            else:
+                yield LongLinePart(part, is_last=True)
 
 
 def _counted(text: bytes) -> Iterator[Piece]:

@@ -29,6 +29,14 @@ def parse_size_bytes(text: str) -> int:
     return int(number * _BYTES[unit])
 
 
+def format_size(size_bytes: int) -> str:
+    """Return a size for people, in the largest unit that it is a whole number of."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size_bytes and size_bytes % _BYTES[unit] == 0:
+            return f"{size_bytes // _BYTES[unit]} {unit}"
+    return f"{size_bytes} bytes"
+
+
 def is_address(text: str) -> bool:
     """Whether `text` is `host:port`, with a port that exists, or `unix:path`."""
     port = text.rpartition(":")[2] if ":" in text else ""

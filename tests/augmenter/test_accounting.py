@@ -17,15 +17,15 @@ Parse = Callable[..., Iterator[list[Pair]]]
 def _losing_a_line(parse: Parse) -> Parse:
     """As `parse`, but of each piece it forgets the last line."""
 
-    def lose(block: list[Piece], *, first: int, into: list[Window]) -> Iterator[list[Pair]]:
-        for pairs in parse(block, first=first, into=into):
+    def lose(block: list[Piece], *, into: list[Window]) -> Iterator[list[Pair]]:
+        for pairs in parse(block, into=into):
             made = into.pop()
             if isinstance(made, PlainWindow):
-                into.append(PlainWindow(made.first, made.inner[:-1]))
+                into.append(PlainWindow(made.inner[:-1]))
                 yield pairs[:-1]
             else:
                 lines, texts, fates = made.lines[:-1], made.texts[:-1], made.fates[:-1]
-                into.append(MixedWindow(made.first, lines, texts, fates))
+                into.append(MixedWindow(lines, texts, fates, made.extra))
                 yield pairs
 
     return lose

@@ -81,3 +81,21 @@ def test_once_tries_a_failing_file_once(
     ended = augment(*queue_args(bucket, queue, stub.target))
     assert (ended.code, ended.err.count("does not exist")) == (1, 1)
     assert queue.count() == 1
+
+
+@pytest.mark.slow
+def test_message_of_a_file_without_a_good_line_stays(
+    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
+) -> None:
+    """A pretty-printed file has failed, also where rejects are tolerated: its message is not deleted."""
+    queue = make_queue()
+    bucket.put("raw/1.jsonl", b'{\n "company": "Acme",\n "title": "Clerk"\n}\n')
+    bucket.put("raw/2.jsonl", b"company,title\nAcme,Clerk\n")
+    for name in "12":
+        queue.send(made(bucket.name, f"raw/{name}.jsonl"))
+    ended = augment(*queue_args(bucket, queue, stub.target), "--ok-rejects")
+    assert ended.code == 1
+    assert "1.jsonl: it is JSON that spans several lines" in ended.err
+    assert "2.jsonl: no line can be augmented (2 rejected): line 1: not JSON" in ended.err
+    assert [key for key in bucket.listed() if key.startswith("mod/")] == []
+    assert queue.count() == 2

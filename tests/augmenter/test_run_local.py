@@ -32,7 +32,7 @@ def test_folder_keeps_names_order_and_bytes(augment: Augment, stub: Stub, tmp_pa
     (source / "1.jsonl").write_bytes(text)
     (source / "deep" / "2.jsonl.gz").write_bytes(gzip.compress(text))
     (source / "3.jsonl.zst").write_bytes(zstandard.compress(text))
-    for ignored in ("notes.txt", ".hidden.jsonl", "x.json"):
+    for ignored in ("notes.txt", ".hidden.jsonl", "x.json.bz2"):
         (source / ignored).write_bytes(text)
     (source / ".git").mkdir()
     (source / ".git" / "4.jsonl").write_bytes(text)
@@ -95,10 +95,10 @@ def test_hostile_lines_are_kept_apart(augment: Augment, stub: Stub, tmp_path: Pa
 
 def test_rejected_first_line_keeps_its_byte_order_mark(augment: Augment, stub: Stub, tmp_path: Path) -> None:
     """A rejected line is kept byte for byte, the mark in front of the file's first one included."""
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf[]\n")
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf[]\n" + posting())
     assert augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target).code == 3
     assert (tmp_path / "_rejects" / "a.jsonl").read_bytes() == b"\xef\xbb\xbf[]\n"
-    assert (tmp_path / "b.jsonl").read_bytes() == b""
+    assert (tmp_path / "b.jsonl").read_bytes() == posting()[:-1] + _level()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
@@ -114,7 +114,7 @@ def test_nothing_to_augment_is_an_empty_output(
     (tmp_path / f"a{suffix}").write_bytes(packed)
     assert augment(tmp_path / f"a{suffix}", f"{tmp_path}/out/", "--target", stub.target).code == 0
     assert b"".join(decoder.feed((tmp_path / "out" / f"a{suffix}").read_bytes())) == b""
-    decoder.finish()
+    assert list(decoder.finish()) == []
     assert not (tmp_path / "out" / "_rejects").exists()
 
 
@@ -159,7 +159,8 @@ def test_rejects_are_never_input(augment: Augment, stub: Stub, tmp_path: Path) -
     assert augment(tmp_path / "in", first, "--target", stub.target).code == 3
     assert augment(first, second, "--target", stub.target).code == 0
     assert [path.name for path in second.rglob("*")] == ["a.jsonl"]
-    assert augment(first / "_rejects", tmp_path / "third", "--target", stub.target).code == 3
+    (first / "_rejects" / "a.jsonl").write_bytes(posting())
+    assert augment(first / "_rejects", tmp_path / "third", "--target", stub.target).code == 0
     assert not (tmp_path / "third" / "a.jsonl.reasons.jsonl").exists()
 
 
@@ -167,7 +168,7 @@ def test_exit_codes_of_rejects_and_failures(augment: Augment, stub: Stub, tmp_pa
     """3 for rejected lines, 0 when they are fine, 1 as soon as a file failed; the failed one is named."""
     source = tmp_path / "in"
     source.mkdir()
-    (source / "a.jsonl").write_bytes(b"bad\n")
+    (source / "a.jsonl").write_bytes(b"bad\n" + posting())
     common = ("--target", stub.target, "--overwrite")
     assert augment(source, tmp_path / "out", *common).code == 3
     assert augment(source, tmp_path / "out", *common, "--ok-rejects").code == 0

@@ -6,7 +6,7 @@ import random
 import pytest
 import zstandard
 
-from services.common.codec import SUFFIXES, format_of
+from services.common.codec import GZIP, PLAIN, SUFFIXES, ZSTD, Format, format_of
 from services.common.errors import CorruptInputError, WindowTooLargeError
 
 _TEXT = b'{"company":"Acme","title":"Clerk"}\n' * 2_000
@@ -57,7 +57,7 @@ def test_damaged_input_is_a_typed_error(name: str, whole: bytes) -> None:
     for damaged, said in (
         (whole[:-1], "cut short"),
         (whole[:3], "cut short"),
-        (b"plain text\n", "corrupt"),
+        (b"plain text\n", "corrupt: it does not begin as"),
         (whole + b"plain text\n", "corrupt"),
         (whole[: len(whole) // 2] + b"\xff\x00\xff\x00" * 8 + whole[len(whole) // 2 :], "corrupt|cut short"),
     ):
@@ -67,7 +67,7 @@ def test_damaged_input_is_a_typed_error(name: str, whole: bytes) -> None:
 
 def test_file_of_no_bytes_is_empty() -> None:
     """An empty file is an empty text, whatever its name says."""
-    assert [_decoded(f"x{suffix}", b"", piece=1) for suffix in SUFFIXES] == [b"", b"", b""]
+    assert {_decoded(f"x{suffix}", b"", piece=1) for suffix in SUFFIXES} == {b""}
 
 
 def test_pieces_stay_small_whatever_the_ratio() -> None:
@@ -79,10 +79,37 @@ def test_pieces_stay_small_whatever_the_ratio() -> None:
     assert max(pieces) < 5 * 2**20
 
 
-@pytest.mark.parametrize("name", ["a.json", "jsonl", "a.jsonl.bz2", "a.gz", "a.JSONL"])
+@pytest.mark.parametrize(
+    "name", ["a.csv", "jsonl", "a.jsonl.bz2", "a.gz", "a.jsonl.gz.gz", "ajson", "a.jsonl "]
+)
 def test_other_names_have_no_format(name: str) -> None:
-    """Only the three suffixes are known."""
+    """Only names of lines of JSON, plain or compressed, have a format."""
     assert format_of(name) is None
+
+
+@pytest.mark.parametrize("base", [".jsonl", ".ndjson", ".jl", ".json", ".JSONL", ".Json"])
+@pytest.mark.parametrize(
+    ("compression", "known"), [("", PLAIN), (".gz", GZIP), (".zst", ZSTD), (".GZ", GZIP), (".Zst", ZSTD)]
+)
+def test_names_of_lines_of_json(base: str, compression: str, known: Format) -> None:
+    """Every usual suffix is known, in any case."""
+    assert format_of(f"a/b.c{base}{compression}") is known
+
+
+@pytest.mark.parametrize("behind", [b"x", b"\n", b"PK", b"\x1f", b"\x28\xb5"])
+@pytest.mark.parametrize("piece", [1, 2**20])
+def test_bytes_behind_the_data_are_named(behind: bytes, piece: int) -> None:
+    """Even one byte behind a gzip or a zstd is not called cut short: it is not part of the data."""
+    for name, whole in (("x.jsonl.gz", gzip.compress(b"a")), ("x.jsonl.zst", zstandard.compress(b"a"))):
+        with pytest.raises(CorruptInputError, match=r"bytes that are not .* follow"):
+            _decoded(name, whole + behind, piece=piece)
+
+
+def test_skippable_zstd_frames_are_skipped() -> None:
+    """Tools put their own frames in front of the data: no text, no error."""
+    skipped = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    whole = skipped + zstandard.compress(b"text") + skipped
+    assert _decoded("x.jsonl.zst", whole, piece=1) == b"text"
 
 
 def test_file_of_zeros_is_no_gzip() -> None:

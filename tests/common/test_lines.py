@@ -1,13 +1,15 @@
-"""Windows of lines: nothing lost at their seams, memory bounded."""
+"""Blocks of lines: nothing lost at their seams, memory bounded."""
 
+import json
 from collections.abc import AsyncIterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common import lines
-from services.common.errors import LineTooLongError
+from services.common import json_objects, lines
+
+_BOM = b"\xef\xbb\xbf"
 
 
 async def _pieces(data: bytes, size: int) -> AsyncIterator[bytes]:
@@ -15,8 +17,25 @@ async def _pieces(data: bytes, size: int) -> AsyncIterator[bytes]:
         yield data[start : start + size]
 
 
-async def _windows(data: bytes, size: int) -> list[list[bytes]]:
-    return [window async for window in lines.windows(_pieces(data, size))]
+async def _blocks(data: bytes, size: int) -> list[lines.Block]:
+    return [block async for block in lines.blocks(_pieces(data, size))]
+
+
+async def _lines(data: bytes, size: int) -> list[bytes]:
+    """Every line, those over the limit put together again and marked."""
+    found: list[bytes] = []
+    long = b""
+    for block in await _blocks(data, size):
+        if isinstance(block, lines.LongLinePart):
+            long += block.text
+            if block.is_last:
+                found.append(b"long:" + long)
+                long = b""
+        else:
+            assert not long
+            found += [line for piece in block for line in piece.text.split(b"\n")]
+    assert not long
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,14 +56,65 @@ def small() -> object:
 async def test_every_line_comes_out_once(given_lines: list[bytes], size: int) -> None:
     """However the bytes arrive, blocks hold the text's lines in order, each of bounded length and counted."""
     data = b"".join(line + b"\n" for line in given_lines)
-    blocks = [block async for block in lines.blocks(_pieces(data, size))]
-    pieces = [piece for block in blocks for piece in block]
+    blocks = await _blocks(data, size)
+    pieces = [piece for block in blocks if isinstance(block, list) for piece in block]
     assert [line for piece in pieces for line in piece.text.split(b"\n")] == given_lines
     assert all(piece.count == 1 + piece.text.count(b"\n") for piece in pieces)
     assert all(piece.count == 1 or len(piece.text) <= 5 for piece in pieces)
-    assert all(0 < sum(piece.count for piece in block) <= 3 for block in blocks)
-    assert await _windows(data, size) == [
-        [line for piece in block for line in piece.text.split(b"\n")] for block in blocks
+    assert all(isinstance(block, list) for block in blocks)
+    assert all(0 < sum(piece.count for piece in block) <= 3 for block in blocks if isinstance(block, list))
+
+
+@given(
+    st.lists(
+        st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"").replace(b"{", b"x")), max_size=8
+    ),
+    st.integers(1, 50),
+)
+async def test_line_over_the_limit_comes_in_parts(given_lines: list[bytes], size: int) -> None:
+    """However the bytes arrive, exactly the lines over the limit come in parts, in their places, whole."""
+    data = b"".join(line + b"\n" for line in given_lines)
+    expected = [b"long:" + line if len(line) > 20 else line for line in given_lines]
+    assert await _lines(data, size) == expected
+    if given_lines and given_lines[-1]:  # a last line without an end
+        assert await _lines(data[:-1], size) == expected
+
+
+@given(st.integers(1, 9), st.integers(1, 200))
+async def test_parts_of_a_long_line_are_small(size: int, windows: int) -> None:
+    """A line of any length is never held whole."""
+    blocks = await _blocks(b"x" * 8 * windows, size)
+    assert all(len(block.text) <= 20 + 2 * 8 for block in blocks if isinstance(block, lines.LongLinePart))
+
+
+_OBJECTS = st.dictionaries(
+    st.sampled_from(["a", "}{"]), st.sampled_from([1, "}{", '"}{', "", [{}]]), max_size=2
+)
+
+
+@given(
+    st.lists(st.tuples(_OBJECTS, st.sampled_from([b"", b" ", b"\xef\xbb\xbf", b"\n", b"\r\n"])), max_size=9),
+    st.integers(1, 60),
+)
+async def test_objects_without_a_line_end_between_are_lines(
+    given_objects: list[tuple[dict[str, object], bytes]], size: int
+) -> None:
+    """However the bytes arrive, whatever stands between: each object is a line, or in one to be split."""
+    data = b"".join(json.dumps(value).encode() + between for value, between in given_objects)
+    found = [line.removeprefix(b"long:") for line in await _lines(data, size)]
+    parts = [part.replace(_BOM, b"").strip() for line in found for part in json_objects.split(line)]
+    assert [json.loads(part) for part in parts if part] == [value for value, _ in given_objects]
+
+
+@given(st.lists(_OBJECTS.map(json.dumps), min_size=1, max_size=9), st.integers(1, 60))
+async def test_an_object_over_the_limit_ends_where_the_next_begins(
+    given_objects: list[str], size: int
+) -> None:
+    """Of objects without line ends between them only those over the limit are long lines."""
+    found = await _lines("".join(given_objects).encode(), size)
+    parts = [[line] if line.startswith(b"long:") else json_objects.split(line) for line in found]
+    assert [part.decode() for some in parts for part in some] == [
+        f"long:{text}" if len(text) > 20 else text for text in given_objects
     ]
 
 
@@ -60,16 +130,16 @@ async def test_every_line_comes_out_once(given_lines: list[bytes], size: int) ->
 )
 async def test_only_line_feeds_end_lines(text: bytes, expected: list[bytes]) -> None:
     """A last line needs no end; no other character of Unicode's many ends a line."""
-    assert [line for window in await _windows(text, 4) for line in window] == expected
+    assert await _lines(text, 4) == expected
 
 
-@pytest.mark.parametrize("size", [1, 5, 8])
+@pytest.mark.parametrize("size", [1, 5, 8, 100])
 @pytest.mark.parametrize("end", [b"", b"\n", b"\nafter\n"])
-async def test_line_over_the_limit_is_refused(size: int, end: bytes) -> None:
-    """A line over the limit is an error that names it, wherever it is cut; one at the limit is not."""
-    assert (await _windows(b"a\n" + b"x" * 20 + end, size))[-1][-1] in {b"x" * 20, b"after"}
-    with pytest.raises(LineTooLongError, match="line 2 is longer"):
-        await _windows(b"a\n" + b"x" * 21 + end, size)
+async def test_a_line_of_the_limit_is_no_long_one(size: int, end: bytes) -> None:
+    """One byte more makes the difference, wherever the bytes are cut."""
+    after = end.split(b"\n")[1:-1]
+    assert await _lines(b"a\n" + b"x" * 20 + end, size) == [b"a", b"x" * 20, *after]
+    assert await _lines(b"a\n" + b"x" * 21 + end, size) == [b"a", b"long:" + b"x" * 21, *after]
 
 
 @given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), min_size=2, max_size=9))

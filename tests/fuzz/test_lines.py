@@ -1,6 +1,7 @@
 """Lines of JSON: asked, rejected and spliced as by the `json` module."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from services.common.lines import Piece
 from tests.fuzz.corpus import fuzz_for_long, mutated, replayed
 
 _LEVEL = 4
+_END = re.compile(rb"(?:[ \t\r]|\xef\xbb\xbf)*\Z")
 _GOOD = b'{"company":"Acme","title":"Clerk"}'
 
 
@@ -39,7 +41,10 @@ def _by_json(text: bytes) -> Any:
 
 def _pair(text: bytes) -> tuple[str, str] | None:
     """What a line asks for, if anything."""
-    value = _by_json(text)
+    try:
+        value = _by_json(text)
+    except ValueError:
+        return None
     if not isinstance(value, _Members):
         return None
     last = dict(value)
@@ -53,27 +58,53 @@ def _pair(text: bytes) -> tuple[str, str] | None:
     return company, title
 
 
+def _parts(line: bytes) -> list[bytes]:
+    """The objects of a line that holds several, by trying every place where one may begin."""
+    for place in range(1, len(line)):
+        before = _END.sub(b"", line[:place])
+        if line[place : place + 1] == b"{" and jsonl.strip(before).startswith(b"{"):
+            try:
+                json.loads(
+                    jsonl.strip(before).decode(errors="surrogateescape"), strict=False, parse_int=_Number
+                )
+            except (ValueError, RecursionError):
+                continue
+            return [before, *_parts(line[place:])]
+    return [line]
+
+
 def check_line(case: bytes) -> None:
-    """The line alone, and among others: one output line, one rejected, or none if it is blank."""
+    """The line alone, and among others: one output line, one rejected, or none if it is blank.
+
+    Of several objects on the line each is one.
+    """
     line = case.replace(b"\n", b" ")
-    text = jsonl.strip(line)
     try:
-        expected = _pair(text) if text else None
+        wanted = [(part, _pair(text) if text else None) for part, text in _stripped(line)]
     except RecursionError:
         return
-    except ValueError:
-        expected = None
+    good = [pair for _, pair in wanted if pair is not None]
+    bad = [jsonl.strip(part) for part, pair in wanted if pair is None and jsonl.strip(part)]
     for lines, place in ((line, 0), (_GOOD + b"\n" + line, 1)):
         windows: list[window.Window] = []
-        (pairs,) = window.parsed([Piece(lines, place + 1)], first=2, into=windows)
-        counts = LineCounts()
+        (pairs,) = window.parsed([Piece(lines, place + 1)], into=windows)
+        counts = LineCounts(read=place + 1 + sum(one.extra for one in windows))
         output, rejected = window.settled(windows, window.Answers(bytes([_LEVEL]) * len(pairs)), counts)
         found = output.split(b"\n")[:-1]
-        assert counts.augmented == place + (expected is not None)
-        assert [bytes_ for _, bytes_, _ in rejected] == ([line] if text and expected is None else [])
-        if expected is not None:
-            assert expected in [(pair.company, pair.title) for pair in pairs]
-            check_splice(text, found[place])
+        assert counts.balanced
+        assert [jsonl.strip(bytes_) for _, bytes_, _ in rejected] == bad
+        assert [(pair.company, pair.title) for pair in pairs][place:] == good
+        if len(wanted) == 1:
+            assert [bytes_ for _, bytes_, _ in rejected] == ([line] if bad else [])
+        for (part, pair), made in zip(
+            [one for one in wanted if one[1] is not None], found[place:], strict=True
+        ):
+            assert pair is not None
+            check_splice(jsonl.strip(part), made)
+
+
+def _stripped(line: bytes) -> list[tuple[bytes, bytes]]:
+    return [(part, jsonl.strip(part)) for part in _parts(line)]
 
 
 def check_splice(text: bytes, output: bytes) -> None:

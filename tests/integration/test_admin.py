@@ -90,7 +90,7 @@ def test_get_stats_and_invalidate_see_what_the_proxies_see(
         (("warm", "--normalize", "exact", "/x.jsonl"), "--normalize exact"),
         (("stats", "--cache-url", "memory:"), "memory:"),
         (("warm",), "FILES"),
-        (("warm", "/x.json"), "/x.json"),
+        (("warm", "/x.csv"), "/x.csv"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -180,6 +180,26 @@ def test_warm_fills_the_cache_from_files_of_every_format(
     assert not stage.model.calls
     day = time.strftime("%Y-%m-%d", time.gmtime(plain.stat().st_mtime))
     assert day in _run("get", *flags, "--company", "warm 3", "--title", "t").stdout
+
+
+def test_warm_reads_what_the_augmenter_reads(shared_redis: str, tmp_path: Path) -> None:
+    """Bytes are believed against names, objects need no line ends, and a long line costs itself only."""
+    flags = ("--cache-url", shared_redis, "--key-prefix", "warm-formats", "--max-line-bytes", "1KiB")
+    lines = [_line(number).encode() for number in range(6)]
+    long = json.dumps({**json.loads(lines[5]), "text": "x" * 2000}).encode()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.NDJSON").write_bytes(gzip.compress(lines[0]))
+    (folder / "b.json.gz").write_bytes(b"\xef\xbb\xbf" + lines[1] + b"\n\xef\xbb\xbf" + lines[2])
+    (folder / "c.jl").write_bytes(lines[3] + lines[4] + b"\n" + long)
+    (folder / "d.json").write_bytes(b"[\n" + lines[5] + b"\n]")
+    (folder / "e.csv").write_bytes(b"company,title")
+    ended = _run("warm", *flags, "--json", str(folder))
+    assert ended.returncode == 1
+    told = json.loads(ended.stdout)
+    assert (told["files"], told["lines"], told["pairs"], told["skipped"]) == (3, 6, 5, 1)
+    [failure] = told["failures"]
+    assert failure.startswith(f"{folder}/d.json: it is a JSON array")
 
 
 def test_warm_names_files_that_fail_and_goes_on_with_the_others(shared_redis: str, tmp_path: Path) -> None:

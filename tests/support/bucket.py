@@ -25,9 +25,11 @@ class Bucket:
 
         return asyncio.run(run())
 
-    def put(self, key: str, data: bytes) -> str:
+    def put(self, key: str, data: bytes, **headers: str) -> str:
         """Store an object; its ETag."""
-        etag: str = self._do(lambda client: client.put_object(Bucket=self.name, Key=key, Body=data))["ETag"]
+        etag: str = self._do(
+            lambda client: client.put_object(Bucket=self.name, Key=key, Body=data, **headers)
+        )["ETag"]
         return etag
 
     def get(self, key: str) -> bytes:

@@ -19,7 +19,8 @@ from services.augmenter.errors import (
     OutputTakenError,
     StoreError,
 )
-from services.augmenter.object_store.protocol import NOTHING, Item, Made, is_input
+from services.augmenter.object_store.protocol import NOTHING, Item, Made
+from services.common.file_names import is_input
 
 _READ_BYTES = 2**20
 _TEMPORARY = ".augmenter-tmp"

@@ -5,11 +5,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from services.common.codec import format_of
-
-REJECTS_FOLDER = "_rejects"
-REASONS_SUFFIX = ".reasons.jsonl"
-
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -80,12 +75,3 @@ class Store(Protocol):
 
     async def remove(self, name: str) -> None:
         """Remove `name` if it is there."""
-
-
-def is_input(name: str) -> bool:
-    """Whether a listing takes this name: a known format; nothing hidden; nothing that was rejected."""
-    if format_of(name) is None or name.endswith(
-        tuple(f"{s}{REASONS_SUFFIX}" for s in (".jsonl", ".gz", ".zst"))
-    ):
-        return False
-    return not any(part.startswith(".") or part == REJECTS_FOLDER for part in name.split("/"))

@@ -9,11 +9,12 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from services.augmenter.errors import InputChangedError, StoreError
-from services.augmenter.object_store.protocol import Item, Made, is_input
+from services.augmenter.object_store.protocol import Item, Made
 from services.augmenter.object_store.s3_client import BROKEN, code_of, named
 from services.augmenter.object_store.s3_leftovers import Leftovers
 from services.augmenter.object_store.s3_upload import MARK, PARTS_ROOM_BYTES, Conditions, S3Upload
 from services.augmenter.room import Room
+from services.common.file_names import is_input
 
 _READ_BYTES = 2**20
 _BREAKS_IN_A_ROW = 5

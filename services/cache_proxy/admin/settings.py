@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from services.common import flags
+from services.common import flags, limits
 from services.common.errors import UsageError
 from services.common.flags import flag
 
@@ -47,5 +47,15 @@ class WarmSettings:
     """What `warm` is told besides its files."""
 
     again: bool = flag("--again", flags.BOOL, "false", text="from the beginning, whatever earlier runs did")
+    max_line_bytes: int = flag(
+        "--max-line-bytes", flags.SIZE, "4MiB", text="a longer line is skipped; several are held at a time"
+    )
+    max_zstd_window_bytes: int = flag(
+        "--max-zstd-window", flags.SIZE, "8MiB", text="a file compressed with a larger window fails"
+    )
     endpoint_url: str | None = flag("--endpoint-url", flags.TEXT, text="S3-compatible endpoint")
     progress: bool | None = flag("--progress", flags.BOOL, text="progress bar (default: on a terminal)")
+
+    def __post_init__(self) -> None:
+        """Refuse limits that are out of range."""
+        limits.check(self.max_line_bytes, self.max_zstd_window_bytes)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from services.common.codec import SUFFIXES, Format, format_of
+from services.common.codec import NAMES, Format, format_of
 from services.common.errors import CommandError, UsageError
+from services.common.file_names import is_input
 
 _READ_BYTES = 2**20
 _CONNECTIONS = 4
@@ -76,7 +77,7 @@ class Bucket:
                 _of_object(f"s3://{bucket}/{entry['Key']}", entry["Size"], entry)
                 async for page in pages
                 for entry in page.get("Contents", ())
-                if entry["Key"].endswith(SUFFIXES) and "/_rejects/" not in f"/{entry['Key']}"
+                if is_input(entry["Key"].removeprefix(key))
             ]
 
     async def read(self, source: Source) -> AsyncIterator[bytes]:
@@ -121,24 +122,23 @@ def is_in_bucket(place: str) -> bool:
 
 def _known(place: str) -> str:
     if format_of(place) is None:
-        message = f"{place}: not a name that ends in {', '.join(SUFFIXES)}"
+        message = f"{place}: the name must end in one of {NAMES}"
         raise UsageError(message)
     return place
 
 
 def _walk(place: str) -> list[Path]:
     path = Path(place)
-    return sorted(filter(_is_input, path.rglob("*"))) if path.is_dir() else [Path(_known(place))]
+    if not path.is_dir():
+        return [Path(_known(place))]
+    return sorted(
+        file for file in path.rglob("*") if is_input(file.relative_to(path).as_posix()) and file.is_file()
+    )
 
 
 def _of_file(path: Path) -> Source:
     status = path.stat()
     return Source(str(path), status.st_size, status.st_mtime, f"{status.st_mtime_ns}-{status.st_size}")
-
-
-def _is_input(path: Path) -> bool:
-    hidden = any(part.startswith(".") or part == "_rejects" for part in path.parts)
-    return format_of(path.name) is not None and not hidden and path.is_file()
 
 
 def _of_object(place: str, size_bytes: int, answer: Any) -> Source:

@@ -24,8 +24,10 @@ from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS
 from services.cache_proxy.store.servers import heal
+from services.common import json_objects
+from services.common.detection import DetectingDecoder
 from services.common.errors import CommandError
-from services.common.lines import windows
+from services.common.lines import LongLinePart, blocks
 
 _UNDER_WAY = 4  # windows that Redis writes while the next is read
 _KEPT_SECONDS = 7 * DAY_SECONDS  # for so long an interrupted run can be resumed
@@ -76,7 +78,7 @@ async def run(
         shown = sys.stderr.isatty() if settings.progress is None else settings.progress
         async with _progress(found, totals, shown=shown) as moved:
             for reader, source in found:
-                warming = _Warming(opened, reader, source, totals=totals, moved=moved)
+                warming = _Warming(opened, reader, source, settings=settings, totals=totals, moved=moved)
                 try:
                     await warming.run(again=settings.again)
                     totals.files += 1
@@ -104,9 +106,17 @@ class _Warming:
     """
 
     def __init__(
-        self, cache: Cache, reader: Place, source: Source, *, totals: Totals, moved: list[int]
+        self,
+        cache: Cache,
+        reader: Place,
+        source: Source,
+        *,
+        settings: WarmSettings,
+        totals: Totals,
+        moved: list[int],
     ) -> None:
         self._cache = cache
+        self._settings = settings
         self._reader = reader
         self._source = source
         self._totals = totals
@@ -125,8 +135,17 @@ class _Warming:
         done = int(stored) if stored and stored.isdigit() else 0
         at = 0
         try:
-            async with aclosing(windows(self._text())) as cut:
-                async for lines in cut:
+            async with aclosing(
+                blocks(self._text(), max_line_bytes=self._settings.max_line_bytes)
+            ) as all_blocks:
+                async for block in all_blocks:
+                    if isinstance(block, LongLinePart):
+                        at += block.is_last
+                        if block.is_last and at > done:
+                            self._totals.lines += 1
+                            self._totals.skipped += 1
+                        continue
+                    lines = [line for piece in block for line in piece.text.split(b"\n")]
                     at += len(lines)
                     if at > done:
                         await self._write(lines[max(0, len(lines) - (at - done)) :], at)
@@ -138,16 +157,18 @@ class _Warming:
             await asyncio.gather(*(task for task, _ in self._under_way), return_exceptions=True)
 
     async def _text(self) -> AsyncIterator[bytes]:
-        decoder = self._source.format.decoder()
+        decoder = DetectingDecoder(
+            self._source.format, max_zstd_window_bytes=self._settings.max_zstd_window_bytes
+        )
         async for data in self._reader.read(self._source):
             self._moved[0] += len(data)
             for text in decoder.feed(data):
                 yield text
-        decoder.finish()
+        for text in decoder.finish():
+            yield text
 
     async def _write(self, lines: list[bytes], at: int) -> None:
         levels = self._levels(lines)
-        self._totals.lines += len(lines)
         self._totals.pairs += len(levels)
         put = _patiently(lambda: self._cache.store.put(levels, day=self._day))
         self._under_way.append((asyncio.create_task(put), at))
@@ -164,19 +185,23 @@ class _Warming:
         await _patiently(lambda: servers.command(bookmarks, "EXPIRE", bookmarks, _KEPT_SECONDS))
 
     def _levels(self, lines: list[bytes]) -> dict[bytes, int]:
+        self._totals.lines += len(lines)
         try:
             postings = [_decoder.decode(line) for line in lines]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            postings = [posting for line in lines if (posting := self._posting(line)) is not None]
+            parts = [part for line in lines for part in json_objects.split(line)]
+            self._totals.lines += len(parts) - len(lines)
+            postings = [posting for part in parts if (posting := self._posting(part)) is not None]
         pairs = {(posting.company, posting.title): posting.seniority for posting in postings}
         digest = self._cache.digest
         return {digest(company, title): level for (company, title), level in pairs.items()}
 
     def _posting(self, line: bytes) -> _Posting | None:
+        text = line.removeprefix(json_objects.BOM)
         try:
-            return _decoder.decode(line)
+            return _decoder.decode(text)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            self._totals.skipped += bool(line.strip())
+            self._totals.skipped += bool(text.strip())
             return None
 
 

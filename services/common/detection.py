@@ -1,0 +1,221 @@
+"""What a file holds by its first bytes, whatever its name says.
+
+What is certain is decoded: gzip and zstd, also one in the other, and the Unicode encodings that a byte order
+mark tells. What is certainly not lines of JSON is refused with its true name.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+
+from services.common.codec import GZIP, MAX_ZSTD_WINDOW_BYTES, PLAIN, ZSTD, Decoder, Format
+from services.common.errors import CorruptInputError, UnreadableFormatError
+from services.common.json_objects import BOM
+
+_MAX_LAYERS = 3  # a format in a format, and the one that the store or a proxy put around it
+_MAGIC_BYTES = 16
+_HEAD_BYTES = 64 * 2**10
+_ENCODINGS = (  # a mark of four bytes begins with one of two
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    # Without a mark (RFC 4627, section 3): no JSON text holds a NUL.
+    (b"{\0\0\0", "utf-32-le"),
+    (b"\0\0\0{", "utf-32-be"),
+    (b"{\0", "utf-16-le"),
+    (b"\0{", "utf-16-be"),
+)
+_OTHERS = (
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PK\x05\x06", "a zip archive"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (b"Rar!\x1a\x07", "a RAR archive"),
+    (b"\x04\x22\x4d\x18", "lz4"),
+    (b"\xff\x06\0\0sNaPpY", "snappy"),
+    (b"LZIP", "lzip"),
+    (b"\x1f\x9d", "compress (.Z)"),
+    (b"PAR1", "Parquet"),
+    (b"PARE", "Parquet"),
+    (b"Obj\x01", "Avro"),
+    (b"ORC", "ORC"),
+    (b"ARROW1", "Arrow"),
+    (b"SQLite format 3\0", "an SQLite database"),
+    (b"%PDF-", "a PDF document"),
+    (b"\x89PNG\r\n", "a PNG image"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
+)
+_SPACE = re.compile(r"\s*")
+_ARRAY = "a JSON array, not one JSON object a line; convert it, for instance with `jq -c '.[]'`"
+_SPREAD = (
+    "JSON that spans several lines (pretty-printed), not one object a line; convert it, for instance "
+    "with `jq -c .`"
+)
+
+
+class DetectingDecoder:
+    """Decodes a file by its first bytes.
+
+    State: `_head`, kept until it tells what the file is; from then on `_decoder`, and `_inner`
+    for what comes out of it, or neither if the bytes are the text. `hint`: what the text is rather than
+    lines of objects, if that is likely.
+    """
+
+    def __init__(
+        self,
+        by_name: Format,
+        *,
+        max_zstd_window_bytes: int = MAX_ZSTD_WINDOW_BYTES,
+        layer: int = 0,
+    ) -> None:
+        self._by_name = by_name
+        self._max_zstd_window_bytes = max_zstd_window_bytes
+        self._layer = layer
+        self._head: bytes | None = b""
+        self._decoder: Decoder | None = None
+        self._inner: DetectingDecoder | None = None
+        self._hint: str | None = None
+
+    @property
+    def hint(self) -> str | None:
+        """What the text is, if not lines of objects."""
+        return self._inner.hint if self._inner else self._hint
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Decode the next bytes. Raises FileError."""
+        if self._head is not None:
+            head = self._head = self._head + data
+            if len(head) < _MAGIC_BYTES or (len(head) < _HEAD_BYTES and self._packed(head) is None):
+                return
+            data, self._head = head, None
+            self._look(head)
+        yield from self._decoded(data)
+
+    def finish(self) -> Iterator[bytes]:
+        """Decode the last bytes. Raises FileError."""
+        if self._head:
+            head, self._head = self._head, None
+            self._look(head)
+            yield from self._decoded(head)
+        if self._decoder is not None:
+            last = self._decoder.finish()
+            if self._inner is None:
+                yield from last
+                return
+            for text in last:
+                yield from self._inner.feed(text)
+            yield from self._inner.finish()
+
+    def _decoded(self, data: bytes) -> Iterator[bytes]:
+        if self._decoder is None:
+            yield data
+        elif self._inner is None:
+            yield from self._decoder.feed(data)
+        else:
+            for text in self._decoder.feed(data):
+                yield from self._inner.feed(text)
+
+    def _packed(self, head: bytes) -> Format | None:
+        """Return the compression that the bytes begin as, or, cut short, could have begun as."""
+        found = next((known for known in (GZIP, ZSTD) if known.begins(head)), None)
+        if found is None and self._by_name is not PLAIN and self._by_name.may_begin(head):
+            return self._by_name
+        return found
+
+    def _look(self, head: bytes) -> None:
+        """Decide what the bytes are. Raises FileError."""
+        packed = self._packed(head)
+        if packed is not None:
+            if self._layer == _MAX_LAYERS:
+                message = f"compressed more than {_MAX_LAYERS} times over"
+                raise UnreadableFormatError(message)
+            self._decoder = packed.decoder(max_zstd_window_bytes=self._max_zstd_window_bytes)
+            self._inner = self._below(PLAIN)
+            return
+        encoding = next((name for mark, name in _ENCODINGS if head.startswith(mark)), None)
+        if encoding is not None:
+            self._decoder = _Transcoder(encoding)
+            self._inner = self._below(PLAIN)
+            return
+        self._refuse_others(head)
+        self._look_at_text(head)
+
+    def _below(self, by_name: Format) -> "DetectingDecoder":
+        return DetectingDecoder(
+            by_name, max_zstd_window_bytes=self._max_zstd_window_bytes, layer=self._layer + 1
+        )
+
+    def _refuse_others(self, head: bytes) -> None:
+        found = next((name for magic, name in _OTHERS if head.startswith(magic)), None)
+        if found is not None:
+            message = f"its first bytes are those of {found}, which is not read; unpack or convert it"
+            raise UnreadableFormatError(message)
+        text = head.removeprefix(BOM).lstrip()
+        if self._by_name is not PLAIN and text and not text.startswith((b"{", b"[")):
+            message = (
+                f"the compressed input is corrupt: its name ends in {self._by_name.suffix}, "
+                f"but it begins neither as {self._by_name.compression} nor as JSON does"
+            )
+            raise CorruptInputError(message)
+
+    def _look_at_text(self, head: bytes) -> None:
+        text = head.removeprefix(BOM).decode(errors="replace").lstrip()
+        is_array = text.startswith("[")
+        if _spans_lines(text):
+            raise UnreadableFormatError("it is " + (_ARRAY if is_array else _SPREAD))
+        if is_array:
+            self._hint = _ARRAY
+
+
+class _Transcoder:
+    """From a Unicode encoding to UTF-8. Lone surrogates go through: they cost their line, not the file."""
+
+    def __init__(self, encoding: str) -> None:
+        self._name = encoding[:6].upper()
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors="surrogatepass")
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        yield self._utf8(data, final=False)
+
+    def finish(self) -> Iterator[bytes]:
+        yield self._utf8(b"", final=True)
+
+    def _utf8(self, data: bytes, *, final: bool) -> bytes:
+        try:
+            return self._decoder.decode(data, final).encode(errors="surrogatepass")
+        except UnicodeDecodeError as error:
+            what = (
+                "is cut short"
+                if "truncated" in error.reason or "end of data" in error.reason
+                else (f"is corrupt: {error.reason}")
+            )
+            message = f"the {self._name} text {what}"
+            raise CorruptInputError(message) from error
+
+
+def _spans_lines(text: str) -> bool:
+    """Return whether the first value begins on the first line and goes on, as JSON, on the next.
+
+    A line that is cut off does not: what follows it begins a value of its own, where none may stand.
+    """
+    if not text.startswith(("{", "[")):
+        return False
+    line_end = text.find("\n")
+    if line_end < 0:
+        return False
+    next_line = _SPACE.match(text, line_end)
+    assert next_line  # noqa: S101 - it matches nothing too
+    try:
+        _, end = json.JSONDecoder(parse_int=_zero, parse_float=_zero).raw_decode(text)
+    except json.JSONDecodeError as error:
+        return error.pos > next_line.end()
+    except RecursionError:
+        return False
+    return end > line_end
+
+
+def _zero(_digits: str) -> int:
+    return 0

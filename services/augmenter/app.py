@@ -31,7 +31,7 @@ from services.common.tracing import OFF, Span, Tracing
 
 PROGRAM = "augmenter"
 GRACE_SECONDS = 20.0  # of the 30 that Kubernetes gives
-_EXIT_FAILED, _EXIT_REJECTED = 1, 3
+_EXIT_FAILED, _EXIT_INCOMPLETE = 1, 3
 _log = logging.getLogger(PROGRAM)
 
 
@@ -76,7 +76,12 @@ async def _run(
             await stores.sink.prepare()
             work = await _augmenting(settings, access, stores, stack, totals, metrics, tracing)
         runner = Runner(
-            source=stores.source, work=work, totals=totals, metrics=metrics, tell_failures=settings.watch
+            source=stores.source,
+            work=work,
+            totals=totals,
+            metrics=metrics,
+            tell_failures=settings.watch,
+            skip_missing=settings.missing_input == "skip",
         )
         await _do_all(settings, plan, stores, runner, totals, metrics, stopping, stack)
     totals.seconds = time.monotonic() - started
@@ -146,8 +151,10 @@ async def _single(jobs: Jobs, name: str) -> AsyncIterator[Job]:
 def _exit_code(settings: RunSettings, totals: Totals) -> int:
     if totals.failures.count:
         return _EXIT_FAILED
-    tolerated = settings.ok_rejects or settings.dry_run
-    return _EXIT_REJECTED if totals.lines.rejected and not tolerated else 0
+    if settings.dry_run:
+        return 0
+    rejected = totals.lines.rejected and not settings.ok_rejects
+    return _EXIT_INCOMPLETE if rejected or totals.archived else 0
 
 
 async def _augmenting(

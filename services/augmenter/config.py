@@ -40,6 +40,12 @@ class RunSettings:
     sqs_queue_url: str | None = flag(
         "--sqs-queue-url", flags.TEXT, text="take the files from S3 event notifications, instead of listing"
     )
+    missing_input: str = flag(
+        "--missing-input",
+        flags.choice("fail", "skip"),
+        "fail",
+        text="an object that is gone before its message, or its turn, is read: a failed file, or skipped",
+    )
     shard: tuple[int, int] = flag(
         "--shard", SHARD, "0/1", text="I/N: this process's part of the files, from 0/N on"
     )

@@ -59,6 +59,10 @@ class MissingError(StoreError):
     """A file or an object is not there (any more)."""
 
 
+class ArchivedError(StoreError):
+    """An object is in cold storage and not restored: it cannot be read now."""
+
+
 class RpcFailedError(FileError):
     """The answers for a file could not be had: its last status, and what was tried.
 

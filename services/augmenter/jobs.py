@@ -4,8 +4,9 @@ import re
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from services.augmenter.errors import StoreError
 from services.augmenter.object_store.protocol import NOTHING, Item, Store
 from services.augmenter.tasks import together
 from services.common.codec import Format, format_of
@@ -71,7 +72,7 @@ class Jobs:
             some: list[tuple[Item, bool]] = []
             async for item, listed in pairs:
                 some.append((item, listed))
-                if not listed and len(some) == 1:  # nothing to wait for
+                if not (listed or item.is_archived) and len(some) == 1:  # nothing to wait for
                     yield await self._seen(item, listed=False)
                     some = []
                 elif len(some) == _LOOKED_AT_TOGETHER:
@@ -97,10 +98,17 @@ class Jobs:
         lines_format = format_of(item.name)
         assert lines_format  # noqa: S101 - a listing takes no other names
         made = await self._sink.made(output_name, item) if listed else None
-        if made is None:
-            return Job(item, output_name, lines_format)
-        is_done = made.from_this_input and not self._overwrite
-        return Job(item, output_name, lines_format, made.version, is_done)
+        is_done = bool(made and made.from_this_input and not self._overwrite)
+        if item.is_archived and not is_done:
+            item = await self._looked_at(item)
+        return Job(item, output_name, lines_format, made.version if made else NOTHING, is_done)
+
+    async def _looked_at(self, item: Item) -> Item:
+        """Return an archived object with what a listing does not know: whether it is restored."""
+        try:
+            return await self._source.find(item.name)
+        except StoreError:  # reading it will fail, too, and names the reason as this file's own
+            return replace(item, is_archived=False)
 
 
 class _Names:

@@ -18,8 +18,9 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.files = Counter(
             "augmenter_files",
-            "Files, by how they ended. `skipped`: the output was there already; `failed` ones are tried "
-            "again by `--watch` and by the queue.",
+            "Files, by how they ended. `skipped`: the output was there already, or the object is in cold "
+            "storage, or gone (`--missing-input skip`); `failed` ones are tried again by `--watch` and by "
+            "the queue.",
             ["outcome"], registry=registry,
         )  # fmt: skip
         self.lines = Counter(
@@ -42,6 +43,12 @@ class Metrics:
             "augmenter_backlog_files",
             "Files found and not yet ended. At most 10,000 are known ahead. With `--sqs-queue-url` it is 0: "
             "the queue's own depth is the backlog.",
+            registry=registry,
+        )  # fmt: skip
+        self.archived = Counter(
+            "augmenter_archived_files",
+            "Files skipped because their object is in cold storage and not restored. They are among "
+            '`augmenter_files_total{outcome="skipped"}`.',
             registry=registry,
         )  # fmt: skip
         self.messages = Counter(

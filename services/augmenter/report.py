@@ -22,6 +22,7 @@ def summary(totals: Totals, *, rejects_place: str) -> str:
     ]
     if lines.rejected:
         rows.append(("Rejects", f"{rejects_place} (the lines, and why)"))
+    rows += _skipped(totals)
     if totals.messages_left:
         not_understood = totals.messages_not_understood
         kinds = (
@@ -33,16 +34,18 @@ def summary(totals: Totals, *, rejects_place: str) -> str:
 
 def dry_run_summary(totals: Totals, *, distinct: int) -> str:
     """What a run could cost at most, in people's words."""
+    already_done = totals.skipped - totals.archived - totals.missing
     calls = -(-distinct // _MODEL_BATCH)
     rows = [
         (
             "Files",
-            f"{totals.done:,} to do, {totals.skipped:,} already done, {totals.failures.count:,} unreadable",
+            f"{totals.done:,} to do, {already_done:,} already done, {totals.failures.count:,} unreadable",
         ),
         ("Lines", f"{totals.lines.read:,}, {totals.lines.rejected:,} of them to be rejected"),
         ("Pairs", f"{distinct:,} distinct"),
         ("Cost", f"at most {calls:,} calls to the model, {_duration(calls)} at one call a second"),
     ]
+    rows += _skipped(totals)
     return "".join(f"{name:<8} {text}\n" for name, text in rows) + "Dry run: nothing was written or asked.\n"
 
 
@@ -67,6 +70,21 @@ def _hits(totals: Totals) -> str:
     if totals.hit_rate is None:
         return "hit rate not told by the target"
     return f"hit rate {totals.hit_rate:.1%}"
+
+
+def _skipped(totals: Totals) -> list[tuple[str, str]]:
+    """Rows for what was skipped though its output is not there."""
+    rows = []
+    if totals.archived:
+        rows.append(
+            (
+                "Archived",
+                f"{totals.archived:,} objects in cold storage were skipped; restore them and run again",
+            )
+        )
+    if totals.missing:
+        rows.append(("Missing", f"{totals.missing:,} objects were gone before they were read, and skipped"))
+    return rows
 
 
 def _duration(seconds: int) -> str:

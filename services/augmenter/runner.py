@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
-from services.augmenter.errors import DoneElsewhereError
+from services.augmenter.errors import ArchivedError, DoneElsewhereError, MissingError
 from services.augmenter.jobs import Job
 from services.augmenter.metrics import Metrics
 from services.augmenter.object_store.protocol import Store
@@ -30,12 +30,14 @@ class Runner:
         totals: Totals,
         metrics: Metrics,
         tell_failures: bool,
+        skip_missing: bool = False,
     ) -> None:
         self._source = source
         self._work = work
         self._totals = totals
         self._metrics = metrics
         self._tell_failures = tell_failures
+        self._skip_missing = skip_missing
 
     async def run(
         self,
@@ -91,6 +93,17 @@ class Runner:
         except DoneElsewhereError:
             self._totals.skipped += 1
             outcome = "skipped"
+        except ArchivedError:
+            self._skip_archived(place)
+            outcome = "skipped"
+        except MissingError as error:
+            if self._skip_missing and error.place == place:  # not if it is OUTPUT that is gone
+                self._totals.missing += 1
+                self._totals.skipped += 1
+                outcome = "skipped"
+                _log.info("%s: gone before it was read; skipped", place)
+            else:
+                self._failed(place, str(error))
         except FileError as error:
             self._failed(place, str(error))
         except Exception as error:  # noqa: BLE001 - a defect met in one file must not cost the others
@@ -107,6 +120,8 @@ class Runner:
             self._totals.skipped += 1
             self._totals.bytes_found -= job.item.size_bytes
             return "skipped"
+        if job.item.is_archived:
+            raise ArchivedError(place=place, reason="in cold storage")
         counts = await self._work(job)
         self._totals.done += 1
         self._totals.lines.add(counts)
@@ -115,6 +130,13 @@ class Runner:
         self._metrics.lines.labels(outcome="blank").inc(counts.blank)
         _log.debug("%s: done, %d lines", place, counts.read)
         return "done"
+
+    def _skip_archived(self, place: str) -> None:
+        level = logging.DEBUG if self._totals.archived else logging.WARNING
+        _log.log(level, "%s: in cold storage and not restored; skipped (others like it are counted)", place)
+        self._totals.archived += 1
+        self._totals.skipped += 1
+        self._metrics.archived.inc()
 
     def _failed(self, place: str, why: str) -> None:
         named_at_the_end = self._totals.failures.add(place, why)

@@ -68,6 +68,8 @@ class Totals:
 
     done: int = 0
     skipped: int = 0
+    archived: int = 0  # of the skipped: in cold storage, not restored
+    missing: int = 0  # of the skipped: gone before they were read
     failures: Failures = field(default_factory=Failures)
     outside: int = 0  # keys outside INPUT in messages of the queue
     messages_left: int = 0  # in the queue: not about INPUT, or not understood
@@ -99,6 +101,8 @@ class Totals:
         """The shape of `--summary-json`."""
         return {
             "files": {"done": self.done, "skipped": self.skipped, "failed": self.failures.count},
+            "archived": self.archived,
+            "missing": self.missing,
             "lines": {
                 "in": self.lines.read,
                 "augmented": self.lines.augmented,

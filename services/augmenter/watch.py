@@ -19,9 +19,9 @@ _log = logging.getLogger("augmenter")
 
 @dataclass(slots=True)
 class _Seen:
-    """A file's version when it was given out, how often it failed, and when it may be tried again."""
+    """A file's state when it was given out, how often it failed, and when it may be tried again."""
 
-    version: str
+    state: tuple[str, bool]
     in_work: bool = False
     failures: int = 0
     not_before: float = 0.0
@@ -87,8 +87,8 @@ class Watcher:
     def _taken(self, job: Job) -> bool:
         """Whether it is to be given out; then it is in work, until `ended` says what came of it."""
         known = self._seen.get(job.item.name)
-        if known is None or known.version != job.item.version:
-            known = self._seen[job.item.name] = _Seen(job.item.version)
+        if known is None or known.state != job.item.state:
+            known = self._seen[job.item.name] = _Seen(job.item.state)
         elif not known.is_due:
             return False
         known.in_work = True
@@ -112,7 +112,7 @@ class Watcher:
     def ended(self, job: Job, outcome: str) -> None:
         """A file that was given out is done, or failed: then it is tried again, later every time."""
         known = self._seen.get(job.item.name)
-        if known is None or known.version != job.item.version:
+        if known is None or known.state != job.item.state:
             return
         known.in_work = False
         if outcome == "failed":

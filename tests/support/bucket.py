@@ -32,6 +32,15 @@ class Bucket:
         )["ETag"]
         return etag
 
+    def restore(self, key: str) -> None:
+        """Restore an object from cold storage."""
+        restore = {"Bucket": self.name, "Key": key, "RestoreRequest": {"Days": 1}}
+        self._do(lambda client: client.restore_object(**restore))
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        self._do(lambda client: client.delete_object(Bucket=self.name, Key=key))
+
     def get(self, key: str) -> bytes:
         """An object's bytes."""
 

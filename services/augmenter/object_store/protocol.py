@@ -8,12 +8,21 @@ from typing import Protocol, Self
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A file as it was when it was looked at. `version` changes when the content does."""
+    """A file as it was when it was looked at. `version` changes when the content does.
+
+    `is_archived`: an object in cold storage that is not restored, so it cannot be read.
+    """
 
     name: str  # relative to its store, with "/"
     size_bytes: int
     version: str
     modified_ns: int
+    is_archived: bool = False
+
+    @property
+    def state(self) -> tuple[str, bool]:
+        """What changes when there is something new to do: a restore leaves the version as it is."""
+        return self.version, self.is_archived
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from botocore.exceptions import ClientError
 
 from services.augmenter.errors import InputChangedError, StoreError
 from services.augmenter.object_store.protocol import Item, Made
+from services.augmenter.object_store.s3_archive import is_archived
 from services.augmenter.object_store.s3_client import BROKEN, code_of, named
 from services.augmenter.object_store.s3_leftovers import Leftovers
 from services.augmenter.object_store.s3_upload import MARK, PARTS_ROOM_BYTES, Conditions, S3Upload
@@ -141,4 +142,4 @@ class S3Store:
 
 def _item(name: str, size_bytes: int, answer: Any) -> Item:
     modified_ns = int(answer["LastModified"].timestamp()) * 1_000_000_000
-    return Item(name, size_bytes, answer["ETag"], modified_ns)
+    return Item(name, size_bytes, answer["ETag"], modified_ns, is_archived(answer))

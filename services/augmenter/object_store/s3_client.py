@@ -9,7 +9,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
-from services.augmenter.errors import MissingError, StoreError
+from services.augmenter.errors import ArchivedError, MissingError, StoreError
 from services.common.credentials import without_users
 
 # Throttling, 5xx and broken connections: eight tries, up to 1, 2, 4 … 64 s between them, a minute on average.
@@ -22,6 +22,7 @@ _PLAIN_REASONS = {
     "403": "access denied",
     "AWS.SimpleQueueService.NonExistentQueue": "the queue does not exist",
 }
+_KINDS = {"NoSuchKey": MissingError, "404": MissingError, "InvalidObjectState": ArchivedError}
 BROKEN: Final = (BotoCoreError, HTTPClientError, aiohttp.ClientError, TimeoutError, OSError)
 """What comes of a way to the server that broke."""
 
@@ -71,8 +72,7 @@ def named(place: str) -> Iterator[None]:
     except ClientError as error:
         code = code_of(error)
         reason = error.response.get("Error", {}).get("Message") or code
-        kind = MissingError if code in {"NoSuchKey", "404"} else StoreError
-        raise kind(place=place, reason=_PLAIN_REASONS.get(code, reason)) from error
+        raise _KINDS.get(code, StoreError)(place=place, reason=_PLAIN_REASONS.get(code, reason)) from error
     except BROKEN as error:
         raise StoreError(place=place, reason=without_users(str(error)) or type(error).__name__) from error
     except ValueError as error:  # a key that cannot be sent

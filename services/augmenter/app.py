@@ -20,6 +20,7 @@ from services.augmenter.locations import Plan, S3Place
 from services.augmenter.metrics import Metrics
 from services.augmenter.pipeline import Pipeline
 from services.augmenter.proxy_client import ProxyClient
+from services.augmenter.queue_url import queue_endpoint
 from services.augmenter.retry import RetryBudget, TargetHealth
 from services.augmenter.rpc import SeniorityRpc
 from services.augmenter.runner import Runner
@@ -120,7 +121,10 @@ async def _do_all(
         from services.augmenter.sqs import QueueWorkers  # noqa: PLC0415
 
         assert isinstance(plan.source, S3Place)  # noqa: S101 - checked with the places
-        client = await stack.enter_async_context(aws_client("sqs", connections=4 * concurrency))
+        endpoint = queue_endpoint(settings.sqs_queue_url)
+        client = await stack.enter_async_context(
+            aws_client("sqs", endpoint_url=endpoint.url, region=endpoint.region, connections=4 * concurrency)
+        )
         workers = QueueWorkers(
             client,
             queue_url=settings.sqs_queue_url,

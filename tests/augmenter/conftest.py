@@ -121,7 +121,7 @@ def make_queue(sqs: SqsServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) 
     """Make a queue of the test's own, with its server in the environment."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
 
-    def make(**settings: int) -> Queue:
+    def make(**settings: Any) -> Queue:
         return sqs.queue(f"test-{random.SystemRandom().randrange(2**40):x}", **settings)
 
     return make

@@ -68,17 +68,20 @@ class SqsServer:
 
     def __init__(self, endpoint_url: str, environment: dict[str, str]) -> None:
         self.endpoint_url = endpoint_url
-        self._client: Any = boto3.client(  # type: ignore[no-untyped-call]
-            "sqs",
-            endpoint_url=endpoint_url,
-            region_name=environment["AWS_DEFAULT_REGION"],
-            aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        )
+        self._environment = environment
 
-    def queue(self, name: str, *, visible_seconds: int = 30, receives: int = 10) -> Queue:
-        """Make a queue."""
-        return Queue(self._client, name, visible_seconds=visible_seconds, receives=receives)
+    def queue(
+        self, name: str, *, visible_seconds: int = 30, receives: int = 10, region: str | None = None
+    ) -> Queue:
+        """Make a queue, in the environment's region or another one."""
+        client: Any = boto3.client(  # type: ignore[no-untyped-call]
+            "sqs",
+            endpoint_url=self.endpoint_url,
+            region_name=region or self._environment["AWS_DEFAULT_REGION"],
+            aws_access_key_id=self._environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self._environment["AWS_SECRET_ACCESS_KEY"],
+        )
+        return Queue(client, name, visible_seconds=visible_seconds, receives=receives)
 
 
 @contextmanager

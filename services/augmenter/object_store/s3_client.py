@@ -21,6 +21,7 @@ _PLAIN_REASONS = {
     "404": "does not exist",
     "403": "access denied",
     "AWS.SimpleQueueService.NonExistentQueue": "the queue does not exist",
+    "QueueDoesNotExist": "the queue does not exist",
 }
 _KINDS = {"NoSuchKey": MissingError, "404": MissingError, "InvalidObjectState": ArchivedError}
 BROKEN: Final = (BotoCoreError, HTTPClientError, aiohttp.ClientError, TimeoutError, OSError)
@@ -29,7 +30,7 @@ BROKEN: Final = (BotoCoreError, HTTPClientError, aiohttp.ClientError, TimeoutErr
 
 @asynccontextmanager
 async def aws_client(
-    service: str, *, endpoint_url: str | None = None, connections: int
+    service: str, *, endpoint_url: str | None = None, region: str | None = None, connections: int
 ) -> AsyncIterator[Any]:
     """A client with the usual AWS credentials; an S3 endpoint of one's own is addressed by path.
 
@@ -46,7 +47,7 @@ async def aws_client(
     async with AsyncExitStack() as stack:
         try:
             client = await stack.enter_async_context(
-                session.create_client(service, endpoint_url=endpoint_url, config=config)
+                session.create_client(service, region_name=region, endpoint_url=endpoint_url, config=config)
             )
         except (BotoCoreError, ValueError) as error:
             raise StoreError(

@@ -1,0 +1,45 @@
+"""What a queue's URL says about how to reach the queue. No network.
+
+https://docs.aws.amazon.com/general/latest/gr/sqs-service.html has the hosts.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+_REGION = r"(?P<region>[a-z]{2,}(?:-[a-z]+)+-\d{1,2})"
+_DOMAIN = (
+    r"(?:amazonaws\.com(?:\.cn)?|api\.aws|api\.amazonwebservices\.com\.cn|amazonaws\.eu"
+    r"|c2s\.ic\.gov|sc2s\.sgov\.gov|csp\.hci\.ic\.gov|cloud\.adc-e\.uk)"
+)
+_STANDARD = re.compile(rf"sqs\.{_REGION}\.amazonaws\.com(?:\.cn)?")
+_LEGACY = re.compile(rf"(?:{_REGION}\.)?queue\.amazonaws\.com(?:\.cn)?")
+# FIPS and dual-stack endpoints, interface VPC endpoints, and the other partitions.
+_OTHERS = re.compile(rf"(?:vpce-[a-z0-9-]+\.)?sqs(?:-fips)?\.{_REGION}\.(?:vpce\.)?{_DOMAIN}")
+_LEGACY_REGION = "us-east-1"
+_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_SQS", "AWS_ENDPOINT_URL")
+
+
+@dataclass(frozen=True, slots=True)
+class QueueEndpoint:
+    """The client's region and endpoint; None: as environment and profile say."""
+
+    region: str | None = None
+    url: str | None = None
+
+
+def queue_endpoint(queue_url: str) -> QueueEndpoint:
+    """Return the endpoint of the queue; of a host that is not AWS's, nothing is known."""
+    parts = urlsplit(queue_url)
+    host = parts.hostname or ""
+    if found := _STANDARD.fullmatch(host):
+        return QueueEndpoint(found["region"])
+    if found := _LEGACY.fullmatch(host):
+        return QueueEndpoint(found["region"] or _LEGACY_REGION)
+    found = _OTHERS.fullmatch(host)
+    if not found:
+        return QueueEndpoint()
+    # The default endpoint may be out of reach where somebody chose another one.
+    is_configured = any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
+    return QueueEndpoint(found["region"], None if is_configured else f"{parts.scheme}://{parts.netloc}")

@@ -190,18 +190,20 @@ async def test_published_nonsense_is_passed_over(shared_redis: str) -> None:
         wait, _ = await replica.ask(pairs([1]))
         digest = pairs([1])[0].digest
         chance = random.Random(1)
+        queue_id = replica.listener._heard.queue_id
         messages = [
-            msgpack.packb([5, digest + bytes([level]), [], False], use_bin_type=False)
+            msgpack.packb([5, digest + bytes([level]), [], False, queue_id], use_bin_type=False)
             for level in (0, 8, 255)
         ]
         messages += [
-            msgpack.packb(value)
-            for value in (None, [], 7, [1, 2, 3, 4], ["x", b"", [], 0], [1, b"", 5, 0], [1, {}, [[]], 0])
+            msgpack.packb([*value, queue_id], use_bin_type=False)
+            for value in ([], [1, 2, 3, 4], ["x", b"", [], 0], [1, b"", 5, 0], [1, {}, [[]], 0])
         ]
+        messages += [msgpack.packb(value) for value in (None, [], 7, [1, 2, 3, 4], [1, 2, 3, 4, 5])]
         messages += [chance.randbytes(size) for size in range(40)]
         with place.client() as client:
             for message in messages:
-                client.publish(place.keys.channel, message)
+                client.publish(replica.scripts.channel, message)
         await replica.messages()
         assert wait.open
         assert not replica.settled

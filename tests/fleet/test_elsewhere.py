@@ -62,7 +62,7 @@ def _slot(fleet: Proxies) -> int:
 
 def _listeners(fleet: Proxies, server: RedisServer) -> int:
     """How many of the replicas' own channels have a subscriber at this server."""
-    channel = _keys(fleet).channel
+    channel = _keys(fleet).channel(0)
     with server.client() as client:
         found = client.pubsub_numsub(*(f"{channel}:{proxy.replica}" for proxy in fleet.proxies))
     return sum(count for _, count in found)

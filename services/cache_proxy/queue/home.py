@@ -26,6 +26,13 @@ class Home:
         """Whether other keys may be on other nodes."""
         return isinstance(self._client, RedisCluster)
 
+    @property
+    def database(self) -> int:
+        """The number of the server's database that the queue is in. A Cluster has only 0."""
+        if isinstance(self._client, RedisCluster):
+            return 0
+        return int(self._client.connection_pool.connection_kwargs.get("db") or 0)
+
     async def command(self, *command: Any) -> Any:
         """Its reply. Raises `StoreError`, its cause what the client or the server said.
 

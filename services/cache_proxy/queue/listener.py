@@ -155,7 +155,12 @@ class Listener:
 
     def _take(self, data: Any) -> None:
         try:
-            number, levels, errors, all_error = unpack(data)
+            number, levels, errors, all_error, queue_id = unpack(data)
+            if queue_id != self._heard.queue_id:
+                # Of another queue, or of this one since it was lost and made again: the next heartbeat says
+                # which. Until then nothing of it is believed, and what waits is asked for again.
+                self._missed.set()
+                return
             if number > self._heard.number + 1 and self._heard.number:
                 self._missed.set()
             self._heard.number = max(self._heard.number, number)

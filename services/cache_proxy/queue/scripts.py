@@ -51,9 +51,12 @@ class Keys:
     def __init__(self, *, prefix: str, namespace: str) -> None:
         self.limit = f"{{{prefix}}}:limit"
         self.base = f"{{{prefix}}}:q1:{namespace}:"
-        self.channel = f"{self.base}ended"
         self.log = f"{self.base}log"
         """Of what was invalidated: see `store/invalidation.py`."""
+
+    def channel(self, database: int) -> str:
+        """Return the channel for messages of this queue. A server has one set of channels for all databases."""
+        return f"{self.base}ended@{database}" if database else f"{self.base}ended"
 
 
 class Scripts:
@@ -63,8 +66,8 @@ class Scripts:
         prelude = (_FOLDER / "prelude.lua").read_text()
         self._scripts = {name: Script(prelude + (_FOLDER / f"{name}.lua").read_text()) for name in _NAMES}
         self._home = home
-        self._keys = [keys.limit, keys.base]
-        self.channel = keys.channel
+        self.channel = keys.channel(home.database)
+        self._keys = [keys.limit, keys.base, self.channel]
         self._metrics = metrics
         self._turns = asyncio.Semaphore(_MAX_CALLS)
 

@@ -37,7 +37,6 @@ if ARGV[4] == '1' or (ARGV[9] ~= '' and ARGV[9] ~= run) then
   redis.call('HDEL', LIMIT, 'last') -- what a claim spent before is not given back
   suspect_quotas()
 end
-redis.call('HSETNX', META, 'queue', clock[1] .. '.' .. clock[2] .. replica)
 
 local waiting, oldest, held_back, any = {}, now, 0, redis.call('EXISTS', PAIRS) == 1
 for at, priority in ipairs(LANES) do
@@ -85,5 +84,5 @@ for _, report in ipairs(unpack_safely(ARGV[10]) or {}) do
     redis.call('PEXPIRE', key, REPORT_MINUTES * 60000)
   end
 end
-return cmsgpack.pack({ now, meta('published'), redis.call('HGET', META, 'queue'), waiting, now - oldest,
+return cmsgpack.pack({ now, meta('published'), queue_id(), waiting, now - oldest,
   redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), subscribers_of(replica), logs, run, held_back })

@@ -2,6 +2,8 @@
 --
 -- KEYS[1]  the limit, one for a deployment (all model versions share the model), and who shares it
 -- KEYS[2]  the base of a namespace's queue; all keys below share its hash tag
+-- KEYS[3]  the channel on which pairs' ends are published: it names the database, for PUBLISH knows none. It is no
+--          key, but declared as one it is refused where the ACL would refuse its name
 --
 -- A pair that has not ended has a record in `pairs`: it waits in a lane, is among the suspects, or is in
 -- flight in a claim. Lanes are a priority's own, and those of accounts (`interactive:NAME`): callers that the file of
@@ -9,7 +11,8 @@
 -- What is read from Redis may be anything: what is not what it should be is treated as not there, and a key of
 -- another type is an error, after which the queue is made anew (`repair.lua`).
 local LIMIT, BASE = KEYS[1], KEYS[2]
-local PAIRS, GROUPS, META, ENDED = BASE .. 'pairs', BASE .. 'suspects', BASE .. 'meta', BASE .. 'ended'
+local ENDED = KEYS[3]
+local PAIRS, GROUPS, META = BASE .. 'pairs', BASE .. 'suspects', BASE .. 'meta'
 local CLAIMS, CLAIMED = BASE .. 'claims', BASE .. 'claimed' -- who has it until when; its pairs, which are many
 local RESERVED = BASE .. 'reserved'
 local QUOTAS = BASE .. 'quotas' -- account -> pairs a second that it may send (0: any number), and when it was last told
@@ -388,12 +391,19 @@ local function suspects(digests)
   end
 end
 
+-- The id of this queue, made with its first use: a flush makes another queue.
+local function queue_id()
+  redis.call('HSETNX', META, 'queue', clock[1] .. '.' .. clock[2] .. ENDED)
+  return redis.call('HGET', META, 'queue')
+end
+
 -- Tell every replica how pairs ended: `levels` is digest and level byte after byte, `errors` a list of
 -- {digest, error}, `all` an error that ends everything that waits. The number lets a replica notice that it
--- missed one. With nothing in it, it says that pairs wait which somebody may claim.
+-- missed one. With nothing in it, it says that pairs wait which somebody may claim. Receivers drop
+-- what has another queue's id: channels are the server's, not the database's.
 local function publish(levels, errors, all)
-  local published = redis.call('HINCRBY', META, 'published', 1)
-  redis.call('PUBLISH', ENDED, cmsgpack.pack({ published, levels, errors, all or false }))
+  local published, queue = redis.call('HINCRBY', META, 'published', 1), queue_id()
+  redis.call('PUBLISH', ENDED, cmsgpack.pack({ published, levels, errors, all or false, queue }))
 end
 
 -- Give a claim's pairs back: to the suspects if it was a probe, else to the front of their lanes. `each` may

@@ -26,6 +26,11 @@ def _run(**values: Any) -> int:
     plan = locations.plan(values["input"], values["output"], settings.rejects)
     if settings.sqs_queue_url and (plan.input_name or not isinstance(plan.source, locations.S3Place)):
         raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
+    if settings.sqs_queue_url and isinstance(plan.source, locations.S3Place) and plan.source.is_access_point:
+        raise UsageError(
+            "--sqs-queue-url: events name the bucket, not its access point: INPUT must be s3://BUCKET/PREFIX/"
+        )
+    _check_keys(settings, plan)
     if settings.watch and plan.input_name:
         raise UsageError("--watch waits for new files: INPUT must be a folder or a prefix")
     with (
@@ -33,6 +38,14 @@ def _run(**values: Any) -> int:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         return runner.run(app.run(settings, plan, traces))
+
+
+def _check_keys(settings: RunSettings, plan: locations.Plan) -> None:
+    """Refuse a key for places that cannot use it. Raises UsageError."""
+    if settings.sse_c_key_file and not isinstance(plan.source, locations.S3Place):
+        raise UsageError("--sse-c-key-file is for objects: INPUT must be s3://BUCKET/PREFIX/")
+    if settings.output_sse_c_key_file and not isinstance(plan.sink, locations.S3Place):
+        raise UsageError("--output-sse-c-key-file is for objects: OUTPUT must be s3://BUCKET/PREFIX/")
 
 
 cli = click.Group("augmenter", help="Adds the model's seniority level to job postings, through the proxy.")

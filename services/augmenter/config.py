@@ -95,6 +95,16 @@ class RunSettings:
         text="S3-compatible endpoint",
         login_goes_to="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     )
+    sse_c_key_file: str | None = flag(
+        "--sse-c-key-file",
+        flags.TEXT,
+        text="file with the SSE-C key (32 bytes, or their base64) that INPUT's objects are encrypted with",
+    )
+    output_sse_c_key_file: str | None = flag(
+        "--output-sse-c-key-file",
+        flags.TEXT,
+        text="file with the SSE-C key that objects of OUTPUT and --rejects are to be encrypted with",
+    )
     dry_run: bool = flag(
         "--dry-run",
         flags.BOOL,

@@ -12,6 +12,11 @@ from services.common.errors import UsageError
 from services.common.file_names import REJECTS_FOLDER
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_ACCESS_POINT = re.compile(
+    r"(arn:[a-z0-9-]+:s3:[a-z0-9-]+:\d{12}:accesspoint[/:][a-z0-9][a-z0-9-]{1,61}[a-z0-9])(?:/(.*))?",
+    re.ASCII | re.DOTALL,
+)
+_TENANT = re.compile(r"\w*:[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +40,23 @@ class LocalPlace:
 
 @dataclass(frozen=True, slots=True)
 class S3Place:
-    """A prefix of a bucket ("" or ending in "/"), or one key."""
+    """A prefix of a bucket ("" or ending in "/"), or one key.
+
+    `bucket` may also be the ARN of an access point, or Ceph's `tenant:bucket`.
+    """
 
     bucket: str
     key: str
+
+    @property
+    def is_access_point(self) -> bool:
+        """Whether the bucket is behind an access point, and its own name is not known."""
+        return self.bucket.startswith("arn:")
+
+    @property
+    def has_tenant(self) -> bool:
+        """Whether the bucket is one of Ceph's, named with its tenant."""
+        return ":" in self.bucket and not self.is_access_point
 
     def parts(self) -> tuple[str, ...]:
         """What says where it is."""
@@ -93,7 +111,23 @@ def _parse(text: str) -> Place:
     if scheme[1] != "s3" or not bucket:
         message = f"{text}: neither s3://BUCKET/PREFIX/ nor a local path"
         raise UsageError(message)
+    if bucket.startswith("arn:"):
+        return _access_point(text, text[scheme.end() :])
+    if ":" in bucket and not _TENANT.fullmatch(bucket):
+        message = f"{text}: {bucket!r} is neither a bucket's name nor TENANT:BUCKET"
+        raise UsageError(message)
     return S3Place(bucket, key)
+
+
+def _access_point(text: str, rest: str) -> S3Place:
+    found = _ACCESS_POINT.fullmatch(rest)
+    if not found:
+        message = (
+            f"{text}: this ARN is not served, only s3://arn:PARTITION:s3:REGION:ACCOUNT:accesspoint/NAME/"
+            "PREFIX/ (no bucket's, multi-region access point's, Outposts' or Object Lambda's)"
+        )
+        raise UsageError(message)
+    return S3Place(found[1], found[2] or "")
 
 
 def _folder(text: str) -> Place:

@@ -14,7 +14,7 @@ from tests.augmenter.running import running, summary
 from tests.support.bucket import Bucket
 from tests.support.model_server import Answers, Call, scripted_model, well
 from tests.support.redis_server import wait_for
-from tests.support.relay import relay
+from tests.support.relay import refusal, relay
 from tests.support.s3 import S3Server
 from tests.support.sqs import SqsServer, made
 
@@ -65,11 +65,7 @@ def test_objects_in_cold_storage_are_skipped(
     assert (ended.code, "2 done, 3 skipped" in ended.out) == (0, True)
 
 
-_NOT_NOW = (
-    b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/xml\r\nContent-Length: 91\r\n"
-    b"Connection: close\r\n\r\n"
-    b"<Error><Code>InvalidObjectState</Code><Message>The access tier is no good</Message></Error>"
-)
+_NOT_NOW = refusal(403, "InvalidObjectState")
 
 
 def test_archive_tier_that_only_reading_shows(augment: Augment, stub: Stub, bucket: Bucket) -> None:

@@ -25,7 +25,7 @@ class Bucket:
 
         return asyncio.run(run())
 
-    def put(self, key: str, data: bytes, **headers: str) -> str:
+    def put(self, key: str, data: bytes, **headers: object) -> str:
         """Store an object; its ETag."""
         etag: str = self._do(
             lambda client: client.put_object(Bucket=self.name, Key=key, Body=data, **headers)
@@ -41,11 +41,11 @@ class Bucket:
         """Remove an object."""
         self._do(lambda client: client.delete_object(Bucket=self.name, Key=key))
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, **headers: object) -> bytes:
         """An object's bytes."""
 
         async def read(client: Any) -> bytes:
-            answer = await client.get_object(Bucket=self.name, Key=key)
+            answer = await client.get_object(Bucket=self.name, Key=key, **headers)
             async with answer["Body"] as body:
                 data: bytes = await body.read()
                 return data

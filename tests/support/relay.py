@@ -19,6 +19,15 @@ NOT_IMPLEMENTED = (
 )
 
 
+def refusal(status: int, code: str) -> bytes:
+    """Return an S3 server's answer that refuses a request."""
+    body = f"<Error><Code>{code}</Code><Message>{code} it is</Message></Error>"
+    return (
+        f"HTTP/1.1 {status} No\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
+        f"Connection: close\r\n\r\n{body}"
+    ).encode()
+
+
 def no_conditional_writes(data: bytes) -> bytes | None:
     """A server that refuses every PUT and POST on a condition."""
     head = data.partition(b"\r\n\r\n")[0].lower()

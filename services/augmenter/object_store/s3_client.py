@@ -8,6 +8,7 @@ import aiohttp
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.handlers import validate_bucket_name
 
 from services.augmenter.errors import ArchivedError, MissingError, StoreError
 from services.common.credentials import without_users
@@ -19,6 +20,7 @@ _PLAIN_REASONS = {
     "NoSuchBucket": "the bucket does not exist",
     "NoSuchKey": "does not exist",
     "404": "does not exist",
+    "400": "bad request (an object that is encrypted with a customer's key needs --sse-c-key-file)",
     "403": "access denied",
     "AWS.SimpleQueueService.NonExistentQueue": "the queue does not exist",
     "QueueDoesNotExist": "the queue does not exist",
@@ -54,6 +56,14 @@ async def aws_client(
                 place=f"the {service.upper()} client", reason=without_users(str(error))
             ) from error
         yield client
+
+
+def serve_tenants(client: Any) -> None:
+    """Let an S3 client send bucket names of Ceph's form `tenant:bucket`, which botocore refuses itself.
+
+    https://docs.ceph.com/en/latest/radosgw/multitenancy/
+    """
+    client.meta.events.unregister("before-parameter-build.s3", validate_bucket_name)
 
 
 def code_of(error: ClientError) -> str:

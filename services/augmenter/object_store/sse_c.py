@@ -1,0 +1,57 @@
+"""SSE-C: S3 encrypts objects with a key that comes with each request and that it does not keep.
+
+https://docs.aws.amazon.com/AmazonS3/latest/userguide/ServerSideEncryptionCustomerKeys.html
+"""
+
+import base64
+import binascii
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from services.common.credentials import warn_of_readers
+from services.common.errors import UsageError
+from services.common.renewal import read_file
+from services.common.targets import is_on_this_machine
+
+_KEY_BYTES = 32  # AES-256
+_OPERATIONS = (
+    "HeadObject",
+    "GetObject",
+    "PutObject",
+    "CreateMultipartUpload",
+    "UploadPart",
+    "CompleteMultipartUpload",
+)
+
+
+def read_key(path: str, *, flag_name: str) -> bytes:
+    """Return the key in a file: its 32 bytes, or their base64. Raises UsageError, which never shows it."""
+    content = read_file(path, flag_name=flag_name)
+    warn_of_readers(Path(path), flag_name=flag_name)
+    if len(content) == _KEY_BYTES:
+        return content
+    try:
+        key = base64.b64decode(content.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != _KEY_BYTES:
+        message = f"{flag_name} {path}: it holds neither a key of {_KEY_BYTES} bytes nor the base64 of one"
+        raise UsageError(message)
+    return key
+
+
+def send_key(client: Any, key: bytes, *, flag_name: str) -> None:
+    """Have an S3 client send the key with every request about an object's content. Raises UsageError."""
+    endpoint = urlsplit(client.meta.endpoint_url)
+    if endpoint.scheme != "https" and not is_on_this_machine(f"{endpoint.hostname}:0"):
+        message = f"{flag_name}: {endpoint.hostname} would get the key in the clear; use an https endpoint"
+        raise UsageError(message)
+    for operation in _OPERATIONS:
+        client.meta.events.register(f"provide-client-params.s3.{operation}", partial(_with_key, key=key))
+
+
+def _with_key(params: dict[str, Any], *, key: bytes, **_: Any) -> dict[str, Any]:
+    """Return a request's parameters with the key, to which botocore adds the checksum."""
+    return {**params, "SSECustomerAlgorithm": "AES256", "SSECustomerKey": key}

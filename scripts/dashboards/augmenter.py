@@ -60,7 +60,8 @@ _WORK = (
     ),
     Series(
         title="Files by outcome",
-        description="skipped: the output was there already. A file a minute comes in.",
+        description="skipped: the output was there already, or the object is archived or gone. A file a "
+        "minute comes in.",
         queries=[Query(expr=f"60 * {rate(_FILES, by='outcome')}", legend="{{outcome}}")],
         unit="cpm",
         stacked=True,
@@ -95,6 +96,27 @@ _WORK = (
     ),
 )
 
+_OBJECTS = (
+    Series(
+        title="Messages by outcome",
+        description="Messages of the queue. outside and not_understood are left in it: another producer "
+        "writes to this queue.",
+        queries=[
+            Query(expr=f"60 * {rate('augmenter_queue_messages_total', by='outcome')}", legend="{{outcome}}")
+        ],
+        unit="cpm",
+        stacked=True,
+        width=12,
+    ),
+    Series(
+        title="Archived objects",
+        description="Files skipped because their object is in cold storage and not restored.",
+        queries=[Query(expr=f"60 * {rate('augmenter_archived_files_total')}", legend="archived")],
+        unit="cpm",
+        width=12,
+    ),
+)
+
 _PROXY = (
     Series(
         title="RPC duration",
@@ -123,6 +145,7 @@ DASHBOARD = Dashboard(
     rows=[
         Row(title="Now", panels=_HEADLINES),
         Row(title="Files and lines", panels=_WORK),
+        Row(title="Queue and cold storage", panels=_OBJECTS),
         Row(title="The proxy, as it is seen from here", panels=_PROXY),
     ],
 )

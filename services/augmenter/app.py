@@ -134,6 +134,8 @@ async def _do_all(
             totals=totals,
             metrics=metrics,
         )
+        if settings.missing_input == "skip":  # else a wrong endpoint would make every object a missing one
+            await anext(stores.source.list(), None)
         await workers.run(concurrency=concurrency, endless=settings.watch, stopping=stopping)
     elif settings.watch:
         watcher = Watcher(

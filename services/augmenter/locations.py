@@ -50,8 +50,8 @@ class S3Place:
 
     @property
     def is_access_point(self) -> bool:
-        """Whether the bucket is behind an access point, and its own name is not known."""
-        return self.bucket.startswith("arn:")
+        """Whether the bucket is behind an access point (or its alias), and its own name is not known."""
+        return self.bucket.startswith("arn:") or self.bucket.endswith("-s3alias")
 
     @property
     def has_tenant(self) -> bool:

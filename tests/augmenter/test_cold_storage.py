@@ -139,6 +139,20 @@ def test_object_gone_before_its_message(
     assert ("1 objects were gone" in ended.out) == (how == "skip")
 
 
+@pytest.mark.slow
+def test_no_bucket_is_no_missing_object(
+    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
+) -> None:
+    """A wrong endpoint must not delete the messages of all files: it ends the run in one line."""
+    queue = make_queue()
+    queue.send(made("no-such-bucket", "raw/1.jsonl"))
+    args = queue_args(bucket, queue, stub.target)[2:]
+    places = ("s3://no-such-bucket/raw/", f"s3://{bucket.name}/mod/")
+    ended = augment(*places, *args, "--missing-input", "skip")
+    assert (ended.code, queue.count()) == (1, 1)
+    assert ended.err == "augmenter: s3://no-such-bucket/raw/: the bucket does not exist\n"
+
+
 @pytest.mark.parametrize("how", ["fail", "skip"])
 def test_object_gone_after_it_was_listed(augment: Augment, bucket: Bucket, how: str) -> None:
     """The same holds without a queue."""

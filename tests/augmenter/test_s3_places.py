@@ -129,10 +129,13 @@ def test_other_places_are_refused_in_one_line(text: str) -> None:
         locations.plan(text, "/nowhere/", None)
 
 
-def test_queue_does_not_go_with_an_access_point(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("point", [_POINT, "postings-a1b2c3d4-s3alias"])
+def test_queue_does_not_go_with_an_access_point(
+    augment: Augment, stub: Stub, tmp_path: Path, point: str
+) -> None:
     """The events name the bucket behind it, so none would be about INPUT."""
     queue = ("--sqs-queue-url", "https://sqs.eu-west-1.amazonaws.com/1/q")
-    ended = augment(f"s3://{_POINT}/raw/", tmp_path / "out", "--target", stub.target, *queue)
+    ended = augment(f"s3://{point}/raw/", tmp_path / "out", "--target", stub.target, *queue)
     assert (ended.code, "not its access point" in ended.err) == (2, True)
 
 

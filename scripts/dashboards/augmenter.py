@@ -106,14 +106,18 @@ _OBJECTS = (
         ],
         unit="cpm",
         stacked=True,
-        width=12,
     ),
     Series(
         title="Archived objects",
         description="Files skipped because their object is in cold storage and not restored.",
         queries=[Query(expr=f"60 * {rate('augmenter_archived_files_total')}", legend="archived")],
         unit="cpm",
-        width=12,
+    ),
+    Series(
+        title="Existing levels",
+        description="Lines that had a level before. replaced: by the model's; kept: --keep-existing left it.",
+        queries=[Query(expr=rate("augmenter_existing_levels_total", by="outcome"), legend="{{outcome}}")],
+        unit="cps",
     ),
 )
 
@@ -145,7 +149,7 @@ DASHBOARD = Dashboard(
     rows=[
         Row(title="Now", panels=_HEADLINES),
         Row(title="Files and lines", panels=_WORK),
-        Row(title="Queue and cold storage", panels=_OBJECTS),
+        Row(title="Queue, cold storage and existing levels", panels=_OBJECTS),
         Row(title="The proxy, as it is seen from here", panels=_PROXY),
     ],
 )

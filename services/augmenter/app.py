@@ -71,7 +71,12 @@ async def _run(
             from services.augmenter.progress import progress_bar  # noqa: PLC0415 - see stores.py
 
             await stack.enter_async_context(progress_bar(totals))
-        counting = DryRun(source=stores.source, totals=totals, limits=settings.read_limits)
+        counting = DryRun(
+            source=stores.source,
+            totals=totals,
+            limits=settings.read_limits,
+            form=settings.posting_format,
+        )
         work: Callable[[Job], Awaitable[LineCounts]] = counting.count
         if not settings.dry_run:
             await stores.sink.prepare()
@@ -199,6 +204,7 @@ async def _augmenting(
         totals=totals,
         tracing=tracing,
         limits=settings.read_limits,
+        form=settings.posting_format,
     )
     run = tracing.here()
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from services.augmenter.jobs import parse_shard
 from services.augmenter.reading import ReadLimits
+from services.augmenter.window import PostingFormat
 from services.common import bearer, flags, limits
 from services.common.errors import UsageError
 from services.common.flags import flag
+from services.common.posting_fields import PostingFields
 from services.common.tls import PemFiles
 from services.common.units import is_address
 
@@ -54,6 +56,21 @@ class RunSettings:
     )
     ok_rejects: bool = flag(
         "--ok-rejects", flags.BOOL, "false", text="exit 0, not 3, when only lines were rejected"
+    )
+    company_field: str = flag(
+        "--company-field", flags.TEXT, "company", text="member that holds the company; may be a dotted path"
+    )
+    title_field: str = flag(
+        "--title-field", flags.TEXT, "title", text="member that holds the title; may be a dotted path"
+    )
+    level_field: str = flag(
+        "--level-field", flags.TEXT, "seniority", text="member of the posting that is given the level"
+    )
+    keep_existing: bool = flag(
+        "--keep-existing",
+        flags.BOOL,
+        "false",
+        text="leave lines as they are that have the level's member already [default: it is replaced]",
     )
     max_line_bytes: int = flag(
         "--max-line-bytes",
@@ -141,11 +158,22 @@ class RunSettings:
         if not self.caller or not _HEADER_CHARACTERS.issuperset(self.caller):
             message = f"--caller {self.caller!r}: only printable ASCII can be sent"
             raise UsageError(message)
+        _ = self.fields
         limits.check(self.max_line_bytes, self.max_zstd_window_bytes)
         if self.dry_run and self.summary_json:
             raise UsageError("--summary-json does not go with --dry-run, which writes nothing")
         self.tls.check_together()
         bearer.check_way(self.target or "localhost:0", token_file=self.token_file, tls_ca=self.tls_ca)
+
+    @property
+    def fields(self) -> PostingFields:
+        """The members of a posting. Raises UsageError."""
+        return PostingFields.parse(company=self.company_field, title=self.title_field, level=self.level_field)
+
+    @property
+    def posting_format(self) -> PostingFormat:
+        """How lines are read and written."""
+        return PostingFormat(self.fields, keep_existing=self.keep_existing)
 
     @property
     def read_limits(self) -> ReadLimits:

@@ -8,7 +8,7 @@ from services.augmenter.jobs import Job
 from services.augmenter.object_store.protocol import Store
 from services.augmenter.reading import FileReader, ReadLimits
 from services.augmenter.totals import LineCounts, Totals
-from services.augmenter.window import Window
+from services.augmenter.window import STANDARD, PostingFormat, Window
 from services.common.lines import LongLinePart
 
 
@@ -18,7 +18,15 @@ class DryRun:
     A pair is remembered by its 64-bit hash: 20M pairs in about 1.5 GB, off by one in ten million runs.
     """
 
-    def __init__(self, *, source: Store, totals: Totals, limits: ReadLimits | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        source: Store,
+        totals: Totals,
+        limits: ReadLimits | None = None,
+        form: PostingFormat = STANDARD,
+    ) -> None:
+        self._form = form
         self._source = source
         self._limits = limits or ReadLimits()
         self._totals = totals
@@ -41,7 +49,7 @@ class DryRun:
                     self._count(counts, LineCounts(read=block.is_last, rejected=block.is_last))
                     continue
                 windows: list[Window] = []
-                for pairs in window.parsed(block, into=windows):
+                for pairs in window.parsed(block, into=windows, form=self._form):
                     self._pairs.update(map(hash, pairs))
                 for one in windows:
                     if first is None and (bad := one.first_bad()):

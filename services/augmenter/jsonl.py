@@ -7,11 +7,14 @@ object, a `null` that a later member replaces) and about the reason when the lin
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, TypeAlias
 
 import msgspec
+
+from services.common.posting_fields import DEFAULT, Path, PostingFields, text_at
 
 _SPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
 _BOM = b"\xef\xbb\xbf"
@@ -29,21 +32,14 @@ class Pair(msgspec.Struct, frozen=True, gc=False):
 
 
 class Posting(msgspec.Struct, frozen=True, gc=False):
-    """What matters in a line: company and title, and whether the object has a `seniority` already."""
+    """What matters in a line: company and title, and whether the object has a level already."""
 
-    company: str
-    title: str
-    seniority: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    pair: Pair
+    has_level: bool = False
 
-    @property
-    def pair(self) -> Pair:
-        """What is asked."""
-        return Pair(self.company, self.title)
 
-    @property
-    def has_seniority(self) -> bool:
-        """Whether there is one to be replaced."""
-        return self.seniority is not msgspec.UNSET
+class Kept:
+    """A line that is left as it is: it has a level already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +49,9 @@ class Rejected:
     reason: str
 
 
-Entry: TypeAlias = Posting | Rejected | None  # None: a blank line
-_decode = msgspec.json.Decoder(Posting).decode
-_decode_plain = msgspec.json.Decoder(Pair).decode_lines
+KEPT = Kept()
+Entry: TypeAlias = Posting | Kept | Rejected | None  # None: a blank line
+_ANY = msgspec.Raw | msgspec.UnsetType
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -67,69 +63,99 @@ def strip(line: bytes) -> bytes:
     return text
 
 
-def parse(texts: Sequence[bytes]) -> list[Entry]:
-    """What each stripped line holds."""
-    return [_parse_line(text) for text in texts]
+class PostingParser:
+    """Reads lines by the names of their fields. `keep_existing`: lines that have a level are kept."""
+
+    def __init__(self, fields: PostingFields = DEFAULT, *, keep_existing: bool = False) -> None:
+        self._fields = fields
+        self._keep_existing = keep_existing
+        self._getter = fields.getter
+        self._decode = msgspec.json.Decoder(fields.struct("Posting", _ANY, msgspec.UNSET)).decode
+        self._decode_plain = _plain_decoder(fields)
+
+    def parse(self, texts: Sequence[bytes]) -> list[Entry]:
+        """Return what each stripped line holds."""
+        return [self._parse_line(text) for text in texts]
+
+    def parse_plain(self, text: bytes, count: int) -> tuple[list[bytes], list[Pair]] | None:
+        """So many lines without their outer braces, and what they hold, if all are as plain as usual.
+
+        None: at least one is blank, bad, odd, has white space around it or a level already.
+
+        Every line feed stands between `}` and `{`. No JSON value can span that, nor can a string; so the
+        values that are read from the text as a whole are one a line, if there are as many.
+        """
+        if not (text.startswith(b"{") and text.endswith(b"}")):
+            return None
+        try:
+            _ = text.isascii() or text.decode()  # msgspec does not look at the text of members that it skips
+            pairs = self._decode_plain(text)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        inner = text[1:-1].split(b"}\n{")
+        return (inner, pairs) if len(pairs) == len(inner) == count else None
+
+    def _parse_line(self, text: bytes) -> Entry:
+        if not text:
+            return None
+        try:
+            decoded = text.decode()
+        except UnicodeDecodeError as error:
+            return Rejected(f"not valid UTF-8 (byte {error.start + 1})")
+        try:
+            found: Any = self._decode(text)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return self._parse_exactly(decoded)
+        has_level = found.level is not msgspec.UNSET
+        return KEPT if has_level and self._keep_existing else Posting(Pair(*self._getter(found)), has_level)
+
+    def _parse_exactly(self, text: str) -> Entry:
+        try:
+            value = _json_object(text)
+        except ValueError as error:
+            return Rejected(str(error))
+        has_level = self._fields.level in value
+        if has_level and self._keep_existing:
+            return KEPT
+        try:
+            pair = Pair(_text_at(value, self._fields.company), _text_at(value, self._fields.title))
+        except ValueError as error:
+            return Rejected(str(error))
+        return Posting(pair, has_level)
 
 
-def parse_plain(text: bytes, count: int) -> tuple[list[bytes], list[Pair]] | None:
-    """So many lines without their outer braces, and what they hold, if all are as plain as nearly all are.
-
-    None: at least one is blank, bad, odd, has white space around it or a `seniority` already.
-
-    Every line feed stands between `}` and `{`. No JSON value can span that, nor can a string; so the values
-    that are read from the text as a whole are one a line, if there are as many.
-    """
-    if not (text.startswith(b"{") and text.endswith(b"}")):
-        return None
-    try:
-        _ = text.isascii() or text.decode()  # msgspec does not look at the text of members that it skips
-        pairs = _decode_plain(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    inner = text[1:-1].split(b"}\n{")
-    return (inner, pairs) if len(pairs) == len(inner) == count else None
+def _plain_decoder(fields: PostingFields) -> Callable[[bytes], list[Pair]]:
+    """Return what reads lines of postings that have no level."""
+    if fields == DEFAULT:
+        return msgspec.json.Decoder(Pair).decode_lines
+    decode_lines = msgspec.json.Decoder(fields.struct("Plain", msgspec.UnsetType, msgspec.UNSET)).decode_lines
+    getter = fields.getter
+    return lambda text: list(starmap(Pair, map(getter, decode_lines(text))))
 
 
-def _parse_line(text: bytes) -> Entry:
-    if not text:
-        return None
-    try:
-        decoded = text.decode()
-    except UnicodeDecodeError as error:
-        return Rejected(f"not valid UTF-8 (byte {error.start + 1})")
-    try:
-        return _decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _parse_exactly(decoded)
-
-
-def _parse_exactly(text: str) -> Posting | Rejected:
+def _json_object(text: str) -> dict[str, Any]:
+    """Return the object. Raises ValueError that says why it is none."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_int=_number, parse_float=_number)
     except json.JSONDecodeError as error:
-        return Rejected(f"not JSON: {error.msg} (character {error.pos + 1})")
+        message = f"not JSON: {error.msg} (character {error.pos + 1})"
+        raise ValueError(message) from error
     except ValueError as error:
-        return Rejected(f"not JSON: {error}")
-    except RecursionError:
-        return Rejected("nested too deeply")
+        message = f"not JSON: {error}"
+        raise ValueError(message) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
-        return Rejected("not a JSON object")
-    wrong = _wrong(value, "company") or _wrong(value, "title")
-    if wrong:
-        return Rejected(wrong)
-    existing = msgspec.Raw() if "seniority" in value else msgspec.UNSET
-    return Posting(company=value["company"], title=value["title"], seniority=existing)
+        raise ValueError("not a JSON object")  # noqa: TRY004 - it is the text that is wrong
+    return value
 
 
-def _wrong(value: dict[str, Any], name: str) -> str | None:
-    if name not in value:
-        return f"{name} is missing"
-    if not isinstance(value[name], str):
-        return f"{name} is not a string"
-    if _SURROGATE.search(value[name]):
-        return f"{name} holds a lone surrogate, which is not text"
-    return None
+def _text_at(value: Any, path: Path) -> str:
+    text = text_at(value, path)
+    if _SURROGATE.search(text):
+        message = f"{'.'.join(path)} holds a lone surrogate, which is not text"
+        raise ValueError(message)
+    return text
 
 
 def _refuse(constant: str) -> Any:
@@ -140,3 +166,8 @@ def _refuse(constant: str) -> Any:
 def _number(_digits: str) -> int:
     """Numbers are checked, not read: `int` would refuse one of 5,000 digits."""
     return 0
+
+
+_default = PostingParser()
+parse = _default.parse
+parse_plain = _default.parse_plain

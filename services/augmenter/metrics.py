@@ -29,6 +29,12 @@ class Metrics:
             "lines of the input.",
             ["outcome"], registry=registry,
         )  # fmt: skip
+        self.existing_levels = Counter(
+            "augmenter_existing_levels",
+            "Lines of files that are done which had a level before, by what became of it. Both are among the "
+            "augmented lines; `kept` ones, of `--keep-existing`, are written as they were.",
+            ["outcome"], registry=registry,
+        )  # fmt: skip
         self.file_seconds = Histogram(
             "augmenter_file_duration_seconds",
             "How long a file took, from the first look to its end. Failed and skipped ones count too.",
@@ -66,6 +72,8 @@ class Metrics:
             self.files.labels(outcome=outcome)
         for outcome in ("augmented", "rejected", "blank"):
             self.lines.labels(outcome=outcome)
+        for outcome in ("replaced", "kept"):
+            self.existing_levels.labels(outcome=outcome)
         for outcome in ("deleted", "failed", "outside", "not_understood"):
             self.messages.labels(outcome=outcome)
 

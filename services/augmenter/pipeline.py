@@ -15,7 +15,7 @@ from services.augmenter.retry import RetryBudget
 from services.augmenter.room import Room
 from services.augmenter.tasks import worked_ahead
 from services.augmenter.totals import LineCounts, Totals
-from services.augmenter.window import Answers, Window
+from services.augmenter.window import STANDARD, Answers, PostingFormat, Window
 from services.common.codec import PLAIN, Format
 from services.common.lines import Block, LongLinePart, Piece
 from services.common.tracing import OFF, Tracing
@@ -51,6 +51,7 @@ class Pipeline:
     def __init__(
         self, *, source: Store, sink: Store, rejects: Store, client: ProxyClient, totals: Totals,
         tracing: Tracing = OFF, limits: ReadLimits | None = None,
+        form: PostingFormat = STANDARD,
     ) -> None:  # fmt: skip
         self._source = source
         self._sink = sink
@@ -58,6 +59,7 @@ class Pipeline:
         self._client = client
         self._totals = totals
         self._tracing = tracing
+        self._form = form
         self._limits = limits or ReadLimits()
         self._room = Room(limit_bytes=ROOM_BYTES)
         self._files_room = Room(limit_bytes=_FILES_BYTES)
@@ -132,7 +134,7 @@ class Pipeline:
         windows: list[Window] = []
         if block.long_line is not None:
             return windows, Answers(b"")
-        pairs = window.parsed(block.pieces, into=windows)
+        pairs = window.parsed(block.pieces, into=windows, form=self._form)
         with self._tracing.span("window", lines=block.count, bytes=block.size_bytes):
             return windows, await self._client.ask(pairs, budget, text_bytes=block.size_bytes)
 

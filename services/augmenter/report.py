@@ -20,6 +20,8 @@ def summary(totals: Totals, *, rejects_place: str) -> str:
         ("Pairs", f"{totals.pairs_asked:,} distinct pairs asked in {totals.rpcs:,} RPCs; {_hits(totals)}"),
         ("Time", f"{totals.seconds:.1f} s, {totals.lines_per_second:,.0f} lines/s"),
     ]
+    if lines.replaced or lines.kept:
+        rows.append(("Existing", f"{lines.replaced:,} levels replaced, {lines.kept:,} kept"))
     if lines.rejected:
         rows.append(("Rejects", f"{rejects_place} (the lines, and why)"))
     rows += _skipped(totals)

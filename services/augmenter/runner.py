@@ -128,6 +128,8 @@ class Runner:
         self._metrics.lines.labels(outcome="augmented").inc(counts.augmented)
         self._metrics.lines.labels(outcome="rejected").inc(counts.rejected)
         self._metrics.lines.labels(outcome="blank").inc(counts.blank)
+        self._metrics.existing_levels.labels(outcome="replaced").inc(counts.replaced)
+        self._metrics.existing_levels.labels(outcome="kept").inc(counts.kept)
         _log.debug("%s: done, %d lines", place, counts.read)
         return "done"
 

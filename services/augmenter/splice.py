@@ -8,10 +8,8 @@ import re
 from collections.abc import Iterator
 
 from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
+from services.common.posting_fields import DEFAULT
 
-_NAME = b"seniority"
-_ENDINGS = {level: b', "seniority": %d}\n' % level for level in range(MIN_LEVEL, MAX_LEVEL + 1)}
-_QUOTED = b'"%b"' % _NAME
 _LAST = re.compile(rb'"[^"]*"[ \t\r\n]*:[ \t\r\n]*(?:"[^"]*"|[^"{}\[\],:\s]+)\}')
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -19,66 +17,73 @@ _SCALAR = re.compile(rb"[^,}\]\s]+")
 _STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
 
 
-def all_spliced(inner: list[bytes], levels: bytes) -> list[bytes]:
-    """Lines of objects that have no such member yet, given without their outer braces; a level for each.
+class Splicer:
+    """Puts levels into objects, as a member of this name."""
 
-    To be joined.
-    """
-    parts = [b"{"] * (3 * len(inner))
-    parts[1::3] = inner
-    parts[2::3] = map(_ENDINGS.__getitem__, levels)
-    return parts
+    def __init__(self, name: str = DEFAULT.level) -> None:
+        self._name = name.encode()
+        self._quoted = json.dumps(name, ensure_ascii=False).encode()
+        self._endings = {
+            level: b", %b: %d}\n" % (self._quoted, level) for level in range(MIN_LEVEL, MAX_LEVEL + 1)
+        }
+
+    def all_spliced(self, inner: list[bytes], levels: bytes) -> list[bytes]:
+        """Lines of objects that have no such member yet, given without their outer braces; a level for each.
+
+        To be joined.
+        """
+        parts = [b"{"] * (3 * len(inner))
+        parts[1::3] = inner
+        parts[2::3] = map(self._endings.__getitem__, levels)
+        return parts
+
+    def spliced(self, text: bytes, level: int, *, replace: bool) -> bytes:
+        """The object with the level as its last member, and a line end.
+
+        `replace` says that it has members of that name, which are removed. It has another member too.
+        """
+        if not replace:
+            return text[:-1] + self._endings[level]
+        comma = self._comma_before_last(text)
+        if comma > 0:
+            return text[:comma] + self._endings[level]
+        return self._without_level(text)[:-1] + self._endings[level]
+
+    def _comma_before_last(self, text: bytes) -> int:
+        """Where the comma before the last member is, if that alone has the name; -1 if it takes a scan.
+
+        That is how we write it ourselves, and takes a twentieth of a scan. Without a backslash, what is
+        quoted like the name is a whole string; with a colon behind it, it is a name; and what stands before
+        the brace that ends the text is the object's own.
+        """
+        start = text.find(self._quoted)
+        last = start > 0 and b"\\" not in text and _LAST.fullmatch(text, start)
+        if not last:
+            return -1
+        before = text[:start].rstrip(b" \t\r\n")
+        return len(before) - 1 if before.endswith(b",") else -1
+
+    def _without_level(self, text: bytes) -> bytes:
+        """The object without its own members of the name, each gone with one comma."""
+        kept: list[bytes] = []
+        copied = 0  # up to where `text` has been kept or dropped
+        previous_comma = -1  # of the last member, -1 as long as every member was dropped
+        for start, end, name in _members(text):
+            comma = _after_space(text, end)  # the comma behind the member, or the closing brace
+            if name != self._name:
+                previous_comma = comma
+            elif previous_comma < 0:  # nothing in front of it: the comma behind goes
+                kept.append(text[copied:start])
+                copied = comma + 1
+            else:  # the comma in front goes
+                kept.append(text[copied:previous_comma])
+                copied, previous_comma = end, comma
+        kept.append(text[copied:])
+        return b"".join(kept)
 
 
-def spliced(text: bytes, level: int, *, replace: bool) -> bytes:
-    """The object with `seniority` as its last member, and a line end.
-
-    `replace` says that it has members of that name, which are removed. It has another member too.
-    """
-    if not replace:
-        return text[:-1] + _ENDINGS[level]
-    comma = _comma_before_last(text)
-    if comma > 0:
-        return text[:comma] + _ENDINGS[level]
-    return _without_seniority(text)[:-1] + _ENDINGS[level]
-
-
-def _comma_before_last(text: bytes) -> int:
-    """Where the comma before the last member is, if that alone is named `seniority`; -1 if it takes a scan.
-
-    That is how we write it ourselves, and takes a twentieth of a scan. Without a backslash, what is quoted
-    like the name is a whole string; with a colon behind it, it is a name; and what stands before the brace
-    that ends the text is the object's own.
-    """
-    start = text.find(_QUOTED)
-    last = start > 0 and b"\\" not in text and _LAST.fullmatch(text, start)
-    if not last:
-        return -1
-    before = text[:start].rstrip(b" \t\r\n")
-    return len(before) - 1 if before.endswith(b",") else -1
-
-
-def _without_seniority(text: bytes) -> bytes:
-    """The object without its own members named `seniority`, each gone with one comma."""
-    kept: list[bytes] = []
-    copied = 0  # up to where `text` has been kept or dropped
-    previous_comma = -1  # of the last member, -1 as long as every member was dropped
-    for start, end, is_seniority in _members(text):
-        comma = _after_space(text, end)  # the comma behind the member, or the closing brace
-        if not is_seniority:
-            previous_comma = comma
-        elif previous_comma < 0:  # nothing in front of it: the comma behind goes
-            kept.append(text[copied:start])
-            copied = comma + 1
-        else:  # the comma in front goes
-            kept.append(text[copied:previous_comma])
-            copied, previous_comma = end, comma
-    kept.append(text[copied:])
-    return b"".join(kept)
-
-
-def _members(text: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Where each member of the object begins and ends, and whether it is named `seniority`."""
+def _members(text: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Where each member of the object begins and ends, and its name."""
     position = _after_space(text, 1)
     while text[position] != ord("}"):
         start = position
@@ -87,7 +92,7 @@ def _members(text: bytes) -> Iterator[tuple[int, int, bool]]:
         if b"\\" in key:
             key = json.loads(text[start:key_end]).encode(errors="surrogatepass")
         end = _value_end(text, _after_space(text, _after_space(text, key_end) + 1))
-        yield start, end, key == _NAME
+        yield start, end, key
         position = _after_space(text, end)
         if text[position] == ord(","):
             position = _after_space(text, position + 1)
@@ -126,3 +131,6 @@ def _match(pattern: re.Pattern[bytes], text: bytes, position: int) -> re.Match[b
         message = f"not a valid JSON object (byte {position + 1})"
         raise ValueError(message)
     return found
+
+
+spliced = Splicer().spliced

@@ -9,12 +9,17 @@ MOST_FAILURES_NAMED = 1000
 
 @dataclass(slots=True)
 class LineCounts:
-    """What became of lines. `read` is counted where lines are read, the others where they are written."""
+    """What became of lines. `read` is counted where lines are read, the others where they are written.
+
+    Of the augmented ones, `replaced` had a level before, and `kept` still have it: they are as they were.
+    """
 
     read: int = 0
     augmented: int = 0
     rejected: int = 0
     blank: int = 0
+    replaced: int = 0
+    kept: int = 0
 
     @property
     def settled(self) -> int:
@@ -32,6 +37,8 @@ class LineCounts:
         self.augmented += other.augmented
         self.rejected += other.rejected
         self.blank += other.blank
+        self.replaced += other.replaced
+        self.kept += other.kept
 
 
 @dataclass(slots=True)
@@ -108,6 +115,8 @@ class Totals:
                 "augmented": self.lines.augmented,
                 "rejected": self.lines.rejected,
                 "blank": self.lines.blank,
+                "replaced": self.lines.replaced,
+                "kept": self.lines.kept,
             },
             "pairs": {"asked": self.pairs_asked, "hits": self.hits, "misses": self.misses},
             "rpcs": self.rpcs,

@@ -6,13 +6,25 @@ from typing import TypeAlias
 
 from services.augmenter import jsonl
 from services.augmenter.jsonl import Pair
-from services.augmenter.splice import all_spliced, spliced
+from services.augmenter.splice import Splicer
 from services.augmenter.totals import LineCounts
 from services.common import json_objects
 from services.common.lines import Piece
+from services.common.posting_fields import DEFAULT, PostingFields
 
 RejectedLine: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason
 _FEW_LINES = 32
+
+
+class PostingFormat:
+    """How lines of a run are read and written, by the names of their fields."""
+
+    def __init__(self, fields: PostingFields = DEFAULT, *, keep_existing: bool = False) -> None:
+        self.parser = jsonl.PostingParser(fields, keep_existing=keep_existing)
+        self.splicer = Splicer(fields.level)
+
+
+STANDARD = PostingFormat()
 
 
 @dataclass(slots=True)
@@ -45,6 +57,7 @@ class PlainWindow:
     """
 
     inner: list[bytes]
+    form: PostingFormat = STANDARD
 
     @property
     def count(self) -> int:
@@ -79,23 +92,24 @@ class PlainWindow:
         """What becomes of the lines, each counted. The answers are to those asked."""
         if answers.refused:
             text = b"{" + b"}\n{".join(self.inner) + b"}"
-            mixed, _ = _mixed(text)  # the same pairs in the same order
+            mixed, _ = _mixed(text, self.form)  # the same pairs in the same order
             return mixed.settled(answers, counts)
         counts.augmented += len(self.inner)
-        return Settled(all_spliced(self.inner, answers.levels), [])
+        return Settled(self.form.splicer.all_spliced(self.inner, answers.levels), [])
 
 
 @dataclass(frozen=True, slots=True)
 class MixedWindow:
     """Lines of any kind: as they were, stripped, and what is to become of them.
 
-    That is, of a line that is asked, whether it has a `seniority` to be replaced; None of a blank one.
+    That is, of a line that is asked, whether it has a level to be replaced; None of a blank one.
     """
 
     lines: list[bytes]
     texts: list[bytes]
-    fates: list[bool | jsonl.Rejected | None]
+    fates: list[bool | jsonl.Kept | jsonl.Rejected | None]
     extra: int
+    form: PostingFormat = STANDARD
 
     @property
     def count(self) -> int:
@@ -139,11 +153,16 @@ class MixedWindow:
             if isinstance(fate, bool):
                 pair, level = next(asked)
                 if level:
-                    augmented.append(spliced(text, level, replace=fate))
+                    augmented.append(self.form.splicer.spliced(text, level, replace=fate))
+                    counts.replaced += fate
                     continue
                 reason = answers.refused[pair]
             elif fate is None:
                 blank += 1
+                continue
+            elif isinstance(fate, jsonl.Kept):
+                augmented.append(text + b"\n")
+                counts.kept += 1
                 continue
             else:
                 reason = fate.reason
@@ -157,7 +176,7 @@ class MixedWindow:
 Window: TypeAlias = PlainWindow | MixedWindow
 
 
-def parsed(block: list[Piece], *, into: list[Window]) -> Iterator[list[Pair]]:
+def parsed(block: list[Piece], *, into: list[Window], form: PostingFormat = STANDARD) -> Iterator[list[Pair]]:
     """The pair of each line that is to be asked, piece by piece; adds the piece's window to `into`.
 
     What is parsed is still in the processor's cache, if whoever takes it looks at it at once. The block is
@@ -166,16 +185,16 @@ def parsed(block: list[Piece], *, into: list[Window]) -> Iterator[list[Pair]]:
     block.reverse()
     while block:
         piece = block.pop()
-        plain = jsonl.parse_plain(piece.text, piece.count)
+        plain = form.parser.parse_plain(piece.text, piece.count)
         made: Window
         if plain is not None:
             inner, pairs = plain
-            made = PlainWindow(inner)
+            made = PlainWindow(inner, form)
         elif piece.count > _FEW_LINES:  # the odd ones are few, as a rule: those beside them go the fast way
             block += reversed(piece.halves())
             continue
         else:
-            made, pairs = _mixed(piece.text)
+            made, pairs = _mixed(piece.text, form)
         into.append(made)
         yield pairs
 
@@ -199,11 +218,11 @@ def settled(
     return b"".join(augmented), rejected
 
 
-def _mixed(text: bytes) -> tuple[MixedWindow, list[Pair]]:
+def _mixed(text: bytes, form: PostingFormat) -> tuple[MixedWindow, list[Pair]]:
     ends = text.split(b"\n")
     lines = [part for line in ends for part in json_objects.split(line)]
     texts = [jsonl.strip(line) for line in lines]
-    entries = jsonl.parse(texts)
+    entries = form.parser.parse(texts)
     pairs = [entry.pair for entry in entries if isinstance(entry, jsonl.Posting)]
-    fates = [entry.has_seniority if isinstance(entry, jsonl.Posting) else entry for entry in entries]
-    return MixedWindow(lines, texts, fates, len(lines) - len(ends)), pairs
+    fates = [entry.has_level if isinstance(entry, jsonl.Posting) else entry for entry in entries]
+    return MixedWindow(lines, texts, fates, len(lines) - len(ends), form), pairs

@@ -13,6 +13,7 @@ from services.common import bearer, flags
 from services.common.channel import FOLLOW_DNS
 from services.common.errors import CommandError, UsageError
 from services.common.flags import flag
+from services.common.posting_fields import PostingFields
 from services.common.targets import http_proxy_options
 from services.common.tls import PemFiles
 
@@ -28,6 +29,12 @@ class InferSettings:
     )
     company: str | None = flag("--company", flags.TEXT, text="the pair's company")
     title: str | None = flag("--title", flags.TEXT, text="the pair's title")
+    company_field: str = flag(
+        "--company-field", flags.TEXT, "company", text="member that holds the company; may be a dotted path"
+    )
+    title_field: str = flag(
+        "--title-field", flags.TEXT, "title", text="member that holds the title; may be a dotted path"
+    )
     tls_ca: str | None = flag(
         "--tls-ca", flags.TEXT, text="CA that signed the proxy's certificate; the way there is encrypted"
     )
@@ -47,8 +54,14 @@ class InferSettings:
         if not _is_text(self.company or "") or not _is_text(self.title or ""):
             message = "--company and --title must be valid UTF-8"
             raise UsageError(message)
+        _ = self.fields
         self.tls.check_together()
         bearer.check_way(self.target, token_file=self.token_file, tls_ca=self.tls_ca)
+
+    @property
+    def fields(self) -> PostingFields:
+        """The members of a line on standard input. Raises UsageError."""
+        return PostingFields.parse(company=self.company_field, title=self.title_field)
 
     @property
     def tls(self) -> PemFiles:
@@ -70,7 +83,7 @@ def run(settings: InferSettings) -> None:
             [level] = _infer(stub, [(settings.company, settings.title)], settings, token)
             sys.stdout.write(f"{level}\n")
             return
-        for pairs in _batches(sys.stdin.buffer):
+        for pairs in _batches(sys.stdin.buffer, settings.fields):
             for level, (company, title) in zip(_infer(stub, pairs, settings, token), pairs, strict=True):
                 sys.stdout.write(f"{level}\t{company}\t{title}\n")
 
@@ -108,12 +121,12 @@ def _infer(
     return [levels[uuid] for uuid in range(len(pairs))]
 
 
-def _batches(lines: Iterable[bytes]) -> Iterable[list[tuple[str, str]]]:
+def _batches(lines: Iterable[bytes], fields: PostingFields) -> Iterable[list[tuple[str, str]]]:
     batch: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        batch.append(_pair(line, number))
+        batch.append(_pair(line, number, fields))
         if len(batch) == _BATCH_PAIRS:
             yield batch
             batch = []
@@ -121,16 +134,20 @@ def _batches(lines: Iterable[bytes]) -> Iterable[list[tuple[str, str]]]:
         yield batch
 
 
-def _pair(line: bytes, number: int) -> tuple[str, str]:
+def _pair(line: bytes, number: int, fields: PostingFields) -> tuple[str, str]:
     try:
         posting = json.loads(line)
-        company, title = posting["company"], posting["title"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        message = f"line {number}: not a JSON object with company and title"
+    except (ValueError, RecursionError) as error:
+        message = f"line {number}: not JSON"
         raise CommandError(message) from error
-    if not isinstance(company, str) or not isinstance(title, str):
-        message = f"line {number}: company and title must be strings"
+    if not isinstance(posting, dict):
+        message = f"line {number}: not a JSON object"
         raise CommandError(message)
+    try:
+        company, title = fields.read(posting)
+    except ValueError as error:
+        message = f"line {number}: {error}"
+        raise CommandError(message) from error
     if not _is_text(company) or not _is_text(title):
         message = f"line {number}: company and title must be text; a lone surrogate is none"
         raise CommandError(message)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +18,8 @@ Parse = Callable[..., Iterator[list[Pair]]]
 def _losing_a_line(parse: Parse) -> Parse:
     """As `parse`, but of each piece it forgets the last line."""
 
-    def lose(block: list[Piece], *, into: list[Window]) -> Iterator[list[Pair]]:
-        for pairs in parse(block, into=into):
+    def lose(block: list[Piece], *, into: list[Window], **how: Any) -> Iterator[list[Pair]]:
+        for pairs in parse(block, into=into, **how):
             made = into.pop()
             if isinstance(made, PlainWindow):
                 into.append(PlainWindow(made.inner[:-1]))

@@ -14,17 +14,17 @@ from services.common.lines import Piece
 _GOOD = b'"company":"Acme","title":"Clerk"'
 
 
-def _entries(*texts: bytes) -> list[Posting | Rejected | None]:
+def _entries(*texts: bytes) -> list[jsonl.Entry]:
     """What a window makes of lines, whichever way it takes."""
     windows: list[window.Window] = []
     (pairs,) = window.parsed([Piece(b"\n".join(texts), len(texts))], into=windows)
     (made,) = windows
     if isinstance(made, window.MixedWindow):
         return jsonl.parse([jsonl.strip(text) for text in texts])
-    return [Posting(pair.company, pair.title) for pair in pairs]
+    return [Posting(pair) for pair in pairs]
 
 
-def _one(text: bytes) -> Posting | Rejected | None:
+def _one(text: bytes) -> jsonl.Entry:
     """The entry of a line; the same alone, among good ones, and among a good and a bad one."""
     good = b"{" + _GOOD + b"}"
     alone = _entries(text)[0]
@@ -101,7 +101,7 @@ def test_odd_but_lawful_line_is_asked(text: bytes, pair: tuple[str, str]) -> Non
     entry = _one(text)
     assert isinstance(entry, Posting)
     assert entry.pair == Pair(*pair)
-    assert spliced(text, 5, replace=entry.has_seniority) == text[:-1] + b', "seniority": 5}\n'
+    assert spliced(text, 5, replace=entry.has_level) == text[:-1] + b', "seniority": 5}\n'
 
 
 @pytest.mark.parametrize("extra", [b"", b',"x":"\\ud800"'])
@@ -110,7 +110,7 @@ def test_existing_seniority_is_replaced(extra: bytes) -> None:
     text = b'{"\\u0073eniority":"high",' + _GOOD + extra + b"}"
     entry = _one(text)
     assert isinstance(entry, Posting)
-    assert spliced(text, 5, replace=entry.has_seniority) == b"{" + _GOOD + extra + b', "seniority": 5}\n'
+    assert spliced(text, 5, replace=entry.has_level) == b"{" + _GOOD + extra + b', "seniority": 5}\n'
 
 
 def test_blank_line_is_no_posting() -> None:

@@ -90,6 +90,8 @@ def test_hostile_lines_are_kept_apart(augment: Augment, stub: Stub, tmp_path: Pa
         "augmented": 5,
         "rejected": 3,
         "blank": 2,
+        "replaced": 1,
+        "kept": 0,
     }
 
 

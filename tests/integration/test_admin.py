@@ -202,6 +202,26 @@ def test_warm_reads_what_the_augmenter_reads(shared_redis: str, tmp_path: Path) 
     assert failure.startswith(f"{folder}/d.json: it is a JSON array")
 
 
+def test_warm_reads_fields_of_other_names(shared_redis: str, tmp_path: Path) -> None:
+    """What the augmenter wrote with other fields is warmed with the same; a file is read again with them."""
+    flags = ("--cache-url", shared_redis, "--key-prefix", "warm-fields")
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content":{"company":"Field","role":"t"},"seniority":"own","niveau":4}\n')
+    assert _run("warm", *flags, str(path)).returncode == 3
+    fields = (
+        "--company-field",
+        "content.company",
+        "--title-field",
+        "content.role",
+        "--level-field",
+        "niveau",
+    )
+    assert _run("warm", *flags, *fields, str(path)).returncode == 0
+    assert "4" in _run("get", *flags, *_pair(("Field", "t"))).stdout
+    refused = _run("warm", *flags, "--level-field", "a.b", str(path))
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
 def test_warm_names_files_that_fail_and_goes_on_with_the_others(shared_redis: str, tmp_path: Path) -> None:
     """A file that is cut short and one that is missing: exit code 1, each named, the rest is done."""
     flags = ("--cache-url", shared_redis, "--key-prefix", "warm-failures")

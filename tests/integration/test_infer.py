@@ -32,6 +32,24 @@ def test_json_lines_print_a_level_and_the_pair_each(stage: Stage) -> None:
     assert ended.stdout == "".join(f"{level_of(*pair)}\t{pair[0]}\t{pair[1]}\n" for pair in pairs)
 
 
+def test_json_lines_may_have_other_fields(stage: Stage) -> None:
+    """A dotted path leads to company and title; a line without them is named with the path."""
+    line = '\ufeff{"content": {"company": "Field", "role": "Clerk"}}\n'
+    args = (
+        *INFER,
+        "--target",
+        stage.proxy.target,
+        "--company-field",
+        "content.company",
+        "--title-field",
+        "content.role",
+    )
+    ended = run_command(*args, stdin=line)
+    assert (ended.returncode, ended.stdout) == (0, f"{level_of('Field', 'Clerk')}\tField\tClerk\n")
+    ended = run_command(*args, stdin='{"content": {"company": "Field"}}\n')
+    assert (ended.returncode, ended.stderr) == (1, "cache-proxy: line 1: content.role is missing\n")
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from services.common import flags, limits
 from services.common.errors import UsageError
 from services.common.flags import flag
+from services.common.posting_fields import PostingFields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,15 @@ class WarmSettings:
     """What `warm` is told besides its files."""
 
     again: bool = flag("--again", flags.BOOL, "false", text="from the beginning, whatever earlier runs did")
+    company_field: str = flag(
+        "--company-field", flags.TEXT, "company", text="member that holds the company; may be a dotted path"
+    )
+    title_field: str = flag(
+        "--title-field", flags.TEXT, "title", text="member that holds the title; may be a dotted path"
+    )
+    level_field: str = flag(
+        "--level-field", flags.TEXT, "seniority", text="member of the posting that holds the level"
+    )
     max_line_bytes: int = flag(
         "--max-line-bytes", flags.SIZE, "4MiB", text="a longer line is skipped; several are held at a time"
     )
@@ -57,5 +67,11 @@ class WarmSettings:
     progress: bool | None = flag("--progress", flags.BOOL, text="progress bar (default: on a terminal)")
 
     def __post_init__(self) -> None:
-        """Refuse limits that are out of range."""
+        """Refuse limits that are out of range, and names that cannot be."""
+        _ = self.fields
         limits.check(self.max_line_bytes, self.max_zstd_window_bytes)
+
+    @property
+    def fields(self) -> PostingFields:
+        """The members of a posting. Raises UsageError."""
+        return PostingFields.parse(company=self.company_field, title=self.title_field, level=self.level_field)

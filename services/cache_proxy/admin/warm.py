@@ -28,6 +28,7 @@ from services.common import json_objects
 from services.common.detection import DetectingDecoder
 from services.common.errors import CommandError
 from services.common.lines import LongLinePart, blocks
+from services.common.posting_fields import DEFAULT
 
 _UNDER_WAY = 4  # windows that Redis writes while the next is read
 _KEPT_SECONDS = 7 * DAY_SECONDS  # for so long an interrupted run can be resumed
@@ -36,13 +37,7 @@ _REFRESH_SECONDS = 0.2
 _EXIT_FAILED, _EXIT_SKIPPED = 1, 3
 
 
-class _Posting(msgspec.Struct, gc=False):
-    company: str
-    title: str
-    seniority: Annotated[int, msgspec.Meta(ge=1, le=7)]
-
-
-_decoder = msgspec.json.Decoder(_Posting)
+_LEVEL = Annotated[int, msgspec.Meta(ge=1, le=7)]
 
 
 @dataclass(slots=True)
@@ -126,6 +121,11 @@ class _Warming:
         self._bookmarks = deployment.bookmarks_key(cache.key)
         # With how keys are made: what was written under others is not there for these.
         name = f"{source.place}\0{source.version}\0{deployment.recipe(cache.key)}"
+        fields = settings.fields
+        if fields != DEFAULT:
+            name += f"\0{fields}"
+        self._pair_of = fields.getter
+        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(fields.struct("Posting", _LEVEL)).decode
         self._file = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
     async def run(self, *, again: bool) -> None:
@@ -187,19 +187,19 @@ class _Warming:
     def _levels(self, lines: list[bytes]) -> dict[bytes, int]:
         self._totals.lines += len(lines)
         try:
-            postings = [_decoder.decode(line) for line in lines]
+            postings = [self._decode(line) for line in lines]
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             parts = [part for line in lines for part in json_objects.split(line)]
             self._totals.lines += len(parts) - len(lines)
             postings = [posting for part in parts if (posting := self._posting(part)) is not None]
-        pairs = {(posting.company, posting.title): posting.seniority for posting in postings}
+        pairs = {self._pair_of(posting): posting.level for posting in postings}
         digest = self._cache.digest
         return {digest(company, title): level for (company, title), level in pairs.items()}
 
-    def _posting(self, line: bytes) -> _Posting | None:
+    def _posting(self, line: bytes) -> Any:
         text = line.removeprefix(json_objects.BOM)
         try:
-            return _decoder.decode(text)
+            return self._decode(text)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             self._totals.skipped += bool(text.strip())
             return None

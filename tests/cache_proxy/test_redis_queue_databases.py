@@ -1,4 +1,4 @@
-"""Deployments of one name in several databases of one server, which has one set of channels for all of them."""
+"""Deployments of one name in several databases of one server, which share their channels."""
 
 import secrets
 

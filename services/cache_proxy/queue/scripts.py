@@ -55,7 +55,7 @@ class Keys:
         """Of what was invalidated: see `store/invalidation.py`."""
 
     def channel(self, database: int) -> str:
-        """Return the channel for messages of this queue. A server has one set of channels for all databases."""
+        """Return the channel for messages of this queue. A server has one set for all databases."""
         return f"{self.base}ended@{database}" if database else f"{self.base}ended"
 
 

@@ -18,6 +18,7 @@ _ENCRYPTED = ("rediss", "redis+cluster", "redis+sentinel")
 DEFAULT_EMBEDDED_DIR = ".cache-proxy"
 DAY_SECONDS = 86_400
 _MAX_DAYS = 3_650
+NORMAL_FORMS = ("fold", "exact")
 _MAX_BATCH_PAIRS = 1000
 
 
@@ -33,7 +34,7 @@ class KeySettings:
     )
     model_version: str = flag("--model-version", flags.TEXT, "1", text="namespace of the cached answers")
     normalize: str = flag(
-        "--normalize", flags.choice("fold", "exact"), "fold",
+        "--normalize", flags.choice(*NORMAL_FORMS), "fold",
         text="which spellings share an answer: fold ignores case, width and white space",
     )  # fmt: skip
 

@@ -62,11 +62,23 @@ async def test_the_note_holds_no_secret_and_the_newest_start_counts(
         await deployment.check(reached, key)
     with redis.Redis.from_url(shared_redis) as client:
         assert b"hunter2" not in b"".join(client.hvals(f"{base}:made"))
-        client.hset(f"{base}:made", "1", "\xff garbage")
-    with pytest.raises(UsageError, match="--normalize"):
-        await deployment.check(reached, key)
-    assert await deployment.note(reached, key) is not None
-    await deployment.check(reached, key)
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\xff garbage", b"fold 1", b"fold %s none" % (b"9" * 5000), b"fold x y"]
+)
+async def test_damaged_note_is_replaced_by_the_settings(
+    junk: bytes, reached: Servers, base: str, shared_redis: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A command and a replica alike take it for absent, say so once, and write their own."""
+    key = KeySettings(key_prefix=base)
+    with redis.Redis.from_url(shared_redis) as client:
+        for repair in (deployment.check, deployment.note):
+            client.hset(f"{base}:made", "1", junk)
+            await repair(reached, key)
+            assert client.hget(f"{base}:made", "1") == b"fold 1 none"
+            await deployment.check(reached, key)
+    assert len(caplog.records) == 2
 
 
 async def test_housekeeping_leaves_the_note_and_warns_of_another(

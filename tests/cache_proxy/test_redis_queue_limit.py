@@ -269,9 +269,9 @@ async def test_the_newest_start_sets_the_limit(shared_redis: str, caplog: pytest
     """A replica that starts with another rate changes it for all, says so once, and a flush keeps it."""
     place = Place.new(shared_redis)
     async with replicas(place, 1, limits(calls_per_second=1)) as (old,):
-        await _configure(old.scripts, old.bounds)
+        await _configure(old.scripts, old.bounds, old.metrics)
         assert not caplog.records
-        await _configure(old.scripts, limits(calls_per_second=0.1))
+        await _configure(old.scripts, limits(calls_per_second=0.1), old.metrics)
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         await old.beat()
         await old.ask(pairs([1]))
@@ -290,7 +290,7 @@ async def test_the_newest_start_sets_the_batch_too(shared_redis: str) -> None:
     big = limits(batch_pairs=20, pairs_per_second=rate)
     small = limits(batch_pairs=2, pairs_per_second=rate)
     async with replicas(place, 1, small) as (old,), replicas(place, 1, big) as (new,):
-        await _configure(new.scripts, big)
+        await _configure(new.scripts, big, new.metrics)
         with place.client() as client:
             await new.ask(pairs(range(20)))
             await new.queue.claim()
@@ -298,7 +298,7 @@ async def test_the_newest_start_sets_the_batch_too(shared_redis: str) -> None:
             assert len((await new.take()).pairs) == 20
             await old.ask(pairs(range(100, 120)))
             assert await _wait(old) > 1.9
-            await _configure(old.scripts, small)
+            await _configure(old.scripts, small, old.metrics)
             client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
             await new.ask(pairs(range(100, 120)))
             assert len((await new.take()).pairs) == 2

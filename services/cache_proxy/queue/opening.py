@@ -14,6 +14,7 @@ from services.cache_proxy.errors import PairError, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Queue, QueueLimits, Settle
 from services.cache_proxy.queue.failover import FailoverQueue
+from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.limiter import Limiter
 from services.cache_proxy.queue.listener import Hear, Listener
@@ -23,9 +24,13 @@ from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
 from services.cache_proxy.queue.slots import SlotLimiter
 from services.cache_proxy.quotas import QuotasNow, none
+from services.cache_proxy.redis_values import read_number
 from services.cache_proxy.store.connecting import Client
 
 _log = logging.getLogger(__name__)
+
+# Of `QueueLimits.paced`, in its order; and what it is of the setting.
+_LIMITS = (("pairs/s", PACE), ("calls/s", PACE), ("pairs a batch", 1))
 
 
 class ProxyQueue(Queue, Protocol):
@@ -99,7 +104,7 @@ async def open_shared(
         replicas=lambda: limiter.replicas or shared.expected_replicas, quotas=quotas,
     )  # fmt: skip
     queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
-    await _configure(scripts, limits)
+    await _configure(scripts, limits, metrics)
     listener = Listener(
         home, scripts, queue=queue, shared=asked,
         address=_address(shared.http_bound, shared.url), limits=limits, metrics=metrics,
@@ -127,15 +132,26 @@ def _limiter(limits: QueueLimits, *, replicas: int) -> Limiter:
     )
 
 
-async def _configure(scripts: Scripts, limits: QueueLimits) -> None:
-    """The newest start's limits are the deployment's."""
+async def _configure(scripts: Scripts, limits: QueueLimits, metrics: ProxyMetrics) -> None:
+    """Make this replica's limits those of the deployment: the newest start's count."""
     mine = limits.paced
     try:
         before = await scripts.run("configure", list(mine))
     except StoreError:
         return  # the heartbeat will say that Redis is not there
-    if None not in before and tuple(map(float, before)) != tuple(map(float, mine)):
-        _log.warning("the limits of this deployment were others; from now on those of this replica hold")
+    changes = []
+    for (name, pace), found, own in zip(_LIMITS, before, mine, strict=True):
+        known = read_number(found, minimum=0)
+        if found is not None and known is None:
+            metrics.store_garbage.inc()
+            changes.append(f"{name} not a number -> {own / pace:g}")
+        elif known is not None and known != own:
+            changes.append(f"{name} {known / pace:g} -> {own / pace:g}")
+    if changes:
+        _log.warning(
+            "rate limits in Redis differed from this replica's settings and were replaced (%s)",
+            ", ".join(changes),
+        )
 
 
 def _address(http_bound: str, redis_url: str) -> str:

@@ -4,15 +4,25 @@
 or hash in another way, than the proxies do, are told so instead of finding nothing.
 """
 
+import logging
+import re
 from dataclasses import dataclass
 
-from services.cache_proxy.config import KeySettings, read_secret
+from services.cache_proxy.config import NORMAL_FORMS, KeySettings, read_secret
 from services.cache_proxy.key import NORMAL_FORM_VERSION, fingerprint
 from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.redis_values import read_integer
 from services.cache_proxy.store.servers import Servers, heal
 from services.common.errors import UsageError
 
+_log = logging.getLogger(__name__)
+
 _LAYOUT = "c2"
+_MAX_NORMAL_FORM_VERSION = 1_000_000
+_SECRET = re.compile(r"none|[0-9a-f]{1,64}")
+_DAMAGED = (
+    "%s in Redis: the field %s does not say how keys are made; replaced by this program's settings (%s)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,12 @@ async def note(servers: Servers, key: KeySettings) -> Recipe | None:
     if before is not None and before.decode("utf-8", "replace") == str(mine):
         return None
     await servers.command(made, "HSET", made, key.model_version, str(mine))
-    return None if before is None else _parsed(before)
+    if before is None:
+        return None
+    theirs = _parsed(before)
+    if theirs is None:
+        _log.warning(_DAMAGED, made, key.model_version, mine)
+    return theirs
 
 
 async def note_again(servers: Servers, key: KeySettings, mine: Recipe) -> None:
@@ -75,6 +90,10 @@ async def check(servers: Servers, key: KeySettings, *, may_be_new: bool = False)
         known = await servers.command(made, "HKEYS", made)
         raise UsageError(_unknown(key, [name.decode("utf-8", "replace") for name in known]))
     theirs, mine = _parsed(stored), recipe(key)
+    if theirs is None:
+        _log.warning(_DAMAGED, made, key.model_version, mine)
+        await servers.command(made, "HSET", made, key.model_version, str(mine))
+        return
     if theirs.normalize != mine.normalize:
         message = f"--normalize {mine.normalize}: this deployment's keys are made with {theirs.normalize}"
         raise UsageError(message)
@@ -92,11 +111,16 @@ def _made_key(key: KeySettings) -> str:
     return f"{key.key_prefix}:made"
 
 
-def _parsed(stored: bytes) -> Recipe:
-    words = stored.decode("utf-8", "replace").split(" ")
-    if len(words) != len(Recipe.__dataclass_fields__) or not words[1].isdecimal():
-        return Recipe("something else", 0, "")
-    return Recipe(words[0], int(words[1]), words[2])
+def _parsed(stored: bytes) -> Recipe | None:
+    """Return what was noted, or None if it is garbage."""
+    words = stored.split(b" ")
+    if len(words) != len(Recipe.__dataclass_fields__):
+        return None
+    version = read_integer(words[1], minimum=1, maximum=_MAX_NORMAL_FORM_VERSION)
+    normalize, secret = (word.decode("ascii", "replace") for word in (words[0], words[2]))
+    if version is None or normalize not in NORMAL_FORMS or not _SECRET.fullmatch(secret):
+        return None
+    return Recipe(normalize, version, secret)
 
 
 def _unknown(key: KeySettings, known: list[str]) -> str:

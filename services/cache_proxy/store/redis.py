@@ -11,6 +11,7 @@ from typing import Any
 
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.redis_values import read_integer
 from services.cache_proxy.riders import Riders
 from services.cache_proxy.store import layout
 from services.cache_proxy.store.dated import today
@@ -23,6 +24,7 @@ _GET_PAIRS = 1000
 _PUT_PAIRS = 334
 _CLUSTER_PAIRS = 4000  # which is 60 a tag
 _MAX_OPERATIONS = 16
+_MAX_BUCKETS = 2**53  # of a tag, as Lua's numbers are exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +112,10 @@ class RedisStore:
         """Pairs of a tag whose slot is moving: each key is here or there, so each is asked for by itself."""
         key = state_key(self._base, tag_of(digests[0]))
         [[generation, buckets]] = await self._servers.read([("HMGET", key, "generation", "buckets")])
-        if generation is None or not (buckets or b"").isdigit() or int(buckets) < layout.COLUMNS:
+        count = read_integer(buckets, minimum=layout.COLUMNS, maximum=_MAX_BUCKETS)
+        if generation is None or count is None:
             return [0] * len(digests)
-        state = TagState(generation.decode("latin-1"), int(buckets))
+        state = TagState(generation.decode("latin-1"), count)
         values = await self._servers.read(
             [("HGET", state.bucket(self._base, digest), digest[FIELD]) for digest in digests]
         )
@@ -173,7 +176,9 @@ class RedisStore:
         generation, buckets, pairs, leftovers, looked_at, garbage = reply
         triples = zip(looked_at[::3], looked_at[1::3], looked_at[2::3], strict=True)
         sampled = [(name.decode(), count, size) for name, count, size in triples]
-        return Inspected(generation.decode(), buckets, pairs, bool(leftovers), garbage, sampled)
+        return Inspected(
+            generation.decode("utf-8", "replace"), buckets, pairs, bool(leftovers), garbage, sampled
+        )
 
     async def close(self) -> None:
         """See `Store.close`."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
 
-_EVENT_NAMES = ("ObjectCreated:", "ObjectRestore:Completed")
+_EVENT_NAMES = ("ObjectCreated", "ObjectRestore:Completed")
 _DETAIL_TYPES = {"Object Created", "Object Restore Completed"}
 _API_CALL = "AWS API Call via CloudTrail"
 _API_SOURCES = {"s3.amazonaws.com", "s3express.amazonaws.com"}

@@ -31,7 +31,10 @@ class QueueEndpoint:
 
 def queue_endpoint(queue_url: str) -> QueueEndpoint:
     """Return the endpoint of the queue; of a host that is not AWS's, nothing is known."""
-    parts = urlsplit(queue_url)
+    try:
+        parts = urlsplit(queue_url)
+    except ValueError:  # the queue's service will say what is wrong with it
+        return QueueEndpoint()
     host = parts.hostname or ""
     if found := _STANDARD.fullmatch(host):
         return QueueEndpoint(found["region"])

@@ -179,6 +179,8 @@ class QueueWorkers:
         self._hidden[received["MessageId"]] = received["ReceiptHandle"], time.monotonic() + seconds
         if len(self._hidden) > _MAX_LEFT:
             del self._hidden[next(iter(self._hidden))]
+        if seconds == self._visible_seconds:
+            return
         try:
             await self._lease(received).hide(seconds)
         except (MessageGoneError, StoreError) as error:

@@ -36,6 +36,8 @@ _HOST = "vpce-0a1b-2c3d.sqs.us-east-1.vpce.amazonaws.com"
         ("sqs.eu-west-1.localhost.localstack.cloud:4566", None, False),
         ("sqs.eu-west-1.amazonaws.com.example.org", None, False),
         ("elasticmq.internal:9324", None, False),
+        ("[bad", None, False),
+        ("", None, False),
     ],
 )
 def test_region_and_endpoint_are_those_of_the_url(host: str, region: str | None, is_endpoint: bool) -> None:

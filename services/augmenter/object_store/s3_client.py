@@ -20,7 +20,7 @@ _PLAIN_REASONS = {
     "NoSuchBucket": "the bucket does not exist",
     "NoSuchKey": "does not exist",
     "404": "does not exist",
-    "400": "bad request (an object that is encrypted with a customer's key needs --sse-c-key-file)",
+    "400": "bad request; see that the SSE-C key flags fit how the object is encrypted",
     "403": "access denied",
     "AWS.SimpleQueueService.NonExistentQueue": "the queue does not exist",
     "QueueDoesNotExist": "the queue does not exist",

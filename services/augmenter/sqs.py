@@ -108,7 +108,10 @@ class QueueWorkers:
         """Never cancelled to end it: a message that was on its way would be nobody's for a while."""
         with named(self._queue_url):
             got = await self._client.receive_message(
-                QueueUrl=self._queue_url, MaxNumberOfMessages=1, WaitTimeSeconds=wait_seconds
+                QueueUrl=self._queue_url,
+                MaxNumberOfMessages=1,
+                WaitTimeSeconds=wait_seconds,
+                VisibilityTimeout=self._visible_seconds,  # the queue's own may be 0
             )
         return next(iter(got.get("Messages", ())), None)
 

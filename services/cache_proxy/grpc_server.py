@@ -9,19 +9,17 @@ from typing import Any, Protocol
 import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from services.cache_proxy import http2_bounds, known_methods
+from services.cache_proxy import http2_bounds, known_methods, reflection
 from services.cache_proxy.config import ServerSettings
 from services.cache_proxy.connections import Connections
+from services.cache_proxy.health import Health
 from services.cache_proxy.intake import Intake, IntakeLimits
 from services.cache_proxy.open_services import OpenServices
 from services.cache_proxy.servicer import SERVICE_NAME
 from services.cache_proxy.unix_socket import SocketPath
 from services.common.errors import CommandError
 
-_HEALTH_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _HOUR_SECONDS = 3600.0
 _INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
 _LEAVING_SECONDS = 1.0
@@ -40,7 +38,7 @@ class GrpcServer:
     """A server that is bound but not yet started, its health, and the addresses that it really has."""
 
     server: aio.Server
-    health: HealthServicer
+    health: Health
     bound: list[str]
     paths: list[SocketPath]  # held for as long as this is
     connections: Connections = field(default_factory=Connections)
@@ -96,12 +94,11 @@ def listen(
     ]
     paths = [SocketPath(address) for address in settings.listen if address.startswith("unix:")]
     server = known_methods.server(options)
-    health = HealthServicer()
+    health = Health()
     service.add_to(server)
     open_services: Any = OpenServices(server, Intake(IntakeLimits.of(settings.max_request_bytes)))
     health_pb2_grpc.add_HealthServicer_to_server(health, open_services)
-    reflected = reflection.aio.ReflectionServicer((SERVICE_NAME, _HEALTH_NAME, reflection.SERVICE_NAME))
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, open_services)  # type: ignore[no-untyped-call]
+    reflection.add_to(open_services)
     connections = Connections()
     with connections.found():
         bound = [_bind(server, address, credentials) for address in settings.listen]

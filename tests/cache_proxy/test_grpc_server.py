@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 from grpc import aio
-from grpc_health.v1._async import HealthServicer
 
 from services.cache_proxy.grpc_server import GrpcServer
+from services.cache_proxy.health import Health
 from services.common.endings import end
 from tests.support.hostile import grpc_message, peer
 
@@ -15,7 +15,7 @@ async def _started() -> tuple[GrpcServer, str]:
     """With gRPC's own loop, which a name that is not UTF-8 ends (see known_methods.py)."""
     server = aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
-    front = GrpcServer(server, HealthServicer(), [], [])
+    front = GrpcServer(server, Health(), [], [])
     await front.start()
     return front, f"127.0.0.1:{port}"
 

@@ -15,6 +15,8 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -83,8 +85,43 @@ def test_reflection_lists_the_public_services_alone(stage: Stage) -> None:
     listed, described = stub.ServerReflectionInfo(iter(requests), timeout=10)
     assert {service.name for service in listed.list_services_response.service} == {
         "SeniorityModel", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection",
+        "grpc.reflection.v1.ServerReflection",
     }  # fmt: skip
     assert b"InferSeniority" in described.file_descriptor_response.file_descriptor_proto[0]
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_each_version_of_reflection_describes_every_service_that_it_lists(stage: Stage, version: str) -> None:
+    """By the same messages; no file that is not public is found by either."""
+    ask: Any = stage.caller.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+
+    def reflect(**request: str) -> Any:
+        [answer] = ask(iter([reflection_pb2.ServerReflectionRequest(**request)]), timeout=10)  # type: ignore[arg-type]
+        return answer
+
+    for service in reflect(list_services="").list_services_response.service:
+        described = reflect(file_containing_symbol=service.name).file_descriptor_response
+        file = FileDescriptorProto.FromString(described.file_descriptor_proto[0])
+        pool = DescriptorPool()
+        pool.Add(file)
+        assert pool.FindServiceByName(service.name).methods
+    for private in ("google/rpc/status.proto", "google/protobuf/descriptor.proto"):
+        assert reflect(file_by_filename=private).error_response.error_code == StatusCode.NOT_FOUND.value[0]
+
+
+def test_health_lists_every_service_without_an_error(stage: Stage) -> None:
+    """Whoever asks; nothing of it is logged."""
+    stub: Any = health_pb2_grpc.HealthStub(stage.caller.channel)
+    told = stage.proxy.log
+    listed = stub.List(health_pb2.HealthListRequest(), timeout=10).statuses  # type: ignore[attr-defined]
+    assert {name: answer.status for name, answer in listed.items()} == {
+        "": SERVING, "SeniorityModel": SERVING,
+    }  # fmt: skip
+    assert stage.proxy.log == told
 
 
 def test_the_ready_line_is_all_that_standard_output_gets(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class Floor(seniority_pb2_grpc.SeniorityModelServicer):
 async def _serve() -> None:
     front = grpc_server.listen(ServerSettings(listen=("127.0.0.1:0",)), Floor())
     await front.start()
-    logs.announce_ready(listen=front.bound)
-    await front.server.wait_for_termination()
+    logs.announce_ready(listen=front.addresses)
+    await front.run()
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ async def _serve(url: str) -> None:
         ServerSettings(listen=("127.0.0.1:0",)), MgetProxy(redis.asyncio.Redis.from_url(url))
     )
     await front.start()
-    logs.announce_ready(listen=front.bound)
-    await front.server.wait_for_termination()
+    logs.announce_ready(listen=front.addresses)
+    await front.run()
 
 
 if __name__ == "__main__":

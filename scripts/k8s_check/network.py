@@ -8,6 +8,7 @@ from scripts.k8s_check.environment import environment
 from scripts.k8s_check.objects import Container, by_name, of_kind, pods, selects
 from scripts.k8s_check.settings import understood
 
+_GROUP_MAY_OPEN = 0o060
 _REDIS_PORT = 6379
 
 
@@ -63,8 +64,10 @@ def _socket(container: Container, path: str, manifests: Sequence[Manifest]) -> I
             for listen in parsed.values["listen"]:
                 there = other.volume_at(listen.removeprefix("unix:"))
                 if there is not None and (there[0]["name"], there[1]) == (here[0]["name"], here[1]):
-                    if "runAsUser" not in container.pod.spec.get("securityContext", {}):
-                        yield f"{container.name}: without runAsUser in its pod, it may not open the socket"
+                    security = container.pod.spec.get("securityContext", {})
+                    is_for_group = (parsed.values["listen_mode"] or 0) & _GROUP_MAY_OPEN == _GROUP_MAY_OPEN
+                    if "runAsUser" not in security and not ("fsGroup" in security and is_for_group):
+                        yield f"{container.name}: without fsGroup in its pod, it may not open the socket"
                     return
     yield f"{container.name}: no sidecar listens on {path}"
 

@@ -9,9 +9,9 @@ from services.augmenter.window import PostingFormat
 from services.common import bearer, flags, limits
 from services.common.errors import UsageError
 from services.common.flags import flag
+from services.common.listening import check_address
 from services.common.posting_fields import PostingFields
 from services.common.tls import PemFiles
-from services.common.units import is_address
 
 DEFAULT_INPUT = "s3://rl-data/job-postings-raw/"
 DEFAULT_OUTPUT = "s3://rl-data/job-postings-mod/"
@@ -150,9 +150,8 @@ class RunSettings:
             raise UsageError("--dry-run counts what is there now: not with --watch or --sqs-queue-url")
         if self.sqs_queue_url and self.shard[1] > 1:
             raise UsageError("--shard does not go with --sqs-queue-url: the queue shares its messages out")
-        if self.http_listen and (not is_address(self.http_listen) or self.http_listen.startswith("unix:")):
-            message = f"--http-listen {self.http_listen!r} is not host:port"
-            raise UsageError(message)
+        if self.http_listen:
+            check_address(self.http_listen, flag_name="--http-listen")
         if self.deadline_seconds == 0:
             raise UsageError("--deadline 0: an RPC needs time")
         if not self.caller or not _HEADER_CHARACTERS.issuperset(self.caller):

@@ -50,7 +50,12 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         registry = _registry()
         metrics = ProxyMetrics(registry)
         renewals = Renewals(metrics)
-        callers = open_callers(settings.callers, renewals, listen=settings.server.listen)
+        callers = open_callers(
+            settings.callers,
+            renewals,
+            listen=settings.server.listen,
+            plaintext=settings.server.listen_plaintext,
+        )
         replica = new_replica()
         ready = asyncio.Event()
         http = _http(registry, ready=ready, replica=replica)
@@ -127,7 +132,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         gc.freeze()  # what is built stays; and a full collection that walks a full L1 takes 24 ms
         await stack.enter_async_context(_serving(front))
         ready.set()
-        logs.announce_ready(listen=front.bound, http=http_bound)
+        logs.announce_ready(listen=front.addresses, http=http_bound)
         await stop.wait()
         _log.info("draining")
         ready.clear()
@@ -139,7 +144,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
 @asynccontextmanager
 async def _serving(front: grpc_server.GrpcServer) -> AsyncIterator[None]:
     await front.start()
-    async with running(front.ended()):
+    async with running(front.run()):
         yield
 
 

@@ -10,7 +10,7 @@ from services.common import flags
 from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
 from services.common.flags import flag
-from services.common.units import is_address
+from services.common.listening import check_address
 
 ENV_PREFIX = "CACHE_PROXY"
 CACHE_SCHEMES = ("embedded", "memory", "redis", "rediss", "unix", "redis+cluster", "redis+sentinel")
@@ -166,8 +166,17 @@ class ServerSettings:
 
     listen: tuple[str, ...] = flag(
         "--listen", flags.LIST, "0.0.0.0:50051",
-        text="address for callers; repeatable; unix:/path too; port 0 picks one",
+        text="address for callers; repeatable; unix:/path too; port 0 picks one; 0.0.0.0, [::] and no host "
+        "mean every address, IPv4 and IPv6",
     )  # fmt: skip
+    listen_plaintext: tuple[str, ...] = flag(
+        "--listen-plaintext", flags.LIST,
+        text="as --listen, and without TLS whatever --tls-cert says: for probes and callers on this machine, "
+        "which then need no certificate",
+    )  # fmt: skip
+    listen_mode: int | None = flag(
+        "--listen-mode", flags.MODE, text="octal mode of Unix sockets, as in 0660; by the umask if not set"
+    )
     http_listen: str = flag(
         "--http-listen", flags.TEXT, "0.0.0.0:9464", text="address for /metrics, /healthz and /readyz"
     )
@@ -212,13 +221,11 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be listened on, and bounds that let nothing through."""
-        for name, address in [
-            *(("--listen", one) for one in self.listen),
-            ("--http-listen", self.http_listen),
-        ]:
-            if not is_address(address) or (name == "--http-listen" and address.startswith("unix:")):
-                message = f"{name} {address!r}: it must be HOST:PORT, with a port up to 65535"
-                raise UsageError(message)
+        for address in self.listen:
+            check_address(address, flag_name="--listen", may_be_unix=True)
+        for address in self.listen_plaintext:
+            check_address(address, flag_name="--listen-plaintext", may_be_unix=True)
+        check_address(self.http_listen, flag_name="--http-listen")
         if not self.max_request_bytes:
             message = "--max-request-bytes must be above 0"
             raise UsageError(message)

@@ -1,9 +1,9 @@
-"""The gRPC server: the model's interface, health and reflection on every `--listen` address."""
+"""The gRPC server: the model's interface, health and reflection on every address."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -18,12 +18,15 @@ from services.cache_proxy.intake import Intake, IntakeLimits
 from services.cache_proxy.open_services import OpenServices
 from services.cache_proxy.servicer import SERVICE_NAME
 from services.cache_proxy.unix_socket import SocketPath
-from services.common.errors import CommandError
+from services.common.grpc_ports import add_ports
 
 _HOUR_SECONDS = 3600.0
 _INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
 _LEAVING_SECONDS = 1.0
 _COUNT_EVERY_SECONDS = 0.1
+_log = logging.getLogger(__name__)
+
+Credentials = Callable[[], grpc.ServerCredentials]
 
 
 class Service(Protocol):
@@ -33,91 +36,142 @@ class Service(Protocol):
         """Serve on `server`."""
 
 
-@dataclass(frozen=True, slots=True)
-class GrpcServer:
-    """A server that is bound but not yet started, its health, and the addresses that it really has."""
+class Listeners:
+    """The addresses of `--listen`, with TLS if there are `credentials`, and of `--listen-plaintext`.
 
-    server: aio.Server
-    health: Health
-    bound: list[str]
-    paths: list[SocketPath]  # held for as long as this is
-    connections: Connections = field(default_factory=Connections)
+    State: `addresses`, those that the server really has, in this order; `connections` to them. `_paths` of
+    Unix sockets are held for as long as this is.
+    """
+
+    def __init__(self, settings: ServerSettings, credentials: Credentials | None) -> None:
+        self._wanted = [
+            *(("--listen", address, credentials) for address in settings.listen),
+            *(("--listen-plaintext", address, None) for address in settings.listen_plaintext),
+        ]
+        self._mode = settings.listen_mode
+        self._paths = [
+            SocketPath(address, flag_name=flag_name)
+            for flag_name, address, _ in self._wanted
+            if address.startswith("unix:")
+        ]
+        self.addresses: list[str] = []
+        self.connections = Connections()
+
+    def add_to(self, server: aio.Server) -> None:
+        """Have `server` listen; again on the same ports if there was one before. Raises CommandError."""
+        addresses = self.addresses or [address for _, address, _ in self._wanted]
+        with self.connections.found():
+            self.addresses = [
+                add_ports(server, address, flag_name=flag_name, credentials=credentials, mode=self._mode)
+                for (flag_name, _, credentials), address in zip(self._wanted, addresses, strict=True)
+            ]
+
+
+class GrpcServer:
+    """A server that is bound but not yet started, and its health.
+
+    gRPC's own loop may end by a defect (see `known_methods.py`). The server is then made again in place.
+
+    State: `_server`, replaced then; `_is_closing`, set once it is to end.
+    """
+
+    def __init__(self, make: Callable[[], aio.Server], *, listeners: Listeners, health: Health) -> None:
+        self._make = make
+        self._listeners = listeners
+        self.health = health
+        self._is_closing = False
+        self._server = self._bound()
+
+    @property
+    def addresses(self) -> list[str]:
+        """Those that it really has."""
+        return self._listeners.addresses
 
     async def start(self) -> None:
         """Begin to answer, as SERVING."""
-        await self.server.start()
+        await self._server.start()
         for name in ("", SERVICE_NAME):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    async def ended(self) -> None:
-        """Return when it was stopped. Raises what it ended of by itself: gRPC would only log that."""
-        # Without a timeout, a cancellation here would also cancel what `stop` waits for.
-        while await self.server.wait_for_termination(_HOUR_SECONDS):
-            pass
+    async def run(self) -> None:
+        """Return when it was closed. Raises CommandError if it ended by itself and its address is gone."""
+        while True:
+            try:
+                # Without a timeout, a cancellation here would also cancel what `stop` waits for.
+                while await self._server.wait_for_termination(_HOUR_SECONDS):
+                    pass
+            except Exception as error:  # noqa: BLE001 - whatever gRPC's loop ended of
+                if not self._is_closing:
+                    _log.error(
+                        "the gRPC server ended by itself and is started again: %s", type(error).__name__
+                    )
+                    await self._restart()
+                    continue
+            return
 
     async def finish(self) -> None:
-        """End once every caller has left, or after a second. The service refuses what arrives meanwhile."""
+        """Close it once every caller has left, or after a second. The service refuses RPCs meanwhile."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_LEAVING_SECONDS):
-                while await asyncio.to_thread(self.connections.count):  # noqa: ASYNC110 - no event says it
+                while await asyncio.to_thread(self._listeners.connections.count):  # noqa: ASYNC110 - no event says it
                     await asyncio.sleep(_COUNT_EVERY_SECONDS)
         await self.close()
 
     async def close(self) -> None:
-        """End at once: RPCs under way end as UNAVAILABLE, because their connection is closed."""
-        self.connections.shut()
-        stopping = asyncio.ensure_future(self.server.stop(0))
+        """Close it at once: RPCs under way end as UNAVAILABLE, because their connection is closed."""
+        self._is_closing = True
+        await self._end()
+
+    async def _restart(self) -> None:
+        await self._end()
+        self._server = self._bound()
+        await self._server.start()
+
+    async def _end(self) -> None:
+        self._listeners.connections.shut()
+        stopping = asyncio.ensure_future(self._server.stop(0))
         await asyncio.sleep(0)  # now it accepts no connection any more
-        self.connections.shut()
+        self._listeners.connections.shut()
         await stopping
+
+    def _bound(self) -> aio.Server:
+        server = self._make()
+        self._listeners.add_to(server)
+        return server
 
 
 def listen(
-    settings: ServerSettings,
-    service: Service,
-    *,
-    credentials: Callable[[], grpc.ServerCredentials] | None = None,
+    settings: ServerSettings, service: Service, *, credentials: Credentials | None = None
 ) -> GrpcServer:
-    """Bind every address, all but Unix sockets with `credentials` of its own if there are any.
+    """Bind every address. Raises CommandError naming the address that cannot be had, and why."""
+    options = _options(settings)
+    health = Health()
+    intake = Intake(IntakeLimits.of(settings.max_request_bytes))
 
-    Raises CommandError naming the address that cannot be had.
-    """
+    def make() -> aio.Server:
+        server = known_methods.server(options)
+        service.add_to(server)
+        open_services: Any = OpenServices(server, intake)
+        health_pb2_grpc.add_HealthServicer_to_server(health, open_services)
+        reflection.add_to(open_services)
+        return server
+
+    return GrpcServer(make, listeners=Listeners(settings, credentials), health=health)
+
+
+def _options(settings: ServerSettings) -> list[tuple[str, int]]:
     age_ms = _milliseconds(settings.max_connection_age_seconds)
-    options = [
+    listeners = len(settings.listen) + len(settings.listen_plaintext)
+    return [
         ("grpc.so_reuseport", 0),  # a second proxy on the port is a mistake, not a helper
         ("grpc.max_receive_message_length", min(settings.max_request_bytes, _INT_MAX)),
         ("grpc.max_send_message_length", -1),
         *((("grpc.max_connection_age_ms", age_ms),) if age_ms else ()),
         # No shorter than the longest RPC: a connection that is of age still answers what it was asked.
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_wait_seconds)),
-        *http2_bounds.options(listeners=len(settings.listen)),
+        *http2_bounds.options(listeners=listeners),
     ]
-    paths = [SocketPath(address) for address in settings.listen if address.startswith("unix:")]
-    server = known_methods.server(options)
-    health = Health()
-    service.add_to(server)
-    open_services: Any = OpenServices(server, Intake(IntakeLimits.of(settings.max_request_bytes)))
-    health_pb2_grpc.add_HealthServicer_to_server(health, open_services)
-    reflection.add_to(open_services)
-    connections = Connections()
-    with connections.found():
-        bound = [_bind(server, address, credentials) for address in settings.listen]
-    return GrpcServer(server, health, bound, paths, connections)
 
 
 def _milliseconds(seconds: float) -> int:
     return int(min(seconds * 1000, _INT_MAX))
-
-
-def _bind(server: aio.Server, address: str, credentials: Callable[[], grpc.ServerCredentials] | None) -> str:
-    in_the_clear = credentials is None or address.startswith("unix:")
-    try:
-        if in_the_clear or credentials is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, credentials())
-    except RuntimeError as error:
-        unless = "" if in_the_clear else ", or --tls-cert is of a kind that gRPC does not know"
-        message = f"--listen {address}: the address cannot be used (taken, or not this host's{unless})"
-        raise CommandError(message) from error
-    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"

@@ -19,8 +19,9 @@ class SocketPath:
     two that start at once one is refused, and what a dead one left is taken over. Raises CommandError.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, flag_name: str = "--listen") -> None:
         self._address = address
+        self._flag_name = flag_name
         path = address.removeprefix("unix:")
         path = path.removeprefix("//") if path.startswith("///") else path
         self.lock = self._locked(f"{path}.lock")
@@ -60,4 +61,4 @@ class SocketPath:
         raise self._refused("somebody listens there already")
 
     def _refused(self, why: str) -> CommandError:
-        return CommandError(f"--listen {self._address}: {why}")
+        return CommandError(f"{self._flag_name} {self._address}: {why}")

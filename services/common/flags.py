@@ -6,6 +6,7 @@ twins (`--model-target` of `cache-proxy` is `CACHE_PROXY_MODEL_TARGET`) and its 
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +18,7 @@ from services.common.errors import CommandError, UsageError
 from services.common.units import parse_duration_seconds, parse_size_bytes
 
 _FLAG = "flag"
+_MODE = re.compile(r"(?:0o)?0?[0-7]{3}")
 _MIN_RATE, _MAX_RATE = 1e-6, 1e9  # one in eleven days; at a rate of almost nothing a wait is no number
 _Settings = TypeVar("_Settings")
 
@@ -67,6 +69,14 @@ def _parse_rate_or_zero(text: str) -> float:
     return 0.0 if is_zero else _parse_rate(text)
 
 
+def _parse_mode(text: str) -> int:
+    """`0660`, `660` or `0o660`."""
+    if not _MODE.fullmatch(text):
+        message = f"{text!r} is not an octal mode such as 0660"
+        raise ValueError(message)
+    return int(text.removeprefix("0o"), 8)
+
+
 TEXT = click.STRING
 COUNT = click.IntRange(min=1)
 COUNT_OR_ZERO = click.IntRange(min=0)
@@ -76,6 +86,7 @@ DURATION = _Kind("duration", parse_duration_seconds)
 SIZE = _Kind("size", parse_size_bytes)
 BOOL = _Kind("true|false", _parse_bool)
 LIST = _Kind("list", _parse_list)
+MODE = _Kind("mode", _parse_mode)
 
 
 def kind(name: str, parse: Callable[[str], Any]) -> click.ParamType[Any]:

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from services.common.errors import CommandError
+from services.common.listening import ListenAddress, bind_sockets
 
 _MAX_CONNECTIONS = 64
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -20,7 +21,7 @@ class HttpEndpoint:
         self._registry = registry
         self._app = web.Application()
         self._runner = web.AppRunner(self._app, access_log=None)
-        self._listening: asyncio.Server | None = None
+        self._listening: list[asyncio.Server] = []
         self.add("/metrics", self._metrics)
         self.add("/healthz", self._healthz)
 
@@ -29,18 +30,19 @@ class HttpEndpoint:
         self._app.router.add_get(path, handler)
 
     async def start(self, address: str) -> str:
-        """Listen on `host:port` and return the address really bound. Raises CommandError."""
-        host, _, port = address.rpartition(":")
+        """Listen (see `listening.py`) and return the address really bound. Raises CommandError."""
+        sockets = bind_sockets(address, flag_name="--http-listen")
+        port = sockets[0].getsockname()[1]
         await self._runner.setup()
+        loop = asyncio.get_running_loop()
         try:
-            self._listening = await asyncio.get_running_loop().create_server(
-                self._connected, host.strip("[]") or None, int(port)
-            )
-        except (OSError, ValueError, OverflowError) as error:
+            for one in sockets:
+                self._listening.append(await loop.create_server(self._connected, sock=one))
+        except OSError as error:  # another process took it just now
             await self.close()
-            message = f"--http-listen {address}: {error}"
+            message = f"--http-listen {address}: {error.strerror}"
             raise CommandError(message) from error
-        return f"{host}:{self._listening.sockets[0].getsockname()[1]}"
+        return ListenAddress.parse(address).at(port)
 
     def _connected(self) -> asyncio.Protocol:
         """One connection more. Answers take milliseconds: of many the oldest is one that says nothing,
@@ -54,8 +56,8 @@ class HttpEndpoint:
 
     async def close(self) -> None:
         """Stop listening."""
-        if self._listening is not None:
-            self._listening.close()
+        for one in self._listening:
+            one.close()
         await self._runner.cleanup()
 
     async def _metrics(self, request: web.Request) -> web.Response:

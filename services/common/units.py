@@ -5,7 +5,6 @@ import re
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _BYTES |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_MAX_PORT = 2**16 - 1
 _QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)([A-Za-z]*)", re.ASCII)
 
 
@@ -35,13 +34,6 @@ def format_size(size_bytes: int) -> str:
         if size_bytes and size_bytes % _BYTES[unit] == 0:
             return f"{size_bytes // _BYTES[unit]} {unit}"
     return f"{size_bytes} bytes"
-
-
-def is_address(text: str) -> bool:
-    """Whether `text` is `host:port`, with a port that exists, or `unix:path`."""
-    port = text.rpartition(":")[2] if ":" in text else ""
-    exists = port.isascii() and port.isdecimal() and len(port) <= len("65535") and int(port) <= _MAX_PORT
-    return exists or (text.startswith("unix:") and text != "unix:")
 
 
 def _split(text: str) -> tuple[float, str]:

@@ -11,9 +11,10 @@ from grpc_reflection.v1alpha import reflection
 
 from protos import seniority_pb2, seniority_pb2_grpc
 from services.common import flags, logs
-from services.common.errors import CommandError, UsageError
+from services.common.errors import CommandError
 from services.common.flags import flag
-from services.common.units import is_address
+from services.common.grpc_ports import add_ports
+from services.common.listening import check_address
 from services.model_stub.call_log import CallLog
 from services.model_stub.capacity import Capacity
 from services.model_stub.faults import HELP, parse_faults
@@ -38,9 +39,7 @@ class StubSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot be listened on."""
         for address in self.listen:
-            if not is_address(address):
-                message = f"--listen {address!r}: it must be HOST:PORT, with a port up to 65535"
-                raise UsageError(message)
+            check_address(address, flag_name="--listen", may_be_unix=True)
 
 
 async def serve(settings: StubSettings) -> None:
@@ -67,7 +66,7 @@ async def serve(settings: StubSettings) -> None:
     seniority_pb2_grpc.add_SeniorityModelServicer_to_server(servicer, server)
     names = (seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    bound = [_bind(server, address) for address in settings.listen]
+    bound = [add_ports(server, address) for address in settings.listen]
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -76,15 +75,6 @@ async def serve(settings: StubSettings) -> None:
     await stop.wait()
     await server.stop(grace=0)
     log.close()
-
-
-def _bind(server: aio.Server, address: str) -> str:
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        message = f"--listen {address}: the address cannot be used (in use?)"
-        raise CommandError(message) from error
-    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 
 def _run_serve(**values: Any) -> None:

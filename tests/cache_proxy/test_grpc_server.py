@@ -1,23 +1,42 @@
-"""A gRPC server that ends is heard of."""
+"""A gRPC server that ends by itself is started again in place; one that is closed ends."""
 
 import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.cache_proxy.grpc_server import GrpcServer
+from services.cache_proxy.config import ServerSettings
+from services.cache_proxy.grpc_server import GrpcServer, Listeners
 from services.cache_proxy.health import Health
 from services.common.endings import end
+from services.common.errors import CommandError
 from tests.support.hostile import grpc_message, peer
 
 
-async def _started() -> tuple[GrpcServer, str]:
-    """With gRPC's own loop, which a name that is not UTF-8 ends (see known_methods.py)."""
-    server = aio.server()
-    port = server.add_insecure_port("127.0.0.1:0")
-    front = GrpcServer(server, Health(), [], [])
-    await front.start()
-    return front, f"127.0.0.1:{port}"
+def _public(health: Health) -> aio.Server:
+    """GRPC's own, whose loop a name that is not UTF-8 ends (see known_methods.py)."""
+    server = aio.server(options=[("grpc.so_reuseport", 0)])
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    return server
+
+
+@asynccontextmanager
+async def _started(*listen: str) -> AsyncIterator[GrpcServer]:
+    health = Health()
+    settings = ServerSettings(listen=listen)
+    server = GrpcServer(lambda: _public(health), listeners=Listeners(settings, None), health=health)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.close()
 
 
 def _break(target: str) -> None:
@@ -27,28 +46,69 @@ def _break(target: str) -> None:
         hostile.read(1)
 
 
-async def test_a_server_that_ended_by_itself_says_of_what() -> None:
+async def _is_serving(target: str) -> bool:
+    async with aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        check: Any = health_pb2_grpc.HealthStub(channel)
+        answer = await check.Check(health_pb2.HealthCheckRequest(), timeout=30, wait_for_ready=True)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def test_a_server_that_ended_by_itself_is_started_again_on_its_addresses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TCP and Unix sockets, as often as it ends, each end logged once."""
+    async with _started("127.0.0.1:0", f"unix:{tmp_path}/s") as server:
+        tcp, unix = server.addresses
+        running = asyncio.create_task(server.run())
+        for times in (1, 2):
+            await asyncio.to_thread(_break, tcp)
+            async with asyncio.timeout(30):
+                while sum("started again" in one.getMessage() for one in caplog.records) < times:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert await _is_serving(tcp)
+            assert await _is_serving(unix)
+        assert server.addresses == [tcp, unix]
+        assert not running.done()
+        await server.close()
+        await asyncio.wait_for(running, 30)
+
+
+async def test_a_server_whose_address_is_gone_ends_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Else the process would go on without it, and look healthy."""
-    front, target = await _started()
-    ended = asyncio.create_task(front.ended())
-    await asyncio.to_thread(_break, target)
-    with pytest.raises(UnicodeDecodeError):
-        await asyncio.wait_for(ended, 30)
-    await front.server.stop(0)
+    caplog.set_level(logging.CRITICAL)
+    async with _started("127.0.0.1:0") as server:
+        [target] = server.addresses
+        host, _, port = target.rpartition(":")
+        make = server._make
+
+        def make_late() -> aio.Server:
+            taken.bind((host, int(port)))
+            taken.listen()
+            return make()
+
+        with socket.socket() as taken:
+            monkeypatch.setattr(server, "_make", make_late)
+            running = asyncio.create_task(server.run())
+            await asyncio.to_thread(_break, target)
+            with pytest.raises(CommandError, match=f"--listen {target}: port {port} is taken"):
+                await asyncio.wait_for(running, 30)
 
 
-async def test_a_server_that_is_stopped_ends_without_a_word() -> None:
+async def test_a_server_that_is_closed_ends_without_an_error() -> None:
     """As at every SIGTERM."""
-    front, _ = await _started()
-    ended = asyncio.create_task(front.ended())
-    await front.server.stop(0)
-    await asyncio.wait_for(ended, 30)
+    async with _started("127.0.0.1:0") as server:
+        running = asyncio.create_task(server.run())
+        await asyncio.sleep(0)
+        await server.close()
+        await asyncio.wait_for(running, 30)
 
 
-async def test_who_waits_no_longer_leaves_a_server_that_can_be_stopped() -> None:
+async def test_cancelling_the_wait_leaves_a_server_that_can_be_closed() -> None:
     """As where the proxy ends by a failure."""
-    front, _ = await _started()
-    ended = asyncio.create_task(front.ended())
-    await asyncio.sleep(0)
-    await end([ended])
-    await asyncio.wait_for(front.server.stop(0), 30)
+    async with _started("127.0.0.1:0") as server:
+        running = asyncio.create_task(server.run())
+        await asyncio.sleep(0)
+        await end([running])
+        await asyncio.wait_for(server.close(), 30)

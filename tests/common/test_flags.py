@@ -102,3 +102,16 @@ def test_an_expected_failure_is_one_line_with_its_exit_code(
     assert ended == code
     assert text.strip().count("\n") == 0
     assert text.strip().startswith("thing: ")
+
+
+@pytest.mark.parametrize("text", ["0660", "660", "0o660"])
+def test_a_mode_is_octal(text: str) -> None:
+    """However that is written."""
+    assert flags.MODE.convert(text, None, None) == 0o660
+
+
+@pytest.mark.parametrize("text", ["888", "rw", "1777", "0x1b0", "-660", "6", "", "06600"])
+def test_what_is_no_octal_mode_is_refused(text: str) -> None:
+    """Nor what has more than owner, group and others."""
+    with pytest.raises(click.BadParameter, match="is not an octal mode such as 0660"):
+        flags.MODE.convert(text, None, None)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.units import is_address, parse_duration_seconds, parse_size_bytes
+from services.common.units import parse_duration_seconds, parse_size_bytes
 
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 1000, "MB": 10**6}
@@ -47,16 +47,3 @@ def test_a_size_is_a_whole_number_of_bytes(text: str) -> None:
     """Half a byte is a mistake."""
     with pytest.raises(ValueError, match="size"):
         parse_size_bytes(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "good"),
-    [
-        ("h:0", True), ("0.0.0.0:65535", True), ("[::1]:80", True), ("unix:/a", True), ("unix:a", True),
-        ("h", False), ("h:", False), ("h:65536", False), ("h:-1", False), ("h:+1", False), ("h:٣", False),
-        ("unix:", False), ("", False), ("h:8_0", False), ("h: 80", False),
-    ],
-)  # fmt: skip
-def test_an_address_has_a_port_that_exists(text: str, good: bool) -> None:
-    """A port beyond the last one is not quietly taken modulo 65536."""
-    assert is_address(text) is good

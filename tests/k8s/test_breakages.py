@@ -83,7 +83,7 @@ _MISFITS = [
     (_PROD, "rediss://redis.example.com:6379", "redis+cluster://a.example.com:6379,b.example.com:6380", "out on port 6380"),
     (_PROD, "    ports:\n    - port: grpc\n", "    ports:\n    - port: web\n", "lets anybody in on port grpc"),
     (_DEV, "unix:/run/cache-proxy/proxy.sock\n        - --caller", "unix:/run/cache-proxy/p.sock\n        - --caller", "no sidecar listens on"),
-    (_DEV, "runAsUser: 20001", "runAsNonRoot: true", "may not open the socket"),
+    (_DEV, "fsGroup: 20001\n        runAsGroup: 20001\n        runAsNonRoot: true\n        runAsUser: 20001", "runAsNonRoot: true", "may not open the socket"),
     # What is watched.
     (_DEV, "cache_proxy_pairs_total", "cache_proxy_pears_total", "there is no metric cache_proxy_pears_total"),
     (_DEV, "cache_proxy_degraded", "cache_proxy_degraded_total", "there is no metric cache_proxy_degraded_total"),

@@ -29,8 +29,10 @@ class Callers:
     credentials: Callable[[], grpc.ServerCredentials] | None
 
 
-def open_callers(access: CallerAccess, renewals: Renewals, *, listen: Sequence[str]) -> Callers:
-    """Raises UsageError."""
+def open_callers(
+    access: CallerAccess, renewals: Renewals, *, listen: Sequence[str], plaintext: Sequence[str] = ()
+) -> Callers:
+    """Read what is set. `plaintext` are the addresses that have no TLS in any case. Raises UsageError."""
     listed = credentials = None
     if access.tls_cert is not None:
         pem = access.files.follow(tell=renewals.teller("listen_tls"))
@@ -39,10 +41,27 @@ def open_callers(access: CallerAccess, renewals: Renewals, *, listen: Sequence[s
     if access.caller_tokens_file is not None:
         listed = callers_file.follow(access.caller_tokens_file, tell=renewals.teller("caller_tokens"))
         renewals.add(listed.look)
-        if credentials is None and not all(map(is_on_this_machine, listen)):
-            _log.warning("without --tls-cert, callers' tokens come in the clear: see that something encrypts")
+    _warn_of_plaintext(access, (*plaintext, *(listen if credentials is None else ())))
     identify = identification(certificates=access.tls_client_ca is not None, listed=listed)
     return Callers(identify, credentials)
+
+
+def _warn_of_plaintext(access: CallerAccess, plaintext: Sequence[str]) -> None:
+    """Warn where others than this machine reach addresses without TLS, and that matters."""
+    for address in plaintext:
+        if is_on_this_machine(address):
+            continue
+        if access.caller_tokens_file is not None:
+            _log.warning(
+                "bearer tokens are received without TLS on %s; set --tls-cert, or terminate TLS in front of "
+                "the proxy",
+                address,
+            )
+        elif access.tls_client_ca is not None:
+            _log.warning(
+                "callers need no certificate on %s; use a loopback address, or set --caller-tokens-file",
+                address,
+            )
 
 
 @dataclass(frozen=True, slots=True)

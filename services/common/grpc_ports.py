@@ -1,0 +1,75 @@
+"""Have a gRPC server listen: the same spellings as elsewhere, and why an address cannot be had."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from grpc import aio
+
+from services.common.errors import CommandError
+from services.common.listening import ListenAddress, usable
+
+_MAX_UNIX_PATH_BYTES = 107
+_OWNER_ALONE = 0o177
+
+
+def add_ports(
+    server: aio.Server,
+    text: str,
+    *,
+    flag_name: str = "--listen",
+    credentials: Callable[[], grpc.ServerCredentials] | None = None,
+    mode: int | None = None,
+) -> str:
+    """Have `server` listen on `text`, and return the address that it really has.
+
+    `credentials` makes those of one listener; without it, and on Unix sockets, there is no TLS. `mode` is
+    that of a Unix socket, by umask if None. Raises CommandError.
+    """
+    if text.startswith("unix:"):
+        return _add_unix(server, text, flag_name=flag_name, mode=mode)
+    address = ListenAddress.parse(text)
+    port = address.port
+    for host in usable(text, flag_name=flag_name):
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(f"{host}:{port}")
+            else:
+                port = server.add_secure_port(f"{host}:{port}", credentials())
+        except RuntimeError as error:
+            unless = "" if credentials is None else ", or --tls-cert is of a kind that gRPC does not know"
+            message = f"{flag_name} {text}: gRPC cannot listen there (taken just now{unless})"
+            raise CommandError(message) from error
+    return address.at(port)
+
+
+def _add_unix(server: aio.Server, text: str, *, flag_name: str, mode: int | None) -> str:
+    path = text.removeprefix("unix:")
+    path = path.removeprefix("//") if path.startswith("///") else path
+    if len(os.fsencode(path)) > _MAX_UNIX_PATH_BYTES:
+        message = f"{flag_name} {text}: the path has more than {_MAX_UNIX_PATH_BYTES} bytes"
+        raise CommandError(message)
+    try:
+        with _umask(None if mode is None else _OWNER_ALONE):  # nobody gets in before the mode is set
+            server.add_insecure_port(text)
+        if mode is not None:
+            Path(path).chmod(mode)
+    except RuntimeError as error:
+        message = f"{flag_name} {text}: gRPC cannot listen there (is the folder writable?)"
+        raise CommandError(message) from error
+    except OSError as error:
+        message = f"--listen-mode {mode:04o}: {path}: {error.strerror}"
+        raise CommandError(message) from error
+    return text
+
+
+@contextmanager
+def _umask(mask: int | None) -> Iterator[None]:
+    before = None if mask is None else os.umask(mask)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.umask(before)

@@ -1,0 +1,148 @@
+"""Addresses to listen on: one spelling means the same for gRPC and for HTTP.
+
+| spelling | meaning |
+|---|---|
+| `:PORT`, `0.0.0.0:PORT`, `[::]:PORT` | every address of this machine, IPv4 and IPv6 |
+| `localhost:PORT` | 127.0.0.1 and ::1 |
+| `127.0.0.1:PORT`, `[::1]:PORT`, `NAME:PORT` | this address, or those of this name, alone |
+
+What this machine does not have of several (IPv6 may be turned off) is left out.
+"""
+
+import errno
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.common.errors import CommandError, UsageError
+
+_EVERY = ("", "0.0.0.0", "::")  # noqa: S104 - what people write for all addresses
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_MAX_PORT = 2**16 - 1
+_FIRST_FREE_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+_Name = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """`host` is without brackets; empty: every address of this machine."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "ListenAddress":
+        """Read `host:port`. Raises ValueError."""
+        host, colon, port = text.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        is_number = port.isascii() and port.isdecimal() and len(port) <= len(str(_MAX_PORT))
+        if not colon or not is_number or int(port) > _MAX_PORT or set(bare) & set("[]/@ "):
+            message = f"{text!r} must be HOST:PORT, with a port up to {_MAX_PORT}"
+            raise ValueError(message)
+        if ":" in bare and bare == host:
+            message = f"{text!r} must have its IPv6 address in brackets, as in [::1]:50051"
+            raise ValueError(message)
+        return cls("" if bare in _EVERY else bare, int(port))
+
+    def at(self, port: int) -> str:
+        """Return it as a client writes it, with the port that it really has."""
+        host = f"[{self.host}]" if ":" in self.host else self.host or "0.0.0.0"  # noqa: S104
+        return f"{host}:{port}"
+
+
+def check_address(text: str, *, flag_name: str, may_be_unix: bool = False) -> None:
+    """Refuse what is no address. Raises UsageError."""
+    if may_be_unix and text.startswith("unix:") and text != "unix:":
+        return
+    try:
+        ListenAddress.parse(text)
+    except ValueError as error:
+        message = f"{flag_name} {error}"
+        raise UsageError(message) from error
+
+
+def bind_sockets(text: str, *, flag_name: str) -> list[socket.socket]:
+    """Return a bound socket for every address that `text` means; of port 0, all have the same port.
+
+    Raises CommandError, which says why it cannot be had.
+    """
+    address = ListenAddress.parse(text)
+    sockets: list[socket.socket] = []
+    absent: OSError | None = None
+    try:
+        for family, name in _resolved(address):
+            port = sockets[0].getsockname()[1] if sockets else address.port
+            try:
+                sockets.append(_bound(family, (name[0], port, *name[2:])))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                absent = error
+            else:
+                if not address.host:  # the first of the two wildcards takes IPv4 and IPv6
+                    break
+        if absent is not None and not sockets:
+            raise absent
+    except OSError as error:
+        for one in sockets:
+            one.close()
+        message = f"{flag_name} {text}: {_reason(error, address)}"
+        raise CommandError(message) from error
+    return sockets
+
+
+def usable(text: str, *, flag_name: str) -> list[str]:
+    """Return the literal addresses that `text` means here, without the port. Raises CommandError."""
+    sockets = bind_sockets(text, flag_name=flag_name)
+    hosts = []
+    for one in sockets:
+        with one:
+            host = socket.getnameinfo(one.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+            hosts.append(f"[{host}]" if ":" in host else host)
+    return hosts
+
+
+def _resolved(address: ListenAddress) -> list[tuple[socket.AddressFamily, _Name]]:
+    if not address.host:
+        return [(socket.AF_INET6, ("::", 0)), (socket.AF_INET, ("0.0.0.0", 0))]  # noqa: S104 - meant
+    if address.host == "localhost":  # whatever /etc/hosts says of it
+        return [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0))]
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((family, name) for family, _, _, _, name in found))
+
+
+def _bound(family: socket.AddressFamily, name: _Name) -> socket.socket:
+    made = socket.socket(family)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, name[0] != "::")
+        made.bind(name)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def _reason(error: OSError, address: ListenAddress) -> str:
+    if isinstance(error, socket.gaierror):
+        return f"the name {address.host} has no address ({error.strerror})"
+    if error.errno == errno.EADDRINUSE:
+        return f"port {address.port} is taken by another process; stop that process or use another port"
+    if error.errno == errno.EACCES:
+        return (
+            f"port {address.port} needs a right that this process lacks; use a port from "
+            f"{_first_free_port()}, or give the process CAP_NET_BIND_SERVICE"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{address.host or 'it'} is not an address of this machine"
+    return error.strerror or str(error)
+
+
+def _first_free_port() -> int:
+    """Return the first port that needs no right: Linux lets the administrator choose."""
+    with suppress(OSError, ValueError):
+        return int(_FIRST_FREE_PORT.read_text())
+    return 1024

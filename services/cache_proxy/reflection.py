@@ -14,7 +14,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from protos import seniority_pb2
 
-_V1ALPHA, _V1 = "grpc.reflection.v1alpha", "grpc.reflection.v1"
+_V1ALPHA = "grpc.reflection.v1alpha"
+_V1 = "grpc.reflection.v1"
 _SERVICE = "ServerReflection"
 _METHOD = "ServerReflectionInfo"
 

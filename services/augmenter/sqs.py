@@ -91,13 +91,15 @@ class QueueWorkers:
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
             self._is_failing = False
-            if message is None or message["MessageId"] in passed:
+            if message is None:
                 if not endless:
                     return
             elif message["MessageId"] in self._left:
+                await self._leave(message)
+                if message["MessageId"] in passed:
+                    return
                 if not endless:
                     passed.add(message["MessageId"])
-                await self._leave(message)
             elif stopping.is_set():
                 await self._lease(message).release()
             else:

@@ -1,9 +1,12 @@
 """What a queue's message is about, in every format in which S3's events come."""
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.augmenter import notices
 from services.augmenter.notices import Notice
@@ -126,6 +129,34 @@ def test_record_without_fields_does_not_hide_the_others() -> None:
     message = notices.read(json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]}))
     assert [notice.key for notice in message.notices] == ["1", "2"]
     assert message.not_understood == "not an S3 event notification: a record has no s3.object.key"
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> None:
+    """Whatever stands where the formats have a member, nothing but UnreadableMessageError is raised."""
+    events = [
+        made("b", "k"),
+        event_bridge("Object Created"),
+        cloudtrail("PutObject"),
+        {"Event": "s3:TestEvent"},
+    ]
+    event: Any = data.draw(st.sampled_from(events))
+    place = event
+    while isinstance(place, dict | list) and place:
+        name = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if data.draw(st.booleans()) or not isinstance(place[name], dict | list):
+            place[name] = data.draw(_JSON)
+            break
+        place = place[name]
+    with suppress(notices.UnreadableMessageError):
+        assert all(isinstance(notice.key, str) for notice in notices.read(json.dumps(event)).notices)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A channel that follows its target: renewed certificates, and a name whose address changes."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
@@ -11,11 +12,12 @@ from grpc import aio
 
 from services.common.endings import end
 from services.common.renewal import Renewed
-from services.common.targets import http_proxy_options
+from services.common.targets import http_proxy_options, http_proxy_variable
 from services.common.tls import Pem
 
 _CONNECTING_SECONDS = 5.0
 _LOST_SECONDS = 2.0
+_log = logging.getLogger(__name__)
 
 FOLLOW_DNS = (
     # Core asks DNS once in 30 s at most, however often it cannot connect.
@@ -50,6 +52,12 @@ class RenewedChannel:
         options: Sequence[tuple[str, Any]],
         longest_call_seconds: float,
     ) -> None:
+        if variable := http_proxy_variable(target):
+            _log.info(
+                "%s is set: calls to %s go through that proxy, unless no_grpc_proxy or no_proxy names it",
+                variable,
+                target,
+            )
         self._target = target
         self._tls = tls
         self._options = (*FOLLOW_DNS, *options, *http_proxy_options(target))

@@ -1,9 +1,12 @@
 """gRPC targets: whether what is sent there stays on this machine, and what follows for a channel."""
 
 import ipaddress
+import os
 import re
 
 _RESOLVER = re.compile(r"(?:dns:(?://[^/]*/)?|ipv[46]:)")
+
+_HTTP_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order; in lower case only
 
 
 def is_on_this_machine(target: str) -> bool:
@@ -22,6 +25,13 @@ def http_proxy_options(target: str) -> list[tuple[str, int]]:
     the proxy's own machine, `localhost` is another one.
     """
     return [("grpc.enable_http_proxy", 0)] if is_on_this_machine(target) else []
+
+
+def http_proxy_variable(target: str) -> str | None:
+    """Return the environment variable by which gRPC sends a channel through an HTTP proxy, if one is set."""
+    if is_on_this_machine(target):
+        return None
+    return next((name for name in _HTTP_PROXY_VARIABLES if os.environ.get(name)), None)
 
 
 def _is_loopback(host: str) -> bool:

@@ -62,14 +62,19 @@ def test_infer_avoids_the_http_proxy(http_proxy: list[bytes], capsys: pytest.Cap
     assert (capsys.readouterr().out != "", http_proxy) == (True, [])
 
 
-async def test_channel_to_another_machine_uses_the_http_proxy(http_proxy: list[bytes]) -> None:
-    """A target elsewhere may be out of reach without it."""
+async def test_channel_to_another_machine_uses_the_http_proxy(
+    http_proxy: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A target elsewhere may be out of reach without it; one line says so, without the proxy's URL."""
+    caplog.set_level("INFO")
     options = [("grpc.initial_reconnect_backoff_ms", 100)]
     async with RenewedChannel(
         "192.0.2.1:50051", tls=None, options=options, longest_call_seconds=0
     ) as channel:
         with pytest.raises(aio.AioRpcError, match="UNAVAILABLE"):
             await seniority_pb2_grpc.SeniorityModelStub(channel.current).InferSeniority(_NOTHING, timeout=20)
+    [message] = caplog.messages
+    assert message.startswith("grpc_proxy is set: calls to 192.0.2.1:50051 go through that proxy, unless")
     assert http_proxy[0] == b"CONNECT 192.0.2.1:50051 HTTP/1.1"
 
 

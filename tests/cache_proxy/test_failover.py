@@ -206,7 +206,7 @@ async def _take(replica: Replica) -> Claim:
 
 async def _nothing_is_left(replica: Replica) -> None:
     assert replica.place.left() == {}
-    assert replica.queue.asked == set()
+    assert replica.queue.noted() == {}
     assert replica.queue.held == []
     assert replica.failover._local._entries == {}
     assert not replica.failover._local_claims
@@ -375,7 +375,7 @@ async def test_what_ended_without_redis_is_not_asked_again(replica: Replica) -> 
     await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
     waits.append(await _ask(replica, [2]))
     assert all(not wait.open for wait in waits)
-    assert replica.queue.asked == set()
+    assert replica.queue.noted() == {}
     await replica.failover.regain()
     await _nothing_is_left(replica)
 
@@ -403,4 +403,4 @@ async def test_a_caller_that_leaves_without_redis_is_not_asked_for_on_return(rep
     await replica.failover.leave(replica.waiters.close(wait))
     assert not isinstance(await replica.failover.claim(), Claim)
     await replica.failover.regain()
-    assert replica.queue.asked == set()
+    assert replica.queue.noted() == {}

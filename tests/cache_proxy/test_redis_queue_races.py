@@ -80,7 +80,7 @@ async def test_who_goes_while_asking_leaves_nothing(place: Place) -> None:
             await asyncio.gather(asking, return_exceptions=True)
             await replica.close(wait)
             assert _interest(place) == 0
-            assert replica.queue.asked == set()
+            assert replica.queue.noted() == {}
 
 
 async def test_who_is_refused_takes_nobodys_place(place: Place) -> None:
@@ -89,7 +89,7 @@ async def test_who_is_refused_takes_nobodys_place(place: Place) -> None:
         wait, _ = await replica.ask(pairs(range(500)))
         with pytest.raises(QueueFull):
             await replica.ask(pairs(range(1200)))
-        assert replica.queue.asked == {item.digest for item in pairs(range(500))}
+        assert replica.queue.noted().keys() == {item.digest for item in pairs(range(500))}
         assert _interest(place) == 500
         claim = await replica.take()
         await replica.queue.fulfil(claim, {item.digest: 2 for item in claim.pairs})
@@ -107,7 +107,7 @@ async def test_two_that_ask_at_once_do_not_share_a_refusal(place: Place) -> None
         with pytest.raises(QueueFull):
             await hasty
         wait, _ = await patient
-        assert pair(9).digest in replica.queue.asked
+        assert pair(9).digest in replica.queue.noted()
         await replica.queue.publish({pair(9).digest: 5})
         await replica.messages()
         assert list(wait.outcomes.values()) == [5]

@@ -62,6 +62,7 @@ class FailoverQueue:
                 await self.lose(error)
         added = self._shared.note(pairs, asker)
         enqueued = await self._local.enqueue(pairs, asker)
+        self._shared.join(pairs, asker)
         self._shared.learn(enqueued.ended, new=added)
         return enqueued
 
@@ -212,7 +213,7 @@ class FailoverQueue:
         """Redis is back: what waits and is not in flight waits there again. Raises `StoreError`.
 
         What comes meanwhile still waits in the local queue; so there is a second, short round, after which
-        nothing can.
+        nothing can. It is also of what was left and asked again meanwhile, and of what others joined.
         """
         while self._unpublished:
             some = dict(itertools.islice(self._unpublished.items(), _AT_ONCE))
@@ -220,7 +221,7 @@ class FailoverQueue:
             for digest, outcome in some.items():
                 if self._unpublished.get(digest) is outcome:
                     del self._unpublished[digest]
-        asked = self._shared.asked
+        noted = self._shared.noted()
         try:
             await self._shared.ask_again(but=self._local.withdraw())
         except StoreError:
@@ -230,7 +231,7 @@ class FailoverQueue:
         _log.info("the shared queue is back")
         self._changed.set()
         try:
-            await self._shared.ask_again(but=asked | self._local.withdraw())
+            await self._shared.ask_again(but=self._shared.unchanged(noted) | self._local.withdraw())
         except StoreError as error:
             await self.lose(error)
 

@@ -162,15 +162,18 @@ class Lanes:
         return Place(entry, priority, caller, account)
 
     def join(self, entry: Entry, new: Place) -> None:
-        """Give an entry that waits the place that `place_for` found."""
+        """Give an entry the place that `place_for` found; one that does not wait now gets it when it does."""
+        waits = self.waits(entry)
         for at, place in enumerate(entry.places):
             if place.account == new.account:
-                self._lanes[place.priority].remove(place)
+                if waits:
+                    self._lanes[place.priority].remove(place)
                 entry.places[at] = new
                 break
         else:
             entry.places.append(new)
-        self._lanes[new.priority].add(new)
+        if waits:
+            self._lanes[new.priority].add(new)
 
     def resettle(self) -> None:
         """The quotas are others: who had an account may have none, or now has one."""

@@ -107,6 +107,9 @@ class LocalQueue:
             entry.traced(asker.trace)
         for place in places:
             self._lanes.join(place.entry, place)
+        for entry in joined:
+            if not self._lanes.waits(entry):  # in flight or suspect: when it waits again
+                self._join(entry, asker)
         for pair in fresh.values():
             self._add(pair, asker, now)
         if fresh:
@@ -261,6 +264,7 @@ class LocalQueue:
         else:
             entry.wanted = True
             entry.traced(asker.trace)
+            self._join(entry, asker)
         self._changed.set()
 
     def withdraw(self) -> set[bytes]:
@@ -310,6 +314,17 @@ class LocalQueue:
         self._entries[pair.digest] = entry
         self._held_bytes += pair.size_bytes
         self._lanes.add(entry)
+
+    def _join(self, entry: Entry, asker: Asker) -> None:
+        """Have an entry wait as the asker would have it wait, if that is better; admission is not asked."""
+        place = self._lanes.place_for(
+            entry,
+            priority=asker.priority,
+            account=self._admission.account_of(asker),
+            caller=asker.caller,
+        )
+        if place is not None:
+            self._lanes.join(entry, place)
 
     def _full(self, ready: int) -> bool:
         all_ready = ready == len(self._lanes)

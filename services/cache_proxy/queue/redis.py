@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +30,7 @@ from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.messages import pack, pack_error, unpack, unpack_error
 from services.cache_proxy.queue.overview import MAX_REPORT_BYTES, MAX_REPORTS, Overview, read_overview
 from services.cache_proxy.queue.scripts import Scripts
+from services.cache_proxy.queue.waiting_pairs import Noted, Turn, WaitingPair
 from services.cache_proxy.quotas import Quota, QuotasNow, none
 from services.cache_proxy.riders import Riders
 
@@ -51,23 +51,6 @@ _LEVELS = range(1, 8)
 _PAIRS = 7  # the place of a request's pairs in it
 _MAX_PATIENCE_SECONDS = 86_400.0
 _UNREADABLE_RETRY_SECONDS = 1.0
-
-
-@dataclass(slots=True)
-class _Asked:
-    """What this replica waits for: enough to ask again when the queue has lost it."""
-
-    pair: Pair
-    caller: str
-    priority: str
-    deadline: float
-    trace: bytes
-    shared: bool = False  # by more than one request
-
-    @property
-    def asker(self) -> Asker:
-        """Who asks, or asked first."""
-        return Asker(self.caller, self.priority, self.deadline, self.trace)
 
 
 class RedisQueue:
@@ -98,7 +81,7 @@ class RedisQueue:
             size=lambda request: sum(_weight(size_bytes) for *_, size_bytes in request[_PAIRS]),
             most=_CHUNK_PAIRS,
         )
-        self._asked: dict[bytes, _Asked] = {}
+        self._asked: dict[bytes, WaitingPair] = {}
         self._held: dict[str, set[bytes]] = {}
         self._in_turn = asyncio.Lock()
         self._ids = itertools.count(1)
@@ -118,10 +101,17 @@ class RedisQueue:
         """The ids of the claims in work here."""
         return list(self._held)
 
-    @property
-    def asked(self) -> set[bytes]:
-        """What somebody here waits for."""
-        return set(self._asked)
+    def noted(self) -> Noted:
+        """Return what is known now of each pair for which somebody here waits."""
+        return {digest: (asked, asked.turns, asked.deadline) for digest, asked in self._asked.items()}
+
+    def unchanged(self, noted: Noted) -> set[bytes]:
+        """Return the pairs of which all is as it was noted: not left and asked again, not joined since."""
+        return {
+            digest
+            for digest, (asked, turns, deadline) in noted.items()
+            if self._asked.get(digest) is asked and asked.turns is turns and asked.deadline == deadline
+        }
 
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
         """See `Queue.enqueue`."""
@@ -137,6 +127,7 @@ class RedisQueue:
                 following = (len(pairs) - done - len(chunk), size_bytes)
                 states, errors, seconds = await self._enqueue(chunk, asker, token, following, polling=False)
                 self._sort(chunk, states, errors, ended, queued)
+                self.join(chunk, asker)
                 look_after.append(seconds)
                 done += len(chunk)
                 if not seconds and done >= self._limits.batch_pairs:
@@ -166,26 +157,43 @@ class RedisQueue:
                 self._settle(digest, outcome)
 
     def note(self, pairs: Sequence[Pair], asker: Asker) -> list[bytes]:
-        """Somebody here waits for these pairs; those that nobody did before."""
+        """Somebody here waits for these pairs; those that nobody did before.
+
+        Pairs that somebody did are in this asker's turn too once that is admitted: see `join`.
+        """
         added = []
+        turns = (self._turn(asker),)
         for pair in pairs:
             known = self._asked.get(pair.digest)
             if known is None:
                 added.append(pair.digest)
-                self._asked[pair.digest] = _Asked(
-                    pair, asker.caller, asker.priority, asker.deadline, asker.trace
-                )
+                self._asked[pair.digest] = WaitingPair(pair, turns, asker.deadline, asker.trace)
             else:
                 known.shared = True
                 known.deadline = max(known.deadline, asker.deadline)
         return added
 
+    def join(self, pairs: Sequence[Pair], asker: Asker) -> None:
+        """The asker was admitted: from now on its pairs wait with its priority, if that is the better one."""
+        turn = self._turn(asker)
+        for pair in pairs:
+            asked = self._asked.get(pair.digest)
+            if asked is not None:
+                asked.join(turn)
+
+    def _turn(self, asker: Asker) -> Turn:
+        quota = self._quota_of(asker)
+        return Turn(None if quota is None else quota.account, asker.caller, asker.priority)
+
+    def _quota_of(self, asker: Asker) -> Quota | None:
+        return None if asker.priority == "refresh" else self._quotas().of(asker.caller)
+
     async def ask_again(self, *, but: Collection[bytes] = ()) -> None:
         """Enqueue once more all that somebody here waits for: heals lost messages and a lost queue."""
-        by_asker: dict[tuple[str, str, bytes], list[_Asked]] = {}
+        by_asker: dict[tuple[str, str, bytes], list[WaitingPair]] = {}
         for digest, asked in self._asked.items():
-            if digest not in but:
-                by_asker.setdefault((asked.caller, asked.priority, asked.trace), []).append(asked)
+            for turn in () if digest in but else asked.turns:
+                by_asker.setdefault((turn.caller, turn.priority, asked.trace), []).append(asked)
         together: list[tuple[Sequence[Pair], Asker]] = []  # callers may be many, with few pairs each
         size = 0
         for (caller, priority, trace), group in by_asker.items():
@@ -232,9 +240,14 @@ class RedisQueue:
                 await self._scripts.run("leave", [self.replica, b"".join(gone), int(not self._asked)])
 
     def waiting(self) -> list[tuple[Pair, Asker]]:
-        """All that somebody here waits for and that is not in a call of this replica's."""
+        """Return all pairs that wait here, once for each turn, but those in a call of this replica's."""
         in_flight = set().union(*self._held.values())
-        return [(asked.pair, asked.asker) for digest, asked in self._asked.items() if digest not in in_flight]
+        return [
+            (asked.pair, asker)
+            for digest, asked in self._asked.items()
+            if digest not in in_flight
+            for asker in asked.askers()
+        ]
 
     def ended_alone(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
         """Pairs of a claim ended, and Redis cannot be told yet."""
@@ -418,7 +431,7 @@ class RedisQueue:
             asker.caller, asker.priority, patience_ms, *following, token, int(polling),
             [[pair.digest, pair.company, pair.title, pair.size_bytes] for pair in pairs], asker.trace,
         ]  # fmt: skip
-        quota = None if asker.priority == "refresh" else self._quotas().of(asker.caller)
+        quota = self._quota_of(asker)
         if quota is not None:
             request.append([quota.account, quota.pairs_per_second * PACE, quota.queued_pairs])
         reply = await self._together.ride(request)

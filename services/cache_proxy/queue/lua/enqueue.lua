@@ -202,11 +202,8 @@ end
 -- What becomes of a pair that waits when somebody joins it. Who is in the same lane with a worse priority moves; if
 -- no place of the pair's is as good and free of quotas, it gets one more: it goes out with whichever turn and quota
 -- comes first, and no caller waits for another's.
-local function step_of(pair, priority, account)
+local function better_place(pair, priority, account)
   local free, same, places = nil, nil, 0 -- the best rank of a place without a quota; the place in the account's lanes
-  if pair.claim or pair.suspect then
-    return nil
-  end
   each_place(pair, function(lane)
     local other = account_of(lane)
     places = places + 1
@@ -224,13 +221,16 @@ local function step_of(pair, priority, account)
   end
 end
 
+local function step_of(pair, priority, account)
+  if pair.claim or pair.suspect then
+    return nil
+  end
+  return better_place(pair, priority, account)
+end
+
 local stirred -- whether a request has changed what waits, and so perhaps when the next call is due
-local function put(digest, lane, caller, instead_of)
-  local pair = records[digest]
-  local tag = next_tag(lane, turn_of(lane, caller))
-  stirred = true
+local function set_place(pair, lane, tag, caller, instead_of)
   if pair.lane == instead_of then
-    place(instead_of, digest, false)
     pair.lane, pair.caller, pair.tag = lane, caller, tag
     if pair.also then
       pair.also[lane] = nil
@@ -238,11 +238,19 @@ local function put(digest, lane, caller, instead_of)
   else
     pair.also = pair.also or {}
     if instead_of then
-      place(instead_of, digest, false)
       pair.also[instead_of] = nil
     end
     pair.also[lane] = { tag, caller }
   end
+end
+
+local function put(digest, lane, caller, instead_of)
+  local tag = next_tag(lane, turn_of(lane, caller))
+  stirred = true
+  if instead_of then
+    place(instead_of, digest, false)
+  end
+  set_place(records[digest], lane, tag, caller, instead_of)
   added[lane] = (added[lane] or 0) + 1
   wait_in_lane(digest)
 end
@@ -263,6 +271,7 @@ local function others_wait(pair)
   return false
 end
 
+local promised = {} -- lanes in which pairs in flight or suspect wait if they do so again
 local function join(digest, priority, account, caller, until_ms, polling, room, context)
   local pair = records[digest]
   if polling and is_lost(pair) then -- part of the queue was lost: in no claim, no group, perhaps in no lane
@@ -275,11 +284,16 @@ local function join(digest, priority, account, caller, until_ms, polling, room, 
     and not pair.claim and not pair.suspect then -- the caller's quota is another than it was
     put(digest, lane_of(had, account), caller, pair.lane)
   end
-  local step, same = step_of(pair, priority, account)
-  if step == 'move' then
-    put(digest, lane_of(priority, account), caller, same)
-  elseif step == 'add' and room > 0 then
-    put(digest, lane_of(priority, account), caller)
+  local lane, step, same = lane_of(priority, account), better_place(pair, priority, account)
+  local changes = step == 'move' or step == 'add' and room > 0
+  if changes and (pair.claim or pair.suspect) then -- it waits there once it waits again: see give_back
+    set_place(pair, lane, virtual(lane), caller, same)
+    promised[lane] = true
+    save(digest)
+  elseif changes then
+    put(digest, lane, caller, same)
+  end
+  if changes and step == 'add' then
     room = room - 1
   end
   if not number(pair.interest[replica]) or pair.interest[replica] < until_ms then
@@ -384,7 +398,7 @@ local function enqueue(
       added[lane] = (added[lane] or 0) + 1
     end
   end
-  if account and (added[lane] or polling == 1) then
+  if account and (added[lane] or promised[lane] or polling == 1) then
     redis.call('HSET', QUOTAS, account, string.format('%.17g:%d', quota[2], now))
   end
   for index, state in ipairs(states) do

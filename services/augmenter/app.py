@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import stamina
 from prometheus_client import CollectorRegistry
 
-from services.augmenter import memory, report
+from services.augmenter import empty_input, memory, report
 from services.augmenter.channel import Access, open_channel
 from services.augmenter.config import RunSettings
 from services.augmenter.dry_run import DryRun
@@ -90,6 +91,10 @@ async def _run(
             skip_missing=settings.missing_input == "skip",
         )
         await _do_all(settings, plan, stores, runner, totals, metrics, stopping, stack)
+        was_listed = not (settings.watch or settings.sqs_queue_url or plan.input_name or stopping.is_set())
+        nothing = (
+            "" if settings.ok_empty or not was_listed else await empty_input.reason(stores.source, totals)
+        )
     totals.seconds = time.monotonic() - started
     span.note(done=totals.done, skipped=totals.skipped, failed=totals.failures.count)
     report.write_failures(totals, program=PROGRAM)
@@ -99,7 +104,9 @@ async def _run(
         sys.stdout.write(report.summary(totals, rejects_place=stores.rejects.place("")))
     if settings.summary_json:
         report.write_summary_json(totals, settings.summary_json)
-    return 0 if settings.watch else _exit_code(settings, totals)
+    if nothing:
+        sys.stderr.write(f"{PROGRAM}: {nothing}\n")
+    return 0 if settings.watch else _exit_code(settings, totals, is_empty=nothing != "")
 
 
 async def _do_all(
@@ -119,6 +126,7 @@ async def _do_all(
         shard=Shard(*settings.shard),
         overwrite=settings.overwrite,
         output_name=plan.output_name,
+        listing=totals.listing,
     )
     concurrency = settings.concurrency
     if settings.sqs_queue_url:
@@ -148,6 +156,7 @@ async def _do_all(
             jobs.named,
             poll_interval_seconds=settings.poll_interval_seconds,
             lookback_seconds=settings.lookback_seconds,
+            first_listed=partial(empty_input.warn, stores.source, totals),
         )
         await runner.run(watcher.jobs(), concurrency=concurrency, stopping=stopping, ended=watcher.ended)
     else:
@@ -159,8 +168,8 @@ async def _single(jobs: Jobs, name: str) -> AsyncIterator[Job]:
     yield await jobs.named(name)
 
 
-def _exit_code(settings: RunSettings, totals: Totals) -> int:
-    if totals.failures.count:
+def _exit_code(settings: RunSettings, totals: Totals, *, is_empty: bool) -> int:
+    if totals.failures.count or is_empty:
         return _EXIT_FAILED
     if settings.dry_run:
         return 0

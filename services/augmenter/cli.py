@@ -9,7 +9,9 @@ import uvloop
 from services.augmenter import app, locations
 from services.augmenter.config import DEFAULT_INPUT, DEFAULT_OUTPUT, RunSettings
 from services.common import flags, logs, tracing
+from services.common.codec import NAMES
 from services.common.errors import UsageError
+from services.common.file_names import REJECTS_FOLDER
 
 
 def _run(**values: Any) -> int:
@@ -59,7 +61,9 @@ cli.add_command(
         ],
         callback=_run,
         help=f"Augment INPUT into OUTPUT: s3://BUCKET/PREFIX/, a local folder, or a file "
-        f"(.jsonl, .jsonl.gz, .jsonl.zst). Without them: {DEFAULT_INPUT} into {DEFAULT_OUTPUT}. "
+        f"(names that end in {NAMES}). Of a folder or prefix all such files are read, at any depth, but "
+        f"those whose name, or a folder in it, begins with a dot or is {REJECTS_FOLDER}. "
+        f"Without them: {DEFAULT_INPUT} into {DEFAULT_OUTPUT}. "
         "AUGMENTER_INPUT and AUGMENTER_OUTPUT say the same.",
     )
 )

@@ -84,6 +84,9 @@ class RunSettings:
         "8MiB",
         text="a file compressed with a larger window fails; a file in work may hold one window of this size",
     )
+    ok_empty: bool = flag(
+        "--ok-empty", flags.BOOL, "false", text="exit 0, not 1, when INPUT holds no file to augment"
+    )
     concurrency: int = flag("--concurrency", flags.COUNT, "4", text="files at a time")
     batch_size: int = flag("--batch-size", flags.COUNT, "1000", text="pairs in one RPC, at most")
     deadline_seconds: float = flag("--deadline", flags.DURATION, "120s", text="how long one RPC may take")

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from services.augmenter.errors import StoreError
+from services.augmenter.listing import InputListing
 from services.augmenter.object_store.protocol import NOTHING, Item, Store
 from services.augmenter.tasks import together
 from services.common.codec import Format, format_of
@@ -51,11 +52,22 @@ class Job:
 
 
 class Jobs:
-    """Finds files in `source`, and looks in `sink` for what is there of them."""
+    """Finds files in `source`, and looks in `sink` for what is there of them.
+
+    State: `_listing`, where the first listing counts names, None once it has begun.
+    """
 
     def __init__(
-        self, source: Store, sink: Store, *, shard: Shard, overwrite: bool, output_name: str | None = None
+        self,
+        source: Store,
+        sink: Store,
+        *,
+        shard: Shard,
+        overwrite: bool,
+        output_name: str | None = None,
+        listing: InputListing | None = None,
     ) -> None:
+        self._listing = listing  # a later one would count names again
         self._source = source
         self._sink = sink
         self._shard = shard
@@ -87,8 +99,11 @@ class Jobs:
 
     async def _merged(self, after: str) -> AsyncGenerator[tuple[Item, bool]]:
         """Each of this shard's files of INPUT, and whether OUTPUT lists one of its name."""
+        listing, self._listing = self._listing, None
         outputs = _Names(self._sink.list(after=after))
-        async for item in self._source.list(after=after):
+        async for item in self._source.list(after=after, listing=listing):
+            if listing is not None:
+                listing.files += 1
             if self._shard.has(item.name):
                 yield item, await outputs.has(item.name)
 

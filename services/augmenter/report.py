@@ -25,6 +25,7 @@ def summary(totals: Totals, *, rejects_place: str) -> str:
     if lines.rejected:
         rows.append(("Rejects", f"{rejects_place} (the lines, and why)"))
     rows += _skipped(totals)
+    rows += _ignored(totals)
     if totals.messages_left:
         not_understood = totals.messages_not_understood
         kinds = (
@@ -48,6 +49,7 @@ def dry_run_summary(totals: Totals, *, distinct: int) -> str:
         ("Cost", f"at most {calls:,} calls to the model, {_duration(calls)} at one call a second"),
     ]
     rows += _skipped(totals)
+    rows += _ignored(totals)
     return "".join(f"{name:<8} {text}\n" for name, text in rows) + "Dry run: nothing was written or asked.\n"
 
 
@@ -87,6 +89,11 @@ def _skipped(totals: Totals) -> list[tuple[str, str]]:
     if totals.missing:
         rows.append(("Missing", f"{totals.missing:,} objects were gone before they were read, and skipped"))
     return rows
+
+
+def _ignored(totals: Totals) -> list[tuple[str, str]]:
+    described = totals.listing.describe_ignored()
+    return [("Ignored", f"{described} (by name)")] if described else []
 
 
 def _duration(seconds: int) -> str:

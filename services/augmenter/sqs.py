@@ -7,6 +7,7 @@ in the queue: it belongs to another consumer, or the queue's redrive policy move
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -124,7 +125,7 @@ class QueueWorkers:
             message = Message([], not_understood=str(error))
         ours = [notice for notice in message.notices if self._is_ours(notice)]
         foreign = [notice for notice in message.notices if not self._is_ours(notice)]
-        names = [self._name(notice) for notice in ours if notice.starts and is_input(self._name(notice))]
+        names = self._inputs(notice for notice in ours if notice.starts)
         lease = self._lease(received)
         async with lease:
             done = [await self._do(name) for name in names]
@@ -144,6 +145,14 @@ class QueueWorkers:
         if notice.is_test:
             return notice.bucket in {"", self._source.bucket}
         return notice.bucket == self._source.bucket and notice.key.startswith(self._source.key)
+
+    def _inputs(self, notices: Iterable[Notice]) -> list[str]:
+        """Return the names of files to augment; the others are counted."""
+        names = [self._name(notice) for notice in notices]
+        for name in names:
+            if not is_input(name):
+                self._totals.listing.ignore(name)
+        return [name for name in names if is_input(name)]
 
     def _name(self, notice: Notice) -> str:
         return notice.key.removeprefix(self._source.key)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.augmenter.listing import InputListing
+
 MOST_FAILURES_NAMED = 1000
 """A run that goes on for months remembers so many of those that were never mended."""
 
@@ -78,6 +80,7 @@ class Totals:
     archived: int = 0  # of the skipped: in cold storage, not restored
     missing: int = 0  # of the skipped: gone before they were read
     failures: Failures = field(default_factory=Failures)
+    listing: InputListing = field(default_factory=InputListing)
     outside: int = 0  # keys outside INPUT in messages of the queue
     messages_left: int = 0  # in the queue: not about INPUT, or not understood
     messages_not_understood: int = 0
@@ -110,6 +113,7 @@ class Totals:
             "files": {"done": self.done, "skipped": self.skipped, "failed": self.failures.count},
             "archived": self.archived,
             "missing": self.missing,
+            "ignored": dict(self.listing.ignored),
             "lines": {
                 "in": self.lines.read,
                 "augmented": self.lines.augmented,

@@ -47,11 +47,13 @@ class Watcher:
         *,
         poll_interval_seconds: float,
         lookback_seconds: float,
+        first_listed: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._list_jobs = list_jobs
         self._find_job = find_job
         self._poll_interval_seconds = poll_interval_seconds
         self._lookback_seconds = lookback_seconds
+        self._first_listed = first_listed
         self._seen: dict[str, _Seen] = {}
         self._newest = 0
 
@@ -67,6 +69,8 @@ class Watcher:
                 if first:
                     raise
                 _log.warning("%s; listing again in %.0f s", error, self._poll_interval_seconds)
+            if first and self._first_listed:
+                await self._first_listed()
             first = False
             await asyncio.sleep(self._poll_interval_seconds)
 

@@ -110,8 +110,9 @@ _add_admin(
 )  # fmt: skip
 _add_admin(
     "warm", WarmSettings, OutputSettings, CacheSettings, KeySettings, files=True,
-    text="Put postings that have a seniority already (.jsonl, .jsonl.gz, .jsonl.zst, folders of them, or "
-    "s3://BUCKET/KEY) into the cache, without a call to the model. Exit code 3: some lines were skipped.",
+    text="Put postings that have a seniority already (files of .jsonl, .ndjson, .jl or .json, also with .gz "
+    "or .zst; folders of them, or s3://BUCKET/KEY) into the cache, without a call to the model. Exit code 3: "
+    "some lines were skipped.",
 )  # fmt: skip
 
 

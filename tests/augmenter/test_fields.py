@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.augmenter import window
@@ -174,6 +174,7 @@ def _last(value: Any, path: tuple[str, ...]) -> Any:
     return value
 
 
+@settings(max_examples=50)
 @given(
     st.lists(_lines(), min_size=1, max_size=4),
     st.sampled_from([("company",), ("content", "company"), ("x", "content", "company")]),

@@ -61,8 +61,10 @@ def _pair(text: bytes) -> tuple[str, str] | None:
 def _parts(line: bytes) -> list[bytes]:
     """The objects of a line that holds several, by trying every place where one may begin."""
     for place in range(1, len(line)):
+        if line[place : place + 1] != b"{":
+            continue
         before = _END.sub(b"", line[:place])
-        if line[place : place + 1] == b"{" and jsonl.strip(before).startswith(b"{"):
+        if before.endswith(b"}") and jsonl.strip(before).startswith(b"{"):
             try:
                 json.loads(
                     jsonl.strip(before).decode(errors="surrogateescape"), strict=False, parse_int=_Number

@@ -19,6 +19,7 @@ from services.augmenter.errors import (
     OutputTakenError,
     StoreError,
 )
+from services.augmenter.listing import InputListing
 from services.augmenter.object_store.protocol import NOTHING, Item, Made
 from services.common.file_names import is_input
 
@@ -36,15 +37,19 @@ class LocalStore:
         """The path."""
         return str(self._root / name)
 
-    async def list(self, *, after: str = "") -> AsyncIterator[Item]:
+    async def list(self, *, after: str = "", listing: InputListing | None = None) -> AsyncIterator[Item]:
         """Links to files are followed, links to folders are not."""
         with _named(str(self._root)):
-            names = await asyncio.to_thread(lambda: sorted(self._walk(), key=str.encode))
+            names = await asyncio.to_thread(lambda: sorted(self._walk(listing), key=str.encode))
             for name in names[bisect_right(names, after.encode(), key=str.encode) :]:
                 if item := self._looked_at(name):
                     yield item
 
-    def _walk(self) -> Iterator[str]:
+    async def hint(self) -> str:
+        """There is nothing to add."""
+        return ""
+
+    def _walk(self, listing: InputListing | None) -> Iterator[str]:
         if not self._root.exists():  # an OUTPUT that is not made yet has no files
             return
         for folder, _, names in os.walk(self._root, onerror=_raise):
@@ -52,6 +57,8 @@ class LocalStore:
                 relative = Path(folder, name).relative_to(self._root).as_posix()
                 if is_input(relative) and _encodable(relative):
                     yield relative
+                elif listing is not None:
+                    listing.ignore(relative)
 
     def _looked_at(self, name: str) -> Item | None:
         """None: no file, a link to nowhere, or gone since the listing."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from services.augmenter.listing import InputListing
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -60,8 +62,14 @@ class Store(Protocol):
     def place(self, name: str) -> str:
         """The full address of a name, for people."""
 
-    def list(self, *, after: str = "") -> AsyncIterator[Item]:
-        """Every file to augment, whatever its depth, by name in the order of UTF-8; those behind `after`."""
+    def list(self, *, after: str = "", listing: InputListing | None = None) -> AsyncIterator[Item]:
+        """Every file to augment, whatever its depth, by name in the order of UTF-8; those behind `after`.
+
+        Names that are ignored are counted in `listing`.
+        """
+
+    async def hint(self) -> str:
+        """Say why there is no file at all, or "". Raises UsageError if this is no folder but a file."""
 
     async def find(self, name: str) -> Item:
         """One file."""

@@ -9,6 +9,8 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from services.augmenter.errors import InputChangedError, StoreError
+from services.augmenter.listing import InputListing
+from services.augmenter.object_store import s3_hints
 from services.augmenter.object_store.protocol import Item, Made
 from services.augmenter.object_store.s3_archive import is_archived
 from services.augmenter.object_store.s3_client import BROKEN, code_of, named
@@ -41,7 +43,11 @@ class S3Store:
         """The object's address."""
         return f"s3://{self._bucket}/{self._prefix}{name}"
 
-    async def list(self, *, after: str = "") -> AsyncIterator[Item]:
+    async def hint(self) -> str:
+        """What else is in the bucket."""
+        return await s3_hints.hint(self._client, bucket=self._bucket, prefix=self._prefix)
+
+    async def list(self, *, after: str = "", listing: InputListing | None = None) -> AsyncIterator[Item]:
         """In the order of their keys, a page of 1000 at a time."""
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket,
@@ -54,6 +60,8 @@ class S3Store:
                     name = entry["Key"].removeprefix(self._prefix)
                     if is_input(name):
                         yield _item(name, entry["Size"], entry)
+                    elif listing is not None:
+                        listing.ignore(name)
 
     async def find(self, name: str) -> Item:
         """One object."""

@@ -1,0 +1,51 @@
+"""What a listing of INPUT found, and what it ignored."""
+
+from collections import Counter
+
+from services.common.file_names import REASONS_SUFFIX, REJECTS_FOLDER
+
+_COMPRESSIONS = frozenset({"gz", "zst", "bz2", "xz", "zip", "lz4", "br", "snappy", "lzma", "z"})
+_MAX_SUFFIXES = 20
+_MAX_SUFFIX_CHARACTERS = 12
+_OTHER, _HIDDEN, _NONE = "other", "hidden", "no suffix"
+
+
+class InputListing:
+    """Counts names. State: `files`, those to augment, of every shard; `ignored`, the others by suffix."""
+
+    def __init__(self) -> None:
+        self.files = 0
+        self.ignored: Counter[str] = Counter()
+
+    def ignore(self, name: str) -> None:
+        """Count a name that is none of a file to augment. One that ends in "/" is no file at all."""
+        if name and not name.endswith("/"):
+            suffix = suffix_of(name)
+            if suffix not in self.ignored and len(self.ignored) >= _MAX_SUFFIXES:
+                suffix = _OTHER
+            self.ignored[suffix] += 1
+
+    def describe_ignored(self) -> str:
+        """Return the counts for people, largest first."""
+        largest_first = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{count:,} {suffix}" for suffix, count in largest_first)
+
+
+def suffix_of(name: str) -> str:
+    """Return why a name is ignored: its suffix, in lower case, or the folder that it is in."""
+    folders = name.split("/")
+    if REJECTS_FOLDER in folders:
+        return REJECTS_FOLDER
+    if any(part.startswith(".") for part in folders):
+        return _HIDDEN
+    base = folders[-1].lower()
+    if base.endswith(REASONS_SUFFIX):
+        return REASONS_SUFFIX
+    stem, dot, suffix = base.rpartition(".")
+    if not dot:
+        return _NONE
+    if suffix in _COMPRESSIONS and "." in stem:
+        suffix = f"{stem.rpartition('.')[2]}.{suffix}"
+    if len(suffix) > _MAX_SUFFIX_CHARACTERS or suffix.isdigit() or not base.isprintable():
+        return _OTHER
+    return f".{suffix}"

@@ -96,23 +96,10 @@ async def open_places(places: Sequence[str], *, endpoint_url: str | None) -> Asy
     if not any(place.startswith("s3://") for place in places):
         yield {False: Local()}
         return
-    from aiobotocore.config import AioConfig  # noqa: PLC0415 - half a second, and local files need none of it
-    from aiobotocore.session import get_session  # noqa: PLC0415
-    from botocore.exceptions import BotoCoreError  # noqa: PLC0415
+    from services.common.aws_client import open_client  # noqa: PLC0415 - half a second; local files need none
 
-    session: Any = get_session()  # type: ignore[no-untyped-call]
-    config = AioConfig(
-        max_pool_connections=_CONNECTIONS,
-        retries={"mode": "standard", "total_max_attempts": 5},
-        s3={"addressing_style": "path"} if endpoint_url else None,
-    )
-    try:
-        making = session.create_client("s3", endpoint_url=endpoint_url, config=config)
-        async with making as client:
-            yield {False: Local(), True: Bucket(client)}
-    except (BotoCoreError, ValueError) as error:
-        message = f"the S3 client: {error}"
-        raise CommandError(message) from error
+    async with open_client("s3", endpoint_url=endpoint_url, connections=_CONNECTIONS) as client:
+        yield {False: Local(), True: Bucket(client)}
 
 
 def is_in_bucket(place: str) -> bool:
@@ -158,5 +145,7 @@ def _named(place: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in {"botocore", "aiobotocore", "aiohttp"}:
             raise
-        message = f"{place}: {error}"
+        from services.common.aws_client import reason_of  # noqa: PLC0415 - it is there already
+
+        message = f"{place}: {reason_of(error)}"
         raise CommandError(message) from error

@@ -1,5 +1,6 @@
 """The files to do: INPUT's listing beside OUTPUT's, both in one order and page by page."""
 
+import logging
 import re
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -14,6 +15,7 @@ from services.common.codec import Format, format_of
 
 _LOOKED_AT_TOGETHER = 32
 _SHARD = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
+_log = logging.getLogger("augmenter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 class Job:
     """One file, where its output goes, and which version of it (or NOTHING) is to be replaced.
 
-    `is_done`: its output is there already.
+    `is_done`: its output is there already. `failure`: its output cannot be looked at.
     """
 
     item: Item
@@ -49,12 +51,14 @@ class Job:
     lines_format: Format
     onto: str = NOTHING
     is_done: bool = False
+    failure: StoreError | None = None
 
 
 class Jobs:
     """Finds files in `source`, and looks in `sink` for what is there of them.
 
-    State: `_listing`, where the first listing counts names, None once it has begun.
+    State: `_listing`, where the first listing counts names, None once it has begun. `_noted_disorder`, that a
+    server without an order was logged.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Jobs:
         self._shard = shard
         self._overwrite = overwrite
         self._output_name = output_name
+        self._noted_disorder = False
 
     async def named(self, name: str) -> Job:
         """One file. Raises StoreError."""
@@ -98,21 +103,42 @@ class Jobs:
         return await together(self._seen(item, listed=listed) for item, listed in some)
 
     async def _merged(self, after: str) -> AsyncGenerator[tuple[Item, bool]]:
-        """Each of this shard's files of INPUT, and whether OUTPUT lists one of its name."""
+        """Each of this shard's files of INPUT, and whether it has to be looked at in OUTPUT.
+
+        It has if OUTPUT lists one of its name. Where a listing has no order, the two cannot be compared: then
+        each is looked at, and so it is with --overwrite, where nearly all are there.
+        """
         listing, self._listing = self._listing, None
         outputs = _Names(self._sink.list(after=after))
         async for item in self._source.list(after=after, listing=listing):
             if listing is not None:
                 listing.files += 1
-            if self._shard.has(item.name):
-                yield item, await outputs.has(item.name)
+            if not self._shard.has(item.name):
+                continue
+            listed = self._overwrite or self._is_unordered() or await outputs.has(item.name)
+            yield item, listed or self._is_unordered()
+
+    def _is_unordered(self) -> bool:
+        for store in (self._source, self._sink):
+            if store.is_unordered:
+                if not self._noted_disorder:
+                    _log.warning(
+                        "%s: the server lists objects without an order; each output is looked at by itself",
+                        store.place(""),
+                    )
+                self._noted_disorder = True
+                return True
+        return False
 
     async def _seen(self, item: Item, *, listed: bool) -> Job:
         """The job, once its output has been looked at: a listing tells its name, not what it was made of."""
         output_name = self._output_name or item.name
         lines_format = format_of(item.name)
         assert lines_format  # noqa: S101 - a listing takes no other names
-        made = await self._sink.made(output_name, item) if listed else None
+        try:
+            made = await self._sink.made(output_name, item) if listed else None
+        except StoreError as error:  # the other files' outputs may be seen all the same
+            return Job(item, output_name, lines_format, failure=error)
         is_done = bool(made and made.from_this_input and not self._overwrite)
         if item.is_archived and not is_done:
             item = await self._looked_at(item)

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
-from services.augmenter.errors import ArchivedError, DoneElsewhereError, MissingError
+from services.augmenter.errors import ArchivedError, DoneElsewhereError, MissingError, StoreError
 from services.augmenter.jobs import Job
 from services.augmenter.metrics import Metrics
 from services.augmenter.object_store.protocol import Store
@@ -103,7 +103,9 @@ class Runner:
                 outcome = "skipped"
                 _log.info("%s: gone before it was read; skipped", place)
             else:
-                self._failed(place, str(error))
+                self._failed(place, _reason(error, place))
+        except StoreError as error:
+            self._failed(place, _reason(error, place))
         except FileError as error:
             self._failed(place, str(error))
         except Exception as error:  # noqa: BLE001 - a defect met in one file must not cost the others
@@ -116,6 +118,8 @@ class Runner:
         return outcome
 
     async def _one(self, place: str, job: Job) -> str:
+        if job.failure:
+            raise job.failure
         if job.is_done:
             self._totals.skipped += 1
             self._totals.bytes_found -= job.item.size_bytes
@@ -148,3 +152,8 @@ class Runner:
 
 async def _ready(job: Job) -> Job:
     return job
+
+
+def _reason(error: StoreError, place: str) -> str:
+    """Return why the file failed, which is named beside it: its own place only once."""
+    return error.reason if error.place == place else str(error)

@@ -33,6 +33,11 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    @property
+    def is_unordered(self) -> bool:
+        """Never: `list` sorts the names."""
+        return False
+
     def place(self, name: str) -> str:
         """The path."""
         return str(self._root / name)

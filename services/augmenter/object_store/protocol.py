@@ -59,13 +59,18 @@ class Upload(Protocol):
 class Store(Protocol):
     """A local folder, or a prefix of a bucket. Every failure is a StoreError that names the place."""
 
+    @property
+    def is_unordered(self) -> bool:
+        """Whether a listing has shown another order than that of the names."""
+
     def place(self, name: str) -> str:
         """The full address of a name, for people."""
 
     def list(self, *, after: str = "", listing: InputListing | None = None) -> AsyncIterator[Item]:
         """Every file to augment, whatever its depth, by name in the order of UTF-8; those behind `after`.
 
-        Names that are ignored are counted in `listing`.
+        Where the server has no order: in any, some perhaps twice. Names that are ignored are counted in
+        `listing`.
         """
 
     async def hint(self) -> str:

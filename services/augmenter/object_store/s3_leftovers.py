@@ -74,9 +74,16 @@ class Leftovers:
 
 
 def _date(answer: Any, place: str) -> dt.datetime:
-    """The server's time: this machine's clock may be wrong."""
+    found = server_time(answer)
+    if found is None:
+        raise StoreError(place=place, reason="the server does not tell the time")
+    return found
+
+
+def server_time(answer: Any) -> dt.datetime | None:
+    """Return the time that an answer was sent at: this machine's clock may be wrong."""
     try:
         found = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-    except (KeyError, ValueError) as error:
-        raise StoreError(place=place, reason="the server does not tell the time") from error
+    except (KeyError, ValueError):
+        return None
     return found if found.tzinfo else found.replace(tzinfo=dt.UTC)

@@ -1,9 +1,9 @@
 """An object in the making: one put when small, else parts; it appears whole, once, or not at all."""
 
 import asyncio
-import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import TracebackType
@@ -13,16 +13,22 @@ from botocore.exceptions import ClientError
 
 from services.augmenter.errors import DoneElsewhereError, OutputTakenError, StoreError
 from services.augmenter.object_store.protocol import NOTHING
-from services.augmenter.object_store.s3_client import code_of, named
-from services.augmenter.object_store.s3_leftovers import Leftovers
+from services.augmenter.object_store.s3_client import code_of, named, required
+from services.augmenter.object_store.s3_leftovers import Leftovers, server_time
 from services.augmenter.room import Room
+from services.common.aws_client import declares_checksums
 
 MARK, _BY = "input-etag", "upload"
 _PART_BYTES = 5 * 2**20  # the least that S3 takes, of at most 10,000: outputs up to 50 GB
 PARTS_ROOM_BYTES = 4 * _PART_BYTES
 """Of all uploads of a process together: what is on its way, beside what each of them has of its next part."""
-# What S3 says when somebody else came first, is writing right now, or has aborted our upload.
-_TAKEN = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"}
+# The codes of S3 for a condition that does not hold, another write under way, an upload that is aborted or
+# completed, and a condition on an object that is gone.
+_CONFLICT = {"ConditionalRequestConflict", "409"}
+_TAKEN = {"PreconditionFailed", "412", "NoSuchUpload"} | _CONFLICT
+_GONE = {"NoSuchKey", "404"}
+_CONFLICT_WAITS_SECONDS = (0.5, 1.0, 2.0)
+_CLOCK_STEPS_SECONDS = 2.0  # S3 tells its time in whole seconds
 # What a server says that has no conditional writes; 400 is too common to be taken for it by itself.
 _NO_CONDITIONS = {"NotImplemented", "501"}
 _PERHAPS_NO_CONDITIONS = {"InvalidRequest", "InvalidArgument", "BadRequest", "400"}
@@ -80,6 +86,9 @@ class S3Upload:
         self._upload: dict[str, str] | None = None  # as soon as there is a first whole part
         self._sending: asyncio.Task[dict[str, Any]] | None = None
         self._parts: list[dict[str, Any]] = []
+        # Else S3 takes the checksums that the client adds to the parts for those of another upload.
+        self._checksums = {"ChecksumAlgorithm": "CRC32"} if declares_checksums(client) else {}
+        self._begun = time.monotonic()
 
     async def __aenter__(self) -> Self:
         """Nothing is there to be made before the first part."""
@@ -123,54 +132,90 @@ class S3Upload:
         return part
 
     async def _at_end(self, request: Callable[..., Awaitable[Any]]) -> None:
-        """What makes the object appear. It is sent again when its answer is lost, and then finds itself."""
-        with named(self._place):
-            try:
-                if self._condition and self._conditions.missing:
-                    await self._after_a_look(request)
-                else:
-                    await self._on_condition(request)
-            except ClientError as error:
-                if code_of(error) not in _TAKEN:
-                    raise
-                if not await self._is_ours(error):
-                    raise OutputTakenError from error
+        """Send what makes the object appear.
 
-    async def _on_condition(self, request: Callable[..., Awaitable[Any]]) -> None:
+        The client sends it again when the answer is lost, and is then refused because of its own first try.
+        """
+        with named(self._place):
+            condition = self._condition
+            for wait_seconds in (*_CONFLICT_WAITS_SECONDS, None):
+                try:
+                    await self._send_last(request, condition)
+                except ClientError as error:
+                    if code_of(error) not in (_TAKEN | _GONE if condition else _TAKEN):
+                        raise
+                    again = await self._look_into(error, condition)
+                    if again is None:
+                        return
+                    condition = again
+                    if wait_seconds is None:
+                        raise OutputTakenError from error
+                    if code_of(error) in _CONFLICT:
+                        await asyncio.sleep(wait_seconds)
+                else:
+                    return
+
+    async def _send_last(self, request: Callable[..., Awaitable[Any]], condition: dict[str, str]) -> None:
+        if condition and self._conditions.missing:
+            await self._after_a_look(request)
+            return
         try:
-            await request(**self._condition)
+            await request(**condition)
         except ClientError as error:
-            if not self._condition or code_of(error) not in _NO_CONDITIONS | _PERHAPS_NO_CONDITIONS:
+            if not condition or code_of(error) not in _NO_CONDITIONS | _PERHAPS_NO_CONDITIONS:
                 raise
             await self._after_a_look(request)  # fails the same way, if it was something else
             self._conditions.found_missing(self._place)
 
     async def _after_a_look(self, request: Callable[..., Awaitable[Any]]) -> None:
-        """Without the condition, which is checked beforehand: that narrows the race, it cannot end it."""
+        """Check the condition, then send without it: that narrows the race, it cannot end it."""
         there = await self._there()
         if (there["ETag"] if there else NOTHING) != self._onto:
-            self._see_whose(there)
+            if self._is_marked(there):
+                raise DoneElsewhereError
+            if there and not self._is_older(there):
+                raise OutputTakenError
         await request()
 
-    async def _is_ours(self, refusal: ClientError) -> bool:
-        there = await self._there()
-        metadata = there.get("Metadata", {}) if there else {}
-        if metadata.get(_BY) == self._metadata[_BY]:
-            return True
-        if metadata.get(MARK) == self._metadata[MARK]:
-            raise DoneElsewhereError from refusal
-        return False
+    async def _look_into(self, refusal: ClientError, condition: dict[str, str]) -> dict[str, str] | None:
+        """Return the condition of the next try, or None if the object is there and is this upload's.
 
-    def _see_whose(self, there: dict[str, Any] | None) -> None:
-        if there and there.get("Metadata", {}).get(MARK) == self._metadata[MARK]:
-            raise DoneElsewhereError
-        raise OutputTakenError
+        Raises DoneElsewhereError or OutputTakenError if another process made it meanwhile. One that was there
+        before this upload began was only missing in the listing: it is replaced.
+        """
+        there = await self._there()
+        if there and there.get("Metadata", {}).get(_BY) == self._metadata[_BY]:
+            return None
+        if self._is_marked(there):
+            raise DoneElsewhereError from refusal
+        code = code_of(refusal)
+        if code == "NoSuchUpload":
+            raise OutputTakenError from refusal
+        if there is None:
+            return {"IfNoneMatch": "*"} if condition else {}
+        if condition and self._is_older(there):
+            return {"IfMatch": there["ETag"]}
+        if code in _CONFLICT:
+            return condition
+        raise OutputTakenError from refusal
+
+    def _is_marked(self, there: dict[str, Any] | None) -> bool:
+        """Return whether what is there was made from the same input."""
+        return bool(there and there.get("Metadata", {}).get(MARK) == self._metadata[MARK])
+
+    def _is_older(self, there: dict[str, Any]) -> bool:
+        """Return whether the object is older than this upload, by the server's clock alone."""
+        now = server_time(there)
+        if now is None or "LastModified" not in there:
+            return False
+        age_seconds: float = (now - there["LastModified"]).total_seconds()
+        return age_seconds > time.monotonic() - self._begun + _CLOCK_STEPS_SECONDS
 
     async def _there(self) -> dict[str, Any] | None:
         try:
             head: dict[str, Any] = await self._client.head_object(**self._target)
         except ClientError as error:
-            if code_of(error) in {"404", "NoSuchKey"}:
+            if code_of(error) in _GONE:
                 return None
             raise
         return head
@@ -179,7 +224,9 @@ class S3Upload:
         if self._upload is None:
             await self._leftovers.end()
             with named(self._place):
-                made = await self._client.create_multipart_upload(**self._target, Metadata=self._metadata)
+                made = await self._client.create_multipart_upload(
+                    **self._target, **self._checksums, Metadata=self._metadata
+                )
             self._upload = {"UploadId": made["UploadId"]}
         await self._arrived()
         await self._parts_room.take(len(part))
@@ -189,12 +236,17 @@ class S3Upload:
     async def _send_part(self, upload: dict[str, str], number: int, part: bytes) -> dict[str, Any]:
         with named(self._place):
             try:
-                sent = await self._client.upload_part(**self._target, **upload, PartNumber=number, Body=part)
+                sent = await self._client.upload_part(
+                    **self._target, **upload, **self._checksums, PartNumber=number, Body=part
+                )
             except ClientError as error:
                 if code_of(error) in _TAKEN:
                     raise OutputTakenError from error
                 raise
-        return {"PartNumber": number, "ETag": sent["ETag"]}
+        arrived = {"PartNumber": number, "ETag": required(sent, "ETag", place=self._place)}
+        if self._checksums and "ChecksumCRC32" in sent:
+            arrived["ChecksumCRC32"] = sent["ChecksumCRC32"]
+        return arrived
 
     async def _arrived(self) -> None:
         if self._sending is not None:
@@ -209,8 +261,14 @@ class S3Upload:
             self._sending.cancel()
             await asyncio.gather(self._sending, return_exceptions=True)
         if self._upload is not None:
-            with contextlib.suppress(StoreError), named(self._place):
-                await self._client.abort_multipart_upload(**self._target, **self._upload)
+            try:
+                with named(self._place):
+                    await self._client.abort_multipart_upload(**self._target, **self._upload)
+            except StoreError as failure:
+                if "NoSuchUpload" not in str(failure.__cause__):
+                    _log.warning(
+                        "%s: the unfinished upload could not be aborted: %s", self._place, failure.reason
+                    )
 
 
 def _give_back(room: Room, size_bytes: int, _: object) -> None:

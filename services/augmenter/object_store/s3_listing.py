@@ -1,0 +1,67 @@
+"""The keys below a prefix, page by page, from servers with and without an order."""
+
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any, TypeAlias
+
+from botocore.exceptions import ClientError
+
+_NO_START_AFTER = {400, 405, 501}
+_Page: TypeAlias = list[dict[str, Any]]
+_log = logging.getLogger("augmenter")
+
+
+class Listing:
+    """Lists the keys of one store.
+
+    State: `is_unordered` (a page has shown it), `_starts_after` (until the server refuses that).
+    """
+
+    def __init__(self, client: Any, *, bucket: str, prefix: str) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._prefix = prefix
+        self._starts_after = True
+        self.is_unordered = False
+
+    async def entries(self, *, after: str = "") -> AsyncGenerator[dict[str, Any]]:
+        """Yield what the server has of each key, of those behind `after` (a name below the prefix).
+
+        In the order of the keys, unless `is_unordered`: then in any order, some of them perhaps twice. It is
+        set before the first entry of the page that shows it. Raises ClientError.
+        """
+        first = (self._prefix + after).encode()
+        async for page in self._pages({"StartAfter": self._prefix + after} if after else {}):
+            for entry in page:
+                if not after or entry["Key"].encode() > first:  # a server may ignore StartAfter
+                    yield entry
+
+    async def _pages(self, start: dict[str, str]) -> AsyncGenerator[_Page]:
+        start = start if self._starts_after else {}
+        try:
+            last = b""
+            async for page in self._listed(start):
+                keys = [entry["Key"].encode() for entry in page]
+                if keys != sorted(keys) or any(key < last for key in keys[:1]):
+                    self.is_unordered = True
+                    if start:
+                        break
+                last = keys[-1] if keys else last
+                yield page
+            else:
+                return
+        except ClientError as error:
+            if not start or error.response["ResponseMetadata"]["HTTPStatusCode"] not in _NO_START_AFTER:
+                raise
+            _log.info(
+                "s3://%s/%s: no StartAfter at this server; all keys are listed", self._bucket, self._prefix
+            )
+        # From the beginning: where there is no order, keys that are wanted may stand in front of `start`.
+        self._starts_after = False
+        async for page in self._pages({}):
+            yield page
+
+    async def _listed(self, start: dict[str, str]) -> AsyncGenerator[_Page]:
+        pages = self._client.get_paginator("list_objects_v2")
+        async for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix, **start):
+            yield page.get("Contents", [])

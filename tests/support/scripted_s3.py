@@ -1,0 +1,402 @@
+"""An S3 server in memory that fails as the test says: any kind of call, before or after it is applied."""
+
+import base64
+import hashlib
+import socket
+import ssl
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar, TypeAlias
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+from tests.support.certificates import Signed
+
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test-key",
+    "AWS_SECRET_ACCESS_KEY": "test-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_MAX_ATTEMPTS": "3",
+}
+OPERATIONS = (
+    "ListObjectsV2", "HeadObject", "GetObject", "GetObject (range)", "PutObject", "CreateMultipartUpload",
+    "UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload", "DeleteObject",
+)  # fmt: skip
+ALWAYS = 10**9
+_Answer: TypeAlias = tuple[int, dict[str, str], bytes]  # status, headers, body
+_CODES = {
+    403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed", 409: "ConditionalRequestConflict",
+    503: "SlowDown", 400: "InvalidRequest", 501: "NotImplemented", 500: "InternalError",
+}  # fmt: skip
+
+
+@dataclass
+class Fault:
+    """How `times` calls of an operation fail, whose key holds `key`; the first `skip` of them do not.
+
+    `kind`: a status, `reset`, `stall` (no answer before the test is over), `cut` (the connection ends in the
+    middle of a body), `end` (it is reset behind a whole body that had no length), `200` (an error, in an
+    answer of status 200, as of CompleteMultipartUpload). `applied`: the call has its effect all the same.
+    """
+
+    operation: str
+    kind: str
+    applied: bool = False
+    times: int = ALWAYS
+    key: str = ""
+    skip: int = 0
+    seen: int = 0
+
+
+@dataclass
+class Stored:
+    """An object."""
+
+    data: bytes
+    headers: dict[str, str]
+    etag: str
+    modified: float = field(default_factory=time.time)
+
+
+@dataclass
+class Call:
+    """A request that came."""
+
+    operation: str
+    key: str
+    headers: dict[str, str]
+    query: dict[str, str]
+
+
+@dataclass
+class ScriptedS3:
+    """One bucket. State: all of it, guarded by `lock`."""
+
+    url: str = ""
+    bucket: str = "b"
+    faults: list[Fault] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    objects: dict[str, Stored] = field(default_factory=dict)
+    uploads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    over: threading.Event = field(default_factory=threading.Event)
+    # What kind of server it is.
+    page_size: int = 1000
+    order: Callable[[list[str]], list[str]] = sorted
+    refuses_start_after: bool = False
+    stores_framing: bool = False
+    refuses_checksums: bool = False
+    wants_declared_checksums: bool = False
+    sends_checksums: bool = False
+    sends_checksums_with_ranges: bool = False
+    wrong_checksums: bool = False
+    ignores_ranges: bool = False
+
+    def put(
+        self, key: str, data: bytes, *, age_seconds: float = 0, headers: dict[str, str] | None = None
+    ) -> str:
+        """Store an object; its ETag."""
+        etag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+        self.objects[key] = Stored(data, headers or {}, etag, time.time() - age_seconds)
+        return etag
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """What is stored."""
+        return sorted(key for key in self.objects if key.startswith(prefix))
+
+    def count(self, operation: str, key: str = "") -> int:
+        """How many calls there were."""
+        return sum(call.operation == operation and key in call.key for call in self.calls)
+
+    def fault(self, operation: str, key: str) -> Fault | None:
+        """The fault that is this call's."""
+        for fault in self.faults:
+            if fault.operation == operation and fault.key in key:
+                fault.seen += 1
+                if fault.skip < fault.seen <= fault.skip + fault.times:
+                    return fault
+        return None
+
+
+@contextmanager
+def scripted_s3(tls: Signed | None = None) -> Iterator[ScriptedS3]:
+    """A running server, by https with a certificate."""
+    s3 = ScriptedS3()
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"s3": s3}))
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.certificate, tls.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    s3.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield s3
+    finally:
+        s3.over.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with the library's 5, every sixth connection waits for a second
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is gone is none."""
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+        super().__init__(status)
+        self.status = status
+        self.code = code or _CODES[status]
+        self.message = message
+
+
+class _Handler(BaseHTTPRequestHandler):
+    s3: ClassVar[ScriptedS3]
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_any(self) -> None:
+        url = urlsplit(self.path)
+        self.query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
+        path = unquote(url.path).lstrip("/")
+        host = self.headers["Host"].partition(":")[0]
+        self.key = path if host.startswith(f"{self.s3.bucket}.") else path.partition("/")[2]
+        self.operation = self._operation()
+        body = self._body()
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        with self.s3.lock:
+            self.s3.calls.append(Call(self.operation, self.key, headers, self.query))
+            fault = self.s3.fault(self.operation, self.key or self.query.get("prefix", ""))
+            answer: _Answer = (200, {}, b"")
+            if fault is None or fault.applied or fault.kind in {"cut", "end"}:
+                try:
+                    answer = self._apply(body)
+                except _Refused as refused:
+                    answer = self._error(refused)
+        if fault is not None:
+            self._fail(fault, answer)
+        else:
+            self._send(*answer)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_any  # noqa: N815 - the library's names
+
+    def _operation(self) -> str:
+        query = self.query
+        if not self.key:
+            return "ListMultipartUploads" if "uploads" in query else "ListObjectsV2"
+        of_upload = "uploads" in query or "uploadId" in query
+        names = {
+            "HEAD": "HeadObject",
+            "GET": "GetObject (range)" if self.headers.get("Range") else "GetObject",
+            "PUT": "UploadPart" if of_upload else "PutObject",
+            "POST": "CreateMultipartUpload" if "uploads" in query else "CompleteMultipartUpload",
+            "DELETE": "AbortMultipartUpload" if of_upload else "DeleteObject",
+        }
+        return names[self.command]
+
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        else:
+            raw = b""
+            while size := int(self.rfile.readline().strip(), 16):
+                raw += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        if "aws-chunked" not in self.headers.get("Content-Encoding", "") or self.s3.stores_framing:
+            return raw
+        data, rest = b"", raw
+        while True:
+            head, _, rest = rest.partition(b"\r\n")
+            size = int(head.partition(b";")[0], 16)
+            if not size:
+                return data
+            data, rest = data + rest[:size], rest[size + 2 :]
+
+    def _apply(self, body: bytes) -> _Answer:
+        if self.s3.refuses_checksums and any(
+            name.lower().startswith(("x-amz-trailer", "x-amz-checksum-crc", "x-amz-sdk-checksum"))
+            for name in self.headers
+        ):
+            raise _Refused(501, message="A header you provided implies functionality that is not implemented")
+        return {
+            "ListObjectsV2": self._list,
+            "ListMultipartUploads": lambda: (200, {}, b"<ListMultipartUploadsResult/>"),
+            "HeadObject": self._get,
+            "GetObject": self._get,
+            "GetObject (range)": self._get,
+            "PutObject": lambda: self._store(body, self._metadata()),
+            "DeleteObject": self._delete,
+            "CreateMultipartUpload": self._begin,
+            "UploadPart": lambda: self._add_part(body),
+            "CompleteMultipartUpload": self._complete,
+            "AbortMultipartUpload": self._abort,
+        }[self.operation]()
+
+    def _delete(self) -> _Answer:
+        self.s3.objects.pop(self.key, None)
+        return 204, {}, b""
+
+    def _begin(self) -> _Answer:
+        upload_id = f"upload-{len(self.s3.calls)}"
+        made = {"parts": {}, "headers": self._metadata(), "algorithm": self._algorithm(), "mismatch": False}
+        self.s3.uploads[upload_id] = made
+        name = "InitiateMultipartUploadResult"
+        return 200, {}, f"<{name}><UploadId>{upload_id}</UploadId></{name}>".encode()
+
+    def _upload(self) -> dict[str, Any]:
+        upload = self.s3.uploads.get(self.query["uploadId"])
+        if upload is None:
+            raise _Refused(404, "NoSuchUpload", "The specified upload does not exist.")
+        return upload
+
+    def _add_part(self, body: bytes) -> _Answer:
+        upload = self._upload()
+        upload["parts"][int(self.query["partNumber"])] = body
+        upload["mismatch"] |= self._algorithm() != upload["algorithm"]
+        return 200, {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}, b""
+
+    def _complete(self) -> _Answer:
+        upload = self._upload()
+        if self.s3.wants_declared_checksums and upload["mismatch"]:
+            raise _Refused(400, message="Checksum Type mismatch occurred, expected null, actual: crc32")
+        parts = upload["parts"]
+        _, headers, _ = self._store(b"".join(parts[number] for number in sorted(parts)), upload["headers"])
+        del self.s3.uploads[self.query["uploadId"]]
+        name = "CompleteMultipartUploadResult"
+        return 200, {}, f"<{name}><ETag>{escape(headers['ETag'])}</ETag></{name}>".encode()
+
+    def _abort(self) -> _Answer:
+        self._upload()
+        del self.s3.uploads[self.query["uploadId"]]
+        return 204, {}, b""
+
+    def _algorithm(self) -> str:
+        names = ("x-amz-checksum-algorithm", "x-amz-sdk-checksum-algorithm")
+        return next((self.headers[name] for name in names if self.headers.get(name)), "")
+
+    def _metadata(self) -> dict[str, str]:
+        return {name: value for name, value in self.headers.items() if name.lower().startswith("x-amz-meta-")}
+
+    def _store(self, data: bytes, metadata: dict[str, str]) -> _Answer:
+        there = self.s3.objects.get(self.key)
+        if self.headers.get("If-None-Match") == "*" and there:
+            raise _Refused(412)
+        if (wanted := self.headers.get("If-Match")) and (there is None or there.etag != wanted):
+            raise _Refused(412 if there else 404)
+        return 200, {"ETag": self.s3.put(self.key, data, headers=metadata)}, b""
+
+    def _list(self) -> _Answer:
+        s3, query = self.s3, self.query
+        start = query.get("start-after", "")
+        if start and s3.refuses_start_after:
+            raise _Refused(400, message="StartAfter is not supported")
+        keys = s3.order([key for key in sorted(s3.objects) if key.startswith(query.get("prefix", ""))])
+        keys = [key for key in keys if key > start] if start else keys
+        begin = int(query.get("continuation-token", "0"))
+        size = min(s3.page_size, int(query.get("max-keys", "1000")))
+        entries = "".join(
+            f"<Contents><Key>{quote(key)}</Key><Size>{len(s3.objects[key].data)}</Size>"
+            f"<ETag>{escape(s3.objects[key].etag)}</ETag>"
+            f"<LastModified>{_iso(s3.objects[key].modified)}</LastModified></Contents>"
+            for key in keys[begin : begin + size]
+        )
+        more = begin + size < len(keys)
+        token = f"<NextContinuationToken>{begin + size}</NextContinuationToken>" if more else ""
+        text = (
+            f"<ListBucketResult><EncodingType>url</EncodingType><IsTruncated>{str(more).lower()}"
+            f"</IsTruncated>{token}{entries}</ListBucketResult>"
+        )
+        return 200, {}, text.encode()
+
+    def _get(self) -> _Answer:
+        s3 = self.s3
+        found = s3.objects.get(self.key)
+        if found is None:
+            raise _Refused(404)
+        if self.headers.get("If-Match", found.etag) != found.etag:
+            raise _Refused(412)
+        headers = {
+            **found.headers, "ETag": found.etag, "Last-Modified": formatdate(found.modified, usegmt=True),
+        }  # fmt: skip
+        wanted = self.headers.get("Range")
+        with_mode = self.headers.get("x-amz-checksum-mode") == "ENABLED"
+        if (s3.sends_checksums and with_mode) or (s3.sends_checksums_with_ranges and wanted):
+            crc = zlib.crc32(found.data) ^ (1 if s3.wrong_checksums else 0)
+            headers["x-amz-checksum-crc32"] = base64.b64encode(crc.to_bytes(4, "big")).decode()
+        if not wanted or s3.ignores_ranges:
+            return 200, headers, found.data
+        begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        if begin >= len(found.data):
+            raise _Refused(416, "InvalidRange", "The requested range is not satisfiable")
+        size = len(found.data)
+        return 206, headers | {"Content-Range": f"bytes {begin}-{size - 1}/{size}"}, found.data[begin:]
+
+    def _error(self, refused: _Refused) -> _Answer:
+        message = refused.message or refused.code
+        text = f"<Error><Code>{refused.code}</Code><Message>{message}</Message></Error>"
+        return refused.status, {}, text.encode()
+
+    def _fail(self, fault: Fault, answer: _Answer) -> None:
+        if fault.kind == "stall":
+            self.s3.over.wait()
+            self.close_connection = True
+        elif fault.kind == "reset":
+            self._reset()
+        elif fault.kind in {"cut", "end"}:
+            status, headers, body = answer
+            if fault.kind == "cut":
+                self._send(status, headers | {"Content-Length": str(len(body))}, body[: len(body) // 2])
+            else:
+                self._send(status, headers | {"Transfer-Encoding": "chunked"}, _in_chunks(body))
+            self.wfile.flush()
+            time.sleep(0.05)  # what was sent has to be read first: a reset would overtake it
+            self._reset()
+        elif fault.kind == "200":
+            self._send(200, {}, self._error(_Refused(500))[2])
+        else:
+            self._send(*self._error(_Refused(int(fault.kind))))
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if not {"Content-Length", "Transfer-Encoding"} & headers.keys() and status != 204:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _reset(self) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            if isinstance(self.connection, ssl.SSLSocket):
+                socket.socket(fileno=self.connection.detach()).close()
+            else:
+                self.connection.close()
+
+
+def _in_chunks(body: bytes) -> bytes:
+    """All of the body, without the chunk that says so."""
+    return b"%x\r\n%s\r\n" % (len(body), body) if body else b""
+
+
+def _iso(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(seconds))

@@ -40,8 +40,8 @@ class QueueWorkers:
 
     State: `_in_work`, a lock for each file in work: S3 sends an event twice now and then, and the second
     message must find the file done. `_left`, messages that this run does not look into again. `_hidden`, the
-    receipt of each message that was left, and when it is visible again. `_is_failing`, that the last receive
-    failed.
+    receipt of each message that was left and is still hidden, and until when. `_is_failing`, that the last
+    receive failed.
     """
 
     def __init__(
@@ -189,9 +189,10 @@ class QueueWorkers:
     async def _leave(self, received: Any) -> None:
         """Let a message that is not ours be visible again soon, but not at once."""
         seconds = min(max(self._visible_seconds, _MIN_LEFT_SECONDS), _MAX_LEFT_SECONDS)
+        now = time.monotonic()
         self._hidden.pop(received["MessageId"], None)
-        self._hidden[received["MessageId"]] = received["ReceiptHandle"], time.monotonic() + seconds
-        if len(self._hidden) > _MAX_LEFT:
+        self._hidden[received["MessageId"]] = received["ReceiptHandle"], now + seconds
+        while next(iter(self._hidden.values()))[1] <= now:  # in the order of their times
             del self._hidden[next(iter(self._hidden))]
         if seconds == self._visible_seconds:
             return

@@ -131,14 +131,36 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         await stack.enter_async_context(running(renewals.run()))
         gc.freeze()  # what is built stays; and a full collection that walks a full L1 takes 24 ms
         await stack.enter_async_context(_serving(front))
-        ready.set()
-        logs.announce_ready(listen=front.addresses, http=http_bound)
-        await stop.wait()
+        async with _readiness(queue, front, ready):
+            logs.announce_ready(listen=front.addresses, http=http_bound)
+            await stop.wait()
         _log.info("draining")
         ready.clear()
         await front.health.enter_graceful_shutdown()
         await _drain(settings, front=front, service=service, queue=queue, dispatcher=dispatcher)
     _log.info("stopped")
+
+
+@asynccontextmanager
+async def _readiness(
+    queue: ProxyQueue, front: grpc_server.GrpcServer, ready: asyncio.Event
+) -> AsyncIterator[None]:
+    """Be ready from now on; where Redis refuses this replica a right, once that was mended.
+
+    Until then the replica answers what it can. What Redis does later makes no ready replica unready.
+    """
+
+    async def become_ready() -> None:
+        await queue.admitted()
+        await front.become_healthy()
+        ready.set()
+
+    if queue.refusal is None:
+        await become_ready()
+        yield
+    else:
+        async with running(become_ready()):
+            yield
 
 
 @asynccontextmanager
@@ -212,7 +234,7 @@ class _Memories:
 
 
 async def _readyz(ready: asyncio.Event, _request: web.Request) -> web.Response:
-    return web.Response(text="ready\n") if ready.is_set() else web.Response(text="draining\n", status=503)
+    return web.Response(text="ready\n") if ready.is_set() else web.Response(text="not ready\n", status=503)
 
 
 async def _replica(replica: str, _request: web.Request) -> web.Response:

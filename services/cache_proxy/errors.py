@@ -182,3 +182,20 @@ class StoreError(Exception):
 
 class StoreRefused(StoreError):
     """The store answers, but not this: out of memory, read-only."""
+
+
+class AccessRefusedByStore(StoreRefused):
+    """Redis refuses this replica a command, key or channel that it needs, or refuses its login.
+
+    `command` in lower case; `user` as configured; `reason` in Redis's words.
+    """
+
+    def __init__(self, *, command: str, user: str, reason: str) -> None:
+        super().__init__(f"Redis refuses user {user!r} the command {command!r}: {reason}")
+        self.command = command
+        self.user = user
+        self.reason = reason
+
+
+class StoreDamaged(StoreError):
+    """A script fails over data in Redis, and still did after the queue was made anew."""

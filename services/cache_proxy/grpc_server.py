@@ -88,8 +88,13 @@ class GrpcServer:
         return self._listeners.addresses
 
     async def start(self) -> None:
-        """Begin to answer, as SERVING."""
+        """Begin to answer, as NOT_SERVING."""
+        for name in ("", SERVICE_NAME):
+            await self.health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
+
+    async def become_healthy(self) -> None:
+        """Report SERVING from now on."""
         for name in ("", SERVICE_NAME):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
 

@@ -12,7 +12,7 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.cache_proxy.errors import PairError, StoreError
+from services.cache_proxy.errors import AccessRefusedByStore, PairError, StoreDamaged, StoreError
 from services.cache_proxy.queue import Asker, Claim, NotYet
 from services.cache_proxy.quotas import Quota, Quotas
 from tests.support.redis_server import redis_process
@@ -295,3 +295,74 @@ async def test_tombstones_of_another_type_are_none(shared_redis: str) -> None:
             assert client.hlen(f"{place.keys.base}pairs") == 2
         _, enqueued = await one.ask(pairs([1]))
         assert enqueued.ended == {pairs([1])[0].digest: 3}
+
+
+async def test_queue_is_made_anew_once_for_a_failure_that_this_does_not_mend(
+    shared_redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that fails all the same leaves the queue as it is, until it has worked once."""
+    place = Place.new(shared_redis)
+    async with replicas(place) as (replica,):
+        command, failing, repairs = replica.scripts._home.command, True, 0
+        claim_sha = replica.scripts._scripts["claim"].sha
+        repair_sha = replica.scripts._scripts["repair"].sha
+
+        async def fail(*words: Any) -> Any:
+            nonlocal repairs
+            repairs += words[1] == repair_sha
+            if failing and words[1] == claim_sha:
+                message = "WRONGTYPE Operation against a key holding the wrong kind of value"
+                raise StoreError(message) from redis.ResponseError(message)
+            return await command(*words)
+
+        monkeypatch.setattr(replica.scripts._home, "command", fail)
+        await replica.ask(pairs(range(3)))
+        for _ in range(5):
+            with pytest.raises(StoreDamaged):
+                await replica.queue.claim()
+            await replica.beat()
+        assert repairs == 1
+        failing = False
+        await replica.queue.ask_again()
+        assert numbers_of(await replica.take()) == [0, 1, 2]
+        failing = True
+        with pytest.raises(StoreDamaged):
+            await replica.queue.claim()
+        assert repairs == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "NOPERM User app has no permissions to run the 'publish' command",
+        "ERR ACL failure in script: User app has no permissions to run the 'publish' command",
+        "ERR Unknown Redis command called from script script: 1, on @user_script:400.",
+        "ERR unknown command 'EVALSHA', with args beginning with:",
+        "OOM command not allowed when used memory > 'maxmemory'. script: 1, on @user_script:9.",
+        "BUSY Redis is busy running a script.",
+        "MISCONF Redis is configured to save RDB snapshots script: 1, on @user_script:9.",
+        "NOREPLICAS Not enough good replicas to write. script: 1, on @user_script:9.",
+        "ERR something that nobody has seen yet script: 1, on @user_script:9.",
+    ],
+)
+async def test_server_state_never_makes_the_queue_anew(
+    words: str, shared_redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what data causes does: the fleet's queue is no one replica's to delete."""
+    place = Place.new(shared_redis)
+    async with replicas(place) as (replica,):
+        await replica.ask(pairs(range(3)))
+        sent = []
+
+        async def refuse(*command: Any) -> Any:
+            sent.append(command[1])
+            raise StoreError(words) from redis.ResponseError(words)
+
+        monkeypatch.setattr(replica.scripts._home, "command", refuse)
+        with pytest.raises(StoreError) as raised:
+            await replica.queue.claim()
+        assert replica.scripts._scripts["repair"].sha not in sent
+        refused = any(name in words for name in ("NOPERM", "ACL", "nknown"))
+        assert isinstance(raised.value, AccessRefusedByStore) is refused
+        monkeypatch.undo()
+        assert numbers_of(await replica.take()) == [0, 1, 2]

@@ -16,6 +16,8 @@ from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_loc
 from services.cache_proxy.queue.overview import Reporter
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.quotas import QuotasNow
+from services.cache_proxy.store.connecting import user_of
+from services.cache_proxy.store.deployment import base_key
 from services.common.renewal import Renewed
 
 
@@ -43,6 +45,8 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
         expected_replicas=share,
         lease_seconds=settings.model.model_deadline_seconds,
         http_bound=http_bound,
+        user=user_of(settings.cache),
+        store_base=base_key(settings.key),
         logs=logs,
         reporter=reporter,
     )

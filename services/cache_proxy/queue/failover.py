@@ -7,7 +7,12 @@ import math
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 
-from services.cache_proxy.errors import PairError, StoreError
+from services.cache_proxy.errors import (
+    AccessRefusedByStore,
+    PairError,
+    StoreDamaged,
+    StoreError,
+)
 from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair
 from services.cache_proxy.queue.local import LocalQueue
 from services.cache_proxy.queue.overview import Overview
@@ -40,6 +45,10 @@ class FailoverQueue:
         self._local_claims: set[Claim] = set()
         self._unpublished: dict[bytes, Outcome] = {}
         self._changed = asyncio.Event()
+        self._admitted = asyncio.Event()
+        self._admitted.set()
+        self.refusal: StoreError | None = None
+        """Why this replica may not use Redis though Redis answers; None while it may."""
         self.last_loss: tuple[str, float] | None = None
         """Why Redis was lost, and when, on time.monotonic."""
 
@@ -47,6 +56,17 @@ class FailoverQueue:
     def lost(self) -> bool:
         """Whether Redis is lost."""
         return self._lost
+
+    async def admitted(self) -> None:
+        """See `ProxyQueue.admitted`."""
+        await self._admitted.wait()
+
+    def admit(self) -> None:
+        """Redis refuses this replica nothing of what it needs."""
+        if self.refusal is not None:
+            self.refusal = None
+            _log.info("Redis refuses this replica nothing any more")
+        self._admitted.set()
 
     @property
     def answers_live_elsewhere(self) -> bool:
@@ -193,16 +213,31 @@ class FailoverQueue:
 
     async def lose(self, error: StoreError) -> None:
         """Redis is lost: what waits here waits in the local queue from now on."""
+        self._note_refusal(error)
         if self._lost:
             return
         self._lost = True
         self.last_loss = (error.kind, time.monotonic())
-        _log.warning("the shared queue is lost, going on alone: %s", error)
+        if self.refusal is None:
+            _log.warning("the shared queue is lost, going on alone: %s", error)
         self._local.begin_quotas()
         now = time.monotonic()
         if now - self._heard_at > _PAUSE_SECONDS:  # it was paused: the others may be using its moments
             self._limiter.begins_at = now + _QUIET_SECONDS
         self._go_on_alone()
+
+    def _note_refusal(self, error: StoreError) -> None:
+        """Log once what Redis refuses. A replica that was ready before stays ready."""
+        if not isinstance(error, AccessRefusedByStore | StoreDamaged):
+            return
+        if self.refusal is None or str(self.refusal) != str(error):
+            _log.error(
+                "this replica leaves the shared queue until that is mended (see deploy/redis/users.acl): %s",
+                error,
+            )
+        self.refusal = error
+        if not math.isfinite(self._heard_at):
+            self._admitted.clear()
 
     def _go_on_alone(self) -> None:
         for pair, asker in self._shared.waiting():

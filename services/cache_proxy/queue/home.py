@@ -14,9 +14,13 @@ from services.cache_proxy.store.connecting import Client, servers
 
 
 class Home:
-    """One key of the queue says where it is: all of them have one hash tag. No state of its own."""
+    """One key of the queue says where it is: all of them have one hash tag. No state of its own.
 
-    def __init__(self, client: Client, *, key: str) -> None:
+    `user` is the ACL user of the connections, for messages.
+    """
+
+    def __init__(self, client: Client, *, key: str, user: str = "default") -> None:
+        self.user = user
         self._client = client
         self._key = key
         self._servers = servers(client)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,13 @@ _SILENT_SECONDS = 5.0
 _UNSEEN_BEATS = 2  # the first may have been on its way when the subscription was
 Hear = Callable[[bytes | None], Awaitable[None]]
 """Told the last entry of a log, None if it has none."""
+
+_REFUSED_SECONDS, _MAX_REFUSED_SECONDS = 1.0, 15.0  # between checks of what Redis refuses this replica
+
+
+async def _no_check() -> None:
+    """For a queue that needs no rights."""
+
 
 _MILLISECOND = 0.001  # Redis's clock is told in whole ones
 
@@ -101,7 +109,11 @@ class Listener:
         self, home: Home, scripts: Scripts, *, queue: FailoverQueue, shared: RedisQueue,
         address: str, limits: QueueLimits, metrics: ProxyMetrics,
         logs: Mapping[str, Hear], reporter: Reporter | None = None,
+        check_access: Callable[[], Awaitable[None]] = _no_check,
     ) -> None:  # fmt: skip
+        self._check_access = check_access
+        self._refusals = 0  # since Redis last refused nothing for a minute
+        self._refused_at = -math.inf
         self._home = home
         self._scripts = scripts
         self._channels = (scripts.channel, f"{scripts.channel}:{shared.replica}")
@@ -172,11 +184,22 @@ class Listener:
     async def _beat(self) -> None:
         while True:
             try:
+                if self._queue.refusal is not None:
+                    await asyncio.sleep(self._refused_pause_seconds())
+                    await self._check_access()
+                    self._queue.admit()
                 await self._beat_once()
             except StoreError as error:
                 await self._queue.lose(error)
                 self._queue.show_alone()
             await asyncio.sleep(_HEARTBEAT_SECONDS)
+
+    def _refused_pause_seconds(self) -> float:
+        """Return how long to leave Redis alone: longer, the sooner it refused something again."""
+        now = time.monotonic()
+        self._refusals = 0 if now - self._refused_at > 2 * _MAX_REFUSED_SECONDS else self._refusals + 1
+        self._refused_at = now
+        return min(_MAX_REFUSED_SECONDS, _REFUSED_SECONDS * 1.5 ** min(self._refusals, 20))
 
     async def _beat_once(self) -> None:
         lost, asked_at = self._queue.lost, time.monotonic()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 
-from services.cache_proxy.errors import PairError
+from services.cache_proxy.errors import PairError, StoreError
 from services.cache_proxy.metrics import LANES, PRIORITIES, ProxyMetrics
 from services.cache_proxy.queue import (
     MAX_ATTEMPTS,
@@ -71,6 +71,7 @@ class LocalQueue:
         self._failed_at = -math.inf  # when the last of them was noticed
         self._changed = asyncio.Event()
         self.last_loss: tuple[str, float] | None = None  # it shares nothing
+        self.refusal: StoreError | None = None
 
     @property
     def lost(self) -> bool:
@@ -290,6 +291,9 @@ class LocalQueue:
     def discard(self, digest: bytes) -> None:
         """See `ProxyQueue.discard`."""
         self._recent.remove(digest)
+
+    async def admitted(self) -> None:
+        """See `ProxyQueue.admitted`: it needs nobody's leave."""
 
     def discard_all(self) -> None:
         """See `ProxyQueue.discard_all`."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from services.cache_proxy.errors import PairError, StoreError
+from services.cache_proxy.errors import AccessRefusedByStore, PairError, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Queue, QueueLimits, Settle
+from services.cache_proxy.queue.access_check import AccessCheck
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.home import Home
@@ -43,6 +44,12 @@ class ProxyQueue(Queue, Protocol):
     def lost(self) -> bool:
         """Whether it is shared, and what is shared cannot be reached."""
 
+    refusal: StoreError | None
+    """Why this replica may not use a Redis that answers; None while it may."""
+
+    async def admitted(self) -> None:
+        """Return at once, but where Redis refuses this replica what it needs: once that was mended."""
+
     def discard(self, digest: bytes) -> None:
         """Remember no answer of this pair's that came of late: it was invalidated."""
 
@@ -66,6 +73,9 @@ class SharedRedis:
     expected_replicas: int
     lease_seconds: float
     http_bound: str
+    user: str = "default"
+    store_base: str = ""
+    """How the keys of the cache begin."""
     logs: Mapping[str, Hear] = field(default_factory=dict)
     """Keys of the logs of invalidations, and who is to be told their last entries."""
     reporter: Reporter | None = None
@@ -92,7 +102,7 @@ async def open_shared(
     quotas: QuotasNow = none,
 ) -> AsyncIterator[ProxyQueue]:  # fmt: skip
     """The queue of all replicas, for as long as the block lasts. Redis need not be there yet."""
-    home = Home(shared.client, key=shared.keys.limit)
+    home = Home(shared.client, key=shared.keys.limit, user=shared.user)
     scripts = Scripts(home, shared.keys, metrics=metrics)
     limiter = SlotLimiter(_limiter(limits, replicas=shared.expected_replicas))
     asked = RedisQueue(
@@ -104,11 +114,25 @@ async def open_shared(
         replicas=lambda: limiter.replicas or shared.expected_replicas, quotas=quotas,
     )  # fmt: skip
     queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
-    await _configure(scripts, limits, metrics)
+    access = AccessCheck(
+        home=home, keys=[shared.keys.limit, shared.keys.base, shared.store_base], channel=scripts.channel,
+        user=shared.user,
+    )  # fmt: skip
+
+    async def join() -> None:
+        await access.run()
+        await _configure(scripts, limits, metrics)
+
+    try:
+        await join()
+    except AccessRefusedByStore as error:
+        await queue.lose(error)
+    except StoreError:
+        pass  # Redis is away: the heartbeat finds that out, and says so
     listener = Listener(
         home, scripts, queue=queue, shared=asked,
         address=_address(shared.http_bound, shared.url), limits=limits, metrics=metrics,
-        logs=shared.logs, reporter=shared.reporter,
+        logs=shared.logs, reporter=shared.reporter, check_access=join,
     )  # fmt: skip
     await listener.start()
     try:

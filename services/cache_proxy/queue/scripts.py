@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from redis.exceptions import AskError, NoScriptError, ReadOnlyError, ResponseErr
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.cache_proxy.errors import StoreError
+from services.cache_proxy.errors import AccessRefusedByStore, StoreDamaged, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue.home import Home
 from services.cache_proxy.store.scripts import Script
+from services.cache_proxy.store.servers import is_access_refusal
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +40,21 @@ _NAMES = (
 _ATTEMPTS = 4
 _MAX_CALLS = 8
 _MOVING_SECONDS, _MOVING_PAUSE_SECONDS = 0.5, 0.02  # an operator moves a slot of few keys in less
-_SERVER_CODES = {"OOM", "MISCONF", "NOREPLICAS", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "BUSY", "NOPERM"}
+# What a script's error says when data in Redis caused it: Lua's own words, and those of commands for numbers.
+# All else is the server's state: a new queue would mend nothing, and cost every replica its own.
+_DATA_ERRORS = (
+    "WRONGTYPE",
+    "attempt to ",
+    "bad argument",
+    "not an integer",
+    "not a valid float",
+    "would overflow",
+    "would produce NaN",
+    "too many results to unpack",
+    "Bad data format",
+    "Missing bytes in input",
+)
+_REFUSED_COMMAND = re.compile(r"the '([^']{1,60})' command")
 
 
 class Keys:
@@ -60,7 +76,11 @@ class Keys:
 
 
 class Scripts:
-    """Runs a script by name. Each may be run twice under one token, so a lost reply is asked for again."""
+    """Runs a script by name. Each may be run twice under one token, so a lost reply is asked for again.
+
+    State: `_repaired_for`, the script whose failure made this replica make the queue anew, until that script
+    works again; event loop only. Meanwhile the queue is not made anew once more: it would mend nothing.
+    """
 
     def __init__(self, home: Home, keys: Keys, *, metrics: ProxyMetrics) -> None:
         prelude = (_FOLDER / "prelude.lua").read_text()
@@ -70,6 +90,7 @@ class Scripts:
         self._keys = [keys.limit, keys.base, self.channel]
         self._metrics = metrics
         self._turns = asyncio.Semaphore(_MAX_CALLS)
+        self._repaired_for: str | None = None
 
     @property
     def on_cluster(self) -> bool:
@@ -84,10 +105,18 @@ class Scripts:
             except StoreError as error:
                 if not _is_about_data(error.__cause__):
                     raise
+                if self._repaired_for is not None:
+                    raise StoreDamaged(str(error)) from error
+                self._repaired_for = name
                 _log.warning("the queue in Redis is damaged and made anew: %s", error)
                 self._metrics.store_garbage.inc()
             await self._run("repair", [])
-            return await self._run(name, args)
+            try:
+                return await self._run(name, args)
+            except StoreError as error:
+                if _is_about_data(error.__cause__):
+                    raise StoreDamaged(str(error)) from error
+                raise
 
     async def _run(self, name: str, args: Sequence[Any]) -> Any:
         script = self._scripts[name]
@@ -96,21 +125,37 @@ class Scripts:
         for attempt in itertools.count(1):
             try:
                 with self._metrics.store_duration.labels(name).time():
-                    return await self._home.command(*how, len(self._keys), *self._keys, *args)
+                    reply = await self._home.command(*how, len(self._keys), *self._keys, *args)
             except StoreError as error:
-                cause = error.__cause__
-                if isinstance(cause, AskError | TryAgainError) and time.monotonic() < moving_until:
-                    await asyncio.sleep(_MOVING_PAUSE_SECONDS)  # it did not run, and soon will elsewhere
-                    continue
-                if isinstance(cause, NoScriptError):
-                    how = ("EVAL", script.text)
-                elif isinstance(cause, ReadOnlyError):
-                    await self._home.drop_connections()
-                elif not self._may_just_be_lost(cause, attempt):
-                    raise _failed(name, error) from cause
-                if attempt == _ATTEMPTS:
-                    raise _failed(name, error) from cause
+                how = await self._next_try(name, how, error, attempt=attempt, moving_until=moving_until)
+            else:
+                if self._repaired_for == name:
+                    self._repaired_for = None
+                return reply
         raise AssertionError
+
+    async def _next_try(
+        self, name: str, how: tuple[str, str], error: StoreError, *, attempt: int, moving_until: float
+    ) -> tuple[str, str]:
+        """Return the command for the next attempt. Raises `StoreError` if there is to be none."""
+        cause = error.__cause__
+        if isinstance(cause, AskError | TryAgainError) and time.monotonic() < moving_until:
+            await asyncio.sleep(_MOVING_PAUSE_SECONDS)  # it did not run, and soon will elsewhere
+            return how
+        if is_access_refusal(cause or error):
+            raise self._refused(name, error) from cause
+        if isinstance(cause, ReadOnlyError):
+            await self._home.drop_connections()
+        elif not isinstance(cause, NoScriptError) and not self._may_just_be_lost(cause, attempt):
+            raise _failed(name, error) from cause
+        if attempt >= _ATTEMPTS:
+            raise _failed(name, error) from cause
+        return ("EVAL", self._scripts[name].text) if isinstance(cause, NoScriptError) else how
+
+    def _refused(self, name: str, error: StoreError) -> AccessRefusedByStore:
+        found = _REFUSED_COMMAND.search(str(error))
+        command = found[1].lower() if found else name
+        return AccessRefusedByStore(command=command, user=self._home.user, reason=str(error))
 
     def _may_just_be_lost(self, cause: BaseException | None, attempt: int) -> bool:
         """Whether only the reply was lost, or the connection. What is slow twice is slow."""
@@ -124,10 +169,10 @@ def _failed(name: str, error: StoreError) -> StoreError:
 
 
 def _is_about_data(error: BaseException | None) -> bool:
-    """Whether a script stumbled over what it found, not over the server's state."""
+    """Whether a script failed over what it found in Redis, and not by the server's state."""
     text = str(error)
     return (
         type(error) is ResponseError
-        and (text.startswith("WRONGTYPE") or "user_script" in text)
-        and (text.split(" ", 1)[0] not in _SERVER_CODES)
+        and not is_access_refusal(text)
+        and any(words in text for words in _DATA_ERRORS)
     )

@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from services.cache_proxy.access.renewals import Renewals
-from services.cache_proxy.config import redact
+from services.cache_proxy.config import CacheSettings, redact
 from services.cache_proxy.store.cluster import ClusterServers
 from services.cache_proxy.store.renewing import follow, following
 from services.cache_proxy.store.servers import OneServer, Servers
@@ -68,6 +68,14 @@ def connect(
 def servers(client: Client) -> Servers:
     """What the store needs of a client."""
     return ClusterServers(client) if isinstance(client, RedisCluster) else OneServer(client)
+
+
+def user_of(cache: CacheSettings) -> str:
+    """Return the ACL user that the settings name: the flag's, else the URL's, else Redis's default one."""
+    if cache.cache_username is not None:
+        return cache.cache_username
+    login, at, _ = urlsplit(cache.cache_url).netloc.rpartition("@")
+    return unquote(login.partition(":")[0]) or "default" if at else "default"
 
 
 def _alone(

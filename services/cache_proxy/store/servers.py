@@ -6,8 +6,15 @@ from typing import Any, Protocol
 
 import redis.asyncio
 from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    NoScriptError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError, StoreRefused
@@ -17,6 +24,22 @@ FAILURES = (RedisError, RedisClusterException, OSError, AttributeError)
 """What redis-py raises when a server cannot be asked. The second is not of the first's kind. The last
 comes of a connection that one task sends on and another drops, as redis-py does with those of a node that has
 left a Cluster: its writer is None then."""
+
+
+_REFUSALS = (
+    "NOPERM",
+    "NOAUTH",
+    "WRONGPASS",
+    "ACL failure in script",
+    "has no permissions to",
+    "can't run this command",  # 6.2, in a script
+    "can't access at least one of the keys",
+    "can't publish to the channel",
+    "unknown command",
+    "unknown subcommand",
+    "Unknown Redis command",
+    "not allowed from script",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +129,17 @@ async def heal(servers: Servers, key: str, *command: Any) -> Any:
             raise
         await servers.command(key, "UNLINK", key)
         return await servers.command(key, *command)
+
+
+def is_access_refusal(error: BaseException | str) -> bool:
+    """Return whether Redis refused a right, a login or a command that it does not have.
+
+    By the words of Redis 6.2 to 8 and Valkey: a script's error has no other kind than its text.
+    """
+    if isinstance(error, AuthenticationError | NoPermissionError):
+        return True
+    text = str(error)
+    return any(words in text for words in _REFUSALS)
 
 
 def translated(error: Exception) -> StoreError:

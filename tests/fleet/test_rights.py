@@ -1,0 +1,232 @@
+"""A replica that Redis refuses a right, a login or a command beside others that have all they need."""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import grpc
+import pytest
+import redis
+
+from services.cache_proxy.errors import AccessRefusedByStore
+from services.cache_proxy.queue.access_check import AccessCheck
+from services.cache_proxy.queue.home import Home
+from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.store.connecting import Access, connect, servers
+from services.cache_proxy.store.servers import is_access_refusal
+from services.model_stub.levels import infer_level
+from tests.support.caller import caller, metrics
+from tests.support.fleet import Fleet
+from tests.support.processes import ROOT, Service
+from tests.support.redis_server import PROGRAMS, RedisServer, redis_process, wait_for
+
+pytestmark = pytest.mark.slow
+
+_USERS = (ROOT / "deploy/redis/users.acl").read_text()
+_RULES = next(line for line in _USERS.splitlines() if line.startswith("user seniority ")).split()[2:]
+RIGHTS = sorted(rule[1:] for rule in _RULES if rule.startswith("+"))
+NOT_FOR_SERVE = {
+    "memory|usage", "object|encoding",  # `stats` alone uses them
+    "cluster|slots", "cluster|shards", "command", "asking",  # of a Cluster
+    "select", "auth", "client|setname",  # of a URL with a database, and of other protocols
+    "expire", "unsubscribe", "ping", "hello",  # hello is allowed to everybody
+}  # fmt: skip
+UNPACED = ("--model-calls-per-second", "0", "--model-rate", "1000000", "--linger", "1ms")
+
+
+@pytest.fixture(scope="module", params=["redis", "valkey"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server of each kind for many checks."""
+    program = PROGRAMS[request.param]
+    if program is None:
+        pytest.skip(f"{request.param} is not installed")
+    with redis_process(tmp_path_factory.mktemp("rights"), program=program) as started:
+        yield started
+
+
+def _rules(prefix: str) -> list[str]:
+    """Return the rules of deploy/redis for a deployment of this prefix, with the password `s3cret`."""
+    return [rule.replace("seniority", prefix).replace("CHANGE-ME", "s3cret") for rule in _RULES]
+
+
+async def _check(server: RedisServer, user: str, prefix: str, password: bytes = b"s3cret") -> None:
+    client = connect(server.url, timeout_seconds=5, access=Access(username=user, password=password))
+    keys = Keys(prefix=prefix, namespace="n")
+    home = Home(client, key=keys.limit, user=user)
+    check = AccessCheck(
+        home=home, keys=[keys.limit, keys.base, f"{prefix}:c2:n:"], channel=keys.channel(0), user=user
+    )
+    try:
+        await check.run()
+    finally:
+        await servers(client).close()
+
+
+async def test_access_check_passes_with_the_rights_in_deploy_and_leaves_nothing(server: RedisServer) -> None:
+    """The rules of deploy/redis/users.acl are enough for it."""
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "whole", "reset", *_rules("whole"))
+        await _check(server, "whole", "whole")
+        assert [key for key in client.scan_iter("*whole*") if b"check" in key] == []
+
+
+@pytest.mark.parametrize("right", [right for right in RIGHTS if right not in NOT_FOR_SERVE])
+async def test_access_check_names_each_right_that_is_missing(right: str, server: RedisServer) -> None:
+    """Whatever `serve` needs of deploy/redis/users.acl is missed before the replica takes part."""
+    with server.client() as client:
+        rules = [rule for rule in _rules("lacking") if rule != f"+{right}"]
+        client.execute_command("ACL", "SETUSER", "lacking", "reset", *rules)
+    with pytest.raises(AccessRefusedByStore) as refused:
+        await _check(server, "lacking", "lacking")
+    assert refused.value.user == "lacking"
+    assert refused.value.command in {right.partition("|")[0], right, "eval", "evalsha"}
+
+
+@pytest.mark.parametrize(
+    "taken",
+    ["~lacking:*", "~{lacking}:*", "&{lacking}:*", "+@all -pubsub", "+@all -@pubsub", "+@all -script"],
+)
+async def test_access_check_notices_missing_keys_channels_and_categories(
+    taken: str, server: RedisServer
+) -> None:
+    """Key patterns, channel patterns, and rights given as categories less one."""
+    if taken.startswith("+"):
+        rules = [*[rule for rule in _rules("lacking") if not rule.startswith("+")], *taken.split()]
+    else:
+        rules = [rule for rule in _rules("lacking") if rule != taken]
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "lacking", "reset", *rules)
+    if taken == "+@all -script":
+        await _check(server, "lacking", "lacking")  # SCRIPT is not needed
+        return
+    with pytest.raises(AccessRefusedByStore):
+        await _check(server, "lacking", "lacking")
+
+
+async def test_access_check_names_a_wrong_password(server: RedisServer) -> None:
+    """A login that is refused is no outage."""
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "whole", "reset", *_rules("whole"))
+    with pytest.raises(AccessRefusedByStore):
+        await _check(server, "whole", "whole", password=b"wrong")
+
+
+def _readyz(proxy: Service) -> int:
+    try:
+        with urlopen(f"{proxy.http}/readyz", timeout=10) as response:
+            return int(response.status)
+    except HTTPError as error:
+        return error.code
+
+
+def _answered(proxy: Service, name: str, count: int = 20) -> None:
+    pairs = [(name, f"Nurse {number}") for number in range(count)]
+    with caller(proxy.target) as asking:
+        reply = asking.ask(pairs, seconds=20)
+    assert reply.code is grpc.StatusCode.OK, reply.message
+    assert reply.levels == [infer_level(*pair) for pair in pairs]
+
+
+def _joined(proxy: Service) -> None:
+    wait_for(lambda: _readyz(proxy) == 200, what="it is ready once it has the right")
+    wait_for(lambda: metrics(proxy.http)["cache_proxy_degraded",] == 0, what="it joined the queue")
+
+
+def _queue_id(running: Fleet) -> bytes:
+    with running.redis.client() as client:
+        [meta] = client.scan_iter(f"*{running.prefix}*:meta")
+        found: bytes | None = client.hget(meta, "queue")
+    assert found
+    return found
+
+
+LACKING = [
+    ("+@all", "-pubsub"), ("+@all", "-publish"), ("+@all", "-unlink"), ("+@all", "-evalsha"),
+    ("+@all", "-subscribe"), ("+@all", "-rpush"), ("+@all", "resetchannels"), ("+@all", "resetkeys"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("redis_program", ["redis", "valkey"], indirect=True)
+def test_replica_that_lacks_a_right_stops_nobody_and_is_not_ready_until_it_has_it(
+    running: Fleet, tmp_path: Path
+) -> None:
+    """The healthy ones answer new pairs on the same queue; the other says once what it lacks, then joins."""
+    password = tmp_path / "password"
+    password.touch(0o600)
+    password.write_text("s3cret")
+    healthy = running.start_all(2, *UNPACED)
+    _answered(healthy[0], "first")
+    queue_id = _queue_id(running)
+    login = ("--cache-username", "app", "--cache-password-file", str(password))
+    with running.redis.client() as client, ExitStack() as stack:
+        for number, rules in enumerate(LACKING):
+            base = ("reset", "on", ">s3cret", "~*", "&*")
+            client.execute_command("ACL", "SETUSER", "app", *base, *rules)
+            third = running.start(*UNPACED, *login)
+            assert _readyz(third) == 503, rules
+            for proxy in healthy:
+                _answered(proxy, f"{number} {proxy.target}")
+            assert _queue_id(running) == queue_id, rules
+            errors = [line for line in third.errors if '"ERROR"' in line]
+            assert len(errors) == 1, errors
+            assert "'app'" in errors[0]
+            assert re.search(r"command '[a-z|]+'", errors[0]), errors
+            if number % 4 == 0:
+                client.execute_command("ACL", "SETUSER", "app", *base, "+@all")
+                _joined(third)
+                _answered(third, f"{number} third")
+            assert third.stop() == 0
+            assert "Traceback" not in third.log
+        stack.close()
+
+
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
+def test_replica_that_loses_a_right_while_it_runs_stays_ready_and_stops_nobody(
+    running: Fleet, tmp_path: Path
+) -> None:
+    """It answers its callers from a queue of its own, and returns once it has the right again."""
+    password = tmp_path / "password"
+    password.touch(0o600)
+    password.write_text("s3cret")
+    base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
+    with running.redis.client() as client:
+        client.execute_command("ACL", "SETUSER", "app", *base)
+        healthy = running.start_all(2, *UNPACED)
+        third = running.start(*UNPACED, "--cache-username", "app", "--cache-password-file", str(password))
+        _answered(third, "third")
+        queue_id = _queue_id(running)
+        client.execute_command("ACL", "SETUSER", "app", "-publish")
+        for turn in range(3):
+            for proxy in (*healthy, third):
+                _answered(proxy, f"{turn} {proxy.target}")
+        assert _readyz(third) == 200
+        assert _queue_id(running) == queue_id
+        client.execute_command("ACL", "SETUSER", "app", *base)
+        wait_for(lambda: metrics(third.http)["cache_proxy_degraded",] == 0, what="it returned")
+        _answered(third, "after")
+
+
+def test_redis_client_error_texts_are_known() -> None:
+    """What Redis 6.2 says in a script, where no server of that release is installed."""
+    for text in (
+        "ERR Error running script: @user_script: 1: The user executing the script can't run this command",
+        "NOPERM this user has no permissions to run the 'publish' command or its subcommand",
+        "ERR Error running script (call to f_1): @user_script: 1: Unknown Redis command called from Lua",
+    ):
+        assert is_access_refusal(text)
+        assert is_access_refusal(redis.ResponseError(text))
+    assert not is_access_refusal("WRONGTYPE Operation against a key holding the wrong kind of value")
+
+
+def test_access_check_tries_every_command_that_scripts_use() -> None:
+    """A command that is added to a script is added to the check."""
+    folders = [ROOT / "services/cache_proxy" / name / "lua" for name in ("queue", "store")]
+    texts = {path.name: path.read_text() for folder in folders for path in folder.glob("*.lua")}
+    tried = set(re.findall(r"try\('([A-Z]+)'", texts.pop("check_access.lua")))
+    used = {name for text in texts.values() for name in re.findall(r"'([A-Z]{3,})'", text)}
+    used -= {"WITHSCORES", "LIMIT", "NUMSUB", "ENCODING", "USAGE", "OBJECT", "MEMORY", "WRONGTYPE", "SAMPLES"}
+    by_replicas = {"LRANGE", "LTRIM", "RPUSH", "HSETNX", "HKEYS"}
+    assert tried == used | by_replicas

@@ -354,6 +354,13 @@ _STORE = (
             ),
         ],
     ),
+    Series(
+        title="Clock against Redis's",
+        description="By how much a replica's clock is ahead of Redis's, as of its last look-up. More than a "
+        "second means that one of the two is wrong. Answers age by Redis's clock.",
+        queries=[Query(expr=of("cache_proxy_clock_difference_seconds"), legend="{{instance}}")],
+        unit="s",
+    ),
 )
 
 _REPLICAS = (

@@ -67,7 +67,11 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         )
         lifetime = Lifetime(settings.answers.ttl_days, settings.answers.serve_stale)
         store = GuardedStore(
-            opened.store, metrics=metrics, lifetime=lifetime, log=next(iter(opened.logs), None)
+            opened.store,
+            metrics=metrics,
+            lifetime=lifetime,
+            log=next(iter(opened.logs), None),
+            clock=opened.clock,
         )
         stack.push_async_callback(store.close)
         model = ModelClient(
@@ -107,6 +111,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
             queue=queue,
             waiters=waiters,
             lifetime=lifetime,
+            clock=opened.clock,
             tracing=tracing,
         )
         stack.push_async_callback(resolver.close)

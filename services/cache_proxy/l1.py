@@ -53,11 +53,15 @@ class L1Cache:
                 cell.clear()
 
     def expire(self, today: int) -> None:
-        """Forget what was to be remembered until today, or an earlier day."""
+        """Forget what was to be remembered until today, or an earlier day.
+
+        If the day goes back, the clock was wrong until now, and so is every day of expiry.
+        """
         if today == self._today:
             return
+        is_back = today < self._today
         self._today = today
-        for day in [day for day in self._cells if day <= today]:
+        for day in [day for day in self._cells if day <= today or (is_back and day != NEVER)]:
             for cell in self._cells.pop(day):
                 cell.clear()
 

@@ -90,6 +90,13 @@ class ProxyMetrics:
             "nothing: `cache_proxy_degraded` is sooner.",
             registry=registry,
         )  # fmt: skip
+        self.clock_difference = Gauge(
+            "cache_proxy_clock_difference_seconds",
+            "By how much this process's clock is ahead of Redis's, as of the last look-up; negative if it is "
+            "behind. Answers age by Redis's clock; more than a second means that a clock is wrong. 0 with "
+            "`memory:`.",
+            registry=registry,
+        )  # fmt: skip
         self.degraded = Gauge(
             "cache_proxy_degraded",
             "1 while the proxy answers without its store or without the shared queue. It keeps to its share "

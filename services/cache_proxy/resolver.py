@@ -14,7 +14,8 @@ from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.queue import Asker, Outcome, Pair, Queue
 from services.cache_proxy.refresher import Refresher
 from services.cache_proxy.rpc_metrics import outcome_kind
-from services.cache_proxy.store.dated import Lifetime, dated, level_of, today
+from services.cache_proxy.store.clock import StoreClock
+from services.cache_proxy.store.dated import Lifetime, dated, level_of
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.waiters import Waiters
 from services.common.tracing import OFF, Tracing
@@ -57,7 +58,7 @@ class Resolver:
 
     def __init__(
         self, *, digests: BatchDigester, l1: L1Cache, store: GuardedStore, queue: Queue, waiters: Waiters,
-        lifetime: Lifetime, tracing: Tracing = OFF,
+        lifetime: Lifetime, clock: StoreClock, tracing: Tracing = OFF,
     ) -> None:  # fmt: skip
         self._digests = digests
         self._l1 = l1
@@ -65,6 +66,7 @@ class Resolver:
         self._queue = queue
         self._waiters = waiters
         self._lifetime = lifetime
+        self._clock = clock
         self._tracing = tracing
         self._refresher = Refresher(queue=queue, waiters=waiters)
 
@@ -74,14 +76,14 @@ class Resolver:
 
     def answer_one(self, message: bytes) -> bytes | None:
         """The answer to a whole request, if that is one pair which L1 knows."""
-        self._l1.expire(today())
+        self._l1.expire(self._clock.today())
         return hits.answer_one(message, self._l1)
 
     async def answer_known(self, items: Sequence[bytes]) -> tuple[list[bytes], Sequence[int]]:
         """What L1 knows of a request's items: their answers, and the positions of those without one."""
         if not self._l1.is_on:
             return [b""] * len(items), range(len(items))
-        self._l1.expire(today())
+        self._l1.expire(self._clock.today())
         return await hits.answer_known(items, self._l1)
 
     async def resolve(self, asked: Asked, asker: Asker, answers: Answers) -> None:
@@ -108,7 +110,7 @@ class Resolver:
         with self._tracing.span("store.look_up", pairs=len(digests)) as span:
             first, entries = len(answers.levels), await self._entries(digests)
             span.note(found=len(entries) - entries.count(0))
-        day, counts = today(), Counter(entries)  # few different ones: each is judged once
+        day, counts = self._clock.today(), Counter(entries)  # few different ones: each is judged once
         fresh = {entry for entry in counts if self._lifetime.is_fresh(entry, day=day)}
         levels = {entry: level_of(entry) for entry in counts}
         answers.levels += [levels[entry] for entry in entries]
@@ -180,7 +182,7 @@ class Resolver:
         queued: frozenset[bytes], answers: Answers,
     ) -> None:  # fmt: skip
         """Note the levels: the first place of a pair that this request queued was `inferred` for it."""
-        day = today()
+        day = self._clock.today()
         for digest, level in outcomes.items():
             if isinstance(level, int):
                 inferred = digest in queued

@@ -91,6 +91,18 @@ def test_clear_forgets_everything() -> None:
     assert [_level(cache, number) for number in range(10)] == [0] * 10
 
 
+def test_a_day_that_goes_back_forgets_what_expires() -> None:
+    """The clock was ahead when the answers were remembered: they would be kept for too long."""
+    cache = L1Cache(max_bytes=2**20)
+    cache.expire(100)
+    _put(cache, 1, day=130)
+    _put(cache, 2)
+    cache.expire(60)
+    assert (_level(cache, 1), _level(cache, 2)) == (0, 4)
+    _put(cache, 1, day=90)
+    assert _level(cache, 1) == 4
+
+
 def test_an_answer_is_remembered_until_its_day() -> None:
     """On the day of its expiry, and on later ones, an entry is gone; others of its bucket stay."""
     cache = L1Cache(max_bytes=_MIB)

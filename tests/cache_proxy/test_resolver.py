@@ -14,6 +14,7 @@ from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import NotYet
 from services.cache_proxy.queue.opening import open_local
 from services.cache_proxy.resolver import Answers, Resolver
+from services.cache_proxy.store.clock import StoreClock
 from services.cache_proxy.store.dated import PREVIOUS, Lifetime, dated, today
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.memory import MemoryStore
@@ -34,7 +35,7 @@ class _Path:
         self.resolver = Resolver(
             digests=make_batch_digester(normalize="fold", secret=None), l1=self.l1,
             store=GuardedStore(self.l2, metrics=metrics), waiters=waiters, queue=self.queue,
-            lifetime=Lifetime(),
+            lifetime=Lifetime(), clock=StoreClock(),
         )  # fmt: skip
 
     async def ask(self, items: Sequence[bytes]) -> Answers:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -18,6 +19,7 @@ from services.cache_proxy.config import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store, scripts
+from services.cache_proxy.store.clock import StoreClock
 from services.cache_proxy.store.connecting import connect, servers
 from services.cache_proxy.store.dated import Lifetime, dated, day_of, level_of, today
 from services.cache_proxy.store.guarded import GuardedStore
@@ -27,6 +29,7 @@ from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.scripts import BURY
 from services.cache_proxy.store.servers import Call, Servers
+from services.cache_proxy.store.versions import VersionedStore
 from tests.support.redis_server import RedisServer, redis_process
 
 _prefixes = (f"store{number}" for number in itertools.count())
@@ -369,6 +372,57 @@ async def test_age_decides_what_is_answered(
     assert level_of(entry) == (0 if expected == "none" else 6)
     assert lifetime.is_fresh(entry, day=today()) is (expected == "fresh")
     assert list(await guarded.get([_digest(1)])) == [6 if expected == "fresh" else 0]
+
+
+@pytest.mark.parametrize("wrong_days", [-40, 0, 40])
+@pytest.mark.parametrize(("age", "expected"), [(29, 6), (30, 0)])
+async def test_answers_age_by_the_servers_clock(
+    on_redis: OnRedis,
+    shared_redis: str,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong_days: int,
+    age: int,
+    expected: int,
+) -> None:
+    """The proxy's own clock is wrong by weeks: what is fresh, and what the gauge shows, is by Redis's."""
+    _, metrics, _, base = on_redis
+    clock = StoreClock()
+    opened = RedisStore(
+        servers(connect(shared_redis, timeout_seconds=2)), base=base, metrics=metrics, clock=clock
+    )
+    guarded = GuardedStore(opened, metrics=metrics, lifetime=Lifetime(ttl_days=30), clock=clock)
+    day, wrong_seconds = today(), wrong_days * 86_400
+    own = SimpleNamespace(time=lambda: time.time() + wrong_seconds, monotonic=time.monotonic)
+    monkeypatch.setattr("services.cache_proxy.store.clock.time", own)
+    monkeypatch.setattr("services.cache_proxy.store.dated.time", own)
+    await opened.put({_digest(1): 6}, day=day - age)
+    await opened.put({_digest(2): 5})
+    assert [level_of(entry) for entry in await guarded.look_up([_digest(1), _digest(2)])] == [expected, 5]
+    assert list(await guarded.get([_digest(1), _digest(2)])) == [expected, 5]
+    assert clock.today() == day
+    assert clock.difference_seconds() == pytest.approx(wrong_seconds, abs=5)
+    await opened.close()
+
+
+@pytest.mark.parametrize(
+    ("ttl_days", "serve_stale", "age", "served"),
+    [(0, False, 300, True), (30, False, 29, True), (30, False, 30, False), (30, True, 300, True)],
+)
+async def test_age_decides_whether_the_previous_version_is_served(
+    on_redis: OnRedis, shared_redis: str, ttl_days: int, serve_stale: bool, age: int, served: bool
+) -> None:
+    """The previous version's answers age as this version's do, and none is ever fresh."""
+    current, metrics, _, base = on_redis
+    reached = servers(connect(shared_redis, timeout_seconds=2))
+    previous = RedisStore(reached, base=f"{base}previous:", metrics=metrics)
+    lifetime = Lifetime(ttl_days, serve_stale)
+    guarded = GuardedStore(VersionedStore(current, previous), metrics=metrics, lifetime=lifetime)
+    await previous.put({_digest(1): 6}, day=today() - age)
+    [entry] = await guarded.look_up([_digest(1)])
+    assert level_of(entry) == (6 if served else 0)
+    assert not lifetime.is_fresh(entry, day=today())
+    assert list(await guarded.get([_digest(1)])) == [0]
+    await previous.close()
 
 
 async def test_scripts_that_the_server_forgot_are_loaded_again(on_redis: OnRedis) -> None:

@@ -8,9 +8,9 @@ import pytest
 import redis
 
 from tests.integration.conftest import UNPACED, Stage, StageWith
-from tests.support.caller import metrics, pairs_of
+from tests.support.caller import caller, metrics, pairs_of
 from tests.support.model_server import Answers, Call, level_of, well
-from tests.support.processes import run_command
+from tests.support.processes import ROOT, cache_proxy, run_command
 from tests.support.redis_server import RedisServer, redis_process, wait_for
 from tests.support.wire import wire_to
 
@@ -88,6 +88,59 @@ def test_answers_that_are_too_old_are_inferred_again(
     assert (reply.levels, reply.hits) == ((before, 10) if serve_stale else (after, 0))
     wait_for(lambda: later.caller.ask(pairs).levels == after, what="new answers")
     assert len(stage.model.asked()) == 20
+
+
+@pytest.mark.slow
+def test_the_previous_versions_answers_age_too(stage_with: StageWith, own_redis: RedisServer) -> None:
+    """Older than `--cache-ttl`, another version's answer is not served: the model is asked."""
+    pairs = pairs_of("old version", 10)
+    old = stage_with("--cache-url", own_redis.url, "--model-version", "1", *UNPACED)
+    before = old.caller.ask(pairs).levels
+    old.proxy.stop()
+    _age(own_redis, days=300)
+    old.model.behaviour = _another
+    new = stage_with("--cache-url", own_redis.url, "--model-version", "2", "--previous-model-version", "1",
+                     "--cache-ttl", "30d", *UNPACED, model=old.model)  # fmt: skip
+    reply = new.caller.ask(pairs)
+    assert (reply.levels, reply.hits) == ([level % 7 + 1 for level in before], 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong_days", [-40, 40])
+def test_a_proxy_with_a_wrong_clock_serves_and_infers_as_the_others(
+    stage_with: StageWith, own_redis: RedisServer, tmp_path: Path, wrong_days: int
+) -> None:
+    """Weeks ahead or behind: it serves what is fresh by Redis's clock, and asks once for what is not."""
+    flags = ("--cache-url", own_redis.url, "--cache-ttl", "30d", *UNPACED)
+    right = stage_with(*flags)
+    old, fresh, new = (pairs_of(name, 10) for name in ("old", "fresh", "new"))
+    right.caller.ask(old)
+    wait_for(lambda: _written(right), what="the store has them")
+    right.proxy.stop()
+    _age(own_redis, days=31)
+    right = stage_with(*flags, model=right.model)
+    right.caller.ask(fresh)
+    wait_for(lambda: _written(right), what="the store has them")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time, types\n"  # gRPC's core reads the system's clock itself, so only the project's is moved
+        "from services.cache_proxy.store import clock, dated\n"
+        f"wrong = lambda: time.time() + {wrong_days} * 86400\n"
+        "clock.time = dated.time = types.SimpleNamespace(time=wrong, monotonic=time.monotonic)\n"
+    )
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with (
+        cache_proxy("--model-target", right.model.target, *flags, env=environment) as proxy,
+        caller(proxy.target) as wrong,
+    ):
+        assert wrong.ask(fresh).hits == 10
+        assert wrong.ask(fresh).hits == 10  # from L1
+        assert wrong.ask(old).hits == 0
+        assert wrong.ask(new).hits == 0
+        assert wrong.ask(old + new).hits == 20
+        shown = metrics(proxy.http)["cache_proxy_clock_difference_seconds",]
+        assert shown == pytest.approx(wrong_days * 86_400, abs=60)
+    assert right.caller.ask(old + new).hits == 20
+    assert len(right.model.asked()) == 40
 
 
 def _age(server: RedisServer, *, days: int) -> None:

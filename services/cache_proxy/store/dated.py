@@ -13,9 +13,14 @@ NEVER = 2**31
 PREVIOUS = 1 << 16  # the answer of the previous model version: served, and refreshed behind
 
 
+def day_at(seconds: float) -> int:
+    """Return the day of a time in seconds since 1970: days since `DAY_0`."""
+    return int(seconds - DAY_0) // DAY_SECONDS
+
+
 def today() -> int:
-    """Days since `DAY_0`."""
-    return int(time.time() - DAY_0) // DAY_SECONDS
+    """Return the day by this process's own clock. Answers age by the store's: see `StoreClock`."""
+    return day_at(time.time())
 
 
 def dated(level: int, day: int) -> int:
@@ -42,14 +47,17 @@ class Lifetime:
 
     def is_fresh(self, entry: int, *, day: int) -> bool:
         """Whether it answers as it is: neither too old on `day`, nor another version's."""
-        young = not self.ttl_days or day_of(entry) > day - self.ttl_days
-        return entry != 0 and young and not entry & PREVIOUS
+        return entry != 0 and self._is_young(entry, day) and not entry & PREVIOUS
 
     def served(self, entry: int, *, day: int) -> int:
-        """The entry itself if it may be answered, else 0. One that is not fresh is also to be asked again."""
-        if entry & PREVIOUS or self.serve_stale or self.is_fresh(entry, day=day):
-            return entry
-        return 0
+        """The entry itself if it may be answered, else 0. One that is not fresh is also to be asked again.
+
+        The previous version's answers age as this version's do.
+        """
+        return entry if self.serve_stale or self._is_young(entry, day) else 0
+
+    def _is_young(self, entry: int, day: int) -> bool:
+        return not self.ttl_days or day_of(entry) > day - self.ttl_days
 
     def expires_day(self, entry: int) -> int:
         """The first day on which it is no longer fresh."""

@@ -12,7 +12,8 @@ from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.key import DIGEST_BYTES
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store
-from services.cache_proxy.store.dated import Lifetime, dated, level_of, today
+from services.cache_proxy.store.clock import StoreClock
+from services.cache_proxy.store.dated import Lifetime, dated, level_of
 from services.cache_proxy.store.invalidation import InvalidationLog
 from services.common.endings import end
 
@@ -38,11 +39,12 @@ class GuardedStore:
 
     def __init__(
         self, store: Store, *, metrics: ProxyMetrics, lifetime: Lifetime | None = None,
-        log: InvalidationLog | None = None,
+        log: InvalidationLog | None = None, clock: StoreClock | None = None,
     ) -> None:  # fmt: skip
         self._store = store
         self._log = log
         self._lifetime = lifetime or Lifetime()
+        self._clock = clock or StoreClock()
         self._metrics = metrics
         self._up = True
         self._refusing = False
@@ -65,8 +67,8 @@ class GuardedStore:
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
         """The level of each digest, by position; 0 where none is fresh or nothing can be learnt."""
-        day = today()
         entries = await self.look_up(digests)
+        day = self._clock.today()
         return [level_of(entry) if self._lifetime.is_fresh(entry, day=day) else 0 for entry in entries]
 
     async def look_up(self, digests: Sequence[bytes]) -> Sequence[int]:
@@ -78,12 +80,12 @@ class GuardedStore:
             except StoreError as error:
                 self._failed(error)
         if self._unsaved:
-            unsaved = self._unsaved
+            unsaved, day = self._unsaved, self._clock.today()
             entries = [
-                dated(unsaved[digest], today()) if digest in unsaved else entry
+                dated(unsaved[digest], day) if digest in unsaved else entry
                 for digest, entry in zip(digests, entries, strict=True)
             ]
-        day, lifetime = today(), self._lifetime
+        day, lifetime = self._clock.today(), self._lifetime
         if lifetime.ttl_days:
             served = {entry: lifetime.served(entry, day=day) for entry in set(entries)}  # they are few
             entries = [served[entry] for entry in entries]

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +23,7 @@ from services.cache_proxy.config import (
 )
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store
+from services.cache_proxy.store.clock import StoreClock
 from services.cache_proxy.store.connecting import Access, Client, connect, servers
 from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.deployment import base_key, log_key
@@ -49,6 +50,7 @@ class OpenedStore:
     store: Store
     shared: "redis.asyncio.Redis | None" = None
     logs: Sequence[InvalidationLog] = ()
+    clock: StoreClock = field(default_factory=StoreClock)
 
 
 @asynccontextmanager
@@ -66,20 +68,24 @@ async def open_store(
     answers = answers or AnswerSettings()
     async with open_client(cache, renewals) as client:
         reached = servers(client)
-        current = RedisStore(reached, base=base_key(key), metrics=metrics)
+        clock = StoreClock()
+        metrics.clock_difference.set_function(clock.difference_seconds)
+        current = RedisStore(reached, base=base_key(key), metrics=metrics, clock=clock)
         store: Store = current
         logs = [InvalidationLog(reached, log_key(key))]
         if answers.previous_model_version is not None:
             previous = dataclasses.replace(key, model_version=answers.previous_model_version)
-            store = VersionedStore(current, RedisStore(reached, base=base_key(previous), metrics=metrics))
+            store = VersionedStore(
+                current, RedisStore(reached, base=base_key(previous), metrics=metrics, clock=clock)
+            )
             logs.append(InvalidationLog(reached, log_key(previous)))
         lifetime = Lifetime(answers.ttl_days, answers.serve_stale)
         try:
             async with _running(Housekeeping(reached, current, key=key, lifetime=lifetime)):
                 if cache.cache_url.startswith("embedded:"):
-                    yield OpenedStore(store, logs=logs)
+                    yield OpenedStore(store, logs=logs, clock=clock)
                 else:  # what the queue asks of a client, a Cluster's has too
-                    yield OpenedStore(store, cast("redis.asyncio.Redis", client), logs)
+                    yield OpenedStore(store, cast("redis.asyncio.Redis", client), logs, clock)
         finally:
             await reached.close()  # once more: the housekeeping may have used it since the store was closed
 

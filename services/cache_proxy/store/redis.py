@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import sys
+import time
 from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_values import read_integer
 from services.cache_proxy.riders import Riders
 from services.cache_proxy.store import layout
-from services.cache_proxy.store.dated import today
+from services.cache_proxy.store.clock import StoreClock
 from services.cache_proxy.store.layout import FIELD, TAGS, TagState, entry_of_value, state_key, tag_of
 from services.cache_proxy.store.scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
 from services.cache_proxy.store.servers import Call, Servers, SlotMoving
@@ -53,8 +54,11 @@ class RedisStore:
     State: `_failures`, so that whoever waited behind a server that fell silent does not wait for it too.
     """
 
-    def __init__(self, servers: Servers, *, base: str, metrics: ProxyMetrics) -> None:
+    def __init__(
+        self, servers: Servers, *, base: str, metrics: ProxyMetrics, clock: StoreClock | None = None
+    ) -> None:
         self._servers = servers
+        self._clock = clock or StoreClock()
         self._base = base
         self._metrics = metrics
         # Waiting for one's turn is not the server being slow: only the operation itself is timed out.
@@ -84,26 +88,29 @@ class RedisStore:
     async def _get_all(self, digests: Sequence[bytes]) -> Sequence[int]:
         async with self._operation("get"):
             if not self._servers.by_tag:
+                sent_at = time.monotonic()
                 [reply] = await self._run(GET, [(digests[0], [b"".join(digests)])])
-                return await self._found(digests, reply)
+                return await self._found(digests, reply, sent_at=sent_at)
             entries = [0] * len(digests)
             groups = self._groups(digests)
+            sent_at = time.monotonic()
             replies = await self._run(
                 GET, [(digests[p[0]], [b"".join([digests[i] for i in p])]) for p in groups]
             )
             for places, reply in zip(groups, replies, strict=True):
                 if isinstance(reply, StoreError) and not isinstance(reply, SlotMoving):
                     continue  # one node of several: what it has is not known, and the rest is
-                found = await self._found([digests[place] for place in places], reply)
+                found = await self._found([digests[place] for place in places], reply, sent_at=sent_at)
                 for place, entry in zip(places, found, strict=True):
                     entries[place] = entry
             return entries
 
-    async def _found(self, digests: Sequence[bytes], reply: Any) -> Sequence[int]:
-        """What a call's reply says of its digests."""
+    async def _found(self, digests: Sequence[bytes], reply: Any, *, sent_at: float) -> Sequence[int]:
+        """What a call's reply says of its digests. Its time is noted: by that clock they age."""
         if isinstance(reply, SlotMoving):
             return await self._get_one_by_one(digests)
-        packed, garbage = reply
+        packed, garbage, server_seconds = reply
+        self._clock.note(float(server_seconds), sent_at=sent_at, received_at=time.monotonic())
         if garbage:
             self._metrics.store_garbage.inc(garbage)
         return _unpacked(packed, count=len(digests))
@@ -119,7 +126,7 @@ class RedisStore:
         values = await self._servers.read(
             [("HGET", state.bucket(self._base, digest), digest[FIELD]) for digest in digests]
         )
-        return [entry_of_value(value, today=today()) or 0 for value in values]
+        return [entry_of_value(value, today=self._clock.today()) or 0 for value in values]
 
     async def put(self, levels: Mapping[bytes, int], *, day: int | None = None) -> None:
         """See `Store.put`; as of another `day`, nothing newer is overwritten."""

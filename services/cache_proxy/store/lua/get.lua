@@ -1,6 +1,7 @@
 -- Look up a batch of pairs.
 -- ARGV[1]  the digests, 16 bytes each, one after the other
--- Returns  {two bytes a digest: day * 8 + level, the low byte first, 0 if there is none; how much was garbage}
+-- Returns  {two bytes a digest: day * 8 + level, the low byte first, 0 if there is none; how much was garbage;
+--          this server's time, by which answers age: seconds since 1970 with their decimals}
 local digests = ARGV[1]
 local prefixes, firsts, scales = {}, {}, {} -- prefix: by tag, false if it has no state
 local entries, count = {}, 0
@@ -69,4 +70,4 @@ for at = 1, #digests, 16 do
   end
   entries[count] = entry or '\0\0'
 end
-return { table.concat(entries), garbage }
+return { table.concat(entries), garbage, format('%d.%06d', now, microseconds) }

@@ -17,7 +17,8 @@ local COLUMNS, LOAD, DAY_0, LEAST = 4, 56, 1767225600, -4096
 local floor, byte, sub, format = math.floor, string.byte, string.sub, string.format
 local call, try = redis.call, redis.pcall
 
-local now = tonumber(call('TIME')[1])
+local clock = call('TIME')
+local now, microseconds = tonumber(clock[1]), tonumber(clock[2])
 local today = floor((now - DAY_0) / 86400)
 local garbage = 0
 

@@ -31,11 +31,16 @@ def server(options: Options) -> aio.Server:
     try:
         inside._server = _guarded(inside._loop, options)  # noqa: SLF001 - no other way in
     except (AttributeError, TypeError):
-        _log.warning(
-            "grpcio %s is not known inside: an RPC to a method whose name is not UTF-8 restarts the server",
-            grpc.__version__,
-        )
+        _warn_once()
     return made
+
+
+@cache
+def _warn_once() -> None:
+    _log.warning(
+        "grpcio %s is not known inside: an RPC to a method whose name is not UTF-8 restarts the server",
+        grpc.__version__,
+    )
 
 
 def _guarded(loop: Any, options: Options) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import h2.exceptions
 import pytest
 from grpc import StatusCode, aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # it has no types
@@ -23,8 +24,8 @@ _SERVE = (
 
 
 def _is_refused(proxy: Service) -> bool:
-    """False: the connection was closed instead."""
-    with peer(proxy.target) as hostile, suppress(ConnectionError):
+    """False: the connection was closed instead, after a GOAWAY."""
+    with peer(proxy.target) as hostile, suppress(ConnectionError, h2.exceptions.ProtocolError):
         stream = hostile.headers(path=b"/S\xff/\xfe")
         hostile.send(stream, grpc_message(b""))
         wait_for(lambda: hostile.read(1) and statuses(hostile), what="an answer, or the end")
@@ -56,6 +57,31 @@ def test_the_newest_release_serves_on_after_a_name_that_is_not_utf_8(tmp_path: P
         assert proxy.stop() == 0
 
 
+_WITHOUT_THE_INSIDE = """
+import os
+os.environ["GRPC_VERBOSITY"] = "NONE"
+from services.cache_proxy import known_methods
+
+def missing():
+    raise AttributeError
+
+known_methods._guarded_class = missing
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_know_grpcio_serves_on(tmp_path: Path) -> None:
+    """The server is started again each time, on the same port; why, is said once."""
+    (tmp_path / "sitecustomize.py").write_text(_WITHOUT_THE_INSIDE)
+    with service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
+        for _ in range(3):
+            assert not _is_refused(proxy)
+            wait_for(lambda: _is_serving(proxy), what="it serves again")
+        assert proxy.log.count("is not known inside") == 1
+        assert proxy.log.count("is started again") == 3
+        assert proxy.stop() == 0
+
+
 @pytest.mark.parametrize(
     "missing",
     [
@@ -75,6 +101,7 @@ async def test_an_unknown_inside_leaves_the_public_server(
     monkeypatch.setattr(aio, "server", lambda **_: made)
     missing(monkeypatch)
     known_methods._guarded_class.cache_clear()
+    known_methods._warn_once.cache_clear()
     inside = made._server  # type: ignore[attr-defined]
     try:
         assert known_methods.server([]) is made

@@ -16,6 +16,7 @@ from urllib.parse import unquote_plus
 
 _EVENT_NAMES = ("ObjectCreated", "ObjectRestore:Completed")
 _DETAIL_TYPES = {"Object Created", "Object Restore Completed"}
+_MAX_SHOWN = 1_200  # characters; a key has 1024 bytes at most, a message of somebody else's 1 MiB
 _API_CALL = "AWS API Call via CloudTrail"
 _API_SOURCES = {"s3.amazonaws.com", "s3express.amazonaws.com"}
 _API_WRITES = {"PutObject", "PostObject", "CopyObject", "CompleteMultipartUpload", "RenameObject"}
@@ -38,7 +39,8 @@ class Notice:
     def __str__(self) -> str:
         """Return the event for a log line."""
         place = f"s3://{self.bucket}/{self.key}" if self.bucket else "no object"
-        return f"{self.kind or 'an event'} about {place}"
+        text = f"{self.kind or 'an event'} about {place}"
+        return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,12 @@ def test_test_event_names_its_bucket() -> None:
     assert notices.read(json.dumps(event)).notices == [expected]
 
 
+def test_event_is_shown_in_a_short_line() -> None:
+    """Its names come from somebody else."""
+    assert str(Notice("b", "k", kind="Object Deleted")) == "Object Deleted about s3://b/k"
+    assert len(str(Notice("b", "k" * 200_000, kind="x" * 200_000))) < 2_000
+
+
 def test_record_without_fields_does_not_hide_the_others() -> None:
     """The records that can be read are, and the message says that one could not."""
     records = [record("ObjectCreated:Put", key="1"), {"eventName": "ObjectCreated:Put"}, 7]

@@ -90,7 +90,8 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         queue = await stack.enter_async_context(
             open_queue(
                 settings, opened.shared, replica=replica, http_bound=http_bound, settle=waiters.settle,
-                metrics=metrics, reporter=status.ledger, quotas_now=follow_quotas(settings, renewals),
+                give_up=waiters.give_up_before, metrics=metrics, reporter=status.ledger,
+                quotas_now=follow_quotas(settings, renewals),
                 logs={log.key: follower.hear for log, follower in zip(opened.logs, followers, strict=True)},
             )
         )  # fmt: skip

@@ -144,6 +144,10 @@ class ModelSettings:
     model_deadline_seconds: float = flag(
         "--model-deadline", flags.DURATION, "30s", text="how long one call to the model may take"
     )
+    model_retry_window_seconds: float = flag(
+        "--model-retry-window", flags.DURATION, "15s",
+        text="how long pairs are retried while the model answers nothing",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Refuse what could never call the model."""

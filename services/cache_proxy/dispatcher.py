@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,7 +23,6 @@ _log = logging.getLogger(__name__)
 _BREAKDOWNS = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS})
 _MAX_CALLS_IN_FLIGHT = 128
 _RECHECK_SECONDS = 0.010
-_BACKOFF_SECONDS = (0.25, 5.0)
 
 
 class Dispatcher:
@@ -164,7 +162,7 @@ class Dispatcher:
             pair.digest: level for pair, level in zip(claim.pairs, levels, strict=True) if level
         }
         if found:
-            await self._queue.fulfil(claim, found)
+            await self._queue.fulfil(claim, found, inferred=False)
         return [pair for pair in claim.pairs if pair.digest not in found]
 
     async def _refused(self, claim: Claim, sent: Sequence[Pair], refusal: BatchRefused) -> None:
@@ -186,16 +184,15 @@ class Dispatcher:
             self._failed_at = time.monotonic()
             if self._failures_in_a_row == 1:
                 _log.warning("a call to the model failed, trying again: %s", failure.told)
-        least, most = _BACKOFF_SECONDS
-        backoff = min(most, least * 2 ** min(self._failures_in_a_row - 1, 10))
-        pushback = failure.retry_after_seconds
-        delay = pushback if pushback is not None else backoff * random.uniform(0.8, 1.2)  # noqa: S311
-        error = Unavailable(failure.told, retry_after_seconds=max(1.0, delay))
+        error = Unavailable(failure.told, retry_after_seconds=1.0)
         if len(sent) == 1:
             error.message = failure.message
         else:
             error.words, error.words_for = failure.message, claim.request
-        await self._queue.fail(claim, error, retry_after_seconds=delay, suspicious=suspicious)
+        await self._queue.fail(
+            claim, error, retry_after_seconds=failure.retry_after_seconds, suspicious=suspicious,
+            unsent=failure.unsent,
+        )  # fmt: skip
 
     def _recovered(self) -> None:
         if self._failures_in_a_row:

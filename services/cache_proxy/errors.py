@@ -163,12 +163,14 @@ class CallFailed(ModelError):
     """The model was unreachable, overloaded, too slow or broken; the call may be repeated.
 
     `message` may quote any pair of the batch. `told` does not: it is for the log and for every caller.
+    `unsent`: the model never got the call.
     """
 
     code: grpc.StatusCode
     message: str
     retry_after_seconds: float | None
     told: str
+    unsent: bool = False
 
 
 class StoreError(Exception):

@@ -19,7 +19,7 @@ from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Pair
 from services.common.channel import RenewedChannel
 from services.common.tracing import OFF, Tracing
-from services.common.words import answered
+from services.common.words import answered, never_sent
 
 MIN_LEVEL, MAX_LEVEL = 1, 7
 REFUSED_PAIR = "the model refused the pair"
@@ -153,6 +153,7 @@ class ModelClient:
             f"the model at {self._target}: {code.name}: {message}",
             _pushback_seconds(trailers),
             told=f"the model at {self._target}: {answered(code.name, message)}",
+            unsent=code is grpc.StatusCode.UNAVAILABLE and never_sent(message),
         )
 
 

@@ -151,7 +151,7 @@ class Resolver:
         pairs = [asked.pair(some[0], digest) for digest, some in places.items()]
         queued: frozenset[bytes] = frozenset()
         started_at = asyncio.get_running_loop().time()
-        wait = self._waiters.open(list(places))
+        wait = self._waiters.open(list(places), deadline=asker.deadline)
         try:
             with self._tracing.span("queue.wait", pairs=len(pairs), priority=asker.priority) as span:
                 async with asyncio.timeout_at(asker.deadline):

@@ -1,15 +1,22 @@
 """Who, in this process, waits for which pairs."""
 
 import asyncio
+import math
 from collections.abc import Iterable, Sequence
 
+from services.cache_proxy.errors import PairError
 from services.cache_proxy.queue import Outcome
 
 
 class Wait:
-    """One request's wait for a number of distinct pairs; done when each has an outcome."""
+    """One request's wait for a number of distinct pairs; done when each has an outcome.
 
-    def __init__(self, digests: Sequence[bytes]) -> None:
+    `given_up` are those that ended for this request alone.
+    """
+
+    def __init__(self, digests: Sequence[bytes], deadline: float) -> None:
+        self.deadline = deadline
+        self.given_up: list[bytes] = []
         self.outcomes: dict[bytes, Outcome] = {}
         self._open = set(digests)
         self._done = asyncio.get_running_loop().create_future()
@@ -34,7 +41,9 @@ class Wait:
 
 
 class Waiters:
-    """State: `_by_digest`, the waits for each pair that has not ended; event loop only.
+    """State: `_waits`, all that are open; `_by_digest`, those of each pair that has not ended.
+
+    It is touched from the event loop only.
 
     Racing events: a wait is opened *before* its pairs are enqueued, so an answer that is published while
     the enqueue is under way finds it; it is closed whatever happens to the caller, by identity, so that the
@@ -42,18 +51,21 @@ class Waiters:
     """
 
     def __init__(self) -> None:
+        self._waits: set[Wait] = set()
         self._by_digest: dict[bytes, set[Wait]] = {}
 
-    def open(self, digests: Sequence[bytes]) -> Wait:
-        """Begin a wait."""
-        wait = Wait(digests)
+    def open(self, digests: Sequence[bytes], *, deadline: float = math.inf) -> Wait:
+        """Begin a wait; `deadline` is on the event loop's clock."""
+        wait = Wait(digests, deadline)
+        self._waits.add(wait)
         for digest in digests:
             self._by_digest.setdefault(digest, set()).add(wait)
         return wait
 
     def close(self, wait: Wait) -> list[bytes]:
         """End a wait; the pairs without an outcome for which nobody waits any more."""
-        left = []
+        self._waits.discard(wait)
+        left = [digest for digest in wait.given_up if digest not in self._by_digest]
         for digest in wait.open:
             waits = self._by_digest.get(digest)
             if waits is not None:
@@ -67,6 +79,12 @@ class Waiters:
         """Give an outcome to every wait for the pair."""
         for wait in self._by_digest.pop(digest, ()):
             wait.settle(digest, outcome)
+
+    def give_up_before(self, moment: float, error: PairError) -> None:
+        """End the waits whose deadline comes before this moment, when the model is called next."""
+        for wait in [wait for wait in self._waits if wait.deadline < moment]:
+            wait.given_up += wait.open
+            self.settle_one(wait, [(digest, error) for digest in wait.open])
 
     def settle_one(self, wait: Wait, outcomes: Iterable[tuple[bytes, Outcome]]) -> None:
         """Give outcomes to one wait alone."""

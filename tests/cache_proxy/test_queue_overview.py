@@ -85,10 +85,11 @@ async def test_figures_in_redis_that_are_none_are_unknown(shared_redis: str, val
     async with replicas(place, 1) as (replica,):
         with place.client() as client:
             fields = (
-                "pairs_per_second", "calls_per_second", "pairs_tat", "calls_tat", "not_before", "failures",
-                "batch_pairs",
+                "pairs_per_second", "calls_per_second", "pairs_tat", "calls_tat", "not_before", "batch_pairs",
             )  # fmt: skip
             client.hset(place.keys.limit, mapping=dict.fromkeys(fields, value))
+            fields = ("failures", "failed_at", "backoff_until", "pushback_until", "breaking", "probe")
+            client.hset(place.keys.model, mapping=dict.fromkeys(fields, value))
         overview = await replica.queue.overview(minutes=MINUTES)
         for figure in (
             overview.pairs_per_second, overview.calls_per_second, overview.failures_in_a_row,

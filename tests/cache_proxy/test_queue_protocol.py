@@ -104,22 +104,6 @@ async def test_a_late_answer_counts(opened: Open) -> None:
         assert await subject.nothing_waits()
 
 
-async def test_a_pair_ends_after_four_failed_calls(opened: Open) -> None:
-    """Three failures are tried again, the fourth in a row ends it, with the model's error."""
-    async with opened() as subject:
-        await subject.ask([pair(1)])
-        for _ in range(3):
-            await subject.queue.fail(await subject.take(), DOWN, retry_after_seconds=0)
-            assert not subject.settled
-        await subject.queue.fail(await subject.take(), DOWN, retry_after_seconds=0)
-        await asyncio.sleep(0)
-        if not subject.settled:  # told by message
-            ended = await subject.ask([pair(1)])
-            assert ended.ended or ended.queued
-        else:
-            assert isinstance(subject.ended()[1], Unavailable)
-
-
 async def test_no_call_before_the_models_pushback(opened: Open) -> None:
     """After a failed call everybody stays away for as long as was said."""
     async with opened() as subject:
@@ -440,21 +424,6 @@ async def test_a_batch_that_is_late_and_goes_back_leaves_the_slot_free(opened: O
         decision = await subject.queue.claim()
         assert isinstance(decision, Claim) or decision.wait_seconds < 0.1
         assert not await subject.queue.late(claim, seconds=0.1)
-
-
-async def test_a_lone_pair_is_not_blamed_for_an_outage(opened: Open) -> None:
-    """Nothing passed since its last breakdown, so the model may be down for all: it is tried as often as any
-    other, and then not remembered.
-    """  # noqa: D205 - one thought
-    async with opened() as subject:
-        for number, failures in ((1, 3), (2, 4)):
-            await subject.ask([pair(number)])
-            for _ in range(failures):
-                await subject.queue.fail(await subject.take(), DOWN, retry_after_seconds=0, suspicious=True)
-            if failures == 3:
-                await subject.answer(await subject.take(), 5)
-        assert subject.ended()[1] == 5
-        assert (await subject.ask([pair(2)])).queued
 
 
 async def test_a_pair_that_breaks_the_model_is_found(opened: Open) -> None:

@@ -147,13 +147,14 @@ async def test_a_limit_that_was_lost_is_a_spent_one(lost: str, shared_redis: str
         assert 1.9 <= await _wait(replica) <= 2 / PACE
 
 
-@pytest.mark.parametrize("far", ["pairs_tat", "calls_tat", "not_before"])
+@pytest.mark.parametrize("far", ["pairs_tat", "calls_tat", "not_before", "backoff_until"])
 async def test_a_limit_that_lies_far_ahead_refuses_nobody(far: str, shared_redis: str) -> None:
     """A clock that was wrong, say, wrote it: who asks is admitted, so that the next claim puts it right."""
     place = Place.new(shared_redis)
     async with replicas(place, 1, limits(calls_per_second=10)) as (replica,):
         with place.client() as client:
-            client.hset(place.keys.limit, mapping={far: (time.time() + 86_400) * 1000, "failures": 9})
+            key = place.keys.model if far == "backoff_until" else place.keys.limit
+            client.hset(key, mapping={far: (time.time() + 86_400) * 1000, "failures": 9})
         _, asked = await replica.ask(pairs([1]))
         assert asked.queued
         assert numbers_of(await replica.take()) == [1]

@@ -25,7 +25,19 @@ async def _lost_claim(replica: Replica) -> None:
     bounds = replica.bounds
     await replica.scripts.run(
         "claim",
-        [replica.name, "lost", 0, 0, bounds.batch_pairs, bounds.batch_bytes, 0, 30000, 60, replica.queue.run],
+        [
+            replica.name,
+            "lost",
+            0,
+            0,
+            bounds.batch_pairs,
+            bounds.batch_bytes,
+            0,
+            30000,
+            60,
+            replica.queue.run,
+            -1,
+        ],
     )
 
 

@@ -156,18 +156,21 @@ async def test_a_refusal_reaches_who_asked_meanwhile_elsewhere(place: Place) -> 
 
 
 async def test_a_model_that_is_down_ends_all_that_waits_everywhere(place: Place) -> None:
-    """After four failures in a row: everybody is told, nothing stays queued, the next are told at once."""
-    async with replicas(place, 2) as (one, other):
+    """After the retry window: everybody is told, nothing stays queued, the next are told at once."""
+    async with replicas(place, 2, limits(retry_window_seconds=0.3)) as (one, other):
         await one.ask(pairs(range(50)))
         wait, _ = await other.ask(pairs(range(30, 60)))
-        for _ in range(4):
+        while wait.open:
             one.queue._not_before = 0
-            await one.queue.fail(await one.take(), DOWN, retry_after_seconds=0)
-        await other.messages()
+            claim = await one.take()
+            await asyncio.sleep(claim.send_at - time.monotonic())
+            await one.queue.fail(claim, DOWN)
+            await other.messages()
         assert {type(outcome) for outcome in wait.outcomes.values()} == {Unavailable}
         assert not wait.open
         assert place.left() == {}
-        await other.ask([pair(100)])
+        while not (await other.ask([pair(100)]))[1].queued:  # noqa: ASYNC110 - a backoff has no event
+            await asyncio.sleep(0.05)
         await other.queue.fail(await other.take(), DOWN, retry_after_seconds=5)
         _, told = await one.ask([pair(101)])
         assert [type(outcome) for outcome in told.ended.values()] == [Unavailable]
@@ -176,14 +179,16 @@ async def test_a_model_that_is_down_ends_all_that_waits_everywhere(place: Place)
 
 async def test_what_is_in_flight_when_the_model_is_taken_for_down_may_be_answered(place: Place) -> None:
     """It stays in its claim: nobody sends it a second time, and its answer counts."""
-    async with replicas(place, 2) as (one, other):
+    async with replicas(place, 2, limits(retry_window_seconds=0.3)) as (one, other):
         await one.ask(pairs([1]))
         flying = await one.take()
-        await other.ask(pairs([2]))
-        for _ in range(4):
+        wait, _ = await other.ask(pairs([2]))
+        while wait.open:
             other.queue._not_before = 0
-            await other.ask(pairs([2]))
-            await other.queue.fail(await other.take(), DOWN, retry_after_seconds=0)
+            claim = await other.take()
+            await asyncio.sleep(claim.send_at - time.monotonic())
+            await other.queue.fail(claim, DOWN)
+            await other.messages()
         await other.ask(pairs([1]))
         assert not isinstance(await other.queue.claim(), Claim)
         await one.queue.fulfil(flying, {pair(1).digest: 6})

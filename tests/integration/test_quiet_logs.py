@@ -1,6 +1,7 @@
 """Whatever goes wrong over a pair, no log at info has a word of it."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,14 @@ def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
         scripted_model(_by_company) as model,
         cache_proxy(
             "--model-target", model.target, "--cache-url", "memory:", *UNPACED, "--max-field-bytes", "100",
+            "--model-retry-window", "500ms",
         ) as proxy,
         caller(proxy.target) as asking,
     ):  # fmt: skip
         for kind in ("refused", "named", "broken", "down", "absurd", "mute", "well", "long" * 30):
             pair = (f"Canary & Co {kind}", "Canary Chief")
             replies[kind] = asking.start([pair], metadata=[("x-caller", _CALLER)]).reply()
+            time.sleep((replies[kind].pushback_ms or 0) / 1000)  # until then the model counts as down
         for target, log_format in ((proxy.target, "text"), (model.target, "json")):
             ended = run_command(
                 "services.augmenter", "run", f"{source}/", f"{tmp_path}/out-{target[-5:]}/",

@@ -79,7 +79,7 @@ def test_a_full_queue_is_come_back_to(stage_with: StageWith, size: int) -> None:
 @pytest.mark.slow
 def test_a_model_that_is_down_for_a_while_is_come_back_to(stage_with: StageWith) -> None:
     """The proxy says UNAVAILABLE after its own retries; the client's bring the answer with the model back."""
-    stage = stage_with(*UNPACED)
+    stage = stage_with(*UNPACED, "--model-retry-window", "1s")
     back = threading.Event()
 
     def down(call: Call) -> Answers:

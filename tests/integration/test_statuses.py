@@ -196,8 +196,10 @@ def test_a_deadline_before_its_turn_is_refused_at_once(stage_with: StageWith) ->
 
 @pytest.mark.slow
 def test_a_model_that_is_down_is_unavailable_and_recovers(stage_with: StageWith) -> None:
-    """After retries: UNAVAILABLE with pushback and the places; once the model answers, so does the proxy."""
-    stage = stage_with(*UNPACED)
+    """After the window: UNAVAILABLE with pushback and the places; new pairs are refused at once. Once the
+    model answers, so does the proxy, after the pushback.
+    """  # noqa: D205 - one thought
+    stage = stage_with("--model-retry-window", "2s", *UNPACED)
 
     def down(call: Call) -> Answers:
         raise Abort(StatusCode.UNAVAILABLE, "out to lunch")
@@ -209,7 +211,11 @@ def test_a_model_that_is_down_is_unavailable_and_recovers(stage_with: StageWith)
     assert (reply.pushback_ms or 0) >= 1000
     assert list(reply.violations) == ["batch[0]"]
     assert 2 <= len(stage.model.asked("down")) <= 8
+    calls = len(stage.model.calls)
+    at_once = stage.caller.ask([("down", "another")])
+    assert (at_once.code, len(stage.model.calls)) == (StatusCode.UNAVAILABLE, calls)
     stage.model.behaviour = well
+    time.sleep((at_once.pushback_ms or 0) / 1000)
     assert stage.caller.ask([("down", "t")]).levels == [level_of("down", "t")]
     assert stage.proxy.stop() == 0  # now its log is whole
     assert stage.proxy.log.count("WARNING") == 1
@@ -217,7 +223,8 @@ def test_a_model_that_is_down_is_unavailable_and_recovers(stage_with: StageWith)
 
 def test_a_model_that_nobody_serves_is_unavailable(stage_with: StageWith) -> None:
     """A refused connection reads like any model that is down; readiness stays green."""
-    stage = stage_with("--model-target", f"127.0.0.1:{free_port()}", *UNPACED)
+    target = f"127.0.0.1:{free_port()}"
+    stage = stage_with("--model-target", target, "--model-retry-window", "500ms", *UNPACED)
     reply = stage.caller.ask([("nobody", "t")])
     assert reply.code is StatusCode.UNAVAILABLE
     assert reply.pushback_ms

@@ -83,7 +83,7 @@ def test_a_failed_call_quotes_no_other_callers_pairs(stage_with: StageWith) -> N
     """A model that breaks down over a batch, and quotes it: the callers learn the code, and who asked for all
     of the batch learns the words.
     """  # noqa: D205 - one thought
-    stage = stage_with(*UNPACED, "--linger", "500ms")
+    stage = stage_with(*UNPACED, "--linger", "500ms", "--model-retry-window", "500ms")
 
     def down(call: Call) -> Answers:
         raise Abort(StatusCode.UNAVAILABLE, f"cannot rate {[title for _, title in call.pairs]}")

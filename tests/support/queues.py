@@ -28,18 +28,21 @@ class Held:
 class Subject:
     """A queue, what it settled, and what a waiter does from time to time (`poll`).
 
-    `age_quotas`: as if so many seconds had passed since they were spent.
+    `age_quotas`: as if so many seconds had passed since they were spent. `hear`: take in what was published.
+    `given_up`: the moments before which it was told that there is no call.
     """
 
     def __init__(
         self, queue: Queue, settled: list[tuple[bytes, Outcome]], quotas: Held, poll: Poll,
-        age_quotas: Callable[[float], None],
+        age_quotas: Callable[[float], None], hear: Poll, given_up: list[float],
     ) -> None:  # fmt: skip
         self.queue = queue
         self.settled = settled
         self.quotas = quotas
         self.poll = poll
         self.age_quotas = age_quotas
+        self.hear = hear
+        self.given_up = given_up
 
     async def ask(self, wanted: list[Pair], who: Asker | None = None) -> Enqueued:
         """Ask for pairs."""
@@ -97,10 +100,12 @@ def opening(kind: str, redis_url: str) -> Open:
         bounds: QueueLimits | None = None, quotas: Quotas = NO_QUOTAS, *, begun: bool = False
     ) -> AsyncIterator[Subject]:
         settled: list[tuple[bytes, Outcome]] = []
+        given_up: list[float] = []
         held = Held(quotas)
         queue = open_local(
             bounds or limits(), settle=lambda *end: settled.append(end),
             metrics=ProxyMetrics(CollectorRegistry()), quotas=lambda: held.now,
+            give_up=lambda moment, _error: given_up.append(moment),
         )  # fmt: skip
 
         async def poll() -> None:
@@ -111,7 +116,10 @@ def opening(kind: str, redis_url: str) -> Open:
             accounts._since -= seconds
             accounts._spent_until = {name: at - seconds for name, at in accounts._spent_until.items()}
 
-        yield Subject(queue, settled, held, poll, age_quotas)
+        async def hear() -> None:
+            pass
+
+        yield Subject(queue, settled, held, poll, age_quotas, hear, given_up)
 
     @asynccontextmanager
     async def shared(
@@ -124,9 +132,11 @@ def opening(kind: str, redis_url: str) -> Open:
                 await replica.queue.enqueue(pairs([_WARM]), asker(priority="refresh"))
                 await replica.queue.fulfil(await replica.take(), {pair(_WARM).digest: 1})
                 replica.settled.clear()
+            given_up: list[float] = []
+            replica.queue._give_up = lambda moment, _error: given_up.append(moment)
             yield Subject(
                 replica.queue, replica.settled, held, replica.queue.ask_again,
-                lambda seconds: place.age_quotas(round(seconds * 1000)),
+                lambda seconds: place.age_quotas(round(seconds * 1000)), replica.messages, given_up,
             )  # fmt: skip
 
     return local if kind == "local" else shared

@@ -35,12 +35,13 @@ PATIENCE_SECONDS = 60.0
 def limits(
     *, batch_pairs: int = 4, batch_bytes: int = 10**6, pairs_per_second: float = 0,
     calls_per_second: float = 0, linger_seconds: float = 0, max_pairs: int = 10**6, max_bytes: int = 10**9,
+    retry_window_seconds: float = 15,
 ) -> QueueLimits:  # fmt: skip
     """No limit and no linger, unless a test wants one."""
     return QueueLimits(
         batch_pairs=batch_pairs, batch_bytes=batch_bytes, pairs_per_second=pairs_per_second,
         calls_per_second=calls_per_second, linger_seconds=linger_seconds, max_pairs=max_pairs,
-        max_bytes=max_bytes,
+        max_bytes=max_bytes, retry_window_seconds=retry_window_seconds,
     )  # fmt: skip
 
 
@@ -184,6 +185,7 @@ class Replica:
             settle=self._settle,
             metrics=metrics,
             quotas=quotas,
+            give_up=self.waiters.give_up_before,
         )
         limiter = SlotLimiter(
             Limiter(pairs_per_second=0, calls_per_second=0, burst=bounds.batch_pairs, now=0)
@@ -257,9 +259,10 @@ class Replica:
 
     async def ask(self, wanted: Sequence[Pair], who: Asker | None = None) -> tuple[Wait, Enqueued]:
         """Ask as the resolver does. Raises `QueueFull`."""
-        wait = self.waiters.open([item.digest for item in wanted])
+        who = who or asker()
+        wait = self.waiters.open([item.digest for item in wanted], deadline=who.deadline)
         try:
-            enqueued = await self.queue.enqueue(wanted, who or asker())
+            enqueued = await self.queue.enqueue(wanted, who)
         except (QueueFull, StoreError):
             await self.close(wait)
             raise

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.cache_proxy.errors import PairError
+from services.cache_proxy.errors import PairError, Unavailable
 from services.cache_proxy.queue.gcra import PACE
 
 
@@ -30,8 +30,9 @@ LATE_SECONDS = 0.010
 """How long after its slot began a batch may leave: half of what pacing makes up for."""
 
 MAX_TRACES = 4  # of those who wait for one pair, in which its call is named
-MAX_ATTEMPTS = 4  # calls that one pair may see fail; as many in a row mean that the model is down
-MAX_BREAKDOWNS = 10  # the same for calls that the model broke down in, perhaps over one pair
+MAX_FAILED_BATCHES = (
+    3  # that one pair may have been in, with others answered in between, before it is suspected
+)
 MAX_REFUSALS = 32  # refused batches that one pair may have been in before it is taken for the bad one
 NONSENSE_SECONDS = (
     5.0  # for which nonsense is remembered when it comes twice; doubled each time it comes again
@@ -44,6 +45,9 @@ Outcome = int | PairError
 
 Settle = Callable[[bytes, Outcome], None]
 """Told of every pair that ends, by its digest."""
+
+GiveUp = Callable[[float, PairError], None]
+"""Told that the model is not called before a moment on the event loop's clock, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ class QueueLimits:
     linger_seconds: float
     max_pairs: int
     max_bytes: int
+    retry_window_seconds: float = 15.0
 
     @property
     def slot_seconds(self) -> float:
@@ -145,15 +150,21 @@ class Queue(Protocol):
     async def put_back(self, claim: Claim) -> None:
         """Undo a claim whose batch was not sent: the pairs wait at the front, the slot is free again."""
 
-    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
-        """End pairs of a claim and tell whoever waits; those not in `outcomes` are still in flight."""
+    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True) -> None:
+        """End pairs of a claim and tell whoever waits; those not in `outcomes` are still in flight.
+
+        `inferred`: the model answered; else the store did, which ends no outage.
+        """
 
     async def fail(
-        self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
-    ) -> None:
-        """The call failed: its pairs are tried again after so long, or end with `error` if that was often.
+        self, claim: Claim, error: Unavailable, *, retry_after_seconds: float | None = None,
+        suspicious: bool = False, unsent: bool = False,
+    ) -> None:  # fmt: skip
+        """The call failed: its pairs are tried again, or end with `error` if the retry window is over.
 
-        `suspicious`: the model broke down in it, perhaps over one of its pairs: then that one is looked for.
+        `retry_after_seconds` is what the model asked for, None for a backoff that grows. `suspicious`: the
+        model broke down in it, perhaps over one of its pairs: then that one is looked for. `unsent`: the
+        model never got it, so the slot is free again.
         """
 
     async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:

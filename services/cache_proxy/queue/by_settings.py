@@ -10,7 +10,7 @@ from services.cache_proxy import quotas
 from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config import Settings
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import QueueLimits, Settle
+from services.cache_proxy.queue import GiveUp, QueueLimits, Settle
 from services.cache_proxy.queue.listener import Hear
 from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_local, open_shared
 from services.cache_proxy.queue.overview import Reporter
@@ -24,7 +24,7 @@ from services.common.renewal import Renewed
 @asynccontextmanager
 async def open_queue(  # noqa: PLR0913 - each is a part of its own
     settings: Settings, client: "redis.asyncio.Redis | None", *, replica: str, http_bound: str,
-    settle: Settle, metrics: ProxyMetrics, logs: Mapping[str, Hear], reporter: Reporter,
+    settle: Settle, give_up: GiveUp, metrics: ProxyMetrics, logs: Mapping[str, Hear], reporter: Reporter,
     quotas_now: QuotasNow,
 ) -> AsyncIterator[ProxyQueue]:  # fmt: skip
     """The queue of all replicas, or without `client` this process's own."""
@@ -36,12 +36,19 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
         queued_pairs=limits.max_pairs,
     )
     if client is None:
-        yield open_local(limits, expected_replicas=share, settle=settle, metrics=metrics, quotas=quotas_now)
+        yield open_local(
+            limits, expected_replicas=share, settle=settle, give_up=give_up, metrics=metrics,
+            quotas=quotas_now,
+        )  # fmt: skip
         return
     shared = SharedRedis(
         client=client,
         url=settings.cache.cache_url,
-        keys=Keys(prefix=settings.key.key_prefix, namespace=settings.key.namespace),
+        keys=Keys(
+            prefix=settings.key.key_prefix,
+            namespace=settings.key.namespace,
+            model_target=settings.model.model_target,
+        ),
         expected_replicas=share,
         lease_seconds=settings.model.model_deadline_seconds,
         http_bound=http_bound,
@@ -51,7 +58,7 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
         reporter=reporter,
     )
     async with open_shared(
-        limits, shared, replica=replica, settle=settle, metrics=metrics, quotas=quotas_now
+        limits, shared, replica=replica, settle=settle, give_up=give_up, metrics=metrics, quotas=quotas_now
     ) as queue:
         yield queue
 
@@ -76,4 +83,5 @@ def _limits(settings: Settings) -> QueueLimits:
         linger_seconds=model.linger_seconds,
         max_pairs=settings.server.max_queued_pairs,
         max_bytes=settings.server.max_queued_bytes,
+        retry_window_seconds=model.model_retry_window_seconds,
     )

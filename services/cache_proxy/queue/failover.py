@@ -12,9 +12,11 @@ from services.cache_proxy.errors import (
     PairError,
     StoreDamaged,
     StoreError,
+    Unavailable,
 )
 from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair
 from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.outage import MIN_BACKOFF_SECONDS
 from services.cache_proxy.queue.overview import Overview
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.slots import Membership, SlotLimiter
@@ -125,17 +127,17 @@ class FailoverQueue:
         else:
             await self._shared_is_over(claim, self._shared.put_back(claim))
 
-    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
+    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True) -> None:
         """See `Queue.fulfil`. Whatever became of Redis meanwhile, whoever waits here is answered."""
         if claim in self._local_claims:
-            await self._local.fulfil(claim, outcomes)
+            await self._local.fulfil(claim, outcomes, inferred=inferred)
             if all(pair.digest in outcomes for pair in claim.pairs):
                 self._local_claims.discard(claim)
         else:
             self._local.end_elsewhere(outcomes)
         if not self._lost:
             try:
-                await self._shared.fulfil(claim, outcomes)
+                await self._shared.fulfil(claim, outcomes, inferred=inferred)
             except StoreError as error:
                 await self.lose(error)
             else:
@@ -146,18 +148,20 @@ class FailoverQueue:
             del self._unpublished[next(iter(self._unpublished))]
 
     async def fail(
-        self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
-    ) -> None:
+        self, claim: Claim, error: Unavailable, *, retry_after_seconds: float | None = None,
+        suspicious: bool = False, unsent: bool = False,
+    ) -> None:  # fmt: skip
         """See `Queue.fail`."""
-        self._limiter.hold_until(time.monotonic() + retry_after_seconds)  # whichever queue is next
         if claim in self._local_claims:
             await self._local.fail(
-                claim, error, retry_after_seconds=retry_after_seconds, suspicious=suspicious
+                claim, error, retry_after_seconds=retry_after_seconds, suspicious=suspicious, unsent=unsent
             )
             await self._local_is_over(claim)
         else:
+            backoff_seconds = MIN_BACKOFF_SECONDS if retry_after_seconds is None else retry_after_seconds
+            self._limiter.hold_until(time.monotonic() + backoff_seconds)  # whichever queue is next
             telling = self._shared.fail(
-                claim, error, retry_after_seconds=retry_after_seconds, suspicious=suspicious
+                claim, error, retry_after_seconds=retry_after_seconds, suspicious=suspicious, unsent=unsent
             )
             await self._shared_is_over(claim, telling)
 

@@ -27,7 +27,7 @@ class CallLimiter(Protocol):
         """  # noqa: D205 - one thought
 
     def hold_until(self, moment: float) -> None:
-        """Allow no call before `moment`."""
+        """Allow no call before `moment`; the last word counts."""
 
 
 class Limiter:
@@ -77,5 +77,5 @@ class Limiter:
         return True
 
     def hold_until(self, moment: float) -> None:
-        """Allow no call before `moment`."""
-        self._not_before = max(self._not_before, moment)
+        """See `CallLimiter.hold_until`."""
+        self._not_before = moment

@@ -167,7 +167,7 @@ class Listener:
 
     def _take(self, data: Any) -> None:
         try:
-            number, levels, errors, all_error, queue_id = unpack(data)
+            number, levels, errors, all_error, queue_id, *pause = unpack(data)
             if queue_id != self._heard.queue_id:
                 # Of another queue, or of this one since it was lost and made again: the next heartbeat says
                 # which. Until then nothing of it is believed, and what waits is asked for again.
@@ -176,7 +176,7 @@ class Listener:
             if number > self._heard.number + 1 and self._heard.number:
                 self._missed.set()
             self._heard.number = max(self._heard.number, number)
-            self._shared.published(levels, errors, all_error)
+            self._shared.published(levels, errors, all_error, *pause)
         except (StoreError, ValueError, TypeError, IndexError):
             self._metrics.store_garbage.inc()
             self._missed.set()

@@ -2,20 +2,22 @@
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 
-from services.cache_proxy.errors import PairError, StoreError
+from services.cache_proxy.errors import PairError, StoreError, Unavailable
 from services.cache_proxy.metrics import LANES, PRIORITIES, ProxyMetrics
 from services.cache_proxy.queue import (
-    MAX_ATTEMPTS,
-    MAX_BREAKDOWNS,
+    MAX_FAILED_BATCHES,
     MAX_REFUSALS,
     Asker,
     Claim,
     Enqueued,
+    GiveUp,
     NotYet,
     Outcome,
     Pair,
@@ -27,12 +29,15 @@ from services.cache_proxy.queue.admission import Admission
 from services.cache_proxy.queue.fair import Entry, Place
 from services.cache_proxy.queue.lanes import Lanes
 from services.cache_proxy.queue.limiter import CallLimiter
+from services.cache_proxy.queue.outage import BACKOFF_SPREAD, PROBE_PAIRS, Outage
 from services.cache_proxy.queue.overview import Overview
 from services.cache_proxy.queue.recent import Recent
 from services.cache_proxy.queue.suspects import Suspects
 from services.cache_proxy.quotas import Quota, QuotasNow, none
 
 _GATHER_SECONDS = 0.05  # where nothing but quotas holds pairs back, so much of them goes together
+_PROBE_SECONDS = 0.2  # after which it is looked again whether the call that probes the model is over
+_MIN_PUSHBACK_SECONDS = 1.0
 _LEAD_SECONDS = 0.015  # so long before its slot a batch is claimed, to be ready when that begins
 
 
@@ -48,10 +53,12 @@ class LocalQueue:
     def __init__(
         self, limits: QueueLimits, *, limiter: CallLimiter, settle: Settle, metrics: ProxyMetrics,
         replicas: Callable[[], int] = lambda: 1, quotas: QuotasNow = none,
+        give_up: GiveUp = lambda *_: None,
     ) -> None:  # fmt: skip
         """`replicas`: by how many, this one among them, every quota is shared."""
         self._limits = limits
         self._settle = settle
+        self._give_up = give_up
         self._metrics = metrics
         self._entries: dict[bytes, Entry] = {}
         self._held_bytes = 0  # of all entries, waiting or in flight
@@ -67,8 +74,8 @@ class LocalQueue:
         self._limiter = limiter
         self._last_claim: Claim | None = None  # the only one whose slot and quotas may be refunded
         self._last_spent: Spent = {}
-        self._failures_in_a_row = 0
-        self._failed_at = -math.inf  # when the last of them was noticed
+        self._outage = Outage(window_seconds=limits.retry_window_seconds)
+        self._probe: Claim | None = None  # the only call in flight that was begun while calls fail
         self._changed = asyncio.Event()
         self.last_loss: tuple[str, float] | None = None  # it shares nothing
         self.refusal: StoreError | None = None
@@ -87,21 +94,14 @@ class LocalQueue:
         """See `Queue.enqueue`."""
         now = _now()
         self._follow_quotas()
-        ended: dict[bytes, Outcome] = {}
-        fresh: dict[bytes, Pair] = {}
-        joined: list[Entry] = []
-        for pair in pairs:
-            entry = self._entries.get(pair.digest)
-            outcome = None if entry else self._recent.get(pair.digest, now=now)
-            if entry is not None:
-                joined.append(entry)
-            elif outcome is not None:
-                ended[pair.digest] = outcome
-            else:
-                fresh[pair.digest] = pair
+        ended, joined, fresh = self._sort(pairs, now)
+        waiting = [entry for entry in joined if self._lanes.waits(entry)]
+        down = self._model_is_down(asker, now=now, fresh=bool(fresh), waits=bool(fresh or waiting))
+        if down is not None:
+            return Enqueued({pair.digest: down for pair in pairs} | ended, frozenset())
         places = self._admission.admit(
-            list(fresh.values()), [entry for entry in joined if self._lanes.waits(entry)], asker, now=now,
-            held_pairs=len(self._entries), held_bytes=self._held_bytes,
+            list(fresh.values()), waiting, asker, now=now, held_pairs=len(self._entries),
+            held_bytes=self._held_bytes,
         )  # fmt: skip
         for entry in joined:
             entry.wanted = True
@@ -116,6 +116,24 @@ class LocalQueue:
         if fresh:
             self._changed.set()
         return Enqueued(ended, frozenset(fresh))
+
+    def _sort(
+        self, pairs: Sequence[Pair], now: float
+    ) -> tuple[dict[bytes, Outcome], list[Entry], dict[bytes, Pair]]:
+        """Return what ended lately, what is here already, and what is new."""
+        ended: dict[bytes, Outcome] = {}
+        joined: list[Entry] = []
+        fresh: dict[bytes, Pair] = {}
+        for pair in pairs:
+            entry = self._entries.get(pair.digest)
+            outcome = None if entry else self._recent.get(pair.digest, now=now)
+            if entry is not None:
+                joined.append(entry)
+            elif outcome is not None:
+                ended[pair.digest] = outcome
+            else:
+                fresh[pair.digest] = pair
+        return ended, joined, fresh
 
     async def leave(self, digests: Sequence[bytes]) -> None:
         """See `Queue.leave`."""
@@ -132,11 +150,15 @@ class LocalQueue:
         now = _now()
         self._follow_quotas()
         ready = self._lanes.ready(now=now)
-        probe = self._suspects.due(others_wait=ready > 0)
-        count = len(probe) or min(ready, self._limits.batch_pairs)
+        failing = self._outage.is_probed
+        if failing and self._probe is not None:
+            return NotYet(_PROBE_SECONDS)
+        most = min(PROBE_PAIRS, self._limits.batch_pairs) if failing else self._limits.batch_pairs
+        probe = self._suspects.due(others_wait=ready > 0)[:most]
+        count = len(probe) or min(ready, most)
         if not count:
             return NotYet(max(_GATHER_SECONDS, self._lanes.wait_seconds(now=now)))
-        linger_seconds = 0.0 if probe or self._full(ready) else self._limits.linger_seconds
+        linger_seconds = 0.0 if probe or failing or self._full(ready) else self._limits.linger_seconds
         company_comes_until = self._lanes.oldest_at(now=now) + linger_seconds if linger_seconds else now
         slot_at = now + self._limiter.wait_seconds(count, now=now)
         wait_seconds = max(company_comes_until, slot_at - _LEAD_SECONDS) - now
@@ -145,7 +167,7 @@ class LocalQueue:
         entries, counts = probe, dict[Quota, int]()
         if not probe:
             entries, counts = self._lanes.take(
-                batch_pairs=self._limits.batch_pairs, batch_bytes=self._limits.batch_bytes, now=now
+                batch_pairs=most, batch_bytes=self._limits.batch_bytes, now=now
             )
         traces = [trace for entry in entries for trace in entry.traces]
         requests = {entry.request for entry in entries}
@@ -158,6 +180,7 @@ class LocalQueue:
         self._last_spent = self._accounts.spend(counts, now=slot_at)
         self._suspects.sent(claim, probe)
         self._last_claim = claim
+        self._probe = claim if failing else self._probe
         return claim
 
     async def late(self, claim: Claim, *, seconds: float) -> bool:
@@ -166,17 +189,18 @@ class LocalQueue:
 
     async def put_back(self, claim: Claim) -> None:
         """See `Queue.put_back`."""
-        if claim is self._last_claim:  # the limits are still what this claim made them
-            self._limiter.refund(len(claim.pairs))
+        if claim is self._last_claim:
             self._accounts.refund(self._last_spent)
-            self._last_claim = None
+        self._free_slot(claim)
+        self._probe_is_over(claim)
         for entry in self._held(claim):
             entry.paid_by = None if entry.paid_by is claim else entry.paid_by
         self._not_judged(claim, self._wanted(self._held(claim)))
 
-    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
+    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True) -> None:
         """See `Queue.fulfil`."""
-        self._failures_in_a_row = 0
+        if inferred:
+            self._answered(claim)
         for entry in self._held(claim):
             outcome = outcomes.get(entry.pair.digest)
             if outcome is not None:
@@ -186,36 +210,73 @@ class LocalQueue:
             self._changed.set()
 
     async def fail(
-        self, claim: Claim, error: PairError, *, retry_after_seconds: float, suspicious: bool = False
-    ) -> None:
+        self, claim: Claim, error: Unavailable, *, retry_after_seconds: float | None = None,
+        suspicious: bool = False, unsent: bool = False,
+    ) -> None:  # fmt: skip
         """See `Queue.fail`."""
-        now = _now()
-        self._limiter.hold_until(now + retry_after_seconds)
-        if claim.send_at >= self._failed_at:  # calls that were under way together fail together: once
-            self._failures_in_a_row += 1
-            self._failed_at = now
-        down = self._failures_in_a_row >= (MAX_BREAKDOWNS if suspicious else MAX_ATTEMPTS)
+        now, outage = _now(), self._outage
+        outage.fail(
+            error.told_to_anyone(), sent_at=claim.send_at, now=now, pushback_seconds=retry_after_seconds,
+            suspicious=suspicious, spread=random.uniform(*BACKOFF_SPREAD),  # noqa: S311
+        )  # fmt: skip
+        error = replace(error, retry_after_seconds=max(_MIN_PUSHBACK_SECONDS, outage.not_before - now))
+        self._limiter.hold_until(outage.not_before)
+        self._probe_is_over(claim)
+        if unsent:
+            self._free_slot(claim)
         held = self._held(claim)
-        # It failed before, whole: one of its pairs may be why. Of a lone one that says nothing unless others
-        # passed meanwhile.
-        telling = len(held) > 1 or self._failures_in_a_row == 1
-        if suspicious and not down and telling and all(entry.attempts for entry in held):
+        # The model answered something since the failure before, so this one tells of the batch.
+        telling = outage.failures == 1
+        # Of a lone pair that failed again nothing is known unless others passed meanwhile.
+        is_judged = held and (len(held) > 1 or telling)
+        enough = 1 if suspicious else MAX_FAILED_BATCHES
+        if is_judged and not outage.is_down and all(entry.attempts >= enough for entry in held):
             self._suspect(claim, error, {})
             return
-        over: list[Entry] = []
-        again: list[Entry] = []
-        for entry in self._wanted(held):
-            entry.attempts += 1
-            (over if down or entry.attempts >= MAX_ATTEMPTS else again).append(entry)
-        self._not_judged(claim, again)
-        if down:  # whoever waits would wait for nothing
-            over += self._lanes.entries() + self._suspects.clear()
-        for entry in over:
+        for entry in held:
+            entry.attempts += suspicious or telling
+        again = self._wanted(held)
+        self._not_judged(claim, again, apart=suspicious and len(held) == 1)
+        if not outage.is_down:
+            self._give_up(outage.not_before, error)
+            return
+        for entry in self._lanes.entries() + self._suspects.clear():  # they would wait for nothing
             self._end(entry, error, remember=False)
+
+    def _answered(self, claim: Claim) -> None:
+        """The model answered: it may be called as the limit allows."""
+        self._probe_is_over(claim)
+        if self._outage.failures:
+            self._outage.end()
+            self._limiter.hold_until(_now())
+            self._changed.set()
+
+    def _probe_is_over(self, claim: Claim) -> None:
+        if claim is self._probe:
+            self._probe = None
+            self._changed.set()
+
+    def _free_slot(self, claim: Claim) -> None:
+        if claim is self._last_claim:  # the limit is still what this claim made it
+            self._limiter.refund(len(claim.pairs))
+            self._last_claim = None
+
+    def _model_is_down(self, asker: Asker, *, now: float, fresh: bool, waits: bool) -> Unavailable | None:
+        """Return why a request is refused: nothing new is queued while the model is down but for one probe,
+        and nothing waits for a next try that comes after the caller's deadline.
+        """  # noqa: D205 - one thought
+        outage = self._outage
+        outage.expire(now=now)
+        wait_seconds = outage.not_before - now
+        is_full = fresh and outage.is_down and (wait_seconds > 0 or bool(self._entries))
+        is_late = waits and now + wait_seconds > asker.deadline
+        if outage.error is None or not (is_full or is_late):
+            return None
+        return replace(outage.error, retry_after_seconds=max(_MIN_PUSHBACK_SECONDS, wait_seconds))
 
     async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
         """See `Queue.refuse`."""
-        self._failures_in_a_row = 0
+        self._answered(claim)
         self._suspect(claim, error, named)
 
     def _suspect(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
@@ -247,7 +308,8 @@ class LocalQueue:
             batch_seconds=limiter.slot_seconds,
             pairs_per_second=limits.pairs_per_second,
             calls_per_second=limits.calls_per_second,
-            failures_in_a_row=self._failures_in_a_row,
+            failures_in_a_row=self._outage.failures,
+            is_down=self._outage.is_down,
             live_replicas=1,
             silent_replicas=None,
         )
@@ -336,8 +398,8 @@ class LocalQueue:
             all_ready and self._lanes.size_bytes >= self._limits.batch_bytes
         )
 
-    def _not_judged(self, claim: Claim, entries: Sequence[Entry]) -> None:
-        if self._suspects.undo(claim, entries):
+    def _not_judged(self, claim: Claim, entries: Sequence[Entry], *, apart: bool = False) -> None:
+        if self._suspects.undo(claim, entries, apart=apart):
             self._changed.set()
         else:
             self._wait_again(entries)

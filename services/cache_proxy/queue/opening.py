@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from services.cache_proxy.errors import AccessRefusedByStore, PairError, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Queue, QueueLimits, Settle
+from services.cache_proxy.queue import GiveUp, Queue, QueueLimits, Settle
 from services.cache_proxy.queue.access_check import AccessCheck
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.gcra import PACE
@@ -84,13 +84,13 @@ class SharedRedis:
 
 def open_local(
     limits: QueueLimits, *, settle: Settle, metrics: ProxyMetrics, expected_replicas: int = 1,
-    quotas: QuotasNow = none,
+    quotas: QuotasNow = none, give_up: GiveUp = lambda *_: None,
 ) -> LocalQueue:  # fmt: skip
     """The queue of a process that shares nothing, so keeps to its share of the rate and of every quota."""
     limiter = _limiter(limits, replicas=expected_replicas)
     queue = LocalQueue(
         limits, limiter=limiter, settle=settle, metrics=metrics, replicas=lambda: expected_replicas,
-        quotas=quotas,
+        quotas=quotas, give_up=give_up,
     )  # fmt: skip
     queue.show_metrics()
     return queue
@@ -99,7 +99,7 @@ def open_local(
 @asynccontextmanager
 async def open_shared(
     limits: QueueLimits, shared: SharedRedis, *, replica: str, settle: Settle, metrics: ProxyMetrics,
-    quotas: QuotasNow = none,
+    quotas: QuotasNow = none, give_up: GiveUp = lambda *_: None,
 ) -> AsyncIterator[ProxyQueue]:  # fmt: skip
     """The queue of all replicas, for as long as the block lasts. Redis need not be there yet."""
     home = Home(shared.client, key=shared.keys.limit, user=shared.user)
@@ -107,11 +107,11 @@ async def open_shared(
     limiter = SlotLimiter(_limiter(limits, replicas=shared.expected_replicas))
     asked = RedisQueue(
         scripts, replica=replica, limits=limits, lease_seconds=shared.lease_seconds, settle=settle,
-        metrics=metrics, quotas=quotas,
+        metrics=metrics, quotas=quotas, give_up=give_up,
     )  # fmt: skip
     local = LocalQueue(
         limits, limiter=limiter, settle=lambda digest, outcome: asked.end({digest: outcome}), metrics=metrics,
-        replicas=lambda: limiter.replicas or shared.expected_replicas, quotas=quotas,
+        replicas=lambda: limiter.replicas or shared.expected_replicas, quotas=quotas, give_up=give_up,
     )  # fmt: skip
     queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
     access = AccessCheck(

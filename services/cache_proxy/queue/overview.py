@@ -55,6 +55,7 @@ class Overview:
     live_replicas: int | None
     silent_replicas: int | None
     reports: Sequence[Report] | None = None
+    is_down: bool = False  # the model has answered nothing for the retry window
 
     def wait_seconds(self, lane: str) -> float | None:
         """How long a pair that comes now would wait for its call if it went to the lane's end."""
@@ -76,7 +77,7 @@ def read_overview(reply: Any) -> Overview:
     try:
         (
             now_ms, waiting, next_call_ms, batch_pairs, batch_ms, pairs_rate, calls_rate, failures, live,
-            silent, reports,
+            silent, reports, is_down,
         ) = unpack(reply)  # fmt: skip
         pairs_per_second, calls_per_second = (
             _number(rate, most=_MAX_RATE) for rate in (pairs_rate, calls_rate)
@@ -90,6 +91,7 @@ def read_overview(reply: Any) -> Overview:
             pairs_per_second=None if pairs_per_second is None else pairs_per_second / PACE,
             calls_per_second=None if calls_per_second is None else calls_per_second / PACE,
             failures_in_a_row=_count(failures),
+            is_down=is_down == 1,
             live_replicas=_count(live),
             silent_replicas=_count(silent),
             reports=[

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import math
+import random
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -12,13 +13,13 @@ from typing import Any
 from services.cache_proxy.errors import PairError, QueueFull, StoreError, Unavailable
 from services.cache_proxy.metrics import LANES, ProxyMetrics
 from services.cache_proxy.queue import (
-    MAX_ATTEMPTS,
-    MAX_BREAKDOWNS,
+    MAX_FAILED_BATCHES,
     MAX_REFUSALS,
     NONSENSE_SECONDS,
     Asker,
     Claim,
     Enqueued,
+    GiveUp,
     NotYet,
     Outcome,
     Pair,
@@ -28,6 +29,14 @@ from services.cache_proxy.queue import (
 )
 from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.messages import pack, pack_error, unpack, unpack_error
+from services.cache_proxy.queue.outage import (
+    BACKOFF_SPREAD,
+    MAX_BACKOFF_SECONDS,
+    MAX_BREAKDOWN_BACKOFF_SECONDS,
+    MAX_BREAKDOWNS,
+    MIN_BACKOFF_SECONDS,
+    Outage,
+)
 from services.cache_proxy.queue.overview import MAX_REPORT_BYTES, MAX_REPORTS, Overview, read_overview
 from services.cache_proxy.queue.scripts import Scripts
 from services.cache_proxy.queue.waiting_pairs import Noted, Turn, WaitingPair
@@ -42,6 +51,9 @@ _JOINED, _FAILED, _QUEUED = 17, 18, 16
 _LEASE_MARGIN_SECONDS = 5.0
 _AHEAD_MS = 60
 _TIMERS_MS = 2  # scripts and the loop's timers count whole milliseconds, and each rounds up
+_FIRST_ASIDE_SECONDS, _ASIDE_SECONDS = 30.0, 60.0  # while others' calls are answered and its own failed
+_HELP_SECONDS = 1.0
+_MIN_PUSHBACK_SECONDS = 1.0
 _DEFER_SECONDS = 0.2  # whose calls just failed lets another replica have the next slot
 _PART_SECONDS = 0.06  # for two parts of 500 to be published, on a machine with little time
 _OTHERS_SECONDS = 0.5  # whoever queued a pair claims it; whose replica is gone or paused does not
@@ -56,6 +68,9 @@ _UNREADABLE_RETRY_SECONDS = 1.0
 class RedisQueue:
     """State: `_asked`, the pairs for which somebody waits here, and `_held`, the claims in work here.
 
+    And `_own`, this replica's own failed calls in a row, and `_not_before` which it claims nothing after
+    them: others may be able to call the model. `_help_until`: until then it claims what others cannot send.
+
     And `run`, the server that the last heartbeat reached (the listener's to set), and `_look`, when to ask
     for a call of what others queued. All are touched only from
     the event loop. A pair is in `_asked` before the script that queues it runs, so an answer published in
@@ -66,6 +81,7 @@ class RedisQueue:
     def __init__(
         self, scripts: Scripts, *, replica: str, limits: QueueLimits, lease_seconds: float,
         settle: Settle, metrics: ProxyMetrics, quotas: QuotasNow = none,
+        give_up: GiveUp = lambda *_: None,
     ) -> None:  # fmt: skip
         self._scripts = scripts
         self.replica = replica
@@ -74,6 +90,7 @@ class RedisQueue:
         self._linger_ms = max(0, round(limits.linger_seconds * 1000) - _TIMERS_MS)
         self._lease_ms = round((lease_seconds + _LEASE_MARGIN_SECONDS) * 1000)
         self._settle = settle
+        self._give_up = give_up
         self._metrics = metrics
         self._quotas = quotas
         self._together = Riders(
@@ -88,6 +105,8 @@ class RedisQueue:
         self._changed = asyncio.Event()
         self._look: asyncio.TimerHandle | None = None
         self._not_before = 0.0
+        self._own = Outage(window_seconds=limits.retry_window_seconds)
+        self._help_until = 0.0
         for priority in LANES:
             metrics.queue_pairs.labels(priority).set_function(partial(self._count, priority))
 
@@ -271,12 +290,15 @@ class RedisQueue:
 
     async def publish(self, outcomes: Mapping[bytes, Outcome]) -> None:
         """Tell all replicas how pairs ended that were never claimed, or whose claim is long over."""
-        await self._publish("", outcomes)
+        await self._publish("", outcomes, inferred=False)
 
     async def claim(self) -> Claim | NotYet:
-        """See `Queue.claim`. Only a replica where somebody waits claims: others would only be in the way."""
+        """See `Queue.claim`. Only a replica where somebody waits claims: others would only be in the way.
+
+        But for those whose own calls fail.
+        """
         now = time.monotonic()
-        if not self._asked:
+        if not self._asked and now >= self._help_until:
             return NotYet(math.inf)
         if now < self._not_before:
             return NotYet(self._not_before - now)
@@ -284,8 +306,11 @@ class RedisQueue:
         reply = await self._scripts.run("claim", [
             self.replica, claim_id, limits.pairs_per_second * PACE, limits.calls_per_second * PACE,
             limits.batch_pairs, limits.batch_bytes, self._linger_ms, self._lease_ms,
-            _AHEAD_MS, self.run,
+            _AHEAD_MS, self.run, self._failed_ago_ms(now),
         ])  # fmt: skip
+        if reply[0] == b"aside":
+            self._not_before = now + reply[1] / 1000
+            return NotYet(reply[1] / 1000)
         if reply[0] == b"wait":
             return NotYet(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))
         until_send_ms, until_slot_ms, packed, traces, request = reply[1:6]
@@ -297,6 +322,14 @@ class RedisQueue:
         claim = Claim(claim_id, pairs, send_at, slot_at, traces, request.decode("ascii", "replace"))
         self._held[claim_id] = {pair.digest for pair in pairs}
         return claim
+
+    def _failed_ago_ms(self, now: float) -> int:
+        """Return how long ago this replica's last call failed, -1 if it did not or others' would have too."""
+        if not self._own.is_probed:
+            return -1
+        aside_seconds = _ASIDE_SECONDS if self._own.failures > 1 else _FIRST_ASIDE_SECONDS
+        failed_ago = now - self._own.failed_at
+        return round(failed_ago * 1000) if failed_ago < aside_seconds else -1
 
     def _read(self, batch: Iterable[tuple[bytes, bytes, bytes, float]]) -> Iterator[Pair]:
         """The pairs of a batch that can be read; the others nobody here could answer."""
@@ -318,34 +351,44 @@ class RedisQueue:
         """See `Queue.put_back`."""
         await self._over(claim, "put_back", [])
 
-    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome]) -> None:
+    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True) -> None:
         """See `Queue.fulfil`."""
         self.end(outcomes)  # whoever waits here need not wait for Redis
+        if inferred:
+            self._own.end()
         try:
-            await self._publish(claim.id, outcomes)
+            await self._publish(claim.id, outcomes, inferred=inferred)
         finally:
             self._let_go(claim, outcomes)
 
     async def fail(
-        self,
-        claim: Claim,
-        error: PairError,
-        *,
-        retry_after_seconds: float,
-        suspicious: bool = False,
-    ) -> None:
-        """See `Queue.fail`."""
-        self._not_before = time.monotonic() + retry_after_seconds + _DEFER_SECONDS
+        self, claim: Claim, error: Unavailable, *, retry_after_seconds: float | None = None,
+        suspicious: bool = False, unsent: bool = False,
+    ) -> None:  # fmt: skip
+        """See `Queue.fail`. This replica's own failures defer its own claims; the fleet counts its own."""
+        now, limits = time.monotonic(), self._limits
+        spread = random.uniform(*BACKOFF_SPREAD)  # noqa: S311
+        self._own.fail(
+            error, sent_at=claim.send_at, now=now, pushback_seconds=retry_after_seconds,
+            suspicious=suspicious, spread=spread,
+        )  # fmt: skip
+        self._not_before = self._own.not_before + _DEFER_SECONDS
+        pushback_ms = -1 if retry_after_seconds is None else round(retry_after_seconds * 1000)
         arguments = [
-            round(retry_after_seconds * 1000), pack(pack_error(error)), MAX_ATTEMPTS,
-            MAX_BREAKDOWNS if suspicious else MAX_ATTEMPTS, int(suspicious), MAX_REFUSALS,
+            pushback_ms, pack(pack_error(error)), round(limits.retry_window_seconds * 1000),
+            round(spread * MIN_BACKOFF_SECONDS * 1000), round(MAX_BACKOFF_SECONDS * 1000),
+            round(MAX_BREAKDOWN_BACKOFF_SECONDS * 1000), int(suspicious), int(unsent), MAX_FAILED_BATCHES,
+            MAX_BREAKDOWNS, MAX_REFUSALS,
         ]  # fmt: skip
         await self._over(claim, "fail", arguments)
 
     async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
         """See `Queue.refuse`."""
         reasons = [[digest, pack_error(reason)] for digest, reason in named.items()]
-        await self._over(claim, "refuse", [pack(pack_error(error)), pack(reasons), MAX_REFUSALS])
+        self._own.end()
+        await self._over(
+            claim, "refuse", [pack(pack_error(error)), pack(reasons), MAX_REFUSALS, self.replica]
+        )
 
     async def overview(self, *, minutes: int) -> Overview:
         """See `ProxyQueue.overview`."""
@@ -357,8 +400,22 @@ class RedisQueue:
         await self._changed.wait()
         self._changed.clear()
 
-    def published(self, levels: bytes, errors: Iterable[tuple[bytes, Any]], all_error: Any) -> None:
-        """Answers that some replica published."""
+    def published(
+        self, levels: bytes, errors: Sequence[tuple[bytes, Any]], all_error: Any, pause: Any = None
+    ) -> None:
+        """Take in what some replica published.
+
+        `pause` is how long nobody calls the model, in ms, and why.
+        """
+        if pause:
+            milliseconds, error = pause
+            seconds = float(milliseconds) / 1000
+            if not 0 <= seconds <= _MAX_PATIENCE_SECONDS:
+                raise ValueError(milliseconds)
+            self._give_up(time.monotonic() + seconds, self._error(error))
+        if not levels and not errors and not all_error:
+            self._help_until = time.monotonic() + _HELP_SECONDS
+            self._changed.set()
         for at in range(0, len(levels) - _DIGEST_BYTES, _LEVEL_BYTES):
             level = levels[at + _DIGEST_BYTES]
             if level in _LEVELS:
@@ -399,13 +456,13 @@ class RedisQueue:
     def _count(self, priority: str) -> int:
         return sum(asked.priority == priority for asked in self._asked.values())
 
-    async def _publish(self, claim_id: str, outcomes: Mapping[bytes, Outcome]) -> None:
+    async def _publish(self, claim_id: str, outcomes: Mapping[bytes, Outcome], *, inferred: bool) -> None:
         for chunk in _chunks(list(outcomes.items())):
             levels = b"".join(key + bytes((level,)) for key, level in chunk if isinstance(level, int))
             errors = [[key, pack_error(error)] for key, error in chunk if isinstance(error, PairError)]
-            await self._scripts.run(
-                "fulfil", [claim_id, levels, pack(errors), round(NONSENSE_SECONDS * 1000)]
-            )
+            await self._scripts.run("fulfil", [
+                claim_id, levels, pack(errors), round(NONSENSE_SECONDS * 1000), int(inferred), self.replica,
+            ])  # fmt: skip
 
     def _end(self, digest: bytes, outcome: Outcome) -> None:
         self._asked.pop(digest, None)
@@ -439,7 +496,7 @@ class RedisQueue:
             return reply[1], reply[2], reply[3] / 1000
         wait_seconds = reply[1] / 1000
         if reply[0] == b"down":
-            error = pack_error(Unavailable("the model is down", max(1.0, wait_seconds)))
+            error = self._down(reply[2], wait_seconds)
             return bytes([_FAILED]) * len(pairs), [error] * len(pairs), 0.0
         raise _refused(
             reply,
@@ -452,8 +509,8 @@ class RedisQueue:
     async def _enqueue_together(self, requests: Sequence[list[Any]]) -> Sequence[Any]:
         limits = self._limits
         arguments = [
-            self.replica, limits.max_pairs, limits.max_bytes, limits.batch_pairs, MAX_ATTEMPTS,
-            pack(requests),
+            self.replica, limits.max_pairs, limits.max_bytes, limits.batch_pairs,
+            round(limits.retry_window_seconds * 1000), pack(requests),
         ]  # fmt: skip
         async with self._in_turn:
             replies = unpack(await self._scripts.run("enqueue", arguments))
@@ -474,6 +531,14 @@ class RedisQueue:
                 ended[pair.digest] = state
             elif state == _QUEUED:
                 queued.add(pair.digest)
+
+    def _down(self, reason: Any, wait_seconds: float) -> list[Any]:
+        """Return the error of pairs that are refused while the model is down: why its last call failed."""
+        error = self._error(reason) if reason else None
+        if not isinstance(error, Unavailable):
+            error = Unavailable("the model is down", 0.0)
+        error.retry_after_seconds = max(_MIN_PUSHBACK_SECONDS, wait_seconds)
+        return pack_error(error)
 
     def _error(self, packed: Any) -> PairError:
         """Return the error that some replica packed. What cannot be read is counted, and may be retried."""

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,19 @@ _REFUSED_COMMAND = re.compile(r"the '([^']{1,60})' command")
 
 
 class Keys:
-    """Every key of the queue: one limit for a deployment, one queue for a namespace, all on one hash tag.
+    """Every key of the queue, on one hash tag.
+
+    They are one limit for a deployment, one queue for a namespace, and the failures of each model target.
 
     `base` itself is never a key. So while a Cluster moves the slot, a script, which declares both, is refused
     (TRYAGAIN) instead of run on what of the queue is still there.
     """
 
-    def __init__(self, *, prefix: str, namespace: str) -> None:
+    def __init__(self, *, prefix: str, namespace: str, model_target: str = "") -> None:
         self.limit = f"{{{prefix}}}:limit"
+        target = blake2b(model_target.encode(), digest_size=8).hexdigest()
+        self.model = f"{self.limit}:model:{target}"
+        """The failures of a model target: of all namespaces that call it."""
         self.base = f"{{{prefix}}}:q1:{namespace}:"
         self.log = f"{self.base}log"
         """Of what was invalidated: see `store/invalidation.py`."""
@@ -87,7 +93,7 @@ class Scripts:
         self._scripts = {name: Script(prelude + (_FOLDER / f"{name}.lua").read_text()) for name in _NAMES}
         self._home = home
         self.channel = keys.channel(home.database)
-        self._keys = [keys.limit, keys.base, self.channel]
+        self._keys = [keys.limit, keys.base, self.channel, keys.model]
         self._metrics = metrics
         self._turns = asyncio.Semaphore(_MAX_CALLS)
         self._repaired_for: str | None = None

@@ -82,8 +82,8 @@ class SlotLimiter:
         return seconds <= _ROOM_SECONDS
 
     def hold_until(self, moment: float) -> None:
-        """Allow no call before `moment`."""
-        self._not_before = max(self._not_before, moment)
+        """See `CallLimiter.hold_until`."""
+        self._not_before = moment
         self._share.hold_until(moment)
 
     def _moment(self, now: float, membership: Membership) -> int:

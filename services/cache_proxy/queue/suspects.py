@@ -67,11 +67,17 @@ class Suspects(Generic[_E]):
             self._groups.appendleft(group)
         return list(rest or ())
 
-    def undo(self, claim: Claim, entries: Iterable[_E]) -> bool:
-        """The batch was not judged: if it was a probe, `entries` are suspects again. Whether it was."""
+    def undo(self, claim: Claim, entries: Iterable[_E], *, apart: bool = False) -> bool:
+        """The batch was not judged: if it was a probe, `entries` are suspects again. Whether it was.
+
+        `apart`: the rest of the group is probed before them, for if it passes the model is well.
+        """
         rest = self._held.pop(claim, None)
         if rest is None:
             return False
+        if apart and rest:
+            self._groups.extendleft(group for group in (dict.fromkeys(entries), rest) if group)
+            return True
         group = dict.fromkeys(entries) | rest
         if group:
             self._groups.appendleft(group)

@@ -8,7 +8,6 @@ import msgspec
 
 from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.metrics import LANES
-from services.cache_proxy.queue import MAX_ATTEMPTS
 from services.cache_proxy.queue.overview import Overview
 from services.cache_proxy.status.counts import (
     SPAN_SECONDS,
@@ -207,7 +206,7 @@ def _model(overview: Overview | None, sums: Sums) -> Model:
     if overview is None or failures is None:
         return Model("unknown", None, None, last)
     state: Literal["ok", "failing", "down"] = "failing" if failures else "ok"
-    if failures >= MAX_ATTEMPTS:
+    if overview.is_down:
         state = "down"
     return Model(state, failures, overview.next_call_seconds, last)
 

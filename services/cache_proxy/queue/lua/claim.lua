@@ -5,7 +5,9 @@
 -- ARGV[6]  most bytes in a batch   ARGV[7]  linger, ms   ARGV[8]  lease, ms
 -- ARGV[9]  how long before its slot a full batch may be claimed, ms
 -- ARGV[10] the server that the replica's last heartbeat reached
+-- ARGV[11] ms ago that the replica's own last call failed; -1: it was answered, or too long ago to matter
 -- Returns  {'wait', ms; -1 if nothing waits}
+--          {'aside', ms}: another replica's calls are answered, and this one's are not
 --          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited},
 --           contexts of the spans that wait for them, at most MAX_LINKS,
 --           the request that queued all of them, '' if there were several}
@@ -60,6 +62,14 @@ if ARGV[10] ~= run then -- what it may just have spent elsewhere is not told her
 end
 local limit = redis.call('HMGET', LIMIT, 'run', 'pairs_tat', 'calls_tat', 'not_before')
 local pairs_tat, calls_tat, not_before = number(limit[2]), number(limit[3]), not_before_of(limit[4])
+local failing, most_pairs = false, batch_pairs
+do
+  local failures, backoff_until, breaking = model.backoff()
+  not_before = math.max(not_before, backoff_until)
+  if failures > 0 and not breaking then -- one small call at a time finds out whether the model is back
+    failing, most_pairs = true, math.min(model.PROBE_PAIRS, batch_pairs)
+  end
+end
 local burst = math.max(interval(pairs_rate, batch_pairs), interval(calls_rate, 1))
 local latest = now + burst + ahead + LEAD_MS + batch_pairs / PAIRS_A_MS + LATE_MS
 if limit[1] ~= run or not pairs_tat or not calls_tat or pairs_tat > latest or calls_tat > latest then
@@ -129,17 +139,31 @@ if waiting == 0 and groups == 0 then
   return { 'wait', held_until and math.ceil(math.max(GATHER_MS, held_until - now)) or -1 }
 end
 
+-- A replica whose own calls fail leaves the slots to those whose calls are answered, and tells them that pairs wait.
+local AGAIN_MS = 200
+if tonumber(ARGV[11]) >= 0 then
+  local other = redis.call('HMGET', META, 'answered_by', 'answered_at')
+  if other[1] and other[1] ~= replica and (number(other[2]) or 0) > now - tonumber(ARGV[11])
+    and now - (number(redis.call('ZSCORE', REPLICAS, other[1])) or 0) <= SILENT_MS then
+    publish('', {})
+    return { 'aside', AGAIN_MS }
+  end
+end
+if failing and redis.call('HEXISTS', CLAIMS, redis.call('HGET', MODEL, 'probe') or '') == 1 then
+  return { 'wait', AGAIN_MS }
+end
+
 local probing = groups > 0 and (waiting == 0 or meta('since_probe') >= SUSPECT_EVERY)
 local group = {}
 if probing then
   local packed = unpack_safely(redis.call('LINDEX', GROUPS, -1))
   group = packed and type(packed[1]) == 'string' and split(packed[1]) or {}
 end
-local count = math.min(batch_pairs, probing and #group or waiting)
-local company_until = not probing and waiting < batch_pairs and oldest and oldest + linger or now
+local count = math.min(most_pairs, probing and #group or waiting)
+local company_until = not probing and not failing and waiting < batch_pairs and oldest and oldest + linger or now
 local wait = math.max(0, company_until - now, not_before - now, calls_rate > 0 and calls_tat - now or 0,
   pairs_rate > 0 and pairs_tat + interval(pairs_rate, count) - interval(pairs_rate, batch_pairs) - now or 0)
-local early = waiting >= batch_pairs and ahead or LEAD_MS
+local early = waiting >= batch_pairs and not failing and ahead or LEAD_MS
 if wait > early or company_until > now then
   return { 'wait', math.ceil(math.max(company_until - now, wait - early, 1)) }
 end
@@ -219,7 +243,7 @@ if probing then
   rest = {}
   local full = false
   for at, digest in ipairs(alive) do
-    full = full or at > half or #chosen == batch_pairs or not add(digest, batch_bytes)
+    full = full or at > half or #chosen == most_pairs or not add(digest, batch_bytes)
     if full then
       rest[#rest + 1] = digest
     end
@@ -321,11 +345,11 @@ else
     end
   end
   -- Nothing is taken out of a lane before all is chosen, so places in it hold.
-  if batch_pairs > 1 then
-    fill('bulk', math.ceil(batch_pairs / BULK_SHARE), math.floor(batch_bytes / BULK_SHARE), true)
+  if most_pairs > 1 then
+    fill('bulk', math.ceil(most_pairs / BULK_SHARE), math.floor(batch_bytes / BULK_SHARE), true)
   end
   for _, lane in ipairs(LANES) do
-    fill(lane, batch_pairs - #chosen, batch_bytes)
+    fill(lane, most_pairs - #chosen, batch_bytes)
   end
 end
 for _, digest in ipairs(chosen) do
@@ -381,6 +405,9 @@ if #chosen == 0 then
 end
 
 claim.digests = chosen
+if failing then
+  redis.call('HSET', MODEL, 'probe', id)
+end
 redis.call('HSET', CLAIMS, id, cmsgpack.pack({ replica = claim.replica, at = claim.at, send_at = claim.send_at,
   slot_at = claim.slot_at, lease_until = claim.lease_until }))
 local spent = {}

@@ -1,19 +1,20 @@
 -- Have pairs wait, or learn how they ended. Repeating it changes nothing: it is also the waiters' poll.
 -- ARGV[1]  replica   ARGV[2]  most pairs, [3] most bytes that may be held
 -- ARGV[4]  pairs in a batch, if the deployment's were lost
--- ARGV[5]  failed calls in a row after which the model is taken for down
+-- ARGV[5]  ms for which pairs are retried while the model answers nothing
 -- ARGV[6]  requests: msgpack list of {caller, lane, ms that the caller will wait, pairs and bytes of the request
 --          that follow in further calls, token (the request's name; what follows was admitted with the first new pair), polling (1:
 --          admitted before), list of {digest, company, title, size}, context of the caller's span or '', and, if
 --          there is one, the caller's quota: {account, pairs a second, pairs that may wait} (0: any number)}
 -- Returns  msgpack list of a reply a request, by position:
---          {'full' | 'late' | 'down' | 'queued' | 'slow', ms to wait, held pairs or bytes}: nothing was queued; the
+--          {'full' | 'late' | 'queued' | 'slow', ms to wait, held pairs or bytes}: nothing was queued; the
 --          last two are the quota's: pairs that may wait, pairs a second
+--          {'down', ms to wait, the error of the last failed call or false}: nothing was queued
 --          {'ok', one byte a pair: 1-7 its level, 16 queued by this call, 17 joined, 18 failed,
 --           list of the errors of those that failed, ms after which a call is for the replica to see to: 0 if this
 --           changed what waits, or if nobody else sees to it; else no call is possible before}
 local replica, most_pairs, most_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local batch_pairs, batch_ms, most_failures = pairs_in_batch(tonumber(ARGV[4])), slot_ms(), tonumber(ARGV[5])
+local batch_pairs, batch_ms, window = pairs_in_batch(tonumber(ARGV[4])), slot_ms(), tonumber(ARGV[5])
 local requests = cmsgpack.unpack(ARGV[6])
 local RESERVATION_MS = 10000
 
@@ -55,13 +56,16 @@ for at = 1, #stored, 2 do
     held, held_bytes = held + tonumber(count), held_bytes + tonumber(size)
   end
 end
-local limit = redis.call('HMGET', LIMIT, 'failures', 'not_before', 'calls_tat', 'pairs_tat')
-local failures, not_before = number(limit[1]) or 0, not_before_of(limit[2])
+local limit = redis.call('HMGET', LIMIT, 'not_before', 'calls_tat', 'pairs_tat')
+local failures, backoff_until = model.backoff()
+local not_before = math.max(not_before_of(limit[1]), backoff_until)
+local outage = redis.call('HMGET', META, 'down', 'failing_at', 'reason')
+local is_down = outage[1] == '1' and not model.is_over(number(outage[2]) or 0, backoff_until, window)
 -- What no call can have spent (by another clock, say) the next claim puts right; but who is refused never claims.
 local function spent_until(tat)
   return math.min(number(tat) or 0, now + batch_ms + LATE_MS)
 end
-local first_wait = math.max(0, math.max(spent_until(limit[3]), not_before) - now)
+local first_wait = math.max(0, math.max(spent_until(limit[2]), not_before) - now)
 
 -- How many of the pairs that wait in a lane may go within so many ms, as the quota has it.
 local function may_go(lane, within)
@@ -93,7 +97,7 @@ local function calls_until(priority, ahead, within)
 end
 
 local function wait_of(count, calls)
-  local pairs_wait = spent_until(limit[4]) + math.min(1, count / batch_pairs) * batch_ms - batch_ms - now
+  local pairs_wait = spent_until(limit[3]) + math.min(1, count / batch_pairs) * batch_ms - batch_ms - now
   return math.max(first_wait, pairs_wait) + (math.max(1, calls) - 1) * batch_ms
 end
 
@@ -142,8 +146,11 @@ end
 -- Of `turn` pairs that would wait in the caller's own turn, of which `count` are new and would be held, and of those
 -- joined that go out last.
 local function refusal(caller, lane, patience, turn, count, size, joined_wait, quota)
-  if count > 0 and failures >= most_failures and not_before > now then
-    return { 'down', not_before - now, '' } -- until then; who asks next is the probe
+  -- While the model is down, whoever asks next when a call is due is the probe. Nobody waits for a call that comes
+  -- after his deadline.
+  if count > 0 and is_down and (backoff_until > now or held > 0)
+    or failures > 0 and backoff_until - now > patience and count + turn + joined_wait > 0 then
+    return { 'down', math.max(0, backoff_until - now), unpack_safely(outage[3]) or false }
   end
   local wait, quota_wait = joined_wait, 0
   if turn > 0 then
@@ -379,7 +386,7 @@ local function enqueue(
     reserve(token, following, following_bytes, account)
   end
 
-  stirred = #fresh > 0 or failures > 0 -- whose calls fail waits a little longer than others
+  stirred = #fresh > 0 or failures > 0 or redis.call('HEXISTS', META, 'failing_since') == 1 -- whose calls fail waits a little longer than others
   for _, digest in ipairs(joined) do
     room = join(digest, priority, account, caller, now + patience, polling == 1, room, context)
   end

@@ -2,6 +2,7 @@
 -- ARGV[1]  the claim's id   ARGV[2]  17 bytes a pair: digest, level   ARGV[3]  msgpack list of {digest, error},
 --          of pairs that the model answered with nonsense
 -- ARGV[4]  ms for which nonsense is remembered when it comes twice; twice as long each time it comes again
+-- ARGV[5]  1 if the model answered, 0 if the answers were found elsewhere   ARGV[6]  replica
 -- The tombstones of what was invalidated are `cache-proxy invalidate`'s (store/lua/bury.lua): digest, or `*`, and when.
 local id, levels, errors = ARGV[1], ARGV[2], cmsgpack.unpack(ARGV[3])
 publish(levels, errors)
@@ -21,9 +22,11 @@ for _, digest in ipairs(digests) do
     forget(digest)
   end
 end
-redis.call('HDEL', LIMIT, 'failures')
+if ARGV[5] == '1' then
+  model.answered(ARGV[6])
+end
 local claim = load_claim(id)
-local function is_over()
+local function has_ended()
   for at, digest in ipairs(claim.digests) do
     if records[digest] == nil then
       load_pairs({ unpack(claim.digests, at, math.min(at + 50, #claim.digests)) })
@@ -34,7 +37,7 @@ local function is_over()
   end
   return true
 end
-if claim and is_over() then
+if claim and has_ended() then
   end_claim(id)
   if claim.rest then -- the probe passed: the bad pair is among the rest
     suspects(claim.rest)

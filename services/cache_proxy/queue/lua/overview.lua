@@ -5,7 +5,7 @@
 -- Returns  msgpack {now ms, {interactive, bulk, refresh waiting}, ms until a call is allowed, pairs in a batch,
 --          ms between full batches, pairs a second, calls a second (as they are spent; 0: no limit),
 --          failed calls in a row, replicas heard of lately, replicas that are silent,
---          {minute, list of reports} for each minute}
+--          {minute, list of reports} for each minute, 1 if the model has answered nothing for the retry window}
 local minutes, most_replicas, most_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local waiting, next_pairs = {}, 1
 for at, lane in ipairs(LANES) do
@@ -15,14 +15,14 @@ for at, lane in ipairs(LANES) do
   end
   next_pairs = next_pairs + waiting[at]
 end
-local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second', 'pairs_tat', 'calls_tat',
-  'not_before', 'failures')
+local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second', 'pairs_tat', 'calls_tat', 'not_before')
+local failures, backoff_until = model.backoff()
 local pairs_rate, calls_rate = number(limit[1]), number(limit[2])
 local batch_pairs, batch_ms = pairs_in_batch(false), slot_ms()
 local function spent_until(tat) -- as in enqueue.lua
   return math.min(number(tat) or 0, now + batch_ms + LATE_MS)
 end
-local free_at = math.max(now, not_before_of(limit[5]), calls_rate and calls_rate > 0 and spent_until(limit[4]) or 0)
+local free_at = math.max(now, not_before_of(limit[5]), backoff_until, calls_rate and calls_rate > 0 and spent_until(limit[4]) or 0)
 if batch_pairs and pairs_rate and pairs_rate > 0 then
   local unused = math.max(0, batch_pairs - next_pairs) -- the rest of the burst is not asked for
   free_at = math.max(free_at, spent_until(limit[3]) - unused * 1000 / pairs_rate)
@@ -42,6 +42,6 @@ for minute = this_minute - minutes + 1, this_minute do
   reports[#reports + 1] = { minute, found }
 end
 return cmsgpack.pack({ now, waiting, free_at - now, batch_pairs, batch_ms, pairs_rate or false,
-  calls_rate or false, limit[6] and (number(limit[6]) or false) or 0,
+  calls_rate or false, failures,
   redis.call('ZCOUNT', REPLICAS, now - CUT_OFF_MS, '+inf'),
-  redis.call('ZCOUNT', REPLICAS, '-inf', '(' .. (now - CUT_OFF_MS)), reports })
+  redis.call('ZCOUNT', REPLICAS, '-inf', '(' .. (now - CUT_OFF_MS)), reports, meta('down') })

@@ -4,14 +4,16 @@
 -- KEYS[2]  the base of a namespace's queue; all keys below share its hash tag
 -- KEYS[3]  the channel on which pairs' ends are published: it names the database, for PUBLISH knows none. It is no
 --          key, but declared as one it is refused where the ACL would refuse its name
+-- KEYS[4]  the failures of the replica's model target, of all namespaces whose replicas call it: failures (calls in a
+--          row), failed_at, backoff_until, pushback_until (as the model itself asked for), breaking (1 after a
+--          breakdown), probe (the last claim that was made while calls failed)
 --
 -- A pair that has not ended has a record in `pairs`: it waits in a lane, is among the suspects, or is in
 -- flight in a claim. Lanes are a priority's own, and those of accounts (`interactive:NAME`): callers that the file of
 -- quotas names, and `interactive:`, all others together. A pair that several accounts want waits in a lane of each. Times are milliseconds of Redis's own clock, the only one that all replicas share.
 -- What is read from Redis may be anything: what is not what it should be is treated as not there, and a key of
 -- another type is an error, after which the queue is made anew (`repair.lua`).
-local LIMIT, BASE = KEYS[1], KEYS[2]
-local ENDED = KEYS[3]
+local LIMIT, BASE, ENDED, MODEL = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local PAIRS, GROUPS, META = BASE .. 'pairs', BASE .. 'suspects', BASE .. 'meta'
 local CLAIMS, CLAIMED = BASE .. 'claims', BASE .. 'claimed' -- who has it until when; its pairs, which are many
 local RESERVED = BASE .. 'reserved'
@@ -398,12 +400,12 @@ local function queue_id()
 end
 
 -- Tell every replica how pairs ended: `levels` is digest and level byte after byte, `errors` a list of
--- {digest, error}, `all` an error that ends everything that waits. The number lets a replica notice that it
--- missed one. With nothing in it, it says that pairs wait which somebody may claim. Receivers drop
--- what has another queue's id: channels are the server's, not the database's.
-local function publish(levels, errors, all)
+-- {digest, error}, `all` an error that ends everything that waits, `pause` {ms for which nobody calls the model, why}.
+-- The number lets a replica notice that it missed one. With nothing else in it, it says that pairs wait which somebody
+-- may claim. Receivers drop what has another queue's id: channels are the server's, not the database's.
+local function publish(levels, errors, all, pause)
   local published, queue = redis.call('HINCRBY', META, 'published', 1), queue_id()
-  redis.call('PUBLISH', ENDED, cmsgpack.pack({ published, levels, errors, all or false, queue }))
+  redis.call('PUBLISH', ENDED, cmsgpack.pack({ published, levels, errors, all or false, queue, pause }))
 end
 
 -- Give a claim's pairs back: to the suspects if it was a probe, else to the front of their lanes. `each` may
@@ -575,6 +577,41 @@ end
 local function not_before_of(value)
   local found = number(value) or 0
   return found <= now + HOUR_MS and found or 0
+end
+
+-- The model, as its calls go. (One table: Lua has room for 200 local names.)
+local model = { PROBE_PAIRS = 10, LONGEST_BACKOFF_MS = 6000, KEPT_MS = 3600000 } -- see outage.py
+
+-- Failed calls in a row to this replica's target, until when nobody calls it, whether it broke down over a batch.
+function model.backoff()
+  local found = redis.call('HMGET', MODEL, 'failures', 'backoff_until', 'pushback_until', 'breaking')
+  local failures = math.max(0, math.floor(number(found[1]) or 0))
+  return failures, math.max(not_before_of(found[2]), not_before_of(found[3])), found[4] == '1'
+end
+
+-- Whether failures are so long ago that they say nothing any more: nothing was tried in between.
+function model.is_over(failed_at, not_before, window)
+  return now > math.max(failed_at, not_before) + window + model.LONGEST_BACKOFF_MS
+end
+
+-- The model answered a call of this replica's: it may be called as the limit allows.
+-- META: failing_since (when the first of the failed calls in a row was noticed, of any target), failing_at (the last
+-- one), down (1: the retry window is over), reason (of the last one), answered_at, answered_by (a replica).
+function model.answered(by)
+  redis.call('HDEL', MODEL, 'failures', 'failed_at', 'backoff_until', 'breaking')
+  redis.call('HDEL', META, 'failing_since', 'failing_at', 'down', 'reason')
+  redis.call('HSET', META, 'answered_at', now, 'answered_by', by)
+end
+
+-- Give a claim's slot back, while the limit still is what this claim made it.
+function model.free_slot(id)
+  local limit = redis.call('HMGET', LIMIT, 'last', 'pairs_before', 'calls_before')
+  if limit[1] == id then
+    if limit[2] and limit[3] then
+      redis.call('HSET', LIMIT, 'pairs_tat', limit[2], 'calls_tat', limit[3])
+    end
+    redis.call('HDEL', LIMIT, 'last')
+  end
 end
 
 -- What all replicas counted in a minute: replica -> report. For the status page alone; its parts are opaque here.

@@ -15,11 +15,5 @@ if claim and give_back(ARGV[1], claim, unpaid) then
   publish('', {})
 end
 write()
-local limit = redis.call('HMGET', LIMIT, 'last', 'pairs_before', 'calls_before')
-if limit[1] == ARGV[1] then
-  if limit[2] and limit[3] then
-    redis.call('HSET', LIMIT, 'pairs_tat', limit[2], 'calls_tat', limit[3])
-  end
-  redis.call('HDEL', LIMIT, 'last')
-end
+model.free_slot(ARGV[1])
 return redis.status_reply('OK')

@@ -9,7 +9,7 @@ for _, priority in ipairs(LANES) do
   end
 end
 redis.call('UNLINK', PAIRS, GROUPS, META, CLAIMS, CLAIMED, RESERVED, QUOTAS)
-for key, kind in pairs({ [LIMIT] = 'hash', [REPLICAS] = 'zset', [ADDRESSES] = 'hash', [PAUSED] = 'hash',
+for key, kind in pairs({ [LIMIT] = 'hash', [MODEL] = 'hash', [REPLICAS] = 'zset', [ADDRESSES] = 'hash', [PAUSED] = 'hash',
   [ALONE] = 'hash', [SPENT] = 'zset' }) do
   if redis.call('TYPE', key).ok ~= kind then
     redis.call('UNLINK', key)

@@ -58,6 +58,7 @@ async def test_a_server_that_ended_by_itself_is_started_again_on_its_addresses(
 ) -> None:
     """TCP and Unix sockets, as often as it ends, each end logged once."""
     async with _started("127.0.0.1:0", f"unix:{tmp_path}/s") as server:
+        await server.become_healthy()
         tcp, unix = server.addresses
         running = asyncio.create_task(server.run())
         for times in (1, 2):

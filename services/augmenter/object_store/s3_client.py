@@ -8,7 +8,8 @@ from botocore.exceptions import ClientError
 from botocore.handlers import validate_bucket_name
 
 from services.augmenter.errors import ArchivedError, MissingError, StoreError
-from services.common.aws_client import BROKEN, code_of, open_client, reason_of
+from services.common.aws_client import open_client
+from services.common.aws_errors import BROKEN, code_of, reason_of
 from services.common.credentials import without_users
 
 aws_client = open_client

@@ -145,7 +145,7 @@ def _named(place: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in {"botocore", "aiobotocore", "aiohttp"}:
             raise
-        from services.common.aws_client import reason_of  # noqa: PLC0415 - it is there already
+        from services.common.aws_errors import reason_of  # noqa: PLC0415 - it is there already
 
         message = f"{place}: {reason_of(error)}"
         raise CommandError(message) from error

@@ -1,0 +1,83 @@
+"""A line in the log when an endpoint stops answering, and when it answers again."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from botocore.exceptions import ConnectionError  # noqa: A004 - botocore's own name
+
+from services.common.aws_errors import reason_of
+from services.common.credentials import without_users
+
+_SILENCE_SECONDS = 4.0
+_FAILING_SECONDS = 3.0
+_SERVER_ERROR, _TOO_MANY = 500, 429
+_log = logging.getLogger(__name__)
+
+
+class Reachability:
+    """Logs once when the endpoint stops answering, and once when it answers again.
+
+    A request is tried for minutes; without this line nobody knows what a run is waiting for.
+
+    State: `_answered` (ever), `_failing_since` (the first failure since the last answer), `_is_down` (it was
+    logged), `_timer` (until the very first answer).
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._endpoint = without_users(client.meta.endpoint_url)
+        self._max_attempts = client.meta.config.retries.get("total_max_attempts")
+        self._answered = False
+        self._failing_since: float | None = None
+        self._is_down = False
+        self._timer: asyncio.TimerHandle | None = None
+        service = client.meta.service_model.service_id.hyphenize()
+        client.meta.events.register(f"before-send.{service}", self._sending)
+        client.meta.events.register(f"response-received.{service}", self._received)
+
+    def close(self) -> None:
+        """Stop waiting for the first answer."""
+        if self._timer:
+            self._timer.cancel()
+
+    def _sending(self, **_: object) -> None:
+        if not self._answered and self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_SILENCE_SECONDS, self._silent)
+
+    def _silent(self) -> None:
+        if not self._answered:
+            self._note_down(f"no answer from {self._endpoint} for {_SILENCE_SECONDS:.0f} s; waiting")
+
+    def _received(
+        self, *, response_dict: Any, context: Any, exception: BaseException | None = None, **_: object
+    ) -> None:
+        status = response_dict["status_code"] if response_dict else 0
+        if exception is None and status < _SERVER_ERROR and status != _TOO_MANY:
+            self._note_answer()
+            return
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        attempt = context.get("retries", {}).get("attempt", 1)
+        is_last = self._max_attempts is not None and attempt >= self._max_attempts
+        unreachable = isinstance(exception, ConnectionError) and not self._answered
+        if is_last or not (unreachable or now - self._failing_since >= _FAILING_SECONDS):
+            return
+        why = reason_of(exception) if exception else f"{self._endpoint} answered {status}"
+        limit = f" of {self._max_attempts}" if self._max_attempts else ""
+        self._note_down(f"{why}; retrying (attempt {attempt}{limit}; AWS_MAX_ATTEMPTS sets the limit)")
+
+    def _note_down(self, message: str) -> None:
+        if not self._is_down:
+            _log.warning("%s", message)
+        self._is_down = True
+
+    def _note_answer(self) -> None:
+        self.close()
+        self._answered = True
+        self._failing_since = None
+        if self._is_down:
+            _log.warning("%s answers again", self._endpoint)
+        self._is_down = False

@@ -97,6 +97,43 @@ async def test_housekeeping_leaves_the_note_and_warns_of_another(
         assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == warnings
 
 
+async def test_housekeeping_outlives_the_secrets_file(
+    redis_store: RedisStore, reached: Servers, base: str, tmp_path: Path
+) -> None:
+    """The file is gone when Redis can first be reached: what was read at the start counts."""
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    secret.chmod(0o600)
+    key = KeySettings(key_prefix=base, key_secret_file=str(secret))
+    housekeeping = Housekeeping(reached, redis_store, key=key, lifetime=Lifetime())
+    secret.unlink()
+    task = asyncio.create_task(housekeeping.run())
+    async with asyncio.timeout(5):
+        while await reached.command(f"{base}:made", "HLEN", f"{base}:made") == 0:
+            assert not task.done(), task.exception()
+            await asyncio.sleep(0.01)
+    await end([task])
+
+
+async def test_housekeeping_that_fails_unforeseen_is_logged_and_begins_again(
+    shared_redis: str, base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It never ends silently."""
+    again = asyncio.Event()
+
+    async def fail(_self: Housekeeping) -> None:
+        again.set()
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(Housekeeping, "run", fail)
+    cache = CacheSettings(cache_url=shared_redis)
+    async with open_store(cache, KeySettings(key_prefix=base), ProxyMetrics(CollectorRegistry())):
+        async with asyncio.timeout(5):
+            await again.wait()
+            while "begins anew" not in caplog.text:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+
+
 async def _checks(reached: Servers, key: KeySettings) -> bool:
     try:
         await deployment.check(reached, key)

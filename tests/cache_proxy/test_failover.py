@@ -404,3 +404,15 @@ async def test_a_caller_that_leaves_without_redis_is_not_asked_for_on_return(rep
     assert not isinstance(await replica.failover.claim(), Claim)
     await replica.failover.regain()
     assert replica.queue.noted() == {}
+
+
+async def test_local_claim_that_ends_in_parts_is_dropped(replica: Replica) -> None:
+    """A part of its pairs was found in the cache before the call: nothing of the claim is kept."""
+    await _lose(replica)
+    wait = await _ask(replica, [1, 2, 3])
+    claim = await _take(replica)
+    await replica.failover.fulfil(claim, {claim.pairs[0].digest: 2})
+    assert claim in replica.failover._local_claims
+    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs[1:]})
+    assert not wait.open
+    await _nothing_is_left(replica)

@@ -444,3 +444,22 @@ async def test_an_error_that_cannot_be_read_is_counted_and_may_be_retried(place:
         [outcome] = wait.outcomes.values()
         assert isinstance(outcome, Unavailable)
         assert replica.metrics.store_garbage._value.get() == 1
+
+
+@pytest.mark.parametrize("how", ["leave", "late answer"])
+async def test_suspects_that_end_leave_no_group(how: str, place: Place) -> None:
+    """A group of suspects goes with the last request that waits for one of them, and not before."""
+    async with replicas(place) as (replica,):
+        first, _ = await replica.ask(pairs([1, 2]))
+        last, _ = await replica.ask(pairs([3]))
+        await replica.queue.refuse(await replica.take(), REFUSED, {})
+        assert "suspects" in place.left()
+        if how == "leave":
+            await replica.close(first)
+            assert "suspects" in place.left()
+            await replica.close(last)
+        else:
+            await replica.queue.publish({item.digest: 3 for item in pairs([1, 2])})
+            assert "suspects" in place.left()
+            await replica.queue.publish({pair(3).digest: 3})
+        assert place.left() == {}

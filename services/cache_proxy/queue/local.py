@@ -330,6 +330,10 @@ class LocalQueue:
             self._join(entry, asker)
         self._changed.set()
 
+    def holds(self, claim: Claim) -> bool:
+        """Return whether a pair of the claim has not ended yet."""
+        return bool(self._held(claim))
+
     def withdraw(self) -> set[bytes]:
         """Let another queue have all that is not in flight; the pairs that are."""
         waiting = self._lanes.entries() + self._suspects.clear()

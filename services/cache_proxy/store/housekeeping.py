@@ -53,7 +53,7 @@ class Housekeeping:
         return (await self._store.sweep(tag, kept_days=kept_days, buckets=_STEP_BUCKETS)).more
 
     async def _note(self) -> None:
-        before = await deployment.note(self._servers, self._key)
+        before = await deployment.note(self._servers, self._key, self._recipe)
         if before is not None:
             _log.warning(
                 "the keys of this model version were made with other settings (--normalize %s, secret %s); "

@@ -34,6 +34,7 @@ from services.cache_proxy.store.memory import MemoryStore
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.versions import VersionedStore
 from services.common.endings import end
+from services.common.supervision import supervise
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ async def open_store(
 
 @asynccontextmanager
 async def _running(housekeeping: Housekeeping) -> AsyncIterator[None]:
-    task = asyncio.create_task(housekeeping.run())
+    task = asyncio.create_task(supervise(housekeeping.run, what="the store's housekeeping"))
     try:
         yield
     finally:

@@ -36,6 +36,7 @@ local MAX_BATCH_PAIRS = 1000 -- the model takes no more
 local CONTEXT, MAX_CONTEXTS, MAX_LINKS = 24, 4, 64 -- bytes; for one pair; for one batch
 local MAX_CALLERS = 100 -- names are the callers' to choose: those beyond share one turn
 local MAX_ACCOUNTS = 5000 -- names in a file are the operator's, at most 1000, but files change
+local MAX_GROUPS = 100 -- of suspects, that one script looks into
 local MAX_PLACES = 8 -- of one pair: whoever comes then waits where it is
 local BURST_SLOTS, BURST_MS = 1.5, 1000 -- what an account may save up: so that a call that is late costs it nothing
 
@@ -194,9 +195,11 @@ local function leave_lanes(digest)
   end)
 end
 
+local gone_suspects = {} -- suspects that this script forgets
 local function forget(digest)
   local pair = records[digest]
   bytes = bytes - pair.size
+  gone_suspects[digest] = pair.suspect or nil
   if not pair.claim and not pair.suspect then
     leave_lanes(digest)
   end
@@ -240,7 +243,32 @@ local function wait_in_front(digest)
   wait_in_lane(digest)
 end
 
+-- A group goes with the last of its suspects for which a request waits, not only when it is probed: that may be long
+-- after, and costs a turn.
+local function drop_empty_groups()
+  for _, packed in ipairs(redis.call('LRANGE', GROUPS, 0, MAX_GROUPS - 1)) do
+    local group = unpack_safely(packed)
+    local digests, concerned, alive = group and type(group[1]) == 'string' and split(group[1]) or {}, false, false
+    for _, digest in ipairs(digests) do
+      concerned = concerned or gone_suspects[digest]
+    end
+    if concerned then
+      load_pairs(digests)
+      for _, digest in ipairs(digests) do
+        alive = alive or records[digest] and records[digest].suspect
+      end
+      if not alive then
+        redis.call('LREM', GROUPS, 0, packed)
+      end
+    end
+  end
+  gone_suspects = {}
+end
+
 local function write()
+  if next(gone_suspects) then
+    drop_empty_groups()
+  end
   local gone, kept = {}, {}
   for digest in pairs(changed) do
     if records[digest] then

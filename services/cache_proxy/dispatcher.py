@@ -74,8 +74,13 @@ class Dispatcher:
 
     async def _do(self, claim: Claim, left: asyncio.Event) -> None:
         """From a claim to its end; `left` is set as soon as the batch is on its way, or will not go."""
-        with self._traced(claim) as span:
-            span.note(outcome=await self._send(claim, left))
+        outcome = ""
+        try:
+            with self._traced(claim) as span:
+                outcome = await self._send(claim, left)
+                span.note(outcome=outcome)
+        except Exception:  # noqa: BLE001 - the claim is over by then, or nothing here can end it
+            _log.exception("a call to the model ended (%s), and what follows failed", outcome or "unknown")
 
     @contextlib.contextmanager
     def _traced(self, claim: Claim) -> Iterator[Span]:

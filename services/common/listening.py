@@ -27,10 +27,11 @@ _Name = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
-    """`host` is without brackets; empty: every address of this machine."""
+    """`host` is without brackets; empty: every address of this machine. `spelled` is as the user wrote it."""
 
     host: str
     port: int
+    spelled: str
 
     @classmethod
     def parse(cls, text: str) -> "ListenAddress":
@@ -44,12 +45,11 @@ class ListenAddress:
         if ":" in bare and bare == host:
             message = f"{text!r} must have its IPv6 address in brackets, as in [::1]:50051"
             raise ValueError(message)
-        return cls("" if bare in _EVERY else bare, int(port))
+        return cls("" if bare in _EVERY else bare, int(port), host)
 
     def at(self, port: int) -> str:
         """Return it as a client writes it, with the port that it really has."""
-        host = f"[{self.host}]" if ":" in self.host else self.host or "0.0.0.0"  # noqa: S104
-        return f"{host}:{port}"
+        return f"{self.spelled or '0.0.0.0'}:{port}"  # noqa: S104
 
 
 def check_address(text: str, *, flag_name: str, may_be_unix: bool = False) -> None:

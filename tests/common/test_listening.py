@@ -82,7 +82,7 @@ def test_each_spelling_is_reached_on_its_addresses_and_no_others(
 
 @pytest.mark.parametrize(
     ("text", "ready"),
-    [(":5", "0.0.0.0:7"), ("[::]:5", "0.0.0.0:7"), ("[::1]:5", "[::1]:7"), ("localhost:5", "localhost:7")],
+    [(":5", "0.0.0.0:7"), ("[::]:5", "[::]:7"), ("[::1]:5", "[::1]:7"), ("localhost:5", "localhost:7")],
 )
 def test_an_address_is_shown_as_a_client_writes_it(text: str, ready: str) -> None:
     """With the port that it really has."""

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Sequence
 from contextvars import Context
 
-from services.cache_proxy.errors import QueueFull
+from services.cache_proxy.errors import QueueFull, Unavailable
 from services.cache_proxy.queue import Asker, Pair, Queue
 from services.cache_proxy.waiters import Waiters
 from services.common.endings import end
@@ -48,7 +48,7 @@ class Refresher:
                 enqueued = await self._queue.enqueue(pairs, asker)
                 self._waiters.settle_one(wait, enqueued.ended.items())
                 await wait.done()
-        except (TimeoutError, QueueFull):
+        except (TimeoutError, QueueFull, Unavailable):
             pass  # whoever is next to be given a stale answer has it asked for again
         finally:
             self._pending.difference_update(pair.digest for pair in pairs)

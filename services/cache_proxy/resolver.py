@@ -8,7 +8,7 @@ from itertools import islice
 from services.cache_proxy import hits
 from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked
 from services.cache_proxy.breath import in_breaths, take_turn
-from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed
+from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed, Unavailable
 from services.cache_proxy.key import BatchDigester
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.queue import Asker, Outcome, Pair, Queue
@@ -162,6 +162,8 @@ class Resolver:
                     await wait.done()
                     if is_long:  # one call of the model ends the waits of many
                         await take_turn()
+        except Unavailable as error:  # nothing of it was queued
+            self._waiters.give_up(wait, error)
         except TimeoutError:
             waited_seconds = asyncio.get_running_loop().time() - started_at
             raise DeadlinePassed(waited_seconds) from None

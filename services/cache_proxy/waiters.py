@@ -83,8 +83,12 @@ class Waiters:
     def give_up_before(self, moment: float, error: PairError) -> None:
         """End the waits whose deadline comes before this moment, when the model is called next."""
         for wait in [wait for wait in self._waits if wait.deadline < moment]:
-            wait.given_up += wait.open
-            self.settle_one(wait, [(digest, error) for digest in wait.open])
+            self.give_up(wait, error)
+
+    def give_up(self, wait: Wait, error: PairError) -> None:
+        """End what is open of one wait alone; the pairs go on for whoever else waits."""
+        wait.given_up += wait.open
+        self.settle_one(wait, [(digest, error) for digest in wait.open])
 
     def settle_one(self, wait: Wait, outcomes: Iterable[tuple[bytes, Outcome]]) -> None:
         """Give outcomes to one wait alone."""

@@ -443,3 +443,18 @@ async def test_a_pair_that_breaks_the_model_is_found(opened: Open) -> None:
         }
         assert calls.count(calls[0]) == 2
         assert len(calls) <= 2 + 2 * 3
+
+
+@pytest.mark.parametrize("patience", [(0.3, 60.0), (60.0, 0.3)], ids=["joined later", "joined before"])
+async def test_a_pair_is_wanted_until_the_latest_deadline_of_all_who_wait(
+    opened: Open, patience: tuple[float, float]
+) -> None:
+    """Whoever joins it with more time keeps it, with less takes nothing from it; also after the queue was
+    asked for everything again.
+    """  # noqa: D205 - one thought
+    async with opened() as subject:
+        for seconds in patience:
+            await subject.ask([pair(1)], asker(patience=seconds))
+        await subject.poll()
+        await asyncio.sleep(0.35)
+        assert numbers_of(await subject.take()) == [1]

@@ -14,7 +14,7 @@ import redis.asyncio
 from prometheus_client import CollectorRegistry
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from services.cache_proxy.errors import QueueFull, StoreError
+from services.cache_proxy.errors import QueueFull, StoreError, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.failover import FailoverQueue
@@ -263,7 +263,7 @@ class Replica:
         wait = self.waiters.open([item.digest for item in wanted], deadline=who.deadline)
         try:
             enqueued = await self.queue.enqueue(wanted, who)
-        except (QueueFull, StoreError):
+        except (QueueFull, Unavailable, StoreError):
             await self.close(wait)
             raise
         self.waiters.settle_one(wait, enqueued.ended.items())

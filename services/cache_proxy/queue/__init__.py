@@ -132,9 +132,11 @@ class Queue(Protocol):
         """
 
     async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
-        """Have pairs wait; one that waits or is in flight already is joined. Raises `QueueFull`, then
-        nothing was queued.
-        """  # noqa: D205 - one thought
+        """Have pairs wait; one that waits or is in flight already is joined.
+
+        Raises `QueueFull`, or `Unavailable` while the model is down or is not called before the deadline.
+        Then nothing was queued.
+        """
 
     async def leave(self, digests: Sequence[bytes]) -> None:
         """Nobody here waits for these any more: those not yet sent are forgotten."""

@@ -96,9 +96,7 @@ class LocalQueue:
         self._follow_quotas()
         ended, joined, fresh = self._sort(pairs, now)
         waiting = [entry for entry in joined if self._lanes.waits(entry)]
-        down = self._model_is_down(asker, now=now, fresh=bool(fresh), waits=bool(fresh or waiting))
-        if down is not None:
-            return Enqueued({pair.digest: down for pair in pairs} | ended, frozenset())
+        self._check_model(asker, now=now, fresh=bool(fresh), waits=bool(fresh or waiting))
         places = self._admission.admit(
             list(fresh.values()), waiting, asker, now=now, held_pairs=len(self._entries),
             held_bytes=self._held_bytes,
@@ -261,18 +259,19 @@ class LocalQueue:
             self._limiter.refund(len(claim.pairs))
             self._last_claim = None
 
-    def _model_is_down(self, asker: Asker, *, now: float, fresh: bool, waits: bool) -> Unavailable | None:
-        """Return why a request is refused: nothing new is queued while the model is down but for one probe,
-        and nothing waits for a next try that comes after the caller's deadline.
-        """  # noqa: D205 - one thought
+    def _check_model(self, asker: Asker, *, now: float, fresh: bool, waits: bool) -> None:
+        """Refuse a request that would wait in vain.
+
+        Nothing new is queued while the model is down but for one probe, and nothing waits for a next try that
+        comes after the caller's deadline. Raises `Unavailable`.
+        """
         outage = self._outage
         outage.expire(now=now)
         wait_seconds = outage.not_before - now
         is_full = fresh and outage.is_down and (wait_seconds > 0 or bool(self._entries))
         is_late = waits and now + wait_seconds > asker.deadline
-        if outage.error is None or not (is_full or is_late):
-            return None
-        return replace(outage.error, retry_after_seconds=max(_MIN_PUSHBACK_SECONDS, wait_seconds))
+        if outage.error is not None and (is_full or is_late):
+            raise replace(outage.error, retry_after_seconds=max(_MIN_PUSHBACK_SECONDS, wait_seconds))
 
     async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
         """See `Queue.refuse`."""

@@ -151,7 +151,7 @@ class RedisQueue:
                 done += len(chunk)
                 if not seconds and done >= self._limits.batch_pairs:
                     self._changed.set()  # what follows may take seconds
-        except QueueFull:  # whoever else asked for the same pairs may still wait
+        except (QueueFull, Unavailable):  # whoever else asked for the same pairs may still wait
             mine = [digest for digest in added if digest in self._asked and not self._asked[digest].shared]
             joined = {pair.digest for pair in pairs[:done]}  # those before the first new one
             for digest in mine:
@@ -496,8 +496,7 @@ class RedisQueue:
             return reply[1], reply[2], reply[3] / 1000
         wait_seconds = reply[1] / 1000
         if reply[0] == b"down":
-            error = self._down(reply[2], wait_seconds)
-            return bytes([_FAILED]) * len(pairs), [error] * len(pairs), 0.0
+            raise self._down(reply[2], wait_seconds)
         raise _refused(
             reply,
             quota,
@@ -532,13 +531,13 @@ class RedisQueue:
             elif state == _QUEUED:
                 queued.add(pair.digest)
 
-    def _down(self, reason: Any, wait_seconds: float) -> list[Any]:
-        """Return the error of pairs that are refused while the model is down: why its last call failed."""
+    def _down(self, reason: Any, wait_seconds: float) -> Unavailable:
+        """Return the error of a request that is refused while the model is down: why its last call failed."""
         error = self._error(reason) if reason else None
         if not isinstance(error, Unavailable):
             error = Unavailable("the model is down", 0.0)
         error.retry_after_seconds = max(_MIN_PUSHBACK_SECONDS, wait_seconds)
-        return pack_error(error)
+        return error
 
     def _error(self, packed: Any) -> PairError:
         """Return the error that some replica packed. What cannot be read is counted, and may be retried."""

@@ -1,7 +1,6 @@
 """The client of every bucket and queue: its settings."""
 
 import os
-import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -20,7 +19,6 @@ from services.common.errors import CommandError
 _MAX_ATTEMPTS = 8
 _CONNECT_TIMEOUT_SECONDS = 10
 _READ_TIMEOUT_SECONDS = 60
-_AWS_HOST = re.compile(r"(.+\.)?(amazonaws\.com(\.cn)?|api\.aws|api\.amazonwebservices\.com\.cn)")
 
 
 @asynccontextmanager
@@ -89,15 +87,20 @@ def _choose_checksums(session: Any, client: Any) -> None:
     object's content (boto/boto3#4435), others refuse the header. Which server it is, the client knows once it
     is made: the endpoint may be in a flag, in variables, or in the profile.
     """
-    if client.meta.service_model.service_name != "s3" or _is_aws(client.meta.endpoint_url):
+    if client.meta.service_model.service_name != "s3" or _is_aws(session, client.meta.endpoint_url):
         return
     in_profile = "request_checksum_calculation" in session.get_scoped_config()
     if not in_profile and "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ:
         client.meta.config.request_checksum_calculation = "when_required"
 
 
-def _is_aws(endpoint_url: str) -> bool:
-    return _AWS_HOST.fullmatch(urlsplit(endpoint_url).hostname or "") is not None
+def _is_aws(session: Any, endpoint_url: str) -> bool:
+    host = urlsplit(endpoint_url).hostname or ""
+    outputs = [partition["outputs"] for partition in session.get_data("partitions")["partitions"]]
+    suffixes = {
+        each[name] for each in outputs for name in ("dnsSuffix", "dualStackDnsSuffix") if name in each
+    }
+    return any(f".{host}".endswith(f".{suffix}") for suffix in suffixes)
 
 
 def _validate_whole_objects_only(params: dict[str, Any], model: Any, **_: object) -> None:

@@ -220,12 +220,25 @@ def test_listing_without_an_order_is_noticed_and_nothing_is_done_twice(
 def test_output_of_another_process_is_still_respected(augment: Augment, stub: Stub, s3: ScriptedS3) -> None:
     """An output that appeared during the run and that no listing had is another process's: the file fails."""
     s3.put("in/a.jsonl", _LINES[0])
-    s3.put("out/a.jsonl", b"of somebody else", age_seconds=-60)
+    s3.put("out/a.jsonl", b"of somebody else")
     s3.order = lambda keys: [key for key in sorted(keys) if not key.startswith("out/")]
     ended = _run(augment, stub, s3)
     assert ended.code == 1
     assert "another process is writing the same output" in ended.err
     assert s3.objects["out/a.jsonl"].data == b"of somebody else"
+
+
+@pytest.mark.parametrize("lines", [_LINES, _LARGE_LINES])
+def test_output_that_only_the_listing_lacks_is_replaced(
+    augment: Augment, stub: Stub, s3: ScriptedS3, lines: list[bytes]
+) -> None:
+    """An output that is older than the run, and of another input, is nobody's work in progress."""
+    s3.put("in/a.jsonl", b"\n".join(lines))
+    s3.put("out/a.jsonl", b"of an older input", age_seconds=3600)
+    s3.order = lambda keys: [key for key in sorted(keys) if not key.startswith("out/")]
+    ended = _run(augment, stub, s3)
+    assert (ended.code, ended.err) == (0, "")
+    assert s3.objects["out/a.jsonl"].data == _expected(lines)
 
 
 def test_one_output_that_cannot_be_looked_at_fails_alone(

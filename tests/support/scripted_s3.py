@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import socket
 import ssl
 import struct
@@ -245,7 +246,7 @@ class _Handler(BaseHTTPRequestHandler):
             "DeleteObject": self._delete,
             "CreateMultipartUpload": self._begin,
             "UploadPart": lambda: self._add_part(body),
-            "CompleteMultipartUpload": self._complete,
+            "CompleteMultipartUpload": lambda: self._complete(body),
             "AbortMultipartUpload": self._abort,
         }[self.operation]()
 
@@ -272,12 +273,17 @@ class _Handler(BaseHTTPRequestHandler):
         upload["mismatch"] |= self._algorithm() != upload["algorithm"]
         return 200, {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}, b""
 
-    def _complete(self) -> _Answer:
+    def _complete(self, body: bytes) -> _Answer:
         upload = self._upload()
+        listed = [int(number) for number in re.findall(rb"<PartNumber>(\d+)</PartNumber>", body)]
+        if listed != sorted(upload["parts"]) or len(re.findall(rb"<ETag>", body)) != len(listed):
+            raise _Refused(
+                400, "InvalidPart", "The list of parts is not in ascending order, or not complete."
+            )
         if self.s3.wants_declared_checksums and upload["mismatch"]:
             raise _Refused(400, message="Checksum Type mismatch occurred, expected null, actual: crc32")
-        parts = upload["parts"]
-        _, headers, _ = self._store(b"".join(parts[number] for number in sorted(parts)), upload["headers"])
+        data = b"".join(upload["parts"][number] for number in listed)
+        _, headers, _ = self._store(data, upload["headers"])
         del self.s3.uploads[self.query["uploadId"]]
         name = "CompleteMultipartUploadResult"
         return 200, {}, f"<{name}><ETag>{escape(headers['ETag'])}</ETag></{name}>".encode()

@@ -45,7 +45,7 @@ def staged(url: str, stage_with: StageWith) -> Callable[..., Stage]:
 def test_three_seconds_without_the_model_cost_no_answer(
     staged: Callable[..., Stage], how: Callable[[Call], Answers]
 ) -> None:
-    """A caller with 25 s is answered, however the calls failed; meanwhile the model sees few and small ones."""
+    """A caller with 25 s is answered, however the calls failed; the model sees few and small ones."""
     stage = staged()
     stage.model.behaviour = how
     asked = stage.caller.start(pairs_of("three seconds", 300), seconds=25)

@@ -21,18 +21,20 @@ class Reachability:
 
     A request is tried for minutes; without this line nobody knows what a run is waiting for.
 
-    State: `_answered` (ever), `_failing_since` (the first failure since the last answer), `_is_down` (it was
-    logged), `_timer` (until the very first answer).
+    State: `_sent` and `_answered` (ever), `_failing_since` (the first failure since the last answer),
+    `_is_down` (it was logged), `_timer` (until the very first answer).
     """
 
     def __init__(self, client: Any) -> None:
         self._endpoint = without_users(client.meta.endpoint_url)
         self._max_attempts = client.meta.config.retries.get("total_max_attempts")
+        self._sent = False
         self._answered = False
         self._failing_since: float | None = None
         self._is_down = False
         self._timer: asyncio.TimerHandle | None = None
         service = client.meta.service_model.service_id.hyphenize()
+        client.meta.events.register_first(f"request-created.{service}", self._signing)
         client.meta.events.register(f"before-send.{service}", self._sending)
         client.meta.events.register(f"response-received.{service}", self._received)
 
@@ -41,14 +43,19 @@ class Reachability:
         if self._timer:
             self._timer.cancel()
 
-    def _sending(self, **_: object) -> None:
+    def _signing(self, **_: object) -> None:
+        """Before a request is signed, for which the credentials may have to be fetched first."""
         if not self._answered and self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_SILENCE_SECONDS, self._silent)
 
+    def _sending(self, **_: object) -> None:
+        self._sent = True
+
     def _silent(self) -> None:
         if not self._answered:
-            self._note_down(f"no answer from {self._endpoint} for {_SILENCE_SECONDS:.0f} s; waiting")
+            what = "no answer from" if self._sent else "no credentials for"
+            self._note_down(f"{what} {self._endpoint} for {_SILENCE_SECONDS:.0f} s; waiting")
 
     def _received(
         self, *, response_dict: Any, context: Any, exception: BaseException | None = None, **_: object

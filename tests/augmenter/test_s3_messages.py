@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +78,27 @@ def test_silent_endpoint_is_logged_within_five_seconds(
     first, last = ended.err.splitlines()
     assert f"no answer from {url} for 0 s; waiting" in first
     assert last == f"augmenter: s3://b/out/: no answer from {url}: Timeout on reading data from socket"
+
+
+def test_silence_while_credentials_are_fetched_is_logged(
+    augment: Augment, stub: Stub, s3: ScriptedS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An STS that takes connections and says nothing: the line is not about the S3 server."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "token").write_text("token")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/augmenter")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setattr(aws_reachability, "_SILENCE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        closing = threading.Timer(1, silent.shutdown, [socket.SHUT_RDWR])
+        closing.start()
+        ended = _run(augment, stub, s3.url)
+        closing.join()
+    assert f"no credentials for {s3.url} for 0 s; waiting" in ended.err.splitlines()[0]
+    assert (ended.code, "credentials could not be refreshed" in ended.err) == (1, True)
 
 
 def test_server_that_fails_for_a_while_is_logged_once_and_when_it_is_back(

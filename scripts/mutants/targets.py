@@ -24,7 +24,7 @@ class Target:
 
 PYTHON = (
     Target(path="services/cache_proxy/key.py", tests=("tests/cache_proxy/test_key.py",)),
-    Target(path="services/cache_proxy/store/dated.py", tests=_STORE_TESTS),
+    Target(path="services/cache_proxy/store/dated.py", tests=("tests/cache_proxy/test_dated.py",)),
     Target(
         path="services/cache_proxy/wire.py",
         tests=("tests/cache_proxy/test_wire.py", "tests/cache_proxy/test_hits.py", "tests/fuzz/test_wire.py"),

@@ -152,3 +152,32 @@ def test_it_never_says_what_is_not_known_any_more(steps: list[tuple[str, int, in
         else:
             last, until = known.get(number, (0, 0))
             assert _level(cache, number) in {0, last if until > today else 0}
+
+
+def test_every_first_byte_of_a_digest_and_every_level_have_a_cell_of_their_own() -> None:
+    """No entry is told another's level, and what is removed is what was asked to be."""
+    cache = L1Cache(max_bytes=4 * _MIB)
+    numbers = [(first, level) for first in range(256) for level in range(1, 8)]
+    for number, (first, level) in enumerate(numbers):
+        cache.put(_key(number), level, digest=bytes([first]) * 16, epoch=cache.epoch)
+    assert [_level(cache, number) for number in range(len(numbers))] == [level for _, level in numbers]
+    cache.remove(bytes([255]) * 16)
+    left = [level if first % 32 != 255 % 32 else 0 for first, level in numbers]
+    assert [_level(cache, number) for number in range(len(numbers))] == left
+
+
+def test_cache_without_bytes_is_off() -> None:
+    """`--l1-max-bytes 0`: nothing is remembered."""
+    assert not L1Cache(max_bytes=0).is_on
+    assert L1Cache(max_bytes=1).is_on
+
+
+def test_size_counts_the_cells_of_each_day() -> None:
+    """They are memory, too: more days, more bytes."""
+    cache = L1Cache(max_bytes=_MIB)
+    sizes = [cache.size_bytes]
+    for day in (10, 20):
+        _put(cache, 1, day=day)
+        sizes.append(cache.size_bytes)
+    assert sizes[0] == 0
+    assert sizes[0] < sizes[1] < sizes[2]

@@ -76,7 +76,7 @@ class RunSettings:
         "--max-line-bytes",
         flags.SIZE,
         "4MiB",
-        text="a longer line is rejected; a file in work may hold seven lines of this size",
+        text="a longer line is rejected; a file in work may hold five lines of this size",
     )
     max_zstd_window_bytes: int = flag(
         "--max-zstd-window",

@@ -38,6 +38,9 @@ _OTHERS = (
     (b"\xff\x06\0\0sNaPpY", "snappy"),
     (b"LZIP", "lzip"),
     (b"\x1f\x9d", "compress (.Z)"),
+    (b"\x78\x01", "zlib"),
+    (b"\x78\x9c", "zlib"),
+    (b"\x78\xda", "zlib"),
     (b"PAR1", "Parquet"),
     (b"PARE", "Parquet"),
     (b"Obj\x01", "Avro"),
@@ -48,8 +51,14 @@ _OTHERS = (
     (b"\x89PNG\r\n", "a PNG image"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
 )
+_TAR = (257, b"ustar")  # where a tar archive has its magic
 _SPACE = re.compile(r"\s*")
 _ARRAY = "a JSON array, not one JSON object a line; convert it, for instance with `jq -c '.[]'`"
+_COMMAS = (
+    "JSON objects with commas between them, not one JSON object a line; remove the comma at each line's end"
+)
+_COMMA_LINES = 2
+_MARKUP = "XML or HTML, not one JSON object a line"
 _SPREAD = (
     "JSON that spans several lines (pretty-printed), not one object a line; convert it, for instance "
     "with `jq -c .`"
@@ -150,6 +159,8 @@ class DetectingDecoder:
 
     def _refuse_others(self, head: bytes) -> None:
         found = next((name for magic, name in _OTHERS if head.startswith(magic)), None)
+        if head.startswith(_TAR[1], _TAR[0]):
+            found = "a tar archive"
         if found is not None:
             message = f"its first bytes are those of {found}, which is not read; unpack or convert it"
             raise UnreadableFormatError(message)
@@ -166,8 +177,12 @@ class DetectingDecoder:
         is_array = text.startswith("[")
         if _spans_lines(text):
             raise UnreadableFormatError("it is " + (_ARRAY if is_array else _SPREAD))
+        if _has_commas(text):
+            raise UnreadableFormatError("it is " + _COMMAS)
         if is_array:
             self._hint = _ARRAY
+        elif text.startswith("<"):
+            self._hint = _MARKUP
 
 
 class _Transcoder:
@@ -215,6 +230,23 @@ def _spans_lines(text: str) -> bool:
     except RecursionError:
         return False
     return end > line_end
+
+
+def _has_commas(text: str) -> bool:
+    """Return whether each of the first two lines is an object and a comma: an array without its brackets."""
+    if not text.startswith("{"):
+        return False
+    lines = [line.strip() for line in text.split("\n", _COMMA_LINES)[:_COMMA_LINES]]
+    return len(lines) == _COMMA_LINES and all(_is_object_and_comma(line) for line in lines)
+
+
+def _is_object_and_comma(line: str) -> bool:
+    if not line.endswith(","):
+        return False
+    try:
+        return isinstance(json.loads(line[:-1], parse_int=_zero, parse_float=_zero), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _zero(_digits: str) -> int:

@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import lzma
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -37,6 +39,15 @@ def _zip(text: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("a.jsonl", text)
+    return file.getvalue()
+
+
+def _tar(text: bytes) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        info = tarfile.TarInfo("a.jsonl")
+        info.size = len(text)
+        archive.addfile(info, io.BytesIO(text))
     return file.getvalue()
 
 
@@ -84,6 +95,8 @@ def test_bytes_are_believed(packed: str, name: str, text: bytes) -> None:
         (b"\xff\x06\x00\x00sNaPpY" + bytes(9), "snappy"),
         (b"SQLite format 3\x00" + bytes(100), "SQLite"),
         (b"%PDF-1.7\n", "PDF"),
+        (zlib.compress(_TEXT), "zlib"),
+        (_tar(_TEXT), "tar"),
     ],
 )
 @pytest.mark.parametrize("name", _NAMES)
@@ -105,8 +118,14 @@ def test_json_over_several_lines_is_named(count: int, indent: int | str, before:
     items = (_ITEMS * count)[:count]
     objects = "\n".join(json.dumps(item, indent=indent) for item in items)
     array = json.dumps(items, indent=indent)
+    commas = ",\n".join(json.dumps(item) for item in [*items, *items, *items])
     lines = "[" + ",\n".join(json.dumps(item) for item in [*items, *items]) + "]\n"
-    for text, named in ((objects, "pretty-printed"), (array, "JSON array"), (lines, "JSON array")):
+    for text, named in (
+        (objects, "pretty-printed"),
+        (array, "JSON array"),
+        (lines, "JSON array"),
+        (commas, "commas"),
+    ):
         for written in (text, text.replace("\n", "\r\n")):
             with pytest.raises(UnreadableFormatError, match=named):
                 _decoded(before + written.encode())
@@ -135,6 +154,8 @@ def test_one_huge_pretty_printed_object_is_named() -> None:
         b"\0\0\0\0\0",
         b"null",
         b'{"a":1}{"b":2}',
+        b'{"a":1},',
+        b"<p>",
         b"[" * 70_000,
         b'{"a":' * 70_000,
     ],

@@ -344,13 +344,18 @@ _STORE = (
     Series(
         title="Degraded, evicting, garbage",
         description="Replicas without store or shared queue; replicas that see a Redis which may evict the "
-        "queue; values in the store that were none. All three belong at 0.",
+        "queue; values in the store that were none; pairs whose node of a Cluster did not reply. All belong "
+        "at 0.",
         queries=[
             Query(expr=f"sum({of('cache_proxy_degraded')})", legend="degraded replicas"),
             Query(expr=most("cache_proxy_store_evicts"), legend="Redis may evict"),
             Query(
                 expr=f"sum(increase({of('cache_proxy_store_garbage_total')}[$__rate_interval]))",
                 legend="garbage",
+            ),
+            Query(
+                expr=f"sum(increase({of('cache_proxy_store_unread_pairs_total')}[$__rate_interval]))",
+                legend="pairs of a node that does not reply",
             ),
         ],
     ),

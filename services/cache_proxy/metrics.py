@@ -121,6 +121,12 @@ class ProxyMetrics:
             "`--key-prefix`.",
             registry=registry,
         )  # fmt: skip
+        self.store_unread = Counter(
+            "cache_proxy_store_unread_pairs_total",
+            "Pairs whose node of a Redis Cluster did not reply to their look-up, taken as misses: they are "
+            "inferred again. Anything but 0: a node is down, and its slots have no other.",
+            registry=registry,
+        )  # fmt: skip
         self.renewals = Counter(
             "cache_proxy_renewals_total",
             "Changes of certificates, tokens, the list of callers and their quotas that were noticed. "

@@ -135,11 +135,13 @@ async def test_a_slot_on_its_way_loses_no_answer(
 
 
 async def test_a_node_that_dies_under_load_costs_no_answer_that_was_saved(
-    cluster: Cluster, store: RedisStore
+    cluster: Cluster, store: RedisStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A master is killed while answers are looked up and written: what the other nodes have is found all the
     time, nothing found is wrong, the store never counts as down, and all is there once the replica took over.
+    What could not be looked up is counted, and logged once.
     """  # noqa: D205 - one thought
+    caplog.set_level("INFO", logger="services.cache_proxy.store.redis")
     known = _pairs(5000)
     await store.put(known)
     guarded = GuardedStore(store, metrics=ProxyMetrics(CollectorRegistry()))
@@ -170,6 +172,9 @@ async def test_a_node_that_dies_under_load_costs_no_answer_that_was_saved(
     await asyncio.gather(*loads)
     assert least > len(known) // 2
     assert guarded.up
+    assert store._metrics.store_unread._value.get() >= len(known) - least
+    told = [record.message.partition(";")[0] for record in caplog.records if "Cluster" in record.message]
+    assert told == ["a part of the Cluster does not reply", "all of the Cluster replies again"]
     await _until_known(store, written)
     await guarded.close()
     cluster.masters[1].start()

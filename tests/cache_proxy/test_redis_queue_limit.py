@@ -290,7 +290,7 @@ async def test_the_newest_start_sets_the_batch_too(shared_redis: str) -> None:
     place = Place.new(shared_redis)
     big = limits(batch_pairs=20, pairs_per_second=rate)
     small = limits(batch_pairs=2, pairs_per_second=rate)
-    async with replicas(place, 1, small) as (old,), replicas(place, 1, big) as (new,):
+    async with replicas(place, 1, small) as (old,), replicas(place, 1, big, first=2) as (new,):
         await _configure(new.scripts, big, new.metrics)
         with place.client() as client:
             await new.ask(pairs(range(20)))

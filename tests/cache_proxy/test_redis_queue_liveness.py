@@ -2,13 +2,16 @@
 
 import asyncio
 import math
+from typing import Any
 from urllib.parse import urlsplit
 
+import msgpack
 import pytest
 
 from services.cache_proxy.queue import Claim, NotYet
 from services.common.endings import end
-from tests.support.replicas import Place, Replica, limits, numbers_of, pairs, replicas
+from tests.support.redis_server import wait_for
+from tests.support.replicas import Place, Replica, limits, numbers_of, pair, pairs, replicas
 from tests.support.wire import wire_to
 
 pytestmark = pytest.mark.slow  # they wait for a replica to fall silent
@@ -321,3 +324,76 @@ async def test_who_asked_before_is_told_what_the_next_one_learns(place: Place) -
         assert list(enqueued.ended.values()) == [6]
         assert not first.open
         assert not second.open
+
+
+@pytest.mark.parametrize("ahead_seconds", [-60, 60])
+async def test_failover_to_a_server_with_another_clock_ends_no_lease(
+    place: Place, ahead_seconds: int
+) -> None:
+    """The new server's clock is a minute off, the owner is not there yet: it keeps its pairs."""
+    async with replicas(place, 2) as (one, two):
+        await one.ask(pairs([1]))
+        await two.ask(pairs([1]))
+        claim = await one.take()
+        place.age_claims(ahead_seconds * 1000)  # as the other clock has them
+        _granted_by_another_server(place)
+        with place.client() as client:  # nor has the new server heard of it yet
+            client.zadd(f"{place.keys.limit}:replicas", {one.name: 0})
+        await one._pubsub.unsubscribe()
+        with place.client() as client:
+            channel = f"{one.scripts.channel}:{one.name}"
+            wait_for(lambda: client.pubsub_numsub(channel)[0][1] == 0, what="the subscription ends")
+        await two.beat()
+        assert isinstance(await two.queue.claim(), NotYet)
+        await one.beat()
+        await two.beat()
+        assert isinstance(await two.queue.claim(), NotYet)
+        await one.queue.fulfil(claim, {pair(1).digest: 3})
+        assert place.left() == {}
+
+
+async def test_lease_of_a_claim_that_a_failover_moved_ends_in_time(place: Place) -> None:
+    """It begins again with the failover, and is over as late as it was to be."""
+    async with replicas(place, 2) as (one, two):
+        await one.ask(pairs([1]))
+        await two.ask(pairs([1]))
+        await one.take()
+        _granted_by_another_server(place)
+        await two.beat()
+        with place.client() as client:
+            [packed] = client.hvals(f"{place.keys.base}claims")
+        moved = msgpack.unpackb(packed, raw=True)
+        assert moved[b"lease_until"] - moved[b"since"] == pytest.approx(35_000, abs=1000)
+        with place.client() as client:
+            [claim_id] = client.hkeys(f"{place.keys.base}claims")
+            moved |= {b"lease_until": moved[b"since"] - 10_000, b"since": moved[b"since"] - 10_000}
+            client.hset(f"{place.keys.base}claims", claim_id, msgpack.packb(moved, use_bin_type=False))
+        await two.beat()
+        assert numbers_of(await two.take()) == [1]
+
+
+def _granted_by_another_server(place: Place) -> None:
+    with place.client() as client:
+        for claim_id, packed in client.hgetall(f"{place.keys.base}claims").items():
+            claim = msgpack.unpackb(packed, raw=True) | {b"run": b"another"}
+            client.hset(f"{place.keys.base}claims", claim_id, msgpack.packb(claim, use_bin_type=False))
+
+
+async def test_copy_of_a_claim_that_arrives_after_its_end_takes_nothing(place: Place) -> None:
+    """Its reply was lost, a second copy was granted and answered: what came since is not taken for nobody."""
+    async with replicas(place) as (replica,):
+        sent: list[list[Any]] = []
+        run = replica.scripts.run
+
+        async def recording(name: str, arguments: list[Any]) -> Any:
+            if name == "claim":
+                sent.append(arguments)
+            return await run(name, arguments)
+
+        replica.scripts.run = recording  # type: ignore[method-assign,assignment]
+        await replica.ask(pairs([1]))
+        claim = await replica.take()
+        await replica.queue.fulfil(claim, {pair(1).digest: 3})
+        await replica.ask(pairs([2]))
+        assert (await run("claim", sent[-1]))[0] == b"wait"
+        assert numbers_of(await replica.take()) == [2]

@@ -8,6 +8,8 @@ from grpc import StatusCode
 
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
 from services.cache_proxy.queue import Claim, NotYet, Pair
+from services.cache_proxy.store.connecting import connect, servers
+from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from services.cache_proxy.store.scripts import BURY
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pair, pairs, replicas
 
@@ -328,6 +330,27 @@ async def test_what_is_invalidated_in_flight_is_given_to_its_waiters_alone(
         known = [] if all_of_them else [pairs([2])[0].digest]
         assert list(again.ended) == known
         await one.take()
+
+
+async def test_answer_invalidated_in_flight_is_logged_as_its_pair_ends(shared_redis: str) -> None:
+    """The claimer may die before it stores the answer: memories that took it forget it all the same."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 1) as (one,):
+        reached = servers(connect(shared_redis, timeout_seconds=5))
+        forgotten: list[bytes] = []
+        follower = Follower(
+            InvalidationLog(reached, place.keys.log), remove=forgotten.append, clear=lambda: None
+        )
+        await follower.poll()
+        await one.ask(pairs([1, 2]))
+        claim = await one.take()
+        with place.client() as client:
+            client.eval(BURY.text, 1, f"{place.keys.base}tombs", pair(1).digest)
+        await one.ask(pairs([1]))  # it knows of the invalidation, and gets the answer of before
+        await one.queue.fulfil(claim, {item.digest: 3 for item in claim.pairs})
+        await follower.poll()
+        assert forgotten == [pair(1).digest]
+        await reached.close()
 
 
 async def test_a_late_answer_of_what_was_invalidated_is_not_remembered(shared_redis: str) -> None:

@@ -135,6 +135,7 @@ class Place:
             "broke:",
             "fair:",
             "quotas",
+            "granted:",
         )  # each bounded in size or time
         rest: dict[str, Any] = {key: kind for key, kind in found.items() if not key.startswith(kept)}
         return rest | ({"bytes": bytes_held} if bytes_held else {})
@@ -286,10 +287,15 @@ class Replica:
 
 @asynccontextmanager
 async def replicas(
-    place: Place, count: int = 1, bounds: QueueLimits | None = None, quotas: QuotasNow = none
+    place: Place,
+    count: int = 1,
+    bounds: QueueLimits | None = None,
+    quotas: QuotasNow = none,
+    *,
+    first: int = 1,
 ) -> AsyncIterator[list[Replica]]:
-    """So many, for as long as the block lasts."""
-    names = (f"{number:016x}" for number in itertools.count(1))
+    """So many, for as long as the block lasts. Their names count from `first`: no two have the same."""
+    names = (f"{number:016x}" for number in itertools.count(first))
     opened = [Replica(place, next(names), bounds or limits(), quotas) for _ in range(count)]
     try:
         for replica in opened:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import sys
 import time
 from array import array
@@ -20,11 +21,14 @@ from services.cache_proxy.store.layout import FIELD, TAGS, TagState, entry_of_va
 from services.cache_proxy.store.scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
 from services.cache_proxy.store.servers import Call, Servers, SlotMoving
 
+_log = logging.getLogger(__name__)
+
 # A script call of these sizes holds Redis for 2 to 3 ms.
 _GET_PAIRS = 1000
 _PUT_PAIRS = 334
 _CLUSTER_PAIRS = 4000  # which is 60 a tag
 _MAX_OPERATIONS = 16
+_TELLING_PAIRS = 4 * TAGS  # a look-up of so many is about every node
 _MAX_BUCKETS = 2**53  # of a tag, as Lua's numbers are exact
 
 
@@ -51,7 +55,8 @@ class Inspected:
 class RedisStore:
     """Looks up and remembers whole batches; every script may be repeated, so one retry is safe.
 
-    State: `_failures`, so that whoever waited behind a server that fell silent does not wait for it too.
+    State: `_failures`, so that whoever waited behind a server that fell silent does not wait for it too;
+    `_is_partial`, whether a node of several did not reply when it was last asked.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class RedisStore:
         # Waiting for one's turn is not the server being slow: only the operation itself is timed out.
         self._turns = asyncio.Semaphore(_MAX_OPERATIONS)
         self._failures = 0
+        self._is_partial = False
         self._most = _CLUSTER_PAIRS if servers.by_tag else _GET_PAIRS
         self._together = Riders(self._get_together, size=len, most=self._most)
 
@@ -97,13 +103,27 @@ class RedisStore:
             replies = await self._run(
                 GET, [(digests[p[0]], [b"".join([digests[i] for i in p])]) for p in groups]
             )
+            unread, why = 0, ""
             for places, reply in zip(groups, replies, strict=True):
                 if isinstance(reply, StoreError) and not isinstance(reply, SlotMoving):
-                    continue  # one node of several: what it has is not known, and the rest is
+                    # One node of several: what it has is not known, and the rest is.
+                    unread, why = unread + len(places), str(reply)
+                    continue
                 found = await self._found([digests[place] for place in places], reply, sent_at=sent_at)
                 for place, entry in zip(places, found, strict=True):
                     entries[place] = entry
+            self._note_unread(unread, why, of=len(digests))
             return entries
+
+    def _note_unread(self, count: int, why: str, *, of: int) -> None:
+        """Count the pairs of nodes that did not reply. A change is logged, and not each look-up."""
+        self._metrics.store_unread.inc(count)
+        if count and not self._is_partial:
+            self._is_partial = True
+            _log.warning("a part of the Cluster does not reply; its pairs are taken as misses: %s", why)
+        elif not count and self._is_partial and of >= _TELLING_PAIRS:
+            self._is_partial = False
+            _log.info("all of the Cluster replies again")
 
     async def _found(self, digests: Sequence[bytes], reply: Any, *, sent_at: float) -> Sequence[int]:
         """What a call's reply says of its digests. Its time is noted: by that clock they age."""

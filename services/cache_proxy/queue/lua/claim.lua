@@ -49,6 +49,17 @@ if mine then
   load_pairs(mine.digests)
   return as_batch(mine)
 end
+-- A replica numbers its claims. One that was granted before is over: this is a copy of the script that took long on its
+-- way, and the replica has stopped waiting for its reply. What it would take would go nowhere until the claim is reaped.
+do
+  local function serial_of(name)
+    return type(name) == 'string' and number(string.match(name, '%.(%d+)$')) or nil
+  end
+  local granted, serial = serial_of(redis.pcall('GET', BASE .. 'granted:' .. replica)), serial_of(id)
+  if granted and serial and serial <= granted then
+    return { 'wait', 1 }
+  end
+end
 reap()
 
 -- The limit: two theoretical arrival times (GCRA). What is not there, cannot be, or is another server's (a restart,
@@ -409,7 +420,8 @@ if failing then
   redis.call('HSET', MODEL, 'probe', id)
 end
 redis.call('HSET', CLAIMS, id, cmsgpack.pack({ replica = claim.replica, at = claim.at, send_at = claim.send_at,
-  slot_at = claim.slot_at, lease_until = claim.lease_until }))
+  slot_at = claim.slot_at, lease_until = claim.lease_until, lease_ms = claim.lease_until - claim.at, run = run }))
+redis.call('SET', BASE .. 'granted:' .. replica, id, 'PX', 600000)
 local spent = {}
 for account, count in pairs(spending) do
   local before = quota_of(account, rates[account])

@@ -3,7 +3,7 @@
 --          of pairs that the model answered with nonsense
 -- ARGV[4]  ms for which nonsense is remembered when it comes twice; twice as long each time it comes again
 -- ARGV[5]  1 if the model answered, 0 if the answers were found elsewhere   ARGV[6]  replica
--- The tombstones of what was invalidated are `cache-proxy invalidate`'s (store/lua/bury.lua): digest, or `*`, and when.
+-- BASE .. 'log' is the log of invalidations: see store/invalidation.py. The tombstones of what was invalidated are `cache-proxy invalidate`'s (store/lua/bury.lua): digest, or `*`, and when.
 local id, levels, errors = ARGV[1], ARGV[2], cmsgpack.unpack(ARGV[3])
 publish(levels, errors)
 local digests, answers = {}, {}
@@ -50,14 +50,25 @@ write()
 local TOMBS, since = BASE .. 'tombs', claim and claim.at or 0
 if redis.call('TYPE', TOMBS).ok == 'zset' then
   local all = number(redis.call('ZSCORE', TOMBS, '*')) or -1
-  local kept = {}
+  local kept, buried = {}, {}
   for at = 1, #answers, 2 do
     local buried_at = number(redis.call('ZSCORE', TOMBS, answers[at])) or -1
     if math.max(all, buried_at) < since then
       kept[#kept + 1], kept[#kept + 2] = answers[at], answers[at + 1]
+    else
+      local token = string.sub(redis.sha1hex(id .. answers[at] .. clock[1] .. clock[2]), 1, 8)
+      buried[#buried + 1] = token .. answers[at]
     end
   end
   answers = kept
+  -- A replica whose waiting request came after the invalidation puts the answer into its memory, so all are to forget it
+  -- again. The claimer would see to that once it has stored the answer, but it may die before.
+  local LOG, KEPT_ENTRIES = BASE .. 'log', 10000
+  local kind = redis.call('TYPE', LOG).ok
+  if #buried > 0 and (kind == 'list' or kind == 'none') then
+    in_chunks('RPUSH', LOG, buried)
+    redis.call('LTRIM', LOG, -KEPT_ENTRIES, -1)
+  end
 end
 remember('recent', RECENT_MS, answers)
 -- Nonsense may have been a whim of the model's, so whoever comes back at once is asked for again; but not for ever.

@@ -36,7 +36,6 @@ local MAX_BATCH_PAIRS = 1000 -- the model takes no more
 local CONTEXT, MAX_CONTEXTS, MAX_LINKS = 24, 4, 64 -- bytes; for one pair; for one batch
 local MAX_CALLERS = 100 -- names are the callers' to choose: those beyond share one turn
 local MAX_ACCOUNTS = 5000 -- names in a file are the operator's, at most 1000, but files change
-local MAX_GROUPS = 100 -- of suspects, that one script looks into
 local MAX_PLACES = 8 -- of one pair: whoever comes then waits where it is
 local BURST_SLOTS, BURST_MS = 1.5, 1000 -- what an account may save up: so that a call that is late costs it nothing
 
@@ -243,65 +242,70 @@ local function wait_in_front(digest)
   wait_in_lane(digest)
 end
 
--- A group goes with the last of its suspects for which a request waits, not only when it is probed: that may be long
--- after, and costs a turn.
-local function drop_empty_groups()
-  for _, packed in ipairs(redis.call('LRANGE', GROUPS, 0, MAX_GROUPS - 1)) do
-    local group = unpack_safely(packed)
-    local digests, concerned, alive = group and type(group[1]) == 'string' and split(group[1]) or {}, false, false
-    for _, digest in ipairs(digests) do
-      concerned = concerned or gone_suspects[digest]
-    end
-    if concerned then
-      load_pairs(digests)
+-- (Blocks keep names from the scripts: Lua allows 200 local variables in a chunk.)
+local write
+do
+  -- A group goes with the last of its suspects for which a request waits, not only when it is probed: that may be long
+  -- after, and costs a turn.
+  local function drop_empty_groups()
+    for _, packed in ipairs(redis.call('LRANGE', GROUPS, 0, 99)) do -- what is behind goes when it is probed
+      local group = unpack_safely(packed)
+      local digests, concerned, alive = group and type(group[1]) == 'string' and split(group[1]) or {}, false, false
       for _, digest in ipairs(digests) do
-        alive = alive or records[digest] and records[digest].suspect
+        concerned = concerned or gone_suspects[digest]
       end
-      if not alive then
-        redis.call('LREM', GROUPS, 0, packed)
+      if concerned then
+        load_pairs(digests)
+        for _, digest in ipairs(digests) do
+          alive = alive or records[digest] and records[digest].suspect
+        end
+        if not alive then
+          redis.call('LREM', GROUPS, 0, packed)
+        end
       end
     end
+    gone_suspects = {}
   end
-  gone_suspects = {}
-end
 
-local function write()
-  if next(gone_suspects) then
-    drop_empty_groups()
-  end
-  local gone, kept = {}, {}
-  for digest in pairs(changed) do
-    if records[digest] then
-      kept[#kept + 1] = digest
-      kept[#kept + 1] = cmsgpack.pack(records[digest])
-    else
-      gone[#gone + 1] = digest
+  function write()
+    if next(gone_suspects) then
+      drop_empty_groups()
     end
-  end
-  in_chunks('HDEL', PAIRS, gone)
-  in_chunks('HSET', PAIRS, kept)
-  for lane, moves in pairs(places) do
-    local out, into = {}, {}
-    for digest, tag in pairs(moves) do
-      if tag then
-        into[#into + 1] = tag
-        into[#into + 1] = digest
+    local gone, kept = {}, {}
+    for digest in pairs(changed) do
+      if records[digest] then
+        kept[#kept + 1] = digest
+        kept[#kept + 1] = cmsgpack.pack(records[digest])
       else
-        out[#out + 1] = digest
+        gone[#gone + 1] = digest
       end
     end
-    in_chunks('ZREM', lane_key(lane), out)
-    in_chunks('ZADD', lane_key(lane), into)
+    in_chunks('HDEL', PAIRS, gone)
+    in_chunks('HSET', PAIRS, kept)
+    for lane, moves in pairs(places) do
+      local out, into = {}, {}
+      for digest, tag in pairs(moves) do
+        if tag then
+          into[#into + 1] = tag
+          into[#into + 1] = digest
+        else
+          out[#out + 1] = digest
+        end
+      end
+      in_chunks('ZREM', lane_key(lane), out)
+      in_chunks('ZADD', lane_key(lane), into)
+    end
+    if #gone > 0 and redis.call('EXISTS', PAIRS) == 0 then
+      redis.call('HDEL', META, 'bytes')
+    elseif bytes ~= 0 then
+      redis.call('HINCRBY', META, 'bytes', bytes)
+    end
+    changed, places, bytes = {}, {}, 0
   end
-  if #gone > 0 and redis.call('EXISTS', PAIRS) == 0 then
-    redis.call('HDEL', META, 'bytes')
-  elseif bytes ~= 0 then
-    redis.call('HINCRBY', META, 'bytes', bytes)
-  end
-  changed, places, bytes = {}, {}, 0
 end
 
--- A claim: replica, at, send_at, slot_at, lease_until; loaded whole, also its digests, of a probe the rest, and what
+-- A claim: replica, at, send_at, slot_at, lease_until, lease_ms, run (the server that granted it, or that took it over,
+-- `since` then), as this server's clock has them; loaded whole, also its digests, of a probe the rest, and what
 -- was spent of quotas (account -> {until when before, and after}).
 local function load_lease(packed)
   local claim = unpack_safely(packed)
@@ -475,6 +479,16 @@ local function give_back(id, claim, each)
   return any or #again > 0
 end
 
+-- This server, until it is started again.
+local this_run
+do
+  local run_id
+  function this_run()
+    run_id = run_id or string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+    return run_id
+  end
+end
+
 -- This server's alone: a replica subscribes where the queue is, and follows it (see `listener.py`).
 local function subscribers_of(replica)
   return redis.call('PUBSUB', 'NUMSUB', ENDED .. ':' .. replica)[2]
@@ -484,34 +498,51 @@ end
 -- heard of. A paused process is still subscribed, so it keeps its claims until the model's deadline. So do those
 -- of a replica that lives and lost Redis alone: whatever the model answers it, nobody else would hear. So do those
 -- that a replica was granted in a reply that never arrived: its heartbeat (`held`) does not list them.
-local GRANTED_MS = 2000
-local function reap(replica, held)
-  local stored, any, given = redis.call('HGETALL', CLAIMS), false, 0
-  for at = 1, #stored, 2 do
-    if given > AT_ONCE then -- the next heartbeat goes on
-      break
-    end
-    local id, claim = stored[at], load_lease(stored[at + 1])
-    if not claim then
-      end_claim(id)
-    else
-      local heard = number(redis.call('ZSCORE', REPLICAS, claim.replica)) or 0
-      local gone = now - heard > SILENT_MS and subscribers_of(claim.replica) == 0
-      local cut_off = now - heard > CUT_OFF_MS and (number(redis.call('HGET', ALONE, claim.replica)) or 0) > now
-      local unheld = claim.replica == replica and not held[id] and now - claim.at > GRANTED_MS
-      if gone or cut_off or unheld or now > claim.lease_until then
-        local dead = load_claim(id)
-        given = given + #dead.digests
-        any = give_back(id, dead, function(_, pair)
-          pair.deaths = pair.deaths + ((unheld or cut_off) and 0 or 1)
-          return true
-        end) or any
+local reap
+do
+  local GRANTED_MS = 2000
+
+  -- A claim that another server granted, before a failover or a restart: its times are of another clock, which may differ
+  -- by minutes, and its owner may not be connected here yet. So its lease begins again, and nothing ends it for a moment.
+  local function adopt(id, claim)
+    claim.lease_until = now + (number(claim.lease_ms) or claim.lease_until - claim.at)
+    claim.run, claim.since = this_run(), now
+    redis.call('HSET', CLAIMS, id, cmsgpack.pack(claim))
+  end
+
+  function reap(replica, held)
+    local stored, any, given = redis.call('HGETALL', CLAIMS), false, 0
+    for at = 1, #stored, 2 do
+      if given > AT_ONCE then -- the next heartbeat goes on
+        break
+      end
+      local id, claim = stored[at], load_lease(stored[at + 1])
+      if not claim then
+        end_claim(id)
+      else
+        if type(claim.run) == 'string' and claim.run ~= this_run() then
+          adopt(id, claim)
+        end
+        local since = number(claim.since) -- on this server, if another granted it
+        local adopted = since and math.abs(now - since) <= GRANTED_MS
+        local heard = number(redis.call('ZSCORE', REPLICAS, claim.replica)) or 0
+        local gone = now - heard > SILENT_MS and subscribers_of(claim.replica) == 0
+        local cut_off = now - heard > CUT_OFF_MS and (number(redis.call('HGET', ALONE, claim.replica)) or 0) > now
+        local unheld = claim.replica == replica and not held[id] and now - (since or claim.at) > GRANTED_MS
+        if not adopted and (gone or cut_off or unheld or now > claim.lease_until) then
+          local dead = load_claim(id)
+          given = given + #dead.digests
+          any = give_back(id, dead, function(_, pair)
+            pair.deaths = pair.deaths + ((unheld or cut_off) and 0 or 1)
+            return true
+          end) or any
+        end
       end
     end
-  end
-  write()
-  if any then
-    publish('', {})
+    write()
+    if any then
+      publish('', {})
+    end
   end
 end
 
@@ -531,11 +562,6 @@ end
 local function pairs_in_batch(own)
   local found = math.floor(number(redis.call('HGET', LIMIT, 'batch_pairs')) or 0)
   return found >= 1 and found <= MAX_BATCH_PAIRS and found or own
-end
-
--- This server, until it is started again.
-local function this_run()
-  return string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 end
 
 -- How far apart full batches are.

@@ -20,7 +20,7 @@ _CALLER = "can-ary"
 
 def _by_company(call: Call) -> Answers:
     """Fail over a pair as its company says, in words that quote it."""
-    [kind] = {company.split()[-1] for company, _ in call.pairs}
+    kind = max({company.split()[-1] for company, _ in call.pairs}, key=lambda one: one != "well")
     if kind == "refused":
         raise Abort(StatusCode.INVALID_ARGUMENT, _WORDS)
     if kind == "named":
@@ -44,6 +44,7 @@ def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
     source.mkdir()
     (source / "bad.jsonl").write_text(
         '{"company": "Canary & Co", "title": Canary}\n{"company": "Canary & Co refused", "title": "Chief"}\n'
+        '{"company": "Canary & Co well", "title": "Chief"}\n'
         '{"company": "Canary & Co"}\n{"title": 7, "company": "Canary & Co"}\n["Canary"]\n'
     )
     (source / "down.jsonl").write_text('{"company": "Canary & Co down", "title": "Canary Chief"}\n')

@@ -23,13 +23,15 @@ pytestmark = pytest.mark.slow  # real servers that come and go, and many example
 KEYS = [
     "pairs", "claims", "claimed", "suspects", "meta", "reserved", "lane:interactive", "lane:bulk",
     "lane:refresh", "fair:interactive", "LIMIT", "LIMIT:replicas", "LIMIT:addresses", "LIMIT:paused",
-    "recent", "refused", "quotas", "lane:interactive:c", "fair:accounts:interactive", "LIMIT:spent",
+    "recent", "refused", "quotas", "lane:interactive:c", "fair:accounts:interactive", "LIMIT:spent", "MODEL",
 ]  # fmt: skip
 QUOTAS = Quotas({"c": Quota("c", 1e6, 10**6)})  # c's pairs wait in lanes of its own, d's in all others'
 
 
 def _names(place: Place, key: str) -> list[str]:
     """The keys behind a name; those of what was remembered change with time."""
+    if key == "MODEL":
+        return [place.keys.model]
     if key.startswith("LIMIT"):
         return [place.keys.limit + key.removeprefix("LIMIT")]
     if key in {"recent", "refused"}:
@@ -126,6 +128,12 @@ VALUES = st.one_of(
 )  # fmt: skip
 
 
+_FIELDS = [
+    b"x", b"y" * 16, b"queue", b"calls_tat", b"not_before", b"failures", b"failed_at", b"backoff_until", b"probe",
+    b"down", b"failing_since", b"failing_at", b"reason", b"answered_at", b"answered_by",
+]  # fmt: skip
+
+
 def _merged(packed: bytes | str | None, junk: bytes) -> bytes:
     """A record with some fields replaced, if both are records."""
     try:
@@ -145,7 +153,7 @@ def _spoil(client: "redis.Redis", name: str, draw: Callable[[st.SearchStrategy[A
         if draw(st.booleans()):
             client.hset(
                 name,
-                draw(st.sampled_from([b"x", b"y" * 16, b"queue", b"calls_tat", b"not_before"])),
+                draw(st.sampled_from(_FIELDS)),
                 draw(VALUES),
             )
     elif kind == b"zset":

@@ -24,7 +24,7 @@ local failed_at = number(redis.call('HGET', MODEL, 'failed_at')) or 0
 if model.is_over(failed_at, not_before, window) then
   failures = 0
 end
-if failures == 0 or claim.at >= failed_at then
+if failures == 0 or claim.at >= failed_at or failed_at > now then
   failures, failed_at = failures + 1, now
 end
 -- The namespace's: any replica's answer ends them, whatever target it calls.

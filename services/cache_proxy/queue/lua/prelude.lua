@@ -639,8 +639,9 @@ local model = { PROBE_PAIRS = 10, LONGEST_BACKOFF_MS = 6000, KEPT_MS = 3600000 }
 -- Failed calls in a row to this replica's target, until when nobody calls it, whether it broke down over a batch.
 function model.backoff()
   local found = redis.call('HMGET', MODEL, 'failures', 'backoff_until', 'pushback_until', 'breaking')
-  local failures = math.max(0, math.floor(number(found[1]) or 0))
-  return failures, math.max(not_before_of(found[2]), not_before_of(found[3])), found[4] == '1'
+  local failures, own = math.max(0, math.floor(number(found[1]) or 0)), number(found[2]) or 0
+  own = own <= now + model.LONGEST_BACKOFF_MS and own or 0 -- what is later is no backoff of ours
+  return failures, math.max(own, not_before_of(found[3])), found[4] == '1'
 end
 
 -- Whether failures are so long ago that they say nothing any more: nothing was tried in between.

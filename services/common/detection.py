@@ -16,6 +16,7 @@ from services.common.json_objects import BOM
 _MAX_LAYERS = 3  # a format in a format, and the one that the store or a proxy put around it
 _MAGIC_BYTES = 16
 _HEAD_BYTES = 64 * 2**10
+_MAX_HEAD_BYTES = 2**20  # of a text whose first line is longer
 _ENCODINGS = (  # a mark of four bytes begins with one of two
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -52,6 +53,7 @@ _OTHERS = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
 )
 _TAR = (257, b"ustar")  # where a tar archive has its magic
+_OBJECTS = re.compile(r"\[\s*\{[^\n]*\Z")  # an array of objects, of which the first line is not known whole
 _SPACE = re.compile(r"\s*")
 _ARRAY = "a JSON array, not one JSON object a line; convert it, for instance with `jq -c '.[]'`"
 _COMMAS = (
@@ -97,7 +99,7 @@ class DetectingDecoder:
         """Decode the next bytes. Raises FileError."""
         if self._head is not None:
             head = self._head = self._head + data
-            if len(head) < _MAGIC_BYTES or (len(head) < _HEAD_BYTES and self._packed(head) is None):
+            if len(head) < _MAGIC_BYTES or (self._packed(head) is None and not _has_two_lines(head)):
                 return
             data, self._head = head, None
             self._look(head)
@@ -175,7 +177,7 @@ class DetectingDecoder:
     def _look_at_text(self, head: bytes) -> None:
         text = head.removeprefix(BOM).decode(errors="replace").lstrip()
         is_array = text.startswith("[")
-        if _spans_lines(text):
+        if _spans_lines(text) or (_OBJECTS.match(text) and len(head) >= _MAX_HEAD_BYTES):
             raise UnreadableFormatError("it is " + (_ARRAY if is_array else _SPREAD))
         if _has_commas(text):
             raise UnreadableFormatError("it is " + _COMMAS)
@@ -209,6 +211,15 @@ class _Transcoder:
             )
             message = f"the {self._name} text {what}"
             raise CorruptInputError(message) from error
+
+
+def _has_two_lines(head: bytes) -> bool:
+    """Return whether the head is large enough, and the second line has begun in it."""
+    if not _HEAD_BYTES <= len(head) < _MAX_HEAD_BYTES:
+        return len(head) >= _MAX_HEAD_BYTES
+    text = head.lstrip()
+    line_end = text.find(b"\n")
+    return line_end >= 0 and bool(text[line_end:].strip())
 
 
 def _spans_lines(text: str) -> bool:

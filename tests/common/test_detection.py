@@ -138,6 +138,21 @@ def test_one_huge_pretty_printed_object_is_named() -> None:
         _decoded(text.encode())
 
 
+@pytest.mark.parametrize("size", [2**16 - 30, 2**16, 10**5, 2**20 - 30, 3 * 2**20])
+@pytest.mark.parametrize("piece", [2**16, 2**20])
+def test_a_long_first_line_hides_nothing(size: int, piece: int) -> None:
+    """Of what begins with a long object on the first line, no later one is taken for a line of its own."""
+    long, item = json.dumps({"company": "x" * size, "title": "y"}), json.dumps(_ITEMS[1])
+    array = f"[{long},\n{item},\n{item}\n]\n"
+    with pytest.raises(UnreadableFormatError, match="JSON array"):
+        _decoded(array.encode(), piece=piece)
+    if size < 2**20 - 100:
+        with pytest.raises(UnreadableFormatError, match="pretty-printed"):
+            _decoded(f'{{"jobs":[{long},\n{item}\n]}}\n'.encode(), piece=piece)
+    lines = f"{long}\n{item}\n".encode()
+    assert _decoded(lines, piece=piece) == lines
+
+
 @pytest.mark.parametrize(
     "first",
     [

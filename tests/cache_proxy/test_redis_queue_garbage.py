@@ -129,8 +129,8 @@ VALUES = st.one_of(
 
 
 _FIELDS = [
-    b"x", b"y" * 16, b"queue", b"calls_tat", b"not_before", b"failures", b"failed_at", b"backoff_until", b"probe",
-    b"down", b"failing_since", b"failing_at", b"reason", b"answered_at", b"answered_by",
+    b"x", b"y" * 16, b"queue", b"calls_tat", b"not_before", b"failures", b"failed_at", b"backoff_until",
+    b"probe", b"down", b"failing_since", b"failing_at", b"reason", b"answered_at", b"answered_by",
 ]  # fmt: skip
 
 

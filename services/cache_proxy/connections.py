@@ -28,10 +28,10 @@ class Connections:
 
     @contextmanager
     def found(self) -> Iterator[None]:
-        """Note which listeners are opened meanwhile."""
+        """Note which listeners are opened meanwhile, besides those found before."""
         before = _listeners()
         yield
-        self._listeners = _listeners() - before
+        self._listeners |= _listeners() - before  # of a server made again, some may not be closed yet
 
     def count(self) -> int:
         """Return how many are open."""

@@ -75,3 +75,14 @@ def test_connections_of_a_unix_socket_are_closed(stack: ExitStack) -> None:
     assert connections.count() == 1
     connections.shut()
     assert ending.recv(1) == b""
+
+
+def test_listeners_that_are_opened_again_stay_known(stack: ExitStack) -> None:
+    """Also where the one before was not yet closed, so that nothing new is found."""
+    connections = Connections()
+    with connections.found():
+        listener = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
+    with connections.found():
+        pass
+    _connect(stack, listener, socket.AF_INET, listener.getsockname())
+    assert connections.count() == 1

@@ -156,15 +156,26 @@ def test_corruption_in_front_of_a_late_reset_is_found(augment: Augment, stub: St
     assert s3.keys("out/") == []
 
 
-@pytest.mark.parametrize("ignores_ranges", [False, True])
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "ignores_ranges", "checksum"),
+    [
+        (False, False, ""),
+        (False, True, ""),
+        (True, False, ""),
+        (True, True, ""),
+        (False, False, "sha256"),
+        (True, False, "sha256"),
+        (True, False, "sha1"),
+    ],
+)
 def test_download_is_resumed_where_ranges_carry_the_whole_objects_checksum(
-    augment: Augment, stub: Stub, s3: ScriptedS3, wrong: bool, ignores_ranges: bool
+    augment: Augment, stub: Stub, s3: ScriptedS3, wrong: bool, ignores_ranges: bool, checksum: str
 ) -> None:
     """Every byte arrives once, also from a server that sends all of them again, and the whole is checked."""
     s3.sends_checksums = s3.sends_checksums_with_ranges = True
     s3.wrong_checksums = wrong
     s3.ignores_ranges = ignores_ranges
+    s3.checksum = checksum
     s3.faults = [Fault("GetObject", "cut"), Fault("GetObject (range)", "cut", times=1)]
     lines = [posting(id=i, text=random.Random(i).randbytes(100).hex()) for i in range(2_000)]
     s3.put("in/a.jsonl", b"\n".join(lines))

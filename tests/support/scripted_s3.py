@@ -99,6 +99,7 @@ class ScriptedS3:
     sends_checksums: bool = False
     sends_checksums_with_ranges: bool = False
     wrong_checksums: bool = False
+    checksum: str = ""  # of hashlib; else CRC32
     ignores_ranges: bool = False
 
     def put(
@@ -271,7 +272,10 @@ class _Handler(BaseHTTPRequestHandler):
         upload = self._upload()
         upload["parts"][int(self.query["partNumber"])] = body
         upload["mismatch"] |= self._algorithm() != upload["algorithm"]
-        return 200, {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}, b""
+        headers = {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}
+        if self._algorithm():
+            headers["x-amz-checksum-crc32"] = _crc32(body)
+        return 200, headers, b""
 
     def _complete(self, body: bytes) -> _Answer:
         upload = self._upload()
@@ -279,6 +283,11 @@ class _Handler(BaseHTTPRequestHandler):
         if listed != sorted(upload["parts"]) or len(re.findall(rb"<ETag>", body)) != len(listed):
             raise _Refused(
                 400, "InvalidPart", "The list of parts is not in ascending order, or not complete."
+            )
+        checksums = [text.decode() for text in re.findall(rb"<ChecksumCRC32>(.*?)<", body)]
+        if upload["algorithm"] and checksums != [_crc32(upload["parts"][number]) for number in listed]:
+            raise _Refused(
+                400, "InvalidPart", "The parts' checksums are missing, or are not those of the parts."
             )
         if self.s3.wants_declared_checksums and upload["mismatch"]:
             raise _Refused(400, message="Checksum Type mismatch occurred, expected null, actual: crc32")
@@ -344,8 +353,10 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         with_mode = self.headers.get("x-amz-checksum-mode") == "ENABLED"
         if (s3.sends_checksums and with_mode) or (s3.sends_checksums_with_ranges and wanted):
-            crc = zlib.crc32(found.data) ^ (1 if s3.wrong_checksums else 0)
-            headers["x-amz-checksum-crc32"] = base64.b64encode(crc.to_bytes(4, "big")).decode()
+            of = found.data + b"!" if s3.wrong_checksums else found.data
+            digest = hashlib.new(s3.checksum, of, usedforsecurity=False).digest() if s3.checksum else b""
+            value = base64.b64encode(digest).decode() or _crc32(of)
+            headers[f"x-amz-checksum-{s3.checksum or 'crc32'}"] = value
         if not wanted or s3.ignores_ranges:
             return 200, headers, found.data
         begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
@@ -402,6 +413,10 @@ class _Handler(BaseHTTPRequestHandler):
 def _in_chunks(body: bytes) -> bytes:
     """All of the body, without the chunk that says so."""
     return b"%x\r\n%s\r\n" % (len(body), body) if body else b""
+
+
+def _crc32(data: bytes) -> str:
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
 
 def _iso(seconds: float) -> str:

@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import hashlib
 import logging
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from botocore.exceptions import ClientError, FlexibleChecksumError
@@ -28,7 +30,7 @@ class S3Download:
     The client checks a whole object against the checksum that the server sends with it. A resumed one is
     checked here, because the client sees two parts of it.
 
-    State: `_position`, `_crc` (of the bytes so far), `_expected_crc` (the server's for the object, if known).
+    State: `_position`, `_checksum` (of the bytes so far, and the server's of the object).
     """
 
     def __init__(self, client: Any, *, place: str, target: dict[str, str], item: Item) -> None:
@@ -37,8 +39,7 @@ class S3Download:
         self._target = target
         self._item = item
         self._position = 0
-        self._crc = 0
-        self._expected_crc: int | None = None
+        self._checksum = _Checksum({})
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """Yield the bytes in pieces. Raises InputChangedError or StoreError."""
@@ -78,8 +79,7 @@ class S3Download:
                 fresh = data[skipped:] if skipped else data
                 if fresh:
                     self._position += len(fresh)
-                    if self._expected_crc is not None:
-                        self._crc = zlib.crc32(fresh, self._crc)
+                    self._checksum.update(fresh)
                     yield fresh
         finally:
             body.close()
@@ -98,7 +98,7 @@ class S3Download:
     def _note(self, answer: Any) -> int:
         """Note the object's checksum; return how many bytes of this stream are known already."""
         if not self._position:
-            self._crc, self._expected_crc = 0, _crc_of(answer)
+            self._checksum = _Checksum(answer)
             return 0
         if answer["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL_CONTENT:  # the server ignores ranges
             return self._position
@@ -112,14 +112,48 @@ class S3Download:
         if self._position > self._item.size_bytes:
             message = f"the server sent {self._position} bytes of an object of {self._item.size_bytes}"
             raise StoreError(place=self._place, reason=message)
-        if self._expected_crc not in {None, self._crc}:
-            message = f"checksum mismatch: CRC32 {self._crc:08x}, the server has {self._expected_crc:08x}"
+        if self._checksum.mismatch:
+            message = f"checksum mismatch: {self._checksum.mismatch}"
             raise StoreError(place=self._place, reason=message)
 
 
-def _crc_of(answer: Any) -> int | None:
-    """Return the whole object's CRC32; None where there is none, or one of its parts' checksums."""
-    text = answer.get("ChecksumCRC32", "")
-    if not text or "-" in text:
-        return None
-    return int.from_bytes(base64.b64decode(text), "big")
+class _Crc32:
+    """CRC32 as hashlib has its algorithms."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def digest(self) -> bytes:
+        return self._value.to_bytes(4, "big")
+
+
+# What the client checks itself without another library: names in the answer, in its order.
+_ALGORITHMS: dict[str, Callable[[], Any]] = {
+    "ChecksumCRC32": _Crc32,
+    "ChecksumSHA1": partial(hashlib.sha1, usedforsecurity=False),
+    "ChecksumSHA256": hashlib.sha256,
+}
+
+
+class _Checksum:
+    """The whole object's checksum, if the server sent one: not one of its parts' checksums (`…-3`)."""
+
+    def __init__(self, answer: Any) -> None:
+        usable = (name for name in _ALGORITHMS if answer.get(name) and "-" not in answer[name])
+        self._name = next(usable, "")
+        self._algorithm = _ALGORITHMS[self._name]() if self._name else None
+        self._expected = answer.get(self._name, "")
+
+    def update(self, data: bytes) -> None:
+        """Add the next bytes."""
+        if self._algorithm:
+            self._algorithm.update(data)
+
+    @property
+    def mismatch(self) -> str:
+        """How it differs, or ""."""
+        found = base64.b64encode(self._algorithm.digest()).decode() if self._algorithm else self._expected
+        return "" if found == self._expected else f"{self._name} is {self._expected}, of the bytes {found}"

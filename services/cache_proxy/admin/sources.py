@@ -143,7 +143,8 @@ def _named(place: str) -> Iterator[None]:
         message = f"{place}: {error.strerror or error}"
         raise CommandError(message) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in {"botocore", "aiobotocore", "aiohttp"}:
+        is_library = type(error).__module__.partition(".")[0] in {"botocore", "aiobotocore", "aiohttp"}
+        if not is_library and not hasattr(error, "__notes__"):  # of credentials, see aws_credential_logs.py
             raise
         from services.common.aws_errors import reason_of  # noqa: PLC0415 - it is there already
 

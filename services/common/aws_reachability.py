@@ -10,7 +10,7 @@ from botocore.exceptions import ConnectionError  # noqa: A004 - botocore's own n
 from services.common.aws_errors import reason_of
 from services.common.credentials import without_users
 
-_SILENCE_SECONDS = 4.0
+_SILENCE_SECONDS = 3.0  # with the start of the process, the line comes within 5 s
 _FAILING_SECONDS = 3.0
 _SERVER_ERROR, _TOO_MANY = 500, 429
 _log = logging.getLogger(__name__)

@@ -321,6 +321,14 @@ async def test_a_failed_call_is_told_as_what_it_was(code: StatusCode) -> None:
     assert script.names() == ["looked", "sent", "fail"]
 
 
+async def test_a_failed_call_with_a_lone_pair_is_told_in_the_models_words() -> None:
+    """They can be about that pair alone, so every caller of it may read them."""
+    script = Script(claim_of([1]))
+    script.answer = raising(failed())
+    await played(script, "fail")
+    assert script.of("fail")[1].told_to_anyone().message == "words about a pair"
+
+
 async def test_a_defect_on_the_way_to_the_model_fails_the_call_alone() -> None:
     """Its pairs are tried again, and the next batch goes."""
     script = Script(claim_of([1], name="first"), claim_of([2], name="second"))
@@ -438,7 +446,13 @@ async def test_an_outage_is_logged_once_and_so_is_its_end(caplog: pytest.LogCapt
         script.decisions.append(claim_of([4]))
         script.changes.set()
         await script.until(lambda: "put" in script.names())
+        script.answer = raising(failed())
+        script.decisions.append(claim_of([5]))
+        script.changes.set()
+        await script.until(lambda: script.names().count("fail") == 4)
     messages = [record.getMessage() for record in caplog.records if record.name.endswith("dispatcher")]
-    assert len(messages) == 2
-    assert messages[0] == "a call to the model failed, trying again: no words"
-    assert messages[1].startswith("the model answers again")
+    assert messages == [
+        "a call to the model failed, trying again: no words",
+        "the model answers again, after 1 failed calls",
+        "a call to the model failed, trying again: no words",
+    ]

@@ -54,7 +54,7 @@ PYTHON = (
     Target(path="services/augmenter/totals.py", tests=("tests/augmenter/test_accounting.py",)),
     Target(
         path="services/augmenter/object_store/s3_upload.py",
-        tests=("tests/augmenter/test_s3_faults.py", "tests/augmenter/test_s3_servers.py"),
+        tests=("tests/augmenter/test_s3_servers.py", "tests/augmenter/test_s3_faults.py"),
     ),
     Target(
         path="services/augmenter/object_store/s3_download.py",

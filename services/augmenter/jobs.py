@@ -140,8 +140,8 @@ class Jobs:
         except StoreError as error:  # the other files' outputs may be seen all the same
             return Job(item, output_name, lines_format, failure=error)
         is_done = bool(made and made.from_this_input and not self._overwrite)
-        if item.is_archived and not is_done:
-            item = await self._looked_at(item)
+        if item.is_archived:  # what is done need not be read, so --watch takes a restored object for the same
+            item = replace(item, is_archived=False) if is_done else await self._looked_at(item)
         return Job(item, output_name, lines_format, made.version if made else NOTHING, is_done)
 
     async def _looked_at(self, item: Item) -> Item:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 _QUEUE_TESTS = (
+    "tests/cache_proxy/test_joined_pairs.py",
     "tests/cache_proxy/test_queue_protocol.py",
     "tests/cache_proxy/test_redis_queue_races.py",
     "tests/cache_proxy/test_redis_queue_limit.py",
@@ -24,7 +25,14 @@ class Target:
 
 PYTHON = (
     Target(path="services/cache_proxy/key.py", tests=("tests/cache_proxy/test_key.py",)),
-    Target(path="services/cache_proxy/store/dated.py", tests=("tests/cache_proxy/test_dated.py",)),
+    Target(
+        path="services/cache_proxy/store/dated.py",
+        tests=("tests/cache_proxy/test_dated.py", "tests/cache_proxy/test_store_clock.py"),
+    ),
+    Target(path="services/cache_proxy/store/clock.py", tests=("tests/cache_proxy/test_store_clock.py",)),
+    Target(
+        path="services/cache_proxy/queue/waiting_pairs.py", tests=("tests/cache_proxy/test_joined_pairs.py",)
+    ),
     Target(
         path="services/cache_proxy/wire.py",
         tests=("tests/cache_proxy/test_wire.py", "tests/cache_proxy/test_hits.py", "tests/fuzz/test_wire.py"),

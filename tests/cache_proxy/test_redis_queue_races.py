@@ -495,6 +495,19 @@ async def test_suspects_that_end_leave_no_group(how: str, place: Place) -> None:
         assert place.left() == {}
 
 
+async def test_a_pause_of_another_target_gives_up_nobody(place: Place) -> None:
+    """A replica's own target may take the pairs: only callers whose replica calls the same one are told."""
+    async with replicas(place, 2) as (here, there):
+        for model in (f"{place.keys.limit}:model:other", place.keys.model):
+            there.scripts.model = there.scripts._keys[-1] = model
+            wait, _ = await here.ask([pair(1)], asker(patience=5))
+            await there.ask([pair(1)])
+            there.queue._not_before = 0.0
+            await there.queue.fail(await there.take(), DOWN, retry_after_seconds=20)
+            await here.messages()
+            assert bool(wait.open) is (model != place.keys.model)
+
+
 async def test_a_lost_pair_is_asked_again_until_the_latest_deadline(place: Place) -> None:
     """Redis was emptied: the caller who joined with more time is remembered here."""
     async with replicas(place, 1) as (replica,):

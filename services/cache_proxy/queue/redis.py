@@ -405,10 +405,11 @@ class RedisQueue:
     ) -> None:
         """Take in what some replica published.
 
-        `pause` is how long nobody calls the model, in ms, and why.
+        `pause` is how long nobody calls a model target, in ms, and why. Another target is no concern of this
+        replica's: it may send the pairs itself.
         """
-        if pause:
-            milliseconds, error = pause
+        if pause and pause[2] == self._scripts.model.encode():
+            milliseconds, error, _ = pause
             seconds = float(milliseconds) / 1000
             if not 0 <= seconds <= _MAX_PATIENCE_SECONDS:
                 raise ValueError(milliseconds)

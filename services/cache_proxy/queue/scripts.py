@@ -94,6 +94,7 @@ class Scripts:
         self._home = home
         self.channel = keys.channel(home.database)
         self._keys = [keys.limit, keys.base, self.channel, keys.model]
+        self.model = keys.model
         self._metrics = metrics
         self._turns = asyncio.Semaphore(_MAX_CALLS)
         self._repaired_for: str | None = None

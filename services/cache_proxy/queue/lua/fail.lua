@@ -74,7 +74,7 @@ give_back(id, claim, function(_, pair)
 end)
 write()
 if not is_down then
-  publish('', {}, nil, { not_before - now, error })
+  publish('', {}, nil, { not_before - now, error, MODEL })
   return redis.status_reply('OK')
 end
 

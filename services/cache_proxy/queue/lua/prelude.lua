@@ -432,7 +432,7 @@ local function queue_id()
 end
 
 -- Tell every replica how pairs ended: `levels` is digest and level byte after byte, `errors` a list of
--- {digest, error}, `all` an error that ends everything that waits, `pause` {ms for which nobody calls the model, why}.
+-- {digest, error}, `all` an error that ends everything that waits, `pause` {ms, why, target}: for so long nobody calls it.
 -- The number lets a replica notice that it missed one. With nothing else in it, it says that pairs wait which somebody
 -- may claim. Receivers drop what has another queue's id: channels are the server's, not the database's.
 local function publish(levels, errors, all, pause)

@@ -374,3 +374,86 @@ async def test_server_state_never_makes_the_queue_anew(
         assert isinstance(raised.value, AccessRefusedByStore) is refused
         monkeypatch.undo()
         assert numbers_of(await replica.take()) == [0, 1, 2]
+
+
+JUNK_NUMBERS = [b"", b"garbage", b"\xff\x00", b"nan", b"inf", b"-inf", b"-1", b"9" * 400, b"1e308", b"1e12"]
+
+
+@pytest.mark.parametrize("junk", JUNK_NUMBERS)
+async def test_limit_in_redis_that_cannot_be_read_is_replaced_by_the_settings(
+    junk: bytes, shared_redis: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the next heartbeat, which counts and logs it once; a replica without Redis keeps the limit."""
+    place, bounds = Place.new(shared_redis), limits(calls_per_second=2, pairs_per_second=8)
+    async with replicas(place, 1, bounds) as (replica,):
+        with place.client() as client:
+            names = [
+                "pairs_per_second",
+                "calls_per_second",
+                "batch_pairs",
+                "pairs_tat",
+                "calls_tat",
+                "not_before",
+            ]
+            client.hset(place.keys.limit, mapping=dict.fromkeys(names, junk))
+            before = replica.metrics.store_garbage._value.get()
+            caplog.clear()
+            for _ in range(3):
+                await replica.beat()
+            stored = client.hmget(place.keys.limit, names[:3])
+        assert [float(value or "nan") for value in stored] == [8 * 0.98, 2 * 0.98, 4]
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "calls_per_second" in caplog.records[0].message
+        assert replica.metrics.store_garbage._value.get() > before
+        assert replica.failover._limiter.slot_seconds > 0.5
+        await replica.ask(pairs([1]))
+        assert isinstance(await replica.queue.claim(), NotYet)  # all may just have been spent
+
+
+@pytest.mark.parametrize("junk", JUNK_NUMBERS)
+async def test_limit_that_cannot_be_read_leaves_the_moments_of_a_silent_replica_alone(
+    junk: bytes, shared_redis: str
+) -> None:
+    """Before any heartbeat has replaced it: claims go by the replica's own settings."""
+    place, bounds = Place.new(shared_redis), limits(calls_per_second=1e-6)
+    async with replicas(place, 2, bounds) as (one, other):
+        await one.ask(pairs([1]))
+        await one.queue.claim()  # notes the server
+        other.unheard()
+        with place.client() as client:
+            client.hset(place.keys.limit, "calls_per_second", junk)
+            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
+        assert isinstance(await one.queue.claim(), NotYet)
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [(b"\xff,\x00", 0.0), (b"x,y,z", None), (b"ab" * 500, None), (b"abcd", 1e300), (b"abcd", float("inf"))],
+)
+async def test_replica_that_cannot_be_one_shares_nothing(
+    name: bytes, score: float | None, shared_redis: str
+) -> None:
+    """It has no share of the limit and no moments: by its name, or heard of at a time yet to come."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 1, limits(calls_per_second=2)) as (replica,):
+        with place.client() as client:
+            now_ms = client.time()[0] * 1000
+            client.zadd(f"{place.keys.limit}:replicas", {name: now_ms if score is None else score})
+            client.hset(f"{place.keys.limit}:paused", name, b"1e15")
+            await replica.beat()
+            assert client.zrange(f"{place.keys.limit}:replicas", 0, -1) == [replica.name.encode()]
+            assert client.hlen(f"{place.keys.limit}:paused") == 0
+        assert replica.failover._limiter.replicas == 1
+
+
+async def test_verdict_on_a_replica_that_holds_for_years_is_none(shared_redis: str) -> None:
+    """It may have lost Redis alone, and call the model at its own moments: those are left alone."""
+    place = Place.new(shared_redis)
+    async with replicas(place, 2, limits(calls_per_second=1e-6)) as (one, other):
+        await one.ask(pairs([1]))
+        await one.queue.claim()  # notes the server
+        with place.client() as client:
+            client.hset(f"{place.keys.limit}:paused", other.name, 2**52)
+            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
+        other.unheard()
+        assert isinstance(await one.queue.claim(), NotYet)

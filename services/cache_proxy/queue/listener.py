@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from services.cache_proxy.queue.slots import Membership
 from services.cache_proxy.store.servers import FAILURES
 from services.common.endings import end
 from services.common.supervision import supervise
+
+_log = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 0.3
 _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
@@ -75,6 +78,7 @@ class _Pulse:
     logs: Sequence[bytes | None]
     run: str
     held_back: int
+    garbage: Sequence[str]
 
     @classmethod
     def read(cls, reply: Any) -> "_Pulse":
@@ -82,7 +86,7 @@ class _Pulse:
         try:
             (
                 now_ms, published, queue_id, waiting, oldest_ms, members, late, moment_ms, subscribed,
-                logs, run, held_back,
+                logs, run, held_back, garbage,
             ) = reply  # fmt: skip
             return cls(
                 int(now_ms), int(published), bytes(queue_id), [int(count) for count in waiting],
@@ -91,7 +95,7 @@ class _Pulse:
                  for replica, address in late],
                 float(moment_ms), int(subscribed),
                 [last if isinstance(last, bytes) else None for last in logs], run.decode("ascii", "replace"),
-                int(held_back),
+                int(held_back), [name.decode("ascii", "replace") for name in garbage],
             )  # fmt: skip
         except (ValueError, TypeError, AttributeError) as error:
             message = "the heartbeat's reply cannot be read"
@@ -210,6 +214,12 @@ class Listener:
         ]  # fmt: skip
         pulse = _Pulse.read(unpack(await self._scripts.run("heartbeat", arguments)))
         clock_offset_seconds = self._clock_offset(pulse.now_ms / 1000, asked_at, time.monotonic())
+        if pulse.garbage:
+            self._metrics.store_garbage.inc(len(pulse.garbage))
+            _log.warning(
+                "values in Redis that could not be read were replaced by this replica's settings (%s)",
+                ", ".join(sorted(set(pulse.garbage))),
+            )
         if self._reporter:
             self._reporter.reported(reports, clock_offset_seconds=clock_offset_seconds)
         self._compare(pulse.queue_id, pulse.published)

@@ -12,13 +12,10 @@
 --           contexts of the spans that wait for them, at most MAX_LINKS,
 --           the request that queued all of them, '' if there were several}
 local replica, id, ahead = ARGV[1], ARGV[2], tonumber(ARGV[9])
-local function rate(value)
-  local found = number(value)
-  return found and found >= 0 and found
-end
+own = { pairs_per_second = tonumber(ARGV[3]), calls_per_second = tonumber(ARGV[4]), batch_pairs = tonumber(ARGV[5]) }
 local settings = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second')
-local pairs_rate, calls_rate = rate(settings[1]) or tonumber(ARGV[3]), rate(settings[2]) or tonumber(ARGV[4])
-local batch_pairs, batch_bytes, linger = pairs_in_batch(tonumber(ARGV[5])), tonumber(ARGV[6]), tonumber(ARGV[7])
+local pairs_rate, calls_rate = rate_of(settings[1]) or own.pairs_per_second, rate_of(settings[2]) or own.calls_per_second
+local batch_pairs, batch_bytes, linger = pairs_in_batch(own.batch_pairs), tonumber(ARGV[6]), tonumber(ARGV[7])
 local LEAD_MS = 15 -- from here to the model takes about so long: the slot of a batch that could go at once
 local PAIRS_A_MS = 50 -- and so many pairs take a millisecond more
 local HEARTBEAT_MS, QUIET_MS = 300, 1200

@@ -17,7 +17,7 @@ for at, lane in ipairs(LANES) do
 end
 local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second', 'pairs_tat', 'calls_tat', 'not_before')
 local failures, backoff_until = model.backoff()
-local pairs_rate, calls_rate = number(limit[1]), number(limit[2])
+local pairs_rate, calls_rate = rate_of(limit[1]), rate_of(limit[2])
 local batch_pairs, batch_ms = pairs_in_batch(false), slot_ms()
 local function spent_until(tat) -- as in enqueue.lua
   return math.min(number(tat) or 0, now + batch_ms + LATE_MS)

@@ -73,6 +73,14 @@ local function number(value)
   return found and math.abs(found) < 2 ^ 53 and found or nil -- neither infinite nor what is no number
 end
 
+-- Calls or pairs a second (0: no limit) if the value is one that settings allow. `own` are this replica's limits, where
+-- Redis has none that can be read: a script that has them as arguments fills it.
+local own = {}
+local function rate_of(value)
+  local found = number(value)
+  return found and (found == 0 or found >= 1e-7 and found <= 1e9) and found or nil
+end
+
 local function meta(field)
   return number(redis.call('HGET', META, field)) or 0
 end
@@ -494,6 +502,12 @@ local function subscribers_of(replica)
   return redis.call('PUBSUB', 'NUMSUB', ENDED .. ':' .. replica)[2]
 end
 
+-- Until when a verdict on a replica may be relied on: for seconds (see doors.py), so what is far away is none.
+local function relied_on_until(verdicts, replica)
+  local found = number(redis.call('HGET', verdicts, replica)) or 0
+  return found <= now + RECENT_MS and found or 0
+end
+
 -- The claims of the dead go back: of those whose lease is over, and of those that are neither subscribed nor
 -- heard of. A paused process is still subscribed, so it keeps its claims until the model's deadline. So do those
 -- of a replica that lives and lost Redis alone: whatever the model answers it, nobody else would hear. So do those
@@ -527,7 +541,7 @@ do
         local adopted = since and math.abs(now - since) <= GRANTED_MS
         local heard = number(redis.call('ZSCORE', REPLICAS, claim.replica)) or 0
         local gone = now - heard > SILENT_MS and subscribers_of(claim.replica) == 0
-        local cut_off = now - heard > CUT_OFF_MS and (number(redis.call('HGET', ALONE, claim.replica)) or 0) > now
+        local cut_off = now - heard > CUT_OFF_MS and relied_on_until(ALONE, claim.replica) > now
         local unheld = claim.replica == replica and not held[id] and now - (since or claim.at) > GRANTED_MS
         if not adopted and (gone or cut_off or unheld or now > claim.lease_until) then
           local dead = load_claim(id)
@@ -551,24 +565,25 @@ end
 local function silent_replicas(asking)
   local silent = {}
   for _, replica in ipairs(redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', '(' .. (now - SILENT_MS))) do
-    if replica ~= asking and (number(redis.call('HGET', PAUSED, replica)) or 0) < now then
+    if replica ~= asking and relied_on_until(PAUSED, replica) < now then
       silent[#silent + 1] = replica
     end
   end
   return silent
 end
 
--- Pairs in a batch, as the newest start has it; `own` where that was lost.
-local function pairs_in_batch(own)
+-- Pairs in a batch, as the newest start has it; `otherwise` where that was lost.
+local function pairs_in_batch(otherwise)
   local found = math.floor(number(redis.call('HGET', LIMIT, 'batch_pairs')) or 0)
-  return found >= 1 and found <= MAX_BATCH_PAIRS and found or own
+  return found >= 1 and found <= MAX_BATCH_PAIRS and found or otherwise
 end
 
 -- How far apart full batches are.
 local function slot_ms()
   local limit = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second')
-  local pairs_rate, calls_rate = number(limit[1]) or 0, number(limit[2]) or 0
-  return math.max(pairs_rate > 0 and pairs_in_batch(0) * 1000 / pairs_rate or 0,
+  local pairs_rate = rate_of(limit[1]) or own.pairs_per_second or 0
+  local calls_rate = rate_of(limit[2]) or own.calls_per_second or 0
+  return math.max(pairs_rate > 0 and pairs_in_batch(own.batch_pairs or 0) * 1000 / pairs_rate or 0,
     calls_rate > 0 and 1000 / calls_rate or 0)
 end
 

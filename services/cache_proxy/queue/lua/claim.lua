@@ -49,11 +49,12 @@ end
 -- A replica numbers its claims. One that was granted before is over: this is a copy of the script that took long on its
 -- way, and the replica has stopped waiting for its reply. What it would take would go nowhere until the claim is reaped.
 do
+  local MOST_COPIES_LATE = 10000 -- ids: what is further ahead was not given by this replica
   local function serial_of(name)
     return type(name) == 'string' and number(string.match(name, '%.(%d+)$')) or nil
   end
-  local granted, serial = serial_of(redis.pcall('GET', BASE .. 'granted:' .. replica)), serial_of(id)
-  if granted and serial and serial <= granted then
+  local granted, serial = serial_of(redis.pcall('HGET', BASE .. 'granted:' .. replica, 'id')), serial_of(id)
+  if granted and serial and serial <= granted and granted - serial < MOST_COPIES_LATE then
     return { 'wait', 1 }
   end
 end
@@ -418,7 +419,9 @@ if failing then
 end
 redis.call('HSET', CLAIMS, id, cmsgpack.pack({ replica = claim.replica, at = claim.at, send_at = claim.send_at,
   slot_at = claim.slot_at, lease_until = claim.lease_until, lease_ms = claim.lease_until - claim.at, run = run }))
-redis.call('SET', BASE .. 'granted:' .. replica, id, 'PX', 600000)
+redis.call('UNLINK', BASE .. 'granted:' .. replica) -- of whatever type
+redis.call('HSET', BASE .. 'granted:' .. replica, 'id', id)
+redis.call('PEXPIRE', BASE .. 'granted:' .. replica, 600000)
 local spent = {}
 for account, count in pairs(spending) do
   local before = quota_of(account, rates[account])

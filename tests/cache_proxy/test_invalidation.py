@@ -1,6 +1,7 @@
 """The log by which every replica forgets what was invalidated, whatever becomes of the log."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,21 @@ async def test_a_tombstone_is_left_beside_the_queue(reached: Servers, base: str,
         await reached.run(BURY, [Call(key, [b""])])
         assert set(client.zrange(key, 0, -1)) == {_A, b"*"}
         assert not client.exists(recent)
+
+
+@pytest.mark.parametrize("score", [float("inf"), float("-inf"), 1e300, -1.0])
+async def test_tombstone_that_cannot_be_one_takes_no_answer_back(
+    reached: Servers, base: str, shared_redis: str, score: float
+) -> None:
+    """A time that is days ahead would have every answer forgotten as soon as it is stored."""
+    key = f"{{{base}}}tombs"
+    log = InvalidationLog(reached, f"{{{base}}}log")
+    with redis.Redis.from_url(shared_redis) as client:
+        client.zadd(key, {b"*": score, _A: score})
+        assert await log.buried([_A, _B], since=time.monotonic() - 1) == []
+        await reached.run(BURY, [Call(key, [_B])])
+        assert await log.buried([_A, _B], since=time.monotonic() - 10) == [_B]
+        assert client.zscore(key, "*") in {None, -1.0}
 
 
 @pytest.mark.parametrize("which", ["tombs", "recent:", "refused:"])

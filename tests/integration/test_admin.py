@@ -347,3 +347,19 @@ def test_warm_reads_buckets(shared_redis: str, tmp_path: Path, s3: S3Server) -> 
     missing = warm("s3://nowhere/x.jsonl")
     assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
     assert "s3://nowhere/x.jsonl" in missing.stderr
+
+
+@pytest.mark.parametrize("junk", [b"garbage", b"-1", b"9" * 5000, b"1" + b"0" * 12, b"\xff\xfe"])
+def test_warm_reads_a_file_whose_bookmark_is_garbage(junk: bytes, shared_redis: str, tmp_path: Path) -> None:
+    """Such a number of lines written before says nothing: all of the file is."""
+    flags = ("--cache-url", shared_redis, "--key-prefix", f"warm-junk-{junk[:13].hex()}")
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"company": "Marked", "title": "t", "seniority": 3}\n')
+    assert _run("warm", *flags, str(path)).returncode == 0
+    with redis.Redis.from_url(shared_redis) as client:
+        [bookmarks] = client.scan_iter(f"{flags[3]}:*:warm")
+        [file] = client.hkeys(bookmarks)
+        client.hset(bookmarks, file, junk)
+    ended = _run("warm", *flags, "--json", str(path))
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["pairs"] == 1

@@ -21,6 +21,7 @@ from services.cache_proxy.admin.settings import OutputSettings, WarmSettings
 from services.cache_proxy.admin.sources import Place, Source, is_in_bucket, open_places
 from services.cache_proxy.config import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
+from services.cache_proxy.redis_values import read_integer
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS
 from services.cache_proxy.store.servers import heal
@@ -34,6 +35,7 @@ _UNDER_WAY = 4  # windows that Redis writes while the next is read
 _KEPT_SECONDS = 7 * DAY_SECONDS  # for so long an interrupted run can be resumed
 _PATIENCE_SECONDS, _RETRY_SECONDS = 60.0, 0.5  # with a Redis that restarts or fails over
 _REFRESH_SECONDS = 0.2
+_MAX_LINES = 2**53
 _EXIT_FAILED, _EXIT_SKIPPED = 1, 3
 
 
@@ -132,7 +134,12 @@ class _Warming:
         """Write what is not written yet."""
         servers, bookmarks = self._cache.servers, self._bookmarks
         stored = None if again else await heal(servers, bookmarks, "HGET", bookmarks, self._file)
-        done = int(stored) if stored and stored.isdigit() else 0
+        done = read_integer(stored, minimum=0, maximum=_MAX_LINES) or 0
+        if await self._run_from(done) < done:  # no line of this file: somebody else's number
+            await self._run_from(0)
+
+    async def _run_from(self, done: int) -> int:
+        """Write all lines but the first `done`. Return how many lines there are."""
         at = 0
         try:
             async with aclosing(
@@ -155,6 +162,7 @@ class _Warming:
             for task, _ in self._under_way:
                 task.cancel()
             await asyncio.gather(*(task for task, _ in self._under_way), return_exceptions=True)
+        return at
 
     async def _text(self) -> AsyncIterator[bytes]:
         decoder = DetectingDecoder(

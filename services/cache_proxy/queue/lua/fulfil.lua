@@ -49,11 +49,15 @@ write()
 -- over, nobody knows when that was.
 local TOMBS, since = BASE .. 'tombs', claim and claim.at or 0
 if redis.call('TYPE', TOMBS).ok == 'zset' then
-  local all = number(redis.call('ZSCORE', TOMBS, '*')) or -1
+  local KEPT_MS = 86400000 -- see bury.lua: what is further in the future than that is garbage
+  local function buried_at(member)
+    local found = number(redis.call('ZSCORE', TOMBS, member)) or -1
+    return found <= now + KEPT_MS and found or -1
+  end
+  local all = buried_at('*')
   local kept, buried = {}, {}
   for at = 1, #answers, 2 do
-    local buried_at = number(redis.call('ZSCORE', TOMBS, answers[at])) or -1
-    if math.max(all, buried_at) < since then
+    if math.max(all, buried_at(answers[at])) < since then
       kept[#kept + 1], kept[#kept + 2] = answers[at], answers[at + 1]
     else
       local token = string.sub(redis.sha1hex(id .. answers[at] .. clock[1] .. clock[2]), 1, 8)

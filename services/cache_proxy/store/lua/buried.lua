@@ -8,8 +8,10 @@ end
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 
+local KEPT_MS = 86400000 -- see bury.lua: what is further in the future than that is garbage
 local function buried_at(member)
-  return tonumber(redis.call('ZSCORE', TOMBS, member) or -1)
+  local found = tonumber(redis.call('ZSCORE', TOMBS, member) or -1)
+  return found and found <= now + KEPT_MS and found or -1
 end
 
 local all = buried_at('*')

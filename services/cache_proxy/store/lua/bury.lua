@@ -38,6 +38,7 @@ for kind, period in pairs({ recent = 60000, refused = 600000 }) do
 end
 heal(TOMBS, 'zset')
 redis.call('ZREMRANGEBYSCORE', TOMBS, '-inf', now - KEPT_MS)
+redis.call('ZREMRANGEBYSCORE', TOMBS, '(' .. now + KEPT_MS, '+inf') -- garbage
 if digests == '' then
   redis.call('ZADD', TOMBS, now, '*')
 end

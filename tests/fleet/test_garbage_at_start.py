@@ -3,18 +3,21 @@
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import pytest
 import redis
 
 from services.model_stub.levels import infer_level
-from tests.support.caller import caller
+from tests.support.caller import caller, metrics
 from tests.support.fleet import Fleet
+from tests.support.judge import most_over
 from tests.support.processes import Service, run_command
 
 pytestmark = pytest.mark.slow
 
+_REPLACED = "values in Redis that could not be read were replaced"
 JUNK = {
     "no number": b"garbage",
     "binary": b"\xff\xfe\x00\x80",
@@ -89,6 +92,32 @@ def test_replicas_run_and_start_over_garbage_in_every_key(kind: str, running: Fl
     assert json.loads(stats.stdout)["pairs"] >= 0
     got = run_command("services.cache_proxy", "get", "--company", "After", "--title", "Driver 1", *where)
     assert got.returncode == 0, got.stderr
+    told = run_command("services.cache_proxy", "invalidate", "--company", "After", "--title", "x", *where)
+    assert told.returncode == 0, told.stderr
+    for proxy in (old, new):
+        with urlopen(f"{proxy.http}/status.json", timeout=10) as page:
+            assert page.status == 200
+    assert sum(metrics(proxy.http)["cache_proxy_store_garbage_total",] for proxy in (old, new)) > 0
     assert (old.stop(), new.stop()) == (0, 0)
     for text in (old.log, new.log, stats.stderr, got.stderr):
         assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
+def test_limit_holds_while_every_field_of_it_is_overwritten(running: Fleet) -> None:
+    """Whatever stands there for a moment, the model gets no more calls than the settings allow."""
+    flags = ("--model-calls-per-second", "4", "--model-batch-size", "10", "--linger", "1ms")
+    proxies = running.start_all(2, *flags)
+    with running.redis.client() as client:
+        for number, junk in enumerate([*JUNK.values(), b"1e12"]):
+            for proxy in proxies:
+                _answered(proxy, [(f"{number} {proxy.target}", f"Nurse {place}") for place in range(10)])
+                for key in client.scan_iter(f"*{running.prefix}*:limit*"):
+                    if client.type(key) == b"hash":
+                        for field in list(client.hkeys(key)):
+                            client.hset(key, field, junk)
+    late_calls, _ = most_over(running.calls, pairs_per_second=1000, calls_per_second=4)
+    assert late_calls < 0.05
+    assert any(_REPLACED in proxy.log for proxy in proxies)
+    for proxy in proxies:
+        assert "Traceback" not in proxy.log

@@ -256,20 +256,28 @@ do
   -- A group goes with the last of its suspects for which a request waits, not only when it is probed: that may be long
   -- after, and costs a turn.
   local function drop_empty_groups()
-    for _, packed in ipairs(redis.call('LRANGE', GROUPS, 0, 99)) do -- what is behind goes when it is probed
+    local first, kept = redis.call('LRANGE', GROUPS, 0, 99), {} -- what is behind goes when it is probed
+    for _, packed in ipairs(first) do
       local group = unpack_safely(packed)
-      local digests, concerned, alive = group and type(group[1]) == 'string' and split(group[1]) or {}, false, false
+      local digests, concerned, alive = group and type(group[1]) == 'string' and split(group[1]) or {}, false, true
       for _, digest in ipairs(digests) do
         concerned = concerned or gone_suspects[digest]
       end
       if concerned then
         load_pairs(digests)
+        alive = false
         for _, digest in ipairs(digests) do
           alive = alive or records[digest] and records[digest].suspect
         end
-        if not alive then
-          redis.call('LREM', GROUPS, 0, packed)
-        end
+      end
+      if alive then
+        kept[#kept + 1] = packed
+      end
+    end
+    if #kept < #first then
+      redis.call('LTRIM', GROUPS, #first, -1)
+      for at = #kept, 1, -1 do
+        redis.call('LPUSH', GROUPS, kept[at])
       end
     end
     gone_suspects = {}

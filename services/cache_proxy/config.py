@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from services.cache_proxy import cache_url
 from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.key import NORMAL_FORM_VERSION
 from services.common import flags
@@ -11,10 +12,9 @@ from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
 from services.common.flags import flag
 from services.common.listening import check_address
+from services.common.renewal import read_file
 
 ENV_PREFIX = "CACHE_PROXY"
-CACHE_SCHEMES = ("embedded", "memory", "redis", "rediss", "unix", "redis+cluster", "redis+sentinel")
-_ENCRYPTED = ("rediss", "redis+cluster", "redis+sentinel")
 DEFAULT_EMBEDDED_DIR = ".cache-proxy"
 DAY_SECONDS = 86_400
 _MAX_DAYS = 3_650
@@ -55,29 +55,43 @@ class CacheSettings:
 
     cache_url: str = flag(
         "--cache-url", flags.TEXT, "embedded:",
-        text="embedded:[DIR] (a server of its own), memory:, redis://, rediss://, unix://, "
-        "redis+cluster://HOST:PORT,…, redis+sentinel://HOST:PORT,…/SERVICE",
+        text="embedded:[DIR] (a server of its own), memory:, redis://, rediss://, valkey://, valkeys://, "
+        "unix://, redis+cluster://HOST:PORT,…, redis+sentinel://HOST:PORT,…/SERVICE",
         login_goes_to="--cache-password-file",
     )  # fmt: skip
     cache_username: str | None = flag("--cache-username", flags.TEXT, text="Redis ACL user")
-    cache_password_file: str | None = flag("--cache-password-file", flags.TEXT, text="file with the password")
+    cache_password_file: str | None = flag(
+        "--cache-password-file", flags.TEXT, text="file with the password; read again when it changes"
+    )
+    sentinel_username: str | None = flag(
+        "--sentinel-username", flags.TEXT, text="ACL user of the Sentinels themselves"
+    )
+    sentinel_password_file: str | None = flag(
+        "--sentinel-password-file",
+        flags.TEXT,
+        text="file with the password of the Sentinels themselves; read again when it changes",
+    )
     cache_tls_ca: str | None = flag("--cache-tls-ca", flags.TEXT, text="CA that signed Redis's certificate")
     cache_timeout_seconds: float = flag(
         "--cache-timeout", flags.DURATION, "250ms", text="how long Redis may take to answer"
     )
 
     def __post_init__(self) -> None:
-        """Refuse a URL of no known kind."""
-        scheme = self.cache_url.partition(":")[0]
-        if scheme not in CACHE_SCHEMES or ":" not in self.cache_url:
-            known = ", ".join(f"{name}:" for name in CACHE_SCHEMES)
-            message = f"--cache-url {redact(self.cache_url)!r}: it must begin with one of {known}"
-            raise UsageError(message)
-        if self.cache_tls_ca is not None and scheme not in _ENCRYPTED:
+        """Refuse a URL that cannot be used, and what goes with another kind of URL."""
+        scheme = cache_url.parse(self.cache_url).scheme
+        if self.cache_tls_ca is not None and scheme not in cache_url.ENCRYPTED:
             message = (
                 "--cache-tls-ca: only a rediss:// --cache-url is encrypted, a Cluster or Sentinels may be"
             )
             raise UsageError(message)
+        if scheme != "redis+sentinel":
+            for name, value in [
+                ("--sentinel-username", self.sentinel_username),
+                ("--sentinel-password-file", self.sentinel_password_file),
+            ]:
+                if value is not None:
+                    message = f"{name}: only a redis+sentinel:// --cache-url has Sentinels to log in to"
+                    raise UsageError(message)
         if self.cache_timeout_seconds <= 0:
             message = "--cache-timeout must be above 0"
             raise UsageError(message)
@@ -264,11 +278,7 @@ def read_secret(path: str | None, *, flag_name: str) -> bytes | None:
     """The content of a secret's file, less its final newline. Raises UsageError."""
     if path is None:
         return None
-    try:
-        secret = Path(path).read_bytes().rstrip(b"\r\n")
-    except OSError as error:
-        message = f"{flag_name} {path}: {error.strerror}"
-        raise UsageError(message) from error
+    secret = read_file(path, flag_name=flag_name).rstrip(b"\r\n")
     if not secret:
         message = f"{flag_name} {path}: the file is empty"
         raise UsageError(message)

@@ -15,6 +15,7 @@ PRIORITIES = ("interactive", "bulk")  # what a caller may ask for
 LANES = (*PRIORITIES, "refresh")  # and below both, what nobody waits for
 RENEWED = (  # files that may be
     "listen_tls", "caller_tokens", "caller_quotas", "model_tls", "model_token", "cache_tls",
+    "cache_password", "sentinel_password",
 )  # fmt: skip
 
 _CODES = tuple(code.name for code in grpc.StatusCode)  # there from the start: a rate over nothing is no data

@@ -18,7 +18,6 @@ from services.cache_proxy.config import (
     AnswerSettings,
     CacheSettings,
     KeySettings,
-    read_secret,
     redact,
 )
 from services.cache_proxy.metrics import ProxyMetrics
@@ -109,8 +108,10 @@ async def open_client(cache: CacheSettings, renewals: Renewals | None = None) ->
     scheme, _, rest = cache.cache_url.partition(":")
     access = Access(
         username=cache.cache_username,
-        password=read_secret(cache.cache_password_file, flag_name="--cache-password-file"),
+        password_file=cache.cache_password_file,
         tls_ca=cache.cache_tls_ca,
+        sentinel_username=cache.sentinel_username,
+        sentinel_password_file=cache.sentinel_password_file,
     )
     if scheme != "embedded":
         client = connect(

@@ -1,17 +1,67 @@
-"""Connections to Redis by TLS that follow its files: redis-py keeps what it read first as long as it can."""
+"""Connections to Redis that follow names and files: redis-py keeps what it read first as long as it can."""
 
+import asyncio
 import ssl
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from redis.asyncio.connection import RedisSSLContext, SSLConnection
+from redis.asyncio.connection import Connection, RedisSSLContext
+from redis.credentials import CredentialProvider
 
 from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.config import read_secret
+from services.cache_proxy.store.names import addresses_of
 from services.common.errors import UsageError
 from services.common.renewal import Look, Renewed
 
 Tls = Renewed[ssl.SSLContext]
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+
+
+class Login(CredentialProvider):
+    """The user and password of each new connection; a password in a file is read again when it changes.
+
+    A connection that is open stays so: Redis asks for a password once.
+    """
+
+    def __init__(
+        self, username: str | None, password: bytes | None, followed: Renewed[bytes | None] | None = None
+    ) -> None:
+        self._username = username
+        self._password = password
+        self._followed = followed
+
+    def get_credentials(self) -> tuple[Any, ...]:
+        """Return the user, if there is one, and the password."""
+        password = self._password
+        if self._followed is not None:
+            self._followed.look()  # a renewal in this second counts too
+            password = self._followed.value
+        return (password,) if self._username is None else (self._username, password or b"")
+
+    async def get_credentials_async(self) -> tuple[Any, ...]:
+        """Return the same, without waiting."""
+        return self.get_credentials()
+
+
+def follow_login(
+    *, username: str | None, password: bytes | None, path: str | None, flag_name: str, files: str,
+    renewals: Renewals | None,
+) -> Login | None:  # fmt: skip
+    """Return how to log in; None: not at all. `files` is one of `metrics.RENEWED`. Raises UsageError."""
+    followed: Renewed[bytes | None] | None = None
+    if path is not None:
+        followed = Renewed(
+            [path],
+            partial(read_secret, path, flag_name=flag_name),
+            tell=renewals.teller(files) if renewals else _nobody,
+        )
+        if renewals:
+            renewals.add(followed.look)
+    if username is None and password is None and followed is None:
+        return None
+    return Login(username, password, followed)
 
 
 def follow(options: Mapping[str, Any], renewals: Renewals | None) -> Tls:
@@ -38,13 +88,31 @@ def follow(options: Mapping[str, Any], renewals: Renewals | None) -> Tls:
     return tls
 
 
-def following(kind: type[Any], tls: Tls) -> type[SSLConnection]:
-    """Connections of this kind that look there each time they connect."""
+def following(kind: type[Any], tls: Tls | None) -> type[Connection]:
+    """Return a kind of connection that looks up its host and reads `tls` each time it connects."""
 
     class Following(kind):  # type: ignore[misc]
+        _address: str | None = None
+
+        async def _connect(self) -> None:
+            async with asyncio.timeout(self.socket_connect_timeout):
+                addresses = await addresses_of(self.host)
+                for number, address in enumerate(addresses, start=1):
+                    self._address = address
+                    try:
+                        await super()._connect()
+                    except OSError:
+                        if number == len(addresses):
+                            raise
+                    else:
+                        return
+
         def _connection_arguments(self) -> Mapping[str, Any]:
-            self.ssl_context.context = tls.value
-            arguments: Mapping[str, Any] = super()._connection_arguments()
+            if tls is not None:
+                self.ssl_context.context = tls.value
+            arguments = {**super()._connection_arguments(), "host": self._address}
+            if "ssl" in arguments:
+                arguments["server_hostname"] = self.host
             return arguments
 
     return Following

@@ -111,8 +111,7 @@ class OneServer:
         pool = self._client.connection_pool
         await self._client.aclose(close_connection_pool=True)  # which it does not do by itself
         if isinstance(pool, SentinelConnectionPool):
-            for sentinel in pool.sentinel_manager.sentinels:
-                await sentinel.aclose(close_connection_pool=True)
+            await pool.sentinel_manager.aclose()
 
 
 def is_wrong_type(error: StoreError) -> bool:

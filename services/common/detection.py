@@ -5,10 +5,10 @@ mark tells. What is certainly not lines of JSON is refused with its true name.
 """
 
 import codecs
-import json
 import re
 from collections.abc import Iterator
 
+from services.common import json_layout
 from services.common.codec import GZIP, MAX_ZSTD_WINDOW_BYTES, PLAIN, ZSTD, Decoder, Format
 from services.common.errors import CorruptInputError, UnreadableFormatError
 from services.common.json_objects import BOM
@@ -54,12 +54,14 @@ _OTHERS = (
 )
 _TAR = (257, b"ustar")  # where a tar archive has its magic
 _OBJECTS = re.compile(r"\[\s*\{[^\n]*\Z")  # an array of objects, of which the first line is not known whole
-_SPACE = re.compile(r"\s*")
-_ARRAY = "a JSON array, not one JSON object a line; convert it, for instance with `jq -c '.[]'`"
-_COMMAS = (
-    "JSON objects with commas between them, not one JSON object a line; remove the comma at each line's end"
+_LEADING = re.compile(rb"(?:\s|%b)*" % BOM)  # concatenated files may begin with several marks
+# UTF-16 without a mark whose first character is not `{`: white space or `[`, and one more of ASCII.
+_UNMARKED = (
+    (re.compile(rb"[ \t\r\n[]\0[^\0]\0"), "utf-16-le"),
+    (re.compile(rb"\0[ \t\r\n[]\0[^\0]"), "utf-16-be"),
 )
-_COMMA_LINES = 2
+_ARRAY = "a JSON array, not one JSON object a line; convert it, for instance with `jq -c '.[]'`"
+_COMMAS = "JSON objects with commas between them; write one object a line, without the commas"
 _MARKUP = "XML or HTML, not one JSON object a line"
 _SPREAD = (
     "JSON that spans several lines (pretty-printed), not one object a line; convert it, for instance "
@@ -146,7 +148,7 @@ class DetectingDecoder:
             self._decoder = packed.decoder(max_zstd_window_bytes=self._max_zstd_window_bytes)
             self._inner = self._below(PLAIN)
             return
-        encoding = next((name for mark, name in _ENCODINGS if head.startswith(mark)), None)
+        encoding = _encoding_of(head)
         if encoding is not None:
             self._decoder = _Transcoder(encoding)
             self._inner = self._below(PLAIN)
@@ -166,7 +168,7 @@ class DetectingDecoder:
         if found is not None:
             message = f"its first bytes are those of {found}, which is not read; unpack or convert it"
             raise UnreadableFormatError(message)
-        text = head.removeprefix(BOM).lstrip()
+        text = _after_space(head)
         if self._by_name is not PLAIN and text and not text.startswith((b"{", b"[")):
             message = (
                 f"the compressed input is corrupt: its name ends in {self._by_name.suffix}, "
@@ -175,16 +177,18 @@ class DetectingDecoder:
             raise CorruptInputError(message)
 
     def _look_at_text(self, head: bytes) -> None:
-        text = head.removeprefix(BOM).decode(errors="replace").lstrip()
+        text = _after_space(head).decode(errors="replace")
         is_array = text.startswith("[")
-        if _spans_lines(text) or (_OBJECTS.match(text) and len(head) >= _MAX_HEAD_BYTES):
+        if json_layout.spans_lines(text) or (_OBJECTS.match(text) and len(head) >= _MAX_HEAD_BYTES):
             raise UnreadableFormatError("it is " + (_ARRAY if is_array else _SPREAD))
-        if _has_commas(text):
+        if json_layout.has_commas(text):
             raise UnreadableFormatError("it is " + _COMMAS)
         if is_array:
             self._hint = _ARRAY
         elif text.startswith("<"):
             self._hint = _MARKUP
+        elif json_layout.has_comma_behind_the_first(text):
+            self._hint = _COMMAS
 
 
 class _Transcoder:
@@ -213,52 +217,22 @@ class _Transcoder:
             raise CorruptInputError(message) from error
 
 
+def _encoding_of(head: bytes) -> str | None:
+    """Return the encoding that the bytes are certainly in, if it is not UTF-8."""
+    marked = next((name for mark, name in _ENCODINGS if head.startswith(mark)), None)
+    return marked or next((name for start, name in _UNMARKED if start.match(head)), None)
+
+
+def _after_space(head: bytes) -> bytes:
+    """Return the head from its first character on that is no white space or byte order mark."""
+    found = _LEADING.match(head)
+    return head[found.end() :] if found else head
+
+
 def _has_two_lines(head: bytes) -> bool:
     """Return whether the head is large enough, and the second line has begun in it."""
     if not _HEAD_BYTES <= len(head) < _MAX_HEAD_BYTES:
         return len(head) >= _MAX_HEAD_BYTES
-    text = head.lstrip()
+    text = _after_space(head)
     line_end = text.find(b"\n")
     return line_end >= 0 and bool(text[line_end:].strip())
-
-
-def _spans_lines(text: str) -> bool:
-    """Return whether the first value begins on the first line and goes on, as JSON, on the next.
-
-    A line that is cut off does not: what follows it begins a value of its own, where none may stand.
-    """
-    if not text.startswith(("{", "[")):
-        return False
-    line_end = text.find("\n")
-    if line_end < 0:
-        return False
-    next_line = _SPACE.match(text, line_end)
-    assert next_line  # noqa: S101 - it matches nothing too
-    try:
-        _, end = json.JSONDecoder(parse_int=_zero, parse_float=_zero).raw_decode(text)
-    except json.JSONDecodeError as error:
-        return error.pos > next_line.end()
-    except RecursionError:
-        return False
-    return end > line_end
-
-
-def _has_commas(text: str) -> bool:
-    """Return whether each of the first two lines is an object and a comma: an array without its brackets."""
-    if not text.startswith("{"):
-        return False
-    lines = [line.strip() for line in text.split("\n", _COMMA_LINES)[:_COMMA_LINES]]
-    return len(lines) == _COMMA_LINES and all(_is_object_and_comma(line) for line in lines)
-
-
-def _is_object_and_comma(line: str) -> bool:
-    if not line.endswith(","):
-        return False
-    try:
-        return isinstance(json.loads(line[:-1], parse_int=_zero, parse_float=_zero), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _zero(_digits: str) -> int:
-    return 0

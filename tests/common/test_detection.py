@@ -160,6 +160,7 @@ def test_a_long_first_line_hides_nothing(size: int, piece: int) -> None:
         b'{"company":"Acme",',
         b'{"company":"Acme"',
         b'{"company":',
+        b'{"company":\n}',
         b"{",
         b"[2026-12-01] started",
         b'["a","b"]',
@@ -173,14 +174,16 @@ def test_a_long_first_line_hides_nothing(size: int, piece: int) -> None:
         b"<p>",
         b"[" * 70_000,
         b'{"a":' * 70_000,
+        b'{"company":"Acme","title": ',
+        b'{"company":"Acme","tags":[',
+        b'{"company":"Acme","tags":["a",',
+        b'{"company":"Acme","more":{"a":\r',
+        b"[",
     ],
 )
 def test_a_bad_first_line_costs_no_file(first: bytes) -> None:
     """Lines are lines if the first one does not go on, as JSON, on the second."""
-    rest = b'"x":1}\n' if first.endswith(b":") and len(first) < 99 else _TEXT
-    if first.endswith(b":") and len(first) < 99:
-        rest = b"}\n" + _TEXT
-    data = first + b"\n" + rest
+    data = first + b"\n" + _TEXT
     assert _decoded(data) == data
 
 
@@ -193,6 +196,47 @@ def test_an_array_on_one_line_is_hinted() -> None:
     )
     assert decoder.hint
     assert "JSON array" in decoder.hint
+
+
+def test_commas_on_one_line_are_hinted() -> None:
+    """Should no line of the file be augmented, the commas between its objects are why."""
+    for comma in (b",", b", ", b" ,"):
+        data = comma.join(json.dumps(item).encode() for item in _ITEMS)
+        decoder = DetectingDecoder(codec.PLAIN)
+        assert b"".join([*decoder.feed(data), *decoder.finish()]) == data
+        assert decoder.hint
+        assert "commas" in decoder.hint
+
+
+@pytest.mark.parametrize("before", [codecs.BOM_UTF8 * 2, b"\n" + codecs.BOM_UTF8, codecs.BOM_UTF8 + b" \r\n"])
+def test_marks_and_blank_lines_hide_no_array(before: bytes) -> None:
+    """Concatenation leaves several byte order marks; the array behind them has no line of its own."""
+    text = before + ("[\n" + ",\n".join(map(json.dumps, _ITEMS)) + "\n]\n").encode()
+    with pytest.raises(UnreadableFormatError, match="JSON array"):
+        _decoded(text)
+    lines = before + _TEXT
+    assert _decoded(lines, name="a.jsonl.gz") == lines
+
+
+def test_commas_at_the_beginning_of_lines_are_named() -> None:
+    """The first of such lines alone is an object: it is not to be augmented by itself."""
+    items = list(map(json.dumps, [*_ITEMS, *_ITEMS]))
+    for comma in ("\n,", "\r\n , "):
+        with pytest.raises(UnreadableFormatError, match="commas"):
+            _decoded(comma.join(items).encode())
+    one_bad_line = f"{items[0]}\n,{items[1]}\n{items[0]}\n".encode()
+    assert _decoded(one_bad_line) == one_bad_line
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("before", ["\n", " ", "\r\n"])
+def test_white_space_in_front_of_utf_16_without_a_mark(encoding: str, before: str) -> None:
+    """Two characters of ASCII tell the encoding."""
+    text = before + _TEXT.decode()
+    assert _decoded(text.encode(encoding)) == text.encode()
+    array = json.dumps(_ITEMS, indent=1).encode(encoding)
+    with pytest.raises(UnreadableFormatError, match="JSON array"):
+        _decoded(array)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])

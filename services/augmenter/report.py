@@ -6,6 +6,7 @@ from pathlib import Path
 
 from services.augmenter.totals import Totals
 from services.common.errors import CommandError
+from services.common.printable import printable
 
 _MODEL_BATCH = 1000  # what the model takes in one call, one call a second
 
@@ -56,7 +57,7 @@ def dry_run_summary(totals: Totals, *, distinct: int) -> str:
 def write_failures(totals: Totals, *, program: str) -> None:
     """One line on standard error for each file that failed, as far as they are remembered."""
     for name, error in totals.failures.named.items():
-        sys.stderr.write(f"{program}: {name}: {' '.join(error.split())}\n")
+        sys.stderr.write(printable(f"{program}: {name}: {' '.join(error.split())}") + "\n")
     if totals.failures.more:
         sys.stderr.write(f"{program}: and {totals.failures.more:,} more, named when they failed\n")
 

@@ -15,6 +15,7 @@ import click
 
 from services.common.credentials import has_password
 from services.common.errors import CommandError, UsageError
+from services.common.printable import printable
 from services.common.units import parse_duration_seconds, parse_size_bytes
 
 _FLAG = "flag"
@@ -222,5 +223,5 @@ def run(command: click.Command, *, program: str, args: Sequence[str] | None = No
 
 
 def _fail(line: str, code: int) -> NoReturn:
-    sys.stderr.write(" ".join(line.split()) + "\n")
+    sys.stderr.write(printable(" ".join(line.split())) + "\n")
     sys.exit(code)

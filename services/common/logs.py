@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 from pythonjsonlogger.json import JsonFormatter
 
+from services.common.printable import printable
+
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _IDS = ("trace_id", "span_id")
 _ExcInfo: TypeAlias = (
@@ -113,17 +115,11 @@ class _Json(JsonFormatter):
 class _Text(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """The message on one line, and the ids behind it."""
-        record.message = _printable(record.message)
+        record.message = printable(record.message)
         ids = "".join(f" {name}={getattr(record, name)}" for name in _IDS if hasattr(record, name))
         return super().formatMessage(record) + ids
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - logging's name
         """The exception's places, each line set in, so that none looks like a message."""
         text = super().formatException(ei) if _tells_all() else _places(ei[1])
-        return "\n".join(f"    {_printable(line)}" for line in text.splitlines())
-
-
-def _printable(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+        return "\n".join(f"    {printable(line)}" for line in text.splitlines())

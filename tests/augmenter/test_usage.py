@@ -146,6 +146,15 @@ async def test_names_never_lead_out_of_the_folder(tmp_path: Path, name: str) -> 
     assert made == []
 
 
+def test_failed_file_is_one_line_whatever_its_name(augment: Augment, tmp_path: Path) -> None:
+    """Its control characters are escaped, so that no part of a name looks like a line of its own."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a\naugmenter: \x1b[31mb\r.jsonl").write_bytes(b"bad\n")
+    ended = augment(tmp_path / "in", tmp_path / "out", "--target", "127.0.0.1:1")
+    assert (ended.code, len(ended.err.splitlines())) == (1, 1)
+    assert "in/a\\naugmenter: \\x1b[31mb\\r.jsonl: no line can be augmented" in ended.err
+
+
 def test_dangling_link_is_passed_over(augment: Augment, source: Path, tmp_path: Path) -> None:
     """A dangling link among the files is passed over; the rest is found."""
     (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")

@@ -92,6 +92,28 @@ def test_unusable_sse_c_keys_are_usage_errors(
     assert (ended.code, "OUTPUT must be s3://" in ended.err) == (2, True)
 
 
+def test_sse_c_key_is_not_sent_through_an_http_proxy(
+    augment: Augment, stub: Stub, bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without https a proxy reads it, also on the way to this machine; a target in `no_proxy` has none."""
+    key, key_file = _key(tmp_path, "in.key", encoded=False)
+    bucket.put("raw/1.jsonl", posting(), SSECustomerAlgorithm="AES256", SSECustomerKey=key)
+    args = [*_args(bucket, stub.target), "--sse-c-key-file", str(key_file)]
+    requests: list[bytes] = []
+
+    def refuse(data: bytes) -> bytes:
+        requests.append(data)
+        return refusal(502, "BadGateway")
+
+    with relay(bucket.endpoint_url, refuse=refuse) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        ended = augment(*args)
+        assert (ended.code, len(ended.err.splitlines()), requests) == (2, 1, [])
+        assert "--sse-c-key-file: the HTTP proxy that the environment names" in ended.err
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert (augment(*args).code, requests) == (0, [])
+
+
 @pytest.mark.parametrize(
     ("text", "source", "name"),
     [

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from botocore.utils import get_environ_proxies
+
 from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
 from services.common.renewal import read_file
@@ -47,6 +49,13 @@ def send_key(client: Any, key: bytes, *, flag_name: str) -> None:
     endpoint = urlsplit(client.meta.endpoint_url)
     if endpoint.scheme != "https" and not is_on_this_machine(f"{endpoint.hostname}:0"):
         message = f"{flag_name}: {endpoint.hostname} would get the key in the clear; use an https endpoint"
+        raise UsageError(message)
+    proxies: Any = get_environ_proxies(client.meta.endpoint_url)  # type: ignore[no-untyped-call]
+    if endpoint.scheme != "https" and proxies:
+        message = (
+            f"{flag_name}: the HTTP proxy that the environment names would get the key in the clear; "
+            f"name {endpoint.hostname} in no_proxy"
+        )
         raise UsageError(message)
     for operation in _OPERATIONS:
         client.meta.events.register(f"provide-client-params.s3.{operation}", partial(_with_key, key=key))

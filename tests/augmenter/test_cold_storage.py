@@ -153,6 +153,27 @@ def test_no_bucket_is_no_missing_object(
     assert ended.err == "augmenter: s3://no-such-bucket/raw/: the bucket does not exist\n"
 
 
+@pytest.mark.slow
+def test_bucket_that_goes_in_the_middle_of_a_run_is_no_missing_object(
+    stub: Stub, bucket: Bucket, cold: Bucket, make_queue: MakeQueue, tmp_path: Path
+) -> None:
+    """Its messages stay in the queue; a HEAD alone answers the same for either."""
+    queue = make_queue(visible_seconds=600)
+    places = (f"s3://{cold.name}/raw/", str(tmp_path / "out"), *queue_args(cold, queue, stub.target)[2:])
+    args = [*places, "--missing-input", "skip", "--watch"]
+    queue.send(made(cold.name, "raw/never.jsonl"))
+    with running(*args, env=dict(os.environ)) as process:
+        wait_for(lambda: queue.count() == 0, what="the missing object's message is deleted")
+        cold.remove()
+        queue.send(made(cold.name, "raw/1.jsonl"))
+        wait_for(lambda: queue.count() == 1 and not queue.visible, what="the message is received")
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, queue.count()) == (0, 1)
+    assert "raw/1.jsonl: the bucket does not exist" in err
+    assert "1 skipped, 1 failed" in out
+
+
 @pytest.mark.parametrize("how", ["fail", "skip"])
 def test_object_gone_after_it_was_listed(augment: Augment, bucket: Bucket, how: str) -> None:
     """The same holds without a queue."""

@@ -41,6 +41,10 @@ class Bucket:
         """Remove an object."""
         self._do(lambda client: client.delete_object(Bucket=self.name, Key=key))
 
+    def remove(self) -> None:
+        """Remove the bucket, which must be empty."""
+        self._do(lambda client: client.delete_bucket(Bucket=self.name))
+
     def get(self, key: str, **headers: object) -> bytes:
         """An object's bytes."""
 

@@ -17,6 +17,8 @@ from services.augmenter.object_store.s3_upload import MARK, PARTS_ROOM_BYTES, Co
 from services.augmenter.room import Room
 from services.common.file_names import is_input
 
+_NO_OBJECT = {"404", "NoSuchKey"}
+
 
 class S3Store:
     """The objects whose keys begin with `prefix` (empty, or ending in "/").
@@ -59,8 +61,21 @@ class S3Store:
     async def find(self, name: str) -> Item:
         """One object."""
         with named(self.place(name)):
-            head = await self._client.head_object(**self._target(name))
+            try:
+                head = await self._client.head_object(**self._target(name))
+            except ClientError as error:
+                if code_of(error) in _NO_OBJECT:
+                    await self._check_bucket()
+                raise
         return _item(name, head, size="ContentLength", place=self.place(name))
+
+    async def _check_bucket(self) -> None:
+        """Raise ClientError if the bucket is gone. The answer to a HEAD has no body, which would say so."""
+        try:
+            await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+        except ClientError as error:
+            if code_of(error) == "NoSuchBucket":
+                raise
 
     def read(self, item: Item) -> AsyncGenerator[bytes]:
         """The object's bytes, of the very version that was listed; a stream that breaks is taken up again."""
@@ -79,7 +94,7 @@ class S3Store:
             try:
                 head = await self._client.head_object(**self._target(name))
             except ClientError as error:
-                if code_of(error) in {"404", "NoSuchKey"}:
+                if code_of(error) in _NO_OBJECT:
                     return None
                 raise
         mark = head.get("Metadata", {}).get(MARK)

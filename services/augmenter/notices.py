@@ -7,9 +7,11 @@ Pure. The formats:
 - EventBridge `Object Created` and the other events of `aws.s3`, keys not encoded,
   https://docs.aws.amazon.com/AmazonS3/latest/userguide/ev-events.html
 - EventBridge `AWS API Call via CloudTrail`, keys not encoded.
+- An array of such events, from a pipe or a function that passes them on in batches.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
@@ -65,6 +67,12 @@ def read(body: str) -> Message:
         event = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise UnreadableMessageError("not JSON") from error
+    if isinstance(event, list) and event:
+        return _joined(event, _of_event, problem="one of its events:")
+    return _of_event(event)
+
+
+def _of_event(event: Any) -> Message:
     if not isinstance(event, dict):
         raise UnreadableMessageError("not a JSON object")
     if event.get("Type") == "Notification" and isinstance(event.get("Message"), str):  # SNS
@@ -74,7 +82,7 @@ def read(body: str) -> Message:
     if "detail-type" in event:
         return Message([_of_event_bridge(event)])
     if isinstance(event.get("Records"), list) and event["Records"]:
-        return _of_records(event["Records"])
+        return _joined(event["Records"], _of_record, problem="a record has")
     raise UnreadableMessageError("neither Records nor detail-type")
 
 
@@ -101,29 +109,34 @@ def _of_event_bridge(event: dict[str, Any]) -> Notice:
     return Notice(bucket, key, starts=call in _API_WRITES and not refused, kind=call)
 
 
-def _of_records(records: list[Any]) -> Message:
-    notices: list[Notice] = []
-    problem: UnreadableMessageError | None = None
-    for record in records:
+def _joined(parts: list[Any], read_part: Callable[[Any], Message], *, problem: str) -> Message:
+    """Return the events of all parts that can be read. Raises UnreadableMessageError if none can."""
+    messages: list[Message] = []
+    unreadable: UnreadableMessageError | None = None
+    for part in parts:
         try:
-            notices.append(_of_record(record))
+            messages.append(read_part(part))
         except UnreadableMessageError as error:
-            problem = problem or UnreadableMessageError(f"a record has {error.reason}")
-    if problem and not notices:
-        raise problem
-    return Message(notices, str(problem or ""))
+            unreadable = unreadable or UnreadableMessageError(f"{problem} {error.reason}")
+    if unreadable and not messages:
+        raise unreadable
+    reasons = [str(unreadable or ""), *(message.not_understood for message in messages)]
+    return Message(
+        [notice for message in messages for notice in message.notices], next(filter(None, reasons), "")
+    )
 
 
-def _of_record(record: Any) -> Notice:
+def _of_record(record: Any) -> Message:
     kind = _text(record, "eventName").removeprefix("s3:")
     source = record.get("eventSource", "aws:s3")
     if not isinstance(source, str) or not source.endswith(":s3"):  # Ceph and MinIO have their own first word
-        return Notice("", "", starts=False, kind=kind)
+        return Message([Notice("", "", starts=False, kind=kind)])
     try:
         key = unquote_plus(_text(record, "s3", "object", "key"), errors="strict")
     except UnicodeDecodeError as error:
         raise UnreadableMessageError("a key that is not UTF-8") from error
-    return Notice(_text(record, "s3", "bucket", "name"), key, starts=kind.startswith(_EVENT_NAMES), kind=kind)
+    bucket = _text(record, "s3", "bucket", "name")
+    return Message([Notice(bucket, key, starts=kind.startswith(_EVENT_NAMES), kind=kind)])
 
 
 def _text(event: Any, *path: str) -> str:

@@ -116,6 +116,20 @@ def test_event_of_another_service_has_no_place(event: object) -> None:
     assert _seen(event) == [("", "", False)]
 
 
+def test_array_of_events_is_read_event_by_event() -> None:
+    """One that is not understood does not hide the others, and the message says so."""
+    events = [event_bridge("Object Created", "1"), {"Records": [record("ObjectCreated:Put", key="2")]}]
+    assert [key for _, key, _ in _seen(events)] == ["1", "2"]
+    for other, reason in (
+        (7, "one of its events: not a JSON object"),
+        ([events], "one of its events: not a JSON object"),
+        ({"Records": [record("ObjectCreated:Put"), {}]}, "a record has no eventName"),
+    ):
+        message = notices.read(json.dumps([other, cloudtrail("PutObject", "3")]))
+        assert message.notices[-1].key == "3"
+        assert message.not_understood == f"not an S3 event notification: {reason}"
+
+
 def test_test_event_names_its_bucket() -> None:
     """The event that S3 sends when a notification is configured."""
     event = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}
@@ -172,6 +186,8 @@ def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> Non
         ("text", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[]", "not a JSON object"),
+        ("[1, []]", "one of its events: not a JSON object"),
+        ("[" * 900 + "]" * 900, "not a JSON object"),
         ("7", "not a JSON object"),
         ("null", "not a JSON object"),
         ("{}", "neither Records nor detail-type"),

@@ -8,6 +8,7 @@ import uvloop
 
 from services.augmenter import app, locations
 from services.augmenter.config import DEFAULT_INPUT, DEFAULT_OUTPUT, RunSettings
+from services.augmenter.queue_url import check_queue_url
 from services.common import flags, logs, tracing
 from services.common.codec import NAMES
 from services.common.errors import UsageError
@@ -26,12 +27,8 @@ def _run(**values: Any) -> int:
     settings = flags.read(RunSettings, values)
     logs.configure(log_format=settings.log_format, level=settings.log_level)
     plan = locations.plan(values["input"], values["output"], settings.rejects)
-    if settings.sqs_queue_url and (plan.input_name or not isinstance(plan.source, locations.S3Place)):
-        raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
-    if settings.sqs_queue_url and isinstance(plan.source, locations.S3Place) and plan.source.is_access_point:
-        raise UsageError(
-            "--sqs-queue-url: events name the bucket, not its access point: INPUT must be s3://BUCKET/PREFIX/"
-        )
+    if settings.sqs_queue_url:
+        _check_queue(settings.sqs_queue_url, plan)
     _check_keys(settings, plan)
     if settings.watch and plan.input_name:
         raise UsageError("--watch waits for new files: INPUT must be a folder or a prefix")
@@ -40,6 +37,17 @@ def _run(**values: Any) -> int:
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         return runner.run(app.run(settings, plan, traces))
+
+
+def _check_queue(queue_url: str, plan: locations.Plan) -> None:
+    """Refuse a queue that cannot have INPUT's events. Raises UsageError."""
+    check_queue_url(queue_url)
+    if plan.input_name or not isinstance(plan.source, locations.S3Place):
+        raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
+    if plan.source.is_access_point:
+        raise UsageError(
+            "--sqs-queue-url: events name the bucket, not its access point: INPUT must be s3://BUCKET/PREFIX/"
+        )
 
 
 def _check_keys(settings: RunSettings, plan: locations.Plan) -> None:

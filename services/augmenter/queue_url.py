@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from services.common.errors import UsageError
+
 _REGION = r"(?P<region>[a-z]{2,}(?:-[a-z]+)+-\d{1,2})"
 _DOMAIN = (
     r"(?:amazonaws\.com(?:\.cn)?|api\.aws|api\.amazonwebservices\.com\.cn|amazonaws\.eu"
@@ -17,6 +19,9 @@ _STANDARD = re.compile(rf"sqs\.{_REGION}\.amazonaws\.com(?:\.cn)?")
 _LEGACY = re.compile(rf"(?:{_REGION}\.)?queue\.amazonaws\.com(?:\.cn)?")
 # FIPS and dual-stack endpoints, interface VPC endpoints, and the other partitions.
 _OTHERS = re.compile(rf"(?:vpce-[a-z0-9-]+\.)?sqs(?:-fips)?\.{_REGION}\.(?:vpce\.)?{_DOMAIN}")
+# LocalStack's own name has the region in front, any name of its host may have it in the path.
+_LOCALSTACK = re.compile(rf"(?:sqs\.)?{_REGION}\.(?:queue\.)?localhost\.localstack\.cloud")
+_LOCALSTACK_PATH = re.compile(rf"/queue/{_REGION}/\d{{12}}/[^/]+")
 _LEGACY_REGION = "us-east-1"
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_SQS", "AWS_ENDPOINT_URL")
 
@@ -29,12 +34,24 @@ class QueueEndpoint:
     url: str | None = None
 
 
-def queue_endpoint(queue_url: str) -> QueueEndpoint:
-    """Return the endpoint of the queue; of a host that is not AWS's, nothing is known."""
+def check_queue_url(queue_url: str) -> None:
+    """Refuse what cannot be a queue's URL, such as its name or its ARN. Raises UsageError."""
     try:
         parts = urlsplit(queue_url)
-    except ValueError:  # the queue's service will say what is wrong with it
-        return QueueEndpoint()
+        is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and len(parts.path) > 1
+    except ValueError:  # brackets that do not match
+        is_url = False
+    if not is_url or " " in queue_url or not queue_url.isprintable():
+        message = (
+            f"--sqs-queue-url {queue_url}: not the URL of a queue "
+            "(such as https://sqs.REGION.amazonaws.com/ACCOUNT/NAME)"
+        )
+        raise UsageError(message)
+
+
+def queue_endpoint(queue_url: str) -> QueueEndpoint:
+    """Return the endpoint of the queue; nothing is known of hosts but AWS's and LocalStack's."""
+    parts = urlsplit(queue_url)
     host = parts.hostname or ""
     if found := _STANDARD.fullmatch(host):
         return QueueEndpoint(found["region"])
@@ -42,7 +59,8 @@ def queue_endpoint(queue_url: str) -> QueueEndpoint:
         return QueueEndpoint(found["region"] or _LEGACY_REGION)
     found = _OTHERS.fullmatch(host)
     if not found:
-        return QueueEndpoint()
+        elsewhere = _LOCALSTACK.fullmatch(host) or _LOCALSTACK_PATH.fullmatch(parts.path)
+        return QueueEndpoint(elsewhere["region"] if elsewhere else None)
     # The default endpoint may be out of reach where somebody chose another one.
     is_configured = any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
     return QueueEndpoint(found["region"], None if is_configured else f"{parts.scheme}://{parts.netloc}")

@@ -27,6 +27,7 @@ from services.common.file_names import is_input
 
 _LONG_POLL_SECONDS, _SHORT_POLL_SECONDS = 10, 2
 _AGAIN_SECONDS = 5.0
+_DEFAULT_VISIBLE_SECONDS = 30  # of SQS; some compatible servers have no attributes
 _MAX_LEFT = 10_000  # one that is forgotten is only read once more, and counted twice
 # How long a message that is left is hidden from its own consumer, whatever the queue's timeout is. With less,
 # a worker would receive it again at once, and the redrive policy would count each time.
@@ -74,7 +75,8 @@ class QueueWorkers:
             got = await self._client.get_queue_attributes(
                 QueueUrl=self._queue_url, AttributeNames=["VisibilityTimeout"]
             )
-        self._visible_seconds = max(1, int(got["Attributes"]["VisibilityTimeout"]))
+        timeout = got.get("Attributes", {}).get("VisibilityTimeout", _DEFAULT_VISIBLE_SECONDS)
+        self._visible_seconds = max(1, int(timeout))
         await together(self._worker(endless=endless, stopping=stopping) for _ in range(concurrency))
         await self._release_left()
 
@@ -91,7 +93,6 @@ class QueueWorkers:
                 self._is_failing = True
                 await asyncio.sleep(_AGAIN_SECONDS)
                 continue
-            self._is_failing = False
             if message is None:
                 if not endless:
                     return
@@ -109,6 +110,7 @@ class QueueWorkers:
 
     async def _receive(self, wait_seconds: int) -> Any:
         """Never cancelled to end it: a message that was on its way would be nobody's for a while."""
+        was_failing = self._is_failing
         with named(self._queue_url):
             got = await self._client.receive_message(
                 QueueUrl=self._queue_url,
@@ -116,6 +118,8 @@ class QueueWorkers:
                 WaitTimeSeconds=wait_seconds,
                 VisibilityTimeout=self._visible_seconds,  # the queue's own may be 0
             )
+        if was_failing:  # a receive that began before another one failed does not say that all is well
+            self._is_failing = False
         return next(iter(got.get("Messages", ())), None)
 
     async def _take(self, received: Any, *, endless: bool) -> None:

@@ -33,10 +33,12 @@ _HOST = "vpce-0a1b-2c3d.sqs.us-east-1.vpce.amazonaws.com"
         (_HOST, "us-east-1", True),
         ("vpce-0a1b-2c3d-us-east-1a.sqs.us-east-1.vpce.amazonaws.com", "us-east-1", True),
         ("localhost:4566", None, False),
-        ("sqs.eu-west-1.localhost.localstack.cloud:4566", None, False),
+        ("sqs.eu-west-1.localhost.localstack.cloud:4566", "eu-west-1", False),
+        ("eu-west-1.queue.localhost.localstack.cloud:4566", "eu-west-1", False),
+        ("localhost:4566/queue/ap-southeast-2", "ap-southeast-2", False),
+        ("elasticmq.internal:9324/queue", None, False),
         ("sqs.eu-west-1.amazonaws.com.example.org", None, False),
         ("elasticmq.internal:9324", None, False),
-        ("[bad", None, False),
         ("", None, False),
     ],
 )
@@ -44,6 +46,27 @@ def test_region_and_endpoint_are_those_of_the_url(host: str, region: str | None,
     """Of every kind of host that AWS has; another host is left to the environment."""
     url = f"https://{host}/123456789012/postings"
     assert queue_endpoint(url) == QueueEndpoint(region, f"https://{host}" if is_endpoint else None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postings",
+        "arn:aws:sqs:us-east-1:123456789012:postings",
+        "s3://bucket/postings",
+        "https://[bad/123456789012/postings",
+        "https://sqs.us-east-1.amazonaws.com",
+        "https://sqs.us-east-1.amazonaws.com/",
+        "https:///123456789012/postings",
+        "https://sqs.us-east-1.amazonaws.com/1/a b",
+        "https://sqs.us-east-1.amazonaws.com/1/q\n",
+    ],
+)
+def test_what_is_no_queue_url_is_a_usage_error(augment: Augment, text: str) -> None:
+    """A queue's name or its ARN would else be a queue that does not exist."""
+    ended = augment("s3://b/raw/", "s3://b/mod/", "--target", "127.0.0.1:1", "--sqs-queue-url", text)
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
+    assert "not the URL of a queue" in ended.err
 
 
 def test_endpoint_of_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,3 +114,18 @@ def test_message_that_is_gone_is_named_once(
     assert (ended.code, "1 done" in ended.out) == (0, True)
     assert sqs.calls["ChangeMessageVisibility"] == 1
     assert [line.count("is not renewed any more") for line in ended.err.splitlines()] == [1]
+
+
+@pytest.mark.slow
+def test_queue_without_attributes_has_the_default_timeout(
+    augment: Augment, stub: Stub, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some servers answer that are compatible with SQS."""
+    bucket.put("raw/1.jsonl", posting())
+    with scripted_sqs(made(bucket.name, "raw/1.jsonl"), visible_seconds=None, failing={}) as sqs:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
+        ended = augment(
+            f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--target", stub.target,
+            "--endpoint-url", bucket.endpoint_url, "--sqs-queue-url", f"{sqs.endpoint_url}/1/q",
+        )  # fmt: skip
+    assert (ended.code, ended.err, sqs.calls["DeleteMessage"]) == (0, "", 1)

@@ -15,7 +15,7 @@ class ScriptedSqs:
     """State: `calls`, by operation, and `received`, that the message was handed out; both under `_lock`."""
 
     body: str
-    visible_seconds: int
+    visible_seconds: int | None
     failing: Mapping[str, str]
     endpoint_url: str = ""
     calls: Counter[str] = field(default_factory=Counter)
@@ -29,7 +29,7 @@ class ScriptedSqs:
             if operation in self.failing:
                 code = self.failing[operation]
                 return 400, {"__type": f"com.amazonaws.sqs#{code}", "message": f"{code} it is"}
-            if operation == "GetQueueAttributes":
+            if operation == "GetQueueAttributes" and self.visible_seconds is not None:
                 return 200, {"Attributes": {"VisibilityTimeout": str(self.visible_seconds)}}
             if operation == "ReceiveMessage" and not self.received:
                 self.received = True
@@ -39,8 +39,13 @@ class ScriptedSqs:
 
 
 @contextmanager
-def scripted_sqs(body: object, *, visible_seconds: int, failing: Mapping[str, str]) -> Iterator[ScriptedSqs]:
-    """A running server. `failing`: the error code for each operation that fails, always."""
+def scripted_sqs(
+    body: object, *, visible_seconds: int | None, failing: Mapping[str, str]
+) -> Iterator[ScriptedSqs]:
+    """A running server. `failing`: the error code for each operation that fails, always.
+
+    `visible_seconds`: None where the server has no attributes of its queues.
+    """
     script = ScriptedSqs(json.dumps(body), visible_seconds, failing)
 
     class Handler(BaseHTTPRequestHandler):

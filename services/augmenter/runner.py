@@ -145,9 +145,11 @@ class Runner:
         self._metrics.archived.inc()
 
     def _failed(self, place: str, why: str) -> None:
+        """Note a failure. A file that fails again as it did before is logged at debug."""
+        is_known = self._totals.failures.named.get(place) == why
         named_at_the_end = self._totals.failures.add(place, why)
         if self._tell_failures or not named_at_the_end:
-            _log.warning("%s: %s", place, why)
+            _log.log(logging.DEBUG if is_known else logging.WARNING, "%s: %s", place, why)
 
 
 async def _ready(job: Job) -> Job:

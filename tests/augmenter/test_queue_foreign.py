@@ -84,6 +84,19 @@ def test_once_tries_a_failing_file_once(
 
 
 @pytest.mark.slow
+def test_watch_names_a_failure_once(stub: Stub, bucket: Bucket, make_queue: MakeQueue) -> None:
+    """However often its message comes back, as long as the reason is the same."""
+    queue = make_queue(visible_seconds=1, receives=4)
+    queue.send(made(bucket.name, "raw/gone.jsonl"))
+    with running(*queue_args(bucket, queue, stub.target), "--watch", env=dict(os.environ)) as process:
+        wait_for(lambda: queue.count(queue.dead_url) == 1, what="the queue gives the message up", seconds=30)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=20)
+    assert err.count("WARNING augmenter") == 1
+    assert err.count("raw/gone.jsonl: does not exist") == 2  # when it failed first, and at the end
+
+
+@pytest.mark.slow
 def test_message_of_a_file_without_a_good_line_stays(
     augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:

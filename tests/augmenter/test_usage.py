@@ -10,7 +10,7 @@ import pytest
 from services.augmenter.errors import StoreError
 from services.augmenter.locations import LocalPlace, S3Place, plan
 from services.augmenter.object_store.local import LocalStore
-from services.augmenter.object_store.protocol import Item
+from services.augmenter.object_store.protocol import NOTHING, Item
 from services.common.errors import UsageError
 from tests.augmenter.conftest import Augment, posting
 from tests.support.processes import run_command
@@ -144,6 +144,15 @@ async def test_names_never_lead_out_of_the_folder(tmp_path: Path, name: str) -> 
         await store.create(name, Item(name, 1, "v", 0)).__aenter__()
     made = await asyncio.to_thread(lambda: [path for path in tmp_path.rglob("*") if path.is_file()])
     assert made == []
+
+
+async def test_folder_in_the_place_of_an_output_is_named(tmp_path: Path) -> None:
+    """A key may go on behind another's name; the folder that it makes is no other process's output."""
+    item = Item("a.jsonl", 1, "1", 1)
+    async with LocalStore(tmp_path).create("a.jsonl", item, onto=NOTHING) as upload:
+        (tmp_path / "a.jsonl").mkdir()
+        with pytest.raises(StoreError, match="a folder stands there"):
+            await upload.complete()
 
 
 def test_failed_file_is_one_line_whatever_its_name(augment: Augment, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import stat
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from services.common.file_names import is_input
 
 _READ_BYTES = 2**20
 _TEMPORARY = ".augmenter-tmp"
+_FOLDER = "a folder stands there"
 
 
 class LocalStore:
@@ -144,7 +146,7 @@ class LocalUpload:
         with _named(str(self._path)):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.is_dir():
-                raise StoreError(place=str(self._path), reason="a folder stands there")
+                raise StoreError(place=str(self._path), reason=_FOLDER)
             for stale in self._path.parent.glob(f".{_escaped(self._path.name)}.????????{_TEMPORARY}"):
                 _remove_abandoned(stale)
             self._file = _locked(self._temporary)
@@ -183,6 +185,8 @@ class LocalUpload:
             there = None
         if self._onto is None or self._onto == (_version(there) if there else NOTHING):
             return
+        if there and stat.S_ISDIR(there.st_mode):  # of a key that goes on behind this one's name and "/"
+            raise StoreError(place=str(self._path), reason=_FOLDER)
         if there and there.st_mtime_ns == self._modified_ns:
             raise DoneElsewhereError
         raise OutputTakenError

@@ -267,3 +267,45 @@ async def test_behind_a_sentinel_the_store_follows_the_master(tmp_path: Path, ba
             with replica.client() as client:
                 assert client.info("replication")["role"] == "master"
             await store.close()
+
+
+@pytest.mark.slow
+async def test_a_cluster_whose_nodes_all_come_back_elsewhere_is_found_by_its_named_node(
+    tmp_path: Path, base: str
+) -> None:
+    """Every node that was known is gone; what the settings name leads to new addresses: the store is back."""
+    target = 0
+
+    async def pass_on(near: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            far, forth = await asyncio.open_connection("127.0.0.1", target)
+            await asyncio.gather(_copy(near, forth), _copy(far, back))
+        back.close()
+
+    named = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+    port = named.sockets[0].getsockname()[1]
+    opened = servers(connect(f"redis+cluster://127.0.0.1:{port}", timeout_seconds=1))
+    store = RedisStore(opened, base=base, metrics=ProxyMetrics(CollectorRegistry()))
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        with redis_cluster(tmp_path / name) as made:
+            target = made.nodes[0].port
+            pairs = _pairs(100)
+            async with asyncio.timeout(30):
+                while True:
+                    with contextlib.suppress(StoreError):
+                        await store.put(pairs)
+                        break
+                    await asyncio.sleep(0.1)
+            await _until_known(store, pairs)
+        with pytest.raises(StoreError):
+            await store.get(list(pairs))
+    await store.close()
+    named.close()
+
+
+async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await source.read(65_536):
+            sink.write(data)
+    sink.close()

@@ -10,6 +10,7 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.exceptions import RedisClusterException
 
+from services.cache_proxy.store.cluster import ClusterServers
 from services.cache_proxy.store.connecting import Client, servers
 
 
@@ -78,10 +79,9 @@ class Home:
             await self._servers.close()
 
     async def _node(self) -> ClusterNode:
-        assert isinstance(self._client, RedisCluster)  # noqa: S101 - for the type checker
+        assert isinstance(self._servers, ClusterServers)  # noqa: S101 - for the type checker
         try:
-            await self._client.initialize()
-            return self._client.nodes_manager.get_node_from_slot(self._client.keyslot(self._key))
+            return await self._servers.node_of(self._key)
         except LookupError as error:
             message = "no node of the Cluster has the queue's slot"
             raise RedisClusterException(message) from error

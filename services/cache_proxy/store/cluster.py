@@ -2,6 +2,9 @@
 
 redis-py knows the topology; redirections are followed here. Its own way sends ASKING and the command that it
 is meant for as two commands, which may go by two connections (`RedisCluster._execute_command`, 8.1).
+
+The nodes to ask for the topology are chosen here, too: redis-py asks one after the other, and forgets the
+nodes that it was given (redis/redis-py#3604).
 """
 
 import asyncio
@@ -22,11 +25,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError
+from services.cache_proxy.store.attempts import SharedAttempt, first_success
 from services.cache_proxy.store.scripts import Script
 from services.cache_proxy.store.servers import FAILURES, Call, SlotMoving, translated
 from services.common.endings import end
 
 _HOPS = 5
+_SLOTS = 16_384
 _REFRESH_SECONDS = 0.5
 _FAILURES = (*FAILURES, LookupError)  # how redis-py finds that nobody has a slot, or any slot
 _DROPPED = (RedisConnectionError, AttributeError)
@@ -34,13 +39,20 @@ _LOST = (*_DROPPED, RedisTimeoutError, ClusterDownError, OSError)
 
 
 class ClusterServers:
-    """State: `_refreshed_at`, when the topology was last asked for; `_refreshing`, the task that asks."""
+    """Servers of a Cluster.
+
+    State: `_refreshed_at`, when the topology was last requested; `_refreshing`, the task that requests it;
+    `_located`, whether redis-py has known a topology since the last `close`.
+    """
 
     by_tag = True
 
     def __init__(self, client: RedisCluster) -> None:
         self._client = client
         self._named = dict(client.nodes_manager.startup_nodes)
+        self._timeout_seconds = float(client.connection_kwargs["socket_timeout"])
+        self._location = SharedAttempt(self._locate, hold_seconds=self._timeout_seconds)
+        self._located = False
         self._refreshed_at = 0.0
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -76,18 +88,24 @@ class ClusterServers:
         """See `Servers.close`."""
         if self._refreshing is not None:
             await end([self._refreshing])
+        await self._location.close()
+        self._located = False
+        for node in self._named.values():  # redis-py may have forgotten them
+            await node.disconnect()
         await self._client.aclose()
+
+    async def node_of(self, key: str) -> ClusterNode:
+        """Return the node that has the key's slot. Raises redis-py's errors."""
+        await self._initialize()
+        return self._client.nodes_manager.get_node_from_slot(self._client.keyslot(key))
 
     async def _send(self, commands: Sequence[tuple[Any, ...]], keys: Sequence[str]) -> list[Any]:
         """The reply to each command, or the error that it ended with; redirections are followed."""
         replies: list[Any] = [None] * len(commands)
         try:
-            await self._client.initialize()
+            await self._initialize()
             slots = [self._client.keyslot(key) for key in keys]
         except _FAILURES as error:
-            # Of a Cluster that nobody has given a slot yet, redis-py forgets even the nodes that it was told.
-            if not self._client.nodes_manager.startup_nodes:
-                self._client.nodes_manager.startup_nodes = dict(self._named)
             return [error] * len(commands)
         todo: dict[int, ClusterNode | None] = dict.fromkeys(range(len(commands)))  # a node: it is to be asked
         for hop in range(_HOPS):
@@ -140,9 +158,52 @@ class ClusterServers:
 
     async def _ask_for_topology(self) -> None:
         try:
-            await self._client.nodes_manager.initialize()
+            await self._location.outcome()
         except _FAILURES:
             return  # whoever calls next will see that nothing has changed, and come here again
+
+    async def _initialize(self) -> None:
+        """Have redis-py know a topology."""
+        if not self._located:
+            await self._location.outcome()
+        await self._client.initialize()  # again, where another user of the client has closed it
+
+    async def _locate(self) -> None:
+        """Request the topology from a node that answers: named nodes first, then nodes that were found.
+
+        The address of a node that was found may belong to another Cluster by now. The names of named nodes
+        are resolved again with each connection.
+        """
+        manager = self._client.nodes_manager
+        found = {name: node for name, node in manager.nodes_cache.items() if name not in self._named}
+        named, others = (
+            {asyncio.create_task(self._answering(node)) for node in nodes.values()}
+            for nodes in (self._named, found)
+        )
+        try:
+            try:
+                node = await first_success(named)
+            except _FAILURES:
+                if not others:
+                    raise
+                node = await first_success(others)
+        finally:
+            await end([*named, *others])
+        manager.startup_nodes = {node.name: node}
+        try:
+            await (manager.initialize() if self._located else self._client.initialize())
+        finally:
+            # Of a Cluster that nobody has given a slot yet, redis-py forgets even the nodes that it was told.
+            if not manager.startup_nodes:
+                manager.startup_nodes = dict(self._named)
+        self._located = True
+
+    async def _answering(self, node: ClusterNode) -> ClusterNode:
+        """Return a node that knows who has every slot; else, later than any of those, one that answers."""
+        ranges = await node.execute_command("CLUSTER SLOTS")
+        if sum(last - first + 1 for first, last, *_ in ranges) < _SLOTS:
+            await asyncio.sleep(self._timeout_seconds)
+        return node
 
 
 async def _send_to(

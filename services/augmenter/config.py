@@ -11,6 +11,7 @@ from services.common.errors import UsageError
 from services.common.flags import flag
 from services.common.listening import check_address
 from services.common.posting_fields import PostingFields
+from services.common.targets import check_target
 from services.common.tls import PemFiles
 
 DEFAULT_INPUT = "s3://rl-data/job-postings-raw/"
@@ -24,8 +25,10 @@ class RunSettings:
     """Times in seconds; `progress` is None where the terminal decides."""
 
     target: str | None = flag(
-        "--target", flags.TEXT, text="gRPC target of the proxy, or of the model itself; required"
-    )
+        "--target", flags.TEXT,
+        text="gRPC target of the proxy, or of the model itself: HOST:PORT, dns:///HOST:PORT, unix:PATH; "
+        "required",
+    )  # fmt: skip
     once: bool | None = flag(
         "--once", flags.BOOL, text="do all files that are there now, then end; this is the default"
     )
@@ -143,8 +146,6 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, in one line that names it."""
-        if not self.target and not self.dry_run:
-            raise UsageError("--target is required (the proxy's HOST:PORT)")
         if self.once is not None and self.once is self.watch:
             raise UsageError("--once and --watch: one of the two")
         if self.watch and self.poll_interval_seconds == 0:
@@ -165,7 +166,14 @@ class RunSettings:
         if self.dry_run and self.summary_json:
             raise UsageError("--summary-json does not go with --dry-run, which writes nothing")
         self.tls.check_together()
-        bearer.check_way(self.target or "localhost:0", token_file=self.token_file, tls_ca=self.tls_ca)
+        self._check_target()
+
+    def _check_target(self) -> None:
+        if self.target:
+            check_target(self.target, flag_name="--target", tls_flag="--tls-ca")
+            bearer.check_way(self.target, token_file=self.token_file, tls_ca=self.tls_ca)
+        elif not self.dry_run:
+            raise UsageError("--target is required (the proxy's HOST:PORT)")
 
     @property
     def fields(self) -> PostingFields:

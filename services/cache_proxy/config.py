@@ -13,6 +13,7 @@ from services.common.errors import UsageError
 from services.common.flags import flag
 from services.common.listening import check_address
 from services.common.renewal import read_file
+from services.common.targets import check_target
 
 ENV_PREFIX = "CACHE_PROXY"
 DEFAULT_EMBEDDED_DIR = ".cache-proxy"
@@ -129,7 +130,10 @@ class AnswerSettings:
 class ModelSettings:
     """How the model is called, and how much of it may be used."""
 
-    model_target: str = flag("--model-target", flags.TEXT, required=True, text="gRPC target of the model")
+    model_target: str = flag(
+        "--model-target", flags.TEXT, required=True,
+        text="gRPC target of the model: HOST:PORT, dns:///HOST:PORT, unix:PATH",
+    )  # fmt: skip
     model_batch_size: int = flag(
         "--model-batch-size", flags.COUNT, "1000", text="pairs in one call to the model, at most"
     )
@@ -173,6 +177,7 @@ class ModelSettings:
         if not self.model_target.strip():
             message = "--model-target must not be empty"
             raise UsageError(message)
+        check_target(self.model_target, flag_name="--model-target", tls_flag="--model-tls-ca")
         if self.model_deadline_seconds <= 0:
             message = "--model-deadline must be above 0"
             raise UsageError(message)

@@ -14,7 +14,7 @@ from services.common.channel import FOLLOW_DNS
 from services.common.errors import CommandError, UsageError
 from services.common.flags import flag
 from services.common.posting_fields import PostingFields
-from services.common.targets import http_proxy_options
+from services.common.targets import check_target, http_proxy_options
 from services.common.tls import PemFiles
 
 _BATCH_PAIRS = 1000
@@ -25,8 +25,9 @@ class InferSettings:
     """What `infer` is told."""
 
     target: str = flag(
-        "--target", flags.TEXT, required=True, text="gRPC target of the proxy (or of the model)"
-    )
+        "--target", flags.TEXT, required=True,
+        text="gRPC target of the proxy (or of the model): HOST:PORT, dns:///HOST:PORT, unix:PATH",
+    )  # fmt: skip
     company: str | None = flag("--company", flags.TEXT, text="the pair's company")
     title: str | None = flag("--title", flags.TEXT, text="the pair's title")
     company_field: str = flag(
@@ -56,6 +57,7 @@ class InferSettings:
             raise UsageError(message)
         _ = self.fields
         self.tls.check_together()
+        check_target(self.target, flag_name="--target", tls_flag="--tls-ca")
         bearer.check_way(self.target, token_file=self.token_file, tls_ca=self.tls_ca)
 
     @property

@@ -14,8 +14,10 @@ from protos import seniority_pb2_grpc
 from services.cache_proxy import infer
 from services.cache_proxy.infer import InferSettings
 from services.common.channel import RenewedChannel
-from services.common.targets import http_proxy_options
+from services.common.errors import UsageError
+from services.common.targets import check_target, http_proxy_options
 from tests.support.model_server import scripted_model, well
+from tests.support.processes import run_command
 
 _NOTHING = pb.SeniorityRequestBatch()
 _NO_PROXY = [("grpc.enable_http_proxy", 0)]
@@ -94,3 +96,92 @@ async def test_channel_to_another_machine_uses_the_http_proxy(
 def test_only_this_machine_is_kept_from_the_http_proxy(target: str, options: list[object]) -> None:
     """By what the target says, without a name resolution."""
     assert http_proxy_options(target) == options
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "model:50051", "model.example.:1", "a_b-c:65535", "127.0.0.1:1", "[::1]:50051", "[fe80::1%25eth0]:1",
+        "dns:model:1", "dns:///model:1", "dns://10.0.0.53/model:1", "dns://10.0.0.53:53/model:1",
+        "dns:///[::1]:1", "DNS:///model:1", "ipv4:10.0.0.1:1", "ipv4:10.0.0.1:1,10.0.0.2:2",
+        "ipv4:///10.0.0.1:1", "ipv6:[::1]:1", "ipv6:[::1]:1,[::2]:2", "unix:path", "unix:/run/s",
+        "unix:///run/s", "unix-abstract:name", "xds:///model", "xds://authority/model", "google-c2p:///model",
+        "http:1", "localhost:443",
+    ],
+)  # fmt: skip
+def test_target_that_grpc_understands_is_accepted(target: str) -> None:
+    """Every resolver of the core."""
+    check_target(target, flag_name="--target", tls_flag="--tls-ca")
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        *((f"{scheme}://model:50051", "not a URL") for scheme in ("http", "grpc", "tcp", "h2c", "HTTP")),
+        ("https://model:50051", "--tls-ca encrypts"),
+        ("grpcs://model", "--tls-ca encrypts"),
+        *((f"{prefix}{host}", "has no port") for prefix in ("", "dns:", "dns:///", "dns://server/", "ipv4:")
+          for host in ("model", "10.0.0.1")),
+        ("[::1]", "has no port"),
+        ("::1", "in brackets"),
+        ("::1:50051", "in brackets"),
+        ("ipv6:::1", "in brackets"),
+        ("[model]:1", "not an IPv6 address"),
+        ("ipv4:model:1", "must be an IPv4 address"),
+        ("ipv4:[::1]:1", "must be an IPv4 address"),
+        ("ipv6:10.0.0.1:1", "must be an IPv6 address"),
+        ("ipv4:10.0.0.1:1,10.0.0.2", "has no port"),
+        ("a:1,b:2", "several addresses"),
+        ("model:0", "from 1 to 65535"),
+        ("model:65536", "from 1 to 65535"),
+        ("model:", "must be HOST:PORT"),
+        (":50051", "must be HOST:PORT"),
+        ("model:http", "must be HOST:PORT"),
+        ("model:50051/path", "must be HOST:PORT"),
+        ("model:50051 ", "must be HOST:PORT"),
+        (" model:50051", "must be HOST:PORT"),
+        ("model:50\u0665", "must be HOST:PORT"),
+        ("unix:", "no socket"),
+        ("unix://", "no socket"),
+        ("unix://run/s", "must begin with /"),
+        ("unix-abstract:", "no socket"),
+        ("xds:///", "no service"),
+        ("", "must be HOST:PORT"),
+    ],
+)  # fmt: skip
+def test_target_that_grpc_would_misread_is_refused(target: str, words: str) -> None:
+    """One line names the flag, the value and what to write."""
+    with pytest.raises(UsageError) as refused:
+        check_target(target, flag_name="--target", tls_flag="--tls-ca")
+    line = str(refused.value)
+    assert line.startswith(f"--target {target!r}: ")
+    assert words in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "target", ["http://user:hunter2@model:1", "user:hunter2@model:1", "dns:///u:hunter2@m:1"]
+)
+def test_target_with_a_login_is_refused_without_showing_it(target: str) -> None:
+    """GRPC knows no login in a target."""
+    with pytest.raises(UsageError) as refused:
+        check_target(target, flag_name="--target", tls_flag="--tls-ca")
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("program", "args", "flag"),
+    [
+        ("cache_proxy", ("serve", "--cache-url", "memory:"), "--model-target"),
+        ("cache_proxy", ("infer",), "--target"),
+        ("augmenter", ("run", "in", "out"), "--target"),
+    ],
+)
+@pytest.mark.parametrize("target", ["http://model:50051", "model"])
+def test_command_refuses_a_target_that_is_a_url_or_has_no_port(
+    program: str, args: tuple[str, ...], flag: str, target: str
+) -> None:
+    """Exit code 2 and one line."""
+    ended = run_command(f"services.{program}", *args, flag, target)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+    assert f"{flag} {target!r}: " in ended.stderr

@@ -349,6 +349,45 @@ async def test_queue_is_made_anew_once_for_a_failure_that_this_does_not_mend(
         assert repairs == 2
 
 
+async def test_damage_that_many_scripts_find_at_once_is_repaired_once(shared_redis: str) -> None:
+    """None of them fails: they wait for the one that repairs it, so the replica stays in the queue."""
+    place = Place.new(shared_redis)
+    async with replicas(place) as (replica,):
+        await replica.ask(pairs(range(3)))
+        for turn in range(3):
+            with place.client() as client:
+                client.set(f"{place.keys.base}meta", b"garbage")
+            await asyncio.gather(*(replica.listener._beat_once() for _ in range(4)))
+            assert replica.metrics.store_garbage._value.get() == turn + 1
+        await replica.queue.ask_again()
+        assert numbers_of(await replica.take()) == [0, 1, 2]
+
+
+async def test_queue_is_repaired_for_one_script_while_another_fails_for_good(
+    shared_redis: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heartbeat that meets damage is not left to fail because claims do: without it nothing is claimed."""
+    place = Place.new(shared_redis)
+    async with replicas(place) as (replica,):
+        command = replica.scripts._home.command
+        claim_sha = replica.scripts._scripts["claim"].sha
+
+        async def fail(*words: Any) -> Any:
+            if words[1] == claim_sha:
+                message = "WRONGTYPE Operation against a key holding the wrong kind of value"
+                raise StoreError(message) from redis.ResponseError(message)
+            return await command(*words)
+
+        monkeypatch.setattr(replica.scripts._home, "command", fail)
+        await replica.ask(pairs(range(3)))
+        with pytest.raises(StoreDamaged):
+            await replica.queue.claim()
+        await replica.beat()
+        with place.client() as client:
+            client.set(f"{place.keys.base}meta", b"garbage")
+        await replica.beat()
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -209,6 +209,60 @@ def test_replica_that_loses_a_right_while_it_runs_stays_ready_and_stops_nobody(
         _answered(third, "after")
 
 
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
+def test_replica_checks_its_rights_when_redis_is_first_reached_after_its_start(
+    running: Fleet, tmp_path: Path
+) -> None:
+    """It is ready, for Redis was away. It joins the queue once it has all rights; then its limits count."""
+    password = tmp_path / "password"
+    password.touch(0o600)
+    password.write_text("s3cret")
+    wire = running.wire()
+    wire.cut()
+    late = running.start(
+        "--model-calls-per-second", "0", "--model-rate", "54321", "--linger", "1ms",
+        "--cache-username", "app", "--cache-password-file", str(password), wire=wire,
+    )  # fmt: skip
+    assert _readyz(late) == 200
+    with running.redis.client() as client:
+        base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
+        client.execute_command("ACL", "SETUSER", "app", *base, "-lpush")  # which no heartbeat uses
+        wire.mend()
+        wait_for(lambda: "command 'lpush'" in late.log, what="it says what it lacks")
+        assert metrics(late.http)["cache_proxy_degraded",] == 1
+        assert _readyz(late) == 200
+        assert client.hget(f"{{{running.prefix}}}:limit", "pairs_per_second") is None
+        client.execute_command("ACL", "SETUSER", "app", *base)
+        wait_for(lambda: metrics(late.http)["cache_proxy_degraded",] == 0, what="it joined")
+        assert client.hget(f"{{{running.prefix}}}:limit", "pairs_per_second")
+    _answered(late, "late")
+
+
+@pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
+def test_replica_that_returns_leaves_the_limits_of_one_that_started_later(
+    running: Fleet, tmp_path: Path
+) -> None:
+    """The newest start's limits count, whatever right an older replica lost and was given back."""
+    password = tmp_path / "password"
+    password.touch(0o600)
+    password.write_text("s3cret")
+    base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
+    limit = f"{{{running.prefix}}}:limit"
+    with running.redis.client() as client:
+        client.execute_command("ACL", "SETUSER", "app", *base)
+        old = running.start(
+            "--model-rate", "500", "--cache-username", "app", "--cache-password-file", str(password)
+        )
+        running.start("--model-rate", "900")
+        newest = client.hget(limit, "pairs_per_second")
+        for right in ("-zadd", "-evalsha"):
+            client.execute_command("ACL", "SETUSER", "app", right)
+            wait_for(lambda: metrics(old.http)["cache_proxy_degraded",] == 1, what="it left the queue")
+            client.execute_command("ACL", "SETUSER", "app", *base)
+            wait_for(lambda: metrics(old.http)["cache_proxy_degraded",] == 0, what="it returned")
+        assert client.hget(limit, "pairs_per_second") == newest
+
+
 def test_redis_client_error_texts_are_known() -> None:
     """What Redis 6.2 says in a script, where no server of that release is installed."""
     for text in (

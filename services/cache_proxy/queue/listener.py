@@ -188,8 +188,9 @@ class Listener:
     async def _beat(self) -> None:
         while True:
             try:
-                if self._queue.refusal is not None:
-                    await asyncio.sleep(self._refused_pause_seconds())
+                if self._queue.lost:  # whatever is there now may have other rights than what was lost
+                    if self._queue.refusal is not None:
+                        await asyncio.sleep(self._refused_pause_seconds())
                     await self._check_access()
                     self._queue.admit()
                 await self._beat_once()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from services.cache_proxy.errors import AccessRefusedByStore, PairError, StoreError
+from services.cache_proxy.errors import PairError, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import GiveUp, Queue, QueueLimits, Settle
 from services.cache_proxy.queue.access_check import AccessCheck
@@ -119,16 +119,18 @@ async def open_shared(
         user=shared.user,
     )  # fmt: skip
 
+    is_configured = False
+
     async def join() -> None:
+        nonlocal is_configured
         await access.run()
-        await _configure(scripts, limits, metrics)
+        if not is_configured:  # once: a replica that started later has its limits there since
+            is_configured = await _configure(scripts, limits, metrics)
 
     try:
         await join()
-    except AccessRefusedByStore as error:
+    except StoreError as error:
         await queue.lose(error)
-    except StoreError:
-        pass  # Redis is away: the heartbeat finds that out, and says so
     listener = Listener(
         home, scripts, queue=queue, shared=asked,
         address=_address(shared.http_bound, shared.url), limits=limits, metrics=metrics,
@@ -156,13 +158,13 @@ def _limiter(limits: QueueLimits, *, replicas: int) -> Limiter:
     )
 
 
-async def _configure(scripts: Scripts, limits: QueueLimits, metrics: ProxyMetrics) -> None:
-    """Make this replica's limits those of the deployment: the newest start's count."""
+async def _configure(scripts: Scripts, limits: QueueLimits, metrics: ProxyMetrics) -> bool:
+    """Make this replica's limits the deployment's, as the newest start's count. Return whether it did."""
     mine = limits.paced
     try:
         before = await scripts.run("configure", list(mine))
     except StoreError:
-        return  # the heartbeat will say that Redis is not there
+        return False  # the heartbeat will say that Redis is not there
     changes = []
     for (name, pace), found, own in zip(_LIMITS, before, mine, strict=True):
         known = read_number(found, minimum=0)
@@ -176,6 +178,7 @@ async def _configure(scripts: Scripts, limits: QueueLimits, metrics: ProxyMetric
             "rate limits in Redis differed from this replica's settings and were replaced (%s)",
             ", ".join(changes),
         )
+    return True
 
 
 def _address(http_bound: str, redis_url: str) -> str:

@@ -84,8 +84,9 @@ class Keys:
 class Scripts:
     """Runs a script by name. Each may be run twice under one token, so a lost reply is asked for again.
 
-    State: `_repaired_for`, the script whose failure made this replica make the queue anew, until that script
-    works again; event loop only. Meanwhile the queue is not made anew once more: it would mend nothing.
+    State: `_repaired_for`, the script whose failure made this replica repair the queue, until that script
+    works again; `_has_worked`, whether any other did since; `_repairs`, how many there were; event loop
+    only. The queue is not repaired again for the same script, nor while none works: that would mend nothing.
     """
 
     def __init__(self, home: Home, keys: Keys, *, metrics: ProxyMetrics) -> None:
@@ -98,6 +99,9 @@ class Scripts:
         self._metrics = metrics
         self._turns = asyncio.Semaphore(_MAX_CALLS)
         self._repaired_for: str | None = None
+        self._has_worked = True
+        self._repairs = 0
+        self._repairing = asyncio.Lock()
 
     @property
     def on_cluster(self) -> bool:
@@ -107,23 +111,35 @@ class Scripts:
     async def run(self, name: str, args: Sequence[Any]) -> Any:
         """The script's reply. Raises `StoreError` when none came, however often it was asked for."""
         async with self._turns:
+            repairs = self._repairs
             try:
                 return await self._run(name, args)
             except StoreError as error:
                 if not _is_about_data(error.__cause__):
                     raise
-                if self._repaired_for is not None:
-                    raise StoreDamaged(str(error)) from error
-                self._repaired_for = name
-                _log.warning("the queue in Redis is damaged and made anew: %s", error)
-                self._metrics.store_garbage.inc()
-            await self._run("repair", [])
+                await self._repair_once(name, error, repairs=repairs)
             try:
                 return await self._run(name, args)
             except StoreError as error:
                 if _is_about_data(error.__cause__):
                     raise StoreDamaged(str(error)) from error
                 raise
+
+    async def _repair_once(self, name: str, error: StoreError, *, repairs: int) -> None:
+        """Make the queue anew, unless that was done since there were so many `repairs`.
+
+        Several scripts find the same damage at once. Raises `StoreError`.
+        """
+        async with self._repairing:
+            if self._repairs != repairs:
+                return
+            if self._repaired_for is not None and (self._repaired_for == name or not self._has_worked):
+                raise StoreDamaged(str(error)) from error
+            self._repaired_for, self._has_worked = name, False
+            _log.warning("the queue in Redis is damaged and made anew: %s", error)
+            self._metrics.store_garbage.inc()
+            await self._run("repair", [])
+            self._repairs += 1
 
     async def _run(self, name: str, args: Sequence[Any]) -> Any:
         script = self._scripts[name]
@@ -138,6 +154,7 @@ class Scripts:
             else:
                 if self._repaired_for == name:
                     self._repaired_for = None
+                self._has_worked = self._has_worked or name != "repair"
                 return reply
         raise AssertionError
 

@@ -77,8 +77,10 @@ class QueueWorkers:
             )
         timeout = got.get("Attributes", {}).get("VisibilityTimeout", _DEFAULT_VISIBLE_SECONDS)
         self._visible_seconds = max(1, int(timeout))
-        await together(self._worker(endless=endless, stopping=stopping) for _ in range(concurrency))
-        await self._release_left()
+        try:
+            await together(self._worker(endless=endless, stopping=stopping) for _ in range(concurrency))
+        finally:  # also when the run is stopped
+            await self._release_left()
 
     async def _worker(self, *, endless: bool, stopping: asyncio.Event) -> None:
         passed: set[str] = set()  # left ones, since the last that was ours: there may be others behind them

@@ -130,10 +130,14 @@ def _wait_for_output(bucket: Bucket, name: str, *, unless: threading.Event) -> N
 def test_sigterm_gives_the_message_back(
     bucket: Bucket, make_queue: MakeQueue, how: str, grace_seconds: int, code: int
 ) -> None:
-    """A file that is not finished within the grace leaves no object, and its message to the next at once."""
+    """A file that is not finished within the grace leaves no object, and its message to the next at once.
+
+    So it is with a message that is not about INPUT.
+    """
     queue = make_queue(visible_seconds=600)
     bucket.put("raw/1.jsonl", posting())
     queue.send(made(bucket.name, "raw/1.jsonl"))
+    queue.send(made("another-bucket", "raw/1.jsonl"))
     asked, go = threading.Event(), threading.Event()
 
     def behave(call: Call) -> Answers:
@@ -146,12 +150,14 @@ def test_sigterm_gives_the_message_back(
         running(*queue_args(bucket, queue, model.target), how, env=dict(os.environ)) as process,
     ):
         assert asked.wait(30)
+        assert process.stderr
+        assert "is left in the queue" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         assert process.wait(grace_seconds + 8) == code
         assert time.monotonic() - began >= grace_seconds - 1
         go.set()
-    assert queue.visible == 1
+    assert queue.visible == 2
     assert bucket.listed() == ["raw/1.jsonl"]
 
 

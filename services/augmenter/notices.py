@@ -6,7 +6,7 @@ Pure. The formats:
   in a URL query, https://docs.aws.amazon.com/AmazonS3/latest/userguide/notification-content-structure.html
 - EventBridge `Object Created` and the other events of `aws.s3`, keys not encoded,
   https://docs.aws.amazon.com/AmazonS3/latest/userguide/ev-events.html
-- EventBridge `AWS API Call via CloudTrail`, keys not encoded.
+- EventBridge `AWS API Call via CloudTrail`, or CloudTrail's records themselves, keys not encoded.
 - An array of such events, from a pipe or a function that passes them on in batches.
 """
 
@@ -81,6 +81,8 @@ def _of_event(event: Any) -> Message:
         return Message([_test_event(event)])
     if "detail-type" in event:
         return Message([_of_event_bridge(event)])
+    if _is_api_call(event):
+        return Message([_of_api_call(event)])
     if isinstance(event.get("Records"), list) and event["Records"]:
         return _joined(event["Records"], _of_record, problem="a record has")
     raise UnreadableMessageError("neither Records nor detail-type")
@@ -100,13 +102,24 @@ def _of_event_bridge(event: dict[str, Any]) -> Notice:
     if kind != _API_CALL:
         bucket, key = _text(event, "detail", "bucket", "name"), _text(event, "detail", "object", "key")
         return Notice(bucket, key, starts=kind in _DETAIL_TYPES, kind=kind)
-    call = _text(event, "detail", "eventName")
-    if _text(event, "detail", "eventSource") not in _API_SOURCES:
-        return Notice("", "", starts=False, kind=call)
-    parameters = ("detail", "requestParameters")
+    return _of_api_call(event, "detail")
+
+
+def _of_api_call(event: Any, *path: str) -> Notice:
+    """Return what CloudTrail recorded, which stands at a path of members."""
+    name = _text(event, *path, "eventName")
+    if _text(event, *path, "eventSource") not in _API_SOURCES:
+        return Notice("", "", starts=False, kind=name)
+    parameters = (*path, "requestParameters")
     bucket, key = _text(event, *parameters, "bucketName"), _text(event, *parameters, "key")
-    refused = event["detail"].get("errorCode") is not None  # CloudTrail records calls that failed, too
-    return Notice(bucket, key, starts=call in _API_WRITES and not refused, kind=call)
+    call = event[path[0]] if path else event
+    refused = call.get("errorCode") is not None  # CloudTrail records calls that failed, too
+    return Notice(bucket, key, starts=name in _API_WRITES and not refused, kind=name)
+
+
+def _is_api_call(event: dict[str, Any]) -> bool:
+    source = event.get("eventSource")
+    return isinstance(source, str) and source in _API_SOURCES
 
 
 def _joined(parts: list[Any], read_part: Callable[[Any], Message], *, problem: str) -> Message:
@@ -128,6 +141,8 @@ def _joined(parts: list[Any], read_part: Callable[[Any], Message], *, problem: s
 
 def _of_record(record: Any) -> Message:
     kind = _text(record, "eventName").removeprefix("s3:")
+    if _is_api_call(record):
+        return Message([_of_api_call(record)])
     source = record.get("eventSource", "aws:s3")
     if not isinstance(source, str) or not source.endswith(":s3"):  # Ceph and MinIO have their own first word
         return Message([Notice("", "", starts=False, kind=kind)])

@@ -58,6 +58,9 @@ def cloudtrail(call: str, key: str | None = "raw/1.jsonl", **more: Any) -> dict[
         cloudtrail("PutObject"),
         cloudtrail("CompleteMultipartUpload"),
         cloudtrail("CopyObject"),
+        {"Records": [cloudtrail("PutObject")["detail"]]},
+        {"Type": "Notification", "Message": json.dumps(cloudtrail("PutObject"))},
+        cloudtrail("PutObject")["detail"],
     ],
 )
 def test_object_that_can_be_read_starts_its_file(event: object) -> None:
@@ -78,6 +81,7 @@ def test_object_that_can_be_read_starts_its_file(event: object) -> None:
         cloudtrail("GetObject"),
         cloudtrail("DeleteObject"),
         cloudtrail("PutObject", errorCode="AccessDenied"),
+        {"Records": [cloudtrail("PutObject", errorCode="AccessDenied")["detail"]]},
     ],
 )
 def test_other_event_has_its_place_but_starts_nothing(event: object) -> None:
@@ -94,6 +98,7 @@ def test_other_event_has_its_place_but_starts_nothing(event: object) -> None:
         (event_bridge("Object Created", "a+b%2F"), "a+b%2F"),
         (event_bridge("Object Restore Completed", "a+b%2F"), "a+b%2F"),
         (cloudtrail("PutObject", "a+b%2F ü"), "a+b%2F ü"),
+        ({"Records": [cloudtrail("PutObject", "a+b%2F ü")["detail"]]}, "a+b%2F ü"),
     ],
 )
 def test_key_is_decoded_only_where_it_is_encoded(event: object, key: str) -> None:

@@ -42,7 +42,15 @@ _HOST = re.compile(
 )
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _BAD_CHARACTER = re.compile(r"[\x00-\x20\x7f\\^`{|}<>\"]")
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}", re.IGNORECASE)
+# Of redis-py and others: shown when refused. Any other name may be a piece of a password.
+_LIBRARY_PARAMETERS = frozenset(
+    {
+        "client_name", "db", "decode_responses", "encoding", "health_check_interval", "max_connections",
+        "password", "protocol", "retry_on_timeout", "skip_full_coverage_check", "socket_connect_timeout",
+        "socket_keepalive", "socket_timeout", "ssl", "ssl_ca_certs", "ssl_ca_path", "ssl_cert_reqs",
+        "ssl_certfile", "ssl_check_hostname", "ssl_keyfile", "ssl_min_version", "timeout", "username",
+    }
+)  # fmt: skip
 _ADVICE = (
     "percent-encode user and password (%40 for @, %2F for /), or give them as --cache-username and "
     "--cache-password-file"
@@ -160,9 +168,9 @@ def _host(item: str, port: int) -> tuple[str, int]:
 def _parameters(query: str | None, *, allowed: frozenset[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in query.split("&") if query else ():
-        name, equals, value = item.partition("=")
+        name, _, value = item.partition("=")
         if name not in allowed:
-            shown = f"parameter {name}" if equals and _NAME.fullmatch(name) else "a parameter"
+            shown = f"parameter {name}" if name in _LIBRARY_PARAMETERS else "a parameter"
             known = ", ".join(sorted(allowed))
             _refuse(f"{shown} is not one of those that this kind of URL takes ({known})")
         if name in found or not value:

@@ -28,14 +28,18 @@ class Outage:
         self.failed_at = -math.inf
         self.failures = 0
         self.not_before = -math.inf
-        self.is_breakdown = False
+        self.keeps_whole_batches = False
         self.is_down = False
         self.error: Unavailable | None = None
 
     @property
     def is_probed(self) -> bool:
-        """Whether the next call is a small one. After a breakdown it is not: whole batches are judged."""
-        return self.failures > 0 and not self.is_breakdown
+        """Whether the next call is a small one.
+
+        After a breakdown it is not: whole batches are judged. After a pushback neither: the model is there,
+        and said when it takes a batch again.
+        """
+        return self.failures > 0 and not self.keeps_whole_batches
 
     def fail(
         self, error: Unavailable, *, sent_at: float, now: float, pushback_seconds: float | None,
@@ -57,7 +61,7 @@ class Outage:
         else:
             backoff_seconds = pushback_seconds
         self.not_before = max(self.not_before, now + backoff_seconds)
-        self.is_breakdown = suspicious
+        self.keeps_whole_batches = suspicious or pushback_seconds is not None
         self.is_down = now >= window_ends and (not suspicious or self.failures >= MAX_BREAKDOWNS)
         self.error = error
 
@@ -71,5 +75,6 @@ class Outage:
         """The model answered: calls go on at the full rate at once."""
         self.failures = 0
         self.not_before = -math.inf
-        self.is_breakdown = self.is_down = False
+        self.keeps_whole_batches = False
+        self.is_down = False
         self.error = None

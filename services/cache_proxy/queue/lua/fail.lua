@@ -43,7 +43,7 @@ if pushback < 0 then
 end
 not_before = math.max(not_before, now + math.ceil(wait))
 redis.call('HSET', MODEL, 'failures', failures, 'failed_at', failed_at, field, not_before,
-  'breaking', suspicious and 1 or 0)
+  'breaking', (suspicious or pushback >= 0) and 1 or 0) -- then batches stay whole: see outage.py
 redis.call('PEXPIRE', MODEL, model.KEPT_MS)
 local is_down = now - since >= window - SLACK_MS and (not suspicious or failures >= most_breakdowns)
 error[3] = math.max(1, (not_before - now) / 1000)

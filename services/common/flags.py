@@ -158,7 +158,8 @@ def _refuse_password(name: str, variable: str, instead: str) -> Callable[..., An
         on_command_line = ctx.get_parameter_source(str(param.name)) is click.core.ParameterSource.COMMANDLINE
         if value is not None and on_command_line and has_password(value):
             message = (
-                f"{name}: everybody on this machine can read a password here; use {instead}, or {variable}"
+                f"{name}: everybody on this machine can read a password here; use {instead}, or {variable} "
+                "with user and password percent-encoded (%40 for @, %2F for /)"
             )
             raise UsageError(message)
         return value

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
@@ -38,7 +39,67 @@ def test_a_password_on_the_command_line_is_refused(program: str, args: tuple[str
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
     assert args[-1] in ended.stderr
     assert instead in ended.stderr
+    assert "percent-encoded" in ended.stderr
     assert _CANARY not in ended.stderr + ended.stdout
+
+
+_PIECES = ("svc7", "c0rp", "p4ss", "w0rd")
+_COMMANDS = (
+    ("serve", "--model-target", "h:1"), ("stats",), ("get", "--company", "c", "--title", "t"), ("warm", "x"),
+    ("invalidate", "--all"),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", _COMMANDS)
+@pytest.mark.parametrize("source", ["flag", "variable"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://svc7@c0rp:p4ss/w0rd#x@h",
+        "valkeys://svc7:%p4ss w0rd@h",
+        "redis+sentinel://svc7:p4ss/w0rd@h:1/s",
+        "svc7:p4ss@w0rd:6379",
+    ],
+)  # fmt: skip
+def test_url_with_a_password_that_is_not_percent_encoded_is_refused_without_a_piece_of_it(
+    command: tuple[str, ...], source: str, url: str
+) -> None:
+    """Exit code 2 and one line, from every command, by flag and by variable."""
+    args = ("--cache-url", url) if source == "flag" else ()
+    env = {"CACHE_PROXY_CACHE_URL": url} if source == "variable" else {}
+    ended = run_command("services.cache_proxy", *command, *args, env=env)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+    assert ended.stderr.startswith("cache-proxy: --cache-url: ")
+    if "://" in url:
+        assert "percent-encode" in ended.stderr
+        assert "--cache-password-file" in ended.stderr
+    assert not [piece for piece in _PIECES if piece in ended.stderr]
+
+
+@pytest.mark.slow
+def test_password_that_is_percent_encoded_in_the_variable_lets_in(tmp_path: Path) -> None:
+    """Whatever characters it has: the advice of the line that refuses."""
+    password = "p@ss/w#rd:?%&,x é"
+    with redis_process(tmp_path) as store:
+        with store.client() as client:
+            client.execute_command("ACL", "SETUSER", "svc@corp", "on", f">{password}", "~*", "&*", "+@all")
+            client.config_set("requirepass", "another")
+        login = f"{quote('svc@corp', safe='')}:{quote(password, safe='')}"
+        env = {"CACHE_PROXY_CACHE_URL": f"valkey://{login}@127.0.0.1:{store.port}/0"}
+        with (
+            scripted_model() as model,
+            cache_proxy("--model-target", model.target, *UNPACED, env=env) as proxy,
+            caller(proxy.target) as asking,
+        ):
+            assert asking.ask([("percent", "t")]).misses == 1
+            wait_for(lambda: asking.ask([("percent", "t")]).hits == 1, what="it is cached")
+            with urlopen(f"{proxy.http}/status.json", timeout=10) as response:
+                assert json.load(response)["store"]["kind"] == "valkey"
+            ended = run_command("services.cache_proxy", "stats", "--json", env=env)
+            assert (ended.returncode, json.loads(ended.stdout)["pairs"]) == (0, 1)
+            assert proxy.stop() == 0
+            assert [text for text in (proxy.log, ended.stderr) if "ss/w" in text or "%2Fw" in text] == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from services.augmenter.object_store import s3_download, s3_upload
 from services.common import aws_client
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Ended, Stub, posting
+from tests.augmenter.running import running
+from tests.support.redis_server import wait_for
 from tests.support.scripted_s3 import ALWAYS, ENVIRONMENT, OPERATIONS, Fault, ScriptedS3, scripted_s3
 
 _BAD = b"not JSON"
@@ -204,3 +206,31 @@ def test_conflict_with_a_write_under_way_is_waited_out(
     ended = files.run(augment, stub, tmp_path / "summary.json")
     files.judge(ended, tmp_path / "summary.json")
     assert ended.code == 3
+
+
+@pytest.mark.slow
+def test_run_killed_before_it_removes_old_rejects_leaves_them_for_the_next_overwrite(
+    augment: Augment, stub: Stub, s3: ScriptedS3, tmp_path: Path
+) -> None:
+    """The new output is whole and marked, so a plain run skips it; `--overwrite` removes the old rejects.
+
+    docs/augmenter.md says so. To remove them before the output would lose them if the run ended there.
+    """
+    files = Files(s3, "small")
+    assert files.run(augment, stub, tmp_path / "summary.json").code == 3
+    s3.put("in/small.jsonl", b"\n".join(_SMALL))
+    s3.faults = [Fault("DeleteObject", "stall", key="_rejects/small")]
+    removed = s3.count("DeleteObject", "_rejects/small")
+    arguments = (
+        f"s3://{s3.bucket}/in/", f"s3://{s3.bucket}/out/", "--target", stub.target, "--endpoint-url", s3.url,
+        "--overwrite",
+    )  # fmt: skip
+    with running(*arguments, env=dict(ENVIRONMENT)) as process:
+        wait_for(lambda: s3.count("DeleteObject", "_rejects/small") > removed, what="it removes the rejects")
+        process.kill()
+    s3.faults.clear()
+    for code, flags, rejects in ((0, (), 2), (0, ("--overwrite",), 0)):
+        ended = augment(*arguments[:-1], *flags)
+        assert ended.code == code, ended.err
+        assert s3.objects["out/small.jsonl"].data == _augmented(_SMALL)
+        assert len(s3.keys("out/_rejects/small")) == rejects

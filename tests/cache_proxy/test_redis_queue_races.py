@@ -227,6 +227,34 @@ async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(
         assert numbers_of(await sound.take()) == [1]
 
 
+async def test_replica_whose_calls_are_answered_waits_for_the_next_slot_of_a_slow_limit(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It claims for another replica whose call failed, also when the next slot is far away."""
+    monkeypatch.setattr("services.cache_proxy.queue.redis._HELP_SECONDS", 0.05)
+    monkeypatch.setattr("services.cache_proxy.queue.redis._DEFER_SECONDS", 60)
+    async with replicas(place, 2, limits(calls_per_second=3)) as (broken, sound):
+        await broken.ask(pairs([1]))
+        claim = await broken.take()
+        await broken.queue.fail(claim, DOWN)
+        await sound.messages()
+        assert numbers_of(await sound.take()) == [1]
+
+
+async def test_replica_whose_call_failed_leaves_the_next_slot_of_a_slow_limit_to_others(place: Place) -> None:
+    """Its backoff may end before the limit allows a call: it stays away until another could have taken it."""
+    bounds = limits(calls_per_second=0.01)
+    async with replicas(place, 1, bounds) as (broken,):
+        await broken.ask(pairs([1]))
+        with place.client() as client:
+            client.hset(place.keys.limit, mapping={"pairs_tat": 0, "calls_tat": 0, "run": broken.queue.run})
+        claim = await broken.take()
+        await broken.queue.fail(claim, DOWN)
+        decision = await broken.queue.claim()
+        assert isinstance(decision, NotYet)
+        assert decision.wait_seconds > bounds.slot_seconds
+
+
 async def test_callers_with_ever_new_names_take_bounded_memory(place: Place) -> None:
     """Names are theirs to choose: beyond a thousand they share one turn, and nothing is lost."""
     async with replicas(place, 1, limits(batch_pairs=500)) as (replica,):

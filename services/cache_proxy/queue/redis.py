@@ -302,7 +302,7 @@ class RedisQueue:
             return NotYet(math.inf)
         if now < self._not_before:
             return NotYet(self._not_before - now)
-        limits, claim_id = self._limits, self._new_id()
+        limits, claim_id, help_until = self._limits, self._new_id(), self._help_until
         reply = await self._scripts.run("claim", [
             self.replica, claim_id, limits.pairs_per_second * PACE, limits.calls_per_second * PACE,
             limits.batch_pairs, limits.batch_bytes, self._linger_ms, self._lease_ms,
@@ -312,6 +312,8 @@ class RedisQueue:
             self._not_before = now + reply[1] / 1000
             return NotYet(reply[1] / 1000)
         if reply[0] == b"wait":
+            if reply[1] < 0 and self._help_until == help_until:  # nothing waits, nor was published since
+                self._help_until = 0.0
             return NotYet(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))
         until_send_ms, until_slot_ms, packed, traces, request = reply[1:6]
         pairs = list(self._read(unpack(packed)))
@@ -372,7 +374,10 @@ class RedisQueue:
             error, sent_at=claim.send_at, now=now, pushback_seconds=retry_after_seconds,
             suspicious=suspicious, spread=spread,
         )  # fmt: skip
-        self._not_before = self._own.not_before + _DEFER_SECONDS
+        again = self._own.not_before
+        if self._own.is_probed and limits.calls_per_second and not unsent:  # the limit allows no call before
+            again = max(again, claim.slot_at + 1 / (limits.calls_per_second * PACE))
+        self._not_before = again + _DEFER_SECONDS
         pushback_ms = -1 if retry_after_seconds is None else round(retry_after_seconds * 1000)
         arguments = [
             pushback_ms, pack(pack_error(error)), round(limits.retry_window_seconds * 1000),
@@ -415,7 +420,8 @@ class RedisQueue:
                 raise ValueError(milliseconds)
             self._give_up(time.monotonic() + seconds, self._error(error))
         if not levels and not errors and not all_error:
-            self._help_until = time.monotonic() + _HELP_SECONDS
+            # The call that another replica cannot make may have taken a slot: the next one is as far away.
+            self._help_until = time.monotonic() + self._limits.slot_seconds + _HELP_SECONDS
             self._changed.set()
         for at in range(0, len(levels) - _DIGEST_BYTES, _LEVEL_BYTES):
             level = levels[at + _DIGEST_BYTES]

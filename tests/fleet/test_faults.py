@@ -223,4 +223,5 @@ async def test_two_model_versions_share_one_limit_and_no_answers(running: Fleet)
     calls = running.calls
     assert max(inferences(calls).values()) == 2  # once for each version
     assert _over_seconds(calls) <= SEEN_LATE_SECONDS
-    assert "the limits of this deployment were others" in both[2].log
+    assert "rate limits in Redis differed from this replica's settings" in both[2].log
+    assert "(calls/s 20 -> 5)" in both[2].log

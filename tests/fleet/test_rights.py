@@ -11,7 +11,7 @@ import grpc
 import pytest
 import redis
 
-from services.cache_proxy.errors import AccessRefusedByStore
+from services.cache_proxy.errors import AccessRefusedByStore, StoreError, Unavailable
 from services.cache_proxy.queue.access_check import AccessCheck
 from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.scripts import Keys
@@ -22,6 +22,7 @@ from tests.support.caller import caller, metrics
 from tests.support.fleet import Fleet
 from tests.support.processes import ROOT, Service
 from tests.support.redis_server import PROGRAMS, RedisServer, redis_process, wait_for
+from tests.support.replicas import Place, pairs, replicas
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,15 @@ NOT_FOR_SERVE = {
     "select", "auth", "client|setname",  # of a URL with a database, and of other protocols
     "expire", "unsubscribe", "ping", "hello",  # hello is allowed to everybody
 }  # fmt: skip
+_QUEUE_LUA = ROOT / "services/cache_proxy/queue/lua"
+QUEUE_COMMANDS = sorted(
+    {
+        name
+        for path in _QUEUE_LUA.glob("*.lua")
+        for name in re.findall(r"(?:call|in_chunks)\('([A-Z]+)'", path.read_text())
+    }
+)
+QUEUE_RIGHTS = [f"-{name.lower()}" for name in QUEUE_COMMANDS]
 UNPACED = ("--model-calls-per-second", "0", "--model-rate", "1000000", "--linger", "1ms")
 
 
@@ -284,3 +294,43 @@ def test_access_check_tries_every_command_that_scripts_use() -> None:
     used -= {"WITHSCORES", "LIMIT", "NUMSUB", "ENCODING", "USAGE", "OBJECT", "MEMORY", "WRONGTYPE", "SAMPLES"}
     by_replicas = {"LRANGE", "LTRIM", "RPUSH", "HSETNX", "HKEYS"}
     assert tried == used | by_replicas
+
+
+def _contents(client: "redis.Redis", prefix: str) -> dict[bytes, object]:
+    return {key: client.dump(key) for key in client.scan_iter(f"*{prefix}*")}
+
+
+@pytest.mark.parametrize("right", sorted({"resetkeys", "resetchannels", *QUEUE_RIGHTS}))
+async def test_script_that_is_refused_a_right_changes_nothing(right: str, server: RedisServer) -> None:
+    """Half a script's work, as a pair that has a record and is in no lane, would let others wait for good."""
+    place = Place.new(server.url.replace("//", "//app:s3cret@"))
+    prefix = place.keys.limit.strip("{}").partition("}")[0]
+    everything = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
+    unavailable = Unavailable("the model is away", retry_after_seconds=1)
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "app", *everything)
+        async with replicas(place, 2) as (replica, other):
+            await replica.ask(pairs(range(8)))
+            claim = await replica.take()
+            await other.ask(pairs(range(2, 12)))
+            steps = (
+                lambda: replica.ask(pairs(range(20, 24))),
+                lambda: replica.ask(pairs(range(6))),
+                replica.queue.claim,
+                lambda: replica.queue.fulfil(claim, {one.digest: 3 for one in claim.pairs}),
+                lambda: replica.queue.fail(claim, unavailable, suspicious=True),
+                lambda: replica.queue.put_back(claim),
+                lambda: replica.queue.leave([one.digest for one in pairs(range(8))]),
+                replica.listener._beat_once,
+            )
+            refused = 0
+            for step in steps:
+                client.execute_command("ACL", "SETUSER", "app", right)
+                before = _contents(client, prefix)
+                try:
+                    await step()
+                except StoreError:
+                    assert _contents(client, prefix) == before
+                    refused += 1
+                client.execute_command("ACL", "SETUSER", "app", *everything)
+            assert refused

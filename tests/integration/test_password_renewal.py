@@ -73,7 +73,14 @@ def _write(path: Path, text: str) -> None:
 
 
 def _flags(servers: _Servers, path: Path) -> tuple[str, ...]:
-    flags = ("--cache-url", servers.url, "--cache-username", "app", "--cache-password-file", str(path))
+    flags: tuple[str, ...] = (
+        "--cache-url",
+        servers.url,
+        "--cache-username",
+        "app",
+        "--cache-password-file",
+        str(path),
+    )
     if servers.sentinel_ports:
         flags += ("--sentinel-username", "app", "--sentinel-password-file", str(path))
     return flags

@@ -1,10 +1,12 @@
 """The commands of the README and of the page for callers, run as a reader would."""
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,13 +43,23 @@ def _tree(made: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def up(folder: Path) -> Iterator[str]:
+def fixed_ports() -> Iterator[None]:
+    """The ports of the README, which only one run of these tests on a machine can use at a time."""
+    with (Path(tempfile.gettempdir()) / f"make-up-in-a-test-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="module")
+def up(folder: Path, fixed_ports: None) -> Iterator[str]:
     """`make up` as a reader starts it, and ends it with Ctrl-C."""
     assert any(text == "make up\n" for _, _, text in _BLOCKS)
-    process = subprocess.Popen(
-        ["make", "up"], cwd=folder, env=_environment(), stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    errors = folder / "make-up.log"
+    with errors.open("w") as log:
+        process = subprocess.Popen(
+            ["make", "up"], cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=log, text=True,
+            start_new_session=True,
+        )  # fmt: skip
     assert process.stdout
     with process:
         said = []
@@ -56,7 +68,7 @@ def up(folder: Path) -> Iterator[str]:
             if "/metrics" in line:
                 break
         else:
-            pytest.fail(f"make up ended: {''.join(said)}")
+            pytest.fail(f"make up ended: {''.join(said)}{errors.read_text()}")
         yield "".join(said)
         os.killpg(process.pid, signal.SIGINT)
         try:

@@ -114,7 +114,7 @@ class RunSettings:
     )
     endpoint_url: str | None = flag(
         "--endpoint-url",
-        flags.TEXT,
+        flags.HTTP_URL,
         text="S3-compatible endpoint",
         login_goes_to="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     )

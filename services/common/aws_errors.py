@@ -2,6 +2,7 @@
 
 import os
 import re
+import ssl
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -71,6 +72,12 @@ def _connection_reason(error: BotoCoreError) -> str:
 def _cause(error: object) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
         error = error.os_error
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        error = error.certificate_error
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message} (AWS_CA_BUNDLE names another CA)"
+    if isinstance(error, ssl.SSLError):  # its number is none of the operating system's
+        return f"TLS failed: {error.reason or error}"
     if isinstance(error, OSError) and error.errno:
         known = os.strerror(error.errno) if error.errno > 0 else None  # negative: of a look-up of a name
         return known or str(error.strerror)

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 import click
 
@@ -70,6 +71,19 @@ def _parse_rate_or_zero(text: str) -> float:
     return 0.0 if is_zero else _parse_rate(text)
 
 
+def _parse_http_url(text: str) -> str:
+    try:
+        url = urlsplit(text)
+        is_one = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
+    except ValueError:  # of a port, or of an address in brackets
+        is_one = False
+    if not is_one:
+        shown = f"***@{text.rpartition('@')[2]}" if "@" in text else text
+        message = f"{shown!r} is not a URL such as https://HOST:PORT"
+        raise ValueError(message)
+    return text
+
+
 def _parse_mode(text: str) -> int:
     """`0660`, `660` or `0o660`."""
     if not _MODE.fullmatch(text):
@@ -86,6 +100,7 @@ RATE_OR_ZERO = _Kind("number", _parse_rate_or_zero)
 DURATION = _Kind("duration", parse_duration_seconds)
 SIZE = _Kind("size", parse_size_bytes)
 BOOL = _Kind("true|false", _parse_bool)
+HTTP_URL = _Kind("url", _parse_http_url)
 LIST = _Kind("list", _parse_list)
 MODE = _Kind("mode", _parse_mode)
 

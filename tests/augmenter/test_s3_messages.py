@@ -11,6 +11,7 @@ import pytest
 from services.common import aws_client, aws_reachability
 from services.common.aws_credential_logs import keep_logs_short
 from tests.augmenter.conftest import Augment, Ended, Stub, posting
+from tests.support.certificates import Authority
 from tests.support.scripted_s3 import ENVIRONMENT, Fault, ScriptedS3, scripted_s3
 
 
@@ -165,6 +166,21 @@ def test_settings_that_cannot_be_meant_are_one_line(
     ended = _run(augment, stub, closed)
     assert (ended.code, ended.err.count("\n")) == (1, 1)
     assert ended.err.startswith(f"augmenter: {told}")
+
+
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_failed_handshakes_are_named(
+    augment: Augment, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """A certificate that is not trusted, and a server without TLS, are named as what they are."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    by_tls = scheme == "https"
+    with scripted_s3(Authority(tmp_path).sign("server") if by_tls else None) as server:
+        ended = _run(augment, stub, server.url.replace("http:", "https:"))
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    said = "its certificate is not trusted: " if by_tls else "TLS failed: "
+    assert f"no answer from {server.url.replace('http:', 'https:')}: {said}" in ended.err
+    assert not by_tls or "AWS_CA_BUNDLE" in ended.err
 
 
 @pytest.mark.parametrize("operation", ["GetObject", "ListObjectsV2"])

@@ -63,7 +63,7 @@ class WarmSettings:
     max_zstd_window_bytes: int = flag(
         "--max-zstd-window", flags.SIZE, "8MiB", text="a file compressed with a larger window fails"
     )
-    endpoint_url: str | None = flag("--endpoint-url", flags.TEXT, text="S3-compatible endpoint")
+    endpoint_url: str | None = flag("--endpoint-url", flags.HTTP_URL, text="S3-compatible endpoint")
     progress: bool | None = flag("--progress", flags.BOOL, text="progress bar (default: on a terminal)")
 
     def __post_init__(self) -> None:

@@ -5,15 +5,22 @@ Core ends a server by GOAWAY, and cancels every RPC that arrives before the call
 connection that is closed gives the caller UNAVAILABLE, but gRPC has no function for it.
 """
 
+import ctypes
 import os
 import socket
 import stat
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _Address = tuple[int, object, object]  # family, host or path, port
 _WILDCARDS = ("::", "0.0.0.0")  # noqa: S104 - what the kernel says of a listener on all addresses
+_SO_ATTACH_FILTER = 26  # of Linux; Python's socket module does not name it
+# A classic BPF program (linux/filter.h) of one instruction: return 0 bytes of the packet.
+_INSTRUCTION = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+_DROP_ALL = struct.pack("HL", 1, ctypes.addressof(_INSTRUCTION))
 _OPEN_FILES = tuple(map(Path, ("/proc/self/fd", "/dev/fd")))
 
 
@@ -32,6 +39,21 @@ class Connections:
         before = _listeners()
         yield
         self._listeners |= _listeners() - before  # of a server made again, some may not be closed yet
+
+    def refuse_new(self) -> None:
+        """Let nobody connect any more, though the listeners stay open.
+
+        TCP listeners get a socket filter that drops every packet, as core closes no listener by itself. The
+        path of a Unix socket is removed. Where the system has no such filter, new connections go on.
+        """
+        for one in _sockets():
+            if not _is_listening(one) or _address(one) not in self._listeners:
+                continue
+            with suppress(OSError):
+                if one.family == socket.AF_UNIX:
+                    Path(one.getsockname()).unlink()
+                elif sys.platform == "linux":
+                    one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _DROP_ALL)
 
     def count(self) -> int:
         """Return how many are open."""

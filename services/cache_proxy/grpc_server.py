@@ -24,6 +24,7 @@ _HOUR_SECONDS = 3600.0
 _INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
 _LEAVING_SECONDS = 1.0
 _COUNT_EVERY_SECONDS = 0.1
+_SHUT_ROUNDS, _SHUT_EVERY_SECONDS = 4, 0.005
 _log = logging.getLogger(__name__)
 
 Credentials = Callable[[], grpc.ServerCredentials]
@@ -133,11 +134,14 @@ class GrpcServer:
         await self._server.start()
 
     async def _end(self) -> None:
-        self._listeners.connections.shut()
-        stopping = asyncio.ensure_future(self._server.stop(0))
-        await asyncio.sleep(0)  # now it accepts no connection any more
-        self._listeners.connections.shut()
-        await stopping
+        connections = self._listeners.connections
+        connections.refuse_new()
+        # What the kernel had accepted by then becomes a connection of the server's only now.
+        for _ in range(_SHUT_ROUNDS):
+            connections.shut()
+            await asyncio.sleep(_SHUT_EVERY_SECONDS)
+        connections.shut()
+        await self._server.stop(0)
 
     def _bound(self) -> aio.Server:
         server = self._make()

@@ -86,3 +86,37 @@ def test_listeners_that_are_opened_again_stay_known(stack: ExitStack) -> None:
         pass
     _connect(stack, listener, socket.AF_INET, listener.getsockname())
     assert connections.count() == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::"])
+def test_nobody_connects_once_new_connections_are_refused(stack: ExitStack, host: str) -> None:
+    """The connections that were there go on; other listeners are not touched."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    other = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
+    connections = Connections()
+    with connections.found():
+        ours = _listen(stack, family, (host, 0))
+    address = ("127.0.0.1", ours.getsockname()[1])
+    staying = stack.enter_context(socket.create_connection(address, timeout=10))
+    accepted = stack.enter_context(ours.accept()[0])
+    connections.refuse_new()
+    with pytest.raises(TimeoutError):
+        socket.create_connection(address, timeout=0.3)
+    accepted.sendall(b"x")
+    assert staying.recv(1) == b"x"
+    staying.sendall(b"y")
+    assert accepted.recv(1) == b"y"
+    stack.enter_context(socket.create_connection(other.getsockname(), timeout=10))
+
+
+def test_nobody_connects_to_a_unix_socket_that_refuses(stack: ExitStack) -> None:
+    """Its path is gone."""
+    with TemporaryDirectory() as folder:
+        path = str(Path(folder) / "s")
+        connections = Connections()
+        with connections.found():
+            _listen(stack, socket.AF_UNIX, path)
+        connections.refuse_new()
+        caller = stack.enter_context(socket.socket(socket.AF_UNIX))
+        with pytest.raises(FileNotFoundError):
+            caller.connect(path)

@@ -25,7 +25,10 @@ _PARAMETERS = {
     "redis+cluster": _CERTIFICATE,
     "redis+sentinel": _CERTIFICATE,
 }
-_PORTS = {"redis": 6379, "rediss": 6379, "redis+cluster": 6379, "redis+sentinel": 26379}
+REDIS_PORT = 6379
+_PORTS = {
+    "redis": REDIS_PORT, "rediss": REDIS_PORT, "redis+cluster": REDIS_PORT, "redis+sentinel": 26379,
+}  # fmt: skip
 _MAX_PORT = 65_535
 _URL = re.compile(
     r"""

@@ -1,8 +1,13 @@
 """Where other replicas can knock."""
 
+import asyncio
+import socket
+import threading
+from typing import NoReturn
+
 import pytest
 
-from services.cache_proxy.queue.opening import _address
+from services.cache_proxy.queue.advertised_address import AdvertisedAddress
 
 
 @pytest.mark.parametrize(
@@ -24,8 +29,31 @@ from services.cache_proxy.queue.opening import _address
         ("127.0.0.1:9464", "redis+sentinel://192.0.2.1:26379,192.0.2.2:26379/cache", ""),
     ],
 )
-def test_an_address_of_one_machine_is_none_for_those_on_others(
+async def test_an_address_of_one_machine_is_none_for_those_on_others(
     http: str, redis_url: str, address: str
 ) -> None:
     """A loopback door leads whoever knocks from another machine to a stranger, who is not the replica."""
-    assert _address(http, redis_url) == address
+    assert await AdvertisedAddress(http_bound=http, redis_url=redis_url).find() == address
+
+
+async def test_a_name_server_that_does_not_answer_delays_the_address_for_a_second_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The event loop goes on meanwhile; without an address, other replicas do not look at this one's door."""
+    answer = threading.Event()
+
+    def silent(*_: object, **__: object) -> NoReturn:
+        answer.wait(30)
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    looking = asyncio.create_task(
+        AdvertisedAddress(http_bound="0.0.0.0:9464", redis_url="redis://silent.test:6379").find()
+    )
+    turns = 0
+    while not looking.done():
+        await asyncio.sleep(0.05)
+        turns += 1
+    answer.set()
+    assert looking.result() == ""
+    assert 1 < turns < 100

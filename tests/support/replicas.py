@@ -65,6 +65,10 @@ def asker(caller: str = "c", priority: str = "interactive", *, patience: float =
     return Asker(caller, priority, asyncio.get_running_loop().time() + patience)
 
 
+async def _no_address() -> str:
+    return ""
+
+
 class LossyClient(redis.asyncio.Redis):
     """A client whose connection may break after a script has run: `lose` of the next replies never arrive.
 
@@ -198,7 +202,7 @@ class Replica:
         )  # fmt: skip
         self.failover = FailoverQueue(shared=self.queue, local=local, limiter=limiter)
         self.listener = Listener(
-            home, self.scripts, queue=self.failover, shared=self.queue, address="",
+            home, self.scripts, queue=self.failover, shared=self.queue, find_address=_no_address,
             limits=bounds, metrics=metrics, logs={},
         )  # fmt: skip
         self._pubsub = self.client.pubsub(ignore_subscribe_messages=True)

@@ -105,13 +105,14 @@ class _Pulse:
 class Listener:
     """Asks everything again when messages may have been missed; that changes nothing if none was.
 
-    State: `_heard`; event loop only. A gap in the numbers, another queue's id or a new subscription mean that
-    something may have been missed.
+    State: `_heard`; `_address`, where other replicas reach this one, None until it is looked up: again after
+    an outage, when names may resolve that did not before. Event loop only. A gap in the numbers, another
+    queue's id or a new subscription mean that something may have been missed.
     """
 
     def __init__(  # noqa: PLR0913 - each is a part of its own
         self, home: Home, scripts: Scripts, *, queue: FailoverQueue, shared: RedisQueue,
-        address: str, limits: QueueLimits, metrics: ProxyMetrics,
+        find_address: Callable[[], Awaitable[str]], limits: QueueLimits, metrics: ProxyMetrics,
         logs: Mapping[str, Hear], reporter: Reporter | None = None,
         check_access: Callable[[], Awaitable[None]] = _no_check,
     ) -> None:  # fmt: skip
@@ -124,7 +125,8 @@ class Listener:
         self._queue = queue
         self._shared = shared
         self._replica = shared.replica
-        self._address = address
+        self._find_address = find_address
+        self._address: str | None = None
         self._limits = limits.paced
         self._metrics = metrics
         self._logs = logs
@@ -207,6 +209,8 @@ class Listener:
         return min(_MAX_REFUSED_SECONDS, _REFUSED_SECONDS * 1.5 ** min(self._refusals, 20))
 
     async def _beat_once(self) -> None:
+        if self._address is None:
+            self._address = await self._find_address()
         lost, asked_at = self._queue.lost, time.monotonic()
         reports = self._reporter.due() if self._reporter else []
         arguments = [
@@ -246,6 +250,7 @@ class Listener:
             except StoreError:  # heard, but not served: only a silent replica has moments of its own
                 await asyncio.sleep(_SILENT_SECONDS)
                 raise
+            self._address = None
         for replica, address in pulse.late:
             self._doors.knock(replica, address)
         for priority, count in zip(LANES, pulse.waiting, strict=True):

@@ -2,18 +2,17 @@
 
 import logging
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from services.cache_proxy.errors import PairError, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import GiveUp, Queue, QueueLimits, Settle
 from services.cache_proxy.queue.access_check import AccessCheck
+from services.cache_proxy.queue.advertised_address import AdvertisedAddress
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.gcra import PACE
 from services.cache_proxy.queue.home import Home
@@ -133,7 +132,8 @@ async def open_shared(
         await queue.lose(error)
     listener = Listener(
         home, scripts, queue=queue, shared=asked,
-        address=_address(shared.http_bound, shared.url), limits=limits, metrics=metrics,
+        find_address=AdvertisedAddress(http_bound=shared.http_bound, redis_url=shared.url).find,
+        limits=limits, metrics=metrics,
         logs=shared.logs, reporter=shared.reporter, check_access=join,
     )  # fmt: skip
     await listener.start()
@@ -179,42 +179,3 @@ async def _configure(scripts: Scripts, limits: QueueLimits, metrics: ProxyMetric
             ", ".join(changes),
         )
     return True
-
-
-def _address(http_bound: str, redis_url: str) -> str:
-    """Where other replicas can knock: the address that leads towards Redis, if HTTP listens on all.
-
-    None if it listens on this machine alone and Redis is on another, where others may be: behind the same
-    address they would find a stranger.
-    """
-    host, _, port = http_bound.rpartition(":")
-    listens_on_all = host in {"", "0.0.0.0", "[::]", "::"}  # noqa: S104 - compared, not bound
-    if not listens_on_all and not _is_loopback(host):
-        return http_bound
-    own = _own_address(redis_url)
-    if not listens_on_all:
-        return http_bound if _is_loopback(own) else ""
-    return f"[{own}]:{port}" if ":" in own else own and f"{own}:{port}"
-
-
-def _own_address(redis_url: str) -> str:
-    hosts = urlsplit(redis_url).netloc.rpartition("@")[2]
-    if not hosts:
-        return "127.0.0.1"
-    for item in hosts.split(","):
-        try:
-            host = urlsplit(f"//{item}")
-            family, kind, *_, target = socket.getaddrinfo(
-                host.hostname, host.port or 6379, type=socket.SOCK_DGRAM
-            )[0]
-            with socket.socket(family, kind) as probe:
-                probe.connect(target)  # a datagram socket: nothing is sent
-                own: str = probe.getsockname()[0]
-                return own
-        except (OSError, ValueError):
-            continue  # of several, another may be known
-    return ""
-
-
-def _is_loopback(host: str) -> bool:
-    return host in {"localhost", "::1", "[::1]"} or host.startswith("127.")

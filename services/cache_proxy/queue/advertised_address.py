@@ -1,0 +1,66 @@
+"""The address under which other replicas reach this one's HTTP endpoint."""
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.cache_proxy import cache_url
+from services.cache_proxy.store.names import addresses_of
+from services.common.endings import end
+
+_LOOKUP_SECONDS = 1.0
+_LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdvertisedAddress:
+    """`http_bound` is where HTTP listens, `redis_url` the value of `--cache-url`."""
+
+    http_bound: str
+    redis_url: str
+
+    async def find(self) -> str:
+        """Return HOST:PORT, or an empty string where other replicas cannot reach the endpoint.
+
+        If HTTP listens on all addresses, the host is the source address of the route to Redis. If it listens
+        on a loopback address, there is none unless Redis is on this machine, too: on another machine the same
+        address leads to another process.
+        """
+        host, _, port = self.http_bound.rpartition(":")
+        listens_on_all = host in {"", "0.0.0.0", "[::]", "::"}  # noqa: S104 - compared, not bound
+        if not listens_on_all and not _is_loopback(host):
+            return self.http_bound
+        own = await self._source_address()
+        if not listens_on_all:
+            return self.http_bound if _is_loopback(own) else ""
+        return f"[{own}]:{port}" if ":" in own else own and f"{own}:{port}"
+
+    async def _source_address(self) -> str:
+        hosts = cache_url.parse(self.redis_url).hosts
+        if not hosts:
+            return _LOOPBACK
+        lookups = [asyncio.create_task(addresses_of(host)) for host, _ in hosts]
+        try:
+            await asyncio.wait(lookups, timeout=_LOOKUP_SECONDS)
+            found = [lookup.result() for lookup in lookups if lookup.done() and not lookup.exception()]
+        finally:
+            await end(lookups)
+        return next(filter(None, map(_first_source, found)), "")
+
+
+def _first_source(addresses: Sequence[str]) -> str:
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((address, cache_url.REDIS_PORT))  # a datagram socket: nothing is sent
+                own: str = probe.getsockname()[0]
+                return own
+        except OSError:
+            continue  # no route to this one
+    return ""
+
+
+def _is_loopback(host: str) -> bool:
+    return host in {"localhost", "::1", "[::1]"} or host.startswith("127.")

@@ -140,3 +140,8 @@ def test_moments_that_became_fewer_or_another_clocks_do_not_stop_it() -> None:
 def test_how_far_apart_a_members_batches_are() -> None:
     """As far as all members' moments together."""
     assert _limiter("a", ("a", "b", "c"), 1.05, 0.0).slot_seconds == 1.05 * 3
+
+
+def test_a_replica_that_is_no_member_yet_may_call_where_nothing_is_limited() -> None:
+    """Redis was lost between its first heartbeat and the others' next: there is no limit to keep."""
+    assert _limiter("new", ("a", "b"), 0.0, 0.0).wait_seconds(1, now=5.0) == 0.0

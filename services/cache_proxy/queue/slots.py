@@ -56,11 +56,11 @@ class SlotLimiter:
         """How long until a call is allowed; 0 if now, `inf` if never."""
         if self._membership is None:
             return self._share.wait_seconds(pairs, now=now)
+        held = max(self.begins_at, self._not_before) - now
+        if self._membership.moment_seconds == 0:  # no limit, so also none for a replica that is no member yet
+            return max(0.0, held)
         if self._membership.replica not in self._membership.members:
             return math.inf
-        held = max(self.begins_at, self._not_before) - now
-        if self._membership.moment_seconds == 0:
-            return max(0.0, held)
         earliest = max(now, now + held, self._used_at + self._membership.moment_seconds)
         moment = self._moment(earliest, self._membership)
         starts_at = moment * self._membership.moment_seconds - self._membership.clock_offset_seconds

@@ -5,7 +5,7 @@ from typing import Any
 
 import redis.asyncio
 from redis.asyncio.cluster import ClusterNode, RedisCluster
-from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -14,7 +14,7 @@ from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.cache_url import CacheUrl
 from services.cache_proxy.config import CacheSettings
 from services.cache_proxy.store.cluster import ClusterServers
-from services.cache_proxy.store.renewing import Tls, follow, follow_login, following
+from services.cache_proxy.store.renewing import Tls, UnixConnection, follow, follow_login, following
 from services.cache_proxy.store.sentinels import ParallelSentinel
 from services.cache_proxy.store.servers import OneServer, Servers
 from services.common.errors import UsageError
@@ -79,7 +79,7 @@ def user_of(cache: CacheSettings) -> str:
 
 
 def _alone(parts: CacheUrl, options: dict[str, Any], tls: Tls | None) -> "redis.asyncio.Redis":
-    kind: type[Any] = UnixDomainSocketConnection
+    kind: type[Any] = UnixConnection
     if parts.scheme == "unix":
         options["path"] = parts.path
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from redis.asyncio.connection import Connection, RedisSSLContext
+from redis.asyncio.connection import Connection, RedisSSLContext, UnixDomainSocketConnection
 from redis.credentials import CredentialProvider
 
 from services.cache_proxy.access.renewals import Renewals
@@ -116,6 +116,18 @@ def following(kind: type[Any], tls: Tls | None) -> type[Connection]:
             return arguments
 
     return Following
+
+
+class UnixConnection(UnixDomainSocketConnection):
+    """A connection by a Unix socket whose errors keep their kind.
+
+    redis-py's own logs in within `_connect`, too, where a timeout or a refused password becomes a
+    ConnectionError, which is worth another try (`UnixDomainSocketConnection._connect`, 8.1).
+    """
+
+    async def _connect(self) -> None:
+        async with asyncio.timeout(self.socket_connect_timeout):
+            self._reader, self._writer = await asyncio.open_unix_connection(path=self.path)
 
 
 def _nobody(_: Look) -> None:

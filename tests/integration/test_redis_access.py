@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import grpc
@@ -290,3 +291,70 @@ def test_many_servers_are_reached_by_tls_and_with_the_least_rights(guarded_serve
     for node in nodes:
         with node.client() as client:
             assert client.acl_log() == []
+
+
+@pytest.fixture(params=["password", "user"])
+def guarded_sentinel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Guarded]:
+    """A Sentinel that wants a password, of its default user or of one with the least rights."""
+    program = shutil.which("redis-sentinel")
+    if program is None:
+        pytest.skip("redis-sentinel is not installed")
+    lines, flags, username = ["requirepass s3cret"], ["--sentinel-password-file", "password"], None
+    if request.param == "user":
+        username = "tester"
+        lines = [
+            "user default off",
+            "user tester on >s3cret allchannels +@all",
+            "user proxy on >pr0xy resetchannels -@all +hello +auth +sentinel|masters",
+        ]
+        flags += ["--sentinel-username", "proxy"]
+    password = tmp_path / "password"
+    password.touch(0o600)
+    password.write_text("pr0xy\n" if username else "s3cret\n")
+    flags[1] = str(password)
+    with ExitStack() as stack:
+        nodes: list[RedisServer] = []
+        for name in ("master", "replica"):
+            (tmp_path / name).mkdir()
+            follow = ("--replicaof", f"127.0.0.1 {nodes[0].port}") if nodes else ()
+            nodes.append(stack.enter_context(redis_process(tmp_path / name, *follow)))
+        port = stack.enter_context(
+            sentinel(
+                tmp_path, *lines, master_port=nodes[0].port, service="cache", program=program,
+                username=username, password="s3cret",
+            )
+        )  # fmt: skip
+        yield _Guarded(f"redis+sentinel://127.0.0.1:{port}/cache", tuple(flags), nodes)
+
+
+@pytest.mark.slow
+def test_a_sentinel_with_user_and_password_is_asked_with_its_own_and_no_other(
+    guarded_sentinel: _Guarded, tmp_path: Path
+) -> None:
+    """With the right password all is well; with a wrong one or none, one line each names what is refused."""
+    url, flags = guarded_sentinel.url, guarded_sentinel.flags
+    wrong = tmp_path / "wrong"
+    wrong.touch(0o600)
+    wrong.write_text("something else\n")
+    with scripted_model() as model:
+        common = ("--model-target", model.target, "--cache-url", url, *UNPACED)
+        with cache_proxy(*common, *flags) as proxy, caller(proxy.target) as asking:
+            assert asking.ask(pairs_of("sentinel", 20)).misses == 20
+            wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 1, what="it is known")
+            assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+            assert "WARNING" not in proxy.log
+            assert proxy.stop() == 0
+        named = flags[-1] if "--sentinel-username" in flags else "default"
+        for user, refused in (("default", ()), (named, ("--sentinel-password-file", str(wrong), *flags[2:]))):
+            with cache_proxy(*common, *refused) as proxy, caller(proxy.target) as asking:
+                assert len(asking.ask(pairs_of(f"refused {len(refused)}", 5)).levels) == 5
+                wait_for(lambda: "the store is down" in proxy.log, what="the store is down")
+                assert "this replica leaves the shared queue until that is mended" in proxy.log
+                with pytest.raises(HTTPError):
+                    urlopen(f"{proxy.http}/readyz", timeout=10)
+                warnings = [line for line in proxy.log.splitlines() if '"INFO"' not in line]
+                assert len(warnings) == 2, warnings
+                for line in warnings:
+                    assert f"a Sentinel refuses user '{user}' (see --sentinel-username" in line
+                assert "Traceback" not in proxy.log
+                assert proxy.stop() == 0

@@ -1,6 +1,5 @@
 """A real Redis Cluster for tests: three masters, each with a replica, and what an operator does to one."""
 
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -152,57 +151,87 @@ def _is_in_sync(node: RedisServer) -> bool:
     return bool(info.get("role") == "slave" and info.get("master_link_status") == "up")
 
 
+class SentinelServer(RedisServer):
+    """A Sentinel that watches one master, and its settings in `folder`."""
+
+    def __init__(
+        self, program: str, folder: Path, *, settings: Sequence[str] = (), master_port: int, service: str,
+        quorum: int, username: str | None = None, password: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(program, folder)
+        self._service = service
+        self._username = username
+        self._password = password
+        path = folder / "sentinel.conf"
+        path.write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {folder}\n"
+            f"sentinel monitor {service} 127.0.0.1 {master_port} {quorum}\n"
+            f"sentinel down-after-milliseconds {service} 500\n"
+            f"sentinel failover-timeout {service} 2000\n" + "".join(f"{line}\n" for line in settings)
+        )
+        self._command = [program, str(path), "--sentinel"]
+
+    def client(self) -> "redis.Redis":
+        """A client of the test's own."""
+        return redis.Redis(port=self.port, username=self._username, password=self._password, socket_timeout=5)
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                return bool(client.sentinel_slaves(self._service))
+        except redis.RedisError:
+            return False
+
+
+@contextmanager
+def sentinel_servers(
+    folder: Path, *more: str, master_port: int, service: str, program: str | None = None
+) -> Iterator[list[SentinelServer]]:
+    """Three Sentinels, of which two must agree."""
+    with ExitStack() as stack:
+        made = []
+        for number in range(_SENTINELS):
+            place = folder / f"sentinel{number}"
+            place.mkdir()
+            made.append(
+                SentinelServer(
+                    program or local_program(), place, settings=more, master_port=master_port,
+                    service=service, quorum=2,
+                )
+            )  # fmt: skip
+            made[-1].start()
+            stack.callback(made[-1].kill)
+        for one in made:
+            wait_for(partial(_knows_others, one, service), what="the Sentinels know each other")
+        yield made
+
+
 @contextmanager
 def sentinels(
     folder: Path, *more: str, master_port: int, service: str, program: str | None = None
 ) -> Iterator[list[int]]:
     """Three Sentinels, of which two must agree; their ports."""
-    with ExitStack() as stack:
-        ports = []
-        for number in range(_SENTINELS):
-            place = folder / f"sentinel{number}"
-            place.mkdir()
-            made = sentinel(place, *more, master_port=master_port, service=service, quorum=2, program=program)
-            ports.append(stack.enter_context(made))
-        for port in ports:
-            wait_for(partial(_knows_others, port, service), what="the Sentinels know each other")
-        yield ports
+    with sentinel_servers(folder, *more, master_port=master_port, service=service, program=program) as made:
+        yield [one.port for one in made]
 
 
-def _knows_others(port: int, service: str) -> bool:
-    with redis.Redis(port=port, socket_timeout=5) as client:
+def _knows_others(one: SentinelServer, service: str) -> bool:
+    with one.client() as client:
         return len(client.sentinel_sentinels(service)) == _SENTINELS - 1
 
 
 @contextmanager
 def sentinel(
-    folder: Path, *more: str, master_port: int, service: str, quorum: int = 1, program: str | None = None
-) -> Iterator[int]:
-    """One Sentinel that watches a master; alone it decides alone. Its port."""
-    port = free_port()
-    settings = folder / "sentinel.conf"
-    settings.write_text(
-        f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
-        f"sentinel monitor {service} 127.0.0.1 {master_port} {quorum}\n"
-        f"sentinel down-after-milliseconds {service} 500\n"
-        f"sentinel failover-timeout {service} 2000\n" + "".join(f"{line}\n" for line in more)
-    )
-    process = subprocess.Popen(
-        [program or local_program(), str(settings), "--sentinel"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    folder: Path, *more: str, master_port: int, service: str, program: str | None = None,
+    username: str | None = None, password: str | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """One Sentinel that watches a master and decides alone; its port. The test logs in by these."""
+    one = SentinelServer(
+        program or local_program(), folder, settings=more, master_port=master_port, service=service,
+        quorum=1, username=username, password=password,
+    )  # fmt: skip
+    one.start()
     try:
-        wait_for(lambda: _sees_replica(port, service), what="the Sentinel sees the replica")
-        yield port
+        yield one.port
     finally:
-        process.kill()
-        process.wait()
-
-
-def _sees_replica(port: int, service: str) -> bool:
-    try:
-        with redis.Redis(port=port, socket_timeout=5) as client:
-            return bool(client.sentinel_slaves(service))
-    except redis.RedisError:
-        return False
+        one.kill()

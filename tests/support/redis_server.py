@@ -85,6 +85,11 @@ class RedisServer:
                 other.echo(end)
                 reader.join(10)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and not killed since."""
+        return self._process is not None
+
     def start(self) -> None:
         """Return when it answers."""
         self._process = subprocess.Popen(

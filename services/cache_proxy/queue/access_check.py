@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from services.cache_proxy.errors import AccessRefusedByStore, StoreError
 from services.cache_proxy.queue.home import Home
 from services.cache_proxy.store.scripts import CHECK_ACCESS
+from services.cache_proxy.store.sentinels import SentinelAccessRefused
 from services.cache_proxy.store.servers import FAILURES, is_access_refusal, translated
 
 _SUBSCRIBE_SECONDS = 1.0
@@ -48,6 +49,8 @@ class AccessCheck:
         try:
             reply: list[tuple[bytes, bytes]] = await self.home.command(*command)
         except StoreError as error:
+            if isinstance(error.__cause__, SentinelAccessRefused):
+                raise _refused_by_sentinel(error.__cause__) from error
             if is_access_refusal(error.__cause__ or error):
                 raise AccessRefusedByStore(command=name.lower(), user=self.user, reason=str(error)) from error
             raise
@@ -60,7 +63,13 @@ class AccessCheck:
                 with contextlib.suppress(TimeoutError):
                     await pubsub.get_message(timeout=_SUBSCRIBE_SECONDS)
         except FAILURES as error:
+            if isinstance(error, SentinelAccessRefused):
+                raise _refused_by_sentinel(error) from error
             if is_access_refusal(error):
                 reason = str(error)
                 raise AccessRefusedByStore(command="subscribe", user=self.user, reason=reason) from error
             raise translated(error) from error
+
+
+def _refused_by_sentinel(error: SentinelAccessRefused) -> AccessRefusedByStore:
+    return AccessRefusedByStore(command="sentinel masters", user=error.user, reason=str(error))

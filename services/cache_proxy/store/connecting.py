@@ -113,6 +113,7 @@ def _behind_sentinels(
     sentinel = ParallelSentinel(
         parts.hosts,
         service=parts.service,
+        user=access.sentinel_username or "default",
         hold_seconds=options["socket_timeout"],
         options={**options, "credential_provider": login, "retry": Retry(NoBackoff(), 0)},
     )

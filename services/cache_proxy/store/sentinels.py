@@ -12,17 +12,33 @@ from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.exceptions import RedisError
 
 from services.cache_proxy.store.attempts import SharedAttempt, first_success
+from services.cache_proxy.store.servers import is_access_refusal
 from services.common.endings import end
 
 
+class SentinelAccessRefused(MasterNotFoundError):
+    """A Sentinel refuses the login, or the command, and no other one names a master."""
+
+    def __init__(self, *, user: str, reason: str) -> None:
+        super().__init__(
+            f"a Sentinel refuses user {user!r} (see --sentinel-username, --sentinel-password-file): {reason}"
+        )
+        self.user = user
+
+
 class ParallelSentinel(Sentinel):
-    """Sentinels that watch one service. A discovery that failed stands for `hold_seconds`."""
+    """Sentinels that watch one service. A discovery that failed stands for `hold_seconds`.
+
+    `user` is the ACL user of the connections, for messages.
+    """
 
     def __init__(
-        self, hosts: Sequence[tuple[str, int]], *, service: str, hold_seconds: float, options: dict[str, Any]
-    ) -> None:
+        self, hosts: Sequence[tuple[str, int]], *, service: str, user: str, hold_seconds: float,
+        options: dict[str, Any],
+    ) -> None:  # fmt: skip
         super().__init__(list(hosts), sentinel_kwargs=options)  # type: ignore[no-untyped-call]
         self._service = service
+        self._user = user
         self._discovery = SharedAttempt(self._ask_all, hold_seconds=hold_seconds)
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
@@ -41,13 +57,21 @@ class ParallelSentinel(Sentinel):
         try:
             return await first_success(asking)
         except (RedisError, OSError) as error:
+            refused = [task for task in asking if isinstance(task.exception(), SentinelAccessRefused)]
+            if refused:
+                refused[0].result()  # raises it
             message = f"no Sentinel names a master of {self._service!r}: {error}"
             raise MasterNotFoundError(message) from error
         finally:
             await end(asking)
 
     async def _ask(self, sentinel: Any) -> tuple[str, int]:
-        masters = await sentinel.sentinel_masters()
+        try:
+            masters = await sentinel.sentinel_masters()
+        except RedisError as error:
+            if is_access_refusal(error):
+                raise SentinelAccessRefused(user=self._user, reason=str(error)) from error
+            raise
         state = masters.get(self._service)
         if state is None:
             raise MasterNotFoundError("a Sentinel does not know it")

@@ -1,5 +1,6 @@
 """The password of Redis and of Sentinels is changed while a proxy runs."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,7 +43,12 @@ def guarded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Servers
     """Servers with that user; a Sentinel lets in nobody else."""
     with ExitStack() as stack:
         if request.param == "cluster":
-            cluster = stack.enter_context(redis_cluster(tmp_path))
+            # A new Cluster of Valkey 9.1 refuses scripts on a third of the slots, with or without a password:
+            # "Attempted to access a non local key". That is another fault than those of this test.
+            program = shutil.which("redis-server")
+            if program is None:
+                pytest.skip("no redis-server is installed")
+            cluster = stack.enter_context(redis_cluster(tmp_path, program=program))
             servers = _Servers(cluster.url, [node.port for node in cluster.nodes])
         else:
             server = stack.enter_context(redis_process(tmp_path))

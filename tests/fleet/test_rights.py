@@ -20,7 +20,8 @@ from services.cache_proxy.store.servers import is_access_refusal
 from services.model_stub.levels import infer_level
 from tests.support.caller import caller, metrics
 from tests.support.fleet import Fleet
-from tests.support.processes import ROOT, Service
+from tests.support.processes import ROOT, Service, cache_proxy, model_stub
+from tests.support.redis_cluster import redis_cluster
 from tests.support.redis_server import PROGRAMS, RedisServer, redis_process, wait_for
 from tests.support.replicas import Place, pairs, replicas
 
@@ -67,7 +68,7 @@ async def _check(server: RedisServer, user: str, prefix: str, password: bytes = 
     keys = Keys(prefix=prefix, namespace="n")
     home = Home(client, key=keys.limit, user=user)
     check = AccessCheck(
-        home=home, keys=[keys.limit, keys.base, f"{prefix}:c2:n:"], channel=keys.channel(0), user=user
+        home=home, keys=[keys.limit, keys.base, f"{prefix}:c2:n:{{00}}"], channel=keys.channel(0), user=user
     )
     try:
         await check.run()
@@ -81,6 +82,23 @@ async def test_access_check_passes_with_the_rights_in_deploy_and_leaves_nothing(
         client.execute_command("ACL", "SETUSER", "whole", "reset", *_rules("whole"))
         await _check(server, "whole", "whole")
         assert [key for key in client.scan_iter("*whole*") if b"check" in key] == []
+
+
+@pytest.mark.parametrize("redis_program", ["redis", "valkey"], indirect=True)
+def test_replica_on_a_cluster_passes_the_access_check(redis_program: str, tmp_path: Path) -> None:
+    """Whatever slots its keys have: it joins the shared queue and caches, and nothing is refused."""
+    with (
+        redis_cluster(tmp_path, program=redis_program) as cluster,
+        model_stub("--rate", "0", "--latency", "1ms", "--log", str(tmp_path / "log")) as stub,
+    ):
+        for number in range(3):
+            flags = ("--model-target", stub.target, "--cache-url", cluster.url, "--key-prefix", f"p{number}")
+            with cache_proxy(*flags, *UNPACED) as proxy:
+                assert _readyz(proxy) == 200
+                _answered(proxy, "cluster", 200)
+                assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+                assert proxy.stop() == 0
+                assert "WARNING" not in proxy.log
 
 
 @pytest.mark.parametrize("right", [right for right in RIGHTS if right not in NOT_FOR_SERVE])

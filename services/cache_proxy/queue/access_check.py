@@ -20,7 +20,10 @@ _SUBSCRIBE_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccessCheck:
-    """`keys` begin the keys that the replica uses, one for each pattern that an ACL may name."""
+    """`keys` begin the keys that the replica uses, one for each pattern that an ACL may name.
+
+    On a Cluster each needs a hash tag, for a script's keys must be on one node.
+    """
 
     home: Home
     keys: Sequence[str]
@@ -32,12 +35,12 @@ class AccessCheck:
         for key in self.keys:
             await self._try_scripts(key, "")
         await self._try_scripts(f"{self.channel}:check", f"{self.channel}:check")
-        await self._try("INFO", "INFO", "memory")
+        await self._try(self.channel, "INFO", "memory")
         await self._try_subscription()
 
     async def _try_scripts(self, key: str, channel: str) -> None:
         replies = [
-            await self._try(how, how, script, 1, f"{key}:check", channel)
+            await self._try(key, how, script, 1, f"{key}:check", channel)
             for how, script in (("EVAL", CHECK_ACCESS.text), ("EVALSHA", CHECK_ACCESS.sha))
         ]
         for command, message in replies[-1]:
@@ -45,14 +48,15 @@ class AccessCheck:
             if is_access_refusal(text):
                 raise AccessRefusedByStore(command=command.decode().lower(), user=self.user, reason=text)
 
-    async def _try(self, name: str, *command: object) -> list[tuple[bytes, bytes]]:
+    async def _try(self, key: str, *command: object) -> list[tuple[bytes, bytes]]:
         try:
-            reply: list[tuple[bytes, bytes]] = await self.home.command(*command)
+            reply: list[tuple[bytes, bytes]] = await self.home.command_at(key, *command)
         except StoreError as error:
             if isinstance(error.__cause__, SentinelAccessRefused):
                 raise _refused_by_sentinel(error.__cause__) from error
             if is_access_refusal(error.__cause__ or error):
-                raise AccessRefusedByStore(command=name.lower(), user=self.user, reason=str(error)) from error
+                name = str(command[0]).lower()
+                raise AccessRefusedByStore(command=name, user=self.user, reason=str(error)) from error
             raise
         return reply
 

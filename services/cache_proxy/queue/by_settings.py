@@ -18,6 +18,7 @@ from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.quotas import QuotasNow
 from services.cache_proxy.store.connecting import user_of
 from services.cache_proxy.store.deployment import base_key
+from services.cache_proxy.store.layout import state_key
 from services.common.renewal import Renewed
 
 
@@ -53,7 +54,7 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
         lease_seconds=settings.model.model_deadline_seconds,
         http_bound=http_bound,
         user=user_of(settings.cache),
-        store_base=base_key(settings.key),
+        store_key=state_key(base_key(settings.key), 0),
         logs=logs,
         reporter=reporter,
     )

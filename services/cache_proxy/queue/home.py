@@ -46,6 +46,13 @@ class Home:
         """
         return await self._servers.command(self._key, *command)
 
+    async def command_at(self, key: str, *command: Any) -> Any:
+        """Return the reply of the server that has `key`, perhaps another one of a Cluster.
+
+        Raises `StoreError`.
+        """
+        return await self._servers.command(key, *command)
+
     async def subscription(self) -> PubSub:
         """To subscribe with where the queue is just now; it does not move with it.
 

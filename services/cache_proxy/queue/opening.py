@@ -73,8 +73,8 @@ class SharedRedis:
     lease_seconds: float
     http_bound: str
     user: str = "default"
-    store_base: str = ""
-    """How the keys of the cache begin."""
+    store_key: str = ""
+    """A key of the cache, with the hash tag of some of them."""
     logs: Mapping[str, Hear] = field(default_factory=dict)
     """Keys of the logs of invalidations, and who is to be told their last entries."""
     reporter: Reporter | None = None
@@ -114,7 +114,7 @@ async def open_shared(
     )  # fmt: skip
     queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
     access = AccessCheck(
-        home=home, keys=[shared.keys.limit, shared.keys.base, shared.store_base], channel=scripts.channel,
+        home=home, keys=[shared.keys.limit, shared.keys.base, shared.store_key], channel=scripts.channel,
         user=shared.user,
     )  # fmt: skip
 

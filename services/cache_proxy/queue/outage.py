@@ -28,7 +28,8 @@ class Outage:
         self.failed_at = -math.inf
         self.failures = 0
         self.not_before = -math.inf
-        self.keeps_whole_batches = False
+        self.is_breakdown = False
+        self.is_pushback = False
         self.is_down = False
         self.error: Unavailable | None = None
 
@@ -39,7 +40,15 @@ class Outage:
         After a breakdown it is not: whole batches are judged. After a pushback neither: the model is there,
         and said when it takes a batch again.
         """
-        return self.failures > 0 and not self.keeps_whole_batches
+        return self.steps_aside and not self.is_pushback
+
+    @property
+    def steps_aside(self) -> bool:
+        """Whether the failure may be of the own way to the model, so that others' calls go first.
+
+        A breakdown is not: the model is reached.
+        """
+        return self.failures > 0 and not self.is_breakdown
 
     def fail(
         self, error: Unavailable, *, sent_at: float, now: float, pushback_seconds: float | None,
@@ -61,7 +70,8 @@ class Outage:
         else:
             backoff_seconds = pushback_seconds
         self.not_before = max(self.not_before, now + backoff_seconds)
-        self.keeps_whole_batches = suspicious or pushback_seconds is not None
+        self.is_breakdown = suspicious
+        self.is_pushback = pushback_seconds is not None
         self.is_down = now >= window_ends and (not suspicious or self.failures >= MAX_BREAKDOWNS)
         self.error = error
 
@@ -75,6 +85,6 @@ class Outage:
         """The model answered: calls go on at the full rate at once."""
         self.failures = 0
         self.not_before = -math.inf
-        self.keeps_whole_batches = False
+        self.is_breakdown = self.is_pushback = False
         self.is_down = False
         self.error = None

@@ -327,7 +327,7 @@ class RedisQueue:
 
     def _failed_ago_ms(self, now: float) -> int:
         """Return how long ago this replica's last call failed, -1 if it did not or others' would have too."""
-        if not self._own.is_probed:
+        if not self._own.steps_aside:
             return -1
         aside_seconds = _ASIDE_SECONDS if self._own.failures > 1 else _FIRST_ASIDE_SECONDS
         failed_ago = now - self._own.failed_at
@@ -375,7 +375,9 @@ class RedisQueue:
             suspicious=suspicious, spread=spread,
         )  # fmt: skip
         again = self._own.not_before
-        if self._own.is_probed and limits.calls_per_second and not unsent:  # the limit allows no call before
+        if (
+            self._own.steps_aside and limits.calls_per_second and not unsent
+        ):  # the limit allows no call before
             again = max(again, claim.slot_at + 1 / (limits.calls_per_second * PACE))
         self._not_before = again + _DEFER_SECONDS
         pushback_ms = -1 if retry_after_seconds is None else round(retry_after_seconds * 1000)

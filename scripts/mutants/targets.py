@@ -59,7 +59,10 @@ PYTHON = (
         path="services/augmenter/jsonl.py",
         tests=("tests/augmenter/test_jsonl.py", "tests/augmenter/test_window.py", "tests/fuzz/test_lines.py"),
     ),
-    Target(path="services/augmenter/totals.py", tests=("tests/augmenter/test_accounting.py",)),
+    Target(
+        path="services/augmenter/totals.py",
+        tests=("tests/augmenter/test_accounting.py", "tests/augmenter/test_run_local.py"),
+    ),
     Target(
         path="services/augmenter/object_store/s3_upload.py",
         tests=("tests/augmenter/test_s3_servers.py", "tests/augmenter/test_s3_faults.py"),

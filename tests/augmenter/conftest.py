@@ -1,6 +1,7 @@
 """A stub of the model, an S3 server, and the command run in this process."""
 
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -47,8 +48,12 @@ def augment(capsys: pytest.CaptureFixture[str]) -> Augment:
 
     def run(*args: object) -> Ended:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            flags.run(cli, program="augmenter", args=["run", *map(str, args)])
+        level = logging.root.level
+        try:
+            with pytest.raises(SystemExit) as end:
+                flags.run(cli, program="augmenter", args=["run", *map(str, args)])
+        finally:
+            logging.root.setLevel(level)  # else a run with --log-level error hides what other tests look for
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return Ended(int(end.value.code or 0), out, err)

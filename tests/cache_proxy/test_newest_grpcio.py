@@ -1,5 +1,6 @@
 """The newest grpcio: a method whose name is not UTF-8 is refused, or costs a restart, never the server."""
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +98,7 @@ async def test_an_unknown_inside_leaves_the_public_server(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One warning, and a server that is as gRPC makes it."""
+    caplog.set_level(logging.WARNING)
     made = aio.server()
     monkeypatch.setattr(aio, "server", lambda **_: made)
     missing(monkeypatch)

@@ -27,15 +27,17 @@ def _command_line(pid: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("program", "args", "instead"),
+    ("program", "args", "scheme", "instead"),
     [
-        ("cache_proxy", ("serve", "--model-target", "h:1", "--cache-url"), "CACHE_PROXY_CACHE_URL"),
-        ("augmenter", ("run", "--target", "h:1", "--endpoint-url"), "AWS_SECRET_ACCESS_KEY"),
+        ("cache_proxy", ("serve", "--model-target", "h:1", "--cache-url"), "redis", "CACHE_PROXY_CACHE_URL"),
+        ("augmenter", ("run", "--target", "h:1", "--endpoint-url"), "https", "AWS_SECRET_ACCESS_KEY"),
     ],
 )
-def test_a_password_on_the_command_line_is_refused(program: str, args: tuple[str, ...], instead: str) -> None:
+def test_a_password_on_the_command_line_is_refused(
+    program: str, args: tuple[str, ...], scheme: str, instead: str
+) -> None:
     """Exit code 2, and one line that says where it goes instead."""
-    ended = run_command(f"services.{program}", *args, f"redis://user:{_CANARY}@127.0.0.1:1")
+    ended = run_command(f"services.{program}", *args, f"{scheme}://user:{_CANARY}@127.0.0.1:1")
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
     assert args[-1] in ended.stderr
     assert instead in ended.stderr

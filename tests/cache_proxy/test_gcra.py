@@ -103,3 +103,30 @@ def test_a_rate_of_0_never_waits() -> None:
         assert limit.wait_seconds(BURST, now=0.0) == 0
         limit.spend(BURST, now=0.0)
     assert limit.tat == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rate", "calls", "seconds"),
+    [(1000.0, 1.0, 1 / 0.98), (500.0, 1.0, 2 / 0.98), (1e6, 4.0, 0.25 / 0.98), (0.0, 2.0, 0.5 / 0.98),
+     (1000.0, 0.0, 1 / 0.98), (0.0, 0.0, 0.0)],
+)  # fmt: skip
+def test_full_batches_are_a_slot_apart(rate: float, calls: float, seconds: float) -> None:
+    """The stricter limit decides; without one there is nothing to wait for. What is waited for is that."""
+    limiter = Limiter(pairs_per_second=rate, calls_per_second=calls, burst=1000, now=0.0)
+    assert limiter.slot_seconds == pytest.approx(seconds)
+    limiter.spend(1000, now=100.0)
+    assert limiter.wait_seconds(1000, now=100.0) == pytest.approx(seconds)
+
+
+def test_delay_moves_the_next_slot_and_its_last_word_counts() -> None:
+    """A call that leaves late moves what follows by as much, told twice or not; a refund takes it back."""
+    limiter = Limiter(pairs_per_second=1000, calls_per_second=1, burst=1000, now=0.0)
+    limiter.spend(1000, now=100.0)
+    slot = limiter.wait_seconds(1000, now=100.0)
+    for late, moved in ((0.5, 0.5), (0.2, 0.2), (0.2, 0.2)):
+        assert limiter.delay(late)
+        assert limiter.wait_seconds(1000, now=100.0) == pytest.approx(slot + moved)
+    limiter.refund(1000)
+    assert limiter.wait_seconds(1000, now=100.0) == 0
+    limiter.spend(1000, now=100.0)
+    assert limiter.wait_seconds(1000, now=100.0) == pytest.approx(slot)

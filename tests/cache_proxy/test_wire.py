@@ -106,3 +106,28 @@ def _readable(message: bytes) -> bool:
     except Exception:  # noqa: BLE001 - that is the question
         return False
     return True
+
+
+@given(
+    company=st.text(alphabet="aé😀", max_size=12),
+    title=st.text(alphabet="aé😀", max_size=12),
+    limit=st.integers(1, 40),
+)
+def test_each_field_has_its_own_limit_in_bytes(company: str, title: str, limit: int) -> None:
+    """Exactly as many bytes are taken, one more is refused, and the field is named."""
+    items = [b"", pb.SeniorityRequest(company=company, title=title).SerializeToString()]
+    sizes = {"company": len(company.encode()), "title": len(title.encode())}
+    over = [name for name, size in sizes.items() if size > limit]
+    if not over:
+        assert len(wire.read(items, [0, 1], max_field_bytes=limit)) == 2
+        return
+    with pytest.raises(InvalidRequest) as refused:
+        wire.read(items, [0, 1], max_field_bytes=limit)
+    assert refused.value.field == f"batch[1].{over[0]}"
+    assert str(limit) in refused.value.message
+
+
+def test_answer_ends_as_libraries_spell_each_level() -> None:
+    """Seven levels, each with what follows the uuid."""
+    for level in range(1, 8):
+        assert wire.ANSWER_TAILS[level] == pb.SeniorityResponse(seniority=level).SerializeToString()

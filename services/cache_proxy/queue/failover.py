@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 _QUIET_SECONDS = 1.2  # after its last word, those who still have Redis leave the moments of a replica alone
 _PAUSE_SECONDS = 2.5  # nobody who runs takes so long to find Redis lost
 _MAX_UNPUBLISHED = 200_000
+_DAMAGED = "a key of the queue is damaged, and making the queue anew did not mend it"
 _AT_ONCE = 500
 
 
@@ -235,10 +236,8 @@ class FailoverQueue:
         if not isinstance(error, AccessRefusedByStore | StoreDamaged):
             return
         if self.refusal is None or str(self.refusal) != str(error):
-            _log.error(
-                "this replica leaves the shared queue until that is mended (see deploy/redis/users.acl): %s",
-                error,
-            )
+            advice = "see deploy/redis/users.acl" if isinstance(error, AccessRefusedByStore) else _DAMAGED
+            _log.error("this replica leaves the shared queue until that is mended: %s (%s)", error, advice)
         self.refusal = error
         if not math.isfinite(self._heard_at):
             self._admitted.clear()

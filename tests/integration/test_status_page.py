@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
@@ -255,7 +256,7 @@ def test_it_stays_with_its_origin_and_renews_itself(scene: Scene) -> None:
 @pytest.mark.slow
 def test_any_number_of_viewers_cost_redis_one_read_a_second(scene: Scene) -> None:
     """One look after the other: Redis is read as often as seconds passed, and once more."""
-    home: Any = None
+    home: Any = SimpleNamespace(database=0)
     metrics: Any = ProxyMetrics
     scripts = Scripts(home, Keys(prefix="p", namespace="n"), metrics=metrics)
     reading = scripts._scripts["overview"].sha

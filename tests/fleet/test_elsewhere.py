@@ -171,7 +171,7 @@ async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: Proxies,
         client.pubsub(ignore_subscribe_messages=True) as pubsub,
         callers([[proxy.target]], Tally()) as (one,),
     ):
-        await pubsub.subscribe(_keys(on_cluster).channel)
+        await pubsub.subscribe(_keys(on_cluster).channel(0))
         for number in range(20):
             asking = asyncio.create_task(one.ask(pairs_of(f"kept {number}", 5)))
             while len(heard) < 5 * (number + 1):

@@ -20,7 +20,7 @@ from services.cache_proxy.config import (
     ServerSettings,
     Settings,
 )
-from services.common import flags
+from services.common import options
 from services.common.errors import UsageError
 from services.model_stub import cli as model_stub
 from services.model_stub.cli import StubSettings
@@ -67,16 +67,16 @@ def parse(program: str, args: Sequence[str], environment: Mapping[str, str]) -> 
 def _build(program: str, values: dict[str, Any]) -> None:
     """Have the settings check themselves, as a start would."""
     if program == "augmenter":
-        flags.read(RunSettings, values)
+        options.read(RunSettings, values)
     elif program == "model-stub":
-        flags.read(StubSettings, values)
+        options.read(StubSettings, values)
     else:
         Settings(
-            server=flags.read(ServerSettings, values),
-            model=flags.read(ModelSettings, values),
-            cache=flags.read(CacheSettings, values),
-            key=flags.read(KeySettings, values),
-            answers=flags.read(AnswerSettings, values),
-            callers=flags.read(CallerAccess, values),
-            model_access=flags.read(ModelAccess, values),
+            server=options.read(ServerSettings, values),
+            model=options.read(ModelSettings, values),
+            cache=options.read(CacheSettings, values),
+            key=options.read(KeySettings, values),
+            answers=options.read(AnswerSettings, values),
+            callers=options.read(CallerAccess, values),
+            model_access=options.read(ModelAccess, values),
         )

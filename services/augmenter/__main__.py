@@ -1,6 +1,6 @@
 """`augmenter` and `python -m services.augmenter`."""
 
-from services.common.entry import enter
+from services.common.entrypoint import enter
 
 
 def main() -> None:

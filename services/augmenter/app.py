@@ -25,10 +25,10 @@ from services.augmenter.queue_url import queue_endpoint
 from services.augmenter.retry import RetryBudget, TargetHealth
 from services.augmenter.rpc import SeniorityRpc
 from services.augmenter.runner import Runner
-from services.augmenter.signals import Signals
 from services.augmenter.stores import Stores, open_stores
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.watch import Watcher
+from services.common.signals import Signals
 from services.common.tracing import OFF, Span, Tracing
 
 PROGRAM = "augmenter"
@@ -61,7 +61,7 @@ async def _run(
     started = time.monotonic()
     async with AsyncExitStack() as stack:
         if settings.http_listen:
-            from services.common.http import HttpEndpoint  # noqa: PLC0415 - see stores.py
+            from services.common.http_server import HttpEndpoint  # noqa: PLC0415 - see stores.py
 
             http = HttpEndpoint(registry=registry)
             stack.push_async_callback(http.close)

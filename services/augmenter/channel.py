@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from services.common.bearer import Token
-from services.common.channel import RenewedChannel
-from services.common.renewal import Renewed
+from services.common.file_reload import Renewed
+from services.common.reloading_channel import RenewedChannel
 from services.common.tls import Pem, PemFiles
 
 _KEEPALIVE_MS = 5 * 60 * 1000  # a server with gRPC's own settings drops who pings more often

@@ -9,7 +9,7 @@ import uvloop
 from services.augmenter import app, locations
 from services.augmenter.config import DEFAULT_INPUT, DEFAULT_OUTPUT, RunSettings
 from services.augmenter.queue_url import check_queue_url
-from services.common import flags, logs, tracing
+from services.common import logs, options, tracing
 from services.common.codec import NAMES
 from services.common.errors import UsageError
 from services.common.file_names import REJECTS_FOLDER
@@ -24,7 +24,7 @@ def _run(**values: Any) -> int:
     }
     if typed == {"input"}:  # else local postings would go to the default bucket by a slip
         raise UsageError("run takes INPUT and OUTPUT, or neither")
-    settings = flags.read(RunSettings, values)
+    settings = options.read(RunSettings, values)
     logs.configure(log_format=settings.log_format, level=settings.log_level)
     plan = locations.plan(values["input"], values["output"], settings.rejects)
     if settings.sqs_queue_url:
@@ -60,12 +60,12 @@ def _check_keys(settings: RunSettings, plan: locations.Plan) -> None:
 
 cli = click.Group("augmenter", help="Adds the model's seniority level to job postings, through the proxy.")
 cli.add_command(
-    flags.SettingsCommand(
+    options.SettingsCommand(
         "run",
         params=[
             click.Argument(["input"], envvar="AUGMENTER_INPUT", default=DEFAULT_INPUT),
             click.Argument(["output"], envvar="AUGMENTER_OUTPUT", default=DEFAULT_OUTPUT),
-            *flags.options(RunSettings, prefix="AUGMENTER"),
+            *options.options(RunSettings, prefix="AUGMENTER"),
         ],
         callback=_run,
         help=f"Augment INPUT into OUTPUT: s3://BUCKET/PREFIX/, a local folder, or a file "
@@ -79,4 +79,4 @@ cli.add_command(
 
 def main() -> None:
     """Run the command line."""
-    flags.run(cli, program=app.PROGRAM)
+    options.run(cli, program=app.PROGRAM)

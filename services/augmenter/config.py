@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from services.augmenter.jobs import parse_shard
 from services.augmenter.reading import ReadLimits
 from services.augmenter.window import PostingFormat
-from services.common import bearer, flags, limits
+from services.common import bearer, limits, options
 from services.common.errors import UsageError
-from services.common.flags import flag
+from services.common.grpc_target import check_target
 from services.common.listening import check_address
+from services.common.options import flag
 from services.common.posting_fields import PostingFields
-from services.common.targets import check_target
 from services.common.tls import PemFiles
 
 DEFAULT_INPUT = "s3://rl-data/job-postings-raw/"
 DEFAULT_OUTPUT = "s3://rl-data/job-postings-mod/"
-SHARD = flags.kind("i/n", parse_shard)
+SHARD = options.kind("i/n", parse_shard)
 _HEADER_CHARACTERS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 
@@ -25,29 +25,29 @@ class RunSettings:
     """Times in seconds; `progress` is None where the terminal decides."""
 
     target: str | None = flag(
-        "--target", flags.TEXT,
+        "--target", options.TEXT,
         text="gRPC target of the proxy, or of the model itself: HOST:PORT, dns:///HOST:PORT, unix:PATH; "
         "required",
     )  # fmt: skip
     once: bool | None = flag(
-        "--once", flags.BOOL, text="do all files that are there now, then end; this is the default"
+        "--once", options.BOOL, text="do all files that are there now, then end; this is the default"
     )
-    watch: bool = flag("--watch", flags.BOOL, "false", text="go on for new files until SIGTERM")
+    watch: bool = flag("--watch", options.BOOL, "false", text="go on for new files until SIGTERM")
     poll_interval_seconds: float = flag(
-        "--poll-interval", flags.DURATION, "10s", text="between two listings of INPUT, with --watch"
+        "--poll-interval", options.DURATION, "10s", text="between two listings of INPUT, with --watch"
     )
     lookback_seconds: float = flag(
         "--lookback",
-        flags.DURATION,
+        options.DURATION,
         "24h",
         text="names that are of so long before the newest are not looked for again, with --watch",
     )
     sqs_queue_url: str | None = flag(
-        "--sqs-queue-url", flags.TEXT, text="take the files from S3 event notifications, instead of listing"
+        "--sqs-queue-url", options.TEXT, text="take the files from S3 event notifications, instead of listing"
     )
     missing_input: str = flag(
         "--missing-input",
-        flags.choice("fail", "skip"),
+        options.choice("fail", "skip"),
         "fail",
         text="an object that is gone before its message, or its turn, is read: a failed file, or skipped",
     )
@@ -55,94 +55,100 @@ class RunSettings:
         "--shard", SHARD, "0/1", text="I/N: this process's part of the files, from 0/N on"
     )
     rejects: str | None = flag(
-        "--rejects", flags.TEXT, text="where lines that cannot be augmented go [default: OUTPUT + _rejects/]"
+        "--rejects",
+        options.TEXT,
+        text="where lines that cannot be augmented go [default: OUTPUT + _rejects/]",
     )
     ok_rejects: bool = flag(
-        "--ok-rejects", flags.BOOL, "false", text="exit 0, not 3, when only lines were rejected"
+        "--ok-rejects", options.BOOL, "false", text="exit 0, not 3, when only lines were rejected"
     )
     company_field: str = flag(
-        "--company-field", flags.TEXT, "company", text="member that holds the company; may be a dotted path"
+        "--company-field", options.TEXT, "company", text="member that holds the company; may be a dotted path"
     )
     title_field: str = flag(
-        "--title-field", flags.TEXT, "title", text="member that holds the title; may be a dotted path"
+        "--title-field", options.TEXT, "title", text="member that holds the title; may be a dotted path"
     )
     level_field: str = flag(
-        "--level-field", flags.TEXT, "seniority", text="member of the posting that is given the level"
+        "--level-field", options.TEXT, "seniority", text="member of the posting that is given the level"
     )
     keep_existing: bool = flag(
         "--keep-existing",
-        flags.BOOL,
+        options.BOOL,
         "false",
         text="leave lines as they are that have the level's member already [default: it is replaced]",
     )
     max_line_bytes: int = flag(
         "--max-line-bytes",
-        flags.SIZE,
+        options.SIZE,
         "4MiB",
         text="a longer line is rejected; a file in work may hold five lines of this size",
     )
     max_zstd_window_bytes: int = flag(
         "--max-zstd-window",
-        flags.SIZE,
+        options.SIZE,
         "8MiB",
         text="a file compressed with a larger window fails; a file in work may hold one window of this size",
     )
     ok_empty: bool = flag(
-        "--ok-empty", flags.BOOL, "false", text="exit 0, not 1, when INPUT holds no file to augment"
+        "--ok-empty", options.BOOL, "false", text="exit 0, not 1, when INPUT holds no file to augment"
     )
-    concurrency: int = flag("--concurrency", flags.COUNT, "4", text="files at a time")
-    batch_size: int = flag("--batch-size", flags.COUNT, "1000", text="pairs in one RPC, at most")
-    deadline_seconds: float = flag("--deadline", flags.DURATION, "120s", text="how long one RPC may take")
+    concurrency: int = flag("--concurrency", options.COUNT, "4", text="files at a time")
+    batch_size: int = flag("--batch-size", options.COUNT, "1000", text="pairs in one RPC, at most")
+    deadline_seconds: float = flag("--deadline", options.DURATION, "120s", text="how long one RPC may take")
     retry_budget_seconds: float = flag(
-        "--retry-budget", flags.DURATION, "10m", text="how long a file's RPCs are retried in all"
+        "--retry-budget", options.DURATION, "10m", text="how long a file's RPCs are retried in all"
     )
-    caller: str = flag("--caller", flags.TEXT, "augmenter", text="who asks, for the proxy's books")
-    priority: str = flag("--priority", flags.choice("interactive", "bulk"), "bulk", text="place in the queue")
+    caller: str = flag("--caller", options.TEXT, "augmenter", text="who asks, for the proxy's books")
+    priority: str = flag(
+        "--priority", options.choice("interactive", "bulk"), "bulk", text="place in the queue"
+    )
     tls_ca: str | None = flag(
-        "--tls-ca", flags.TEXT, text="CA that signed the proxy's certificate; the way there is encrypted"
+        "--tls-ca", options.TEXT, text="CA that signed the proxy's certificate; the way there is encrypted"
     )
-    tls_cert: str | None = flag("--tls-cert", flags.TEXT, text="certificate of one's own, for mutual TLS")
-    tls_key: str | None = flag("--tls-key", flags.TEXT, text="its key")
+    tls_cert: str | None = flag("--tls-cert", options.TEXT, text="certificate of one's own, for mutual TLS")
+    tls_key: str | None = flag("--tls-key", options.TEXT, text="its key")
     token_file: str | None = flag(
-        "--token-file", flags.TEXT, text="file with the bearer token to send; it may change at any time"
+        "--token-file", options.TEXT, text="file with the bearer token to send; it may change at any time"
     )
     overwrite: bool = flag(
         "--overwrite",
-        flags.BOOL,
+        options.BOOL,
         "false",
         text="redo files whose output is already there for this same input",
     )
     endpoint_url: str | None = flag(
         "--endpoint-url",
-        flags.HTTP_URL,
+        options.HTTP_URL,
         text="S3-compatible endpoint",
         login_goes_to="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     )
     sse_c_key_file: str | None = flag(
         "--sse-c-key-file",
-        flags.TEXT,
+        options.TEXT,
         text="file with the SSE-C key (32 bytes, or their base64) that INPUT's objects are encrypted with",
     )
     output_sse_c_key_file: str | None = flag(
         "--output-sse-c-key-file",
-        flags.TEXT,
+        options.TEXT,
         text="file with the SSE-C key that objects of OUTPUT and --rejects are to be encrypted with",
     )
     dry_run: bool = flag(
         "--dry-run",
-        flags.BOOL,
+        options.BOOL,
         "false",
         text="count lines and pairs, and what they could cost; write nothing",
     )
     http_listen: str | None = flag(
-        "--http-listen", flags.TEXT, text="host:port for /metrics and /healthz [default: off]"
+        "--http-listen", options.TEXT, text="host:port for /metrics and /healthz [default: off]"
     )
-    log_format: str = flag("--log-format", flags.choice("text", "json"), "text", text="of standard error")
+    log_format: str = flag("--log-format", options.choice("text", "json"), "text", text="of standard error")
     log_level: str = flag(
-        "--log-level", flags.choice("debug", "info", "warning", "error"), "info", text="least level logged"
+        "--log-level", options.choice("debug", "info", "warning", "error"), "info", text="least level logged"
     )
-    progress: bool | None = flag("--progress", flags.BOOL, text="progress bar [default: on a terminal]")
-    summary_json: str | None = flag("--summary-json", flags.TEXT, text="file to which the totals are written")
+    progress: bool | None = flag("--progress", options.BOOL, text="progress bar [default: on a terminal]")
+    summary_json: str | None = flag(
+        "--summary-json", options.TEXT, text="file to which the totals are written"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant, in one line that names it."""

@@ -9,7 +9,7 @@ from services.augmenter.object_store.protocol import Store
 from services.augmenter.reading import FileReader, ReadLimits
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.window import STANDARD, PostingFormat, Window
-from services.common.lines import LongLinePart
+from services.common.line_reader import LongLinePart
 
 
 class DryRun:

@@ -1,7 +1,7 @@
 """What can go wrong in an augmenting run. Each error is one sentence that a person can act on."""
 
 from services.common.errors import CommandError, FileError
-from services.common.words import answered
+from services.common.grpc_details import answered
 
 
 class InputChangedError(FileError):

@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 
 from services.augmenter.errors import StoreError
 from services.augmenter.object_store.s3_client import code_of, named
-from services.common.endings import end
+from services.common.tasks import end
 
 # The message was deleted, its timeout passed and another worker has it, or it was held for 12 hours, which
 # is the maximum: from then on no renewal can succeed. Codes come with or without a namespace and a dot.

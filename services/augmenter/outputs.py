@@ -9,7 +9,7 @@ from services.augmenter.object_store.protocol import Item, Store, Upload
 from services.augmenter.tasks import together
 from services.common.codec import PLAIN, Format
 from services.common.file_names import REASONS_SUFFIX
-from services.common.lines import LongLinePart
+from services.common.line_reader import LongLinePart
 
 
 class Output:

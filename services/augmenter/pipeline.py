@@ -12,12 +12,12 @@ from services.augmenter.outputs import Output, Rejects
 from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.reading import FileReader, ReadLimits
 from services.augmenter.retry import RetryBudget
-from services.augmenter.room import Room
 from services.augmenter.tasks import worked_ahead
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.window import STANDARD, Answers, PostingFormat, Window
 from services.common.codec import PLAIN, Format
-from services.common.lines import Block, LongLinePart, Piece
+from services.common.line_reader import Block, LongLinePart, Piece
+from services.common.memory_budget import Room
 from services.common.tracing import OFF, Tracing
 
 ROOM_BYTES = 24 * 2**20

@@ -10,7 +10,7 @@ import stamina
 
 from services.augmenter.errors import RpcFailedError
 from services.augmenter.rpc import CallFailedError
-from services.common.words import answered
+from services.common.grpc_details import answered
 
 _T = TypeVar("_T")
 _log = logging.getLogger("augmenter")

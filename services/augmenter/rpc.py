@@ -13,11 +13,11 @@ from grpc import aio
 from protos import seniority_pb2
 from services.augmenter import wire
 from services.augmenter.jsonl import Pair
-from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
 from services.augmenter.metrics import Metrics
 from services.augmenter.totals import Totals
 from services.common.bearer import Token
-from services.common.channel import RenewedChannel
+from services.common.levels import MAX_LEVEL, MIN_LEVEL
+from services.common.reloading_channel import RenewedChannel
 from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger("augmenter")

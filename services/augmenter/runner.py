@@ -12,8 +12,8 @@ from services.augmenter.metrics import Metrics
 from services.augmenter.object_store.protocol import Store
 from services.augmenter.tasks import together
 from services.augmenter.totals import LineCounts, Totals
-from services.common.endings import end
 from services.common.errors import FileError
+from services.common.tasks import end
 
 _log = logging.getLogger("augmenter")
 _FILES_KNOWN_AHEAD = 10_000

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
+from services.common.levels import MAX_LEVEL, MIN_LEVEL
 from services.common.posting_fields import DEFAULT
 
 _LAST = re.compile(rb'"[^"]*"[ \t\r\n]*:[ \t\r\n]*(?:"[^"]*"|[^"{}\[\],:\s]+)\}')

@@ -12,7 +12,7 @@ from services.augmenter.config import RunSettings
 from services.augmenter.locations import LocalPlace, Place, Plan, S3Place
 from services.augmenter.object_store.local import LocalStore
 from services.augmenter.object_store.protocol import Store
-from services.augmenter.room import Room
+from services.common.memory_budget import Room
 
 _Key: TypeAlias = tuple[str, bytes] | None  # of SSE-C: the flag, for errors, and the key
 _CONNECTIONS_PER_FILE = 12  # read, write, rejects; and a listing's outputs are looked at together

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from services.common.endings import end
+from services.common.tasks import end
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

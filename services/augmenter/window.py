@@ -9,7 +9,7 @@ from services.augmenter.jsonl import Pair
 from services.augmenter.splice import Splicer
 from services.augmenter.totals import LineCounts
 from services.common import json_objects
-from services.common.lines import Piece
+from services.common.line_reader import Piece
 from services.common.posting_fields import DEFAULT, PostingFields
 
 RejectedLine: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from protos import seniority_pb2 as pb
 from services.augmenter.jsonl import Pair
-from services.augmenter.levels import MAX_LEVEL, MIN_LEVEL
+from services.common.levels import MAX_LEVEL, MIN_LEVEL
 
 FIRST_UUID = 128
 _UUIDS = range(FIRST_UUID, FIRST_UUID + 4096)

@@ -1,6 +1,6 @@
 """`cache-proxy` and `python -m services.cache_proxy`."""
 
-from services.common.entry import enter
+from services.common.entrypoint import enter
 
 
 def main() -> None:

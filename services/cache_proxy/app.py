@@ -37,7 +37,7 @@ from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.traced import ToldBooks, TracedService
 from services.cache_proxy.waiters import Waiters
 from services.common import logs
-from services.common.http import HttpEndpoint
+from services.common.http_server import HttpEndpoint
 from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from protos import seniority_pb2
 from services.cache_proxy import wire
-from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.queue import Pair
 from services.cache_proxy.wire import MORE, UUID_TAG, uuid_end
+from services.common.checkpoint import in_breaths
 
 BREATH_PAIRS = 500
 """Of those that are read or hashed: about 2 ms of work, if every text is odd; usual ones take an eighth."""

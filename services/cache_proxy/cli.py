@@ -20,7 +20,7 @@ from services.cache_proxy.config import (
     ServerSettings,
     Settings,
 )
-from services.common import flags, logs, tracing
+from services.common import logs, options, tracing
 
 _SERVE = (
     ServerSettings, CallerAccess, ModelSettings, ModelAccess, CacheSettings, KeySettings, AnswerSettings,
@@ -29,13 +29,13 @@ _SERVE = (
 
 def _run_serve(**values: Any) -> None:
     settings = Settings(
-        server=flags.read(ServerSettings, values),
-        model=flags.read(ModelSettings, values),
-        cache=flags.read(CacheSettings, values),
-        key=flags.read(KeySettings, values),
-        answers=flags.read(AnswerSettings, values),
-        callers=flags.read(CallerAccess, values),
-        model_access=flags.read(ModelAccess, values),
+        server=options.read(ServerSettings, values),
+        model=options.read(ModelSettings, values),
+        cache=options.read(CacheSettings, values),
+        key=options.read(KeySettings, values),
+        answers=options.read(AnswerSettings, values),
+        callers=options.read(CallerAccess, values),
+        model_access=options.read(ModelAccess, values),
     )
     import uvloop  # noqa: PLC0415 - what only a server needs would cost the other commands half a second
 
@@ -51,7 +51,7 @@ def _run_serve(**values: Any) -> None:
 
 def _admin(module: str, settings: Sequence[type], **values: Any) -> int:
     """Run a command about the cache with its settings, in their order."""
-    given: list[Any] = [flags.read(part, values) for part in settings]
+    given: list[Any] = [options.read(part, values) for part in settings]
     if "files" in values:
         given.insert(0, values["files"])
     logs.configure(log_format="text", level="error")  # what it has to say, it prints
@@ -63,11 +63,11 @@ def _admin(module: str, settings: Sequence[type], **values: Any) -> int:
 def _add_admin(name: str, *settings: type, files: bool = False, text: str) -> None:
     arguments: list[click.Parameter] = [click.Argument(["files"], nargs=-1, required=True)] if files else []
     cli.add_command(
-        flags.SettingsCommand(
+        options.SettingsCommand(
             name,
             params=[
                 *arguments,
-                *(option for part in settings for option in flags.options(part, prefix=ENV_PREFIX)),
+                *(option for part in settings for option in options.options(part, prefix=ENV_PREFIX)),
             ],
             callback=partial(_admin, name, settings),
             help=text,
@@ -76,22 +76,22 @@ def _add_admin(name: str, *settings: type, files: bool = False, text: str) -> No
 
 
 def _run_infer(**values: Any) -> None:
-    infer.run(flags.read(infer.InferSettings, values))
+    infer.run(options.read(infer.InferSettings, values))
 
 
 cli = click.Group("cache-proxy", help="A caching proxy with the seniority model's own gRPC interface.")
 cli.add_command(
-    flags.SettingsCommand(
+    options.SettingsCommand(
         "serve",
-        params=[option for part in _SERVE for option in flags.options(part, prefix=ENV_PREFIX)],
+        params=[option for part in _SERVE for option in options.options(part, prefix=ENV_PREFIX)],
         callback=_run_serve,
         help="Serve the model's interface from the cache; ask the model for what is missing.",
     )
 )
 cli.add_command(
-    flags.SettingsCommand(
+    options.SettingsCommand(
         "infer",
-        params=flags.options(infer.InferSettings, prefix=ENV_PREFIX),
+        params=options.options(infer.InferSettings, prefix=ENV_PREFIX),
         callback=_run_infer,
         help="Ask a running proxy: one pair by --company and --title, or JSON lines on standard input.",
     )
@@ -118,4 +118,4 @@ _add_admin(
 
 def main() -> None:
     """Run the command line."""
-    flags.run(cli, program="cache-proxy")
+    options.run(cli, program="cache-proxy")

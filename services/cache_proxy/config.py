@@ -7,13 +7,13 @@ from urllib.parse import quote
 from services.cache_proxy import cache_url
 from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.key import NORMAL_FORM_VERSION
-from services.common import flags
-from services.common.credentials import warn_of_readers
+from services.common import options
 from services.common.errors import UsageError
-from services.common.flags import flag
+from services.common.file_reload import read_file
+from services.common.grpc_target import check_target
 from services.common.listening import check_address
-from services.common.renewal import read_file
-from services.common.targets import check_target
+from services.common.options import flag
+from services.common.redaction import warn_of_readers
 
 ENV_PREFIX = "CACHE_PROXY"
 DEFAULT_EMBEDDED_DIR = ".cache-proxy"
@@ -28,14 +28,14 @@ class KeySettings:
     """What shapes a key in the cache: the same for every replica and command of a deployment."""
 
     key_prefix: str = flag(
-        "--key-prefix", flags.TEXT, "seniority", text="begins the deployment's keys in Redis"
+        "--key-prefix", options.TEXT, "seniority", text="begins the deployment's keys in Redis"
     )
     key_secret_file: str | None = flag(
-        "--key-secret-file", flags.TEXT, text="file whose content keys the hash of every pair"
+        "--key-secret-file", options.TEXT, text="file whose content keys the hash of every pair"
     )
-    model_version: str = flag("--model-version", flags.TEXT, "1", text="namespace of the cached answers")
+    model_version: str = flag("--model-version", options.TEXT, "1", text="namespace of the cached answers")
     normalize: str = flag(
-        "--normalize", flags.choice(*NORMAL_FORMS), "fold",
+        "--normalize", options.choice(*NORMAL_FORMS), "fold",
         text="which spellings share an answer: fold ignores case, width and white space",
     )  # fmt: skip
 
@@ -55,26 +55,26 @@ class CacheSettings:
     """How Redis is reached."""
 
     cache_url: str = flag(
-        "--cache-url", flags.TEXT, "embedded:",
+        "--cache-url", options.TEXT, "embedded:",
         text="embedded:[DIR] (a server of its own), memory:, redis://, rediss://, valkey://, valkeys://, "
         "unix://, redis+cluster://HOST:PORT,…, redis+sentinel://HOST:PORT,…/SERVICE",
         login_goes_to="--cache-password-file",
     )  # fmt: skip
-    cache_username: str | None = flag("--cache-username", flags.TEXT, text="Redis ACL user")
+    cache_username: str | None = flag("--cache-username", options.TEXT, text="Redis ACL user")
     cache_password_file: str | None = flag(
-        "--cache-password-file", flags.TEXT, text="file with the password; read again when it changes"
+        "--cache-password-file", options.TEXT, text="file with the password; read again when it changes"
     )
     sentinel_username: str | None = flag(
-        "--sentinel-username", flags.TEXT, text="ACL user of the Sentinels themselves"
+        "--sentinel-username", options.TEXT, text="ACL user of the Sentinels themselves"
     )
     sentinel_password_file: str | None = flag(
         "--sentinel-password-file",
-        flags.TEXT,
+        options.TEXT,
         text="file with the password of the Sentinels themselves; read again when it changes",
     )
-    cache_tls_ca: str | None = flag("--cache-tls-ca", flags.TEXT, text="CA that signed Redis's certificate")
+    cache_tls_ca: str | None = flag("--cache-tls-ca", options.TEXT, text="CA that signed Redis's certificate")
     cache_timeout_seconds: float = flag(
-        "--cache-timeout", flags.DURATION, "250ms", text="how long Redis may take to answer"
+        "--cache-timeout", options.DURATION, "250ms", text="how long Redis may take to answer"
     )
 
     def __post_init__(self) -> None:
@@ -104,13 +104,15 @@ class AnswerSettings:
 
     cache_ttl_seconds: float = flag(
         "--cache-ttl",
-        flags.DURATION,
+        options.DURATION,
         "0",
         text="whole days (30d) after which a pair is inferred again; 0: never",
     )
-    serve_stale: bool = flag("--serve-stale", flags.BOOL, "false", text="answer with what is older meanwhile")
+    serve_stale: bool = flag(
+        "--serve-stale", options.BOOL, "false", text="answer with what is older meanwhile"
+    )
     previous_model_version: str | None = flag(
-        "--previous-model-version", flags.TEXT,
+        "--previous-model-version", options.TEXT,
         text="whose answers are served, and refreshed behind, until this version has its own",
     )  # fmt: skip
 
@@ -131,39 +133,39 @@ class ModelSettings:
     """How the model is called, and how much of it may be used."""
 
     model_target: str = flag(
-        "--model-target", flags.TEXT, required=True,
+        "--model-target", options.TEXT, required=True,
         text="gRPC target of the model: HOST:PORT, dns:///HOST:PORT, unix:PATH",
     )  # fmt: skip
     model_batch_size: int = flag(
-        "--model-batch-size", flags.COUNT, "1000", text="pairs in one call to the model, at most"
+        "--model-batch-size", options.COUNT, "1000", text="pairs in one call to the model, at most"
     )
     model_batch_bytes: int = flag(
-        "--model-batch-bytes", flags.SIZE, "3MiB", text="bytes in one call to the model, at most"
+        "--model-batch-bytes", options.SIZE, "3MiB", text="bytes in one call to the model, at most"
     )
     model_rate: float = flag(
-        "--model-rate", flags.RATE, "1000", text="requests a second to the model, all replicas together"
+        "--model-rate", options.RATE, "1000", text="requests a second to the model, all replicas together"
     )
     model_calls_per_second: float = flag(
-        "--model-calls-per-second", flags.RATE_OR_ZERO, "1",
+        "--model-calls-per-second", options.RATE_OR_ZERO, "1",
         text="calls a second to the model, all replicas together; 0: no such limit",
     )  # fmt: skip
     expected_replicas: int = flag(
         "--expected-replicas",
-        flags.COUNT,
+        options.COUNT,
         "1",
         text="the share of the rate of a replica that never saw Redis",
     )
     linger_seconds: float = flag(
         "--linger",
-        flags.DURATION,
+        options.DURATION,
         "20ms",
         text="how long a miss may wait for company when a call slot is free",
     )
     model_deadline_seconds: float = flag(
-        "--model-deadline", flags.DURATION, "30s", text="how long one call to the model may take"
+        "--model-deadline", options.DURATION, "30s", text="how long one call to the model may take"
     )
     model_retry_window_seconds: float = flag(
-        "--model-retry-window", flags.DURATION, "15s",
+        "--model-retry-window", options.DURATION, "15s",
         text="how long pairs are retried while the model answers nothing",
     )  # fmt: skip
 
@@ -188,58 +190,58 @@ class ServerSettings:
     """Where the proxy listens, what it bears, and how it ends."""
 
     listen: tuple[str, ...] = flag(
-        "--listen", flags.LIST, "0.0.0.0:50051",
+        "--listen", options.LIST, "0.0.0.0:50051",
         text="address for callers; repeatable; unix:/path too; port 0 picks one; 0.0.0.0, [::] and no host "
         "mean every address, IPv4 and IPv6",
     )  # fmt: skip
     listen_plaintext: tuple[str, ...] = flag(
-        "--listen-plaintext", flags.LIST,
+        "--listen-plaintext", options.LIST,
         text="as --listen, and without TLS whatever --tls-cert says: for probes and callers on this machine, "
         "which then need no certificate",
     )  # fmt: skip
     listen_mode: int | None = flag(
-        "--listen-mode", flags.MODE, text="octal mode of Unix sockets, as in 0660; by the umask if not set"
+        "--listen-mode", options.MODE, text="octal mode of Unix sockets, as in 0660; by the umask if not set"
     )
     http_listen: str = flag(
-        "--http-listen", flags.TEXT, "0.0.0.0:9464", text="address for /metrics, /healthz and /readyz"
+        "--http-listen", options.TEXT, "0.0.0.0:9464", text="address for /metrics, /healthz and /readyz"
     )
-    l1_max_bytes: int = flag("--l1-max-bytes", flags.SIZE, "256MiB", text="in-process cache; 0: none")
+    l1_max_bytes: int = flag("--l1-max-bytes", options.SIZE, "256MiB", text="in-process cache; 0: none")
     max_request_pairs: int = flag(
-        "--max-request-pairs", flags.COUNT, "100000", text="pairs in one RPC, at most"
+        "--max-request-pairs", options.COUNT, "100000", text="pairs in one RPC, at most"
     )
     max_request_bytes: int = flag(
-        "--max-request-bytes", flags.SIZE, "64MiB", text="bytes in one RPC, at most"
+        "--max-request-bytes", options.SIZE, "64MiB", text="bytes in one RPC, at most"
     )
     max_field_bytes: int = flag(
-        "--max-field-bytes", flags.SIZE, "4096", text="UTF-8 bytes in a company or a title, at most"
+        "--max-field-bytes", options.SIZE, "4096", text="UTF-8 bytes in a company or a title, at most"
     )
     max_queued_pairs: int = flag(
-        "--max-queued-pairs", flags.COUNT, "1000000", text="pairs waiting for the model, at most"
+        "--max-queued-pairs", options.COUNT, "1000000", text="pairs waiting for the model, at most"
     )
     max_queued_bytes: int = flag(
-        "--max-queued-bytes", flags.SIZE, "1GiB", text="bytes of pairs waiting for the model, at most"
+        "--max-queued-bytes", options.SIZE, "1GiB", text="bytes of pairs waiting for the model, at most"
     )
     caller_quotas_file: str | None = flag(
-        "--caller-quotas-file", flags.TEXT,
+        "--caller-quotas-file", options.TEXT,
         text="JSON: how much of model and queue each caller may have, all replicas together; read again when "
         "it changes",
     )  # fmt: skip
     max_wait_seconds: float = flag(
-        "--max-wait", flags.DURATION, "5m", text="how long a caller without a deadline waits, at most"
+        "--max-wait", options.DURATION, "5m", text="how long a caller without a deadline waits, at most"
     )
     max_connection_age_seconds: float = flag(
-        "--max-connection-age", flags.DURATION, "30m",
+        "--max-connection-age", options.DURATION, "30m",
         text="after which a connection is closed gracefully, so that callers find new replicas",
     )  # fmt: skip
     drain_delay_seconds: float = flag(
-        "--drain-delay", flags.DURATION, "5s", text="after SIGTERM, still serve so long, as NOT_SERVING"
+        "--drain-delay", options.DURATION, "5s", text="after SIGTERM, still serve so long, as NOT_SERVING"
     )
     drain_timeout_seconds: float = flag(
-        "--drain-timeout", flags.DURATION, "30s", text="how long what is in flight may take to end"
+        "--drain-timeout", options.DURATION, "30s", text="how long what is in flight may take to end"
     )
-    log_format: str = flag("--log-format", flags.choice("json", "text"), "json", text="of the log lines")
+    log_format: str = flag("--log-format", options.choice("json", "text"), "json", text="of the log lines")
     log_level: str = flag(
-        "--log-level", flags.choice("debug", "info", "warning", "error"), "info", text="least level logged"
+        "--log-level", options.choice("debug", "info", "warning", "error"), "info", text="least level logged"
     )
 
     def __post_init__(self) -> None:

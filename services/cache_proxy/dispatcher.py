@@ -14,7 +14,7 @@ from services.cache_proxy.errors import BatchRefused, CallFailed, Refused, Unava
 from services.cache_proxy.model import REFUSED_PAIR, ModelClient
 from services.cache_proxy.queue import LATE_SECONDS, Claim, Outcome, Pair, Queue
 from services.cache_proxy.store.guarded import GuardedStore
-from services.common.endings import end
+from services.common.tasks import end
 from services.common.tracing import NO_SPAN, OFF, Span, Tracing
 
 _log = logging.getLogger(__name__)

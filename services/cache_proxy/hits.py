@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.wire import BATCH_TAG, MORE, UUID_TAG, uuid_end
+from services.common.checkpoint import in_breaths
 
 # Two milliseconds at the most (1 µs a pair, where L1 is far larger than the processor's caches), a tenth of
 # what a call to the model may be late. A batch of the model's own size that is all hits never awaits.

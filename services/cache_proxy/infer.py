@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import grpc
 
 from protos import seniority_pb2, seniority_pb2_grpc
-from services.common import bearer, flags
-from services.common.channel import FOLLOW_DNS
+from services.common import bearer, options
 from services.common.errors import CommandError, UsageError
-from services.common.flags import flag
+from services.common.grpc_target import check_target, http_proxy_options
+from services.common.options import flag
 from services.common.posting_fields import PostingFields
-from services.common.targets import check_target, http_proxy_options
+from services.common.reloading_channel import FOLLOW_DNS
 from services.common.tls import PemFiles
 
 _BATCH_PAIRS = 1000
@@ -25,27 +25,27 @@ class InferSettings:
     """What `infer` is told."""
 
     target: str = flag(
-        "--target", flags.TEXT, required=True,
+        "--target", options.TEXT, required=True,
         text="gRPC target of the proxy (or of the model): HOST:PORT, dns:///HOST:PORT, unix:PATH",
     )  # fmt: skip
-    company: str | None = flag("--company", flags.TEXT, text="the pair's company")
-    title: str | None = flag("--title", flags.TEXT, text="the pair's title")
+    company: str | None = flag("--company", options.TEXT, text="the pair's company")
+    title: str | None = flag("--title", options.TEXT, text="the pair's title")
     company_field: str = flag(
-        "--company-field", flags.TEXT, "company", text="member that holds the company; may be a dotted path"
+        "--company-field", options.TEXT, "company", text="member that holds the company; may be a dotted path"
     )
     title_field: str = flag(
-        "--title-field", flags.TEXT, "title", text="member that holds the title; may be a dotted path"
+        "--title-field", options.TEXT, "title", text="member that holds the title; may be a dotted path"
     )
     tls_ca: str | None = flag(
-        "--tls-ca", flags.TEXT, text="CA that signed the proxy's certificate; the way there is encrypted"
+        "--tls-ca", options.TEXT, text="CA that signed the proxy's certificate; the way there is encrypted"
     )
     # Not --tls-cert: in a proxy's own environment that variable is the proxy's certificate.
     client_cert: str | None = flag(
-        "--client-cert", flags.TEXT, text="certificate of one's own, for mutual TLS"
+        "--client-cert", options.TEXT, text="certificate of one's own, for mutual TLS"
     )
-    client_key: str | None = flag("--client-key", flags.TEXT, text="its key")
-    token_file: str | None = flag("--token-file", flags.TEXT, text="file with the bearer token to send")
-    deadline_seconds: float = flag("--deadline", flags.DURATION, "30s", text="how long the answer may take")
+    client_key: str | None = flag("--client-key", options.TEXT, text="its key")
+    token_file: str | None = flag("--token-file", options.TEXT, text="file with the bearer token to send")
+    deadline_seconds: float = flag("--deadline", options.DURATION, "30s", text="how long the answer may take")
 
     def __post_init__(self) -> None:
         """Refuse half a pair."""

@@ -17,9 +17,9 @@ from services.cache_proxy.access.opening import IN_THE_CLEAR, ModelWay
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Pair
-from services.common.channel import RenewedChannel
+from services.common.grpc_details import answered, never_sent
+from services.common.reloading_channel import RenewedChannel
 from services.common.tracing import OFF, Tracing
-from services.common.words import answered, never_sent
 
 MIN_LEVEL, MAX_LEVEL = 1, 7
 REFUSED_PAIR = "the model refused the pair"

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-from services.common.endings import end
+from services.common.tasks import end
 
 _log = logging.getLogger(__name__)
 

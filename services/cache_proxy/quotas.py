@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 
 from services.common.errors import UsageError
-from services.common.renewal import read_file
+from services.common.file_reload import read_file
 
 _FLAG = "--caller-quotas-file"
 _MAX_NAME = 255  # characters of a caller's that a certificate or a token names

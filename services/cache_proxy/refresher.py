@@ -10,7 +10,7 @@ from contextvars import Context
 from services.cache_proxy.errors import QueueFull, Unavailable
 from services.cache_proxy.queue import Asker, Pair, Queue
 from services.cache_proxy.waiters import Waiters
-from services.common.endings import end
+from services.common.tasks import end
 
 _CALLER = ""
 _PATIENCE_SECONDS = 600.0

@@ -7,7 +7,6 @@ from itertools import islice
 
 from services.cache_proxy import hits
 from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked
-from services.cache_proxy.breath import in_breaths, take_turn
 from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed, Unavailable
 from services.cache_proxy.key import BatchDigester
 from services.cache_proxy.l1 import L1Cache
@@ -18,6 +17,7 @@ from services.cache_proxy.store.clock import StoreClock
 from services.cache_proxy.store.dated import Lifetime, dated, level_of
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.waiters import Waiters
+from services.common.checkpoint import in_breaths, take_turn
 from services.common.tracing import OFF, Tracing
 
 _LOOK_UP_PAIRS = 4000

@@ -14,7 +14,6 @@ from grpc import aio
 
 from protos import seniority_pb2
 from services.cache_proxy import asked, wire
-from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.callers import ANONYMOUS, Caller, Context, Identify
 from services.cache_proxy.errors import (
     AccessRefused,
@@ -28,6 +27,7 @@ from services.cache_proxy.intake import Intake
 from services.cache_proxy.queue import Asker
 from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import Status, status_of
+from services.common.checkpoint import in_breaths
 from services.common.tracing import OFF, Tracing
 
 SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name

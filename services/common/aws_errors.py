@@ -15,7 +15,7 @@ from botocore.exceptions import (
     HTTPClientError,
 )
 
-from services.common.credentials import without_users
+from services.common.redaction import without_users
 
 _CREDENTIAL_OPERATIONS = ("AssumeRole", "GetRoleCredentials", "CreateToken", "GetSessionToken")
 _PLAIN_REASONS = {

@@ -8,7 +8,7 @@ from typing import Any
 from botocore.exceptions import ConnectionError  # noqa: A004 - botocore's own name
 
 from services.common.aws_errors import reason_of
-from services.common.credentials import without_users
+from services.common.redaction import without_users
 
 _SILENCE_SECONDS = 3.0  # with the start of the process, the line comes within 5 s
 _FAILING_SECONDS = 3.0

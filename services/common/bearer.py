@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
-from services.common.renewal import Look, Renewed, read_file
-from services.common.targets import is_on_this_machine
+from services.common.file_reload import Look, Renewed, read_file
+from services.common.grpc_target import is_on_this_machine
+from services.common.redaction import warn_of_readers
 
 _TOKEN = re.compile(rb"[\x21-\x7e]+")
 

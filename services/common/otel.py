@@ -22,8 +22,8 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode,
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from services.common import logs
-from services.common.channel import FOLLOW_DNS
 from services.common.errors import UsageError
+from services.common.reloading_channel import FOLLOW_DNS
 from services.common.tracing import CONTEXT_BYTES, MAX_LINKS, NO_SPAN, Headers, Span, Tracing, Value
 
 _log = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import grpc
 
-from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
-from services.common.renewal import Look, Renewed, read_file
+from services.common.file_reload import Look, Renewed, read_file
+from services.common.redaction import warn_of_readers
 
 # rsaEncryption, P-256, P-384, P-521, in DER. Of others gRPC says nothing, but no handshake succeeds.
 _KINDS = tuple(

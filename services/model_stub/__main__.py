@@ -1,6 +1,6 @@
 """`model-stub` and `python -m services.model_stub`."""
 
-from services.common.entry import enter
+from services.common.entrypoint import enter
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ from grpc import aio
 from grpc_reflection.v1alpha import reflection
 
 from protos import seniority_pb2, seniority_pb2_grpc
-from services.common import flags, logs
+from services.common import logs, options
 from services.common.errors import CommandError
-from services.common.flags import flag
 from services.common.grpc_ports import add_ports
 from services.common.listening import check_address
+from services.common.options import flag
 from services.model_stub.call_log import CallLog
 from services.model_stub.capacity import Capacity
 from services.model_stub.faults import HELP, parse_faults
@@ -28,13 +28,13 @@ class StubSettings:
     """What a stub is told; times in seconds, `rate` in requests a second."""
 
     listen: tuple[str, ...] = flag(
-        "--listen", flags.LIST, "127.0.0.1:50052", text="address; port 0 picks one"
+        "--listen", options.LIST, "127.0.0.1:50052", text="address; port 0 picks one"
     )
-    rate: float = flag("--rate", flags.RATE_OR_ZERO, "1000", text="requests a second; 0: no limit")
-    max_batch: int = flag("--max-batch", flags.COUNT, "1000", text="requests in a call, at most")
-    latency_seconds: float = flag("--latency", flags.DURATION, "50ms", text="time to answer a batch")
-    fail: tuple[str, ...] = flag("--fail", flags.LIST, text=HELP)
-    log: str | None = flag("--log", flags.TEXT, text="file to which each call is appended, as JSON lines")
+    rate: float = flag("--rate", options.RATE_OR_ZERO, "1000", text="requests a second; 0: no limit")
+    max_batch: int = flag("--max-batch", options.COUNT, "1000", text="requests in a call, at most")
+    latency_seconds: float = flag("--latency", options.DURATION, "50ms", text="time to answer a batch")
+    fail: tuple[str, ...] = flag("--fail", options.LIST, text=HELP)
+    log: str | None = flag("--log", options.TEXT, text="file to which each call is appended, as JSON lines")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be listened on."""
@@ -79,14 +79,14 @@ async def serve(settings: StubSettings) -> None:
 
 def _run_serve(**values: Any) -> None:
     logs.configure(log_format="text", level="info")
-    asyncio.run(serve(flags.read(StubSettings, values)))
+    asyncio.run(serve(options.read(StubSettings, values)))
 
 
 cli = click.Group("model-stub", help="A stand-in for the seniority model, for demos and tests only.")
 cli.add_command(
-    flags.SettingsCommand(
+    options.SettingsCommand(
         "serve",
-        params=flags.options(StubSettings, prefix="MODEL_STUB"),
+        params=options.options(StubSettings, prefix="MODEL_STUB"),
         callback=_run_serve,
         help="Serve until stopped. Every call can be logged, and so judged.",
     )
@@ -95,4 +95,4 @@ cli.add_command(
 
 def main() -> None:
     """Run the command line."""
-    flags.run(cli, program="model-stub")
+    options.run(cli, program="model-stub")

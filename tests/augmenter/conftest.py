@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from services.augmenter.cli import cli
-from services.common import flags
+from services.common import options
 from tests.support.bucket import Bucket
 from tests.support.processes import Service, model_stub
 from tests.support.s3 import S3Server, s3_server
@@ -51,7 +51,7 @@ def augment(capsys: pytest.CaptureFixture[str]) -> Augment:
         level = logging.root.level
         try:
             with pytest.raises(SystemExit) as end:
-                flags.run(cli, program="augmenter", args=["run", *map(str, args)])
+                options.run(cli, program="augmenter", args=["run", *map(str, args)])
         finally:
             logging.root.setLevel(level)  # else a run with --log-level error hides what other tests look for
         out, err = capsys.readouterr()

@@ -10,7 +10,7 @@ import pytest
 
 from protos import seniority_pb2 as pb
 from services.common.bearer import Token
-from services.common.targets import is_on_this_machine
+from services.common.grpc_target import is_on_this_machine
 from tests.augmenter.conftest import Augment, posting
 from tests.augmenter.scripted_model import Answer, ScriptedModel, all_threes, scripted_model
 from tests.support.certificates import Authority, Mounted, Signed, self_signed

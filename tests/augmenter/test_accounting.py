@@ -9,7 +9,7 @@ import pytest
 from services.augmenter import window
 from services.augmenter.jsonl import Pair
 from services.augmenter.window import MixedWindow, PlainWindow, Window
-from services.common.lines import Piece
+from services.common.line_reader import Piece
 from tests.augmenter.conftest import Augment, Stub, posting
 
 Parse = Callable[..., Iterator[list[Pair]]]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from services.augmenter import window
 from services.augmenter.totals import LineCounts
 from services.augmenter.window import Answers, PostingFormat, Window
-from services.common.lines import Piece
+from services.common.line_reader import Piece
 from services.common.posting_fields import PostingFields
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Stub, posting, reasons

@@ -17,7 +17,7 @@ import pytest
 
 from services.augmenter.errors import InputChangedError
 from services.augmenter.object_store.local import LocalStore
-from services.common.lines import MAX_LINE_BYTES
+from services.common.line_reader import MAX_LINE_BYTES
 from tests.augmenter.conftest import StubWith, posting
 from tests.augmenter.running import running
 from tests.support.bucket import Bucket

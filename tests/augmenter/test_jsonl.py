@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from services.augmenter import jsonl, window
 from services.augmenter.jsonl import Pair, Posting, Rejected
 from services.augmenter.splice import spliced
-from services.common.lines import Piece
+from services.common.line_reader import Piece
 
 _GOOD = b'"company":"Acme","title":"Clerk"'
 

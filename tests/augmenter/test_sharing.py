@@ -16,10 +16,10 @@ from services.augmenter.jsonl import Pair
 from services.augmenter.metrics import Metrics
 from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.retry import RetryBudget, TargetHealth
-from services.augmenter.room import Room
 from services.augmenter.rpc import SeniorityRpc
 from services.augmenter.totals import Totals
 from services.augmenter.window import Answers
+from services.common.memory_budget import Room
 from tests.augmenter.conftest import Augment, posting
 from tests.support.model_server import Abort, Call, level_of, scripted_model, well
 from tests.support.model_server import Answers as Levels

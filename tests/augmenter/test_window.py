@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from services.augmenter import window
 from services.augmenter.totals import LineCounts
 from services.augmenter.window import Answers, Window
-from services.common.lines import Piece
+from services.common.line_reader import Piece
 from tests.augmenter.conftest import posting
 
 _ODD = {b"": None, b"bad": "not JSON: Expecting value (character 1)", b"[]": "not a JSON object"}

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from protos import seniority_pb2 as pb
 from services.cache_proxy import wire
 from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked, read
-from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.errors import InvalidRequest
+from services.common.checkpoint import in_breaths
 
 _LIMITS = st.sampled_from([2, 40, 126, 127, 128, 4096])
 _TEXTS = st.one_of(

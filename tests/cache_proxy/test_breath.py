@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import suppress
 
-from services.cache_proxy.breath import in_breaths, take_turn
+from services.common.checkpoint import in_breaths, take_turn
 
 
 async def test_many_take_one_breath_a_round() -> None:

@@ -16,7 +16,7 @@ from services.cache_proxy.config import (
     read_secret,
     redact,
 )
-from services.common import flags
+from services.common import options
 from services.common.errors import UsageError
 
 Refused = Callable[..., str]
@@ -30,7 +30,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         for name, value in (env or {}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as end:
-            flags.run(cli, program="cache-proxy", args=[command, *args])
+            options.run(cli, program="cache-proxy", args=[command, *args])
         out, err = capsys.readouterr()
         assert (end.value.code, out, err.count("\n")) == (2, "", 1), err
         return err
@@ -41,7 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def _parsed(settings: type, *args: str) -> object:
     command = cli.commands["serve"]
     with command.make_context("serve", ["--model-target", "m:1", *args]) as context:
-        return flags.read(settings, context.params)
+        return options.read(settings, context.params)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from services.cache_proxy.store.layout import TAGS
 from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.servers import Servers
-from services.common.endings import end
 from services.common.errors import UsageError
+from services.common.tasks import end
 
 
 async def test_commands_are_told_which_setting_is_not_the_deployments(

@@ -16,7 +16,7 @@ from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refu
 from services.cache_proxy.model import ModelClient
 from services.cache_proxy.queue import LATE_SECONDS, Claim, NotYet, Outcome, Pair, Queue
 from services.cache_proxy.store.guarded import GuardedStore
-from services.common.endings import end
+from services.common.tasks import end
 from services.common.tracing import NO_SPAN, OFF, Span, Tracing
 from tests.support.replicas import pair, pairs
 

@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.cache_proxy.config import ServerSettings
 from services.cache_proxy.grpc_server import GrpcServer, Listeners
 from services.cache_proxy.health import Health
-from services.common.endings import end
 from services.common.errors import CommandError
+from services.common.tasks import end
 from tests.support.hostile import grpc_message, peer
 
 

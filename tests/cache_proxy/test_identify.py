@@ -17,7 +17,7 @@ from services.cache_proxy.access.listeners import server_credentials
 from services.cache_proxy.callers import Context, Identify
 from services.cache_proxy.errors import ProxyError
 from services.common.errors import UsageError
-from services.common.renewal import Look
+from services.common.file_reload import Look
 from services.common.tls import PemFiles
 from tests.support.certificates import Authority, Signed
 from tests.support.processes import ROOT

@@ -11,7 +11,7 @@ import redis
 from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from services.cache_proxy.store.scripts import BURY
 from services.cache_proxy.store.servers import Call, Servers
-from services.common.endings import end
+from services.common.tasks import end
 
 _A, _B = b"a" * 16, b"b" * 16
 _ALL = b"all"

@@ -10,7 +10,7 @@ import msgpack
 import pytest
 
 from services.cache_proxy.queue import Claim, NotYet
-from services.common.endings import end
+from services.common.tasks import end
 from tests.support.redis_server import wait_for
 from tests.support.replicas import Place, Replica, limits, numbers_of, pair, pairs, replicas
 from tests.support.wire import wire_to

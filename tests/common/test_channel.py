@@ -11,7 +11,7 @@ import grpc
 import pytest
 from grpc import aio
 
-from services.common.channel import RenewedChannel
+from services.common.reloading_channel import RenewedChannel
 from services.common.tls import PemFiles
 from tests.support.certificates import Authority, Mounted, Signed
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.common.endings import end
+from services.common.tasks import end
 
 
 async def test_a_task_that_missed_a_cancellation_is_ended_all_the_same() -> None:

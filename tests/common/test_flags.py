@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import click
 import pytest
 
-from services.common import flags
+from services.common import options
 from services.common.errors import CommandError, UsageError
-from services.common.flags import flag
+from services.common.options import flag
 
 Run = Callable[..., tuple[object, int, str]]
 
@@ -17,10 +17,10 @@ Run = Callable[..., tuple[object, int, str]]
 class Thing:
     """A settings class with a flag of each kind that is special."""
 
-    words: tuple[str, ...] = flag("--words", flags.LIST, "a,b", text="words")
-    watch: bool = flag("--watch", flags.BOOL, "false", text="go on")
-    rate: float = flag("--rate", flags.RATE, "5", text="rate")
-    name: str | None = flag("--name", flags.TEXT, text="name")
+    words: tuple[str, ...] = flag("--words", options.LIST, "a,b", text="words")
+    watch: bool = flag("--watch", options.BOOL, "false", text="go on")
+    rate: float = flag("--rate", options.RATE, "5", text="rate")
+    name: str | None = flag("--name", options.TEXT, text="name")
 
 
 @pytest.fixture
@@ -31,18 +31,18 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         read: list[object] = []
 
         def callback(place: str | None, **values: object) -> None:
-            thing = flags.read(Thing, values)
+            thing = options.read(Thing, values)
             read.append((thing, place))
             if body:
                 body(thing)
 
-        command = flags.SettingsCommand(
+        command = options.SettingsCommand(
             "thing",
-            params=[*flags.options(Thing, prefix="THING"), click.Argument(["place"], required=False)],
+            params=[*options.options(Thing, prefix="THING"), click.Argument(["place"], required=False)],
             callback=callback,
         )
         with pytest.raises(SystemExit) as end:
-            flags.run(command, program="thing", args=args)
+            options.run(command, program="thing", args=args)
         return (read[0] if read else None, int(end.value.code or 0), capsys.readouterr().err)
 
     return run
@@ -107,11 +107,11 @@ def test_an_expected_failure_is_one_line_with_its_exit_code(
 @pytest.mark.parametrize("text", ["0660", "660", "0o660"])
 def test_a_mode_is_octal(text: str) -> None:
     """However that is written."""
-    assert flags.MODE.convert(text, None, None) == 0o660
+    assert options.MODE.convert(text, None, None) == 0o660
 
 
 @pytest.mark.parametrize("text", ["888", "rw", "1777", "0x1b0", "-660", "6", "", "06600"])
 def test_what_is_no_octal_mode_is_refused(text: str) -> None:
     """Nor what has more than owner, group and others."""
     with pytest.raises(click.BadParameter, match="is not an octal mode such as 0660"):
-        flags.MODE.convert(text, None, None)
+        options.MODE.convert(text, None, None)

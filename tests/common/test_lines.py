@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common import json_objects, lines
+from services.common import json_objects, line_reader
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -17,8 +17,8 @@ async def _pieces(data: bytes, size: int) -> AsyncIterator[bytes]:
         yield data[start : start + size]
 
 
-async def _blocks(data: bytes, size: int) -> list[lines.Block]:
-    return [block async for block in lines.blocks(_pieces(data, size))]
+async def _blocks(data: bytes, size: int) -> list[line_reader.Block]:
+    return [block async for block in line_reader.blocks(_pieces(data, size))]
 
 
 async def _lines(data: bytes, size: int) -> list[bytes]:
@@ -26,7 +26,7 @@ async def _lines(data: bytes, size: int) -> list[bytes]:
     found: list[bytes] = []
     long = b""
     for block in await _blocks(data, size):
-        if isinstance(block, lines.LongLinePart):
+        if isinstance(block, line_reader.LongLinePart):
             long += block.text
             if block.is_last:
                 found.append(b"long:" + long)
@@ -42,10 +42,10 @@ async def _lines(data: bytes, size: int) -> list[bytes]:
 def small() -> object:
     """Windows of a few bytes and lines, so that small texts have many seams."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines, "WINDOW_BYTES", 8)
-        patch.setattr(lines, "WINDOW_LINES", 3)
-        patch.setattr(lines, "MAX_LINE_BYTES", 20)
-        patch.setattr(lines, "_PIECE_BYTES", 5)
+        patch.setattr(line_reader, "WINDOW_BYTES", 8)
+        patch.setattr(line_reader, "WINDOW_LINES", 3)
+        patch.setattr(line_reader, "MAX_LINE_BYTES", 20)
+        patch.setattr(line_reader, "_PIECE_BYTES", 5)
         yield
 
 
@@ -84,7 +84,9 @@ async def test_line_over_the_limit_comes_in_parts(given_lines: list[bytes], size
 async def test_parts_of_a_long_line_are_small(size: int, windows: int) -> None:
     """A line of any length is never held whole."""
     blocks = await _blocks(b"x" * 8 * windows, size)
-    assert all(len(block.text) <= 20 + 2 * 8 for block in blocks if isinstance(block, lines.LongLinePart))
+    assert all(
+        len(block.text) <= 20 + 2 * 8 for block in blocks if isinstance(block, line_reader.LongLinePart)
+    )
 
 
 _OBJECTS = st.dictionaries(
@@ -145,6 +147,6 @@ async def test_a_line_of_the_limit_is_no_long_one(size: int, end: bytes) -> None
 @given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), min_size=2, max_size=9))
 def test_halves_are_the_lines(given_lines: list[bytes]) -> None:
     """Both have lines, together the same in order, and are counted."""
-    halves = lines.Piece(b"\n".join(given_lines), len(given_lines)).halves()
+    halves = line_reader.Piece(b"\n".join(given_lines), len(given_lines)).halves()
     assert [line for half in halves for line in half.text.split(b"\n")] == given_lines
     assert [half.count for half in halves] == [1 + half.text.count(b"\n") for half in halves]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.common import logs
-from services.common.words import answered
+from services.common.grpc_details import answered
 
 _log = logging.getLogger("services.test")
 _WORDS = "Canary & Co"  # a traceback shows the code that raised, so that has them by a name

@@ -14,7 +14,7 @@ from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
 from services.augmenter.channel import open_channel
 from services.cache_proxy.model import open_model_channel
-from services.common.channel import RenewedChannel
+from services.common.reloading_channel import RenewedChannel
 from tests.integration.conftest import UNPACED
 from tests.support.caller import caller
 from tests.support.dns_server import DnsServer, dns_server

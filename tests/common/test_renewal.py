@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import UsageError
-from services.common.renewal import MAX_FILE_BYTES, Look, Renewed, read_file
+from services.common.file_reload import MAX_FILE_BYTES, Look, Renewed, read_file
 from services.common.tls import Pem, PemFiles
 from tests.support.certificates import Authority, Mounted, self_signed
 

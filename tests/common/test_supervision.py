@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from services.common.endings import end
 from services.common.supervision import supervise
+from services.common.tasks import end
 
 
 async def test_what_fails_unforeseen_is_told_and_begins_anew(caplog: pytest.LogCaptureFixture) -> None:

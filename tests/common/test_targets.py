@@ -13,9 +13,9 @@ from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
 from services.cache_proxy import infer
 from services.cache_proxy.infer import InferSettings
-from services.common.channel import RenewedChannel
 from services.common.errors import UsageError
-from services.common.targets import check_target, http_proxy_options
+from services.common.grpc_target import check_target, http_proxy_options
+from services.common.reloading_channel import RenewedChannel
 from tests.support.model_server import scripted_model, well
 from tests.support.processes import run_command
 

@@ -6,7 +6,7 @@ import pytest
 
 from services.common import tls
 from services.common.errors import UsageError
-from services.common.renewal import read_file
+from services.common.file_reload import read_file
 
 
 def test_a_file_that_goes_as_it_is_read_is_an_error_like_any_other(

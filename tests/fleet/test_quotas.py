@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from services.common.endings import end
+from services.common.tasks import end
 from tests.support.caller import caller, metrics, pairs_of
 from tests.support.fleet import Fleet
 from tests.support.judge import Call

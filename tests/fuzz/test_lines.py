@@ -9,7 +9,7 @@ from hypothesis import given
 
 from services.augmenter import jsonl, window
 from services.augmenter.totals import LineCounts
-from services.common.lines import Piece
+from services.common.line_reader import Piece
 from tests.fuzz.corpus import fuzz_for_long, mutated, replayed
 
 _LEVEL = 4

@@ -12,7 +12,7 @@ from urllib.request import urlopen
 import pytest
 from grpc import StatusCode
 
-from services.common.credentials import has_password, warn_of_readers, without_users
+from services.common.redaction import has_password, warn_of_readers, without_users
 from tests.integration.conftest import UNPACED
 from tests.support.caller import caller
 from tests.support.model_server import scripted_model

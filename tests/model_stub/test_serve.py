@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
-from services.common import flags
+from services.common import options
 from services.model_stub.cli import cli
 from services.model_stub.levels import infer_level
 from tests.support.caller import Caller, caller, pairs_of
@@ -135,7 +135,7 @@ def test_a_bad_value_is_exit_code_2_and_one_line(
 ) -> None:
     """Named by its flag."""
     with pytest.raises(SystemExit) as end:
-        flags.run(cli, program="model-stub", args=["serve", *args])
+        options.run(cli, program="model-stub", args=["serve", *args])
     out, err = capsys.readouterr()
     assert (end.value.code, out, err.count("\n")) == (2, "", 1)
     assert args[0] in err

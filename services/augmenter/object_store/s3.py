@@ -14,8 +14,8 @@ from services.augmenter.object_store.s3_download import S3Download
 from services.augmenter.object_store.s3_leftovers import Leftovers
 from services.augmenter.object_store.s3_listing import Listing
 from services.augmenter.object_store.s3_upload import MARK, PARTS_ROOM_BYTES, Conditions, S3Upload
-from services.augmenter.room import Room
 from services.common.file_names import is_input
+from services.common.memory_budget import Room
 
 _NO_OBJECT = {"404", "NoSuchKey"}
 

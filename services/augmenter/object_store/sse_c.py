@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 from botocore.utils import get_environ_proxies
 
-from services.common.credentials import warn_of_readers
 from services.common.errors import UsageError
-from services.common.renewal import read_file
-from services.common.targets import is_on_this_machine
+from services.common.file_reload import read_file
+from services.common.grpc_target import is_on_this_machine
+from services.common.redaction import warn_of_readers
 
 _KEY_BYTES = 32  # AES-256
 _OPERATIONS = (

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.common.errors import UsageError
-from services.common.renewal import Look, Renewed, read_file
+from services.common.file_reload import Look, Renewed, read_file
 
 _FLAG = "--caller-tokens-file"
 MAX_NAME = 255

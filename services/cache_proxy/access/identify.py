@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from services.cache_proxy.access.callers_file import MAX_NAME, CallerList
 from services.cache_proxy.callers import Caller, Context, Identify, by_metadata, of_name
 from services.cache_proxy.errors import Forbidden, Unauthenticated
-from services.common.renewal import Renewed
+from services.common.file_reload import Renewed
 
 _SCHEME = "bearer"
 

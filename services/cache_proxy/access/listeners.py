@@ -2,7 +2,7 @@
 
 import grpc
 
-from services.common.renewal import Renewed
+from services.common.file_reload import Renewed
 from services.common.tls import Pem
 
 

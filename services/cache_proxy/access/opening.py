@@ -14,8 +14,8 @@ from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.callers import Identify
 from services.common.bearer import Token
-from services.common.renewal import Renewed
-from services.common.targets import is_on_this_machine
+from services.common.file_reload import Renewed
+from services.common.grpc_target import is_on_this_machine
 from services.common.tls import Pem
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from services.cache_proxy.metrics import ProxyMetrics
-from services.common.renewal import Look
+from services.common.file_reload import Look
 
 _EVERY_SECONDS = 1.0
 _log = logging.getLogger(__name__)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from services.common import bearer, flags
+from services.common import bearer, options
 from services.common.errors import UsageError
-from services.common.flags import flag
+from services.common.options import flag
 from services.common.tls import PemFiles
 
 
@@ -13,14 +13,14 @@ class CallerAccess:
     """How callers come in, and who they may be."""
 
     tls_cert: str | None = flag(
-        "--tls-cert", flags.TEXT, text="certificate shown to callers; Unix sockets stay in the clear"
+        "--tls-cert", options.TEXT, text="certificate shown to callers; Unix sockets stay in the clear"
     )
-    tls_key: str | None = flag("--tls-key", flags.TEXT, text="its key")
+    tls_key: str | None = flag("--tls-key", options.TEXT, text="its key")
     tls_client_ca: str | None = flag(
-        "--tls-client-ca", flags.TEXT, text="CA that must have signed callers' certificates (mutual TLS)"
+        "--tls-client-ca", options.TEXT, text="CA that must have signed callers' certificates (mutual TLS)"
     )
     caller_tokens_file: str | None = flag(
-        "--caller-tokens-file", flags.TEXT,
+        "--caller-tokens-file", options.TEXT,
         text="who may call; a line each: NAME sha256:HEX (of a bearer token), NAME certificate, NAME denied",
     )  # fmt: skip
 
@@ -44,15 +44,15 @@ class ModelAccess:
     """How the proxy itself is let in at the model."""
 
     model_token_file: str | None = flag(
-        "--model-token-file", flags.TEXT, text="file with the bearer token for the model; it may change"
+        "--model-token-file", options.TEXT, text="file with the bearer token for the model; it may change"
     )
     model_tls_ca: str | None = flag(
-        "--model-tls-ca", flags.TEXT, text="CA that signed the model's certificate; the way is encrypted"
+        "--model-tls-ca", options.TEXT, text="CA that signed the model's certificate; the way is encrypted"
     )
     model_tls_cert: str | None = flag(
-        "--model-tls-cert", flags.TEXT, text="the proxy's own certificate, for mutual TLS with the model"
+        "--model-tls-cert", options.TEXT, text="the proxy's own certificate, for mutual TLS with the model"
     )
-    model_tls_key: str | None = flag("--model-tls-key", flags.TEXT, text="its key")
+    model_tls_key: str | None = flag("--model-tls-key", options.TEXT, text="its key")
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from services.common import flags, limits
+from services.common import limits, options
 from services.common.errors import UsageError
-from services.common.flags import flag
+from services.common.options import flag
 from services.common.posting_fields import PostingFields
 
 
@@ -12,15 +12,15 @@ from services.common.posting_fields import PostingFields
 class OutputSettings:
     """How a command says what it found."""
 
-    json: bool = flag("--json", flags.BOOL, "false", text="for machines: one JSON object")
+    json: bool = flag("--json", options.BOOL, "false", text="for machines: one JSON object")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairSettings:
     """The pair that a command is about."""
 
-    company: str | None = flag("--company", flags.TEXT, text="the pair's company")
-    title: str | None = flag("--title", flags.TEXT, text="the pair's title")
+    company: str | None = flag("--company", options.TEXT, text="the pair's company")
+    title: str | None = flag("--title", options.TEXT, text="the pair's title")
 
     @property
     def pair(self) -> tuple[str, str] | None:
@@ -40,31 +40,31 @@ class PairSettings:
 class ScopeSettings:
     """How much is invalidated."""
 
-    all: bool = flag("--all", flags.BOOL, "false", text="every pair of the model version")
+    all: bool = flag("--all", options.BOOL, "false", text="every pair of the model version")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WarmSettings:
     """What `warm` is told besides its files."""
 
-    again: bool = flag("--again", flags.BOOL, "false", text="from the beginning, whatever earlier runs did")
+    again: bool = flag("--again", options.BOOL, "false", text="from the beginning, whatever earlier runs did")
     company_field: str = flag(
-        "--company-field", flags.TEXT, "company", text="member that holds the company; may be a dotted path"
+        "--company-field", options.TEXT, "company", text="member that holds the company; may be a dotted path"
     )
     title_field: str = flag(
-        "--title-field", flags.TEXT, "title", text="member that holds the title; may be a dotted path"
+        "--title-field", options.TEXT, "title", text="member that holds the title; may be a dotted path"
     )
     level_field: str = flag(
-        "--level-field", flags.TEXT, "seniority", text="member of the posting that holds the level"
+        "--level-field", options.TEXT, "seniority", text="member of the posting that holds the level"
     )
     max_line_bytes: int = flag(
-        "--max-line-bytes", flags.SIZE, "4MiB", text="a longer line is skipped; several are held at a time"
+        "--max-line-bytes", options.SIZE, "4MiB", text="a longer line is skipped; several are held at a time"
     )
     max_zstd_window_bytes: int = flag(
-        "--max-zstd-window", flags.SIZE, "8MiB", text="a file compressed with a larger window fails"
+        "--max-zstd-window", options.SIZE, "8MiB", text="a file compressed with a larger window fails"
     )
-    endpoint_url: str | None = flag("--endpoint-url", flags.HTTP_URL, text="S3-compatible endpoint")
-    progress: bool | None = flag("--progress", flags.BOOL, text="progress bar (default: on a terminal)")
+    endpoint_url: str | None = flag("--endpoint-url", options.HTTP_URL, text="S3-compatible endpoint")
+    progress: bool | None = flag("--progress", options.BOOL, text="progress bar (default: on a terminal)")
 
     def __post_init__(self) -> None:
         """Refuse limits that are out of range, and names that cannot be."""

@@ -28,7 +28,7 @@ from services.cache_proxy.store.servers import heal
 from services.common import json_objects
 from services.common.detection import DetectingDecoder
 from services.common.errors import CommandError
-from services.common.lines import LongLinePart, blocks
+from services.common.line_reader import LongLinePart, blocks
 from services.common.posting_fields import DEFAULT
 
 _UNDER_WAY = 4  # windows that Redis writes while the next is read

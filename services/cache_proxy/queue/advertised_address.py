@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from services.cache_proxy import cache_url
 from services.cache_proxy.store.names import addresses_of
-from services.common.endings import end
+from services.common.tasks import end
 
 _LOOKUP_SECONDS = 1.0
 _LOOPBACK = "127.0.0.1"

@@ -19,7 +19,7 @@ from services.cache_proxy.quotas import QuotasNow
 from services.cache_proxy.store.connecting import user_of
 from services.cache_proxy.store.deployment import base_key
 from services.cache_proxy.store.layout import state_key
-from services.common.renewal import Renewed
+from services.common.file_reload import Renewed
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ import aiohttp
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.queue.scripts import Scripts
-from services.common.endings import end
+from services.common.tasks import end
 
 PATH = "/replica"
 _TIMEOUT_SECONDS = 0.2

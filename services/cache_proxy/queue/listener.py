@@ -24,8 +24,8 @@ from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Scripts
 from services.cache_proxy.queue.slots import Membership
 from services.cache_proxy.store.servers import FAILURES
-from services.common.endings import end
 from services.common.supervision import supervise
+from services.common.tasks import end
 
 _log = logging.getLogger(__name__)
 

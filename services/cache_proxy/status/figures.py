@@ -6,7 +6,6 @@ from typing import Literal
 
 import msgspec
 
-from services.cache_proxy.breath import in_breaths
 from services.cache_proxy.metrics import LANES
 from services.cache_proxy.queue.overview import Overview
 from services.cache_proxy.status.counts import (
@@ -20,6 +19,7 @@ from services.cache_proxy.status.counts import (
     decode,
     sum_up,
 )
+from services.common.checkpoint import in_breaths
 
 _MINUTE_SPANS = 6
 _BREATH_REPORTS = 50  # a millisecond

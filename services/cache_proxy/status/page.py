@@ -23,7 +23,7 @@ from services.cache_proxy.status.figures import Figures, Scope, Self, Store
 from services.cache_proxy.status.ledger import Ledger
 from services.cache_proxy.status.render import HEADERS, Renderer
 from services.cache_proxy.store.guarded import GuardedStore
-from services.common.http import HttpEndpoint
+from services.common.http_server import HttpEndpoint
 
 _KEPT_SECONDS = 1.0
 _WAIT_SECONDS = 0.3  # for Redis; after that the page tells what this replica knows

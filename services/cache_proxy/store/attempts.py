@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from services.common.endings import end
+from services.common.tasks import end
 
 _Value = TypeVar("_Value")
 

@@ -28,7 +28,7 @@ from services.cache_proxy.errors import StoreError
 from services.cache_proxy.store.attempts import SharedAttempt, first_success
 from services.cache_proxy.store.scripts import Script
 from services.cache_proxy.store.servers import FAILURES, Call, SlotMoving, translated
-from services.common.endings import end
+from services.common.tasks import end
 
 _HOPS = 5
 _SLOTS = 16_384

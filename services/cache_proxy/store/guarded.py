@@ -15,7 +15,7 @@ from services.cache_proxy.store import Store
 from services.cache_proxy.store.clock import StoreClock
 from services.cache_proxy.store.dated import Lifetime, dated, level_of
 from services.cache_proxy.store.invalidation import InvalidationLog
-from services.common.endings import end
+from services.common.tasks import end
 
 _log = logging.getLogger(__name__)
 

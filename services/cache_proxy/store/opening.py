@@ -32,8 +32,8 @@ from services.cache_proxy.store.invalidation import InvalidationLog
 from services.cache_proxy.store.memory import MemoryStore
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.versions import VersionedStore
-from services.common.endings import end
 from services.common.supervision import supervise
+from services.common.tasks import end
 
 _log = logging.getLogger(__name__)
 

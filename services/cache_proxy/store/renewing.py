@@ -13,7 +13,7 @@ from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config import read_secret
 from services.cache_proxy.store.names import addresses_of
 from services.common.errors import UsageError
-from services.common.renewal import Look, Renewed
+from services.common.file_reload import Look, Renewed
 
 Tls = Renewed[ssl.SSLContext]
 _FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")

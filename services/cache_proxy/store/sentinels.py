@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from services.cache_proxy.store.attempts import SharedAttempt, first_success
 from services.cache_proxy.store.servers import is_access_refusal
-from services.common.endings import end
+from services.common.tasks import end
 
 
 class SentinelAccessRefused(MasterNotFoundError):

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import click
 
-from services.common.credentials import has_password
 from services.common.errors import CommandError, UsageError
 from services.common.printable import printable
+from services.common.redaction import has_password
 from services.common.units import parse_duration_seconds, parse_size_bytes
 
 _FLAG = "flag"

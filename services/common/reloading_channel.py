@@ -10,9 +10,9 @@ from typing import Any, Self
 import grpc
 from grpc import aio
 
-from services.common.endings import end
-from services.common.renewal import Renewed
-from services.common.targets import http_proxy_options, http_proxy_variable
+from services.common.file_reload import Renewed
+from services.common.grpc_target import http_proxy_options, http_proxy_variable
+from services.common.tasks import end
 from services.common.tls import Pem
 
 _CONNECTING_SECONDS = 5.0

@@ -15,8 +15,8 @@ import uvloop
 from benchmarks import postings
 from benchmarks.augmenter_run import SCALE, Ran, proxy_and_model, run, start_cpu_seconds
 from benchmarks.report import Figure, show
-from services.augmenter.object_store.s3 import S3Store
-from services.augmenter.object_store.s3_client import aws_client
+from services.common.storage.s3 import S3Store
+from services.common.storage.s3_client import aws_client
 from tests.support.s3 import S3Server, s3_server
 
 _WORK = Path(".bench/augmenter")

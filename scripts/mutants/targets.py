@@ -64,15 +64,15 @@ PYTHON = (
         tests=("tests/augmenter/test_accounting.py", "tests/augmenter/test_run_local.py"),
     ),
     Target(
-        path="services/augmenter/object_store/s3_upload.py",
+        path="services/common/storage/s3_upload.py",
         tests=("tests/augmenter/test_s3_servers.py", "tests/augmenter/test_s3_faults.py"),
     ),
     Target(
-        path="services/augmenter/object_store/s3_download.py",
+        path="services/common/storage/s3_download.py",
         tests=("tests/augmenter/test_s3_servers.py", "tests/augmenter/test_s3_faults.py"),
     ),
     Target(
-        path="services/augmenter/object_store/s3_listing.py",
+        path="services/common/storage/s3_listing.py",
         tests=("tests/augmenter/test_s3_listing.py", "tests/augmenter/test_s3_servers.py"),
     ),
 )

@@ -130,8 +130,8 @@ async def _do_all(
     )
     concurrency = settings.concurrency
     if settings.sqs_queue_url:
-        from services.augmenter.object_store.s3_client import aws_client  # noqa: PLC0415 - see stores.py
         from services.augmenter.sqs import QueueWorkers  # noqa: PLC0415
+        from services.common.storage.s3_client import aws_client  # noqa: PLC0415 - see stores.py
 
         assert isinstance(plan.source, S3Place)  # noqa: S101 - checked with the places
         endpoint = queue_endpoint(settings.sqs_queue_url)

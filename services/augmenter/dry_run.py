@@ -5,11 +5,11 @@ from contextlib import aclosing
 from services.augmenter import window
 from services.augmenter.errors import NoLineAugmentedError
 from services.augmenter.jobs import Job
-from services.augmenter.object_store.protocol import Store
 from services.augmenter.reading import FileReader, ReadLimits
 from services.augmenter.totals import LineCounts, Totals
 from services.augmenter.window import STANDARD, PostingFormat, Window
 from services.common.line_reader import LongLinePart
+from services.common.storage.protocol import Store
 
 
 class DryRun:

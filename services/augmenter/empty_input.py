@@ -2,9 +2,9 @@
 
 import logging
 
-from services.augmenter.object_store.protocol import Store
 from services.augmenter.totals import Totals
 from services.common.codec import NAMES
+from services.common.storage.protocol import Store
 
 _log = logging.getLogger("augmenter")
 

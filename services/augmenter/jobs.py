@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from services.augmenter.errors import StoreError
-from services.augmenter.listing import InputListing
-from services.augmenter.object_store.protocol import NOTHING, Item, Store
 from services.augmenter.tasks import together
 from services.common.codec import Format, format_of
+from services.common.storage.errors import StoreError
+from services.common.storage.input_listing import InputListing
+from services.common.storage.protocol import NOTHING, Item, Store
 
 _LOOKED_AT_TOGETHER = 32
 _SHARD = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from services.augmenter.errors import StoreError
 from services.common.codec import NAMES, format_of
 from services.common.errors import UsageError
 from services.common.file_names import REJECTS_FOLDER
+from services.common.storage.errors import StoreError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _ACCESS_POINT = re.compile(

@@ -7,8 +7,8 @@ from typing import Any, Self
 
 from botocore.exceptions import ClientError
 
-from services.augmenter.errors import StoreError
-from services.augmenter.object_store.s3_client import code_of, named
+from services.common.storage.errors import StoreError
+from services.common.storage.s3_client import code_of, named
 from services.common.tasks import end
 
 # The message was deleted, its timeout passed and another worker has it, or it was held for 12 hours, which

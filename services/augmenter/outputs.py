@@ -5,11 +5,11 @@ import json
 from types import TracebackType
 from typing import Self
 
-from services.augmenter.object_store.protocol import Item, Store, Upload
 from services.augmenter.tasks import together
 from services.common.codec import PLAIN, Format
 from services.common.file_names import REASONS_SUFFIX
 from services.common.line_reader import LongLinePart
+from services.common.storage.protocol import Item, Store, Upload
 
 
 class Output:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from services.augmenter import window
-from services.augmenter.errors import AccountingError, DoneElsewhereError, NoLineAugmentedError
-from services.augmenter.object_store.protocol import Item, Store
+from services.augmenter.errors import AccountingError, NoLineAugmentedError
 from services.augmenter.outputs import Output, Rejects
 from services.augmenter.proxy_client import ProxyClient
 from services.augmenter.reading import FileReader, ReadLimits
@@ -18,6 +17,8 @@ from services.augmenter.window import STANDARD, Answers, PostingFormat, Window
 from services.common.codec import PLAIN, Format
 from services.common.line_reader import Block, LongLinePart, Piece
 from services.common.memory_budget import Room
+from services.common.storage.errors import DoneElsewhereError
+from services.common.storage.protocol import Item, Store
 from services.common.tracing import OFF, Tracing
 
 ROOM_BYTES = 24 * 2**20

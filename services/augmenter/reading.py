@@ -4,11 +4,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from services.augmenter.object_store.protocol import Item, Store
 from services.augmenter.totals import Totals
 from services.common.codec import MAX_ZSTD_WINDOW_BYTES, Format
 from services.common.detection import DetectingDecoder
 from services.common.line_reader import MAX_LINE_BYTES, Block, blocks
+from services.common.storage.protocol import Item, Store
 from services.common.units import format_size
 
 

@@ -6,13 +6,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
-from services.augmenter.errors import ArchivedError, DoneElsewhereError, MissingError, StoreError
 from services.augmenter.jobs import Job
 from services.augmenter.metrics import Metrics
-from services.augmenter.object_store.protocol import Store
 from services.augmenter.tasks import together
 from services.augmenter.totals import LineCounts, Totals
 from services.common.errors import FileError
+from services.common.storage.errors import ArchivedError, DoneElsewhereError, MissingError, StoreError
+from services.common.storage.protocol import Store
 from services.common.tasks import end
 
 _log = logging.getLogger("augmenter")

@@ -12,18 +12,18 @@ from functools import partial
 from typing import Any
 
 from services.augmenter import notices
-from services.augmenter.errors import StoreError
 from services.augmenter.jobs import Jobs
 from services.augmenter.locations import S3Place
 from services.augmenter.message_lease import MessageGoneError, MessageLease
 from services.augmenter.metrics import Metrics
 from services.augmenter.notices import Message, Notice, UnreadableMessageError
-from services.augmenter.object_store.s3_client import named
 from services.augmenter.recent import Recent
 from services.augmenter.runner import Runner
 from services.augmenter.tasks import together
 from services.augmenter.totals import Totals
 from services.common.file_names import is_input
+from services.common.storage.errors import StoreError
+from services.common.storage.s3_client import named
 
 _LONG_POLL_SECONDS, _SHORT_POLL_SECONDS = 10, 2
 _AGAIN_SECONDS = 5.0

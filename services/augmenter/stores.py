@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 from services.augmenter.config import RunSettings
 from services.augmenter.locations import LocalPlace, Place, Plan, S3Place
-from services.augmenter.object_store.local import LocalStore
-from services.augmenter.object_store.protocol import Store
 from services.common.memory_budget import Room
+from services.common.storage.local import LocalStore
+from services.common.storage.protocol import Store
 
 _Key: TypeAlias = tuple[str, bytes] | None  # of SSE-C: the flag, for errors, and the key
 _CONNECTIONS_PER_FILE = 12  # read, write, rejects; and a listing's outputs are looked at together
@@ -37,10 +37,10 @@ async def open_stores(settings: RunSettings, plan: Plan, stack: AsyncExitStack) 
 
 
 async def _with_s3(settings: RunSettings, plan: Plan, stack: AsyncExitStack) -> Stores:
-    from services.augmenter.object_store import sse_c  # noqa: PLC0415 - see above
-    from services.augmenter.object_store.s3 import S3Store  # noqa: PLC0415 - see above
-    from services.augmenter.object_store.s3_client import aws_client, serve_tenants  # noqa: PLC0415
-    from services.augmenter.object_store.s3_upload import PARTS_ROOM_BYTES  # noqa: PLC0415
+    from services.common.storage import sse_c  # noqa: PLC0415 - see above
+    from services.common.storage.s3 import S3Store  # noqa: PLC0415 - see above
+    from services.common.storage.s3_client import aws_client, serve_tenants  # noqa: PLC0415
+    from services.common.storage.s3_upload import PARTS_ROOM_BYTES  # noqa: PLC0415
 
     parts_room = Room(limit_bytes=PARTS_ROOM_BYTES)
     connections = _CONNECTIONS_PER_FILE * settings.concurrency
@@ -74,6 +74,6 @@ async def _with_s3(settings: RunSettings, plan: Plan, stack: AsyncExitStack) -> 
 
 
 def _key(flag_name: str, path: str | None) -> "_Key":
-    from services.augmenter.object_store.sse_c import read_key  # noqa: PLC0415 - see above
+    from services.common.storage.sse_c import read_key  # noqa: PLC0415 - see above
 
     return (flag_name, read_key(path, flag_name=flag_name)) if path else None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.augmenter.listing import InputListing
+from services.common.storage.input_listing import InputListing
 
 MOST_FAILURES_NAMED = 1000
 """A run that goes on for months remembers so many of those that were never mended."""

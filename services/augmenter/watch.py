@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from services.augmenter.errors import MissingError
 from services.augmenter.jobs import Job
 from services.common.errors import FileError
+from services.common.storage.errors import MissingError
 
 _EPOCH = re.compile(r"\d{10}(?=\D|$)")  # how files are named: the second that they are of
 _LONGEST_WAIT_SECONDS = 600.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter.object_store.s3_archive import is_archived
+from services.common.storage.s3_archive import is_archived
 from tests.augmenter.conftest import Augment, MakeQueue, Stub, posting, queue_args
 from tests.augmenter.running import running, summary
 from tests.support.bucket import Bucket

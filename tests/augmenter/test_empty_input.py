@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter.listing import InputListing, suffix_of
+from services.common.storage.input_listing import InputListing, suffix_of
 from tests.augmenter.conftest import Augment, MakeQueue, Stub, posting, queue_args
 from tests.augmenter.running import running, summary
 from tests.support.bucket import Bucket

@@ -15,9 +15,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from services.augmenter.errors import InputChangedError
-from services.augmenter.object_store.local import LocalStore
 from services.common.line_reader import MAX_LINE_BYTES
+from services.common.storage.errors import InputChangedError
+from services.common.storage.local import LocalStore
 from tests.augmenter.conftest import StubWith, posting
 from tests.augmenter.running import running
 from tests.support.bucket import Bucket

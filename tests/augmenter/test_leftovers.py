@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from services.augmenter.object_store import s3_leftovers
-from services.augmenter.object_store.protocol import Item
-from services.augmenter.object_store.s3 import S3Store
-from services.augmenter.object_store.s3_client import aws_client
+from services.common.storage import s3_stale_uploads
+from services.common.storage.protocol import Item
+from services.common.storage.s3 import S3Store
+from services.common.storage.s3_client import aws_client
 from tests.support.bucket import Bucket
 from tests.support.relay import denied_listings_of_uploads, relay
 
@@ -78,7 +78,7 @@ async def test_a_run_that_goes_on_ends_them_too(
     client.meta.events.register("after-call.s3.ListMultipartUploads", _server_is_later)
     await _write_large(store)
     assert await _left(client, bucket) == sorted(_KEYS + _OF_OTHERS)
-    monkeypatch.setattr(s3_leftovers, "_EVERY_SECONDS", 0)
+    monkeypatch.setattr(s3_stale_uploads, "_EVERY_SECONDS", 0)
     await _write_large(store)
     assert await _left(client, bucket) == _OF_OTHERS
 
@@ -93,7 +93,7 @@ async def test_a_server_that_does_not_list_them_is_told_of_once(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where uploads may not be listed, large files are made all the same: one warning a store."""
-    monkeypatch.setattr(s3_leftovers, "_EVERY_SECONDS", 0)
+    monkeypatch.setattr(s3_stale_uploads, "_EVERY_SECONDS", 0)
     with relay(bucket.endpoint_url, refuse=denied_listings_of_uploads) as way:
         async with aws_client("s3", endpoint_url=way.url, connections=4) as client:
             store = S3Store(client, bucket=bucket.name, prefix="p/")

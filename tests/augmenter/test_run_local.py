@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from services.augmenter.errors import DoneElsewhereError, OutputTakenError
-from services.augmenter.object_store.local import LocalStore
-from services.augmenter.object_store.protocol import NOTHING, Item
 from services.common.codec import format_of
 from services.common.errors import FileError
+from services.common.storage.errors import DoneElsewhereError, OutputTakenError
+from services.common.storage.local import LocalStore
+from services.common.storage.protocol import NOTHING, Item
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Stub, StubWith, posting, reasons
 from tests.support.processes import stub_calls

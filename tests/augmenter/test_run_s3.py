@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from services.augmenter.errors import DoneElsewhereError, InputChangedError, OutputTakenError, StoreError
-from services.augmenter.object_store.protocol import NOTHING, Item
-from services.augmenter.object_store.s3 import S3Store
-from services.augmenter.object_store.s3_client import aws_client
+from services.common.storage.errors import DoneElsewhereError, InputChangedError, OutputTakenError, StoreError
+from services.common.storage.protocol import NOTHING, Item
+from services.common.storage.s3 import S3Store
+from services.common.storage.s3_client import aws_client
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Stub, posting
 from tests.support.bucket import Bucket

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.augmenter.object_store import s3_download, s3_upload
 from services.common import aws_client
+from services.common.storage import s3_download, s3_upload
 from services.model_stub.levels import infer_level
 from tests.augmenter.conftest import Augment, Ended, Stub, posting
 from tests.augmenter.running import running

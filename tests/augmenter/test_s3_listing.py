@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from services.augmenter.object_store.s3 import S3Store
 from services.common.aws_client import open_client
+from services.common.storage.s3 import S3Store
 from tests.support.scripted_s3 import ENVIRONMENT, Fault, ScriptedS3, scripted_s3
 
 _NAMES = [f"{number}.jsonl" for number in range(10, 40)]

@@ -9,9 +9,9 @@ from botocore.exceptions import ClientError
 
 from services.augmenter import locations
 from services.augmenter.locations import S3Place
-from services.augmenter.object_store.s3 import S3Store
-from services.augmenter.object_store.s3_client import aws_client
 from services.common.errors import UsageError
+from services.common.storage.s3 import S3Store
+from services.common.storage.s3_client import aws_client
 from tests.augmenter.conftest import Augment, Stub, posting
 from tests.support.bucket import Bucket
 from tests.support.relay import refusal, relay

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter.errors import StoreError
 from services.augmenter.locations import LocalPlace, S3Place, plan
-from services.augmenter.object_store.local import LocalStore
-from services.augmenter.object_store.protocol import NOTHING, Item
 from services.common.errors import UsageError
+from services.common.storage.errors import StoreError
+from services.common.storage.local import LocalStore
+from services.common.storage.protocol import NOTHING, Item
 from tests.augmenter.conftest import Augment, posting
 from tests.support.processes import run_command
 

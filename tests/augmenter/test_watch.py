@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter.errors import MissingError
 from services.augmenter.jobs import Job, Jobs, Shard
-from services.augmenter.object_store.local import LocalStore
-from services.augmenter.object_store.protocol import Item
 from services.augmenter.watch import Watcher
 from services.common.codec import PLAIN
+from services.common.storage.errors import MissingError
+from services.common.storage.local import LocalStore
+from services.common.storage.protocol import Item
 from tests.augmenter.conftest import Augment, Stub, posting
 from tests.augmenter.running import running, summary
 from tests.support.model_server import Answers, Call, scripted_model, well

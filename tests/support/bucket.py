@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from services.augmenter.object_store.s3_client import aws_client
+from services.common.storage.s3_client import aws_client
 from tests.support.s3 import S3Server
 
 _T = TypeVar("_T")

@@ -11,12 +11,12 @@ from typing import Any, Self
 
 from botocore.exceptions import ClientError
 
-from services.augmenter.errors import DoneElsewhereError, OutputTakenError, StoreError
-from services.augmenter.object_store.protocol import NOTHING
-from services.augmenter.object_store.s3_client import code_of, named, required
-from services.augmenter.object_store.s3_leftovers import Leftovers, server_time
 from services.common.aws_client import declares_checksums
 from services.common.memory_budget import Room
+from services.common.storage.errors import DoneElsewhereError, OutputTakenError, StoreError
+from services.common.storage.protocol import NOTHING
+from services.common.storage.s3_client import code_of, named, required
+from services.common.storage.s3_stale_uploads import Leftovers, server_time
 
 MARK, _BY = "input-etag", "upload"
 _PART_BYTES = 5 * 2**20  # the least that S3 takes, of at most 10,000: outputs up to 50 GB

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from services.augmenter.listing import InputListing
+from services.common.storage.input_listing import InputListing
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from services.augmenter.errors import MissingError, StoreError
-from services.augmenter.object_store.s3_client import named
 from services.common.codec import NAMES, format_of
 from services.common.errors import UsageError
+from services.common.storage.errors import MissingError, StoreError
+from services.common.storage.s3_client import named
 
 _MAX_NAMES = 3
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from botocore.exceptions import ClientError, FlexibleChecksumError
 
-from services.augmenter.errors import InputChangedError, StoreError
-from services.augmenter.object_store.protocol import Item
-from services.augmenter.object_store.s3_client import BROKEN, code_of, named
 from services.common.aws_errors import reason_of
+from services.common.storage.errors import InputChangedError, StoreError
+from services.common.storage.protocol import Item
+from services.common.storage.s3_client import BROKEN, code_of, named
 
 _READ_BYTES = 2**20
 _BREAKS_IN_A_ROW = 5

@@ -7,10 +7,10 @@ from typing import Any
 from botocore.exceptions import ClientError
 from botocore.handlers import validate_bucket_name
 
-from services.augmenter.errors import ArchivedError, MissingError, StoreError
 from services.common.aws_client import open_client
 from services.common.aws_errors import BROKEN, code_of, reason_of
 from services.common.redaction import without_users
+from services.common.storage.errors import ArchivedError, MissingError, StoreError
 
 aws_client = open_client
 _KINDS = {"NoSuchKey": MissingError, "404": MissingError, "InvalidObjectState": ArchivedError}

@@ -8,9 +8,9 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from services.augmenter.errors import StoreError
-from services.augmenter.object_store.s3_client import code_of, named
 from services.common.codec import format_of
+from services.common.storage.errors import StoreError
+from services.common.storage.s3_client import code_of, named
 
 # Longer than any file is between two parts of its output or of its rejects: in six hours the model answers
 # more pairs than 5 GB have lines. Ending a live one would cost its file's work, never an output.

@@ -13,16 +13,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from services.augmenter.errors import (
+from services.common.file_names import is_input
+from services.common.storage.errors import (
     DoneElsewhereError,
     InputChangedError,
     MissingError,
     OutputTakenError,
     StoreError,
 )
-from services.augmenter.listing import InputListing
-from services.augmenter.object_store.protocol import NOTHING, Item, Made
-from services.common.file_names import is_input
+from services.common.storage.input_listing import InputListing
+from services.common.storage.protocol import NOTHING, Item, Made
 
 _READ_BYTES = 2**20
 _TEMPORARY = ".augmenter-tmp"

@@ -5,17 +5,17 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from services.augmenter.listing import InputListing
-from services.augmenter.object_store import s3_hints
-from services.augmenter.object_store.protocol import Item, Made
-from services.augmenter.object_store.s3_archive import is_archived
-from services.augmenter.object_store.s3_client import code_of, named, required
-from services.augmenter.object_store.s3_download import S3Download
-from services.augmenter.object_store.s3_leftovers import Leftovers
-from services.augmenter.object_store.s3_listing import Listing
-from services.augmenter.object_store.s3_upload import MARK, PARTS_ROOM_BYTES, Conditions, S3Upload
 from services.common.file_names import is_input
 from services.common.memory_budget import Room
+from services.common.storage import s3_hints
+from services.common.storage.input_listing import InputListing
+from services.common.storage.protocol import Item, Made
+from services.common.storage.s3_archive import is_archived
+from services.common.storage.s3_client import code_of, named, required
+from services.common.storage.s3_download import S3Download
+from services.common.storage.s3_listing import Listing
+from services.common.storage.s3_stale_uploads import Leftovers
+from services.common.storage.s3_upload import MARK, PARTS_ROOM_BYTES, Conditions, S3Upload
 
 _NO_OBJECT = {"404", "NoSuchKey"}
 

@@ -52,15 +52,15 @@ PYTHON = (
         tests=("tests/cache_proxy/test_dispatcher.py",),
     ),
     Target(
-        path="services/augmenter/splice.py",
+        path="services/augmenter/pipeline/splice.py",
         tests=("tests/augmenter/test_splice.py", "tests/augmenter/test_window.py"),
     ),
     Target(
-        path="services/augmenter/jsonl.py",
+        path="services/augmenter/pipeline/jsonl.py",
         tests=("tests/augmenter/test_jsonl.py", "tests/augmenter/test_window.py", "tests/fuzz/test_lines.py"),
     ),
     Target(
-        path="services/augmenter/totals.py",
+        path="services/augmenter/stats.py",
         tests=("tests/augmenter/test_accounting.py", "tests/augmenter/test_run_local.py"),
     ),
     Target(

@@ -11,23 +11,25 @@ from functools import partial
 import stamina
 from prometheus_client import CollectorRegistry
 
-from services.augmenter import empty_input, memory, report
-from services.augmenter.channel import Access, open_channel
+from services.augmenter import summary
+from services.augmenter.client.batching_client import ProxyClient
+from services.augmenter.client.channel import Access, open_channel
+from services.augmenter.client.retry import RetryBudget, TargetHealth
+from services.augmenter.client.rpc import SeniorityRpc
 from services.augmenter.config import RunSettings
 from services.augmenter.dry_run import DryRun
 from services.augmenter.errors import TerminatedError
-from services.augmenter.jobs import Job, Jobs, Shard
-from services.augmenter.locations import Plan, S3Place
 from services.augmenter.metrics import Metrics
-from services.augmenter.pipeline import Pipeline
-from services.augmenter.proxy_client import ProxyClient
-from services.augmenter.queue_url import queue_endpoint
-from services.augmenter.retry import RetryBudget, TargetHealth
-from services.augmenter.rpc import SeniorityRpc
+from services.augmenter.paths import Plan, S3Place
+from services.augmenter.pipeline import allocator
+from services.augmenter.pipeline.file_pipeline import Pipeline
+from services.augmenter.run_storage import Stores, open_stores
 from services.augmenter.runner import Runner
-from services.augmenter.stores import Stores, open_stores
-from services.augmenter.totals import LineCounts, Totals
-from services.augmenter.watch import Watcher
+from services.augmenter.sources import empty_input
+from services.augmenter.sources.listing import Job, Jobs, Shard
+from services.augmenter.sources.queue_url import queue_endpoint
+from services.augmenter.sources.watch import Watcher
+from services.augmenter.stats import LineCounts, Totals
 from services.common.signals import Signals
 from services.common.tracing import OFF, Span, Tracing
 
@@ -40,7 +42,7 @@ _log = logging.getLogger(PROGRAM)
 async def run(settings: RunSettings, plan: Plan, tracing: Tracing = OFF) -> int:
     """Do what INPUT has now, or go on for what comes; the exit code. Raises CommandError."""
     access = Access.read(settings.tls, token_file=settings.token_file)
-    memory.settle()
+    allocator.settle()
     signals = Signals(grace_seconds=GRACE_SECONDS if settings.watch else 0)
     try:
         with tracing.root("augmenter.run", watch=settings.watch) as span:
@@ -97,13 +99,13 @@ async def _run(
         )
     totals.seconds = time.monotonic() - started
     span.note(done=totals.done, skipped=totals.skipped, failed=totals.failures.count)
-    report.write_failures(totals, program=PROGRAM)
+    summary.write_failures(totals, program=PROGRAM)
     if settings.dry_run:
-        sys.stdout.write(report.dry_run_summary(totals, distinct=counting.distinct))
+        sys.stdout.write(summary.dry_run_summary(totals, distinct=counting.distinct))
     else:
-        sys.stdout.write(report.summary(totals, rejects_place=stores.rejects.place("")))
+        sys.stdout.write(summary.summary(totals, rejects_place=stores.rejects.place("")))
     if settings.summary_json:
-        report.write_summary_json(totals, settings.summary_json)
+        summary.write_summary_json(totals, settings.summary_json)
     if nothing:
         sys.stderr.write(f"{PROGRAM}: {nothing}\n")
     return 0 if settings.watch else _exit_code(settings, totals, is_empty=nothing != "")
@@ -130,7 +132,7 @@ async def _do_all(
     )
     concurrency = settings.concurrency
     if settings.sqs_queue_url:
-        from services.augmenter.sqs import QueueWorkers  # noqa: PLC0415
+        from services.augmenter.sources.sqs import QueueWorkers  # noqa: PLC0415
         from services.common.storage.s3_client import aws_client  # noqa: PLC0415 - see stores.py
 
         assert isinstance(plan.source, S3Place)  # noqa: S101 - checked with the places

@@ -6,9 +6,9 @@ from typing import Any
 import click
 import uvloop
 
-from services.augmenter import app, locations
+from services.augmenter import app, paths
 from services.augmenter.config import DEFAULT_INPUT, DEFAULT_OUTPUT, RunSettings
-from services.augmenter.queue_url import check_queue_url
+from services.augmenter.sources.queue_url import check_queue_url
 from services.common import logs, options, tracing
 from services.common.codec import NAMES
 from services.common.errors import UsageError
@@ -26,7 +26,7 @@ def _run(**values: Any) -> int:
         raise UsageError("run takes INPUT and OUTPUT, or neither")
     settings = options.read(RunSettings, values)
     logs.configure(log_format=settings.log_format, level=settings.log_level)
-    plan = locations.plan(values["input"], values["output"], settings.rejects)
+    plan = paths.plan(values["input"], values["output"], settings.rejects)
     if settings.sqs_queue_url:
         _check_queue(settings.sqs_queue_url, plan)
     _check_keys(settings, plan)
@@ -39,10 +39,10 @@ def _run(**values: Any) -> int:
         return runner.run(app.run(settings, plan, traces))
 
 
-def _check_queue(queue_url: str, plan: locations.Plan) -> None:
+def _check_queue(queue_url: str, plan: paths.Plan) -> None:
     """Refuse a queue that cannot have INPUT's events. Raises UsageError."""
     check_queue_url(queue_url)
-    if plan.input_name or not isinstance(plan.source, locations.S3Place):
+    if plan.input_name or not isinstance(plan.source, paths.S3Place):
         raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
     if plan.source.is_access_point:
         raise UsageError(
@@ -50,11 +50,11 @@ def _check_queue(queue_url: str, plan: locations.Plan) -> None:
         )
 
 
-def _check_keys(settings: RunSettings, plan: locations.Plan) -> None:
+def _check_keys(settings: RunSettings, plan: paths.Plan) -> None:
     """Refuse a key for places that cannot use it. Raises UsageError."""
-    if settings.sse_c_key_file and not isinstance(plan.source, locations.S3Place):
+    if settings.sse_c_key_file and not isinstance(plan.source, paths.S3Place):
         raise UsageError("--sse-c-key-file is for objects: INPUT must be s3://BUCKET/PREFIX/")
-    if settings.output_sse_c_key_file and not isinstance(plan.sink, locations.S3Place):
+    if settings.output_sse_c_key_file and not isinstance(plan.sink, paths.S3Place):
         raise UsageError("--output-sse-c-key-file is for objects: OUTPUT must be s3://BUCKET/PREFIX/")
 
 

@@ -3,9 +3,9 @@
 import string
 from dataclasses import dataclass
 
-from services.augmenter.jobs import parse_shard
-from services.augmenter.reading import ReadLimits
-from services.augmenter.window import PostingFormat
+from services.augmenter.pipeline.file_reader import ReadLimits
+from services.augmenter.pipeline.line_blocks import PostingFormat
+from services.augmenter.sources.listing import parse_shard
 from services.common import bearer, limits, options
 from services.common.errors import UsageError
 from services.common.grpc_target import check_target

@@ -2,12 +2,12 @@
 
 from contextlib import aclosing
 
-from services.augmenter import window
 from services.augmenter.errors import NoLineAugmentedError
-from services.augmenter.jobs import Job
-from services.augmenter.reading import FileReader, ReadLimits
-from services.augmenter.totals import LineCounts, Totals
-from services.augmenter.window import STANDARD, PostingFormat, Window
+from services.augmenter.pipeline import line_blocks
+from services.augmenter.pipeline.file_reader import FileReader, ReadLimits
+from services.augmenter.pipeline.line_blocks import STANDARD, PostingFormat, Window
+from services.augmenter.sources.listing import Job
+from services.augmenter.stats import LineCounts, Totals
 from services.common.line_reader import LongLinePart
 from services.common.storage.protocol import Store
 
@@ -49,7 +49,7 @@ class DryRun:
                     self._count(counts, LineCounts(read=block.is_last, rejected=block.is_last))
                     continue
                 windows: list[Window] = []
-                for pairs in window.parsed(block, into=windows, form=self._form):
+                for pairs in line_blocks.parsed(block, into=windows, form=self._form):
                     self._pairs.update(map(hash, pairs))
                 for one in windows:
                     if first is None and (bad := one.first_bad()):

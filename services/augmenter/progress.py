@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from services.augmenter.totals import Totals
+from services.augmenter.stats import Totals
 
 _REFRESH_SECONDS = 0.2
 

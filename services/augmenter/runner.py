@@ -6,10 +6,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
-from services.augmenter.jobs import Job
 from services.augmenter.metrics import Metrics
+from services.augmenter.sources.listing import Job
+from services.augmenter.stats import LineCounts, Totals
 from services.augmenter.tasks import together
-from services.augmenter.totals import LineCounts, Totals
 from services.common.errors import FileError
 from services.common.storage.errors import ArchivedError, DoneElsewhereError, MissingError, StoreError
 from services.common.storage.protocol import Store

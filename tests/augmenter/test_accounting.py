@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from services.augmenter import window
-from services.augmenter.jsonl import Pair
-from services.augmenter.window import MixedWindow, PlainWindow, Window
+from services.augmenter.pipeline import line_blocks
+from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.pipeline.line_blocks import MixedWindow, PlainWindow, Window
 from services.common.line_reader import Piece
 from tests.augmenter.conftest import Augment, Stub, posting
 
@@ -44,7 +44,7 @@ def test_a_file_whose_lines_do_not_add_up_has_no_output(
     lines: list[bytes], said: str,
 ) -> None:  # fmt: skip
     """A line that a defect lost fails its file, with the figures; neither output nor rejects appear."""
-    monkeypatch.setattr(window, "parsed", _losing_a_line(window.parsed))
+    monkeypatch.setattr(line_blocks, "parsed", _losing_a_line(line_blocks.parsed))
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
     assert (ended.code, ended.err) == (1, f"augmenter: {tmp_path}/a.jsonl: {said}\n")

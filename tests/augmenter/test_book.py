@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.augmenter import book as books
-from services.augmenter.book import Book, Books, Flight
-from services.augmenter.jsonl import Pair
+from services.augmenter.client import dedup as books
+from services.augmenter.client.dedup import Book, Books, Flight
+from services.augmenter.pipeline.jsonl import Pair
 
 _PAIRS = [Pair(company, "Clerk") for company in "abcdef"]
 _ENDS = st.lists(st.sampled_from(["level", "refused", "nothing"]), min_size=len(_PAIRS), max_size=len(_PAIRS))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter import totals
-from services.augmenter.recent import Recent
+from services.augmenter import stats
+from services.augmenter.sources.lru_set import Recent
 from tests.augmenter.conftest import Augment, Stub
 
 
@@ -15,7 +15,7 @@ def test_of_failures_the_first_are_named_at_the_end(
     augment: Augment, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each failure is counted, and named once: the first at the end, the others when they happen."""
-    monkeypatch.setattr(totals, "MOST_FAILURES_NAMED", 2)
+    monkeypatch.setattr(stats, "MOST_FAILURES_NAMED", 2)
     source = tmp_path / "in"
     source.mkdir()
     for i in range(5):
@@ -36,8 +36,8 @@ def test_of_failures_the_first_are_named_at_the_end(
 
 def test_a_failure_that_passed_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file counts once however often it fails, and no more once it is done."""
-    monkeypatch.setattr(totals, "MOST_FAILURES_NAMED", 2)
-    failures = totals.Failures()
+    monkeypatch.setattr(stats, "MOST_FAILURES_NAMED", 2)
+    failures = stats.Failures()
     assert [failures.add(name, "broken") for name in "abac"] == [True, True, True, False]
     assert (failures.count, list(failures.named)) == (3, ["a", "b"])
     failures.over("a")

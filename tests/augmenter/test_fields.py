@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.augmenter import window
-from services.augmenter.totals import LineCounts
-from services.augmenter.window import Answers, PostingFormat, Window
+from services.augmenter.pipeline import line_blocks
+from services.augmenter.pipeline.line_blocks import Answers, PostingFormat, Window
+from services.augmenter.stats import LineCounts
 from services.common.line_reader import Piece
 from services.common.posting_fields import PostingFields
 from services.model_stub.levels import infer_level
@@ -190,9 +190,9 @@ def test_lines_become_what_json_says_of_them(
     for lines in [given_lines, *([line] for line in given_lines)]:
         windows: list[Window] = []
         block = [Piece(b"\n".join(lines), len(lines))]
-        pairs = [pair for some in window.parsed(block, into=windows, form=form) for pair in some]
+        pairs = [pair for some in line_blocks.parsed(block, into=windows, form=form) for pair in some]
         counts = LineCounts(read=len(lines))
-        output, rejected = window.settled(windows, Answers(bytes([4]) * len(pairs)), counts)
+        output, rejected = line_blocks.settled(windows, Answers(bytes([4]) * len(pairs)), counts)
         assert counts.balanced
         expected: list[tuple[str, str]] = []
         made = iter(output.splitlines())

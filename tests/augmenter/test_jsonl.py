@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.augmenter import jsonl, window
-from services.augmenter.jsonl import Pair, Posting, Rejected
-from services.augmenter.splice import spliced
+from services.augmenter.pipeline import jsonl, line_blocks
+from services.augmenter.pipeline.jsonl import Pair, Posting, Rejected
+from services.augmenter.pipeline.splice import spliced
 from services.common.line_reader import Piece
 
 _GOOD = b'"company":"Acme","title":"Clerk"'
@@ -16,10 +16,10 @@ _GOOD = b'"company":"Acme","title":"Clerk"'
 
 def _entries(*texts: bytes) -> list[jsonl.Entry]:
     """What a window makes of lines, whichever way it takes."""
-    windows: list[window.Window] = []
-    (pairs,) = window.parsed([Piece(b"\n".join(texts), len(texts))], into=windows)
+    windows: list[line_blocks.Window] = []
+    (pairs,) = line_blocks.parsed([Piece(b"\n".join(texts), len(texts))], into=windows)
     (made,) = windows
-    if isinstance(made, window.MixedWindow):
+    if isinstance(made, line_blocks.MixedWindow):
         return jsonl.parse([jsonl.strip(text) for text in texts])
     return [Posting(pair) for pair in pairs]
 

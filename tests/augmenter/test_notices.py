@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.augmenter import notices
-from services.augmenter.notices import Notice
+from services.augmenter.sources import s3_events
+from services.augmenter.sources.s3_events import Notice
 from tests.support.sqs import made
 
 
 def _seen(body: object) -> list[tuple[str, str, bool]]:
     """Bucket, key and whether the file is started, of each event."""
     text = body if isinstance(body, str) else json.dumps(body)
-    return [(notice.bucket, notice.key, notice.starts) for notice in notices.read(text).notices]
+    return [(notice.bucket, notice.key, notice.starts) for notice in s3_events.read(text).notices]
 
 
 def record(name: str, bucket: str = "b", key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def test_array_of_events_is_read_event_by_event() -> None:
         ([events], "one of its events: not a JSON object"),
         ({"Records": [record("ObjectCreated:Put"), {}]}, "a record has no eventName"),
     ):
-        message = notices.read(json.dumps([other, cloudtrail("PutObject", "3")]))
+        message = s3_events.read(json.dumps([other, cloudtrail("PutObject", "3")]))
         assert message.notices[-1].key == "3"
         assert message.not_understood == f"not an S3 event notification: {reason}"
 
@@ -139,7 +139,7 @@ def test_test_event_names_its_bucket() -> None:
     """The event that S3 sends when a notification is configured."""
     event = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}
     expected = Notice("b", "", starts=False, is_test=True, kind="s3:TestEvent")
-    assert notices.read(json.dumps(event)).notices == [expected]
+    assert s3_events.read(json.dumps(event)).notices == [expected]
 
 
 def test_event_is_shown_in_a_short_line() -> None:
@@ -151,7 +151,7 @@ def test_event_is_shown_in_a_short_line() -> None:
 def test_record_without_fields_does_not_hide_the_others() -> None:
     """The records that can be read are, and the message says that one could not."""
     records = [record("ObjectCreated:Put", key="1"), {"eventName": "ObjectCreated:Put"}, 7]
-    message = notices.read(json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]}))
+    message = s3_events.read(json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]}))
     assert [notice.key for notice in message.notices] == ["1", "2"]
     assert message.not_understood == "not an S3 event notification: a record has no s3.object.key"
 
@@ -180,8 +180,8 @@ def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> Non
             place[name] = data.draw(_JSON)
             break
         place = place[name]
-    with suppress(notices.UnreadableMessageError):
-        assert all(isinstance(notice.key, str) for notice in notices.read(json.dumps(event)).notices)
+    with suppress(s3_events.UnreadableMessageError):
+        assert all(isinstance(notice.key, str) for notice in s3_events.read(json.dumps(event)).notices)
 
 
 @pytest.mark.parametrize(
@@ -210,5 +210,5 @@ def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> Non
 )
 def test_message_in_no_known_format_is_unreadable(body: object, reason: str) -> None:
     """With the true reason, in the format's own names; never a crash."""
-    with pytest.raises(notices.UnreadableMessageError, match=reason):
-        notices.read(body if isinstance(body, str) else json.dumps(body))
+    with pytest.raises(s3_events.UnreadableMessageError, match=reason):
+        s3_events.read(body if isinstance(body, str) else json.dumps(body))

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from services.augmenter.queue_url import QueueEndpoint, queue_endpoint
+from services.augmenter.sources.queue_url import QueueEndpoint, queue_endpoint
 from tests.augmenter.conftest import Augment, MakeQueue, Stub, posting, queue_args
 from tests.support.bucket import Bucket
 from tests.support.model_server import Answers, Call, scripted_model, well

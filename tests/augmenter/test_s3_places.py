@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from services.augmenter import locations
-from services.augmenter.locations import S3Place
+from services.augmenter import paths
+from services.augmenter.paths import S3Place
 from services.common.errors import UsageError
 from services.common.storage.s3 import S3Store
 from services.common.storage.s3_client import aws_client
@@ -128,7 +128,7 @@ def test_sse_c_key_is_not_sent_through_an_http_proxy(
 )
 def test_place_may_be_an_access_point_or_have_a_tenant(text: str, source: S3Place, name: str | None) -> None:
     """The prefix begins behind the access point's name."""
-    plan = locations.plan(text, "/nowhere/" if name is None else "/nowhere/x.jsonl", None)
+    plan = paths.plan(text, "/nowhere/" if name is None else "/nowhere/x.jsonl", None)
     assert (plan.source, plan.input_name) == (source, name)
 
 
@@ -148,7 +148,7 @@ def test_place_may_be_an_access_point_or_have_a_tenant(text: str, source: S3Plac
 def test_other_places_are_refused_in_one_line(text: str) -> None:
     """It names the place, and what is served."""
     with pytest.raises(UsageError, match=r"is not served|neither a bucket's name nor TENANT:BUCKET"):
-        locations.plan(text, "/nowhere/", None)
+        paths.plan(text, "/nowhere/", None)
 
 
 @pytest.mark.parametrize("point", [_POINT, "postings-a1b2c3d4-s3alias"])

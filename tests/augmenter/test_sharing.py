@@ -9,16 +9,16 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from services.augmenter import pipeline
-from services.augmenter.channel import open_channel
+from services.augmenter.client.batching_client import ProxyClient
+from services.augmenter.client.channel import open_channel
+from services.augmenter.client.retry import RetryBudget, TargetHealth
+from services.augmenter.client.rpc import SeniorityRpc
 from services.augmenter.errors import RpcFailedError
-from services.augmenter.jsonl import Pair
 from services.augmenter.metrics import Metrics
-from services.augmenter.proxy_client import ProxyClient
-from services.augmenter.retry import RetryBudget, TargetHealth
-from services.augmenter.rpc import SeniorityRpc
-from services.augmenter.totals import Totals
-from services.augmenter.window import Answers
+from services.augmenter.pipeline import file_pipeline
+from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.pipeline.line_blocks import Answers
+from services.augmenter.stats import Totals
 from services.common.memory_budget import Room
 from tests.augmenter.conftest import Augment, posting
 from tests.support.model_server import Abort, Call, level_of, scripted_model, well
@@ -68,8 +68,8 @@ def test_of_large_files_only_some_are_in_work(
     augment: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, most: int
 ) -> None:
     """As many as there is memory for, compressed ones by about their text, and all of them in the end."""
-    monkeypatch.setattr(pipeline, "_FILES_BYTES", 3 * most)
-    monkeypatch.setattr(pipeline, name, most)
+    monkeypatch.setattr(file_pipeline, "_FILES_BYTES", 3 * most)
+    monkeypatch.setattr(file_pipeline, name, most)
     source, sink = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for i in range(10):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter.locations import LocalPlace, S3Place, plan
+from services.augmenter.paths import LocalPlace, S3Place, plan
 from services.common.errors import UsageError
 from services.common.storage.errors import StoreError
 from services.common.storage.local import LocalStore

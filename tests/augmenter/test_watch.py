@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter.jobs import Job, Jobs, Shard
-from services.augmenter.watch import Watcher
+from services.augmenter.sources.listing import Job, Jobs, Shard
+from services.augmenter.sources.watch import Watcher
 from services.common.codec import PLAIN
 from services.common.storage.errors import MissingError
 from services.common.storage.local import LocalStore

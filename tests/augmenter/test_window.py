@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.augmenter import window
-from services.augmenter.totals import LineCounts
-from services.augmenter.window import Answers, Window
+from services.augmenter.pipeline import line_blocks
+from services.augmenter.pipeline.line_blocks import Answers, Window
+from services.augmenter.stats import LineCounts
 from services.common.line_reader import Piece
 from tests.augmenter.conftest import posting
 
@@ -27,7 +27,7 @@ _Lines = st.lists(
 def few() -> object:
     """Pieces of more than two lines are halved if one is odd."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(window, "_FEW_LINES", 2)
+        patch.setattr(line_blocks, "_FEW_LINES", 2)
         yield
 
 
@@ -38,13 +38,13 @@ def test_each_line_has_its_own_answer(given_lines: list[tuple[bytes, int]], size
     lines = iter([line for line, _ in given_lines])
     cut = [list(itertools.islice(lines, size)) for size in sizes]
     block = [Piece(b"\n".join(some), len(some)) for some in cut if some]
-    asked = [pair for pairs in window.parsed(block, into=windows) for pair in pairs]
+    asked = [pair for pairs in line_blocks.parsed(block, into=windows) for pair in pairs]
     assert block == []
     levels = [level for line, level in given_lines if line not in _ODD]
     assert len(asked) == len(levels)
     refused = {place: f"refused {place}" for place, level in enumerate(levels) if not level}
     counts = LineCounts(read=len(given_lines))
-    output, rejected = window.settled(windows, Answers(bytes(levels), refused), counts)
+    output, rejected = line_blocks.settled(windows, Answers(bytes(levels), refused), counts)
 
     expected, reasons, place = b"", [], 0
     for number, (line, level) in enumerate(given_lines, 1):

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.augmenter import wire
-from services.augmenter.jsonl import Pair
-from services.augmenter.wire import FIRST_UUID
+from services.augmenter.client import wire
+from services.augmenter.client.wire import FIRST_UUID
+from services.augmenter.pipeline.jsonl import Pair
 
 _TEXTS = st.text(max_size=6) | st.sampled_from(
     ["", "x" * 60, "x" * 61, "x" * 127, "x" * 128, "x" * 200, "é", "\0"]

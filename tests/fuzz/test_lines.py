@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from services.augmenter import jsonl, window
-from services.augmenter.totals import LineCounts
+from services.augmenter.pipeline import jsonl, line_blocks
+from services.augmenter.stats import LineCounts
 from services.common.line_reader import Piece
 from tests.fuzz.corpus import fuzz_for_long, mutated, replayed
 
@@ -88,10 +88,12 @@ def check_line(case: bytes) -> None:
     good = [pair for _, pair in wanted if pair is not None]
     bad = [jsonl.strip(part) for part, pair in wanted if pair is None and jsonl.strip(part)]
     for lines, place in ((line, 0), (_GOOD + b"\n" + line, 1)):
-        windows: list[window.Window] = []
-        (pairs,) = window.parsed([Piece(lines, place + 1)], into=windows)
+        windows: list[line_blocks.Window] = []
+        (pairs,) = line_blocks.parsed([Piece(lines, place + 1)], into=windows)
         counts = LineCounts(read=place + 1 + sum(one.extra for one in windows))
-        output, rejected = window.settled(windows, window.Answers(bytes([_LEVEL]) * len(pairs)), counts)
+        output, rejected = line_blocks.settled(
+            windows, line_blocks.Answers(bytes([_LEVEL]) * len(pairs)), counts
+        )
         found = output.split(b"\n")[:-1]
         assert counts.balanced
         assert [jsonl.strip(bytes_) for _, bytes_, _ in rejected] == bad

@@ -7,7 +7,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 
 from protos import seniority_pb2 as pb
-from services.augmenter.wire import FIRST_UUID, levels_in_order
+from services.augmenter.client.wire import FIRST_UUID, levels_in_order
 from services.cache_proxy import asked, hits, wire
 from services.cache_proxy.errors import InvalidRequest
 from services.cache_proxy.l1 import L1Cache

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from services.augmenter import jsonl
-from services.augmenter.jsonl import Pair
-from services.augmenter.splice import Splicer
-from services.augmenter.totals import LineCounts
+from services.augmenter.pipeline import jsonl
+from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.pipeline.splice import Splicer
+from services.augmenter.stats import LineCounts
 from services.common import json_objects
 from services.common.line_reader import Piece
 from services.common.posting_fields import DEFAULT, PostingFields

@@ -5,15 +5,15 @@ from contextlib import aclosing, closing
 from dataclasses import dataclass
 from functools import partial
 
-from services.augmenter import window
+from services.augmenter.client.batching_client import ProxyClient
+from services.augmenter.client.retry import RetryBudget
 from services.augmenter.errors import AccountingError, NoLineAugmentedError
-from services.augmenter.outputs import Output, Rejects
-from services.augmenter.proxy_client import ProxyClient
-from services.augmenter.reading import FileReader, ReadLimits
-from services.augmenter.retry import RetryBudget
+from services.augmenter.pipeline import line_blocks
+from services.augmenter.pipeline.file_reader import FileReader, ReadLimits
+from services.augmenter.pipeline.line_blocks import STANDARD, Answers, PostingFormat, Window
+from services.augmenter.pipeline.writers import Output, Rejects
+from services.augmenter.stats import LineCounts, Totals
 from services.augmenter.tasks import worked_ahead
-from services.augmenter.totals import LineCounts, Totals
-from services.augmenter.window import STANDARD, Answers, PostingFormat, Window
 from services.common.codec import PLAIN, Format
 from services.common.line_reader import Block, LongLinePart, Piece
 from services.common.memory_budget import Room
@@ -99,7 +99,7 @@ class Pipeline:
                         in_hand.done_with(block.held_bytes)
                         continue
                     in_hand.count(sum(one.extra for one in windows))
-                    augmented, rejected = window.settled(windows, answers, counts)
+                    augmented, rejected = line_blocks.settled(windows, answers, counts)
                     del windows, answers  # while it is written, only the text of it is held
                     if rejected:
                         await rejects.write(rejected)
@@ -135,7 +135,7 @@ class Pipeline:
         windows: list[Window] = []
         if block.long_line is not None:
             return windows, Answers(b"")
-        pairs = window.parsed(block.pieces, into=windows, form=self._form)
+        pairs = line_blocks.parsed(block.pieces, into=windows, form=self._form)
         with self._tracing.span("window", lines=block.count, bytes=block.size_bytes):
             return windows, await self._client.ask(pairs, budget, text_bytes=block.size_bytes)
 

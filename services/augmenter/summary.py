@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from services.augmenter.totals import Totals
+from services.augmenter.stats import Totals
 from services.common.errors import CommandError
 from services.common.printable import printable
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from services.augmenter.jobs import Job
+from services.augmenter.sources.listing import Job
 from services.common.errors import FileError
 from services.common.storage.errors import MissingError
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from services.augmenter.totals import Totals
+from services.augmenter.stats import Totals
 from services.common.codec import MAX_ZSTD_WINDOW_BYTES, Format
 from services.common.detection import DetectingDecoder
 from services.common.line_reader import MAX_LINE_BYTES, Block, blocks

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from services.augmenter.config import RunSettings
-from services.augmenter.locations import LocalPlace, Place, Plan, S3Place
+from services.augmenter.paths import LocalPlace, Place, Plan, S3Place
 from services.common.memory_budget import Room
 from services.common.storage.local import LocalStore
 from services.common.storage.protocol import Store

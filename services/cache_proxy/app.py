@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from services.cache_proxy import grpc_server
 from services.cache_proxy.access.opening import open_callers, open_way
 from services.cache_proxy.access.renewals import Renewals
-from services.cache_proxy.config import Settings, read_secret
+from services.cache_proxy.config.settings import Settings, read_secret
 from services.cache_proxy.dispatcher import Dispatcher
 from services.cache_proxy.errors import Unavailable
 from services.cache_proxy.intake import Intake, IntakeLimits

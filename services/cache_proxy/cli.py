@@ -9,9 +9,14 @@ from typing import Any
 import click
 
 from services.cache_proxy import infer
-from services.cache_proxy.access.settings import CallerAccess, ModelAccess
-from services.cache_proxy.admin.settings import OutputSettings, PairSettings, ScopeSettings, WarmSettings
-from services.cache_proxy.config import (
+from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
+from services.cache_proxy.config.command_settings import (
+    OutputSettings,
+    PairSettings,
+    ScopeSettings,
+    WarmSettings,
+)
+from services.cache_proxy.config.settings import (
     ENV_PREFIX,
     AnswerSettings,
     CacheSettings,

@@ -11,7 +11,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.cache_proxy import http2_bounds, known_methods, reflection
-from services.cache_proxy.config import ServerSettings
+from services.cache_proxy.config.settings import ServerSettings
 from services.cache_proxy.connections import Connections
 from services.cache_proxy.health import Health
 from services.cache_proxy.intake import Intake, IntakeLimits

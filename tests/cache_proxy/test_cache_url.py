@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.cache_url import CacheUrl, parse
+from services.cache_proxy.config.cache_url import CacheUrl, parse
 from services.common.errors import UsageError
 
 _SECRET = "hunter2"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.cli import cli
-from services.cache_proxy.config import (
+from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
+from services.cache_proxy.config.settings import (
     AnswerSettings,
     CacheSettings,
     ModelSettings,

@@ -10,7 +10,7 @@ import pytest
 import redis
 from prometheus_client import CollectorRegistry
 
-from services.cache_proxy.config import AnswerSettings, CacheSettings, KeySettings
+from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import PREVIOUS, Lifetime, dated, level_of, today

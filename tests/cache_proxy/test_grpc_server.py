@@ -12,7 +12,7 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.cache_proxy.config import ServerSettings
+from services.cache_proxy.config.settings import ServerSettings
 from services.cache_proxy.grpc_server import GrpcServer, Listeners
 from services.cache_proxy.health import Health
 from services.common.errors import CommandError

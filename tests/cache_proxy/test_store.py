@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from services.cache_proxy.config import CacheSettings, KeySettings
+from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.store import Store, scripts

@@ -12,7 +12,7 @@ import redis.asyncio
 from prometheus_client import CollectorRegistry
 from redis.crc import key_slot
 
-from services.cache_proxy.config import KeySettings
+from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue.messages import unpack
 from services.cache_proxy.queue.scripts import Keys

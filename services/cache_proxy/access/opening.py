@@ -11,8 +11,8 @@ from services.cache_proxy.access import callers_file
 from services.cache_proxy.access.identify import identification
 from services.cache_proxy.access.listeners import server_credentials
 from services.cache_proxy.access.renewals import Renewals
-from services.cache_proxy.access.settings import CallerAccess, ModelAccess
 from services.cache_proxy.callers import Identify
+from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
 from services.common.bearer import Token
 from services.common.file_reload import Renewed
 from services.common.grpc_target import is_on_this_machine

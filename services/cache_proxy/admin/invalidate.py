@@ -4,8 +4,8 @@ import json
 import sys
 
 from services.cache_proxy.admin.opening import Cache, open_cache, version_of
-from services.cache_proxy.admin.settings import OutputSettings, PairSettings, ScopeSettings
-from services.cache_proxy.config import AnswerSettings, CacheSettings, KeySettings
+from services.cache_proxy.config.command_settings import OutputSettings, PairSettings, ScopeSettings
+from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.layout import TAGS

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from prometheus_client import CollectorRegistry
 
-from services.cache_proxy.config import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings, read_secret
+from services.cache_proxy.config.settings import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings, read_secret
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.key import Digester, make_digester
 from services.cache_proxy.metrics import ProxyMetrics

@@ -6,8 +6,8 @@ import sys
 from collections import Counter
 
 from services.cache_proxy.admin.opening import Cache, open_cache
-from services.cache_proxy.admin.settings import OutputSettings
-from services.cache_proxy.config import CacheSettings, KeySettings
+from services.cache_proxy.config.command_settings import OutputSettings
+from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.store.layout import TAGS
 

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services.cache_proxy.admin.opening import Cache, open_cache
-from services.cache_proxy.admin.settings import OutputSettings, WarmSettings
 from services.cache_proxy.admin.sources import Place, Source, is_in_bucket, open_places
-from services.cache_proxy.config import CacheSettings, KeySettings
+from services.cache_proxy.config.command_settings import OutputSettings, WarmSettings
+from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.redis_values import read_integer
 from services.cache_proxy.store import deployment

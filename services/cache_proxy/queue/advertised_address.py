@@ -5,7 +5,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.cache_proxy import cache_url
+from services.cache_proxy.config import cache_url
 from services.cache_proxy.store.names import addresses_of
 from services.common.tasks import end
 

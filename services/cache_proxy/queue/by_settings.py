@@ -8,7 +8,7 @@ import redis.asyncio
 
 from services.cache_proxy import quotas
 from services.cache_proxy.access.renewals import Renewals
-from services.cache_proxy.config import Settings
+from services.cache_proxy.config.settings import Settings
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import GiveUp, QueueLimits, Settle
 from services.cache_proxy.queue.listener import Hear

@@ -9,10 +9,10 @@ from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from services.cache_proxy import cache_url
 from services.cache_proxy.access.renewals import Renewals
-from services.cache_proxy.cache_url import CacheUrl
-from services.cache_proxy.config import CacheSettings
+from services.cache_proxy.config import cache_url
+from services.cache_proxy.config.cache_url import CacheUrl
+from services.cache_proxy.config.settings import CacheSettings
 from services.cache_proxy.store.cluster import ClusterServers
 from services.cache_proxy.store.renewing import Tls, UnixConnection, follow, follow_login, following
 from services.cache_proxy.store.sentinels import ParallelSentinel

@@ -8,7 +8,7 @@ import logging
 import re
 from dataclasses import dataclass
 
-from services.cache_proxy.config import NORMAL_FORMS, KeySettings, read_secret
+from services.cache_proxy.config.settings import NORMAL_FORMS, KeySettings, read_secret
 from services.cache_proxy.key import NORMAL_FORM_VERSION, fingerprint
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.redis_values import read_integer

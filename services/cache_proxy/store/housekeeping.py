@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 
-from services.cache_proxy.config import KeySettings
+from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import Lifetime

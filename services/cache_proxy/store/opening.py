@@ -13,7 +13,7 @@ from typing import cast
 import redis.asyncio
 
 from services.cache_proxy.access.renewals import Renewals
-from services.cache_proxy.config import (
+from services.cache_proxy.config.settings import (
     DEFAULT_EMBEDDED_DIR,
     AnswerSettings,
     CacheSettings,

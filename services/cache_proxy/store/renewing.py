@@ -10,7 +10,7 @@ from redis.asyncio.connection import Connection, RedisSSLContext, UnixDomainSock
 from redis.credentials import CredentialProvider
 
 from services.cache_proxy.access.renewals import Renewals
-from services.cache_proxy.config import read_secret
+from services.cache_proxy.config.settings import read_secret
 from services.cache_proxy.store.names import addresses_of
 from services.common.errors import UsageError
 from services.common.file_reload import Look, Renewed

@@ -1,0 +1,1 @@
+"""Settings of the service and its commands, their flags and environment variables."""

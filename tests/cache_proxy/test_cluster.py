@@ -14,14 +14,14 @@ from redis.crc import key_slot
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue.home import Home
-from services.cache_proxy.store.connecting import connect, servers
+from services.cache_proxy.redis_client.backend import FAILURES, Servers
+from services.cache_proxy.redis_client.client_factory import connect, servers
+from services.cache_proxy.redis_client.node import Home
 from services.cache_proxy.store.dated import level_of
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from services.cache_proxy.store.layout import TAGS, state_key, tag_of
 from services.cache_proxy.store.redis import RedisStore
-from services.cache_proxy.store.servers import FAILURES, Servers
 from tests.support.redis_cluster import Cluster, redis_cluster, sentinel
 from tests.support.redis_server import redis_process, wait_for
 

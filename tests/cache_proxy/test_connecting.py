@@ -7,7 +7,7 @@ from redis.exceptions import AuthenticationError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.store.connecting import Access, connect, servers
+from services.cache_proxy.redis_client.client_factory import Access, connect, servers
 from tests.support.redis_server import RedisServer, redis_process
 
 

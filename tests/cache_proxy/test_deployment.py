@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.redis_client.backend import Servers
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import PREVIOUS, Lifetime, dated, level_of, today
 from services.cache_proxy.store.guarded import GuardedStore
@@ -19,7 +20,6 @@ from services.cache_proxy.store.housekeeping import Housekeeping
 from services.cache_proxy.store.layout import TAGS
 from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.store.redis import RedisStore
-from services.cache_proxy.store.servers import Servers
 from services.common.errors import UsageError
 from services.common.tasks import end
 

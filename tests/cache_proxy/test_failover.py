@@ -17,7 +17,7 @@ from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Claim, NotYet, Outcome
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_shared
-from services.cache_proxy.store.connecting import connect
+from services.cache_proxy.redis_client.client_factory import connect
 from services.cache_proxy.waiters import Wait, Waiters
 from tests.support.redis_server import RedisServer, redis_process
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas

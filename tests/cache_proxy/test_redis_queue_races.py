@@ -8,7 +8,7 @@ from grpc import StatusCode
 
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
 from services.cache_proxy.queue import Claim, NotYet, Pair
-from services.cache_proxy.store.connecting import connect, servers
+from services.cache_proxy.redis_client.client_factory import connect, servers
 from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from services.cache_proxy.store.scripts import BURY
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pair, pairs, replicas

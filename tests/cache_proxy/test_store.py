@@ -18,9 +18,10 @@ from prometheus_client import CollectorRegistry
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.redis_client.backend import Call, Servers
+from services.cache_proxy.redis_client.client_factory import connect, servers
 from services.cache_proxy.store import Store, scripts
 from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.connecting import connect, servers
 from services.cache_proxy.store.dated import Lifetime, dated, day_of, level_of, today
 from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.store.invalidation import InvalidationLog
@@ -28,7 +29,6 @@ from services.cache_proxy.store.layout import FIELD, TAGS, TagState, state_key, 
 from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.store.redis import RedisStore
 from services.cache_proxy.store.scripts import BURY
-from services.cache_proxy.store.servers import Call, Servers
 from services.cache_proxy.store.versions import VersionedStore
 from tests.support.redis_server import RedisServer, redis_process
 

@@ -16,7 +16,7 @@ from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue.messages import unpack
 from services.cache_proxy.queue.scripts import Keys
-from services.cache_proxy.store.connecting import connect, servers
+from services.cache_proxy.redis_client.client_factory import connect, servers
 from services.cache_proxy.store.deployment import base_key
 from services.cache_proxy.store.redis import RedisStore
 from tests.fleet.scenarios import callers, same_pairs

@@ -12,11 +12,11 @@ import pytest
 import redis
 
 from services.cache_proxy.errors import AccessRefusedByStore, StoreError, Unavailable
-from services.cache_proxy.queue.access_check import AccessCheck
-from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.scripts import Keys
-from services.cache_proxy.store.connecting import Access, connect, servers
-from services.cache_proxy.store.servers import is_access_refusal
+from services.cache_proxy.redis_client.access_check import AccessCheck
+from services.cache_proxy.redis_client.backend import is_access_refusal
+from services.cache_proxy.redis_client.client_factory import Access, connect, servers
+from services.cache_proxy.redis_client.node import Home
 from services.model_stub.levels import infer_level
 from tests.support.caller import caller, metrics
 from tests.support.fleet import Fleet

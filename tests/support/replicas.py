@@ -18,7 +18,6 @@ from services.cache_proxy.errors import QueueFull, StoreError, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.limiter import Limiter
 from services.cache_proxy.queue.listener import Listener
 from services.cache_proxy.queue.local import LocalQueue
@@ -26,6 +25,7 @@ from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
 from services.cache_proxy.queue.slots import SlotLimiter
 from services.cache_proxy.quotas import QuotasNow, none
+from services.cache_proxy.redis_client.node import Home
 from services.cache_proxy.waiters import Wait, Waiters
 from tests.support.redis_server import wait_for
 

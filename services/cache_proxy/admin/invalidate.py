@@ -7,10 +7,10 @@ from services.cache_proxy.admin.opening import Cache, open_cache, version_of
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings, ScopeSettings
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.redis_client.backend import Call
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.layout import TAGS
 from services.cache_proxy.store.scripts import BURY
-from services.cache_proxy.store.servers import Call
 from services.common.errors import UsageError
 
 _STEP_BUCKETS = 100  # unlinked in half a millisecond

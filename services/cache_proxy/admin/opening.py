@@ -12,13 +12,13 @@ from services.cache_proxy.config.settings import DEFAULT_EMBEDDED_DIR, CacheSett
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.key import Digester, make_digester
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.redis_client.backend import Servers
+from services.cache_proxy.redis_client.client_factory import servers
 from services.cache_proxy.store import deployment
-from services.cache_proxy.store.connecting import servers
 from services.cache_proxy.store.embedded import socket_in_use
 from services.cache_proxy.store.invalidation import InvalidationLog
 from services.cache_proxy.store.opening import open_client
 from services.cache_proxy.store.redis import RedisStore
-from services.cache_proxy.store.servers import Servers
 from services.common.errors import CommandError, UsageError
 
 _TIMEOUT_SECONDS = 5.0  # nobody waits behind a command, so a busy Redis may take its time

@@ -21,10 +21,10 @@ from services.cache_proxy.admin.sources import Place, Source, is_in_bucket, open
 from services.cache_proxy.config.command_settings import OutputSettings, WarmSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
-from services.cache_proxy.redis_values import read_integer
+from services.cache_proxy.redis_client.backend import heal
+from services.cache_proxy.redis_client.values import read_integer
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS
-from services.cache_proxy.store.servers import heal
 from services.common import json_objects
 from services.common.detection import DetectingDecoder
 from services.common.errors import CommandError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.cache_proxy.config import cache_url
-from services.cache_proxy.store.names import addresses_of
+from services.cache_proxy.redis_client.host_lookup import addresses_of
 from services.common.tasks import end
 
 _LOOKUP_SECONDS = 1.0

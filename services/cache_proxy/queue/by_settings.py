@@ -16,7 +16,7 @@ from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_loc
 from services.cache_proxy.queue.overview import Reporter
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.quotas import QuotasNow
-from services.cache_proxy.store.connecting import user_of
+from services.cache_proxy.redis_client.client_factory import user_of
 from services.cache_proxy.store.deployment import base_key
 from services.cache_proxy.store.layout import state_key
 from services.common.file_reload import Renewed

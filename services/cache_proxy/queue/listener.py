@@ -15,15 +15,15 @@ from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import LANES, ProxyMetrics
 from services.cache_proxy.queue import QueueLimits
 from services.cache_proxy.queue.doors import Doors
-from services.cache_proxy.queue.eviction import EvictionWatch
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.messages import pack, unpack
 from services.cache_proxy.queue.overview import Reporter
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Scripts
 from services.cache_proxy.queue.slots import Membership
-from services.cache_proxy.store.servers import FAILURES
+from services.cache_proxy.redis_client.backend import FAILURES
+from services.cache_proxy.redis_client.eviction_policy import EvictionWatch
+from services.cache_proxy.redis_client.node import Home
 from services.common.supervision import supervise
 from services.common.tasks import end
 

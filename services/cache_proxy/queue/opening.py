@@ -11,11 +11,9 @@ from typing import Protocol
 from services.cache_proxy.errors import PairError, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import GiveUp, Queue, QueueLimits, Settle
-from services.cache_proxy.queue.access_check import AccessCheck
 from services.cache_proxy.queue.advertised_address import AdvertisedAddress
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.gcra import PACE
-from services.cache_proxy.queue.home import Home
 from services.cache_proxy.queue.limiter import Limiter
 from services.cache_proxy.queue.listener import Hear, Listener
 from services.cache_proxy.queue.local import LocalQueue
@@ -24,8 +22,10 @@ from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
 from services.cache_proxy.queue.slots import SlotLimiter
 from services.cache_proxy.quotas import QuotasNow, none
-from services.cache_proxy.redis_values import read_number
-from services.cache_proxy.store.connecting import Client
+from services.cache_proxy.redis_client.access_check import AccessCheck
+from services.cache_proxy.redis_client.client_factory import Client
+from services.cache_proxy.redis_client.node import Home
+from services.cache_proxy.redis_client.values import read_number
 
 _log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import AccessRefusedByStore, StoreDamaged, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue.home import Home
+from services.cache_proxy.redis_client.backend import is_access_refusal
+from services.cache_proxy.redis_client.node import Home
 from services.cache_proxy.store.scripts import Script
-from services.cache_proxy.store.servers import is_access_refusal
 
 _log = logging.getLogger(__name__)
 

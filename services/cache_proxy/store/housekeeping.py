@@ -6,11 +6,11 @@ import random
 
 from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.errors import StoreError
+from services.cache_proxy.redis_client.backend import Servers
 from services.cache_proxy.store import deployment
 from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.layout import TAGS
 from services.cache_proxy.store.redis import RedisStore
-from services.cache_proxy.store.servers import Servers
 
 _log = logging.getLogger(__name__)
 

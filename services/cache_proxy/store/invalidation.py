@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.key import DIGEST_BYTES
+from services.cache_proxy.redis_client.backend import Call, Servers, heal, is_wrong_type
 from services.cache_proxy.store.scripts import BURIED
-from services.cache_proxy.store.servers import Call, Servers, heal, is_wrong_type
 
 _log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from services.cache_proxy.config.settings import (
     redact,
 )
 from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.redis_client.client_factory import Access, Client, connect, servers
 from services.cache_proxy.store import Store
 from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.connecting import Access, Client, connect, servers
 from services.cache_proxy.store.dated import Lifetime
 from services.cache_proxy.store.deployment import base_key, log_key
 from services.cache_proxy.store.embedded import EmbeddedServer

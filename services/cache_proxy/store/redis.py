@@ -13,13 +13,13 @@ from typing import Any
 
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.redis_values import read_integer
+from services.cache_proxy.redis_client.backend import Call, Servers, SlotMoving
+from services.cache_proxy.redis_client.values import read_integer
 from services.cache_proxy.riders import Riders
 from services.cache_proxy.store import layout
 from services.cache_proxy.store.clock import StoreClock
 from services.cache_proxy.store.layout import FIELD, TAGS, TagState, entry_of_value, state_key, tag_of
 from services.cache_proxy.store.scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
-from services.cache_proxy.store.servers import Call, Servers, SlotMoving
 
 _log = logging.getLogger(__name__)
 

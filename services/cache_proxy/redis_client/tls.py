@@ -11,7 +11,7 @@ from redis.credentials import CredentialProvider
 
 from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config.settings import read_secret
-from services.cache_proxy.store.names import addresses_of
+from services.cache_proxy.redis_client.host_lookup import addresses_of
 from services.common.errors import UsageError
 from services.common.file_reload import Look, Renewed
 

@@ -10,8 +10,8 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.exceptions import RedisClusterException
 
-from services.cache_proxy.store.cluster import ClusterServers
-from services.cache_proxy.store.connecting import Client, servers
+from services.cache_proxy.redis_client.client_factory import Client, servers
+from services.cache_proxy.redis_client.cluster import ClusterServers
 
 
 class Home:

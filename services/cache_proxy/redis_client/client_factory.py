@@ -13,10 +13,10 @@ from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.config import cache_url
 from services.cache_proxy.config.cache_url import CacheUrl
 from services.cache_proxy.config.settings import CacheSettings
-from services.cache_proxy.store.cluster import ClusterServers
-from services.cache_proxy.store.renewing import Tls, UnixConnection, follow, follow_login, following
-from services.cache_proxy.store.sentinels import ParallelSentinel
-from services.cache_proxy.store.servers import OneServer, Servers
+from services.cache_proxy.redis_client.backend import OneServer, Servers
+from services.cache_proxy.redis_client.cluster import ClusterServers
+from services.cache_proxy.redis_client.sentinels import ParallelSentinel
+from services.cache_proxy.redis_client.tls import Tls, UnixConnection, follow, follow_login, following
 from services.common.errors import UsageError
 
 _MAX_CONNECTIONS = 32  # the queue's scripts and its subscription are on the same client

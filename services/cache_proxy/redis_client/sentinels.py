@@ -11,8 +11,8 @@ from typing import Any
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.exceptions import RedisError
 
-from services.cache_proxy.store.attempts import SharedAttempt, first_success
-from services.cache_proxy.store.servers import is_access_refusal
+from services.cache_proxy.redis_client.backend import is_access_refusal
+from services.cache_proxy.redis_client.shared_attempt import SharedAttempt, first_success
 from services.common.tasks import end
 
 

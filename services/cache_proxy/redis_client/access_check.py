@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.cache_proxy.errors import AccessRefusedByStore, StoreError
-from services.cache_proxy.queue.home import Home
+from services.cache_proxy.redis_client.backend import FAILURES, is_access_refusal, translated
+from services.cache_proxy.redis_client.node import Home
+from services.cache_proxy.redis_client.sentinels import SentinelAccessRefused
 from services.cache_proxy.store.scripts import CHECK_ACCESS
-from services.cache_proxy.store.sentinels import SentinelAccessRefused
-from services.cache_proxy.store.servers import FAILURES, is_access_refusal, translated
 
 _SUBSCRIBE_SECONDS = 1.0
 

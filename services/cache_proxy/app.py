@@ -15,12 +15,16 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from services.cache_proxy import grpc_server
 from services.cache_proxy.access.opening import open_callers, open_way
 from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.cache.entry import Lifetime
+from services.cache_proxy.cache.invalidation import Follower
+from services.cache_proxy.cache.key import make_batch_digester
+from services.cache_proxy.cache.l1 import L1Cache
+from services.cache_proxy.cache.resilient_store import GuardedStore
+from services.cache_proxy.cache.store_factory import open_store
 from services.cache_proxy.config.settings import Settings, read_secret
 from services.cache_proxy.dispatcher import Dispatcher
 from services.cache_proxy.errors import Unavailable
 from services.cache_proxy.intake import Intake, IntakeLimits
-from services.cache_proxy.key import make_batch_digester
-from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import ModelClient
 from services.cache_proxy.process import running, stop_on_signals
@@ -30,10 +34,6 @@ from services.cache_proxy.queue.opening import ProxyQueue, new_replica
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, RpcBooks, SeniorityService
 from services.cache_proxy.status.page import StatusPage
-from services.cache_proxy.store.dated import Lifetime
-from services.cache_proxy.store.guarded import GuardedStore
-from services.cache_proxy.store.invalidation import Follower
-from services.cache_proxy.store.opening import open_store
 from services.cache_proxy.traced import ToldBooks, TracedService
 from services.cache_proxy.waiters import Waiters
 from services.common import logs

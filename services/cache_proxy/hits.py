@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from services.cache_proxy.l1 import L1Cache
+from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.wire import BATCH_TAG, MORE, UUID_TAG, uuid_end
 from services.common.checkpoint import in_breaths
 

@@ -7,15 +7,15 @@ from itertools import islice
 
 from services.cache_proxy import hits
 from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked
+from services.cache_proxy.cache.entry import Lifetime, dated, level_of
+from services.cache_proxy.cache.key import BatchDigester
+from services.cache_proxy.cache.l1 import L1Cache
+from services.cache_proxy.cache.resilient_store import GuardedStore
+from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed, Unavailable
-from services.cache_proxy.key import BatchDigester
-from services.cache_proxy.l1 import L1Cache
 from services.cache_proxy.queue import Asker, Outcome, Pair, Queue
 from services.cache_proxy.refresher import Refresher
 from services.cache_proxy.rpc_metrics import outcome_kind
-from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.dated import Lifetime, dated, level_of
-from services.cache_proxy.store.guarded import GuardedStore
 from services.cache_proxy.waiters import Waiters
 from services.common.checkpoint import in_breaths, take_turn
 from services.common.tracing import OFF, Tracing

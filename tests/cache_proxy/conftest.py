@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 import pytest
 from prometheus_client import CollectorRegistry
 
+from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Servers
 from services.cache_proxy.redis_client.client_factory import connect, servers
-from services.cache_proxy.store.redis import RedisStore
 from tests.support.queues import Open, opening
 
 _bases = (f"conftest{number}:c2:" for number in itertools.count())

@@ -12,16 +12,16 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio.cluster import RedisCluster
 from redis.crc import key_slot
 
+from services.cache_proxy.cache.buckets import TAGS, state_key, tag_of
+from services.cache_proxy.cache.entry import level_of
+from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
+from services.cache_proxy.cache.redis_store import RedisStore
+from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import FAILURES, Servers
 from services.cache_proxy.redis_client.client_factory import connect, servers
 from services.cache_proxy.redis_client.node import Home
-from services.cache_proxy.store.dated import level_of
-from services.cache_proxy.store.guarded import GuardedStore
-from services.cache_proxy.store.invalidation import Follower, InvalidationLog
-from services.cache_proxy.store.layout import TAGS, state_key, tag_of
-from services.cache_proxy.store.redis import RedisStore
 from tests.support.redis_cluster import Cluster, redis_cluster, sentinel
 from tests.support.redis_server import redis_process, wait_for
 
@@ -141,7 +141,7 @@ async def test_a_node_that_dies_under_load_costs_no_answer_that_was_saved(
     time, nothing found is wrong, the store never counts as down, and all is there once the replica took over.
     What could not be looked up is counted, and logged once.
     """  # noqa: D205 - one thought
-    caplog.set_level("INFO", logger="services.cache_proxy.store.redis")
+    caplog.set_level("INFO", logger="services.cache_proxy.cache.redis_store")
     known = _pairs(5000)
     await store.put(known)
     guarded = GuardedStore(store, metrics=ProxyMetrics(CollectorRegistry()))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.store.dated import (
+from services.cache_proxy.cache.entry import (
     DAY_0,
     DAY_SECONDS,
     NEVER,

@@ -10,16 +10,16 @@ import pytest
 import redis
 from prometheus_client import CollectorRegistry
 
+from services.cache_proxy.cache import namespace
+from services.cache_proxy.cache.buckets import TAGS
+from services.cache_proxy.cache.entry import PREVIOUS, Lifetime, dated, level_of, today
+from services.cache_proxy.cache.redis_store import RedisStore
+from services.cache_proxy.cache.resilient_store import GuardedStore
+from services.cache_proxy.cache.store_factory import open_store
+from services.cache_proxy.cache.sweeper import Housekeeping
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Servers
-from services.cache_proxy.store import deployment
-from services.cache_proxy.store.dated import PREVIOUS, Lifetime, dated, level_of, today
-from services.cache_proxy.store.guarded import GuardedStore
-from services.cache_proxy.store.housekeeping import Housekeeping
-from services.cache_proxy.store.layout import TAGS
-from services.cache_proxy.store.opening import open_store
-from services.cache_proxy.store.redis import RedisStore
 from services.common.errors import UsageError
 from services.common.tasks import end
 
@@ -33,10 +33,10 @@ async def test_commands_are_told_which_setting_is_not_the_deployments(
     other.write_bytes(b"another")
     key = KeySettings(key_prefix=base, key_secret_file=str(secret), model_version="7")
     with pytest.raises(UsageError, match="--key-prefix"):
-        await deployment.check(reached, key)
-    await deployment.check(reached, key, may_be_new=True)
-    assert await deployment.note(reached, key) is None
-    await deployment.check(reached, key)
+        await namespace.check(reached, key)
+    await namespace.check(reached, key, may_be_new=True)
+    assert await namespace.note(reached, key) is None
+    await namespace.check(reached, key)
     for changed, flag in (
         ({"model_version": "8"}, "--model-version 8: the deployment knows only 7"),
         ({"normalize": "exact"}, "--normalize exact"),
@@ -44,7 +44,7 @@ async def test_commands_are_told_which_setting_is_not_the_deployments(
         ({"key_secret_file": str(other)}, "--key-secret-file"),
     ):
         with pytest.raises(UsageError, match=flag):
-            await deployment.check(reached, replace(key, **changed))
+            await namespace.check(reached, replace(key, **changed))
 
 
 async def test_the_note_holds_no_secret_and_the_newest_start_counts(
@@ -54,12 +54,12 @@ async def test_the_note_holds_no_secret_and_the_newest_start_counts(
     secret = tmp_path / "secret"
     secret.write_bytes(b"hunter2")
     key = KeySettings(key_prefix=base, key_secret_file=str(secret))
-    await deployment.note(reached, key)
-    before = await deployment.note(reached, replace(key, normalize="exact"))
+    await namespace.note(reached, key)
+    before = await namespace.note(reached, replace(key, normalize="exact"))
     assert before is not None
     assert before.normalize == "fold"
     with pytest.raises(UsageError, match="made with exact"):
-        await deployment.check(reached, key)
+        await namespace.check(reached, key)
     with redis.Redis.from_url(shared_redis) as client:
         assert b"hunter2" not in b"".join(client.hvals(f"{base}:made"))
 
@@ -73,11 +73,11 @@ async def test_damaged_note_is_replaced_by_the_settings(
     """A command and a replica alike take it for absent, say so once, and write their own."""
     key = KeySettings(key_prefix=base)
     with redis.Redis.from_url(shared_redis) as client:
-        for repair in (deployment.check, deployment.note):
+        for repair in (namespace.check, namespace.note):
             client.hset(f"{base}:made", "1", junk)
             await repair(reached, key)
             assert client.hget(f"{base}:made", "1") == b"fold 1 none"
-            await deployment.check(reached, key)
+            await namespace.check(reached, key)
     assert len(caplog.records) == 2
 
 
@@ -136,7 +136,7 @@ async def test_housekeeping_that_fails_unforeseen_is_logged_and_begins_again(
 
 async def _checks(reached: Servers, key: KeySettings) -> bool:
     try:
-        await deployment.check(reached, key)
+        await namespace.check(reached, key)
     except UsageError:
         return False
     return True
@@ -146,7 +146,7 @@ async def test_housekeeping_leaves_the_note_again_after_a_flush(
     redis_store: RedisStore, reached: Servers, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Commands find a deployment that runs, whatever Redis has lost."""
-    monkeypatch.setattr("services.cache_proxy.store.housekeeping._IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("services.cache_proxy.cache.sweeper._IDLE_SECONDS", 0.01)
     key = KeySettings(key_prefix=base)
     task = asyncio.create_task(Housekeeping(reached, redis_store, key=key, lifetime=Lifetime()).run())
     async with asyncio.timeout(5):
@@ -222,7 +222,7 @@ async def test_a_note_of_a_wrong_type_is_made_anew(reached: Servers, base: str, 
     with redis.Redis.from_url(shared_redis) as client:
         client.set(f"{base}:made", "garbage")
         with pytest.raises(UsageError, match="no such deployment"):
-            await deployment.check(reached, key)
+            await namespace.check(reached, key)
         client.set(f"{base}:made", "garbage")
-        assert await deployment.note(reached, key) is None
-    await deployment.check(reached, key)
+        assert await namespace.note(reached, key) is None
+    await namespace.check(reached, key)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import redis
 
+from services.cache_proxy.cache.cache_scripts import BURY
+from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
 from services.cache_proxy.redis_client.backend import Call, Servers
-from services.cache_proxy.store.invalidation import Follower, InvalidationLog
-from services.cache_proxy.store.scripts import BURY
 from services.common.tasks import end
 
 _A, _B = b"a" * 16, b"b" * 16

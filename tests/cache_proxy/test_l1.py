@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.l1 import L1Cache
-from services.cache_proxy.store.dated import NEVER
+from services.cache_proxy.cache.entry import NEVER
+from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.wire import answer_tail
 
 _MIB = 2**20

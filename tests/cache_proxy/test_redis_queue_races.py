@@ -6,11 +6,11 @@ import time
 import pytest
 from grpc import StatusCode
 
+from services.cache_proxy.cache.cache_scripts import BURY
+from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
 from services.cache_proxy.queue import Claim, NotYet, Pair
 from services.cache_proxy.redis_client.client_factory import connect, servers
-from services.cache_proxy.store.invalidation import Follower, InvalidationLog
-from services.cache_proxy.store.scripts import BURY
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pair, pairs, replicas
 
 REFUSED = Refused(StatusCode.INVALID_ARGUMENT, "bad")

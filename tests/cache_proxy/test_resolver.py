@@ -8,16 +8,16 @@ from prometheus_client import CollectorRegistry
 
 from protos import seniority_pb2 as pb
 from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, read
-from services.cache_proxy.key import make_batch_digester, make_digester
-from services.cache_proxy.l1 import L1Cache
+from services.cache_proxy.cache.entry import PREVIOUS, Lifetime, dated, today
+from services.cache_proxy.cache.key import make_batch_digester, make_digester
+from services.cache_proxy.cache.l1 import L1Cache
+from services.cache_proxy.cache.memory_store import MemoryStore
+from services.cache_proxy.cache.resilient_store import GuardedStore
+from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import NotYet
 from services.cache_proxy.queue.opening import open_local
 from services.cache_proxy.resolver import Answers, Resolver
-from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.dated import PREVIOUS, Lifetime, dated, today
-from services.cache_proxy.store.guarded import GuardedStore
-from services.cache_proxy.store.memory import MemoryStore
 from services.cache_proxy.waiters import Waiters
 from tests.support.replicas import asker, limits
 

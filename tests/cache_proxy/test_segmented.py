@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.segmented import SegmentedCache
+from services.cache_proxy.cache.slru import SegmentedCache
 from tests.support.processes import ROOT, clean_environment
 
 _KEY_BYTES = 160  # of an entry with a key of `_key`, rounded up
@@ -80,7 +80,7 @@ def test_a_key_over_the_bound_pushes_nobody_out() -> None:
 
 _FILL = """
 import sys
-from services.cache_proxy.segmented import SegmentedCache
+from services.cache_proxy.cache.slru import SegmentedCache
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 before = resident()

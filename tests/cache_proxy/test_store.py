@@ -15,21 +15,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from services.cache_proxy.cache import cache_scripts
+from services.cache_proxy.cache.buckets import FIELD, TAGS, TagState, state_key, tag_of
+from services.cache_proxy.cache.cache_scripts import BURY
+from services.cache_proxy.cache.entry import Lifetime, dated, day_of, level_of, today
+from services.cache_proxy.cache.invalidation import InvalidationLog
+from services.cache_proxy.cache.redis_store import RedisStore
+from services.cache_proxy.cache.resilient_store import GuardedStore
+from services.cache_proxy.cache.store import Store
+from services.cache_proxy.cache.store_clock import StoreClock
+from services.cache_proxy.cache.store_factory import open_store
+from services.cache_proxy.cache.versioned_store import VersionedStore
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Call, Servers
 from services.cache_proxy.redis_client.client_factory import connect, servers
-from services.cache_proxy.store import Store, scripts
-from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.dated import Lifetime, dated, day_of, level_of, today
-from services.cache_proxy.store.guarded import GuardedStore
-from services.cache_proxy.store.invalidation import InvalidationLog
-from services.cache_proxy.store.layout import FIELD, TAGS, TagState, state_key, tag_of
-from services.cache_proxy.store.opening import open_store
-from services.cache_proxy.store.redis import RedisStore
-from services.cache_proxy.store.scripts import BURY
-from services.cache_proxy.store.versions import VersionedStore
 from tests.support.redis_server import RedisServer, redis_process
 
 _prefixes = (f"store{number}" for number in itertools.count())
@@ -324,7 +325,7 @@ async def test_clearing_is_at_once_and_the_sweep_frees_the_memory(on_redis: OnRe
 def test_the_pythons_layout_is_the_scripts(shared_redis: str) -> None:
     """Both name the same bucket for a digest, at every size."""
     naming = (
-        (scripts._FOLDER / "layout.lua").read_text()
+        (cache_scripts._FOLDER / "layout.lua").read_text()
         + """
         local first, scale = column_of(tonumber(ARGV[1]), byte(ARGV[2], 1) % COLUMNS)
         local b0, b1, b2, b3 = byte(ARGV[2], 1, 4)
@@ -393,8 +394,8 @@ async def test_answers_age_by_the_servers_clock(
     guarded = GuardedStore(opened, metrics=metrics, lifetime=Lifetime(ttl_days=30), clock=clock)
     day, wrong_seconds = today(), wrong_days * 86_400
     own = SimpleNamespace(time=lambda: time.time() + wrong_seconds, monotonic=time.monotonic)
-    monkeypatch.setattr("services.cache_proxy.store.clock.time", own)
-    monkeypatch.setattr("services.cache_proxy.store.dated.time", own)
+    monkeypatch.setattr("services.cache_proxy.cache.store_clock.time", own)
+    monkeypatch.setattr("services.cache_proxy.cache.entry.time", own)
     await opened.put({_digest(1): 6}, day=day - age)
     await opened.put({_digest(2): 5})
     assert [level_of(entry) for entry in await guarded.look_up([_digest(1), _digest(2)])] == [expected, 5]

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS, Lifetime, dated, day_at
+from services.cache_proxy.cache.entry import DAY_0, DAY_SECONDS, Lifetime, dated, day_at
+from services.cache_proxy.cache.store_clock import StoreClock
 
 
 class _Clocks:
@@ -16,7 +16,7 @@ class _Clocks:
         self.wall = DAY_0 + 100.5 * DAY_SECONDS
         self.monotonic = 1000.0
         both = SimpleNamespace(time=lambda: self.wall, monotonic=lambda: self.monotonic)
-        monkeypatch.setattr("services.cache_proxy.store.clock.time", both)
+        monkeypatch.setattr("services.cache_proxy.cache.store_clock.time", both)
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ import redis.asyncio
 from prometheus_client import CollectorRegistry
 from redis.crc import key_slot
 
+from services.cache_proxy.cache.namespace import base_key
+from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue.messages import unpack
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.redis_client.client_factory import connect, servers
-from services.cache_proxy.store.deployment import base_key
-from services.cache_proxy.store.redis import RedisStore
 from tests.fleet.scenarios import callers, same_pairs
 from tests.fleet.test_faults import BATCH_PAIRS, CALLS_PER_SECOND, FLAGS, SEEN_LATE_SECONDS, load
 from tests.integration.conftest import UNPACED

@@ -9,8 +9,8 @@ from hypothesis import given
 from protos import seniority_pb2 as pb
 from services.augmenter.client.wire import FIRST_UUID, levels_in_order
 from services.cache_proxy import asked, hits, wire
+from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.errors import InvalidRequest
-from services.cache_proxy.l1 import L1Cache
 from tests.fuzz.corpus import fuzz_for_long, mutated, replayed
 
 _MAX_PAIRS, _MAX_FIELD_BYTES = 200, 4096

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy.key import fold
+from services.cache_proxy.cache.key import fold
 from tests.integration.conftest import UNPACED, Stage, StageWith
 from tests.support.caller import caller, metrics
 from tests.support.model_server import Answers, Call, level_of, scripted_model

@@ -14,8 +14,8 @@ import grpc
 import pytest
 import redis
 
+from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
 from services.cache_proxy.redis_client.client_factory import Access, connect, servers
-from services.cache_proxy.store.invalidation import Follower, InvalidationLog
 from tests.integration.conftest import UNPACED
 from tests.support.caller import caller, metrics, pairs_of
 from tests.support.certificates import Authority, Mounted, self_signed

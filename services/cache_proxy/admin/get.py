@@ -5,9 +5,9 @@ import sys
 from datetime import UTC, datetime
 
 from services.cache_proxy.admin.opening import open_cache
+from services.cache_proxy.cache.entry import DAY_0, DAY_SECONDS, day_of, level_of
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
-from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS, day_of, level_of
 from services.common.errors import CommandError, UsageError
 
 

@@ -4,13 +4,13 @@ import json
 import sys
 
 from services.cache_proxy.admin.opening import Cache, open_cache, version_of
+from services.cache_proxy.cache import namespace
+from services.cache_proxy.cache.buckets import TAGS
+from services.cache_proxy.cache.cache_scripts import BURY
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings, ScopeSettings
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.redis_client.backend import Call
-from services.cache_proxy.store import deployment
-from services.cache_proxy.store.layout import TAGS
-from services.cache_proxy.store.scripts import BURY
 from services.common.errors import UsageError
 
 _STEP_BUCKETS = 100  # unlinked in half a millisecond
@@ -60,7 +60,7 @@ async def _invalidate_all(cache: Cache) -> int:
     await _bury(cache, b"")
     count = await cache.store.clear()
     await cache.log.add_all()
-    bookmarks = deployment.bookmarks_key(
+    bookmarks = namespace.bookmarks_key(
         cache.key
     )  # files that were warmed from are not in the cache any more
     await cache.servers.command(bookmarks, "UNLINK", bookmarks)

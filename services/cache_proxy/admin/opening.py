@@ -8,17 +8,17 @@ from urllib.parse import quote
 
 from prometheus_client import CollectorRegistry
 
+from services.cache_proxy.cache import namespace
+from services.cache_proxy.cache.embedded import socket_in_use
+from services.cache_proxy.cache.invalidation import InvalidationLog
+from services.cache_proxy.cache.key import Digester, make_digester
+from services.cache_proxy.cache.redis_store import RedisStore
+from services.cache_proxy.cache.store_factory import open_client
 from services.cache_proxy.config.settings import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings, read_secret
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.key import Digester, make_digester
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Servers
 from services.cache_proxy.redis_client.client_factory import servers
-from services.cache_proxy.store import deployment
-from services.cache_proxy.store.embedded import socket_in_use
-from services.cache_proxy.store.invalidation import InvalidationLog
-from services.cache_proxy.store.opening import open_client
-from services.cache_proxy.store.redis import RedisStore
 from services.common.errors import CommandError, UsageError
 
 _TIMEOUT_SECONDS = 5.0  # nobody waits behind a command, so a busy Redis may take its time
@@ -46,7 +46,7 @@ async def open_cache(
     async with open_client(_running_one(cache)) as client:
         reached = servers(client)
         try:
-            await deployment.check(reached, key, may_be_new=may_be_new)
+            await namespace.check(reached, key, may_be_new=may_be_new)
             yield _of(reached, key)
         except StoreError as error:
             message = f"the cache cannot do this: {error}"
@@ -61,13 +61,13 @@ def version_of(cache: Cache, model_version: str) -> Cache:
 
 
 def _of(reached: Servers, key: KeySettings) -> Cache:
-    base = deployment.base_key(key)
+    base = namespace.base_key(key)
     secret = read_secret(key.key_secret_file, flag_name="--key-secret-file")
     return Cache(
         servers=reached,
         key=key,
         store=RedisStore(reached, base=base, metrics=ProxyMetrics(CollectorRegistry())),
-        log=InvalidationLog(reached, deployment.log_key(key)),
+        log=InvalidationLog(reached, namespace.log_key(key)),
         digest=make_digester(normalize=key.normalize, secret=secret),
     )
 

@@ -6,10 +6,10 @@ import sys
 from collections import Counter
 
 from services.cache_proxy.admin.opening import Cache, open_cache
+from services.cache_proxy.cache.buckets import TAGS
 from services.cache_proxy.config.command_settings import OutputSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.store.layout import TAGS
 
 _SAMPLES = 8  # buckets a tag
 _COMPACT = {"listpack", "ziplist"}  # as Redis calls it, and as it did before 7

@@ -18,13 +18,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services.cache_proxy.admin.opening import Cache, open_cache
 from services.cache_proxy.admin.sources import Place, Source, is_in_bucket, open_places
+from services.cache_proxy.cache import namespace
+from services.cache_proxy.cache.entry import DAY_0, DAY_SECONDS
 from services.cache_proxy.config.command_settings import OutputSettings, WarmSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.redis_client.backend import heal
 from services.cache_proxy.redis_client.values import read_integer
-from services.cache_proxy.store import deployment
-from services.cache_proxy.store.dated import DAY_0, DAY_SECONDS
 from services.common import json_objects
 from services.common.detection import DetectingDecoder
 from services.common.errors import CommandError
@@ -71,7 +71,7 @@ async def run(
             for place in places
             for source in await readers[is_in_bucket(place)].find(place)
         ]
-        await deployment.note(opened.servers, opened.key)
+        await namespace.note(opened.servers, opened.key)
         shown = sys.stderr.isatty() if settings.progress is None else settings.progress
         async with _progress(found, totals, shown=shown) as moved:
             for reader, source in found:
@@ -120,9 +120,9 @@ class _Warming:
         self._moved = moved
         self._day = max(0, int(source.modified_at - DAY_0) // DAY_SECONDS)  # no answer in it is younger
         self._under_way: deque[tuple[asyncio.Task[None], int]] = deque()
-        self._bookmarks = deployment.bookmarks_key(cache.key)
+        self._bookmarks = namespace.bookmarks_key(cache.key)
         # With how keys are made: what was written under others is not there for these.
-        name = f"{source.place}\0{source.version}\0{deployment.recipe(cache.key)}"
+        name = f"{source.place}\0{source.version}\0{namespace.recipe(cache.key)}"
         fields = settings.fields
         if fields != DEFAULT:
             name += f"\0{fields}"

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from services.cache_proxy.cache.key import NORMAL_FORM_VERSION
 from services.cache_proxy.config import cache_url
 from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
-from services.cache_proxy.key import NORMAL_FORM_VERSION
 from services.common import options
 from services.common.errors import UsageError
 from services.common.file_reload import read_file

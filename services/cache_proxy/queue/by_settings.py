@@ -8,6 +8,8 @@ import redis.asyncio
 
 from services.cache_proxy import quotas
 from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.cache.buckets import state_key
+from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.config.settings import Settings
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import GiveUp, QueueLimits, Settle
@@ -17,8 +19,6 @@ from services.cache_proxy.queue.overview import Reporter
 from services.cache_proxy.queue.scripts import Keys
 from services.cache_proxy.quotas import QuotasNow
 from services.cache_proxy.redis_client.client_factory import user_of
-from services.cache_proxy.store.deployment import base_key
-from services.cache_proxy.store.layout import state_key
 from services.common.file_reload import Renewed
 
 

@@ -14,11 +14,11 @@ from redis.exceptions import AskError, NoScriptError, ReadOnlyError, ResponseErr
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from services.cache_proxy.cache.cache_scripts import Script
 from services.cache_proxy.errors import AccessRefusedByStore, StoreDamaged, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import is_access_refusal
 from services.cache_proxy.redis_client.node import Home
-from services.cache_proxy.store.scripts import Script
 
 _log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from services.cache_proxy.cache.cache_scripts import CHECK_ACCESS
 from services.cache_proxy.errors import AccessRefusedByStore, StoreError
 from services.cache_proxy.redis_client.backend import FAILURES, is_access_refusal, translated
 from services.cache_proxy.redis_client.node import Home
 from services.cache_proxy.redis_client.sentinels import SentinelAccessRefused
-from services.cache_proxy.store.scripts import CHECK_ACCESS
 
 _SUBSCRIBE_SECONDS = 1.0
 

@@ -24,10 +24,10 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from services.cache_proxy.cache.cache_scripts import Script
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.redis_client.backend import FAILURES, Call, SlotMoving, translated
 from services.cache_proxy.redis_client.shared_attempt import SharedAttempt, first_success
-from services.cache_proxy.store.scripts import Script
 from services.common.tasks import end
 
 _HOPS = 5

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
+from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue.opening import ProxyQueue
@@ -22,7 +23,6 @@ from services.cache_proxy.status.counts import WINDOW_MINUTES
 from services.cache_proxy.status.figures import Figures, Scope, Self, Store
 from services.cache_proxy.status.ledger import Ledger
 from services.cache_proxy.status.render import HEADERS, Renderer
-from services.cache_proxy.store.guarded import GuardedStore
 from services.common.http_server import HttpEndpoint
 
 _KEPT_SECONDS = 1.0

@@ -2,7 +2,7 @@
 
 import time
 
-from services.cache_proxy.store.dated import day_at
+from services.cache_proxy.cache.entry import day_at
 
 
 class StoreClock:

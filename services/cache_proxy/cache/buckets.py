@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from services.cache_proxy.store.dated import dated
+from services.cache_proxy.cache.entry import dated
 
 COLUMNS = 4
 TAGS = 64

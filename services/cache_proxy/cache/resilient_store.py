@@ -8,13 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextvars import Context
 
+from services.cache_proxy.cache.entry import Lifetime, dated, level_of
+from services.cache_proxy.cache.invalidation import InvalidationLog
+from services.cache_proxy.cache.key import DIGEST_BYTES
+from services.cache_proxy.cache.store import Store
+from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import StoreError, StoreRefused
-from services.cache_proxy.key import DIGEST_BYTES
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.store import Store
-from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.dated import Lifetime, dated, level_of
-from services.cache_proxy.store.invalidation import InvalidationLog
 from services.common.tasks import end
 
 _log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from services.cache_proxy.cache.cache_scripts import BURIED
+from services.cache_proxy.cache.key import DIGEST_BYTES
 from services.cache_proxy.errors import StoreError, StoreRefused
-from services.cache_proxy.key import DIGEST_BYTES
 from services.cache_proxy.redis_client.backend import Call, Servers, heal, is_wrong_type
-from services.cache_proxy.store.scripts import BURIED
 
 _log = logging.getLogger(__name__)
 

@@ -4,13 +4,13 @@ import asyncio
 import logging
 import random
 
+from services.cache_proxy.cache import namespace
+from services.cache_proxy.cache.buckets import TAGS
+from services.cache_proxy.cache.entry import Lifetime
+from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.redis_client.backend import Servers
-from services.cache_proxy.store import deployment
-from services.cache_proxy.store.dated import Lifetime
-from services.cache_proxy.store.layout import TAGS
-from services.cache_proxy.store.redis import RedisStore
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Housekeeping:
         self._servers = servers
         self._store = store
         self._key = key
-        self._recipe = deployment.recipe(key)
+        self._recipe = namespace.recipe(key)
         self._lifetime = lifetime
 
     async def run(self) -> None:
@@ -39,7 +39,7 @@ class Housekeeping:
                     await self._note()
                     noted = True
                 else:
-                    await deployment.note_again(self._servers, self._key, self._recipe)
+                    await namespace.note_again(self._servers, self._key, self._recipe)
                 more = await self.step(random.randrange(TAGS))  # noqa: S311 - which first does not matter
                 if not more and not self._lifetime.kept_days:
                     seconds = _IDLE_SECONDS
@@ -53,7 +53,7 @@ class Housekeeping:
         return (await self._store.sweep(tag, kept_days=kept_days, buckets=_STEP_BUCKETS)).more
 
     async def _note(self) -> None:
-        before = await deployment.note(self._servers, self._key, self._recipe)
+        before = await namespace.note(self._servers, self._key, self._recipe)
         if before is not None:
             _log.warning(
                 "the keys of this model version were made with other settings (--normalize %s, secret %s); "

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from services.cache_proxy.store.dated import dated, today
+from services.cache_proxy.cache.entry import dated, today
 
 _MAX_ENTRIES = 20_000_000  # about 3 GB
 

@@ -11,15 +11,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from services.cache_proxy.cache.buckets import FIELD, TAGS, TagState, entry_of_value, state_key, tag_of
+from services.cache_proxy.cache.cache_scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
+from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Call, Servers, SlotMoving
 from services.cache_proxy.redis_client.values import read_integer
 from services.cache_proxy.riders import Riders
-from services.cache_proxy.store import layout
-from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.layout import FIELD, TAGS, TagState, entry_of_value, state_key, tag_of
-from services.cache_proxy.store.scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +138,7 @@ class RedisStore:
         """Pairs of a tag whose slot is moving: each key is here or there, so each is asked for by itself."""
         key = state_key(self._base, tag_of(digests[0]))
         [[generation, buckets]] = await self._servers.read([("HMGET", key, "generation", "buckets")])
-        count = read_integer(buckets, minimum=layout.COLUMNS, maximum=_MAX_BUCKETS)
+        count = read_integer(buckets, minimum=buckets.COLUMNS, maximum=_MAX_BUCKETS)
         if generation is None or count is None:
             return [0] * len(digests)
         state = TagState(generation.decode("latin-1"), count)

@@ -1,7 +1,7 @@
 """L1: the answers this process remembers, by the very bytes in which pairs are asked and answered."""
 
-from services.cache_proxy.segmented import SegmentedCache
-from services.cache_proxy.store.dated import NEVER
+from services.cache_proxy.cache.entry import NEVER
+from services.cache_proxy.cache.slru import SegmentedCache
 from services.cache_proxy.wire import LEVELS, answer_tail
 
 _BUCKETS = 32

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from services.cache_proxy.store import Store
-from services.cache_proxy.store.dated import PREVIOUS
+from services.cache_proxy.cache.entry import PREVIOUS
+from services.cache_proxy.cache.store import Store
 
 
 class VersionedStore:

@@ -13,6 +13,16 @@ from typing import cast
 import redis.asyncio
 
 from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.cache.embedded import EmbeddedServer
+from services.cache_proxy.cache.entry import Lifetime
+from services.cache_proxy.cache.invalidation import InvalidationLog
+from services.cache_proxy.cache.memory_store import MemoryStore
+from services.cache_proxy.cache.namespace import base_key, log_key
+from services.cache_proxy.cache.redis_store import RedisStore
+from services.cache_proxy.cache.store import Store
+from services.cache_proxy.cache.store_clock import StoreClock
+from services.cache_proxy.cache.sweeper import Housekeeping
+from services.cache_proxy.cache.versioned_store import VersionedStore
 from services.cache_proxy.config.settings import (
     DEFAULT_EMBEDDED_DIR,
     AnswerSettings,
@@ -22,16 +32,6 @@ from services.cache_proxy.config.settings import (
 )
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.client_factory import Access, Client, connect, servers
-from services.cache_proxy.store import Store
-from services.cache_proxy.store.clock import StoreClock
-from services.cache_proxy.store.dated import Lifetime
-from services.cache_proxy.store.deployment import base_key, log_key
-from services.cache_proxy.store.embedded import EmbeddedServer
-from services.cache_proxy.store.housekeeping import Housekeeping
-from services.cache_proxy.store.invalidation import InvalidationLog
-from services.cache_proxy.store.memory import MemoryStore
-from services.cache_proxy.store.redis import RedisStore
-from services.cache_proxy.store.versions import VersionedStore
 from services.common.supervision import supervise
 from services.common.tasks import end
 

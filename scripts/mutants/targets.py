@@ -44,9 +44,9 @@ PYTHON = (
         tests=("tests/cache_proxy/test_l1.py", "tests/cache_proxy/test_invalidation.py"),
     ),
     Target(path="services/cache_proxy/cache/slru.py", tests=("tests/cache_proxy/test_segmented.py",)),
-    Target(path="services/cache_proxy/queue/gcra.py", tests=("tests/cache_proxy/test_gcra.py",)),
+    Target(path="services/cache_proxy/queue/local/gcra.py", tests=("tests/cache_proxy/test_gcra.py",)),
     Target(
-        path="services/cache_proxy/queue/limiter.py",
+        path="services/cache_proxy/queue/local/call_limiter.py",
         tests=("tests/cache_proxy/test_gcra.py", "tests/cache_proxy/test_local_queue.py"),
     ),
     Target(

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.queue.accounts import Accounts
-from services.cache_proxy.queue.gcra import Gcra
+from services.cache_proxy.queue.local.gcra import Gcra
+from services.cache_proxy.queue.local.quota_limiter import Accounts
 from services.cache_proxy.quotas import Quota
 
 SLOT_SECONDS = 2.0

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.queue import Pair
-from services.cache_proxy.queue.fair import Entry, FairLane, Place
+from services.cache_proxy.queue.local.fair_queue import Entry, FairLane, Place
 
 
 def _entry(number: int, caller: str) -> Place:

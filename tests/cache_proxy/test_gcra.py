@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.queue.gcra import Gcra
-from services.cache_proxy.queue.limiter import Limiter
+from services.cache_proxy.queue.local.call_limiter import Limiter
+from services.cache_proxy.queue.local.gcra import Gcra
 
 RATE, BURST = 1000.0, 1000
 

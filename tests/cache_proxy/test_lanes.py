@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.queue import Pair
-from services.cache_proxy.queue.accounts import Accounts
-from services.cache_proxy.queue.fair import Entry, Place
-from services.cache_proxy.queue.lanes import Lanes
+from services.cache_proxy.queue.local.fair_queue import Entry, Place
+from services.cache_proxy.queue.local.quota_limiter import Accounts
+from services.cache_proxy.queue.local.scheduler import Lanes
 
 
 def _lanes(interactive: int, bulk: int, *, text: str = "") -> Lanes:

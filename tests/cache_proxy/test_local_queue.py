@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Asker, Claim, NotYet, Outcome, Pair, QueueLimits
-from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.opening import open_local
 from services.cache_proxy.waiters import Wait, Waiters
 

@@ -10,7 +10,7 @@ from grpc import StatusCode
 
 from services.cache_proxy.errors import Nonsense, PairError, QueueFull, Refused, Unavailable
 from services.cache_proxy.queue import Claim, NotYet, Outcome, Pair
-from services.cache_proxy.queue.gcra import PACE
+from services.cache_proxy.queue.local.gcra import PACE
 from tests.support.queues import Open, Subject
 from tests.support.replicas import asker, limits, numbers_of, pair, pairs
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from services.cache_proxy.errors import Refused
 from services.cache_proxy.queue import Claim, NotYet, QueueLimits
-from services.cache_proxy.queue.gcra import PACE
+from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.opening import _configure
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
 

@@ -18,9 +18,9 @@ from services.cache_proxy.errors import QueueFull, StoreError, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.limiter import Limiter
 from services.cache_proxy.queue.listener import Listener
-from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.local.call_limiter import Limiter
+from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts
 from services.cache_proxy.queue.slots import SlotLimiter

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.cache_proxy.errors import PairError, Unavailable
-from services.cache_proxy.queue.gcra import PACE
+from services.cache_proxy.queue.local.gcra import PACE
 
 
 @dataclass(frozen=True, slots=True)

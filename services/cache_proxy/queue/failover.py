@@ -15,7 +15,7 @@ from services.cache_proxy.errors import (
     Unavailable,
 )
 from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair
-from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.outage import MIN_BACKOFF_SECONDS
 from services.cache_proxy.queue.overview import Overview
 from services.cache_proxy.queue.redis import RedisQueue

@@ -13,10 +13,10 @@ from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue import GiveUp, Queue, QueueLimits, Settle
 from services.cache_proxy.queue.advertised_address import AdvertisedAddress
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.gcra import PACE
-from services.cache_proxy.queue.limiter import Limiter
 from services.cache_proxy.queue.listener import Hear, Listener
-from services.cache_proxy.queue.local import LocalQueue
+from services.cache_proxy.queue.local.call_limiter import Limiter
+from services.cache_proxy.queue.local.gcra import PACE
+from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.overview import Overview, Reporter
 from services.cache_proxy.queue.redis import RedisQueue
 from services.cache_proxy.queue.scripts import Keys, Scripts

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import LANES
-from services.cache_proxy.queue.gcra import PACE
-from services.cache_proxy.queue.lanes import calls_until
+from services.cache_proxy.queue.local.gcra import PACE
+from services.cache_proxy.queue.local.scheduler import calls_until
 from services.cache_proxy.queue.messages import unpack
 
 MAX_REPORTS = 256

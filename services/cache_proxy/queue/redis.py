@@ -27,7 +27,7 @@ from services.cache_proxy.queue import (
     Settle,
     refusals,
 )
-from services.cache_proxy.queue.gcra import PACE
+from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.messages import pack, pack_error, unpack, unpack_error
 from services.cache_proxy.queue.outage import (
     BACKOFF_SPREAD,

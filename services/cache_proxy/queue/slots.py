@@ -9,7 +9,7 @@ silent alone (`claim.lua`). A replica that never saw Redis has no moments: it ke
 import math
 from dataclasses import dataclass
 
-from services.cache_proxy.queue.limiter import Limiter
+from services.cache_proxy.queue.local.call_limiter import Limiter
 
 _PUNCTUAL_SECONDS = 0.010
 _ROOM_SECONDS = 0.020

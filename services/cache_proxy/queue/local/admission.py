@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 from services.cache_proxy.queue import Asker, Pair, QueueLimits, refusals
-from services.cache_proxy.queue.accounts import Accounts
-from services.cache_proxy.queue.fair import Entry, Place
-from services.cache_proxy.queue.lanes import Lanes, Turn
-from services.cache_proxy.queue.limiter import CallLimiter
+from services.cache_proxy.queue.local.call_limiter import CallLimiter
+from services.cache_proxy.queue.local.fair_queue import Entry, Place
+from services.cache_proxy.queue.local.quota_limiter import Accounts
+from services.cache_proxy.queue.local.scheduler import Lanes, Turn
 from services.cache_proxy.quotas import Quota, QuotasNow
 
 _DAY_SECONDS = 86_400.0

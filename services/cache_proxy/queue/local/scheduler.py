@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from services.cache_proxy.metrics import LANES, PRIORITIES
-from services.cache_proxy.queue.accounts import Accounts
-from services.cache_proxy.queue.fair import Entry, Place
-from services.cache_proxy.queue.priority import Offers, PriorityLanes
+from services.cache_proxy.queue.local.fair_queue import Entry, Place
+from services.cache_proxy.queue.local.priority_class import Offers, PriorityLanes
+from services.cache_proxy.queue.local.quota_limiter import Accounts
 from services.cache_proxy.quotas import OTHERS, Quota, QuotasNow, none
 
 _BULK_SHARE = 10  # a tenth of a batch, in pairs and in bytes, is kept for bulk

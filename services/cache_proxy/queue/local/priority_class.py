@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from services.cache_proxy.queue.fair import Entry, FairLane, Place
+from services.cache_proxy.queue.local.fair_queue import Entry, FairLane, Place
 
 
 @dataclass(slots=True)

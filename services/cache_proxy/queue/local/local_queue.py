@@ -24,15 +24,15 @@ from services.cache_proxy.queue import (
     QueueLimits,
     Settle,
 )
-from services.cache_proxy.queue.accounts import Accounts, Spent
-from services.cache_proxy.queue.admission import Admission
-from services.cache_proxy.queue.fair import Entry, Place
-from services.cache_proxy.queue.lanes import Lanes
-from services.cache_proxy.queue.limiter import CallLimiter
+from services.cache_proxy.queue.local.admission import Admission
+from services.cache_proxy.queue.local.bisection import Suspects
+from services.cache_proxy.queue.local.call_limiter import CallLimiter
+from services.cache_proxy.queue.local.fair_queue import Entry, Place
+from services.cache_proxy.queue.local.quota_limiter import Accounts, Spent
+from services.cache_proxy.queue.local.recent_outcomes import Recent
+from services.cache_proxy.queue.local.scheduler import Lanes
 from services.cache_proxy.queue.outage import BACKOFF_SPREAD, PROBE_PAIRS, Outage
 from services.cache_proxy.queue.overview import Overview
-from services.cache_proxy.queue.recent import Recent
-from services.cache_proxy.queue.suspects import Suspects
 from services.cache_proxy.quotas import Quota, QuotasNow, none
 
 _GATHER_SECONDS = 0.05  # where nothing but quotas holds pairs back, so much of them goes together

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from services.cache_proxy.queue.gcra import Gcra
+from services.cache_proxy.queue.local.gcra import Gcra
 
 
 class CallLimiter(Protocol):

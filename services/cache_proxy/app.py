@@ -28,14 +28,14 @@ from services.cache_proxy.intake import Intake, IntakeLimits
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import ModelClient
 from services.cache_proxy.process import running, stop_on_signals
-from services.cache_proxy.queue import doors
-from services.cache_proxy.queue.by_settings import follow_quotas, open_queue
-from services.cache_proxy.queue.opening import ProxyQueue, new_replica
+from services.cache_proxy.queue import peer_probe
+from services.cache_proxy.queue.managed_queue import ProxyQueue, new_replica
+from services.cache_proxy.queue.queue_factory import follow_quotas, open_queue
+from services.cache_proxy.queue.waiters import Waiters
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.servicer import RequestLimits, RpcBooks, SeniorityService
 from services.cache_proxy.status.page import StatusPage
 from services.cache_proxy.traced import ToldBooks, TracedService
-from services.cache_proxy.waiters import Waiters
 from services.common import logs
 from services.common.http_server import HttpEndpoint
 from services.common.tracing import OFF, Tracing
@@ -207,7 +207,7 @@ def _books(metrics: ProxyMetrics, tracing: Tracing, replica: str) -> RpcBooks:
 def _http(registry: CollectorRegistry, *, ready: asyncio.Event, replica: str) -> HttpEndpoint:
     http = HttpEndpoint(registry=registry)
     http.add("/readyz", partial(_readyz, ready))
-    http.add(doors.PATH, partial(_replica, replica))
+    http.add(peer_probe.PATH, partial(_replica, replica))
     return http
 
 

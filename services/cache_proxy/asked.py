@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from protos import seniority_pb2
 from services.cache_proxy import wire
-from services.cache_proxy.queue import Pair
+from services.cache_proxy.queue.interface import Pair
 from services.cache_proxy.wire import MORE, UUID_TAG, uuid_end
 from services.common.checkpoint import in_breaths
 

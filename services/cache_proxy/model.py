@@ -16,7 +16,7 @@ from protos import seniority_pb2
 from services.cache_proxy.access.opening import IN_THE_CLEAR, ModelWay
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Pair
+from services.cache_proxy.queue.interface import Pair
 from services.common.grpc_details import answered, never_sent
 from services.common.reloading_channel import RenewedChannel
 from services.common.tracing import OFF, Tracing

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from contextvars import Context
 
 from services.cache_proxy.errors import QueueFull, Unavailable
-from services.cache_proxy.queue import Asker, Pair, Queue
-from services.cache_proxy.waiters import Waiters
+from services.cache_proxy.queue.interface import Asker, Pair, Queue
+from services.cache_proxy.queue.waiters import Waiters
 from services.common.tasks import end
 
 _CALLER = ""

@@ -13,10 +13,10 @@ from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed, Unavailable
-from services.cache_proxy.queue import Asker, Outcome, Pair, Queue
+from services.cache_proxy.queue.interface import Asker, Outcome, Pair, Queue
+from services.cache_proxy.queue.waiters import Waiters
 from services.cache_proxy.refresher import Refresher
 from services.cache_proxy.rpc_metrics import outcome_kind
-from services.cache_proxy.waiters import Waiters
 from services.common.checkpoint import in_breaths, take_turn
 from services.common.tracing import OFF, Tracing
 

@@ -24,7 +24,7 @@ from services.cache_proxy.errors import (
     QueueFull,
 )
 from services.cache_proxy.intake import Intake
-from services.cache_proxy.queue import Asker
+from services.cache_proxy.queue.interface import Asker
 from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import Status, status_of
 from services.common.checkpoint import in_breaths

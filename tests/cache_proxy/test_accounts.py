@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from services.cache_proxy.queue.local.gcra import Gcra
 from services.cache_proxy.queue.local.quota_limiter import Accounts
-from services.cache_proxy.quotas import Quota
+from services.cache_proxy.queue.quotas import Quota
 
 SLOT_SECONDS = 2.0
 BURST_SECONDS = 3.0  # one and a half slots

@@ -15,7 +15,7 @@ from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.dispatcher import Dispatcher
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused, Unavailable
 from services.cache_proxy.model import ModelClient
-from services.cache_proxy.queue import LATE_SECONDS, Claim, NotYet, Outcome, Pair, Queue
+from services.cache_proxy.queue.interface import LATE_SECONDS, Claim, NotYet, Outcome, Pair, Queue
 from services.common.tasks import end
 from services.common.tracing import NO_SPAN, OFF, Span, Tracing
 from tests.support.replicas import pair, pairs

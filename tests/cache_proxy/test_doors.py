@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from services.cache_proxy.queue.doors import PATH, Doors
+from services.cache_proxy.queue.peer_probe import PATH, Doors
 
 _Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -14,11 +14,11 @@ from redis.asyncio import Redis
 
 from services.cache_proxy.errors import StoreError, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Claim, NotYet, Outcome
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_shared
+from services.cache_proxy.queue.interface import Claim, NotYet, Outcome
+from services.cache_proxy.queue.managed_queue import ProxyQueue, SharedRedis, open_shared
+from services.cache_proxy.queue.waiters import Wait, Waiters
 from services.cache_proxy.redis_client.client_factory import connect
-from services.cache_proxy.waiters import Wait, Waiters
 from tests.support.redis_server import RedisServer, redis_process
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
 

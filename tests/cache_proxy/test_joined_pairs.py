@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from services.cache_proxy.errors import QueueFull, Refused, StoreError, Unavailable
 from services.cache_proxy.metrics import LANES
-from services.cache_proxy.queue import Claim
+from services.cache_proxy.queue.interface import Claim
+from services.cache_proxy.queue.quotas import Quota, Quotas
+from services.cache_proxy.queue.waiters import Wait
 from services.cache_proxy.queue.waiting_pairs import Turn, WaitingPair
-from services.cache_proxy.quotas import Quota, Quotas
-from services.cache_proxy.waiters import Wait
 from tests.support.queues import Open
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pair, pairs, replicas
 

@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Asker, Claim, NotYet, Outcome, Pair, QueueLimits
+from services.cache_proxy.queue.interface import Asker, Claim, NotYet, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.local.local_queue import LocalQueue
-from services.cache_proxy.queue.opening import open_local
-from services.cache_proxy.waiters import Wait, Waiters
+from services.cache_proxy.queue.managed_queue import open_local
+from services.cache_proxy.queue.waiters import Wait, Waiters
 
 LIMITS = QueueLimits(
     batch_pairs=4, batch_bytes=10**6, pairs_per_second=0, calls_per_second=0,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.errors import Nonsense, PairError, Refused, StoreError, Unavailable
-from services.cache_proxy.queue.messages import pack, pack_error, unpack, unpack_error
+from services.cache_proxy.queue.serialization import pack, pack_error, unpack, unpack_error
 
 TEXT = st.text(max_size=50).filter(lambda text: text.isprintable())
 CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]

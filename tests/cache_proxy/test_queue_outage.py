@@ -7,7 +7,7 @@ import pytest
 from grpc import StatusCode
 
 from services.cache_proxy.errors import Refused, Unavailable
-from services.cache_proxy.queue import Claim, NotYet, Outcome, Pair
+from services.cache_proxy.queue.interface import Claim, NotYet, Outcome, Pair
 from services.cache_proxy.queue.outage import MAX_BREAKDOWNS, PROBE_PAIRS
 from tests.support.queues import Open, Subject
 from tests.support.replicas import asker, limits, numbers_of, pair, pairs

@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue.opening import open_local
-from services.cache_proxy.queue.overview import MAX_REPORT_BYTES, MAX_REPORTS, Overview, Report, read_overview
+from services.cache_proxy.queue.managed_queue import open_local
+from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, MAX_REPORTS, Overview, Report, read_overview
 from tests.support.replicas import Place, asker, limits, pairs, replicas
 
 MINUTES = 3

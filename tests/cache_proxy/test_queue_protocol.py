@@ -9,7 +9,7 @@ import pytest
 from grpc import StatusCode
 
 from services.cache_proxy.errors import Nonsense, PairError, QueueFull, Refused, Unavailable
-from services.cache_proxy.queue import Claim, NotYet, Outcome, Pair
+from services.cache_proxy.queue.interface import Claim, NotYet, Outcome, Pair
 from services.cache_proxy.queue.local.gcra import PACE
 from tests.support.queues import Open, Subject
 from tests.support.replicas import asker, limits, numbers_of, pair, pairs

@@ -8,8 +8,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import MAX_TRACES, Asker, Claim
-from services.cache_proxy.queue.opening import open_local
+from services.cache_proxy.queue.interface import MAX_TRACES, Asker, Claim
+from services.cache_proxy.queue.managed_queue import open_local
 from services.common.tracing import CONTEXT_BYTES, MAX_LINKS
 from tests.support.replicas import Place, asker, limits, numbers_of, pairs, replicas
 

@@ -8,8 +8,8 @@ import pytest
 from grpc import StatusCode
 
 from services.cache_proxy.errors import OverQuota, Refused, Unavailable
-from services.cache_proxy.queue import Claim, NotYet
-from services.cache_proxy.quotas import OTHERS, Quota, Quotas
+from services.cache_proxy.queue.interface import Claim, NotYet
+from services.cache_proxy.queue.quotas import OTHERS, Quota, Quotas
 from tests.support.queues import Open, Subject
 from tests.support.replicas import asker, limits, numbers_of, pair, pairs
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cache_proxy.quotas import OTHERS, Quota, Quotas, read_quotas
+from services.cache_proxy.queue.quotas import OTHERS, Quota, Quotas, read_quotas
 from services.common.errors import UsageError
 
 

@@ -4,7 +4,7 @@ import secrets
 
 import pytest
 
-from services.cache_proxy.queue.messages import pack
+from services.cache_proxy.queue.serialization import pack
 from tests.support.replicas import Place, pair, pairs, replicas
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.cache_proxy.errors import AccessRefusedByStore, PairError, StoreDamaged, StoreError
-from services.cache_proxy.queue import Asker, Claim, NotYet
-from services.cache_proxy.quotas import Quota, Quotas
+from services.cache_proxy.queue.interface import Asker, Claim, NotYet
+from services.cache_proxy.queue.quotas import Quota, Quotas
 from tests.support.redis_server import redis_process
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.cache_proxy.errors import Refused
-from services.cache_proxy.queue import Claim, NotYet, QueueLimits
+from services.cache_proxy.queue.interface import Claim, NotYet, QueueLimits
 from services.cache_proxy.queue.local.gcra import PACE
-from services.cache_proxy.queue.opening import _configure
+from services.cache_proxy.queue.managed_queue import _configure
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
 
 pytestmark = pytest.mark.slow  # real servers that come and go, and many examples

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import msgpack
 import pytest
 
-from services.cache_proxy.queue import Claim, NotYet
+from services.cache_proxy.queue.interface import Claim, NotYet
 from services.common.tasks import end
 from tests.support.redis_server import wait_for
 from tests.support.replicas import Place, Replica, limits, numbers_of, pair, pairs, replicas

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.cache_proxy.errors import Nonsense, PairError, Refused, StoreError, Unavailable
-from services.cache_proxy.queue import Claim, NotYet, Outcome
-from services.cache_proxy.quotas import Quota, Quotas
-from services.cache_proxy.waiters import Wait
+from services.cache_proxy.queue.interface import Claim, NotYet, Outcome
+from services.cache_proxy.queue.quotas import Quota, Quotas
+from services.cache_proxy.queue.waiters import Wait
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs
 
 pytestmark = pytest.mark.slow  # real servers that come and go, and many examples

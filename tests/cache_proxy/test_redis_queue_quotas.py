@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.cache_proxy.errors import OverQuota
-from services.cache_proxy.queue import Claim, NotYet
+from services.cache_proxy.queue.interface import Claim, NotYet
 from services.cache_proxy.queue.local.gcra import PACE
-from services.cache_proxy.quotas import OTHERS, Quota, Quotas, none
+from services.cache_proxy.queue.quotas import OTHERS, Quota, Quotas, none
 from tests.support.replicas import Place, Replica, asker, limits, pair, pairs, replicas
 
 BOUNDS = limits(batch_pairs=100)

@@ -9,7 +9,7 @@ from grpc import StatusCode
 from services.cache_proxy.cache.cache_scripts import BURY
 from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
-from services.cache_proxy.queue import Claim, NotYet, Pair
+from services.cache_proxy.queue.interface import Claim, NotYet, Pair
 from services.cache_proxy.redis_client.client_factory import connect, servers
 from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pair, pairs, replicas
 
@@ -211,7 +211,7 @@ async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(
 ) -> None:
     """It stays away a little longer, and who was told that nothing waits is woken."""
     monkeypatch.setattr(
-        "services.cache_proxy.queue.redis._DEFER_SECONDS", 60
+        "services.cache_proxy.queue.redis_queue._DEFER_SECONDS", 60
     )  # longer than a slow test takes
     async with replicas(place, 2) as (broken, sound):
         await broken.ask(pairs([1]))
@@ -231,8 +231,8 @@ async def test_replica_whose_calls_are_answered_waits_for_the_next_slot_of_a_slo
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It claims for another replica whose call failed, also when the next slot is far away."""
-    monkeypatch.setattr("services.cache_proxy.queue.redis._HELP_SECONDS", 0.05)
-    monkeypatch.setattr("services.cache_proxy.queue.redis._DEFER_SECONDS", 60)
+    monkeypatch.setattr("services.cache_proxy.queue.redis_queue._HELP_SECONDS", 0.05)
+    monkeypatch.setattr("services.cache_proxy.queue.redis_queue._DEFER_SECONDS", 60)
     async with replicas(place, 2, limits(calls_per_second=3)) as (broken, sound):
         await broken.ask(pairs([1]))
         claim = await broken.take()

@@ -15,10 +15,10 @@ from services.cache_proxy.cache.memory_store import MemoryStore
 from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import NotYet
-from services.cache_proxy.queue.opening import open_local
+from services.cache_proxy.queue.interface import NotYet
+from services.cache_proxy.queue.managed_queue import open_local
+from services.cache_proxy.queue.waiters import Waiters
 from services.cache_proxy.resolver import Answers, Resolver
-from services.cache_proxy.waiters import Waiters
 from tests.support.replicas import asker, limits
 
 _DIGEST = make_digester(normalize="fold", secret=None)

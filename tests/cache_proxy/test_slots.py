@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.queue.local.call_limiter import Limiter
-from services.cache_proxy.queue.slots import Membership, SlotLimiter
+from services.cache_proxy.queue.time_slots import Membership, SlotLimiter
 
 LATE_SECONDS = 0.010
 

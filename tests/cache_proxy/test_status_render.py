@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.cache_proxy.queue.overview import Overview
+from services.cache_proxy.queue.snapshot import Overview
 from services.cache_proxy.status import words
 from services.cache_proxy.status.counts import CallerCounts, Minute, Span
 from services.cache_proxy.status.figures import Failure, Figures, Self, Store, of_replica

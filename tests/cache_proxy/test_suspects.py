@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import Refused
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Asker, Claim, Outcome, Pair, QueueLimits
-from services.cache_proxy.queue.opening import open_local
+from services.cache_proxy.queue.interface import Asker, Claim, Outcome, Pair, QueueLimits
+from services.cache_proxy.queue.managed_queue import open_local
 
 ASKER = Asker("anonymous", "interactive", math.inf)
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from services.cache_proxy.errors import Unavailable
-from services.cache_proxy.waiters import Waiters
+from services.cache_proxy.queue.waiters import Waiters
 
 DOWN = Unavailable("down", 1.0)
 

@@ -16,8 +16,8 @@ from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue.messages import unpack
-from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.queue.queue_scripts import Keys
+from services.cache_proxy.queue.serialization import unpack
 from services.cache_proxy.redis_client.client_factory import connect, servers
 from tests.fleet.scenarios import callers, same_pairs
 from tests.fleet.test_faults import BATCH_PAIRS, CALLS_PER_SECOND, FLAGS, SEEN_LATE_SECONDS, load

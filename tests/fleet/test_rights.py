@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from services.cache_proxy.errors import AccessRefusedByStore, StoreError, Unavailable
-from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.queue.queue_scripts import Keys
 from services.cache_proxy.redis_client.access_check import AccessCheck
 from services.cache_proxy.redis_client.backend import is_access_refusal
 from services.cache_proxy.redis_client.client_factory import Access, connect, servers

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Request
 
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue.scripts import Keys, Scripts
+from services.cache_proxy.queue.queue_scripts import Keys, Scripts
 from tests.integration.conftest import Stage
 from tests.support.browser import chromium
 from tests.support.caller import caller, pairs_of

@@ -9,9 +9,18 @@ from math import inf
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair, Queue, QueueLimits
-from services.cache_proxy.queue.opening import open_local
-from services.cache_proxy.quotas import NO_QUOTAS, Quotas
+from services.cache_proxy.queue.interface import (
+    Asker,
+    Claim,
+    Enqueued,
+    NotYet,
+    Outcome,
+    Pair,
+    Queue,
+    QueueLimits,
+)
+from services.cache_proxy.queue.managed_queue import open_local
+from services.cache_proxy.queue.quotas import NO_QUOTAS, Quotas
 from tests.support.replicas import Place, asker, limits, numbers_of, pair, pairs, replicas
 
 _WARM = 10**9

@@ -16,17 +16,17 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from services.cache_proxy.errors import QueueFull, StoreError, Unavailable
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.listener import Listener
+from services.cache_proxy.queue.interface import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.local.call_limiter import Limiter
 from services.cache_proxy.queue.local.local_queue import LocalQueue
-from services.cache_proxy.queue.redis import RedisQueue
-from services.cache_proxy.queue.scripts import Keys, Scripts
-from services.cache_proxy.queue.slots import SlotLimiter
-from services.cache_proxy.quotas import QuotasNow, none
+from services.cache_proxy.queue.queue_scripts import Keys, Scripts
+from services.cache_proxy.queue.quotas import QuotasNow, none
+from services.cache_proxy.queue.redis_queue import RedisQueue
+from services.cache_proxy.queue.replica_session import Listener
+from services.cache_proxy.queue.time_slots import SlotLimiter
+from services.cache_proxy.queue.waiters import Wait, Waiters
 from services.cache_proxy.redis_client.node import Home
-from services.cache_proxy.waiters import Wait, Waiters
 from tests.support.redis_server import wait_for
 
 PATIENCE_SECONDS = 60.0

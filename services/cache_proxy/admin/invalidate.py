@@ -9,7 +9,7 @@ from services.cache_proxy.cache.buckets import TAGS
 from services.cache_proxy.cache.cache_scripts import BURY
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings, ScopeSettings
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
-from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.queue.queue_scripts import Keys
 from services.cache_proxy.redis_client.backend import Call
 from services.common.errors import UsageError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from services.cache_proxy.cache.key import NORMAL_FORM_VERSION, fingerprint
 from services.cache_proxy.config.settings import NORMAL_FORMS, KeySettings, read_secret
-from services.cache_proxy.queue.scripts import Keys
+from services.cache_proxy.queue.queue_scripts import Keys
 from services.cache_proxy.redis_client.backend import Servers, heal
 from services.cache_proxy.redis_client.values import read_integer
 from services.common.errors import UsageError

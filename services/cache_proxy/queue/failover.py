@@ -14,12 +14,12 @@ from services.cache_proxy.errors import (
     StoreError,
     Unavailable,
 )
-from services.cache_proxy.queue import Asker, Claim, Enqueued, NotYet, Outcome, Pair
+from services.cache_proxy.queue.interface import Asker, Claim, Enqueued, NotYet, Outcome, Pair
 from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.outage import MIN_BACKOFF_SECONDS
-from services.cache_proxy.queue.overview import Overview
-from services.cache_proxy.queue.redis import RedisQueue
-from services.cache_proxy.queue.slots import Membership, SlotLimiter
+from services.cache_proxy.queue.redis_queue import RedisQueue
+from services.cache_proxy.queue.snapshot import Overview
+from services.cache_proxy.queue.time_slots import Membership, SlotLimiter
 
 _log = logging.getLogger(__name__)
 

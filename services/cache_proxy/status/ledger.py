@@ -14,7 +14,7 @@ from prometheus_client import Counter as Metric
 
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import REFUSALS
-from services.cache_proxy.queue.overview import MAX_REPORT_BYTES, Report
+from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, Report
 from services.cache_proxy.status.counts import (
     MINUTE_SECONDS,
     SPAN_SECONDS,

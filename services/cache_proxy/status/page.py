@@ -16,8 +16,8 @@ from aiohttp import web
 from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue.opening import ProxyQueue
-from services.cache_proxy.queue.overview import Overview
+from services.cache_proxy.queue.managed_queue import ProxyQueue
+from services.cache_proxy.queue.snapshot import Overview
 from services.cache_proxy.status import figures as figures_of
 from services.cache_proxy.status.counts import WINDOW_MINUTES
 from services.cache_proxy.status.figures import Figures, Scope, Self, Store

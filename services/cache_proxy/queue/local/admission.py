@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from services.cache_proxy.queue import Asker, Pair, QueueLimits, refusals
+from services.cache_proxy.queue import rejections
+from services.cache_proxy.queue.interface import Asker, Pair, QueueLimits
 from services.cache_proxy.queue.local.call_limiter import CallLimiter
 from services.cache_proxy.queue.local.fair_queue import Entry, Place
 from services.cache_proxy.queue.local.quota_limiter import Accounts
 from services.cache_proxy.queue.local.scheduler import Lanes, Turn
-from services.cache_proxy.quotas import Quota, QuotasNow
+from services.cache_proxy.queue.quotas import Quota, QuotasNow
 
 _DAY_SECONDS = 86_400.0
 
@@ -50,17 +51,19 @@ class Admission:
         size_bytes = sum(pair.size_bytes for pair in pairs)
         if pairs and room < 0 and quota is not None:
             seconds = -room / quota.pairs_per_second if quota.pairs_per_second else 0.0
-            raise refusals.over_queued_pairs(
+            raise rejections.over_queued_pairs(
                 quota, waiting=waiting, pairs=len(pairs), wait_seconds=max(wait_seconds, seconds)
             )
         if pairs and held_pairs + len(pairs) > limits.max_pairs:
-            raise refusals.full(held_pairs, "pairs", most=limits.max_pairs, wait_seconds=wait_seconds)
+            raise rejections.full(held_pairs, "pairs", most=limits.max_pairs, wait_seconds=wait_seconds)
         if pairs and held_bytes + size_bytes > limits.max_bytes:
-            raise refusals.full(held_bytes, "bytes", most=limits.max_bytes, wait_seconds=wait_seconds)
+            raise rejections.full(held_bytes, "bytes", most=limits.max_bytes, wait_seconds=wait_seconds)
         if quota_seconds > max(wait_seconds, left_seconds) and quota is not None:
-            raise refusals.over_pairs_per_second(quota, wait_seconds=quota_seconds, left_seconds=left_seconds)
+            raise rejections.over_pairs_per_second(
+                quota, wait_seconds=quota_seconds, left_seconds=left_seconds
+            )
         if wait_seconds > left_seconds:
-            raise refusals.late(wait_seconds=wait_seconds, left_seconds=left_seconds)
+            raise rejections.late(wait_seconds=wait_seconds, left_seconds=left_seconds)
         return places
 
     def _places(self, joined: Sequence[Entry], asker: Asker, room: float) -> list[Place]:

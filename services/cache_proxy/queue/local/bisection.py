@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
-from services.cache_proxy.queue import Claim
+from services.cache_proxy.queue.interface import Claim
 
 _OTHERS_PER_PROBE = 3
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from services.cache_proxy.queue import MAX_TRACES, Claim, Pair
+from services.cache_proxy.queue.interface import MAX_TRACES, Claim, Pair
 
 MAX_CALLERS = 100  # names are the callers' to choose: those beyond share one turn
 _OTHERS = ""

@@ -11,7 +11,7 @@ from operator import attrgetter
 
 from services.cache_proxy.errors import PairError, StoreError, Unavailable
 from services.cache_proxy.metrics import LANES, PRIORITIES, ProxyMetrics
-from services.cache_proxy.queue import (
+from services.cache_proxy.queue.interface import (
     MAX_FAILED_BATCHES,
     MAX_REFUSALS,
     Asker,
@@ -32,8 +32,8 @@ from services.cache_proxy.queue.local.quota_limiter import Accounts, Spent
 from services.cache_proxy.queue.local.recent_outcomes import Recent
 from services.cache_proxy.queue.local.scheduler import Lanes
 from services.cache_proxy.queue.outage import BACKOFF_SPREAD, PROBE_PAIRS, Outage
-from services.cache_proxy.queue.overview import Overview
-from services.cache_proxy.quotas import Quota, QuotasNow, none
+from services.cache_proxy.queue.quotas import Quota, QuotasNow, none
+from services.cache_proxy.queue.snapshot import Overview
 
 _GATHER_SECONDS = 0.05  # where nothing but quotas holds pairs back, so much of them goes together
 _PROBE_SECONDS = 0.2  # after which it is looked again whether the call that probes the model is over

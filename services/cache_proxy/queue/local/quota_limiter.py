@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from services.cache_proxy.queue.local.gcra import PACE
-from services.cache_proxy.quotas import Quota
+from services.cache_proxy.queue.quotas import Quota
 
 _BURST_SECONDS, _BURST_SLOTS = 1.0, 1.5
 _ROUNDING = 1e-6

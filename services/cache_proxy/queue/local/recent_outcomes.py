@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 from services.cache_proxy.errors import Nonsense, Refused
-from services.cache_proxy.queue import NONSENSE_SECONDS, Outcome
+from services.cache_proxy.queue.interface import NONSENSE_SECONDS, Outcome
 
 _ANSWER_SECONDS = 60.0
 _REFUSAL_SECONDS = 600.0  # each time a refused pair is asked again, it costs the batch that it is in

@@ -9,7 +9,7 @@ from services.cache_proxy.metrics import LANES, PRIORITIES
 from services.cache_proxy.queue.local.fair_queue import Entry, Place
 from services.cache_proxy.queue.local.priority_class import Offers, PriorityLanes
 from services.cache_proxy.queue.local.quota_limiter import Accounts
-from services.cache_proxy.quotas import OTHERS, Quota, QuotasNow, none
+from services.cache_proxy.queue.quotas import OTHERS, Quota, QuotasNow, none
 
 _BULK_SHARE = 10  # a tenth of a batch, in pairs and in bytes, is kept for bulk
 _MAX_PLACES = 8  # of one pair: whoever comes then waits where it is

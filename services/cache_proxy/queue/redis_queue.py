@@ -12,7 +12,8 @@ from typing import Any
 
 from services.cache_proxy.errors import PairError, QueueFull, StoreError, Unavailable
 from services.cache_proxy.metrics import LANES, ProxyMetrics
-from services.cache_proxy.queue import (
+from services.cache_proxy.queue import rejections
+from services.cache_proxy.queue.interface import (
     MAX_FAILED_BATCHES,
     MAX_REFUSALS,
     NONSENSE_SECONDS,
@@ -25,10 +26,8 @@ from services.cache_proxy.queue import (
     Pair,
     QueueLimits,
     Settle,
-    refusals,
 )
 from services.cache_proxy.queue.local.gcra import PACE
-from services.cache_proxy.queue.messages import pack, pack_error, unpack, unpack_error
 from services.cache_proxy.queue.outage import (
     BACKOFF_SPREAD,
     MAX_BACKOFF_SECONDS,
@@ -37,10 +36,11 @@ from services.cache_proxy.queue.outage import (
     MIN_BACKOFF_SECONDS,
     Outage,
 )
-from services.cache_proxy.queue.overview import MAX_REPORT_BYTES, MAX_REPORTS, Overview, read_overview
-from services.cache_proxy.queue.scripts import Scripts
+from services.cache_proxy.queue.queue_scripts import Scripts
+from services.cache_proxy.queue.quotas import Quota, QuotasNow, none
+from services.cache_proxy.queue.serialization import pack, pack_error, unpack, unpack_error
+from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, MAX_REPORTS, Overview, read_overview
 from services.cache_proxy.queue.waiting_pairs import Noted, Turn, WaitingPair
-from services.cache_proxy.quotas import Quota, QuotasNow, none
 from services.cache_proxy.riders import Riders
 
 _log = logging.getLogger(__name__)
@@ -567,14 +567,16 @@ def _refused(
     if why == b"full":
         held, unit = reply[2].decode().split(" ")
         most = limits.max_pairs if unit == "pairs" else limits.max_bytes
-        return refusals.full(int(held), unit, most=most, wait_seconds=wait_seconds)
+        return rejections.full(int(held), unit, most=most, wait_seconds=wait_seconds)
     if why == b"queued" and quota is not None:
-        return refusals.over_queued_pairs(
+        return rejections.over_queued_pairs(
             quota, waiting=int(reply[2]), pairs=pairs, wait_seconds=wait_seconds
         )
     if why == b"slow" and quota is not None:
-        return refusals.over_pairs_per_second(quota, wait_seconds=wait_seconds, left_seconds=patience_seconds)
-    return refusals.late(wait_seconds=wait_seconds, left_seconds=patience_seconds)
+        return rejections.over_pairs_per_second(
+            quota, wait_seconds=wait_seconds, left_seconds=patience_seconds
+        )
+    return rejections.late(wait_seconds=wait_seconds, left_seconds=patience_seconds)
 
 
 def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from services.cache_proxy.errors import PairError
-from services.cache_proxy.queue import Outcome
+from services.cache_proxy.queue.interface import Outcome
 
 
 class Wait:

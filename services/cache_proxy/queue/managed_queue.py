@@ -10,18 +10,18 @@ from typing import Protocol
 
 from services.cache_proxy.errors import PairError, StoreError
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import GiveUp, Queue, QueueLimits, Settle
 from services.cache_proxy.queue.advertised_address import AdvertisedAddress
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.listener import Hear, Listener
+from services.cache_proxy.queue.interface import GiveUp, Queue, QueueLimits, Settle
 from services.cache_proxy.queue.local.call_limiter import Limiter
 from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.local.local_queue import LocalQueue
-from services.cache_proxy.queue.overview import Overview, Reporter
-from services.cache_proxy.queue.redis import RedisQueue
-from services.cache_proxy.queue.scripts import Keys, Scripts
-from services.cache_proxy.queue.slots import SlotLimiter
-from services.cache_proxy.quotas import QuotasNow, none
+from services.cache_proxy.queue.queue_scripts import Keys, Scripts
+from services.cache_proxy.queue.quotas import QuotasNow, none
+from services.cache_proxy.queue.redis_queue import RedisQueue
+from services.cache_proxy.queue.replica_session import Hear, Listener
+from services.cache_proxy.queue.snapshot import Overview, Reporter
+from services.cache_proxy.queue.time_slots import SlotLimiter
 from services.cache_proxy.redis_client.access_check import AccessCheck
 from services.cache_proxy.redis_client.client_factory import Client
 from services.cache_proxy.redis_client.node import Home

@@ -6,18 +6,18 @@ from functools import partial
 
 import redis.asyncio
 
-from services.cache_proxy import quotas
 from services.cache_proxy.access.renewals import Renewals
 from services.cache_proxy.cache.buckets import state_key
 from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.config.settings import Settings
 from services.cache_proxy.metrics import ProxyMetrics
-from services.cache_proxy.queue import GiveUp, QueueLimits, Settle
-from services.cache_proxy.queue.listener import Hear
-from services.cache_proxy.queue.opening import ProxyQueue, SharedRedis, open_local, open_shared
-from services.cache_proxy.queue.overview import Reporter
-from services.cache_proxy.queue.scripts import Keys
-from services.cache_proxy.quotas import QuotasNow
+from services.cache_proxy.queue import quotas
+from services.cache_proxy.queue.interface import GiveUp, QueueLimits, Settle
+from services.cache_proxy.queue.managed_queue import ProxyQueue, SharedRedis, open_local, open_shared
+from services.cache_proxy.queue.queue_scripts import Keys
+from services.cache_proxy.queue.quotas import QuotasNow
+from services.cache_proxy.queue.replica_session import Hear
+from services.cache_proxy.queue.snapshot import Reporter
 from services.cache_proxy.redis_client.client_factory import user_of
 from services.common.file_reload import Renewed
 

@@ -13,14 +13,14 @@ from redis.asyncio.client import PubSub
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import LANES, ProxyMetrics
-from services.cache_proxy.queue import QueueLimits
-from services.cache_proxy.queue.doors import Doors
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.messages import pack, unpack
-from services.cache_proxy.queue.overview import Reporter
-from services.cache_proxy.queue.redis import RedisQueue
-from services.cache_proxy.queue.scripts import Scripts
-from services.cache_proxy.queue.slots import Membership
+from services.cache_proxy.queue.interface import QueueLimits
+from services.cache_proxy.queue.peer_probe import Doors
+from services.cache_proxy.queue.queue_scripts import Scripts
+from services.cache_proxy.queue.redis_queue import RedisQueue
+from services.cache_proxy.queue.serialization import pack, unpack
+from services.cache_proxy.queue.snapshot import Reporter
+from services.cache_proxy.queue.time_slots import Membership
 from services.cache_proxy.redis_client.backend import FAILURES
 from services.cache_proxy.redis_client.eviction_policy import EvictionWatch
 from services.cache_proxy.redis_client.node import Home

@@ -12,7 +12,7 @@ from services.cache_proxy.errors import StoreError
 from services.cache_proxy.metrics import LANES
 from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.local.scheduler import calls_until
-from services.cache_proxy.queue.messages import unpack
+from services.cache_proxy.queue.serialization import unpack
 
 MAX_REPORTS = 256
 """Replicas whose reports of one minute are kept."""

@@ -3,7 +3,7 @@
 import math
 
 from services.cache_proxy.errors import OverQuota, QueueFull
-from services.cache_proxy.quotas import OTHERS, Quota
+from services.cache_proxy.queue.quotas import OTHERS, Quota
 
 _PUSHBACK_SECONDS = (1.0, 60.0)
 

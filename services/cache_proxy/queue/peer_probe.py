@@ -15,7 +15,7 @@ import re
 import aiohttp
 
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.queue.scripts import Scripts
+from services.cache_proxy.queue.queue_scripts import Scripts
 from services.common.tasks import end
 
 PATH = "/replica"

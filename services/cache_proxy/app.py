@@ -13,8 +13,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from services.cache_proxy import grpc_server
-from services.cache_proxy.access.opening import open_callers, open_way
-from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.auth.model_credentials import open_callers, open_way
+from services.cache_proxy.auth.reloader import Renewals
 from services.cache_proxy.cache.entry import Lifetime
 from services.cache_proxy.cache.invalidation import Follower
 from services.cache_proxy.cache.key import make_batch_digester

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from protos import seniority_pb2
-from services.cache_proxy.access.opening import IN_THE_CLEAR, ModelWay
+from services.cache_proxy.auth.model_credentials import IN_THE_CLEAR, ModelWay
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import Pair

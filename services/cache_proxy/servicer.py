@@ -14,7 +14,7 @@ from grpc import aio
 
 from protos import seniority_pb2
 from services.cache_proxy import asked, wire
-from services.cache_proxy.callers import ANONYMOUS, Caller, Context, Identify
+from services.cache_proxy.auth.caller import ANONYMOUS, Caller, Context, Identify
 from services.cache_proxy.errors import (
     AccessRefused,
     Draining,

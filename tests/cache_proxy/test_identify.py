@@ -11,10 +11,10 @@ import grpc
 import pytest
 from grpc import aio
 
-from services.cache_proxy.access import callers_file
-from services.cache_proxy.access.identify import identification
-from services.cache_proxy.access.listeners import server_credentials
-from services.cache_proxy.callers import Context, Identify
+from services.cache_proxy.auth import caller_list
+from services.cache_proxy.auth.authenticator import identification
+from services.cache_proxy.auth.caller import Context, Identify
+from services.cache_proxy.auth.server_tls import server_credentials
 from services.cache_proxy.errors import ProxyError
 from services.common.errors import UsageError
 from services.common.file_reload import Look
@@ -155,7 +155,7 @@ async def test_with_a_list_only_those_on_it_come_in(
     taken_for: str,
 ) -> None:
     """By a certificate that it names, else by a token; nobody's own word counts, and a refusal is one."""
-    identify = identification(certificates=certificate is not None, listed=callers_file.follow(str(listed)))
+    identify = identification(certificates=certificate is not None, listed=caller_list.follow(str(listed)))
     own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
     async with _answering(identify, own, shown) as ask:
         assert (await ask(*metadata)).decode().startswith(taken_for)
@@ -181,7 +181,7 @@ def test_a_line_that_cannot_be_meant_is_refused_without_its_words(
     path = tmp_path / "callers"
     path.write_text(f"pricing sha256:{hashlib.sha256(b'of-pricing').hexdigest()}\n{line}\n")
     with pytest.raises(UsageError, match=why) as refused:
-        callers_file.follow(str(path))
+        caller_list.follow(str(path))
     assert "s3cret" not in str(refused.value)
 
 
@@ -191,7 +191,7 @@ def test_a_list_of_nobody_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "callers"
     path.write_text(text)
     with pytest.raises(UsageError, match="lets nobody in"):
-        callers_file.follow(str(path))
+        caller_list.follow(str(path))
 
 
 def _put(path: Path, text: str) -> None:
@@ -202,7 +202,7 @@ async def test_a_list_that_changes_holds_from_the_next_look(
     listed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A token that is gone from it is unknown, a new one known; a broken list changes nothing."""
-    followed = callers_file.follow(str(listed))
+    followed = caller_list.follow(str(listed))
     identify = identification(certificates=False, listed=followed)
     async with _answering(identify, None, None) as ask:
         _put(listed, _LIST.replace("of-pricing", "") + "broken s3cret\n")
@@ -258,4 +258,4 @@ def test_the_documented_way_to_a_token_leads_to_one(tmp_path: Path) -> None:
     assert commands
     subprocess.run(["bash", "-euo", "pipefail", "-c", commands[1]], cwd=tmp_path, check=True)
     token = (tmp_path / "token").read_text().strip()
-    assert callers_file.follow(str(tmp_path / "callers")).value.of_token(token) == "pricing-team"
+    assert caller_list.follow(str(tmp_path / "callers")).value.of_token(token) == "pricing-team"

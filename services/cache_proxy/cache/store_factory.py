@@ -12,7 +12,7 @@ from typing import cast
 
 import redis.asyncio
 
-from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.auth.reloader import Renewals
 from services.cache_proxy.cache.embedded import EmbeddedServer
 from services.cache_proxy.cache.entry import Lifetime
 from services.cache_proxy.cache.invalidation import InvalidationLog

@@ -6,7 +6,7 @@ from functools import partial
 
 import redis.asyncio
 
-from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.auth.reloader import Renewals
 from services.cache_proxy.cache.buckets import state_key
 from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.config.settings import Settings

@@ -9,7 +9,7 @@ from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.auth.reloader import Renewals
 from services.cache_proxy.config import cache_url
 from services.cache_proxy.config.cache_url import CacheUrl
 from services.cache_proxy.config.settings import CacheSettings

@@ -9,7 +9,7 @@ from typing import Any
 from redis.asyncio.connection import Connection, RedisSSLContext, UnixDomainSocketConnection
 from redis.credentials import CredentialProvider
 
-from services.cache_proxy.access.renewals import Renewals
+from services.cache_proxy.auth.reloader import Renewals
 from services.cache_proxy.config.settings import read_secret
 from services.cache_proxy.redis_client.host_lookup import addresses_of
 from services.common.errors import UsageError

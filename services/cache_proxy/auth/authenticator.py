@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from services.cache_proxy.access.callers_file import MAX_NAME, CallerList
-from services.cache_proxy.callers import Caller, Context, Identify, by_metadata, of_name
+from services.cache_proxy.auth.caller import Caller, Context, Identify, by_metadata, of_name
+from services.cache_proxy.auth.caller_list import MAX_NAME, CallerList
 from services.cache_proxy.errors import Forbidden, Unauthenticated
 from services.common.file_reload import Renewed
 

@@ -7,11 +7,11 @@ from functools import partial
 
 import grpc
 
-from services.cache_proxy.access import callers_file
-from services.cache_proxy.access.identify import identification
-from services.cache_proxy.access.listeners import server_credentials
-from services.cache_proxy.access.renewals import Renewals
-from services.cache_proxy.callers import Identify
+from services.cache_proxy.auth import caller_list
+from services.cache_proxy.auth.authenticator import identification
+from services.cache_proxy.auth.caller import Identify
+from services.cache_proxy.auth.reloader import Renewals
+from services.cache_proxy.auth.server_tls import server_credentials
 from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
 from services.common.bearer import Token
 from services.common.file_reload import Renewed
@@ -39,7 +39,7 @@ def open_callers(
         renewals.add(pem.look)
         credentials = partial(server_credentials, pem)
     if access.caller_tokens_file is not None:
-        listed = callers_file.follow(access.caller_tokens_file, tell=renewals.teller("caller_tokens"))
+        listed = caller_list.follow(access.caller_tokens_file, tell=renewals.teller("caller_tokens"))
         renewals.add(listed.look)
     _warn_of_plaintext(access, (*plaintext, *(listen if credentials is None else ())))
     identify = identification(certificates=access.tls_client_ca is not None, listed=listed)

@@ -36,7 +36,7 @@ PYTHON = (
         path="services/cache_proxy/queue/waiting_pairs.py", tests=("tests/cache_proxy/test_joined_pairs.py",)
     ),
     Target(
-        path="services/cache_proxy/wire.py",
+        path="services/cache_proxy/wire/batches.py",
         tests=("tests/cache_proxy/test_wire.py", "tests/cache_proxy/test_hits.py", "tests/fuzz/test_wire.py"),
     ),
     Target(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from services.cache_proxy.cache.l1 import L1Cache
-from services.cache_proxy.wire import BATCH_TAG, MORE, UUID_TAG, uuid_end
+from services.cache_proxy.wire.batches import BATCH_TAG, MORE, UUID_TAG, uuid_end
 from services.common.checkpoint import in_breaths
 
 # Two milliseconds at the most (1 µs a pair, where L1 is far larger than the processor's caches), a tenth of

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import islice
 
 from services.cache_proxy import hits
-from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked
 from services.cache_proxy.cache.entry import Lifetime, dated, level_of
 from services.cache_proxy.cache.key import BatchDigester
 from services.cache_proxy.cache.l1 import L1Cache
@@ -17,6 +16,7 @@ from services.cache_proxy.queue.interface import Asker, Outcome, Pair, Queue
 from services.cache_proxy.queue.waiters import Waiters
 from services.cache_proxy.refresher import Refresher
 from services.cache_proxy.rpc_metrics import outcome_kind
+from services.cache_proxy.wire.request_parser import BREATH_BYTES, BREATH_PAIRS, Asked
 from services.common.checkpoint import in_breaths, take_turn
 from services.common.tracing import OFF, Tracing
 

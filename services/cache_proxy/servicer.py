@@ -13,7 +13,6 @@ import grpc
 from grpc import aio
 
 from protos import seniority_pb2
-from services.cache_proxy import asked, wire
 from services.cache_proxy.auth.caller import ANONYMOUS, Caller, Context, Identify
 from services.cache_proxy.errors import (
     AccessRefused,
@@ -27,6 +26,7 @@ from services.cache_proxy.intake import Intake
 from services.cache_proxy.queue.interface import Asker
 from services.cache_proxy.resolver import Answers, Resolver
 from services.cache_proxy.statuses import Status, status_of
+from services.cache_proxy.wire import batches, request_parser
 from services.common.checkpoint import in_breaths
 from services.common.tracing import OFF, Tracing
 
@@ -106,7 +106,7 @@ class SeniorityService:
             return answer
         self._in_flight += 1
         try:
-            request, size_bytes = wire.split(message, max_pairs=self._limits.max_pairs), len(message)
+            request, size_bytes = batches.split(message, max_pairs=self._limits.max_pairs), len(message)
             del message  # it may be large, and all that matters of it is in the request
             return await self._answered(request, size_bytes, caller, context)
         finally:
@@ -182,16 +182,16 @@ class SeniorityService:
         items = self._checked(request)
         replies, missing = await self._resolver.answer_known(items)
         if missing:
-            pairs = await asked.read(items, missing, max_field_bytes=self._limits.max_field_bytes)
+            pairs = await request_parser.read(items, missing, max_field_bytes=self._limits.max_field_bytes)
             answers.count("l1", len(items) - len(missing))  # of a request that is refused, all failed
             await self._resolver.resolve(pairs, self._asker(caller, context), answers)
             columns = zip(pairs.positions, pairs.items, pairs.starts, answers.levels, strict=True)
             async for some in in_breaths(range(len(pairs)), _BREATH_ANSWERS):
                 for position, item, start, level in islice(columns, len(some)):
-                    replies[position] = item[:start] + wire.ANSWER_TAILS[level]
+                    replies[position] = item[:start] + batches.ANSWER_TAILS[level]
         else:
             answers.count("l1", len(items))
-        return wire.join(replies)
+        return batches.join(replies)
 
     def _checked(self, request: Request) -> Sequence[bytes]:
         if self._draining:
@@ -199,7 +199,7 @@ class SeniorityService:
         if isinstance(request, InvalidRequest):
             raise request
         if len(request) > self._limits.max_pairs:
-            raise wire.too_many(str(len(request)), self._limits.max_pairs)
+            raise batches.too_many(str(len(request)), self._limits.max_pairs)
         return request
 
     def _asker(self, caller: Caller, context: Context) -> Asker:

@@ -9,9 +9,9 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy import wire
-from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, Asked, read
 from services.cache_proxy.errors import InvalidRequest
+from services.cache_proxy.wire import batches
+from services.cache_proxy.wire.request_parser import BREATH_BYTES, BREATH_PAIRS, Asked, read
 from services.common.checkpoint import in_breaths
 
 _LIMITS = st.sampled_from([2, 40, 126, 127, 128, 4096])
@@ -57,7 +57,7 @@ async def _read(items: Sequence[bytes], limit: int) -> Asked:
 def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
     """Any bytes are read or refused as by `wire.read`: same texts, same canonical key, the answer's uuid."""
     try:
-        expected = wire.read(items, range(len(items)), max_field_bytes=limit)
+        expected = batches.read(items, range(len(items)), max_field_bytes=limit)
     except InvalidRequest as error:
         event("refused")
         with pytest.raises(InvalidRequest, match=f"^{re.escape(str(error))}$"):
@@ -69,7 +69,7 @@ def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
     pairs = [found.pair(place, b"") for place in range(len(found))]
     assert [(pair.company, pair.title) for pair in pairs] == [(one.company, one.title) for one in expected]
     for item, start, one in zip(found.items, found.starts, expected, strict=True):
-        answer = pb.SeniorityResponse.FromString(item[:start] + wire.ANSWER_TAILS[5])
+        answer = pb.SeniorityResponse.FromString(item[:start] + batches.ANSWER_TAILS[5])
         assert (answer.uuid, answer.seniority) == (one.uuid, 5)
 
 

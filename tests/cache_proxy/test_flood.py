@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy.flood import holds_more_than
+from services.cache_proxy.wire.pair_limit import holds_more_than
 
 _ITEMS = st.builds(
     pb.SeniorityRequest, uuid=st.integers(-(2**31), 2**31 - 1), company=st.text(max_size=200), title=st.text()

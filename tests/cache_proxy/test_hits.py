@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy import wire
 from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.hits import answer_known, answer_one
+from services.cache_proxy.wire import batches
 
 _Result = TypeVar("_Result")
 
@@ -50,7 +50,7 @@ def test_every_uuid_comes_back_with_its_pairs_level(asked: list[tuple[int, str]]
     answers, missing = _at_once(answer_known(items, cache))
     assert missing == [at for at, (_, company) in enumerate(asked) if company == "new"]
     assert answers == [
-        wire.answer(uuid, levels[company]) if company in levels else b"" for uuid, company in asked
+        batches.answer(uuid, levels[company]) if company in levels else b"" for uuid, company in asked
     ]
 
 
@@ -70,12 +70,12 @@ def test_one_pair_is_answered_as_in_a_batch(uuid: bytes, rest: bytes, frame: str
     cache = _known(("a", "t"), ("", ""))
     item = uuid + rest
     size = len(item) + {"short": -1, "long": 1}.get(frame, 0)
-    message = bytes((0x0A, size % 128)) + item + (wire.join([item]) if frame == "two" else b"")
-    items = wire.split(message, max_pairs=10)
+    message = bytes((0x0A, size % 128)) + item + (batches.join([item]) if frame == "two" else b"")
+    items = batches.split(message, max_pairs=10)
     expected = None
-    if isinstance(items, list) and len(items) == 1 and wire.join(items) == message:
+    if isinstance(items, list) and len(items) == 1 and batches.join(items) == message:
         answers, missing = _at_once(answer_known(items, cache))
-        expected = None if missing else wire.join(answers)
+        expected = None if missing else batches.join(answers)
     assert answer_one(message, cache) == expected
 
 
@@ -83,15 +83,15 @@ def test_one_long_pair_takes_the_long_way() -> None:
     """An item whose length takes two bytes is none of the short way's business; the longest below it is."""
     for length, known in ((120, True), (121, False)):
         cache = _known(("c" * length, "t"))
-        message = wire.join([_item(7, "c" * length, "t")])
-        assert answer_one(message, cache) == (wire.join([wire.answer(7, 1)]) if known else None)
+        message = batches.join([_item(7, "c" * length, "t")])
+        assert answer_one(message, cache) == (batches.join([batches.answer(7, 1)]) if known else None)
 
 
 def test_a_forgotten_answer_to_one_pair_is_none() -> None:
     """An entry whose answer was taken from it is no hit by the short way either."""
     cache = _known(("a", "t"))
-    message = wire.join([_item(1, "a", "t")])
-    assert answer_one(message, cache) == wire.join([wire.answer(1, 1)])
+    message = batches.join([_item(1, "a", "t")])
+    assert answer_one(message, cache) == batches.join([batches.answer(1, 1)])
     cache.remove(bytes(16))
     assert answer_one(message, cache) is None
 
@@ -140,4 +140,4 @@ def test_a_forgotten_answer_is_missing() -> None:
     items = [_item(1, "a", "t")]
     assert _at_once(answer_known(items, cache)) == ([b""], [0])
     cache.put(items[0][2:], 6, digest=bytes(16), epoch=cache.epoch)
-    assert _at_once(answer_known(items, cache)) == ([wire.answer(1, 6)], [])
+    assert _at_once(answer_known(items, cache)) == ([batches.answer(1, 6)], [])

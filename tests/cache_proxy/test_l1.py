@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from services.cache_proxy.cache.entry import NEVER
 from services.cache_proxy.cache.l1 import L1Cache
-from services.cache_proxy.wire import answer_tail
+from services.cache_proxy.wire.batches import answer_tail
 
 _MIB = 2**20
 

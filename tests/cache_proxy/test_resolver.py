@@ -7,7 +7,6 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy.asked import BREATH_BYTES, BREATH_PAIRS, read
 from services.cache_proxy.cache.entry import PREVIOUS, Lifetime, dated, today
 from services.cache_proxy.cache.key import make_batch_digester, make_digester
 from services.cache_proxy.cache.l1 import L1Cache
@@ -19,6 +18,7 @@ from services.cache_proxy.queue.interface import NotYet
 from services.cache_proxy.queue.managed_queue import open_local
 from services.cache_proxy.queue.waiters import Waiters
 from services.cache_proxy.resolver import Answers, Resolver
+from services.cache_proxy.wire.request_parser import BREATH_BYTES, BREATH_PAIRS, read
 from tests.support.replicas import asker, limits
 
 _DIGEST = make_digester(normalize="fold", secret=None)

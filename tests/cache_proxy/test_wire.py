@@ -6,36 +6,36 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy import wire
 from services.cache_proxy.errors import InvalidRequest
+from services.cache_proxy.wire import batches
 
 _INT32 = st.integers(-(2**31), 2**31 - 1)
 _MAX_FIELD_BYTES = 4096
 
 
-def _read(item: bytes) -> wire.Unknown:
-    return wire.read([item], [0], max_field_bytes=_MAX_FIELD_BYTES)[0]
+def _read(item: bytes) -> batches.Unknown:
+    return batches.read([item], [0], max_field_bytes=_MAX_FIELD_BYTES)[0]
 
 
 @given(_INT32, st.text(max_size=20), st.text(max_size=20))
 def test_an_item_is_its_uuid_and_its_key(uuid: int, company: str, title: str) -> None:
     """As libraries spell it, what follows any uuid is the key; an answer is the uuid's bytes and a level."""
     item = pb.SeniorityRequest(uuid=uuid, company=company, title=title).SerializeToString()
-    end = wire.uuid_end(item)
+    end = batches.uuid_end(item)
     assert end is not None
-    assert _read(item) == wire.Unknown(0, uuid, company, title, item[end:])
-    assert wire.answer(uuid, 5) == item[:end] + wire.answer_tail(5)
+    assert _read(item) == batches.Unknown(0, uuid, company, title, item[end:])
+    assert batches.answer(uuid, 5) == item[:end] + batches.answer_tail(5)
 
 
 @given(_INT32)
 def test_every_uuid_has_one_spelling(uuid: int) -> None:
     """What protobuf writes is taken; the same value in a byte more is not."""
     spelled = pb.SeniorityRequest(uuid=uuid).SerializeToString()
-    assert wire.uuid_end(spelled) == len(spelled)
+    assert batches.uuid_end(spelled) == len(spelled)
     if uuid > 0:
         longer = spelled[:-1] + bytes([spelled[-1] | 0x80, 0])
         assert pb.SeniorityRequest.FromString(longer).uuid == uuid
-        assert wire.uuid_end(longer) is None
+        assert batches.uuid_end(longer) is None
 
 
 @given(st.binary(max_size=14))
@@ -46,10 +46,10 @@ def test_every_uuid_has_one_spelling(uuid: int) -> None:
 def test_a_uuid_is_never_taken_for_another(after: bytes) -> None:
     """Whatever stands there: if an end is found, protobuf reads one uuid up to it, the same in an answer."""
     item = b"\x08" + after
-    end = wire.uuid_end(item)
+    end = batches.uuid_end(item)
     if end is not None:
         uuid = pb.SeniorityRequest.FromString(item[:end]).uuid
-        answer = pb.SeniorityResponse.FromString(item[:end] + wire.answer_tail(7))
+        answer = pb.SeniorityResponse.FromString(item[:end] + batches.answer_tail(7))
         assert (answer.uuid, answer.seniority) == (uuid, 7)
         assert end == len(pb.SeniorityRequest(uuid=uuid).SerializeToString()) or item[:end] == b"\x08\x00"
 
@@ -66,7 +66,7 @@ def test_a_uuid_is_never_taken_for_another(after: bytes) -> None:
 def test_what_is_spelled_otherwise_has_the_same_key_and_is_none(item: bytes) -> None:
     """Protobuf reads ("c", "t"), so that is its key; its own bytes, less what may be a uuid, are not."""
     assert _read(item).key == b"\x12\x01c\x1a\x01t"
-    end = wire.uuid_end(item)
+    end = batches.uuid_end(item)
     assert end is None or item[end:] != _read(item).key
 
 
@@ -79,7 +79,7 @@ def test_the_twin_is_nobodys_business() -> None:
 @given(st.lists(st.binary(max_size=40), max_size=12))
 def test_items_are_split_and_joined_whatever_is_in_them(items: list[bytes]) -> None:
     """A batch comes apart into its items' bytes, and together again."""
-    assert wire.split(wire.join(items), max_pairs=100) == items
+    assert batches.split(batches.join(items), max_pairs=100) == items
 
 
 def test_an_item_is_read_as_deep_as_it_was_sent() -> None:
@@ -87,9 +87,9 @@ def test_an_item_is_read_as_deep_as_it_was_sent() -> None:
     deepest = next(
         depth for depth in range(200) if not _readable(b"\x0a" + _varint(depth * 2) + _groups(depth))
     )
-    assert wire.read([_groups(deepest - 1)], [0], max_field_bytes=9)[0].company == ""
+    assert batches.read([_groups(deepest - 1)], [0], max_field_bytes=9)[0].company == ""
     with pytest.raises(InvalidRequest):
-        wire.read([_groups(deepest)], [0], max_field_bytes=9)
+        batches.read([_groups(deepest)], [0], max_field_bytes=9)
 
 
 def _groups(depth: int) -> bytes:
@@ -119,10 +119,10 @@ def test_each_field_has_its_own_limit_in_bytes(company: str, title: str, limit: 
     sizes = {"company": len(company.encode()), "title": len(title.encode())}
     over = [name for name, size in sizes.items() if size > limit]
     if not over:
-        assert len(wire.read(items, [0, 1], max_field_bytes=limit)) == 2
+        assert len(batches.read(items, [0, 1], max_field_bytes=limit)) == 2
         return
     with pytest.raises(InvalidRequest) as refused:
-        wire.read(items, [0, 1], max_field_bytes=limit)
+        batches.read(items, [0, 1], max_field_bytes=limit)
     assert refused.value.field == f"batch[1].{over[0]}"
     assert str(limit) in refused.value.message
 
@@ -130,4 +130,4 @@ def test_each_field_has_its_own_limit_in_bytes(company: str, title: str, limit: 
 def test_answer_ends_as_libraries_spell_each_level() -> None:
     """Seven levels, each with what follows the uuid."""
     for level in range(1, 8):
-        assert wire.ANSWER_TAILS[level] == pb.SeniorityResponse(seniority=level).SerializeToString()
+        assert batches.ANSWER_TAILS[level] == pb.SeniorityResponse(seniority=level).SerializeToString()

@@ -8,9 +8,10 @@ from hypothesis import given
 
 from protos import seniority_pb2 as pb
 from services.augmenter.client.wire import FIRST_UUID, levels_in_order
-from services.cache_proxy import asked, hits, wire
+from services.cache_proxy import hits
 from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.errors import InvalidRequest
+from services.cache_proxy.wire import batches, request_parser
 from tests.fuzz.corpus import fuzz_for_long, mutated, replayed
 
 _MAX_PAIRS, _MAX_FIELD_BYTES = 200, 4096
@@ -29,12 +30,12 @@ def _by_messages(message: bytes) -> list[tuple[int, str, str]] | None:
 def check_request(message: bytes) -> None:
     """Split, read and answered from memory as messages would be, or refused where they cannot be read."""
     expected = _by_messages(message)
-    items = wire.split(message, max_pairs=_MAX_PAIRS)
+    items = batches.split(message, max_pairs=_MAX_PAIRS)
     if isinstance(items, InvalidRequest):
         assert expected is None or len(expected) > _MAX_PAIRS
         return
     try:
-        read = asyncio.run(asked.read(items, range(len(items)), max_field_bytes=_MAX_FIELD_BYTES))
+        read = asyncio.run(request_parser.read(items, range(len(items)), max_field_bytes=_MAX_FIELD_BYTES))
     except InvalidRequest:
         read = None
     longest = max((len(text.encode()) for _, *texts in expected or () for text in texts), default=0)

@@ -2,7 +2,7 @@
 
 from services.cache_proxy.cache.entry import NEVER
 from services.cache_proxy.cache.slru import SegmentedCache
-from services.cache_proxy.wire import LEVELS, answer_tail
+from services.cache_proxy.wire.batches import LEVELS, answer_tail
 
 _BUCKETS = 32
 _CELL_BYTES = 96  # measured: a bytearray, its buffer and its place in a list

@@ -8,9 +8,9 @@ one byte). What follows the uuid is then canonical. All other items go by way of
 from collections.abc import Sequence
 
 from protos import seniority_pb2
-from services.cache_proxy import wire
 from services.cache_proxy.queue.interface import Pair
-from services.cache_proxy.wire import MORE, UUID_TAG, uuid_end
+from services.cache_proxy.wire import batches
+from services.cache_proxy.wire.batches import MORE, UUID_TAG, uuid_end
 from services.common.checkpoint import in_breaths
 
 BREATH_PAIRS = 500
@@ -117,7 +117,7 @@ def _by_messages(
     items: Sequence[bytes], places: Sequence[int], asked: Asked, *, max_field_bytes: int
 ) -> None:
     """Replace what was cut at these places; the items by canonical ones."""
-    read_ones = wire.read(items, [asked.positions[at] for at in places], max_field_bytes=max_field_bytes)
+    read_ones = batches.read(items, [asked.positions[at] for at in places], max_field_bytes=max_field_bytes)
     for place, one in zip(places, read_ones, strict=True):
         uuid = seniority_pb2.SeniorityRequest(uuid=one.uuid).SerializeToString()
         asked.items[place] = uuid + one.key

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from protos import seniority_pb2
 from services.cache_proxy.errors import InvalidRequest
-from services.cache_proxy.flood import holds_more_than
+from services.cache_proxy.wire.pair_limit import holds_more_than
 
 LEVELS = 7
 BATCH_TAG = 0x0A

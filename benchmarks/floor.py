@@ -10,8 +10,8 @@ from grpc import aio
 
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
-from services.cache_proxy import grpc_server
 from services.cache_proxy.config.settings import ServerSettings
+from services.cache_proxy.rpc import server
 from services.common import logs
 
 LEVEL = 4
@@ -36,7 +36,7 @@ class Floor(seniority_pb2_grpc.SeniorityModelServicer):
 
 
 async def _serve() -> None:
-    front = grpc_server.listen(ServerSettings(listen=("127.0.0.1:0",)), Floor())
+    front = server.listen(ServerSettings(listen=("127.0.0.1:0",)), Floor())
     await front.start()
     logs.announce_ready(listen=front.addresses)
     await front.run()

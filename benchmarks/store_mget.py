@@ -10,8 +10,8 @@ from grpc import aio
 from benchmarks.store_server import digest, string_key
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
-from services.cache_proxy import grpc_server
 from services.cache_proxy.config.settings import ServerSettings
+from services.cache_proxy.rpc import server
 from services.common import logs
 
 
@@ -42,7 +42,7 @@ class MgetProxy(seniority_pb2_grpc.SeniorityModelServicer):
 
 
 async def _serve(url: str) -> None:
-    front = grpc_server.listen(
+    front = server.listen(
         ServerSettings(listen=("127.0.0.1:0",)), MgetProxy(redis.asyncio.Redis.from_url(url))
     )
     await front.start()

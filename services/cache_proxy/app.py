@@ -12,7 +12,6 @@ from functools import partial
 from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from services.cache_proxy import grpc_server
 from services.cache_proxy.auth.model_credentials import open_callers, open_way
 from services.cache_proxy.auth.reloader import Renewals
 from services.cache_proxy.cache.entry import Lifetime
@@ -24,7 +23,6 @@ from services.cache_proxy.cache.store_factory import open_store
 from services.cache_proxy.config.settings import Settings, read_secret
 from services.cache_proxy.dispatcher import Dispatcher
 from services.cache_proxy.errors import Unavailable
-from services.cache_proxy.intake import Intake, IntakeLimits
 from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model import ModelClient
 from services.cache_proxy.process import running, stop_on_signals
@@ -33,9 +31,11 @@ from services.cache_proxy.queue.managed_queue import ProxyQueue, new_replica
 from services.cache_proxy.queue.queue_factory import follow_quotas, open_queue
 from services.cache_proxy.queue.waiters import Waiters
 from services.cache_proxy.resolver import Resolver
-from services.cache_proxy.servicer import RequestLimits, RpcBooks, SeniorityService
+from services.cache_proxy.rpc import server
+from services.cache_proxy.rpc.inbound_limiter import Intake, IntakeLimits
+from services.cache_proxy.rpc.servicer import RequestLimits, RpcBooks, SeniorityService
+from services.cache_proxy.rpc.tracing import ToldBooks, TracedService
 from services.cache_proxy.status.page import StatusPage
-from services.cache_proxy.traced import ToldBooks, TracedService
 from services.common import logs
 from services.common.http_server import HttpEndpoint
 from services.common.tracing import OFF, Tracing
@@ -128,7 +128,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
             books=_books(metrics, tracing, replica),
             tracing=tracing,
         )
-        front = grpc_server.listen(
+        front = server.listen(
             settings.server,
             TracedService(service, tracing=tracing) if tracing.is_on else service,
             credentials=callers.credentials,
@@ -149,7 +149,7 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
 
 @asynccontextmanager
 async def _readiness(
-    queue: ProxyQueue, front: grpc_server.GrpcServer, ready: asyncio.Event
+    queue: ProxyQueue, front: server.GrpcServer, ready: asyncio.Event
 ) -> AsyncIterator[None]:
     """Be ready from now on; where Redis refuses this replica a right, once that was mended.
 
@@ -170,7 +170,7 @@ async def _readiness(
 
 
 @asynccontextmanager
-async def _serving(front: grpc_server.GrpcServer) -> AsyncIterator[None]:
+async def _serving(front: server.GrpcServer) -> AsyncIterator[None]:
     await front.start()
     async with running(front.run()):
         yield
@@ -179,7 +179,7 @@ async def _serving(front: grpc_server.GrpcServer) -> AsyncIterator[None]:
 async def _drain(
     settings: Settings,
     *,
-    front: grpc_server.GrpcServer,
+    front: server.GrpcServer,
     service: SeniorityService,
     queue: ProxyQueue,
     dispatcher: Dispatcher,

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from services.cache_proxy.connections import Connections
+from services.cache_proxy.rpc.connections import Connections
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.cache_proxy.config.settings import ServerSettings
-from services.cache_proxy.grpc_server import GrpcServer, Listeners
-from services.cache_proxy.health import Health
+from services.cache_proxy.rpc.health import Health
+from services.cache_proxy.rpc.server import GrpcServer, Listeners
 from services.common.errors import CommandError
 from services.common.tasks import end
 from tests.support.hostile import grpc_message, peer

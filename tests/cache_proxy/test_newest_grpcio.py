@@ -12,7 +12,7 @@ import pytest
 from grpc import StatusCode, aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # it has no types
 
-from services.cache_proxy import known_methods
+from services.cache_proxy.rpc import unknown_methods
 from tests.support.caller import caller
 from tests.support.hostile import grpc_message, peer, statuses
 from tests.support.processes import ROOT, Service, service
@@ -102,13 +102,13 @@ async def test_an_unknown_inside_leaves_the_public_server(
     made = aio.server()
     monkeypatch.setattr(aio, "server", lambda **_: made)
     missing(monkeypatch)
-    known_methods._guarded_class.cache_clear()
-    known_methods._warn_once.cache_clear()
+    unknown_methods._guarded_class.cache_clear()
+    unknown_methods._warn_once.cache_clear()
     inside = made._server  # type: ignore[attr-defined]
     try:
-        assert known_methods.server([]) is made
+        assert unknown_methods.server([]) is made
     finally:
-        known_methods._guarded_class.cache_clear()
+        unknown_methods._guarded_class.cache_clear()
     assert made._server is inside  # type: ignore[attr-defined]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     await made.stop(0)

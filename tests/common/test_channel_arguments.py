@@ -51,7 +51,7 @@ def test_the_search_finds_the_arguments() -> None:
     """Those of the server, of the proxy's channel, of the augmenter's, and of an example in the docs."""
     places = {place for found in _ARGUMENTS.values() for place in found}
     assert places >= {
-        "services/cache_proxy/http2_bounds.py", "services/cache_proxy/grpc_server.py",
+        "services/cache_proxy/rpc/channel_args.py", "services/cache_proxy/rpc/server.py",
         "services/cache_proxy/model.py", "services/augmenter/client/channel.py", "docs/calling-the-proxy.md",
     }  # fmt: skip
 

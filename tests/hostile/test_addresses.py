@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from grpc import StatusCode
 
-from services.cache_proxy.unix_socket import SocketPath
+from services.cache_proxy.rpc.unix_socket import SocketPath
 from services.common.errors import CommandError
 from tests.integration.conftest import UNPACED
 from tests.support.caller import caller

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from services.cache_proxy.errors import QueueFull
-from services.cache_proxy.intake import Intake
+from services.cache_proxy.rpc.inbound_limiter import Intake
 
 _MAX_BYTES = 4096  # a service's name, a symbol, or a file's
 

@@ -22,10 +22,10 @@ from services.cache_proxy.errors import (
     ProxyError,
     QueueFull,
 )
-from services.cache_proxy.intake import Intake
 from services.cache_proxy.queue.interface import Asker
 from services.cache_proxy.resolver import Answers, Resolver
-from services.cache_proxy.statuses import Status, status_of
+from services.cache_proxy.rpc.grpc_status import Status, status_of
+from services.cache_proxy.rpc.inbound_limiter import Intake
 from services.cache_proxy.wire import batches, request_parser
 from services.common.checkpoint import in_breaths
 from services.common.tracing import OFF, Tracing

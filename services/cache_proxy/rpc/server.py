@@ -10,14 +10,14 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.cache_proxy import http2_bounds, known_methods, reflection
 from services.cache_proxy.config.settings import ServerSettings
-from services.cache_proxy.connections import Connections
-from services.cache_proxy.health import Health
-from services.cache_proxy.intake import Intake, IntakeLimits
-from services.cache_proxy.open_services import OpenServices
-from services.cache_proxy.servicer import SERVICE_NAME
-from services.cache_proxy.unix_socket import SocketPath
+from services.cache_proxy.rpc import channel_args, reflection, unknown_methods
+from services.cache_proxy.rpc.connections import Connections
+from services.cache_proxy.rpc.health import Health
+from services.cache_proxy.rpc.inbound_limiter import Intake, IntakeLimits
+from services.cache_proxy.rpc.service_registrar import OpenServices
+from services.cache_proxy.rpc.servicer import SERVICE_NAME
+from services.cache_proxy.rpc.unix_socket import SocketPath
 from services.common.grpc_ports import add_ports
 
 _HOUR_SECONDS = 3600.0
@@ -158,7 +158,7 @@ def listen(
     intake = Intake(IntakeLimits.of(settings.max_request_bytes))
 
     def make() -> aio.Server:
-        server = known_methods.server(options)
+        server = unknown_methods.server(options)
         service.add_to(server)
         open_services: Any = OpenServices(server, intake)
         health_pb2_grpc.add_HealthServicer_to_server(health, open_services)
@@ -178,7 +178,7 @@ def _options(settings: ServerSettings) -> list[tuple[str, int]]:
         *((("grpc.max_connection_age_ms", age_ms),) if age_ms else ()),
         # No shorter than the longest RPC: a connection that is of age still answers what it was asked.
         ("grpc.max_connection_age_grace_ms", _milliseconds(settings.max_wait_seconds)),
-        *http2_bounds.options(listeners=listeners),
+        *channel_args.options(listeners=listeners),
     ]
 
 

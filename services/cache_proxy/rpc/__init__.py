@@ -1,0 +1,1 @@
+"""The gRPC server: listeners, limits, the servicer, statuses."""

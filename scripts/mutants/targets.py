@@ -50,7 +50,7 @@ PYTHON = (
         tests=("tests/cache_proxy/test_gcra.py", "tests/cache_proxy/test_local_queue.py"),
     ),
     Target(
-        path="services/cache_proxy/dispatcher.py",
+        path="services/cache_proxy/model/dispatcher.py",
         tests=("tests/cache_proxy/test_dispatcher.py",),
     ),
     Target(

@@ -12,9 +12,9 @@ import pytest
 from grpc import StatusCode
 
 from services.cache_proxy.cache.resilient_store import GuardedStore
-from services.cache_proxy.dispatcher import Dispatcher
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused, Unavailable
-from services.cache_proxy.model import ModelClient
+from services.cache_proxy.model.client import ModelClient
+from services.cache_proxy.model.dispatcher import Dispatcher
 from services.cache_proxy.queue.interface import LATE_SECONDS, Claim, NotYet, Outcome, Pair, Queue
 from services.common.tasks import end
 from services.common.tracing import NO_SPAN, OFF, Span, Tracing
@@ -362,7 +362,7 @@ async def test_one_batch_is_made_ready_at_a_time_and_many_are_in_flight() -> Non
 
 async def test_calls_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch is claimed that there is no room for; an answer makes room."""
-    monkeypatch.setattr("services.cache_proxy.dispatcher._MAX_CALLS_IN_FLIGHT", 2)
+    monkeypatch.setattr("services.cache_proxy.model.dispatcher._MAX_CALLS_IN_FLIGHT", 2)
     script = Script(*(claim_of([number]) for number in range(1, 4)))
     script.answering.clear()
     async with running(script):

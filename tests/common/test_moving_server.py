@@ -13,7 +13,7 @@ from grpc import aio
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
 from services.augmenter.client.channel import open_channel
-from services.cache_proxy.model import open_model_channel
+from services.cache_proxy.model.client import open_model_channel
 from services.common.reloading_channel import RenewedChannel
 from tests.integration.conftest import UNPACED
 from tests.support.caller import caller

@@ -12,7 +12,7 @@ import grpc
 
 from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.errors import BatchRefused, CallFailed, Refused, Unavailable
-from services.cache_proxy.model import REFUSED_PAIR, ModelClient
+from services.cache_proxy.model.client import REFUSED_PAIR, ModelClient
 from services.cache_proxy.queue.interface import LATE_SECONDS, Claim, Outcome, Pair, Queue
 from services.common.tasks import end
 from services.common.tracing import NO_SPAN, OFF, Span, Tracing

@@ -1,0 +1,1 @@
+"""The model behind the proxy: the dispatcher and the client."""

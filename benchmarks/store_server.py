@@ -17,7 +17,7 @@ from services.cache_proxy.cache.key import make_digester
 from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.client_factory import connect, servers
 
 _TTL_SECONDS = 30 * 86_400

@@ -9,7 +9,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from services.augmenter.metrics import Metrics
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 
 _DOC = Path(__file__).parents[1] / "docs" / "metrics.md"
 _IN_WORDS = {"code": "a gRPC status", "caller": "a name", "op": "a script", "version": "of the project"}

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from scripts.k8s_check.build import Manifest
 from scripts.k8s_check.objects import containers, name_of, of_kind, selects
 from services.augmenter.metrics import Metrics
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 
 _OURS = re.compile(r"(?<![\w:])(?:cache_proxy|augmenter)_[a-z0-9_]+(?![\w:])")
 _STRINGS = re.compile(r'"[^"]*"|\'[^\']*\'')

@@ -12,10 +12,10 @@ from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed, Unavailable
+from services.cache_proxy.observability.rpc_metrics import outcome_kind
 from services.cache_proxy.queue.interface import Asker, Outcome, Pair, Queue
 from services.cache_proxy.queue.waiters import Waiters
 from services.cache_proxy.refresher import Refresher
-from services.cache_proxy.rpc_metrics import outcome_kind
 from services.cache_proxy.wire.request_parser import BREATH_BYTES, BREATH_PAIRS, Asked
 from services.common.checkpoint import in_breaths, take_turn
 from services.common.tracing import OFF, Tracing

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.cache.redis_store import RedisStore
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Servers
 from services.cache_proxy.redis_client.client_factory import connect, servers
 from tests.support.queues import Open, opening

@@ -18,7 +18,7 @@ from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import FAILURES, Servers
 from services.cache_proxy.redis_client.client_factory import connect, servers
 from services.cache_proxy.redis_client.node import Home

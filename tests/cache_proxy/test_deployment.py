@@ -18,7 +18,7 @@ from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.cache.store_factory import open_store
 from services.cache_proxy.cache.sweeper import Housekeeping
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Servers
 from services.common.errors import UsageError
 from services.common.tasks import end

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from services.cache_proxy.errors import StoreError, Unavailable
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.interface import Claim, NotYet, Outcome
 from services.cache_proxy.queue.managed_queue import ProxyQueue, SharedRedis, open_shared

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.errors import QueueFull, Refused, StoreError, Unavailable
-from services.cache_proxy.metrics import LANES
+from services.cache_proxy.observability.metrics import LANES
 from services.cache_proxy.queue.interface import Claim
 from services.cache_proxy.queue.quotas import Quota, Quotas
 from services.cache_proxy.queue.waiters import Wait

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import Nonsense, QueueFull, Refused, Unavailable
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import Asker, Claim, NotYet, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.managed_queue import open_local

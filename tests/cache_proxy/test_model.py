@@ -10,8 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import CallFailed
-from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model.client import ModelClient
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from tests.support.model_server import Abort, Answers, Call, scripted_model
 from tests.support.replicas import pairs
 

@@ -4,7 +4,7 @@ import asyncio
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.managed_queue import open_local
 from tests.support.replicas import Place, asker, limits, pairs, replicas
 

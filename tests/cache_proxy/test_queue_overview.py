@@ -7,7 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.managed_queue import open_local
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, MAX_REPORTS, Overview, Report, read_overview
 from tests.support.replicas import Place, asker, limits, pairs, replicas

@@ -7,7 +7,7 @@ import msgpack
 import pytest
 from prometheus_client import CollectorRegistry
 
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import MAX_TRACES, Asker, Claim
 from services.cache_proxy.queue.managed_queue import open_local
 from services.common.tracing import CONTEXT_BYTES, MAX_LINKS

@@ -13,7 +13,7 @@ from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.cache.memory_store import MemoryStore
 from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.cache.store_clock import StoreClock
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import NotYet
 from services.cache_proxy.queue.managed_queue import open_local
 from services.cache_proxy.queue.waiters import Waiters

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
-from services.cache_proxy.rpc_metrics import RpcMetrics
+from services.cache_proxy.observability.rpc_metrics import RpcMetrics
 
 _BUCKETS = (0.001, 0.01, 0.1, 1)
 

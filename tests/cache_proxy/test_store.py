@@ -28,7 +28,7 @@ from services.cache_proxy.cache.store_factory import open_store
 from services.cache_proxy.cache.versioned_store import VersionedStore
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Call, Servers
 from services.cache_proxy.redis_client.client_factory import connect, servers
 from tests.support.redis_server import RedisServer, redis_process

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import Refused
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import Asker, Claim, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.managed_queue import open_local
 

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from scripts.metrics import Described, described
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 
 _PRIORITIES = {"interactive", "bulk", "refresh"}
 _ANY: set[str] = set()  # values that nobody fixed

@@ -8,7 +8,7 @@ from math import inf
 
 from prometheus_client import CollectorRegistry
 
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import (
     Asker,
     Claim,

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from services.cache_proxy.errors import QueueFull, StoreError, Unavailable
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.interface import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
 from services.cache_proxy.queue.local.call_limiter import Limiter

@@ -16,7 +16,7 @@ from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.cache.store_factory import open_client
 from services.cache_proxy.config.settings import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings, read_secret
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Servers
 from services.cache_proxy.redis_client.client_factory import servers
 from services.common.errors import CommandError, UsageError

@@ -7,7 +7,7 @@ from typing import Protocol
 from grpc import aio
 
 from services.cache_proxy.errors import InvalidRequest
-from services.cache_proxy.metrics import PRIORITIES
+from services.cache_proxy.observability.metrics import PRIORITIES
 
 ANONYMOUS = "anonymous"
 _MAX_NAME = 64

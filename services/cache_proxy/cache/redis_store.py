@@ -15,7 +15,7 @@ from services.cache_proxy.cache.buckets import FIELD, TAGS, TagState, entry_of_v
 from services.cache_proxy.cache.cache_scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import StoreError, StoreRefused
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Call, Servers, SlotMoving
 from services.cache_proxy.redis_client.values import read_integer
 from services.cache_proxy.riders import Riders

@@ -14,7 +14,7 @@ from services.cache_proxy.cache.key import DIGEST_BYTES
 from services.cache_proxy.cache.store import Store
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import StoreError, StoreRefused
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.common.tasks import end
 
 _log = logging.getLogger(__name__)

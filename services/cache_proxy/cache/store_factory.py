@@ -30,7 +30,7 @@ from services.cache_proxy.config.settings import (
     KeySettings,
     redact,
 )
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.client_factory import Access, Client, connect, servers
 from services.common.supervision import supervise
 from services.common.tasks import end

@@ -15,7 +15,7 @@ from grpc import aio
 from protos import seniority_pb2
 from services.cache_proxy.auth.model_credentials import IN_THE_CLEAR, ModelWay
 from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import Pair
 from services.common.grpc_details import answered, never_sent
 from services.common.reloading_channel import RenewedChannel

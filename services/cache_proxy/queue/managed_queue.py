@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.cache_proxy.errors import PairError, StoreError
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.advertised_address import AdvertisedAddress
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.interface import GiveUp, Queue, QueueLimits, Settle

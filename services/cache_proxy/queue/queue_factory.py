@@ -10,7 +10,7 @@ from services.cache_proxy.auth.reloader import Renewals
 from services.cache_proxy.cache.buckets import state_key
 from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.config.settings import Settings
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue import quotas
 from services.cache_proxy.queue.interface import GiveUp, QueueLimits, Settle
 from services.cache_proxy.queue.managed_queue import ProxyQueue, SharedRedis, open_local, open_shared

@@ -16,7 +16,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.cache.cache_scripts import Script
 from services.cache_proxy.errors import AccessRefusedByStore, StoreDamaged, StoreError
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import is_access_refusal
 from services.cache_proxy.redis_client.node import Home
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from services.cache_proxy.errors import PairError, QueueFull, StoreError, Unavailable
-from services.cache_proxy.metrics import LANES, ProxyMetrics
+from services.cache_proxy.observability.metrics import LANES, ProxyMetrics
 from services.cache_proxy.queue import rejections
 from services.cache_proxy.queue.interface import (
     MAX_FAILED_BATCHES,

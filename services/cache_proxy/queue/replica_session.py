@@ -12,7 +12,7 @@ from typing import Any
 from redis.asyncio.client import PubSub
 
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.metrics import LANES, ProxyMetrics
+from services.cache_proxy.observability.metrics import LANES, ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.interface import QueueLimits
 from services.cache_proxy.queue.peer_probe import Doors

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.metrics import LANES
+from services.cache_proxy.observability.metrics import LANES
 from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.local.scheduler import calls_until
 from services.cache_proxy.queue.serialization import unpack

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from services.cache_proxy.metrics import LANES
+from services.cache_proxy.observability.metrics import LANES
 from services.cache_proxy.queue.interface import Asker, Pair
 
 _MAX_TURNS = 8  # of one pair, as it has places in Redis (MAX_PLACES)

@@ -2,7 +2,7 @@
 
 import logging
 
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.node import Home
 
 _log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from grpc import aio
 
 from services.cache_proxy.auth.caller import Context
+from services.cache_proxy.observability.rpc_metrics import outcome_kind
 from services.cache_proxy.rpc.servicer import RpcBooks, SeniorityService, serve_on
-from services.cache_proxy.rpc_metrics import outcome_kind
 from services.common.tracing import Tracing
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from services.cache_proxy.metrics import LANES
+from services.cache_proxy.observability.metrics import LANES
 from services.cache_proxy.queue.snapshot import Overview
 from services.cache_proxy.status.counts import (
     SPAN_SECONDS,

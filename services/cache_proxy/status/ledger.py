@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Counter as Metric
 
-from services.cache_proxy.metrics import ProxyMetrics
 from services.cache_proxy.model.client import REFUSALS
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, Report
 from services.cache_proxy.status.counts import (
     MINUTE_SECONDS,

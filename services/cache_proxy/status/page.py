@@ -15,7 +15,7 @@ from aiohttp import web
 
 from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.metrics import ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.managed_queue import ProxyQueue
 from services.cache_proxy.queue.snapshot import Overview
 from services.cache_proxy.status import figures as figures_of

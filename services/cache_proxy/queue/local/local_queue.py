@@ -10,7 +10,7 @@ from functools import partial
 from operator import attrgetter
 
 from services.cache_proxy.errors import PairError, StoreError, Unavailable
-from services.cache_proxy.metrics import LANES, PRIORITIES, ProxyMetrics
+from services.cache_proxy.observability.metrics import LANES, PRIORITIES, ProxyMetrics
 from services.cache_proxy.queue.interface import (
     MAX_FAILED_BATCHES,
     MAX_REFUSALS,

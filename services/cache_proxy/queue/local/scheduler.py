@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.cache_proxy.metrics import LANES, PRIORITIES
+from services.cache_proxy.observability.metrics import LANES, PRIORITIES
 from services.cache_proxy.queue.local.fair_queue import Entry, Place
 from services.cache_proxy.queue.local.priority_class import Offers, PriorityLanes
 from services.cache_proxy.queue.local.quota_limiter import Accounts

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from services.cache_proxy.rpc_metrics import RpcMetrics
+from services.cache_proxy.observability.rpc_metrics import RpcMetrics
 
 PRIORITIES = ("interactive", "bulk")  # what a caller may ask for
 LANES = (*PRIORITIES, "refresh")  # and below both, what nobody waits for

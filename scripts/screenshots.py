@@ -20,7 +20,13 @@ from playwright.async_api import async_playwright
 
 from protos import seniority_pb2, seniority_pb2_grpc
 from services.cache_proxy.queue.queue_scripts import Keys
-from services.cache_proxy.status.counts import MINUTE_SECONDS, SPAN_SECONDS, CallerCounts, Minute, encode
+from services.cache_proxy.status.rolling_window import (
+    MINUTE_SECONDS,
+    SPAN_SECONDS,
+    CallerCounts,
+    Minute,
+    encode,
+)
 from tests.support.browser import FLAGS, chromium_program
 from tests.support.processes import Service, cache_proxy, model_stub
 from tests.support.redis_server import redis_process

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES
-from services.cache_proxy.status.counts import (
+from services.cache_proxy.status.rolling_window import (
     MINUTE_SECONDS,
     SPAN_SECONDS,
     TOP_CALLERS,
@@ -23,7 +23,7 @@ from services.cache_proxy.status.counts import (
     encode,
     sum_up,
 )
-from services.cache_proxy.status.ledger import Ledger
+from services.cache_proxy.status.sampler import Ledger
 
 NOW = 1_800_000_000.0 + 25  # in the third span of a minute
 THIS = int(NOW // MINUTE_SECONDS)

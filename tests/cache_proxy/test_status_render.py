@@ -7,10 +7,10 @@ import msgspec
 import pytest
 
 from services.cache_proxy.queue.snapshot import Overview
-from services.cache_proxy.status import words
-from services.cache_proxy.status.counts import CallerCounts, Minute, Span
-from services.cache_proxy.status.figures import Failure, Figures, Self, Store, of_replica
+from services.cache_proxy.status import formatting
 from services.cache_proxy.status.render import HEADERS, Renderer
+from services.cache_proxy.status.report import Failure, Figures, Self, Store, of_replica
+from services.cache_proxy.status.rolling_window import CallerCounts, Minute, Span
 
 NOW = 1_800_000_000.0
 HOSTILE = "</td><script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
@@ -134,28 +134,28 @@ def test_the_figures_are_told_by_name() -> None:
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (words.percent(1.0), "100.0"),
-        (words.percent(0.99999), "99.9"),
-        (words.percent(0.0004), "<0.1"),
-        (words.percent(0.0), "0.0"),
-        (words.percent(0.57, digits=0), "57"),
-        (words.count(9_999_999), "9,999,999"),
-        (words.count(12_600_000), "12.6 M"),
-        (words.count(3_500_000_000), "3.5 G"),
-        (words.count(2**50), "1.1 P"),
-        (words.count(None), "unknown"),
-        (words.many(1, "call"), "1 call"),
-        (words.many(0, "call"), "0 calls"),
-        (words.duration(0.01), "at once"),
-        (words.duration(0.44), "0.4 s"),
-        (words.duration(59.4), "59 s"),
-        (words.duration(200), "3 min 20 s"),
-        (words.duration(7500), "2 h 5 min"),
-        (words.duration(266_400), "3 d 2 h"),
-        (words.duration(3600), "1 h"),
-        (words.about(5), "just now"),
-        (words.about(120), "2 min ago"),
-        (words.clock(NOW), "08:00:00"),
+        (formatting.percent(1.0), "100.0"),
+        (formatting.percent(0.99999), "99.9"),
+        (formatting.percent(0.0004), "<0.1"),
+        (formatting.percent(0.0), "0.0"),
+        (formatting.percent(0.57, digits=0), "57"),
+        (formatting.count(9_999_999), "9,999,999"),
+        (formatting.count(12_600_000), "12.6 M"),
+        (formatting.count(3_500_000_000), "3.5 G"),
+        (formatting.count(2**50), "1.1 P"),
+        (formatting.count(None), "unknown"),
+        (formatting.many(1, "call"), "1 call"),
+        (formatting.many(0, "call"), "0 calls"),
+        (formatting.duration(0.01), "at once"),
+        (formatting.duration(0.44), "0.4 s"),
+        (formatting.duration(59.4), "59 s"),
+        (formatting.duration(200), "3 min 20 s"),
+        (formatting.duration(7500), "2 h 5 min"),
+        (formatting.duration(266_400), "3 d 2 h"),
+        (formatting.duration(3600), "1 h"),
+        (formatting.about(5), "just now"),
+        (formatting.about(120), "2 min ago"),
+        (formatting.clock(NOW), "08:00:00"),
     ],
 )
 def test_figures_are_said_as_people_read_them(said: str, expected: str) -> None:

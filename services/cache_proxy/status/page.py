@@ -18,11 +18,11 @@ from services.cache_proxy.errors import StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.managed_queue import ProxyQueue
 from services.cache_proxy.queue.snapshot import Overview
-from services.cache_proxy.status import figures as figures_of
-from services.cache_proxy.status.counts import WINDOW_MINUTES
-from services.cache_proxy.status.figures import Figures, Scope, Self, Store
-from services.cache_proxy.status.ledger import Ledger
+from services.cache_proxy.status import report as figures_of
 from services.cache_proxy.status.render import HEADERS, Renderer
+from services.cache_proxy.status.report import Figures, Scope, Self, Store
+from services.cache_proxy.status.rolling_window import WINDOW_MINUTES
+from services.cache_proxy.status.sampler import Ledger
 from services.common.http_server import HttpEndpoint
 
 _KEPT_SECONDS = 1.0

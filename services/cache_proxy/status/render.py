@@ -12,8 +12,8 @@ from pathlib import Path
 import jinja2
 import msgspec
 
-from services.cache_proxy.status import words
-from services.cache_proxy.status.figures import Figures, SlotUse
+from services.cache_proxy.status import formatting
+from services.cache_proxy.status.report import Figures, SlotUse
 
 _FOLDER = Path(__file__).parent
 _STYLE = (_FOLDER / "page.css").read_text(encoding="utf-8")
@@ -64,13 +64,13 @@ class Renderer:
             trim_blocks=True, lstrip_blocks=True,
         )  # fmt: skip
         environment.filters |= {
-            "count": words.count,
-            "percent": words.percent,
-            "whole_percent": partial(words.percent, digits=0),
-            "duration": words.duration,
-            "about": words.about,
-            "clock": words.clock,
-            "many": words.many,
+            "count": formatting.count,
+            "percent": formatting.percent,
+            "whole_percent": partial(formatting.percent, digits=0),
+            "duration": formatting.duration,
+            "about": formatting.about,
+            "clock": formatting.clock,
+            "many": formatting.many,
         }
         self._template = environment.get_template("page.html")
 
@@ -95,7 +95,7 @@ def _bars(figures: Figures) -> tuple[list[Bar], str]:
     if use is None:
         most = max(1, *(span.calls for span in figures.spans))
         most_sent = max(1, *(span.sent for span in figures.spans))
-        top = words.many(most, "call")
+        top = formatting.many(most, "call")
         use = [
             SlotUse(taken=span.calls / most, filled=span.calls / most * span.sent / most_sent)
             for span in figures.spans
@@ -104,8 +104,8 @@ def _bars(figures: Figures) -> tuple[list[Bar], str]:
     for at, (span, share) in enumerate(zip(figures.spans, use, strict=True)):
         if span.calls or span.sent:
             text = (
-                f"{words.clock(first_at + at * figures.span_seconds)}: "
-                f"{words.many(span.calls, 'call')}, {words.many(span.sent, 'pair')}"
+                f"{formatting.clock(first_at + at * figures.span_seconds)}: "
+                f"{formatting.many(span.calls, 'call')}, {formatting.many(span.sent, 'pair')}"
             )
             bars.append(Bar(at, round(share.taken * BARS_HIGH, 2), round(share.filled * BARS_HIGH, 2), text))
     return bars, top

@@ -15,7 +15,7 @@ from prometheus_client import Counter as Metric
 from services.cache_proxy.model.client import REFUSALS
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, Report
-from services.cache_proxy.status.counts import (
+from services.cache_proxy.status.rolling_window import (
     MINUTE_SECONDS,
     SPAN_SECONDS,
     WINDOW_MINUTES,

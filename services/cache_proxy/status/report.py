@@ -8,7 +8,7 @@ import msgspec
 
 from services.cache_proxy.observability.metrics import LANES
 from services.cache_proxy.queue.snapshot import Overview
-from services.cache_proxy.status.counts import (
+from services.cache_proxy.status.rolling_window import (
     SPAN_SECONDS,
     WINDOW_SECONDS,
     CallerCounts,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from services.cache_proxy import infer
+from services.cache_proxy.commands import infer
 from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
 from services.cache_proxy.config.command_settings import (
     OutputSettings,

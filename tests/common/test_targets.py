@@ -11,8 +11,8 @@ from grpc import aio
 
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
-from services.cache_proxy import infer
-from services.cache_proxy.infer import InferSettings
+from services.cache_proxy.commands import infer
+from services.cache_proxy.commands.infer import InferSettings
 from services.common.errors import UsageError
 from services.common.grpc_target import check_target, http_proxy_options
 from services.common.reloading_channel import RenewedChannel

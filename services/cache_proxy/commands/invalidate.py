@@ -3,10 +3,10 @@
 import json
 import sys
 
-from services.cache_proxy.admin.opening import Cache, open_cache, version_of
 from services.cache_proxy.cache import namespace
 from services.cache_proxy.cache.buckets import TAGS
 from services.cache_proxy.cache.cache_scripts import BURY
+from services.cache_proxy.commands.session import Cache, open_cache, version_of
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings, ScopeSettings
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.queue.queue_scripts import Keys

@@ -16,10 +16,10 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from services.cache_proxy.admin.opening import Cache, open_cache
-from services.cache_proxy.admin.sources import Place, Source, is_in_bucket, open_places
 from services.cache_proxy.cache import namespace
 from services.cache_proxy.cache.entry import DAY_0, DAY_SECONDS
+from services.cache_proxy.commands.inputs import Place, Source, is_in_bucket, open_places
+from services.cache_proxy.commands.session import Cache, open_cache
 from services.cache_proxy.config.command_settings import OutputSettings, WarmSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRefused

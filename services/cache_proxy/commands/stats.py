@@ -5,8 +5,8 @@ import random
 import sys
 from collections import Counter
 
-from services.cache_proxy.admin.opening import Cache, open_cache
 from services.cache_proxy.cache.buckets import TAGS
+from services.cache_proxy.commands.session import Cache, open_cache
 from services.cache_proxy.config.command_settings import OutputSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError

@@ -4,8 +4,8 @@ import json
 import sys
 from datetime import UTC, datetime
 
-from services.cache_proxy.admin.opening import open_cache
 from services.cache_proxy.cache.entry import DAY_0, DAY_SECONDS, day_of, level_of
+from services.cache_proxy.commands.session import open_cache
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.common.errors import CommandError, UsageError

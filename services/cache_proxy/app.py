@@ -22,10 +22,10 @@ from services.cache_proxy.cache.resilient_store import GuardedStore
 from services.cache_proxy.cache.store_factory import open_store
 from services.cache_proxy.config.settings import Settings, read_secret
 from services.cache_proxy.errors import Unavailable
+from services.cache_proxy.lifecycle import running, stop_on_signals
 from services.cache_proxy.model.client import ModelClient
 from services.cache_proxy.model.dispatcher import Dispatcher
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.process import running, stop_on_signals
 from services.cache_proxy.queue import peer_probe
 from services.cache_proxy.queue.managed_queue import ProxyQueue, new_replica
 from services.cache_proxy.queue.queue_factory import follow_quotas, open_queue

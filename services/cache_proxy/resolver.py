@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
-from services.cache_proxy import hits
+from services.cache_proxy import fast_path
 from services.cache_proxy.cache.entry import Lifetime, dated, level_of
 from services.cache_proxy.cache.key import BatchDigester
 from services.cache_proxy.cache.l1 import L1Cache
@@ -77,14 +77,14 @@ class Resolver:
     def answer_one(self, message: bytes) -> bytes | None:
         """The answer to a whole request, if that is one pair which L1 knows."""
         self._l1.expire(self._clock.today())
-        return hits.answer_one(message, self._l1)
+        return fast_path.answer_one(message, self._l1)
 
     async def answer_known(self, items: Sequence[bytes]) -> tuple[list[bytes], Sequence[int]]:
         """What L1 knows of a request's items: their answers, and the positions of those without one."""
         if not self._l1.is_on:
             return [b""] * len(items), range(len(items))
         self._l1.expire(self._clock.today())
-        return await hits.answer_known(items, self._l1)
+        return await fast_path.answer_known(items, self._l1)
 
     async def resolve(self, asked: Asked, asker: Asker, answers: Answers) -> None:
         """Fill `answers` for every pair that L1 did not know, also when it raises: then with what is known.

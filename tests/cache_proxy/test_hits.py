@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
 from services.cache_proxy.cache.l1 import L1Cache
-from services.cache_proxy.hits import answer_known, answer_one
+from services.cache_proxy.fast_path import answer_known, answer_one
 from services.cache_proxy.wire import batches
 
 _Result = TypeVar("_Result")

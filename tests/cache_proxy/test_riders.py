@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.riders import Riders
+from services.cache_proxy.batching import Riders
 
 
 class Driver:

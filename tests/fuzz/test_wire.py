@@ -8,7 +8,7 @@ from hypothesis import given
 
 from protos import seniority_pb2 as pb
 from services.augmenter.client.wire import FIRST_UUID, levels_in_order
-from services.cache_proxy import hits
+from services.cache_proxy import fast_path
 from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.errors import InvalidRequest
 from services.cache_proxy.wire import batches, request_parser
@@ -55,7 +55,7 @@ def _check_answers(items: list[bytes], keys: list[bytes], expected: list[tuple[i
     l1 = L1Cache(max_bytes=2**20)
     for key in set(keys):
         l1.put(key, _LEVEL, digest=key[:12].ljust(12, b"\0"), epoch=l1.epoch)
-    answers, missing = asyncio.run(hits.answer_known(items, l1))
+    answers, missing = asyncio.run(fast_path.answer_known(items, l1))
     for place, answer in enumerate(answers):
         if place not in missing:
             read = pb.SeniorityResponse.FromString(answer)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from services.cache_proxy.batching import Riders
 from services.cache_proxy.cache.buckets import FIELD, TAGS, TagState, entry_of_value, state_key, tag_of
 from services.cache_proxy.cache.cache_scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
 from services.cache_proxy.cache.store_clock import StoreClock
@@ -18,7 +19,6 @@ from services.cache_proxy.errors import StoreError, StoreRefused
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import Call, Servers, SlotMoving
 from services.cache_proxy.redis_client.values import read_integer
-from services.cache_proxy.riders import Riders
 
 _log = logging.getLogger(__name__)
 

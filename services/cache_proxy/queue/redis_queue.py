@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from services.cache_proxy.batching import Riders
 from services.cache_proxy.errors import PairError, QueueFull, StoreError, Unavailable
 from services.cache_proxy.observability.metrics import LANES, ProxyMetrics
 from services.cache_proxy.queue import rejections
@@ -41,7 +42,6 @@ from services.cache_proxy.queue.quotas import Quota, QuotasNow, none
 from services.cache_proxy.queue.serialization import pack, pack_error, unpack, unpack_error
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, MAX_REPORTS, Overview, read_overview
 from services.cache_proxy.queue.waiting_pairs import Noted, Turn, WaitingPair
-from services.cache_proxy.riders import Riders
 
 _log = logging.getLogger(__name__)
 

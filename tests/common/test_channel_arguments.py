@@ -51,9 +51,12 @@ def test_the_search_finds_the_arguments() -> None:
     """Those of the server, of the proxy's channel, of the augmenter's, and of an example in the docs."""
     places = {place for found in _ARGUMENTS.values() for place in found}
     assert places >= {
-        "services/cache_proxy/rpc/channel_args.py", "services/cache_proxy/rpc/server.py",
-        "services/cache_proxy/model/client.py", "services/augmenter/client/channel.py", "docs/calling-the-proxy.md",
-    }  # fmt: skip
+        "services/cache_proxy/rpc/channel_args.py",
+        "services/cache_proxy/rpc/server.py",
+        "services/cache_proxy/model/client.py",
+        "services/augmenter/client/channel.py",
+        "docs/calling-the-proxy.md",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(_ARGUMENTS))

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.cache_proxy.batching import Riders
-from services.cache_proxy.cache.buckets import FIELD, TAGS, TagState, entry_of_value, state_key, tag_of
+from services.cache_proxy.cache.buckets import (
+    COLUMNS,
+    FIELD,
+    TAGS,
+    TagState,
+    entry_of_value,
+    state_key,
+    tag_of,
+)
 from services.cache_proxy.cache.cache_scripts import CLEAR, FORGET, GET, INSPECT, PUT, SWEEP, Script
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import StoreError, StoreRefused
@@ -137,8 +145,8 @@ class RedisStore:
     async def _get_one_by_one(self, digests: Sequence[bytes]) -> Sequence[int]:
         """Pairs of a tag whose slot is moving: each key is here or there, so each is asked for by itself."""
         key = state_key(self._base, tag_of(digests[0]))
-        [[generation, buckets]] = await self._servers.read([("HMGET", key, "generation", "buckets")])
-        count = read_integer(buckets, minimum=buckets.COLUMNS, maximum=_MAX_BUCKETS)
+        [[generation, bucket_count]] = await self._servers.read([("HMGET", key, "generation", "buckets")])
+        count = read_integer(bucket_count, minimum=COLUMNS, maximum=_MAX_BUCKETS)
         if generation is None or count is None:
             return [0] * len(digests)
         state = TagState(generation.decode("latin-1"), count)

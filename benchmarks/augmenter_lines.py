@@ -17,7 +17,7 @@ from benchmarks.augmenter_run import SCALE, Ran, proxy_and_model, run, start_cpu
 from benchmarks.report import Figure, show
 from services.common.storage.s3 import S3Store
 from services.common.storage.s3_client import aws_client
-from tests.support.s3 import S3Server, s3_server
+from tests.support.s3_server import S3Server, s3_server
 
 _WORK = Path(".bench/augmenter")
 _LINES, _FILES = int(1_000_000 * SCALE), 8

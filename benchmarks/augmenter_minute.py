@@ -19,7 +19,7 @@ from benchmarks import postings
 from benchmarks.augmenter_run import metric_sums, proxy_and_model, run
 from benchmarks.report import Figure, show
 from demo.processes import environment
-from tests.support.s3 import S3Server, s3_server
+from tests.support.s3_server import S3Server, s3_server
 
 _WORK = Path(".bench/minute")
 _LINES, _NEW = 5_600, 40

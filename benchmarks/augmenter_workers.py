@@ -11,8 +11,8 @@ import boto3
 from benchmarks import postings
 from benchmarks.augmenter_run import SCALE, Running, proxy_and_model
 from benchmarks.report import Figure, show
-from tests.support.s3 import S3Server, s3_server
-from tests.support.sqs import SqsServer, made, sqs_server
+from tests.support.s3_server import S3Server, s3_server
+from tests.support.sqs_server import SqsServer, made, sqs_server
 
 _WORK = Path(".bench/workers")
 _FILES, _LINES = max(4, int(240 * SCALE)), int(240 * 5_600 * SCALE)

@@ -18,9 +18,9 @@ from tests.fleet.scenarios import (
     same_pairs_at_once,
     small_before_many,
 )
+from tests.support.call_log import per_distinct_pair
 from tests.support.caller import pairs_of
 from tests.support.fleet import Fleet, fleet
-from tests.support.judge import per_distinct_pair
 from tests.support.redis_server import PROGRAMS
 
 _STUB_SECONDS = 0.2

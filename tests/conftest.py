@@ -8,6 +8,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.redis_server import PROGRAMS, redis_url
 
+pytest_plugins = ("tests.support.cache_fixtures",)
+
 settings.register_profile(
     "tests",
     deadline=None,  # two busy cores make a fast example slow now and then

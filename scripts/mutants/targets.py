@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 
 _QUEUE_TESTS = (
-    "tests/cache_proxy/test_joined_pairs.py",
-    "tests/cache_proxy/test_queue_protocol.py",
-    "tests/cache_proxy/test_redis_queue_races.py",
-    "tests/cache_proxy/test_redis_queue_limit.py",
-    "tests/cache_proxy/test_redis_queue_liveness.py",
-    "tests/cache_proxy/test_redis_queue_quotas.py",
-    "tests/cache_proxy/test_quota_protocol.py",
-    "tests/cache_proxy/test_redis_queue_garbage.py",
+    "tests/contract/test_joined_pairs.py",
+    "tests/contract/test_queue.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_races.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_rate_limit.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_liveness.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_quotas.py",
+    "tests/contract/test_quotas.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_corruption.py",
 )
-_STORE_TESTS = ("tests/cache_proxy/test_store.py", "tests/cache_proxy/test_deployment.py")
+_STORE_TESTS = ("tests/contract/test_answer_store.py", "tests/unit/cache_proxy/cache/test_namespace.py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,58 +24,94 @@ class Target:
 
 
 PYTHON = (
-    Target(path="services/cache_proxy/cache/key.py", tests=("tests/cache_proxy/test_key.py",)),
+    Target(path="services/cache_proxy/cache/key.py", tests=("tests/unit/cache_proxy/cache/test_key.py",)),
     Target(
         path="services/cache_proxy/cache/entry.py",
-        tests=("tests/cache_proxy/test_dated.py", "tests/cache_proxy/test_store_clock.py"),
+        tests=(
+            "tests/unit/cache_proxy/cache/test_entry.py",
+            "tests/unit/cache_proxy/cache/test_store_clock.py",
+        ),
     ),
     Target(
-        path="services/cache_proxy/cache/store_clock.py", tests=("tests/cache_proxy/test_store_clock.py",)
+        path="services/cache_proxy/cache/store_clock.py",
+        tests=("tests/unit/cache_proxy/cache/test_store_clock.py",),
     ),
     Target(
-        path="services/cache_proxy/queue/waiting_pairs.py", tests=("tests/cache_proxy/test_joined_pairs.py",)
+        path="services/cache_proxy/queue/waiting_pairs.py", tests=("tests/contract/test_joined_pairs.py",)
     ),
     Target(
         path="services/cache_proxy/wire/batches.py",
-        tests=("tests/cache_proxy/test_wire.py", "tests/cache_proxy/test_hits.py", "tests/fuzz/test_wire.py"),
+        tests=(
+            "tests/unit/cache_proxy/wire/test_batches.py",
+            "tests/unit/cache_proxy/test_fast_path.py",
+            "tests/fuzz/test_wire.py",
+        ),
     ),
     Target(
         path="services/cache_proxy/cache/l1.py",
-        tests=("tests/cache_proxy/test_l1.py", "tests/cache_proxy/test_invalidation.py"),
+        tests=(
+            "tests/unit/cache_proxy/cache/test_l1.py",
+            "tests/unit/cache_proxy/cache/test_invalidation.py",
+        ),
     ),
-    Target(path="services/cache_proxy/cache/slru.py", tests=("tests/cache_proxy/test_segmented.py",)),
-    Target(path="services/cache_proxy/queue/local/gcra.py", tests=("tests/cache_proxy/test_gcra.py",)),
+    Target(path="services/cache_proxy/cache/slru.py", tests=("tests/unit/cache_proxy/cache/test_slru.py",)),
+    Target(
+        path="services/cache_proxy/queue/local/gcra.py",
+        tests=("tests/unit/cache_proxy/queue/local/test_gcra.py",),
+    ),
     Target(
         path="services/cache_proxy/queue/local/call_limiter.py",
-        tests=("tests/cache_proxy/test_gcra.py", "tests/cache_proxy/test_local_queue.py"),
+        tests=(
+            "tests/unit/cache_proxy/queue/local/test_gcra.py",
+            "tests/unit/cache_proxy/queue/local/test_local_queue.py",
+        ),
     ),
     Target(
         path="services/cache_proxy/model/dispatcher.py",
-        tests=("tests/cache_proxy/test_dispatcher.py",),
+        tests=("tests/unit/cache_proxy/model/test_dispatcher.py",),
     ),
     Target(
         path="services/augmenter/pipeline/splice.py",
-        tests=("tests/augmenter/test_splice.py", "tests/augmenter/test_window.py"),
+        tests=(
+            "tests/unit/augmenter/pipeline/test_splice.py",
+            "tests/unit/augmenter/pipeline/test_line_blocks.py",
+        ),
     ),
     Target(
         path="services/augmenter/pipeline/jsonl.py",
-        tests=("tests/augmenter/test_jsonl.py", "tests/augmenter/test_window.py", "tests/fuzz/test_lines.py"),
+        tests=(
+            "tests/unit/augmenter/pipeline/test_jsonl.py",
+            "tests/unit/augmenter/pipeline/test_line_blocks.py",
+            "tests/fuzz/test_lines.py",
+        ),
     ),
     Target(
         path="services/augmenter/stats.py",
-        tests=("tests/augmenter/test_accounting.py", "tests/augmenter/test_run_local.py"),
+        tests=(
+            "tests/integration/augmenter/test_line_accounting.py",
+            "tests/integration/augmenter/test_run_local.py",
+        ),
     ),
     Target(
         path="services/common/storage/s3_upload.py",
-        tests=("tests/augmenter/test_s3_servers.py", "tests/augmenter/test_s3_faults.py"),
+        tests=(
+            "tests/integration/augmenter/test_s3_compatibility.py",
+            "tests/integration/augmenter/test_s3_faults.py",
+        ),
     ),
     Target(
         path="services/common/storage/s3_download.py",
-        tests=("tests/augmenter/test_s3_servers.py", "tests/augmenter/test_s3_faults.py"),
+        tests=(
+            "tests/integration/augmenter/test_s3_compatibility.py",
+            "tests/integration/augmenter/test_s3_faults.py",
+        ),
     ),
     Target(
         path="services/common/storage/s3_listing.py",
-        tests=("tests/augmenter/test_s3_listing.py", "tests/augmenter/test_s3_servers.py"),
+        tests=(
+            "tests/unit/common/storage/test_s3_listing.py",
+            "tests/integration/augmenter/test_s3_compatibility.py",
+        ),
     ),
 )
 LUA = (

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import msgpack
 import redis.asyncio
 
-from tests.support import judge
+from tests.support import call_log
 from tests.support.caller import metrics, pairs_of
 from tests.support.fleet import Fleet
-from tests.support.load import LoadCaller, Pairs, Tally, cut
+from tests.support.load_callers import LoadCaller, Pairs, Tally, cut
 from tests.support.processes import Service
 from tests.support.redis_server import wait_for
 
@@ -106,10 +106,10 @@ async def backlog_of_single_pairs(fleet: Fleet, *, seconds: float, batch_pairs: 
     backlogged = [call for call in calls if call.at <= calls[0].at + seconds - _WAITING_BATCHES]
     return Paced(
         calls=len(calls),
-        fill=judge.fill(backlogged, batch_pairs),
-        rate_used=judge.rate_used(backlogged, pairs_per_second=batch_pairs),
-        over_seconds=max(judge.most_over(calls, pairs_per_second=batch_pairs, calls_per_second=1)),
-        twice=sum(times > 1 for times in judge.inferences(calls).values()),
+        fill=call_log.fill(backlogged, batch_pairs),
+        rate_used=call_log.rate_used(backlogged, pairs_per_second=batch_pairs),
+        over_seconds=max(call_log.most_over(calls, pairs_per_second=batch_pairs, calls_per_second=1)),
+        twice=sum(times > 1 for times in call_log.inferences(calls).values()),
         callers_well=not tally.wrong and not tally.failed and tally.answered == sent,
     )
 
@@ -197,7 +197,7 @@ async def small_before_many(fleet: Fleet, *, pairs: int, rounds: int) -> tuple[i
     return quick_place, small_place
 
 
-def _places(calls: Sequence[judge.Call], pairs: Pairs) -> list[int]:
+def _places(calls: Sequence[call_log.Call], pairs: Pairs) -> list[int]:
     wanted = set(pairs)
     return [place for place, call in enumerate(calls) if wanted.intersection(call.pairs)]
 

@@ -9,10 +9,10 @@ import pytest
 import redis.asyncio
 
 from tests.fleet.scenarios import callers, hits, owner_of_a_call, steady_misses
+from tests.support.call_log import Call, inferences, most_over
 from tests.support.caller import pairs_of
 from tests.support.fleet import Fleet
-from tests.support.judge import Call, inferences, most_over
-from tests.support.load import Tally
+from tests.support.load_callers import Tally
 from tests.support.processes import Service
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(240)]

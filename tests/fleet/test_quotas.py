@@ -11,10 +11,10 @@ import grpc
 import pytest
 
 from services.common.tasks import end
+from tests.support.call_log import Call
 from tests.support.caller import caller, metrics, pairs_of
 from tests.support.fleet import Fleet
-from tests.support.judge import Call
-from tests.support.load import LoadCaller, Tally
+from tests.support.load_callers import LoadCaller, Tally
 from tests.support.processes import Service
 from tests.support.redis_server import wait_for
 

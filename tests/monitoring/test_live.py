@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.augmenter.running import running
 from tests.monitoring.queries import RULES, Asked, asked
 from tests.monitoring.test_rules import alerts
+from tests.support.augmenter_process import running
+from tests.support.call_log import Call
 from tests.support.caller import caller, metrics, pairs_of
 from tests.support.fleet import Fleet, fleet
-from tests.support.judge import Call
-from tests.support.prometheus import Prometheus, prometheus
+from tests.support.prometheus_server import Prometheus, prometheus
 from tests.support.redis_server import free_port, wait_for
 
 pytestmark = pytest.mark.slow

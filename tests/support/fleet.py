@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.support.judge import Call, calls_of
+from tests.support.call_log import Call, calls_of
+from tests.support.faulty_link import Wire, wire_to
 from tests.support.processes import Service, cache_proxy, model_stub
 from tests.support.redis_server import RedisServer, redis_process
-from tests.support.wire import Wire, wire_to
 
 
 class Proxies:

@@ -1,6 +1,6 @@
 """What a connection may do before gRPC's core closes or refuses it.
 
-Every figure was tried against a hostile peer (docs/security.md, tests/hostile/). What core cannot bound, the
+Every figure was tried against a hostile peer (docs/security.md, tests/security/). What core cannot bound, the
 bytes of messages and answers together, `intake.py` does.
 """
 

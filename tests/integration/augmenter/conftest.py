@@ -1,0 +1,151 @@
+"""A stub of the model, an S3 server, and the command run in this process."""
+
+import json
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from services.augmenter.cli import cli
+from services.common import options
+from tests.support.processes import Service, model_stub
+from tests.support.s3_bucket import Bucket
+from tests.support.s3_server import S3Server, s3_server
+from tests.support.sqs_server import Queue, SqsServer, sqs_server
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Augment: TypeAlias = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests, and however: no flag and no credential of theirs is used."""
+    for name in [name for name in os.environ if name.startswith(("AUGMENTER_", "AWS_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+
+
+@pytest.fixture
+def augment(capsys: pytest.CaptureFixture[str]) -> Augment:
+    """Run `augmenter run` with these arguments (a process takes a second to start; this does not)."""
+
+    def run(*args: object) -> Ended:
+        capsys.readouterr()
+        level = logging.root.level
+        try:
+            with pytest.raises(SystemExit) as end:
+                options.run(cli, program="augmenter", args=["run", *map(str, args)])
+        finally:
+            logging.root.setLevel(level)  # else a run with --log-level error hides what other tests look for
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Ended(int(end.value.code or 0), out, err)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A running model stub and the log of its calls."""
+
+    target: str
+    log: Path
+
+
+StubWith: TypeAlias = Callable[..., Stub]
+
+
+@pytest.fixture(scope="session")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
+    """A model without a limit that answers in scrambled order; it refuses POISON, NAMED by its index."""
+    log = tmp_path_factory.mktemp("stub") / "calls.jsonl"
+    with _stub(log, "--fail", "scramble,poison=POISON,poison-named=NAMED") as running:
+        yield Stub(running.target, log)
+
+
+@pytest.fixture
+def stub_with(tmp_path: Path) -> Iterator[StubWith]:
+    """Start a stub with these faults."""
+    with ExitStack() as stack:
+
+        def start(*args: str) -> Stub:
+            log = tmp_path / f"calls-{len(args)}.log"
+            return Stub(stack.enter_context(_stub(log, *args)).target, log)
+
+        yield start
+
+
+def _stub(log: Path, *args: str) -> AbstractContextManager[Service]:
+    return model_stub("--rate", "0", "--latency", "0s", "--log", str(log), *args)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server for the whole session."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket of the test's own, with the credentials for it in the environment."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    return Bucket(s3, f"test-{random.SystemRandom().randrange(2**40):x}")
+
+
+@pytest.fixture(scope="session")
+def sqs(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqsServer]:
+    """An SQS server for the whole session."""
+    with sqs_server(tmp_path_factory.mktemp("sqs"), s3.environment) as server:
+        yield server
+
+
+MakeQueue: TypeAlias = Callable[..., Queue]
+
+
+@pytest.fixture
+def make_queue(sqs: SqsServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> MakeQueue:
+    """Make a queue of the test's own, with its server in the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
+
+    def make(**settings: Any) -> Queue:
+        return sqs.queue(f"test-{random.SystemRandom().randrange(2**40):x}", **settings)
+
+    return make
+
+
+def queue_args(bucket: Bucket, queue: Queue, target: str) -> list[str]:
+    """The arguments of a run that takes the bucket's files from a queue."""
+    return [
+        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--endpoint-url", bucket.endpoint_url,
+        "--sqs-queue-url", queue.url, "--target", target,
+    ]  # fmt: skip
+
+
+def posting(company: str = "Acme", title: str = "Clerk", **more: object) -> bytes:
+    """A line of input, without its end."""
+    return json.dumps({"company": company, "title": title, **more}).encode()
+
+
+def reasons(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The reasons beside rejected lines."""
+    path = folder / f"{name}.reasons.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,273 @@
+"""How the proxy is reached: by TLS, with a certificate of one's own, with a token from a file."""
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos import seniority_pb2 as pb
+from services.common.bearer import Token
+from services.common.grpc_target import is_on_this_machine
+from tests.integration.augmenter.conftest import Augment, posting
+from tests.integration.augmenter.scripted_model import Answer, ScriptedModel, all_threes, scripted_model
+from tests.support.certificates import Authority, Mounted, Signed, self_signed
+
+_SECRET = "s3cret-of-the-day"
+
+
+def _keep(path: Path, token: str) -> Path:
+    """Write a token that nobody else may read."""
+    path.touch(0o600)
+    path.write_text(token)
+    return path
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a server's, a client's and a stranger's certificate, each its own CA."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for name in ("server", "client", "stranger"):
+        self_signed(folder, name)
+    subprocess.run(
+        ["openssl", "pkcs8", "-topk8", "-in", "client.key", "-out", "locked.key", "-passout", "pass:x"],
+        cwd=folder, check=True,
+    )  # fmt: skip
+    (folder / "empty").touch(0o600)
+    _keep(folder / "token", f"{_SECRET}\n")
+    return folder
+
+
+@pytest.fixture
+def guarded(certificates: Path) -> Iterator[ScriptedModel]:
+    """A server by TLS that lets in who has the client's certificate, and the token."""
+    read = {path.name: path.read_bytes() for path in certificates.iterdir()}
+    credentials = grpc.ssl_server_credentials(
+        [(read["server.key"], read["server.crt"])],
+        root_certificates=read["client.crt"],
+        require_client_auth=True,
+    )
+    with scripted_model(credentials=credentials) as model:
+        model.token = _SECRET
+        yield model
+
+
+def _flags(folder: Path, **names: str) -> list[str]:
+    """`tls_ca="server.crt"` is `--tls-ca` with that file of the folder."""
+    return [
+        part for name, file in names.items() for part in (f"--{name.replace('_', '-')}", str(folder / file))
+    ]
+
+
+_RIGHT = {"tls_ca": "server.crt", "tls_cert": "client.crt", "tls_key": "client.key", "token_file": "token"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file with one posting."""
+    (tmp_path / "a.jsonl").write_bytes(posting())
+    return tmp_path / "a.jsonl"
+
+
+def test_who_has_certificate_and_token_is_let_in(
+    augment: Augment, source: Path, certificates: Path, guarded: ScriptedModel
+) -> None:
+    """By mutual TLS with the token of the file: augmented."""
+    ended = augment(
+        source, f"{source.parent}/out/", "--target", guarded.target, "--retry-budget", "5s",
+        *_flags(certificates, **_RIGHT),
+    )  # fmt: skip
+    assert (ended.code, ended.err) == (0, "")
+    assert (source.parent / "out" / "a.jsonl").read_bytes() == posting()[:-1] + b', "seniority": 3}\n'
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"tls_ca": "stranger.crt"}, "UNAVAILABLE"),
+        ({"tls_cert": "stranger.crt", "tls_key": "stranger.key"}, "UNAVAILABLE"),
+        ({"tls_cert": None, "tls_key": None}, "UNAVAILABLE"),
+        ({"token_file": "stranger.key.token"}, "UNAUTHENTICATED"),
+        ({"token_file": None}, "UNAUTHENTICATED"),
+    ],
+)
+def test_who_lacks_one_of_them_is_not(
+    augment: Augment,
+    source: Path,
+    certificates: Path,
+    guarded: ScriptedModel,
+    wrong: dict[str, str | None],
+    code: str,
+) -> None:
+    """With another CA's server, certificate or token: a failure with its status, and no word of the token."""
+    _keep(certificates / "stranger.key.token", "not-the-secret")
+    given = {name: file for name, file in (_RIGHT | wrong).items() if file}
+    ended = augment(
+        source, f"{source.parent}/out/", "--target", guarded.target, "--retry-budget", "300ms",
+        "--log-level", "debug", *_flags(certificates, **given),
+    )  # fmt: skip
+    assert ended.code == 1
+    assert f"{guarded.target} answered {code}" in ended.err.splitlines()[-1]
+    assert guarded.calls == []
+    assert _SECRET not in ended.err
+    assert "not-the-secret" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"tls_ca": "gone"}, "--tls-ca"),
+        ({"tls_ca": "token"}, "--tls-ca"),
+        ({"tls_cert": "gone"}, "--tls-cert"),
+        ({"tls_key": "gone"}, "--tls-key"),
+        ({"tls_key": "stranger.key"}, "--tls-key"),
+        ({"tls_key": "client.crt"}, "--tls-key"),
+        ({"tls_key": "locked.key"}, "--tls-key"),
+        ({"tls_key": None}, "--tls-key"),
+        ({"tls_cert": None}, "--tls-cert"),
+        ({"tls_ca": None}, "--tls-ca"),
+        ({"token_file": "gone"}, "--token-file"),
+        ({"token_file": "empty"}, "--token-file"),
+        ({"token_file": "client.key"}, "--token-file"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused(
+    augment: Augment, source: Path, certificates: Path, given: dict[str, str | None], named: str
+) -> None:
+    """Exit code 2 and one line that names the flag, before anything is written."""
+    flags = {name: file for name, file in (_RIGHT | given).items() if file}
+    ended = augment(
+        source, f"{source.parent}/out/", "--target", "127.0.0.1:1", "--retry-budget", "0s",
+        *_flags(certificates, **flags),
+    )  # fmt: skip
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert named in ended.err
+    assert not (source.parent / "out").exists()
+
+
+def test_token_in_the_clear_stays_on_this_machine(augment: Augment, source: Path, certificates: Path) -> None:
+    """Without TLS the token is sent to this machine only: to any other it is a usage error."""
+    flags = [*_flags(certificates, token_file="token"), "--retry-budget", "5s"]
+    ended = augment(source, f"{source.parent}/out/", "--target", "proxy.example:50051", *flags)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert ended.err.startswith("augmenter: --token-file: proxy.example:50051 would get it in the clear")
+    with scripted_model() as model:
+        model.token = _SECRET
+        assert augment(source, f"{source.parent}/out/", "--target", model.target, *flags).code == 0
+
+
+@pytest.mark.parametrize(
+    ("target", "is_local"),
+    [
+        ("localhost:1", True),
+        ("127.8.0.1:1", True),
+        ("[::1]:1", True),
+        ("unix:/run/proxy.sock", True),
+        ("unix-abstract:proxy", True),
+        ("dns:///localhost:1", True),
+        ("dns:localhost:1", True),
+        ("dns://10.0.0.1/localhost:1", True),
+        ("ipv4:127.0.0.1:1,127.0.0.2:1", True),
+        ("ipv6:[::1]:1", True),
+        ("ipv4:127.0.0.1:1,10.0.0.1:1", False),
+        ("localhost.example:1", False),
+        ("127.0.0.1.example:1", False),
+        ("10.0.0.1:1", False),
+        ("0.0.0.0:1", False),
+        ("proxy", False),
+        ("xds:///localhost:1", False),
+    ],
+)
+def test_targets_on_this_machine_are_known(target: str, is_local: bool) -> None:
+    """However a target is written: it is on this machine only if all of its addresses are."""
+    assert is_on_this_machine(target) is is_local
+
+
+def test_token_that_changes_is_sent_from_then_on(augment: Augment, tmp_path: Path) -> None:
+    """A file that is written anew between two RPCs: the second goes with the new token."""
+    token, source = tmp_path / "token", tmp_path / "in"
+    _keep(token, "first")
+    source.mkdir()
+    for name in ("a", "b"):
+        (source / f"{name}.jsonl").write_bytes(posting(name))
+
+    def rotate(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
+        token.write_text("second")
+        model.token = "second"
+        return all_threes(request)
+
+    with scripted_model(Answer(make=rotate)) as model:
+        model.token = "first"
+        ended = augment(
+            source, tmp_path / "out", "--target", model.target, "--concurrency", "1", "--token-file", token
+        )
+    assert (ended.code, ended.err) == (0, "")
+    assert model.calls == [["a"], ["b"]]
+
+
+def _server(own: Signed) -> grpc.ServerCertificateConfiguration:
+    ca, key, certificate = own.pem
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
+
+
+def test_certificates_that_are_renewed_are_used_without_a_restart(augment: Augment, tmp_path: Path) -> None:
+    """CA, certificate and key are swapped for another authority's between two RPCs: a connection by them is
+    made while the second is under way, and all files are done.
+    """  # noqa: D205 - one thought
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    mounted, source = Mounted(tmp_path / "mounted"), tmp_path / "in"
+    before, after = old.sign("server"), new.sign("server")
+    mounted.put_pair(old.sign("client"))
+    by_the_new = new.sign("client")
+    source.mkdir()
+    for name in ("a", "b", "c"):
+        (source / f"{name}.jsonl").write_bytes(posting(name))
+    is_swapped, is_connected = threading.Event(), threading.Event()
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        if not is_swapped.is_set():
+            return None
+        is_connected.set()
+        return _server(after)
+
+    def swap(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
+        mounted.put_pair(by_the_new)
+        is_swapped.set()
+        return all_threes(request)
+
+    def wait(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
+        assert is_connected.wait(60)
+        return all_threes(request)
+
+    credentials = grpc.dynamic_ssl_server_credentials(
+        _server(before),
+        fetch,  # type: ignore[arg-type]  # None means no change, which the stubs do not know
+        require_client_authentication=True,
+    )
+    with scripted_model(Answer(make=swap), Answer(make=wait), credentials=credentials) as model:
+        ended = augment(
+            source, tmp_path / "out", "--target", model.target, "--concurrency", "1", *mounted.signed.flags()
+        )
+    assert (ended.code, ended.err) == (0, "")
+    assert model.calls == [["a"], ["b"], ["c"]]
+
+
+def test_token_is_kept_while_its_file_cannot_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that is gone, or empty, for a while: the last token goes on, with one warning without it."""
+    path = tmp_path / "token"
+    _keep(path, "first")
+    token = Token(str(path))
+    assert token.metadata() == ("authorization", "Bearer first")
+    path.unlink()
+    assert token.metadata() == token.metadata() == ("authorization", "Bearer first")
+    _keep(path, "")
+    assert token.metadata() == ("authorization", "Bearer first")
+    _keep(tmp_path / "new", "second\n")
+    (tmp_path / "new").replace(path)
+    assert token.metadata() == ("authorization", "Bearer second")
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "first" not in caplog.text

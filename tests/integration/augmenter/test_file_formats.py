@@ -1,0 +1,188 @@
+"""Files that are not what their names say: decoded where that is certain, else failed."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from services.model_stub.levels import infer_level
+from tests.integration.augmenter.conftest import Augment, Stub, posting, reasons
+from tests.support.augmenter_process import summary
+from tests.support.s3_bucket import Bucket
+
+_LINES = [posting("東京データ" if i % 3 else "Nordlicht GmbH", f"Engineer {i % 4}", id=i) for i in range(40)]
+_TEXT = b"".join(line + b"\n" for line in _LINES)
+
+
+def _augmented(lines: list[bytes]) -> bytes:
+    """What is written of postings."""
+    levels = [infer_level(one["company"], one["title"]) for one in map(json.loads, lines)]
+    return b"".join(
+        line[:-1] + b', "seniority": %d}\n' % level for line, level in zip(lines, levels, strict=True)
+    )
+
+
+_DECODED = {
+    "gzip": gzip.compress(_TEXT),
+    "zstd": zstandard.compress(_TEXT),
+    "gzip twice": gzip.compress(gzip.compress(_TEXT)),
+    "zstd in gzip": gzip.compress(zstandard.compress(_TEXT)),
+    "UTF-16": _TEXT.decode().encode("utf-16"),
+    "UTF-16 big-endian": b"\xfe\xff" + _TEXT.decode().encode("utf-16-be"),
+    "byte order marks where files meet": b"\xef\xbb\xbf"
+    + _TEXT[:300].rpartition(b"\n")[0]
+    + b"\n\xef\xbb\xbf"
+    + _TEXT[_TEXT[:300].rindex(b"\n") + 1 :],
+    "UTF-16 files that meet": b"".join((line + b"\n").decode().encode("utf-16") for line in _LINES),
+    "no line ends": b"".join(_LINES),
+    "spaces between": b" \t".join(_LINES),
+    "marks between": b"\xef\xbb\xbf".join(_LINES),
+    "some line ends": b"".join(line + b"\n" * (i % 3 == 0) for i, line in enumerate(_LINES)),
+    "gzip without line ends": gzip.compress(b"".join(_LINES)),
+    "CR and LF": _TEXT.replace(b"\n", b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("kind", _DECODED)
+def test_what_is_certain_is_decoded(augment: Augment, stub: Stub, tmp_path: Path, kind: str) -> None:
+    """Every posting is augmented, in its own bytes and order, and each is a line of the summary."""
+    (tmp_path / "a.jsonl").write_bytes(_DECODED[kind])
+    ended = augment(
+        tmp_path / "a.jsonl",
+        f"{tmp_path}/out/",
+        "--target",
+        stub.target,
+        "--summary-json",
+        tmp_path / "s.json",
+    )
+    assert (ended.code, ended.err) == (0, "")
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(_LINES)
+    lines = summary(tmp_path / "s.json")["lines"]
+    assert (lines["in"], lines["augmented"], lines["rejected"], lines["blank"]) == (40, 40, 0, 0)
+
+
+def test_output_is_in_the_format_that_its_name_says(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+    """Text under a name of gzip is read as text, and its output is gzip."""
+    (tmp_path / "a.jsonl.gz").write_bytes(_TEXT)
+    (tmp_path / "b.jsonl.zst").write_bytes(gzip.compress(_TEXT))
+    assert augment(tmp_path, f"{tmp_path}-out/", "--target", stub.target).code == 0
+    assert gzip.decompress(Path(f"{tmp_path}-out/a.jsonl.gz").read_bytes()) == _augmented(_LINES)
+    made = Path(f"{tmp_path}-out/b.jsonl.zst").read_bytes()
+    assert zstandard.ZstdDecompressor().decompressobj().decompress(made) == _augmented(_LINES)
+
+
+_PRETTY = "\n".join(json.dumps(json.loads(line), indent=2) for line in _LINES).encode()
+_REFUSED = {
+    "pretty-printed": (_PRETTY, "pretty-printed"),
+    "pretty-printed in gzip": (gzip.compress(_PRETTY), "pretty-printed"),
+    "array": (json.dumps(list(map(json.loads, _LINES))).encode(), "JSON array"),
+    "array of lines": (b"[\n" + b",\n".join(_LINES) + b"\n]\n", "JSON array"),
+    "array of lines, brackets beside": (b"[" + b",\n".join(_LINES) + b"]\n", "JSON array"),
+    "object of postings": (b'{"jobs": [\n' + b",\n".join(_LINES) + b"\n]}\n", "pretty-printed"),
+    "zip": (b"PK\x03\x04" + bytes(99), "zip"),
+    "Parquet": (b"PAR1" + bytes(99), "Parquet"),
+    "CSV": (b"company,title\nAcme,Clerk\n", "no line can be augmented (2 rejected): line 1: not JSON"),
+    "no posting": (
+        b'{"a":1}\n\n{"a":2}\n',
+        "no line can be augmented (2 rejected): line 1: company is missing",
+    ),
+    "refused pairs": (posting("POISON") + b"\n" + posting("NAMED"), "no line can be augmented (2 rejected)"),
+    "one long line": (b"x" * 5 * 2**20, "no line can be augmented (1 rejected): line 1: longer than 4 MiB"),
+}
+
+
+@pytest.mark.parametrize("kind", _REFUSED)
+@pytest.mark.parametrize("how", [[], ["--ok-rejects"], ["--dry-run"]])
+def test_what_cannot_be_augmented_fails(
+    augment: Augment, stub: Stub, tmp_path: Path, kind: str, how: list[str]
+) -> None:
+    """One line says what the file is; no output and no rejects are written, whatever is tolerated."""
+    data, said = _REFUSED[kind]
+    if kind == "refused pairs" and how == ["--dry-run"]:
+        return
+    (tmp_path / "a.jsonl").write_bytes(data)
+    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target, *how)
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert ended.err.startswith(f"augmenter: {tmp_path}/a.jsonl: ")
+    assert said in ended.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.jsonl"]
+
+
+def test_damaged_objects_on_one_line_cost_what_is_behind_them(
+    augment: Augment, stub: Stub, tmp_path: Path
+) -> None:
+    """Up to the first object that cannot be read each is a line; the rest of the line is rejected whole."""
+    bad = b'{"company":"Ac' + _LINES[2] + _LINES[3]
+    (tmp_path / "a.jsonl").write_bytes(
+        _LINES[0] + b'{"company":"a"}' + _LINES[1] + bad + b"\n" + _LINES[4] + b"\nbad\n"
+    )
+    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
+    assert ended.code == 3
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented([_LINES[0], _LINES[1], _LINES[4]])
+    rejects = tmp_path / "out" / "_rejects"
+    assert (rejects / "a.jsonl").read_bytes() == b'{"company":"a"}\n' + bad + b"\nbad\n"
+    assert [one["line"] for one in reasons(rejects, "a.jsonl")] == [2, 4, 6]
+    assert "6 in = 3 augmented + 3 rejected" in ended.out
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_line_over_the_limit_is_rejected(augment: Augment, stub: Stub, tmp_path: Path, suffix: str) -> None:
+    """It is in the rejects byte for byte, in its place and with its reason; the file goes on."""
+    long = [posting(text="x" * 5 * 2**20, id=i) for i in range(2)]
+    lines = [_LINES[0], long[0], b"bad", _LINES[1], long[1] + b"\r", _LINES[2]]
+    text = b"\n".join(lines)
+    packed = {".jsonl": text, ".gz": gzip.compress(text), ".zst": zstandard.compress(text)}
+    (tmp_path / "a.jsonl").write_bytes(packed[Path(f"a{suffix}").suffix])  # so that the outputs are plain
+    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
+    assert (ended.code, ended.err) == (3, "")
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(_LINES[:3])
+    rejects = tmp_path / "out" / "_rejects"
+    assert (rejects / "a.jsonl").read_bytes() == long[0] + b"\nbad\n" + long[1] + b"\r\n"
+    said = reasons(rejects, "a.jsonl")
+    assert [one["line"] for one in said] == [2, 3, 5]
+    assert said[0]["reason"] == "longer than 4 MiB (--max-line-bytes)"
+
+
+def test_limits_are_settings(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+    """A line of exactly the limit is taken, a window over the limit is not."""
+    line = posting(text="x" * 2000)
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n" + posting(text="x" * 2001))
+    args = ("--target", stub.target, "--max-line-bytes", str(len(line)), "--max-zstd-window", "1MiB")
+    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", *args)
+    assert (ended.code, "2 in = 1 augmented + 1 rejected" in ended.out) == (3, True)
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(b"\n".join([posting(text="x" * 2**20)] * 4)))
+    ended = augment(tmp_path / "b.jsonl.zst", f"{tmp_path}/out/", *args)
+    assert ended.code == 1
+    assert "its zstd window is over 1 MiB" in ended.err
+    assert augment(tmp_path / "b.jsonl.zst", f"{tmp_path}/out/", "--target", stub.target).code == 0
+
+
+def test_a_delivery_stream_of_megabytes(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+    """Objects without line ends are augmented however many they are; one over the limit costs itself only."""
+    lines = [posting(f"C{i % 9}", "}{" if i % 7 else '"}{"', id=i, text="é}{" * 30) for i in range(8_000)]
+    long = posting(text="}{" * 3 * 2**20)
+    data = b"".join(lines[:5_000]) + long + b"".join(lines[5_000:])
+    assert len(data) > 6 * 2**20
+    (tmp_path / "a.jsonl").write_bytes(data)
+    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
+    assert (ended.code, ended.err) == (3, "")
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(lines)
+    assert (tmp_path / "out" / "_rejects" / "a.jsonl").read_bytes() == long + b"\n"
+    assert [one["line"] for one in reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [5_001]
+
+
+def test_bucket_with_encodings(augment: Augment, stub: Stub, bucket: Bucket) -> None:
+    """`Content-Encoding: gzip` under a plain name is decoded; of what fails there is no object."""
+    bucket.put("raw/a.jsonl", gzip.compress(_TEXT), ContentEncoding="gzip")
+    bucket.put("raw/b.jsonl", _PRETTY)
+    ended = augment(
+        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--endpoint-url", bucket.endpoint_url,
+        "--target", stub.target, "--ok-rejects",
+    )  # fmt: skip
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert "pretty-printed" in ended.err
+    assert [key for key in bucket.listed() if key.startswith("mod")] == ["mod/a.jsonl"]
+    assert bucket.get("mod/a.jsonl") == _augmented(_LINES)
+    assert bucket.unfinished() == 0

@@ -1,0 +1,244 @@
+"""Ends that nobody planned: signals, kill -9, inputs that change; never a partial output."""
+
+import asyncio
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from services.common.line_reader import MAX_LINE_BYTES
+from services.common.storage.errors import InputChangedError
+from services.common.storage.local import LocalStore
+from tests.integration.augmenter.conftest import StubWith, posting
+from tests.support.augmenter_process import running
+from tests.support.model_server import Answers, Call, scripted_model, well
+from tests.support.processes import ROOT, clean_environment
+from tests.support.redis_server import wait_for
+from tests.support.s3_bucket import Bucket
+
+pytestmark = pytest.mark.alone
+_FIRST_WINDOW_LINES = 20_000
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with one file of several windows."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with (folder / "a.jsonl").open("wb") as file:
+        for i in range(60_000):
+            file.write(posting(f"C{i}", id=i) + b"\n")
+    return folder
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def _wait_for_bytes(sink: Path) -> None:
+    """Until the run is in mid-file: its temporary file holds something."""
+    wait_for(lambda: any(path.stat().st_size for path in sink.glob(".*")), what="something is written")
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A model that answers a file's first window, and the rest when it is let."""
+
+    target: str
+    go: threading.Event
+
+
+@pytest.fixture
+def slow() -> Iterator[Slow]:
+    """One that is let at the latest when the test is over."""
+    go = threading.Event()
+
+    def behave(call: Call) -> Answers:
+        if any(int(company[1:]) >= _FIRST_WINDOW_LINES for company, _ in call.pairs):
+            go.wait(60)
+        return well(call)
+
+    with scripted_model(behave) as model:
+        yield Slow(model.target, go)
+        go.set()
+
+
+@pytest.mark.slow
+def test_kill_leaves_no_partial_output_and_the_next_run_clears_up(
+    source: Path, tmp_path: Path, slow: Slow
+) -> None:
+    """A kill -9 in mid-file leaves at most a hidden file, which the next run of that file removes."""
+    sink = tmp_path / "out"
+    with running(source, sink, "--target", slow.target) as process:
+        _wait_for_bytes(sink)
+        process.kill()
+        process.wait()
+    assert [name[0] for name in _files(sink)] == ["."]
+    slow.go.set()
+    with running(source, sink, "--target", slow.target) as again:
+        assert again.wait(60) == 0
+    assert _files(sink) == ["a.jsonl"]
+    assert (sink / "a.jsonl").read_bytes().count(b"\n") == 60_000
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 143, "augmenter: stopped by SIGTERM"), (signal.SIGINT, 130, "augmenter: interrupted")],
+)
+def test_signals_leave_nothing_behind(
+    source: Path, tmp_path: Path, slow: Slow, number: signal.Signals, code: int, said: str
+) -> None:
+    """SIGTERM and SIGINT in mid-file end the run with one line and a code of their own, and leave no file."""
+    sink = tmp_path / "out"
+    with running(source, sink, "--target", slow.target) as process:
+        _wait_for_bytes(sink)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert (out, err.strip().count("\n")) == ("", 0)
+    assert err.strip().startswith(said)
+    assert _files(sink) == []
+
+
+async def test_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    """An input that grows under the reader is no whole file: an error, not a shorter output."""
+    (tmp_path / "a.jsonl").write_bytes(posting())
+    store = LocalStore(tmp_path)
+    item = await store.find("a.jsonl")
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(InputChangedError):
+        [data async for data in store.read(item)]
+
+
+async def test_metrics_while_it_runs(source: Path, tmp_path: Path, slow: Slow) -> None:
+    """The HTTP endpoint answers during the run, with every metric of the augmenter."""
+    args = (source, tmp_path / "out", "--target", slow.target, "--http-listen", "127.0.0.1:0")
+    with running(*args) as process:
+        assert process.stderr
+        line = await asyncio.to_thread(process.stderr.readline)
+        url = line.split()[-1]
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            text = await answer.text()
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(url.replace("metrics", "healthz")) as answer,
+        ):
+            assert answer.status == 200
+    for name in (
+        'augmenter_files_total{outcome="done"} 0.0',
+        'augmenter_lines_total{outcome="augmented"} 0.0',
+        "augmenter_file_duration_seconds_count",
+        "augmenter_rpc_duration_seconds_count",
+        "augmenter_backlog_files",
+        'augmenter_build_info{version="',
+    ):
+        assert name in text
+
+
+_PEAK = """
+import resource, subprocess, sys
+code = subprocess.run([sys.executable, "-m", "services.augmenter", "run", *sys.argv[1:]]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def _peak_mib(*args: object, env: dict[str, str] | None = None) -> int:
+    """The most memory that a run ever had, started by a small process: a child begins with its parent's."""
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, *map(str, args)], check=True, stdout=subprocess.PIPE, text=True,
+        env=clean_environment() | {"PYTHONPATH": str(ROOT)} | (env or {}),
+    )  # fmt: skip
+    return int(done.stdout.splitlines()[-1]) // 1024
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(stub_with: StubWith, tmp_path: Path) -> None:
+    """A compressed file of 400 MB of text is augmented within 200 MiB."""
+    block = b"".join(posting(f"C{i % 500}", id=i, text="x" * 120) + b"\n" for i in range(20_000))
+    with gzip.open(tmp_path / "many.jsonl.gz", "wb", compresslevel=1) as file:
+        for _ in range(110):
+            file.write(block)
+    assert _peak_mib(tmp_path / "many.jsonl.gz", f"{tmp_path}/out/", "--target", stub_with().target) < 200
+
+
+_MANY_LINES = 550_000
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_while_the_target_is_slow(tmp_path: Path) -> None:
+    """300 MB that are answered more slowly than they are read wait on the disk: all within 300 MiB."""
+    with (tmp_path / "many.jsonl").open("wb") as file:
+        for i in range(_MANY_LINES // 100):
+            file.write((posting(f"C{i}", text="x" * 500) + b"\n") * 100)
+
+    def behave(call: Call) -> Answers:
+        time.sleep(1)
+        return well(call)
+
+    with scripted_model(behave) as model:
+        peak = _peak_mib(tmp_path / "many.jsonl", f"{tmp_path}/out/", "--target", model.target)
+    assert peak < 300
+    with (tmp_path / "out" / "many.jsonl").open("rb") as made:
+        assert sum(1 for _ in made) == _MANY_LINES
+
+
+@pytest.mark.slow
+def test_memory_holds_the_shortest_lines_while_the_target_is_slow(tmp_path: Path) -> None:
+    """A million lines of 30 bytes, no two of them alike, wait for a slow model: all within 300 MiB."""
+    with (tmp_path / "many.jsonl").open("wb") as file:
+        for i in range(1_000_000):
+            file.write(b'{"company":"%x","title":"b"}\n' % i)
+    began: list[float] = []
+
+    def behave(call: Call) -> Answers:
+        began.append(call.at)
+        time.sleep(max(0.0, began[0] + 15 - time.monotonic()))
+        return well(call)
+
+    with scripted_model(behave) as model:
+        peak = _peak_mib(tmp_path / "many.jsonl", f"{tmp_path}/out/", "--target", model.target)
+    assert peak < 300
+
+
+@pytest.mark.slow
+def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StubWith, tmp_path: Path) -> None:
+    """Four files of nothing but the longest lines that are taken are augmented within 300 MiB."""
+    source = tmp_path / "in"
+    source.mkdir()
+    line = posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
+    for name in "abcd":
+        with (source / f"{name}.jsonl").open("wb") as file:
+            for _ in range(24):
+                file.write(line)
+    assert _peak_mib(source, tmp_path / "out", "--target", stub_with().target) < 300
+    assert [path.stat().st_size > 24 * MAX_LINE_BYTES - 2400 for path in (tmp_path / "out").iterdir()] == [
+        True
+    ] * 4
+
+
+@pytest.mark.slow
+def test_memory_holds_uploads_of_rejected_lines_too(
+    stub_with: StubWith, bucket: Bucket, tmp_path: Path
+) -> None:
+    """Four files of the longest lines, every second one rejected, each with two uploads: in 300 MiB."""
+    source = tmp_path / "in"
+    source.mkdir()
+    good = posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
+    bad = good.replace(b'"company"', b'"nothing"')
+    for name in "abcd":
+        (source / f"{name}.jsonl").write_bytes((good + bad) * 8)
+    args = ("--target", stub_with().target, "--endpoint-url", bucket.endpoint_url, "--ok-rejects")
+    peak = _peak_mib(source, f"s3://{bucket.name}/mod/", *args, env=dict(os.environ))
+    assert peak < 300
+    assert len(bucket.listed()) == 4 * 3

@@ -1,0 +1,212 @@
+"""Postings whose members have other names, and postings that have a level already."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.augmenter.pipeline import line_blocks
+from services.augmenter.pipeline.line_blocks import Answers, PostingFormat, Window
+from services.augmenter.stats import LineCounts
+from services.common.line_reader import Piece
+from services.common.posting_fields import PostingFields
+from services.model_stub.levels import infer_level
+from tests.integration.augmenter.conftest import Augment, Stub, posting, reasons
+from tests.support.augmenter_process import summary
+
+_LEVEL = infer_level("Acme", "Clerk")
+
+
+def test_fields_have_other_names(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+    """Company and title may be anywhere in the objects of a posting, and the level has its own name."""
+    good = [
+        b'{"id": 1, "content": {"company": "Acme", "role": "Clerk"}}',
+        b'{"content":{"role":"Clerk","x":1,"company":"Acme"},"seniority":"own","title":7}',
+        b'{"niveau":3,"content":{"company":"Acme","role":"Clerk","niveau":2}}',
+        b'{"content":null,"content":{"company":"\\u0041cme","role":"x","role":"Clerk"}}',
+    ]
+    bad = [
+        (b'{"content":{"company":"Acme"}}', "content.role is missing"),
+        (b'{"company":"Acme","title":"Clerk"}', "content is missing"),
+        (b'{"content":["Acme","Clerk"]}', "content is not an object"),
+        (
+            b'{"content":{"company":"Acme","role":"Clerk"},"content":{"role":"Clerk"}}',
+            "content.company is missing",
+        ),
+        (b'{"content":{"company":"Acme","role":null}}', "content.role is not a string"),
+    ]
+    lines = [*good, *(line for line, _ in bad)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    ended = augment(
+        tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target,
+        "--company-field", "content.company", "--title-field", "content.role", "--level-field", "niveau",
+        "--summary-json", tmp_path / "s.json",
+    )  # fmt: skip
+    assert ended.code == 3
+    good[2] = b'{"content":{"company":"Acme","role":"Clerk","niveau":2}}'
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == b"".join(
+        line[:-1] + b', "niveau": %d}\n' % _LEVEL for line in good
+    )
+    assert [one["reason"] for one in reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [
+        why for _, why in bad
+    ]
+    told = summary(tmp_path / "s.json")
+    assert (told["lines"]["replaced"], told["pairs"]["asked"]) == (1, 1)
+
+
+def test_existing_levels_are_replaced_and_counted(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+    """A level of another vocabulary is replaced by the model's; the summary says of how many lines."""
+    lines = [posting(seniority="Lead/Director", id=i) for i in range(3)] + [
+        posting(id=3),
+        posting("POISON", seniority=1),
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    ended = augment(
+        tmp_path / "a.jsonl",
+        f"{tmp_path}/out/",
+        "--target",
+        stub.target,
+        "--summary-json",
+        tmp_path / "s.json",
+    )
+    assert ended.code == 3
+    assert "3 levels replaced, 0 kept" in ended.out
+    assert summary(tmp_path / "s.json")["lines"] == {
+        "in": 5, "augmented": 4, "rejected": 1, "blank": 0, "replaced": 3, "kept": 0,
+    }  # fmt: skip
+    made = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_bytes().splitlines()]
+    assert [(one["id"], one["seniority"]) for one in made] == [(i, _LEVEL) for i in range(4)]
+
+
+def test_existing_levels_may_be_kept(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+    """Such lines are written as they are, whatever else they lack, and nothing is asked for them."""
+    kept = [
+        b' {"company": "Never asked", "title": "x", "seniority" : null }\t\r',
+        b'{"\\u0073eniority":"Lead/Director"}',
+        b'{"company":"Never asked","title":"x","seniority":1,"x":"\\ud800"}',
+    ]
+    asked = posting(x={"seniority": 1})
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([kept[0], asked, kept[1], b'["seniority"]', kept[2]]))
+    (tmp_path / "b.jsonl").write_bytes(kept[1])
+    ended = augment(
+        tmp_path, f"{tmp_path}-out/", "--target", stub.target, "--keep-existing", "--summary-json",
+        f"{tmp_path}-s.json",
+    )  # fmt: skip
+    assert ended.code == 3
+    assert Path(f"{tmp_path}-out/a.jsonl").read_bytes() == (
+        kept[0].strip()
+        + b"\n"
+        + asked[:-1]
+        + b', "seniority": %d}\n' % _LEVEL
+        + kept[1]
+        + b"\n"
+        + kept[2]
+        + b"\n"
+    )
+    assert Path(f"{tmp_path}-out/b.jsonl").read_bytes() == kept[1] + b"\n"
+    told = summary(Path(f"{tmp_path}-s.json"))
+    assert told["lines"] == {
+        "in": 6, "augmented": 5, "rejected": 1, "blank": 0, "replaced": 0, "kept": 4,
+    }  # fmt: skip
+    assert told["pairs"]["asked"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--company-field", ""), ("--title-field", "a..b"), ("--level-field", "a.b"),
+        ("--level-field", "company"), ("--max-line-bytes", "1"), ("--max-line-bytes", "2GiB"),
+        ("--max-zstd-window", "100"), ("--max-zstd-window", "x"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_meant(augment: Augment, tmp_path: Path, flag: str, value: str) -> None:
+    """Exit code 2 and one line that names the flag."""
+    ended = augment(tmp_path, f"{tmp_path}-out/", "--target", "127.0.0.1:1", flag, value)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert flag in ended.err
+
+
+class _Members(list[tuple[str, Any]]):
+    """An object's, in order, repeated ones too."""
+
+
+_NAMES = st.sampled_from(["level", "l\u00e9v", "content", "company", "title", "x"])
+_SPELLED = {"level": ['"level"', '"l\\u0065vel"'], "lév": ['"lév"', '"l\\u00e9v"']}
+_VALUES = st.recursive(
+    st.none() | st.integers() | st.sampled_from(["Acme", '"level": 1', "}{", "é"]),
+    lambda inner: st.lists(st.tuples(_NAMES, inner), max_size=4).map(_Members) | st.lists(inner, max_size=2),
+    max_leaves=10,
+)
+
+
+def _written(draw: st.DrawFn, value: Any) -> str:
+    """JSON with any white space, repeated members and escaped names."""
+    space = draw(st.sampled_from(["", " ", "\t"]))
+    if isinstance(value, _Members):
+        names = [draw(st.sampled_from(_SPELLED.get(name, [json.dumps(name)]))) for name, _ in value]
+        members = (
+            f"{space}{name}{space}:{_written(draw, below)}"
+            for name, (_, below) in zip(names, value, strict=True)
+        )
+        return "{" + ",".join(members) + "}"
+    if isinstance(value, list):
+        return "[" + f",{space}".join(_written(draw, below) for below in value) + "]"
+    return json.dumps(value, ensure_ascii=draw(st.booleans()))
+
+
+@st.composite
+def _lines(draw: st.DrawFn) -> bytes:
+    members = draw(st.lists(st.tuples(_NAMES, _VALUES), max_size=6))
+    content = _Members(
+        draw(st.permutations([("company", "Acme"), ("title", draw(st.sampled_from(["a", "b"])))]))
+    )
+    members.insert(draw(st.integers(0, len(members))), ("content", content))
+    return _written(draw, _Members(members)).encode()
+
+
+def _last(value: Any, path: tuple[str, ...]) -> Any:
+    """What `json` finds at a path."""
+    for step in path:
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(_lines(), min_size=1, max_size=4),
+    st.sampled_from([("company",), ("content", "company"), ("x", "content", "company")]),
+    st.sampled_from([("title",), ("content", "title")]),
+    st.sampled_from(["level", "lév"]),
+    st.booleans(),
+)
+def test_lines_become_what_json_says_of_them(
+    given_lines: list[bytes], company: tuple[str, ...], title: tuple[str, ...], level: str, keep: bool
+) -> None:
+    """With any fields: asked for what `json` finds there, else rejected; the level alone is replaced."""
+    form = PostingFormat(PostingFields(company, title, level), keep_existing=keep)
+    for lines in [given_lines, *([line] for line in given_lines)]:
+        windows: list[Window] = []
+        block = [Piece(b"\n".join(lines), len(lines))]
+        pairs = [pair for some in line_blocks.parsed(block, into=windows, form=form) for pair in some]
+        counts = LineCounts(read=len(lines))
+        output, rejected = line_blocks.settled(windows, Answers(bytes([4]) * len(pairs)), counts)
+        assert counts.balanced
+        expected: list[tuple[str, str]] = []
+        made = iter(output.splitlines())
+        bad = iter(rejected)
+        for line in lines:
+            value = json.loads(line)
+            pair = (_last(value, company), _last(value, title))
+            if keep and level in value:
+                assert next(made) == line.strip(b" \t")
+            elif isinstance(pair[0], str) and isinstance(pair[1], str):
+                expected.append(pair)
+                others = [one for one in json.loads(line, object_pairs_hook=_Members) if one[0] != level]
+                assert json.loads(next(made), object_pairs_hook=_Members) == [*others, (level, 4)]
+            else:
+                assert next(bad)[1] == line
+        assert [(pair.company, pair.title) for pair in pairs] == expected
+        assert (next(made, None), next(bad, None)) == (None, None)

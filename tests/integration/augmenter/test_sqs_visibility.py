@@ -1,0 +1,131 @@
+"""How the queue is reached by its URL, and a message that is gone while its file is in work."""
+
+import time
+
+import pytest
+
+from services.augmenter.sources.queue_url import QueueEndpoint, queue_endpoint
+from tests.integration.augmenter.conftest import Augment, MakeQueue, Stub, posting, queue_args
+from tests.support.model_server import Answers, Call, scripted_model, well
+from tests.support.redis_server import wait_for
+from tests.support.s3_bucket import Bucket
+from tests.support.scripted_sqs import scripted_sqs
+from tests.support.sqs_server import made
+
+_HOST = "vpce-0a1b-2c3d.sqs.us-east-1.vpce.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    ("host", "region", "is_endpoint"),
+    [
+        ("sqs.us-west-2.amazonaws.com", "us-west-2", False),
+        ("sqs.ap-southeast-1.amazonaws.com", "ap-southeast-1", False),
+        ("sqs.us-gov-west-1.amazonaws.com", "us-gov-west-1", False),
+        ("sqs.cn-north-1.amazonaws.com.cn", "cn-north-1", False),
+        ("SQS.eu-central-1.amazonaws.com:443", "eu-central-1", False),
+        ("queue.amazonaws.com", "us-east-1", False),
+        ("eu-west-3.queue.amazonaws.com", "eu-west-3", False),
+        ("cn-northwest-1.queue.amazonaws.com.cn", "cn-northwest-1", False),
+        ("sqs-fips.us-gov-east-1.amazonaws.com", "us-gov-east-1", True),
+        ("sqs.eu-west-1.api.aws", "eu-west-1", True),
+        ("sqs-fips.us-east-2.api.aws", "us-east-2", True),
+        ("sqs.us-iso-east-1.c2s.ic.gov", "us-iso-east-1", True),
+        (_HOST, "us-east-1", True),
+        ("vpce-0a1b-2c3d-us-east-1a.sqs.us-east-1.vpce.amazonaws.com", "us-east-1", True),
+        ("localhost:4566", None, False),
+        ("sqs.eu-west-1.localhost.localstack.cloud:4566", "eu-west-1", False),
+        ("eu-west-1.queue.localhost.localstack.cloud:4566", "eu-west-1", False),
+        ("localhost:4566/queue/ap-southeast-2", "ap-southeast-2", False),
+        ("elasticmq.internal:9324/queue", None, False),
+        ("sqs.eu-west-1.amazonaws.com.example.org", None, False),
+        ("elasticmq.internal:9324", None, False),
+        ("", None, False),
+    ],
+)
+def test_region_and_endpoint_are_those_of_the_url(host: str, region: str | None, is_endpoint: bool) -> None:
+    """Of every kind of host that AWS has; another host is left to the environment."""
+    url = f"https://{host}/123456789012/postings"
+    assert queue_endpoint(url) == QueueEndpoint(region, f"https://{host}" if is_endpoint else None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postings",
+        "arn:aws:sqs:us-east-1:123456789012:postings",
+        "s3://bucket/postings",
+        "https://[bad/123456789012/postings",
+        "https://sqs.us-east-1.amazonaws.com",
+        "https://sqs.us-east-1.amazonaws.com/",
+        "https:///123456789012/postings",
+        "https://sqs.us-east-1.amazonaws.com/1/a b",
+        "https://sqs.us-east-1.amazonaws.com/1/q\n",
+    ],
+)
+def test_what_is_no_queue_url_is_a_usage_error(augment: Augment, text: str) -> None:
+    """A queue's name or its ARN would else be a queue that does not exist."""
+    ended = augment("s3://b/raw/", "s3://b/mod/", "--target", "127.0.0.1:1", "--sqs-queue-url", text)
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
+    assert "not the URL of a queue" in ended.err
+
+
+def test_endpoint_of_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the region is taken from the URL then."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:9")
+    assert queue_endpoint(f"https://{_HOST}/1/q") == QueueEndpoint("us-east-1")
+
+
+@pytest.mark.slow
+def test_queue_in_another_region_is_found(
+    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the environment names the bucket's region."""
+    queue = make_queue(region="eu-west-3")
+    bucket.put("raw/1.jsonl", posting())
+    queue.send(made(bucket.name, "raw/1.jsonl"))
+    queue.url = f"https://sqs.eu-west-3.amazonaws.com/123456789012/{queue.url.rpartition('/')[2]}"
+    ended = augment(*queue_args(bucket, queue, stub.target))
+    assert (ended.code, ended.err) == (0, "")
+    assert "1 done" in ended.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"])
+def test_message_that_is_gone_is_named_once(
+    augment: Augment, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """It is not renewed any more, its file is done, and the run ends well."""
+    bucket.put("raw/1.jsonl", posting())
+    failing = {"ChangeMessageVisibility": code, "DeleteMessage": code}
+    with scripted_sqs(made(bucket.name, "raw/1.jsonl"), visible_seconds=1, failing=failing) as sqs:
+
+        def behave(call: Call) -> Answers:
+            wait_for(lambda: sqs.calls["ChangeMessageVisibility"], what="a renewal")
+            time.sleep(1.5)  # four more would be due
+            return well(call)
+
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
+        with scripted_model(behave) as model:
+            ended = augment(
+                f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--target", model.target,
+                "--endpoint-url", bucket.endpoint_url,
+                "--sqs-queue-url", "https://sqs.us-east-1.amazonaws.com/1/q",
+            )  # fmt: skip
+    assert (ended.code, "1 done" in ended.out) == (0, True)
+    assert sqs.calls["ChangeMessageVisibility"] == 1
+    assert [line.count("is not renewed any more") for line in ended.err.splitlines()] == [1]
+
+
+@pytest.mark.slow
+def test_queue_without_attributes_has_the_default_timeout(
+    augment: Augment, stub: Stub, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some servers answer that are compatible with SQS."""
+    bucket.put("raw/1.jsonl", posting())
+    with scripted_sqs(made(bucket.name, "raw/1.jsonl"), visible_seconds=None, failing={}) as sqs:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
+        ended = augment(
+            f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--target", stub.target,
+            "--endpoint-url", bucket.endpoint_url, "--sqs-queue-url", f"{sqs.endpoint_url}/1/q",
+        )  # fmt: skip
+    assert (ended.code, ended.err, sqs.calls["DeleteMessage"]) == (0, "", 1)

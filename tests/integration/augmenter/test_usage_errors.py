@@ -1,0 +1,210 @@
+"""What cannot be meant ends with exit code 2 and one line; places are told apart before anything is read."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.augmenter.paths import LocalPlace, S3Place, plan
+from services.common.errors import UsageError
+from services.common.storage.errors import StoreError
+from services.common.storage.local import LocalStore
+from services.common.storage.protocol import NOTHING, Item
+from tests.integration.augmenter.conftest import Augment, posting
+from tests.support.processes import run_command
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with one posting, and a link to it."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(posting())
+    (tmp_path / "link").symlink_to(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("in", "in"), "OUTPUT"),
+        (("in", "in/deep/out"), "OUTPUT"),
+        (("in", "in/../in/out"), "OUTPUT"),
+        (("in", "link/out"), "OUTPUT"),
+        (("link", "in/out"), "OUTPUT"),
+        (("in/a.jsonl", "in/a.jsonl"), "OUTPUT"),
+        (("in/a.jsonl", "link/"), "OUTPUT"),
+        (("in", "out", "--rejects", "in/rejects"), "--rejects"),
+        (("in", "out", "--rejects", "link"), "--rejects"),
+        (("in", "out", "--rejects", "out"), "--rejects"),
+        (("in/a.jsonl", "out/", "--rejects", "in"), "--rejects"),
+        (("in/a.jsonl", "out/", "--rejects", "out"), "--rejects"),
+        (("in/a.jsonl", "b.jsonl.gz"), "b.jsonl.gz"),
+        (("in/a.jsonl", "b"), ".jsonl"),
+        (("in", "out.jsonl"), "out.jsonl"),
+        (("in", "plain.txt"), "plain.txt"),
+        (("plain.txt", "out"), "plain.txt"),
+        (("in", "gs://bucket/x"), "gs://bucket/x"),
+        (("s3://", "out"), "s3://"),
+        (("", "out"), "INPUT"),
+        (("in",), "INPUT"),
+        (("in", "out", "--watch", "--once"), "--watch"),
+        (("in", "out", "--watch", "--poll-interval", "0"), "--poll-interval"),
+        (("in", "out", "--watch", "--dry-run"), "--dry-run"),
+        (("in/a.jsonl", "out/", "--watch"), "--watch"),
+        (("in", "out", "--sqs-queue-url", "http://127.0.0.1:1/q"), "--sqs-queue-url"),
+        (("s3://b/raw/", "out", "--sqs-queue-url", "http://127.0.0.1:1/q", "--shard", "0/2"), "--shard"),
+        (("in", "out", "--shard", "2/2"), "--shard"),
+        (("in", "out", "--shard", "x"), "--shard"),
+        (("in", "out", "--once", "false"), "--once"),
+        (("in", "out", "--endpoint-url", "localhost:9000"), "--endpoint-url"),
+        (("in", "out", "--endpoint-url", ""), "--endpoint-url"),
+        (("in", "out", "--endpoint-url", "http:///bucket"), "--endpoint-url"),
+        (("in", "out", "--endpoint-url", "ftp://host"), "--endpoint-url"),
+        (("in", "out", "--endpoint-url", "http://host:99999"), "--endpoint-url"),
+        (("in", "out", "--concurrency", "0"), "--concurrency"),
+        (("in", "out", "--batch-size", "x"), "--batch-size"),
+        (("in", "out", "--deadline", "0"), "--deadline"),
+        (("in", "out", "--deadline", "10"), "--deadline"),
+        (("in", "out", "--priority", "high"), "--priority"),
+        (("in", "out", "--caller", "café"), "--caller"),
+        (("in", "out", "--caller", ""), "--caller"),
+        (("in", "out", "--dry-run", "--summary-json", "x"), "--summary-json"),
+        (("in", "out", "--http-listen", "nonsense"), "--http-listen"),
+        (("in", "out", "--http-listen", "127.0.0.1:99999"), "--http-listen"),
+        (("in", "."), "INPUT in is inside OUTPUT"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    augment: Augment,
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    args: tuple[str, ...],
+    named: str,
+) -> None:
+    """Exit code 2, one line that names the culprit, and nothing written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    ended = augment(*args, "--target", "127.0.0.1:1")
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert named in ended.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_target_is_required(augment: Augment, source: Path, tmp_path: Path) -> None:
+    """Without --target there is nobody to ask."""
+    ended = augment(source, tmp_path / "out")
+    assert (ended.code, ended.err) == (2, "augmenter: --target is required (the proxy's HOST:PORT)\n")
+
+
+@pytest.mark.parametrize(
+    ("source_text", "sink_text", "expected"),
+    [
+        ("s3://b/raw/", "s3://b/mod/", (S3Place("b", "raw/"), S3Place("b", "mod/"), None)),
+        ("s3://b/raw", "s3://b/raw-mod", (S3Place("b", "raw/"), S3Place("b", "raw-mod/"), None)),
+        ("s3://b", "s3://c", (S3Place("b", ""), S3Place("c", ""), None)),
+        ("s3://b/raw/x.jsonl.gz", "s3://b/mod/", (S3Place("b", "raw/"), S3Place("b", "mod/"), "x.jsonl.gz")),
+        ("s3://b/x.jsonl", "/nowhere/y.jsonl", (S3Place("b", ""), LocalPlace(Path("/nowhere")), "y.jsonl")),
+        ("s3://b/raw.jsonl/", "s3://b/mod/", (S3Place("b", "raw.jsonl/"), S3Place("b", "mod/"), None)),
+    ],
+)
+def test_places_are_read_as_written(source_text: str, sink_text: str, expected: tuple[object, ...]) -> None:
+    """A prefix, a bucket or a key, by how it is written; neighbours with a common beginning are apart."""
+    made = plan(source_text, sink_text, None)
+    assert (made.source, made.sink, made.output_name) == expected
+    assert made.rejects == made.sink.joined("_rejects/")
+
+
+@pytest.mark.parametrize(
+    ("source_text", "sink_text", "rejects"),
+    [
+        ("s3://b/raw/", "s3://b/raw/mod/", None),
+        ("s3://b/raw", "s3://b/raw/", None),
+        ("s3://b", "s3://b/mod/", None),
+        ("s3://b/raw/", "s3://b/mod/", "s3://b/raw/_rejects"),
+        ("s3://b/x.jsonl", "s3://b/", None),
+        ("s3://b/mod/raw/", "s3://b/mod/", None),
+    ],
+)
+def test_prefixes_within_each_other_are_refused(
+    source_text: str, sink_text: str, rejects: str | None
+) -> None:
+    """Prefixes are compared by their segments, as folders are."""
+    with pytest.raises(UsageError):
+        plan(source_text, sink_text, rejects)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.jsonl", "a/../../x.jsonl", "/etc/x.jsonl", "a//x.jsonl", "./x.jsonl", "a\0b"]
+)
+async def test_names_never_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    """A name that a bucket gave, however odd, cannot make a file outside the output's folder."""
+    store = LocalStore(tmp_path / "out")
+    await store.prepare()
+    with pytest.raises(StoreError):
+        await store.create(name, Item(name, 1, "v", 0)).__aenter__()
+    made = await asyncio.to_thread(lambda: [path for path in tmp_path.rglob("*") if path.is_file()])
+    assert made == []
+
+
+async def test_folder_in_the_place_of_an_output_is_named(tmp_path: Path) -> None:
+    """A key may go on behind another's name; the folder that it makes is no other process's output."""
+    item = Item("a.jsonl", 1, "1", 1)
+    async with LocalStore(tmp_path).create("a.jsonl", item, onto=NOTHING) as upload:
+        (tmp_path / "a.jsonl").mkdir()
+        with pytest.raises(StoreError, match="a folder stands there"):
+            await upload.complete()
+
+
+def test_failed_file_is_one_line_whatever_its_name(augment: Augment, tmp_path: Path) -> None:
+    """Its control characters are escaped, so that no part of a name looks like a line of its own."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a\naugmenter: \x1b[31mb\r.jsonl").write_bytes(b"bad\n")
+    ended = augment(tmp_path / "in", tmp_path / "out", "--target", "127.0.0.1:1")
+    assert (ended.code, len(ended.err.splitlines())) == (1, 1)
+    assert "in/a\\naugmenter: \\x1b[31mb\\r.jsonl: no line can be augmented" in ended.err
+
+
+def test_dangling_link_is_passed_over(augment: Augment, source: Path, tmp_path: Path) -> None:
+    """A dangling link among the files is passed over; the rest is found."""
+    (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    ended = augment(source, tmp_path / "out", "--dry-run")
+    assert (ended.code, "1 to do" in ended.out) == (0, True)
+
+
+def test_help_and_module_entry() -> None:
+    """`python -m services.augmenter run --help` names every flag with its variable."""
+    ended = run_command("services.augmenter", "run", "--help", env={"COLUMNS": "200"})
+    assert ended.returncode == 0
+    assert "AUGMENTER_RETRY_BUDGET" in ended.stdout
+    assert "AUGMENTER_INPUT" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"AWS_ENDPOINT_URL": "nonsense"},
+        {"AWS_PROFILE": "nope"},
+        {"AWS_DEFAULT_REGION": "bad region"},
+    ],
+)
+def test_settings_that_no_client_can_be_made_of_are_one_line(
+    augment: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    """What AWS's own settings get wrong is one line and exit code 1, as a missing bucket is."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ended = augment("s3://bucket/raw/", str(tmp_path / "out"), "--target", "127.0.0.1:1")
+    assert (ended.code, ended.err.count("\n")) == (1, 1)
+    assert "Traceback" not in ended.err
+
+
+def test_what_only_s3_or_a_terminal_needs_is_not_loaded_at_every_start() -> None:
+    """It would take longer than the augmenting of 100,000 lines."""
+    code = "import sys, services.augmenter.cli; print(*{'aiobotocore', 'aiohttp', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []

@@ -1,0 +1,93 @@
+"""A drain under load: answers, then UNAVAILABLE, and no other status, whatever a caller does meanwhile."""
+
+import asyncio
+import signal
+from collections import Counter
+from contextlib import AsyncExitStack
+
+import pytest
+from grpc import StatusCode, aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos import seniority_pb2 as pb
+from protos import seniority_pb2_grpc
+from tests.integration.cache_proxy.conftest import UNPACED, StageWith
+from tests.support.processes import Service
+
+_WORKERS = 64
+_OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+
+
+def _request(company: str, title: str) -> pb.SeniorityRequestBatch:
+    return pb.SeniorityRequestBatch(batch=[pb.SeniorityRequest(uuid=1, company=company, title=title)])
+
+
+class _Load:
+    """Workers that ignore every pushback. State: `seen`, RPCs by status and whether they had a pushback."""
+
+    def __init__(self, target: str, stack: AsyncExitStack) -> None:
+        self._target, self._stack = target, stack
+        self._shared: aio.Channel | None = None
+        self.seen: Counter[tuple[StatusCode, bool]] = Counter()
+        self.is_going = asyncio.Event()
+
+    async def channel(self, *, shared: bool) -> aio.Channel:
+        """One for all, or one for each."""
+        if shared and self._shared is not None:
+            return self._shared
+        made = await self._stack.enter_async_context(aio.insecure_channel(self._target, options=_OPTIONS))
+        self._shared = made if shared else self._shared
+        return made
+
+    async def work(self, number: int) -> None:
+        """One RPC after the other; known pairs and new ones in turn. Until there is no connection."""
+        channel = await self.channel(shared=number % 2 == 0)
+        model = seniority_pb2_grpc.SeniorityModelStub(channel)
+        for count in range(1_000_000):
+            request = _request(f"drain {number}", str(count if count % 2 else 0))
+            try:
+                await model.InferSeniority(request, timeout=20)
+            except aio.AioRpcError as error:
+                has_pushback = "grpc-retry-pushback-ms" in dict(error.trailing_metadata() or ())
+                self.seen[error.code(), has_pushback] += 1
+                if not has_pushback:
+                    return
+            else:
+                self.seen[StatusCode.OK, False] += 1
+                if self.seen[StatusCode.OK, False] == 10 * _WORKERS:
+                    self.is_going.set()
+
+    async def watch(self) -> None:
+        """Health, as a balanced channel watches it: on a connection that would never end by itself."""
+        health = health_pb2_grpc.HealthStub(await self.channel(shared=False))
+        try:
+            async for _ in health.Watch(health_pb2.HealthCheckRequest(service="SeniorityModel")):  # type: ignore[attr-defined]
+                pass
+        except aio.AioRpcError as error:
+            self.seen[error.code(), False] += 1
+
+
+async def _drained(proxy: Service) -> Counter[tuple[StatusCode, bool]]:
+    async with AsyncExitStack() as stack:
+        load = _Load(proxy.target, stack)
+        tasks = [asyncio.create_task(load.work(number)) for number in range(_WORKERS)]
+        tasks.append(asyncio.create_task(load.watch()))
+        async with asyncio.timeout(30):
+            await load.is_going.wait()
+        proxy.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(60):
+            await asyncio.gather(*tasks)
+        return load.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(4))
+def test_a_drain_under_load_shows_answers_and_unavailable_alone(stage_with: StageWith, number: int) -> None:
+    """Of 64 workers on 33 connections none sees CANCELLED; who goes on is refused with a pushback."""
+    stage = stage_with(*UNPACED)
+    seen = asyncio.run(_drained(stage.proxy))
+    assert stage.proxy.process.wait(30) == 0
+    assert {code for code, _ in seen} == {StatusCode.OK, StatusCode.UNAVAILABLE}
+    assert seen[StatusCode.UNAVAILABLE, True] >= _WORKERS
+    assert seen[StatusCode.UNAVAILABLE, False] == _WORKERS + 1  # each one's connection was closed
+    assert "Traceback" not in stage.proxy.log

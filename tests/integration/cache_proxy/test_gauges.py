@@ -1,0 +1,37 @@
+"""The gauges of the fleet: what they tell while it is whole, and while Redis is gone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cache_proxy.conftest import StageWith
+from tests.support.caller import metrics
+from tests.support.redis_server import RedisServer, redis_process, wait_for
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of the test's own, to kill."""
+    with redis_process(tmp_path) as server:
+        yield server
+
+
+@pytest.mark.slow
+def test_an_idle_replica_tells_that_redis_is_gone(stage_with: StageWith, own_redis: RedisServer) -> None:
+    """Nobody asks anything, yet it is degraded, alone, and its queue empty, until Redis is back."""
+    flags = ("--cache-url", own_redis.url, "--model-calls-per-second", "1")
+    first, second = stage_with(*flags), stage_with(*flags)
+
+    def tells(live: int, degraded: int) -> bool:
+        found = [metrics(stage.proxy.http) for stage in (first, second)]
+        return all(
+            one["cache_proxy_live_replicas",] == live and one["cache_proxy_degraded",] == degraded
+            for one in found
+        )
+
+    wait_for(lambda: tells(2, 0), what="both are known")
+    own_redis.kill()
+    wait_for(lambda: tells(1, 1), what="each is alone")
+    own_redis.start()
+    wait_for(lambda: tells(2, 0), what="both are back")

@@ -1,0 +1,360 @@
+"""What the proxy needs of a Redis that lets in few: the least rights that suffice, and TLS."""
+
+import asyncio
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import grpc
+import pytest
+import redis
+
+from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
+from services.cache_proxy.redis_client.client_factory import Access, connect, servers
+from tests.integration.cache_proxy.conftest import UNPACED
+from tests.support.caller import caller, metrics, pairs_of
+from tests.support.certificates import Authority, Mounted, self_signed
+from tests.support.model_server import scripted_model
+from tests.support.processes import ROOT, Service, cache_proxy, run_command
+from tests.support.redis_cluster import redis_cluster, sentinel
+from tests.support.redis_server import RedisServer, free_port, local_program, redis_process, wait_for
+
+_DEPLOY = ROOT / "deploy/redis"
+_ELSEWHERE = {"command", "cluster|slots", "cluster|shards", "asking", "select", "auth", "client|setname"}
+"""Rights that a Cluster needs, a database in the URL, or an older protocol."""
+_RARE = {
+    "hsetnx",
+    "hkeys",
+    "hlen",
+    "type",
+    "del",
+    "rpop",
+    "lpush",
+    "llen",
+    "hexists",
+    "hgetall",
+}
+_RARE |= {"zrange", "unsubscribe", "zcard", "zrem", "info", "pubsub|numsub"}
+
+
+@pytest.fixture
+def guarded_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server with deploy/redis's own users and settings."""
+    users = tmp_path / "users.acl"
+    text = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
+    users.write_text(text + "user tester on >tester ~* &* +@all\n")
+    settings = [line.split(" ", 1) for line in (_DEPLOY / "redis.conf").read_text().splitlines()
+                if line and not line.startswith("#")]  # fmt: skip
+    arguments = [part for name, value in settings for part in (f"--{name}", value)]
+    with _started(tmp_path, *arguments, "--aclfile", str(users), user="tester") as server:
+        yield server
+
+
+@contextmanager
+def _started(folder: Path, *args: str, user: str) -> Iterator[RedisServer]:
+    """`redis_process`, for a server that does not answer everybody."""
+    server = RedisServer(local_program(), folder, args=args)
+    server.client = lambda: redis.Redis(port=server.port, username=user, password=user)  # type: ignore[method-assign]
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServer, tmp_path: Path) -> None:
+    """A proxy and every command do all they do with them, nothing is refused; another's keys and what harms a
+    server are refused; and there is no right that none of them uses.
+    """  # noqa: D205 - one thought
+    password, path = tmp_path / "password", tmp_path / "a.jsonl"
+    password.touch(0o600)
+    password.write_text("s3cret\n")
+    path.write_text('{"company": "c", "title": "t", "seniority": 1}\n')
+    flags = ("--cache-url", guarded_redis.url, "--cache-username", "seniority",
+             "--cache-password-file", str(password))  # fmt: skip
+    with (
+        scripted_model() as model,
+        cache_proxy("--model-target", model.target, *flags, *UNPACED) as proxy,
+        caller(proxy.target) as asking,
+    ):
+        pairs = pairs_of("access", 2000)
+        assert asking.ask(pairs).misses == 2000
+        wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 1, what="the replica is known")
+        assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+        for command in (
+            ("stats",),
+            ("get", "--company", "access 1", "--title", "Title 1"),
+            ("invalidate", "--company", "access 1", "--title", "Title 1"),
+            ("warm", str(path)),
+            ("invalidate", "--all"),
+        ):
+            ended = run_command("services.cache_proxy", command[0], *flags, *command[1:])
+            assert ended.returncode == 0, ended.stderr
+        with urlopen(f"{proxy.http}/status.json", timeout=10) as page:
+            assert page.status == 200
+        assert proxy.stop() == 0
+    asyncio.run(_follow(guarded_redis.url))
+    with guarded_redis.client() as client:
+        assert client.acl_log() == []
+        used = {name.removeprefix("cmdstat_") for name in client.info("commandstats")}
+        slow = client.slowlog_get(10)
+    assert not [entry for entry in slow if b"EVALSHA" in entry["command"] and entry["duration"] > 50_000]
+    granted = set(re.findall(r"\+([a-z|]+)", (_DEPLOY / "users.acl").read_text()))
+    assert granted - used - _ELSEWHERE - _RARE == set()
+    with redis.Redis(port=guarded_redis.port, username="seniority", password="s3cret") as client:
+        for refused in ("FLUSHALL", "KEYS *", "CONFIG GET *", "SHUTDOWN", "GET seniority:x", "HGET other x"):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*refused.split())
+
+
+async def _follow(url: str) -> None:
+    """Read the log of invalidations once."""
+    access = Access(username="seniority", password=b"s3cret")
+    reached = servers(connect(url, timeout_seconds=5, access=access))
+    log = InvalidationLog(reached, "{seniority}:q1:fold1:1:log")
+    await Follower(log, remove=lambda _: None, clear=lambda: None).poll()
+    await reached.close()
+
+
+@pytest.mark.slow
+def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) -> None:
+    """`rediss://` with the CA that signed the server: cached; with another: a store that is down, and answers
+    all the same.
+    """  # noqa: D205 - one thought
+    program = shutil.which("redis-server")
+    if program is None or shutil.which("openssl") is None:
+        pytest.skip("no redis-server (with TLS) and openssl are installed")
+    tls_port = free_port()
+    certificate, key = self_signed(tmp_path, "good")
+    other, _ = self_signed(tmp_path, "other")
+    with (
+        redis_process(
+            tmp_path, "--tls-port", str(tls_port), "--tls-cert-file", str(certificate), "--tls-key-file",
+            str(key), "--tls-auth-clients", "no", program=program,
+        ),
+        scripted_model() as model,
+    ):  # fmt: skip
+        flags = ("--model-target", model.target, "--cache-url", f"rediss://127.0.0.1:{tls_port}", *UNPACED)
+        for ca, hits in ((certificate, 0), (certificate, 5), (other, 0)):
+            with cache_proxy(*flags, "--cache-tls-ca", str(ca)) as proxy, caller(proxy.target) as asking:
+                assert asking.ask(pairs_of("tls", 5)).hits == hits
+                assert metrics(proxy.http)["cache_proxy_store_up",] == (ca is certificate)
+                proxy.stop()
+
+
+@pytest.mark.slow
+def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
+    """Caller, proxy, model and Redis, all by mutual TLS: cached; with a stranger's certificate, not.
+    When CA and certificates are another authority's by the time Redis comes back, it is reached with those,
+    without a restart.
+    """  # noqa: D205 - one thought
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no redis-server (with TLS) is installed")
+    first, second = Authority(tmp_path, "first"), Authority(tmp_path, "second")
+    server, client = Mounted(tmp_path / "server"), Mounted(tmp_path / "client")
+    server.put_pair(first.sign("redis"))
+    client.put_pair(first.sign("proxy"))
+    own, shown, port = server.signed, client.signed, free_port()
+    static = first.sign("static")
+    ca, key, certificate = static.pem
+    with (
+        redis_process(
+            tmp_path, "--tls-port", str(port), "--tls-cert-file", str(own.certificate), "--tls-key-file",
+            str(own.key), "--tls-ca-cert-file", str(own.ca), "--tls-auth-clients", "yes", program=program,
+        ) as redis_server,
+        scripted_model(
+            credentials=grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)
+        ) as model,
+    ):  # fmt: skip
+
+        def is_degraded(proxy: Service) -> float:
+            return metrics(proxy.http)["cache_proxy_degraded",]
+
+        url = f"rediss://127.0.0.1:{port}?ssl_certfile={{}}&ssl_keyfile={{}}"
+        flags = (
+            "--model-target", model.target, *static.flags("--model-tls"), *static.flags(ca="client-ca"),
+            "--cache-tls-ca", str(shown.ca), *UNPACED, "--cache-url",
+        )  # fmt: skip
+        asker = grpc.ssl_channel_credentials(*static.pem)
+        with (
+            cache_proxy(*flags, url.format(shown.certificate, shown.key), "--l1-max-bytes", "0") as proxy,
+            caller(proxy.target, asker) as asking,
+        ):
+            pairs = pairs_of("mutual", 5)
+            assert asking.ask(pairs).misses == 5
+            wait_for(lambda: asking.ask(pairs).hits == 5, what="they are cached")
+            redis_server.kill()
+            wait_for(lambda: is_degraded(proxy) == 1, what="Redis is lost")
+            server.put_pair(second.sign("redis"))
+            client.put_pair(second.sign("proxy"))
+            redis_server.start()
+            wait_for(
+                lambda: asking.ask(pairs).hits and is_degraded(proxy) == 0, what="Redis is reached again"
+            )
+            assert metrics(proxy.http)["cache_proxy_renewals_total", "cache_tls", "done"] == 1
+            proxy.stop()
+        stranger, _ = self_signed(tmp_path, "stranger")
+        with (
+            cache_proxy(*flags, url.format(stranger, tmp_path / "stranger.key")) as proxy,
+            caller(proxy.target, asker) as asking,
+        ):
+            assert asking.ask(pairs).misses == 5
+            assert metrics(proxy.http)["cache_proxy_store_up",] == 0
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    """A server that lets in by TLS and with deploy/redis's rights, and how a proxy gets in."""
+
+    url: str
+    flags: tuple[str, ...]
+    nodes: Sequence[RedisServer]
+
+
+@pytest.fixture(params=["cluster", "sentinel"])
+def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Guarded]:
+    """Several servers behind one URL, by mutual TLS. Tests themselves go by the plain ports, and may all."""
+    program = shutil.which("redis-server")
+    if program is None or shutil.which("openssl") is None:
+        pytest.skip("no redis-server (with TLS) and openssl are installed")
+    users, password = tmp_path / "users.acl", tmp_path / "password"
+    rights = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
+    users.write_text(rights.replace("user default off", "user default on nopass ~* &* +@all"))
+    password.touch(0o600)
+    password.write_text("s3cret\n")
+    certificate, key = self_signed(tmp_path, "good")
+    with ExitStack() as stack:
+        tls = {
+            "tls-cert-file": str(certificate), "tls-key-file": str(key), "tls-ca-cert-file": str(certificate),
+            "tls-auth-clients": "yes", "tls-replication": "yes",
+        }  # fmt: skip
+        settings = [part for name, value in tls.items() for part in (f"--{name}", value)]
+        settings += ["--aclfile", str(users)]
+        if request.param == "cluster":
+            cluster = stack.enter_context(redis_cluster(tmp_path, *settings, program=program, tls=True))
+            url = "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in cluster.tls_ports[:2])
+            nodes = cluster.nodes
+        else:
+            url, nodes = _behind_a_sentinel(stack, tmp_path, settings, tls, program)
+        flags = ("--cache-username", "seniority", "--cache-password-file", str(password),
+                 "--cache-tls-ca", str(certificate))  # fmt: skip
+        url += f"?ssl_certfile={certificate}&ssl_keyfile={key}"
+        yield _Guarded(url, flags, nodes)
+
+
+def _behind_a_sentinel(
+    stack: ExitStack, folder: Path, settings: Sequence[str], tls: Mapping[str, str], program: str
+) -> tuple[str, Sequence[RedisServer]]:
+    ports = [str(free_port()) for _ in range(3)]
+    nodes: list[RedisServer] = []
+    for name, port in zip(("master", "replica"), ports, strict=False):
+        (folder / name).mkdir()
+        follow = ("--replicaof", f"127.0.0.1 {ports[0]}") if nodes else ()
+        server = redis_process(folder / name, "--tls-port", port, *settings, *follow, program=program)
+        nodes.append(stack.enter_context(server))
+    lines = [f"{name} {value}" for name, value in tls.items()]
+    stack.enter_context(
+        sentinel(folder, f"tls-port {ports[2]}", *lines, master_port=int(ports[0]), service="cache")
+    )
+    return f"redis+sentinel://127.0.0.1:{ports[2]}/cache", nodes
+
+
+@pytest.mark.slow
+def test_many_servers_are_reached_by_tls_and_with_the_least_rights(guarded_servers: _Guarded) -> None:
+    """Two proxies on a Cluster or behind Sentinels share one queue, never lost, and miss no right."""
+    url, flags, nodes = guarded_servers.url, guarded_servers.flags, guarded_servers.nodes
+    with (
+        scripted_model() as model,
+        cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNPACED) as one,
+        cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNPACED) as other,
+        caller(one.target) as asking,
+        caller(other.target) as asking_too,
+    ):
+        for proxy in (one, other):
+            wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 2, what="both are known")  # noqa: B023
+        pairs = pairs_of("guarded", 500)
+        assert asking.ask(pairs).misses == 500
+        wait_for(lambda: asking_too.ask(pairs).misses == 0, what="all are cached")
+        for proxy in (one, other):
+            assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+            assert "WARNING" not in proxy.log
+            assert proxy.stop() == 0
+        assert sum(len(call.pairs) for call in model.calls) == 500
+    for node in nodes:
+        with node.client() as client:
+            assert client.acl_log() == []
+
+
+@pytest.fixture(params=["password", "user"])
+def guarded_sentinel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Guarded]:
+    """A Sentinel that wants a password, of its default user or of one with the least rights."""
+    program = shutil.which("redis-sentinel")
+    if program is None:
+        pytest.skip("redis-sentinel is not installed")
+    lines, flags, username = ["requirepass s3cret"], ["--sentinel-password-file", "password"], None
+    if request.param == "user":
+        username = "tester"
+        lines = [
+            "user default off",
+            "user tester on >s3cret allchannels +@all",
+            "user proxy on >pr0xy resetchannels -@all +hello +auth +sentinel|masters",
+        ]
+        flags += ["--sentinel-username", "proxy"]
+    password = tmp_path / "password"
+    password.touch(0o600)
+    password.write_text("pr0xy\n" if username else "s3cret\n")
+    flags[1] = str(password)
+    with ExitStack() as stack:
+        nodes: list[RedisServer] = []
+        for name in ("master", "replica"):
+            (tmp_path / name).mkdir()
+            follow = ("--replicaof", f"127.0.0.1 {nodes[0].port}") if nodes else ()
+            nodes.append(stack.enter_context(redis_process(tmp_path / name, *follow)))
+        port = stack.enter_context(
+            sentinel(
+                tmp_path, *lines, master_port=nodes[0].port, service="cache", program=program,
+                username=username, password="s3cret",
+            )
+        )  # fmt: skip
+        yield _Guarded(f"redis+sentinel://127.0.0.1:{port}/cache", tuple(flags), nodes)
+
+
+@pytest.mark.slow
+def test_a_sentinel_with_user_and_password_is_asked_with_its_own_and_no_other(
+    guarded_sentinel: _Guarded, tmp_path: Path
+) -> None:
+    """With the right password all is well; with a wrong one or none, one line each names what is refused."""
+    url, flags = guarded_sentinel.url, guarded_sentinel.flags
+    wrong = tmp_path / "wrong"
+    wrong.touch(0o600)
+    wrong.write_text("something else\n")
+    with scripted_model() as model:
+        common = ("--model-target", model.target, "--cache-url", url, *UNPACED)
+        with cache_proxy(*common, *flags) as proxy, caller(proxy.target) as asking:
+            assert asking.ask(pairs_of("sentinel", 20)).misses == 20
+            wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 1, what="it is known")
+            assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+            assert "WARNING" not in proxy.log
+            assert proxy.stop() == 0
+        named = flags[-1] if "--sentinel-username" in flags else "default"
+        for user, refused in (("default", ()), (named, ("--sentinel-password-file", str(wrong), *flags[2:]))):
+            with cache_proxy(*common, *refused) as proxy, caller(proxy.target) as asking:
+                assert len(asking.ask(pairs_of(f"refused {len(refused)}", 5)).levels) == 5
+                wait_for(lambda: "the store is down" in proxy.log, what="the store is down")
+                assert "this replica leaves the shared queue until that is mended" in proxy.log
+                with pytest.raises(HTTPError):
+                    urlopen(f"{proxy.http}/readyz", timeout=10)
+                warnings = [line for line in proxy.log.splitlines() if '"INFO"' not in line]
+                assert len(warnings) == 2, warnings
+                for line in warnings:
+                    assert f"a Sentinel refuses user '{user}' (see --sentinel-username" in line
+                assert "Traceback" not in proxy.log
+                assert proxy.stop() == 0

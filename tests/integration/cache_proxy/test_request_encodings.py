@@ -1,0 +1,242 @@
+"""However a batch is encoded, the answer or the refusal is the one of the way through messages."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from protos import seniority_pb2 as pb
+from services.cache_proxy.cache.key import fold
+from tests.integration.cache_proxy.conftest import UNPACED, Stage, StageWith
+from tests.support.caller import caller, metrics
+from tests.support.model_server import Answers, Call, level_of, scripted_model
+from tests.support.processes import Service, cache_proxy
+
+_MAX_PAIRS, _MAX_FIELD_BYTES = 6, 40
+
+
+def _by_normal_form(call: Call) -> Answers:
+    """A model to which spellings are nothing: so an answer does not depend on who asked first."""
+    return [
+        (uuid, level_of(fold(company), fold(title)))
+        for uuid, (company, title) in zip(call.ids, call.pairs, strict=True)
+    ]
+
+
+class Expected(NamedTuple):
+    """What comes of a request's bytes."""
+
+    code: grpc.StatusCode
+    answers: list[tuple[int, int]] | None = None
+    field: str = ""
+
+
+_REFUSED = grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _expected(message: bytes) -> Expected:
+    """By protobuf's messages alone."""
+    try:
+        batch = pb.SeniorityRequestBatch.FromString(message).batch
+    except DecodeError:
+        return Expected(_REFUSED)
+    if len(batch) > _MAX_PAIRS:
+        return Expected(_REFUSED, field=f"batch[{_MAX_PAIRS}]")
+    for index, item in enumerate(batch):
+        for name, text in (("company", item.company), ("title", item.title)):
+            if len(text.encode()) > _MAX_FIELD_BYTES:
+                return Expected(_REFUSED, field=f"batch[{index}].{name}")
+    levels = [(item.uuid, level_of(fold(item.company), fold(item.title))) for item in batch]
+    return Expected(grpc.StatusCode.OK, levels)
+
+
+def _varint(value: int, padding: int = 0) -> bytes:
+    """A varint, in so many bytes more than it needs."""
+    spelled = bytearray()
+    value %= 2**64
+    while value > 127:
+        spelled.append(value & 127 | 128)
+        value >>= 7
+    spelled.append(value)
+    for _ in range(min(padding, 10 - len(spelled))):
+        spelled[-1] |= 128
+        spelled.append(0)
+    return bytes(spelled)
+
+
+_PADDING = st.sampled_from([0, 0, 0, 0, 1, 2, 9])
+_INT32 = st.sampled_from([0, 1, 127, 128, 300, 16383, 16384, 2**21, 2**28, 2**31 - 1, -1, -300, -(2**31)])
+_TEXTS = st.sampled_from([b"", b"acme", b"ACME", b"\x08\x05", b"\xc3\xa9", b"\x12\x04acme", b"x" * 40])
+_BAD_TEXTS = st.sampled_from([b"\xc3\x28", b"\xff", b"\xed\xa0\x80", b"x" * 41, b"y" * 130])
+
+
+def _number(field: st.SearchStrategy[int], value: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
+    return st.builds(
+        lambda tag, value, tag_padding, padding: _varint(tag << 3, tag_padding % 4) + _varint(value, padding),
+        field, value, _PADDING, _PADDING,
+    )  # fmt: skip
+
+
+def _bytes(field: st.SearchStrategy[int], value: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    return st.builds(
+        lambda tag, value, tag_padding, padding: (
+            _varint(tag << 3 | 2, tag_padding % 4) + _varint(len(value), padding % 4) + value
+        ),
+        field, value, _PADDING, _PADDING,
+    )  # fmt: skip
+
+
+_UUID = _number(st.just(1), _INT32 | st.sampled_from([2**32, 2**32 + 7, 2**63, 2**31]))
+_UNKNOWN = st.one_of(
+    _number(st.integers(4, 20), _INT32),
+    _bytes(st.integers(4, 20), st.binary(max_size=5)),
+    _number(st.sampled_from([2, 3]), _INT32),  # a known field of another type
+    st.sampled_from([b"\x21" + b"8" * 8, b"\x25" + b"4" * 4]),  # fixed
+    st.sampled_from(
+        [b"\x7b\x7c", b"\x7b\x10\x01\x7c", b"\x0b\x0c", b"\x7b", b"\x7c", b"\x7b\x8c\x01", b"\x06"]
+    ),
+    st.sampled_from(
+        [b"\x7b" * 98 + b"\x7c" * 98, b"\x7b" * 99 + b"\x7c" * 99, b"\x7b" * 100 + b"\x7c" * 100]
+    ),
+)
+_CANONICAL = st.builds(
+    lambda uuid, company, title: pb.SeniorityRequest(
+        uuid=uuid, company=company.decode(), title=title.decode()
+    ).SerializeToString(),
+    _INT32, _TEXTS, _TEXTS,
+)  # fmt: skip
+_FIELDS = st.one_of(
+    _UUID,
+    _bytes(st.just(2), _TEXTS),
+    _bytes(st.just(3), _TEXTS),
+    _UNKNOWN,
+    _bytes(st.integers(2, 3), _BAD_TEXTS),
+)
+_ITEM = st.one_of(
+    _CANONICAL,
+    _CANONICAL,
+    st.builds(
+        lambda item, field, first: field + item if first else item + field, _CANONICAL, _FIELDS, st.booleans()
+    ),
+    st.lists(_FIELDS, max_size=6).map(b"".join),
+    st.builds(lambda item, cut: item[: cut % (len(item) + 1)], _CANONICAL, st.integers(0, 50)),
+)
+_BATCH = st.builds(
+    lambda fields, cut: b"".join(fields)[: None if cut > 8 else -cut or None],
+    st.lists(st.one_of(*[_bytes(st.just(1), _ITEM)] * 5, _UNKNOWN), max_size=9),
+    st.integers(0, 200),
+)
+
+
+@pytest.fixture(scope="module")
+def encoded() -> Iterator[Stage]:
+    """A proxy with low limits."""
+    limits = ("--max-request-pairs", str(_MAX_PAIRS), "--max-field-bytes", str(_MAX_FIELD_BYTES))
+    with (
+        scripted_model(_by_normal_form) as model,
+        cache_proxy("--model-target", model.target, "--cache-url", "memory:", *UNPACED, *limits) as proxy,
+        caller(proxy.target) as asking,
+    ):
+        yield Stage(asking, proxy, model)
+
+
+def _ask(stage: Stage, message: bytes) -> tuple[Expected, str, dict[str, str]]:
+    """What the proxy makes of a request's bytes, what it says, and its trailers."""
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = stage.caller.channel.unary_unary(
+        "/SeniorityModel/InferSeniority"
+    )
+    try:
+        response, under_way = call.with_call(message, timeout=60)
+    except grpc.RpcError as error:
+        failed: Any = error
+        return Expected(failed.code()), str(failed.details()), {}
+    batch = pb.SeniorityResponseBatch.FromString(response).batch
+    trailers = {str(key): str(value) for key, value in under_way.trailing_metadata() or ()}
+    return Expected(grpc.StatusCode.OK, [(one.uuid, one.seniority) for one in batch]), "", trailers
+
+
+@settings(max_examples=400)
+@given(_BATCH)
+@example(b"")
+@example(b"\x0a\x00")
+@example(b"\x0a\x02\x08\x00")
+@example(b"\x0a\x0b\x08" + b"\xff" * 9 + b"\x01")
+@example(b"\x0a\x06\x12\x04acme\x0a\x04\x12\x02\xc3\x28")
+@example(b"\x0a\x0a\x08\x05\x12\x04acme\x08\x09")
+@example(b"\x0a\x00" * 40)
+def test_any_encoding_is_answered_or_refused_as_by_messages(encoded: Stage, message: bytes) -> None:
+    """However fields are ordered, repeated, unknown, cut or spelled; twice, so that L1 knows what it may."""
+    expected = _expected(message)
+    for again in (False, True):
+        found, said, trailers = _ask(encoded, message)
+        assert found == expected._replace(field="")
+        assert expected.field in said
+        if expected.answers is not None:
+            hits, misses = int(trailers["x-cache-hits"]), int(trailers["x-cache-misses"])
+            assert hits + misses == len(expected.answers)
+            assert not (again and misses)
+
+
+def test_what_is_refused_is_counted_as_failed_and_what_is_answered_once(encoded: Stage) -> None:
+    """Each pair of a batch that is refused for one of them has failed, those that L1 knows too."""
+    known, bad = b"\x0a\x06\x12\x04acme", b"\x0a\x04\x12\x02\xc3\x28"
+    assert _ask(encoded, known)[0].code is grpc.StatusCode.OK
+    before = _outcomes(encoded.proxy)
+    assert _ask(encoded, known * 2 + bad)[0].code is _REFUSED
+    assert _ask(encoded, known * 4)[0].code is grpc.StatusCode.OK
+    after = _outcomes(encoded.proxy)
+    gained = {outcome: after[outcome] - before[outcome] for outcome in after}
+    assert {outcome: count for outcome, count in gained.items() if count} == {"failed": 3, "l1": 4}
+
+
+def _outcomes(proxy: Service) -> dict[str, float]:
+    return {
+        key[1]: value for key, value in metrics(proxy.http).items() if key[0] == "cache_proxy_pairs_total"
+    }
+
+
+def test_without_l1_everything_is_answered_by_l2(stage_with: StageWith) -> None:
+    """`--l1-max-bytes 0` turns L1 off: no entry, no `l1` outcome, the same answers."""
+    stage = stage_with("--l1-max-bytes", "0", *UNPACED)
+    pairs = [(f"off {number}", "t") for number in range(50)]
+    for _ in range(3):
+        assert stage.caller.ask(pairs).levels == [level_of(*pair) for pair in pairs]
+    found = _outcomes(stage.proxy)
+    assert (found["inferred"], found["l2"], found["l1"]) == (50, 100, 0)
+    assert metrics(stage.proxy.http)["cache_proxy_l1_entries",] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("known", [False, True])
+def test_a_million_empty_pairs_are_answered_in_bounded_memory(stage_with: StageWith, known: bool) -> None:
+    """Where so many are allowed each is answered, the model hears of one pair, and others are not held up."""
+    stage = stage_with("--max-request-pairs", "1000000", *UNPACED)
+    if known:
+        stage.caller.ask([("", "")])
+    done = threading.Event()
+    waits: list[float] = []
+
+    def ask_others() -> None:
+        with caller(stage.proxy.target) as other:
+            while not done.is_set():
+                waits.append(other.ask([("other", "t")]).levels[0])
+
+    others = threading.Thread(target=ask_others)
+    others.start()
+    found, _, trailers = _ask(stage, b"\x0a\x00" * 1_000_000)
+    done.set()
+    others.join()
+    assert found.answers == [(0, level_of("", ""))] * 1_000_000
+    assert trailers["x-cache-hits" if known else "x-cache-misses"] == "1000000"
+    assert set(waits) == {level_of("other", "t")}
+    assert stage.model.asked("") == [("", ""), ("other", "t")] or len(stage.model.asked("")) == 2
+    status = Path(f"/proc/{stage.proxy.process.pid}/status").read_text()
+    peak_kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    assert peak_kib < (350 if known else 700) * 1024

@@ -1,0 +1,230 @@
+"""Hostile HTTP/2: what each attack gets, and that an honest caller is served during and after it."""
+
+import resource
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from urllib.request import urlopen
+
+import h2.errors
+import h2.events
+import h2.settings
+import pytest
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2
+
+from tests.security.conftest import MAX_REQUEST_BYTES, Siege, siege_of
+from tests.support.caller import caller
+from tests.support.http2_peer import PATH, Peer, batch, grpc_message, peer, statuses
+from tests.support.redis_server import wait_for
+
+_STREAMS = 1024
+_RESOURCE_EXHAUSTED = StatusCode.RESOURCE_EXHAUSTED.value[0]
+_UNIMPLEMENTED = StatusCode.UNIMPLEMENTED.value[0]
+
+
+def _of(seen: Peer, kind: type[h2.events.Event]) -> int:
+    return sum(isinstance(event, kind) for event in seen.events)
+
+
+def _greeted(seen: Peer) -> None:
+    wait_for(lambda: seen.read(1) and _of(seen, h2.events.RemoteSettingsChanged), what="the proxy greets")
+
+
+@pytest.mark.slow
+def test_streams_of_one_connection_are_bounded(siege: Siege) -> None:
+    """The bound is announced; what is opened beyond it is refused, stream by stream."""
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        assert hostile.h2.remote_settings.max_concurrent_streams == _STREAMS
+        hostile.h2.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 10 * _STREAMS
+        hostile.h2.remote_settings.acknowledge()
+        for _ in range(_STREAMS + 100):
+            hostile.headers()
+        hostile.flush()
+        wait_for(
+            lambda: hostile.read(1) and _of(hostile, h2.events.StreamReset) >= 100, what="100 are refused"
+        )
+        assert siege.is_served()
+
+
+def test_a_flood_of_pings_ends_its_connection(siege: Siege) -> None:
+    """GOAWAY with `too_many_pings`."""
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        for number in range(200):
+            hostile.h2.ping(struct.pack(">Q", number))
+        hostile.flush()
+        with suppress(ConnectionError):
+            while hostile.read():
+                pass
+        [farewell] = [one for one in hostile.events if isinstance(one, h2.events.ConnectionTerminated)]
+        assert farewell.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
+        assert farewell.additional_data == b"too_many_pings"
+
+
+@pytest.mark.parametrize(("count", "size"), [(20, 1000), (1, 20_000), (2000, 10)])
+def test_large_metadata_is_refused(siege: Siege, count: int, size: int) -> None:
+    """Over 16 KiB of it: RESOURCE_EXHAUSTED, or the connection's end; it never reaches the proxy's code."""
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        stream = hostile.headers([(f"x-{number}", "v" * size) for number in range(count)])
+        try:
+            hostile.send(stream, grpc_message(batch("metadata", 1)))
+            wait_for(lambda: hostile.read(1) and statuses(hostile), what="it is refused")
+        except ConnectionError:
+            return
+        assert statuses(hostile) == {stream: _RESOURCE_EXHAUSTED}
+
+
+@pytest.mark.parametrize("path", ["/SeniorityModel/No", "nothing", b"/S\xff/\xfe", b"/\xc3", b"\x80" * 1000])
+def test_a_method_that_is_none_is_not_found(siege: Siege, path: str | bytes) -> None:
+    """UNIMPLEMENTED, also where its name is not UTF-8, and the connection serves on."""
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        stream = hostile.headers(path=path)
+        hostile.send(stream, grpc_message(b""))
+        known = hostile.ask(batch("honest", 0))
+        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) == 2, what="both are answered")
+        assert statuses(hostile) == {stream: _UNIMPLEMENTED, known: 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "metadata", "message"),
+    [
+        (PATH, [("authorization", b"Bearer s3cret\xff")], batch("honest", 0)),
+        (PATH, [("x-caller", b"\xff"), ("traceparent", b"\xfe")], batch("honest", 0)),
+        ("/grpc.health.v1.Health/Check", [], b"\xff"),
+        ("/grpc.health.v1.Health/Watch", [], b"\xff"),
+        ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", [], b"\xff"),
+    ],
+)
+def test_what_cannot_be_read_is_not_logged(
+    siege: Siege, path: str, metadata: list[tuple[str, str | bytes]], message: bytes
+) -> None:
+    """Metadata that are no UTF-8, a token among them, and what is no message: nobody else hears of them."""
+    told = siege.proxy.log
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        stream = hostile.headers(metadata, path=path)
+        hostile.send(stream, grpc_message(message))
+        wait_for(lambda: hostile.read(1) and statuses(hostile), what="it is answered")
+    assert siege.is_served()
+    assert siege.proxy.log == told
+
+
+@pytest.mark.slow
+def test_rapid_resets_cancel_nobody_elses_rpc(siege: Siege) -> None:
+    """8,000 streams that are opened and reset at once: an honest caller waits, and gets all its answers."""
+    asked = [siege.honest.start([("honest", "t")], seconds=60) for _ in range(20)]
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        for number in range(8000):
+            hostile.h2.reset_stream(hostile.headers(), h2.errors.ErrorCodes.CANCEL)
+            if number % 100 == 0:
+                hostile.flush()
+                hostile.read(0.0005)
+                asked.append(siege.honest.start([("honest", "t")], seconds=60))
+        hostile.flush()
+        assert {one.reply().code for one in asked} == {StatusCode.OK}
+
+
+@pytest.mark.slow
+def test_messages_that_never_end_take_few_places_and_not_for_long(siege: Siege) -> None:
+    """Of 20 that stop a byte before their end four are waited for; the others are told to come back."""
+    unfinished = grpc_message(bytes(MAX_REQUEST_BYTES - 100))[:-1]
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        streams = []
+        for _ in range(20):
+            streams.append(hostile.headers())
+            hostile.send(streams[-1], unfinished, end=False)
+        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) >= 16, what="16 are refused")
+        assert set(statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
+        assert len(statuses(hostile)) == 16
+        assert siege.is_served()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["Health/Check", "Health/Watch"])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_health_takes_no_large_names(siege: Siege, method: str, is_whole: bool) -> None:
+    """Nobody needs a token for it: of 20 whole ones all are refused, of 20 without their last byte 16."""
+    name = health_pb2.HealthCheckRequest(service="x" * (MAX_REQUEST_BYTES - 100)).SerializeToString()
+    sent = grpc_message(name)[: None if is_whole else -1]
+    with peer(siege.proxy.target) as hostile:
+        _greeted(hostile)
+        for _ in range(20):
+            hostile.send(hostile.headers(path=f"/grpc.health.v1.{method}"), sent, end=False)
+        least = 20 if is_whole else 16
+        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) >= least, what="they are refused")
+        assert siege.is_served()
+
+
+@pytest.mark.slow
+def test_answers_that_nobody_reads_are_bounded(siege: Siege) -> None:
+    """Who reads none of its answers has 8 MiB of them and no more; when it is gone they are too."""
+    message = batch("unread", 10_000, uuid=-1)
+    answer_bytes = 15 * 10_000
+    assert siege.honest.ask([("unread", str(number)) for number in range(10_000)]).code is StatusCode.OK
+    for _ in range(2):
+        with peer(siege.proxy.target, window=0) as hostile:
+            _greeted(hostile)
+            asked = 0
+            while not statuses(hostile):
+                asked += 1
+                assert asked * answer_bytes < 10 * MAX_REQUEST_BYTES, "answers pile up"
+                hostile.ask(message)
+                wait_for(
+                    lambda: _of(hostile, h2.events.ResponseReceived) == asked or (hostile.read(1) and False),  # noqa: B023
+                    what="its answer begins",
+                )
+            assert set(statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
+            assert asked * answer_bytes > 2 * MAX_REQUEST_BYTES
+            assert siege.is_served()
+
+
+@pytest.mark.slow
+def test_who_says_nothing_is_left_alone(siege: Siege) -> None:
+    """A connection without a greeting, and one that never acknowledges the settings, end within a minute."""
+    host, _, port = siege.proxy.target.rpartition(":")
+    with ExitStack() as stack:
+        silent = stack.enter_context(socket.create_connection((host, int(port))))
+        rude = stack.enter_context(socket.create_connection((host, int(port))))
+        rude.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
+        for one in (silent, rude):
+            one.settimeout(60)
+            while one.recv(2**16):
+                pass
+
+
+@contextmanager
+def _few_files(count: int) -> Iterator[None]:
+    """What is started within may open so many files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_a_flood_of_connections_leaves_files_for_the_rest() -> None:
+    """With 300 files it takes 150 connections; it answers probes and those it has, and later others too."""
+    with ExitStack() as limited:
+        limited.enter_context(_few_files(300))
+        with siege_of() as siege:
+            limited.close()
+            with ExitStack() as stack:
+                for _ in range(400):
+                    stack.enter_context(peer(siege.proxy.target))
+                with urlopen(f"{siege.proxy.http}/readyz", timeout=30) as response:
+                    assert response.status == 200
+                assert siege.is_served()
+            with caller(siege.proxy.target) as new:
+                wait_for(
+                    lambda: new.ask([("honest", "t")], seconds=5).code is StatusCode.OK,
+                    what="a new caller is served",
+                )

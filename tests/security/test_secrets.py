@@ -1,0 +1,219 @@
+"""Secrets come from files and variables, and are in nothing that others see."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import urlopen
+
+import pytest
+from grpc import StatusCode
+
+from services.common.redaction import has_password, warn_of_readers, without_users
+from tests.integration.cache_proxy.conftest import UNPACED
+from tests.support.caller import caller
+from tests.support.model_server import scripted_model
+from tests.support.processes import ROOT, cache_proxy, clean_environment, run_command
+from tests.support.redis_server import free_port, redis_process, wait_for
+
+_CANARY = "c4n4ry"
+
+
+def _command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@pytest.mark.parametrize(
+    ("program", "args", "scheme", "instead"),
+    [
+        ("cache_proxy", ("serve", "--model-target", "h:1", "--cache-url"), "redis", "CACHE_PROXY_CACHE_URL"),
+        ("augmenter", ("run", "--target", "h:1", "--endpoint-url"), "https", "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_a_password_on_the_command_line_is_refused(
+    program: str, args: tuple[str, ...], scheme: str, instead: str
+) -> None:
+    """Exit code 2, and one line that says where it goes instead."""
+    ended = run_command(f"services.{program}", *args, f"{scheme}://user:{_CANARY}@127.0.0.1:1")
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert args[-1] in ended.stderr
+    assert instead in ended.stderr
+    assert "percent-encoded" in ended.stderr
+    assert _CANARY not in ended.stderr + ended.stdout
+
+
+_PIECES = ("svc7", "c0rp", "p4ss", "w0rd")
+_COMMANDS = (
+    ("serve", "--model-target", "h:1"), ("stats",), ("get", "--company", "c", "--title", "t"), ("warm", "x"),
+    ("invalidate", "--all"),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", _COMMANDS)
+@pytest.mark.parametrize("source", ["flag", "variable"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://svc7@c0rp:p4ss/w0rd#x@h",
+        "valkeys://svc7:%p4ss w0rd@h",
+        "redis+sentinel://svc7:p4ss/w0rd@h:1/s",
+        "svc7:p4ss@w0rd:6379",
+    ],
+)  # fmt: skip
+def test_url_with_a_password_that_is_not_percent_encoded_is_refused_without_a_piece_of_it(
+    command: tuple[str, ...], source: str, url: str
+) -> None:
+    """Exit code 2 and one line, from every command, by flag and by variable."""
+    args = ("--cache-url", url) if source == "flag" else ()
+    env = {"CACHE_PROXY_CACHE_URL": url} if source == "variable" else {}
+    ended = run_command("services.cache_proxy", *command, *args, env=env)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+    assert ended.stderr.startswith("cache-proxy: --cache-url: ")
+    if "://" in url:
+        assert "percent-encode" in ended.stderr
+        assert "--cache-password-file" in ended.stderr
+    assert not [piece for piece in _PIECES if piece in ended.stderr]
+
+
+@pytest.mark.slow
+def test_password_that_is_percent_encoded_in_the_variable_lets_in(tmp_path: Path) -> None:
+    """Whatever characters it has: the advice of the line that refuses."""
+    password = "p@ss/w#rd:?%&,x é"
+    with redis_process(tmp_path) as store:
+        with store.client() as client:
+            client.execute_command("ACL", "SETUSER", "svc@corp", "on", f">{password}", "~*", "&*", "+@all")
+            client.config_set("requirepass", "another")
+        login = f"{quote('svc@corp', safe='')}:{quote(password, safe='')}"
+        env = {"CACHE_PROXY_CACHE_URL": f"valkey://{login}@127.0.0.1:{store.port}/0"}
+        with (
+            scripted_model() as model,
+            cache_proxy("--model-target", model.target, *UNPACED, env=env) as proxy,
+            caller(proxy.target) as asking,
+        ):
+            assert asking.ask([("percent", "t")]).misses == 1
+            wait_for(lambda: asking.ask([("percent", "t")]).hits == 1, what="it is cached")
+            with urlopen(f"{proxy.http}/status.json", timeout=10) as response:
+                assert json.load(response)["store"]["kind"] == "valkey"
+            ended = run_command("services.cache_proxy", "stats", "--json", env=env)
+            assert (ended.returncode, json.loads(ended.stdout)["pairs"]) == (0, 1)
+            assert proxy.stop() == 0
+            assert [text for text in (proxy.log, ended.stderr) if "ss/w" in text or "%2Fw" in text] == []
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("redis://h:1/0", False), ("redis://user@h", False), ("redis+cluster://h:1,h:2", False),
+        ("unix:///a:b", False), ("embedded:/a@b:c", False), ("http://[::1]:9000", False),
+        ("redis://:p@h", True), ("redis://u:p@h:1", True), ("redis://u:p/@h", True), ("unix://u:p@/s", True),
+        ("redis+sentinel://:p@h:1,h:2/s", True), ("redis://h?password=p", True),
+        ("unix:///s?PASSWORD=p", True),
+        ("https://key:secret@s3", True),
+    ],
+)  # fmt: skip
+def test_passwords_in_urls_are_seen(url: str, secret: bool) -> None:
+    """Before the host, however odd, and among the parameters."""
+    assert has_password(url) is secret
+
+
+def test_urls_in_errors_lose_their_users() -> None:
+    """Whatever stands around them."""
+    said = f"Could not connect to 'http://k:{_CANARY}@h:1/b' or s3://u:{_CANARY}/@@x@h, https://plain/a"
+    assert without_users(said) == "Could not connect to 'http://***@h:1/b' or s3://***@h, https://plain/a"
+
+
+def test_a_secret_that_all_may_read_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By its file's name, not its content; one that is its owner's and group's alone is not."""
+    path = tmp_path / "secret"
+    path.write_text(_CANARY)
+    with caplog.at_level(logging.WARNING):
+        path.chmod(0o640)
+        warn_of_readers(path, flag_name="--own")
+        assert not caplog.records
+        path.chmod(0o644)
+        for _ in range(3):
+            warn_of_readers(path, flag_name="--key-secret-file")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--key-secret-file {path}: everybody on this machine may read it; chmod o-r"
+    ]
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> dict[str, str]:
+    """Files, by flag."""
+    flags = {}
+    for name in ("--cache-password-file", "--key-secret-file"):
+        path = tmp_path / name.strip("-")
+        path.write_text(f"{_CANARY}-{name}\n")
+        flags[name] = str(path)
+    return flags
+
+
+@pytest.mark.slow
+def test_nothing_that_a_proxy_shows_has_its_secrets(secrets: dict[str, str], tmp_path: Path) -> None:
+    """Log at debug, pages, answers, its command line, its commands; whether the store lets it in, or dies."""
+    shown: list[str] = []
+    flags = [part for item in secrets.items() for part in item]
+    with redis_process(tmp_path) as store:
+        with store.client() as client:
+            client.config_set("requirepass", f"{_CANARY}-other")
+        for url, env in (
+            (f"redis://127.0.0.1:{store.port}", {}),
+            ("", {"CACHE_PROXY_CACHE_URL": f"redis://:{_CANARY}-other@127.0.0.1:{store.port}"}),
+        ):
+            given = [*(flags if url else flags[2:]), *(("--cache-url", url) if url else ())]
+            with (
+                scripted_model() as model,
+                cache_proxy(
+                    "--model-target", model.target, "--log-level", "debug", *given, *UNPACED, env=env
+                ) as proxy,
+                caller(proxy.target) as asking,
+            ):
+                reply = asking.ask([("secrets", "t")])
+                assert reply.code is StatusCode.OK
+                for path in ("metrics", "healthz", "readyz", "replica", "", "nothing"):
+                    try:
+                        with urlopen(f"{proxy.http}/{path}", timeout=30) as response:
+                            shown.append(response.read().decode())
+                    except HTTPError as error:
+                        shown.append(error.read().decode())
+                ended = run_command("services.cache_proxy", "stats", "--json", *given, env=env)
+                assert (ended.returncode == 0) is not bool(url)
+                if not url:
+                    store.kill()
+                    asking.ask([("secrets when it is dead", "t")])
+                    wait_for(lambda: "down" in proxy.log, what="the store's end is told")
+                shown += [str(reply), ended.stdout, ended.stderr, _command_line(proxy.process.pid)]
+                assert proxy.stop() == 0
+                shown += [proxy.log, json.dumps(proxy.ready)]
+    assert "everybody on this machine may read it" in "".join(shown)
+    assert [text for text in shown if _CANARY in text] == []
+
+
+@pytest.mark.slow
+def test_nothing_that_an_augmenter_shows_has_its_secrets(tmp_path: Path) -> None:
+    """Its token, its keys, and a login in the endpoint's URL, when there is no proxy and that URL is none."""
+    token = tmp_path / "token"
+    token.write_text(f"{_CANARY}-token")
+    source = tmp_path / "1.jsonl"
+    source.write_text('{"company": "c", "title": "t"}\n')
+    env = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": f"{_CANARY}-s3", "AWS_MAX_ATTEMPTS": "1"}
+    common = ("--target", f"127.0.0.1:{free_port()}", "--token-file", str(token), "--log-level", "debug",
+              "--retry-budget", "1s", "--deadline", "1s")  # fmt: skip
+    local = (str(source), str(tmp_path / "out.jsonl"))
+    s3 = ("s3://bucket/in/", str(tmp_path / "out"))
+    for places, host, code in ((local, "127.0.0.1:1", 1), (s3, "127.0.0.1:1", 1), (s3, "[nowhere", 2)):
+        running = subprocess.Popen(
+            [sys.executable, "-m", "services.augmenter", "run", *places, *common],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+            env=clean_environment() | {"PYTHONPATH": str(ROOT)} | env
+            | {"AUGMENTER_ENDPOINT_URL": f"http://user:{_CANARY}-url@{host}"},
+        )  # fmt: skip
+        command_line = _command_line(running.pid)
+        shown, _ = running.communicate(timeout=100)
+        assert running.returncode == code, shown
+        assert _CANARY not in shown + command_line

@@ -1,0 +1,214 @@
+"""What a queue's message is about, in every format in which S3's events come."""
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.augmenter.sources import s3_events
+from services.augmenter.sources.s3_events import Notice
+from tests.support.sqs_server import made
+
+
+def _seen(body: object) -> list[tuple[str, str, bool]]:
+    """Bucket, key and whether the file is started, of each event."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    return [(notice.bucket, notice.key, notice.starts) for notice in s3_events.read(text).notices]
+
+
+def record(name: str, bucket: str = "b", key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
+    """A record of an S3 event notification."""
+    place = {"bucket": {"name": bucket}, "object": {"key": key}}
+    return {"eventVersion": "2.1", "eventSource": "aws:s3", "eventName": name, "s3": place, **more}
+
+
+def event_bridge(detail_type: str, key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
+    """One of EventBridge's events of S3."""
+    detail = {"version": "0", "bucket": {"name": "b"}, "object": {"key": key, "version-id": "v1"}}
+    return {"version": "0", "source": "aws.s3", "detail-type": detail_type, "detail": detail, **more}
+
+
+def cloudtrail(call: str, key: str | None = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
+    """An API call as CloudTrail reports it to EventBridge."""
+    parameters = {"bucketName": "b", **({} if key is None else {"key": key})}
+    detail = {
+        "eventSource": "s3.amazonaws.com",
+        "eventName": call,
+        "requestParameters": parameters,
+        **more,
+    }
+    return {"source": "aws.s3", "detail-type": "AWS API Call via CloudTrail", "detail": detail}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"Records": [record("ObjectCreated:Put")]},
+        {"Records": [record("s3:ObjectCreated:CompleteMultipartUpload")]},
+        {"Records": [record("ObjectCreated:Copy", eventVersion="2.4", eventSource="ceph:s3")]},
+        {"Records": [record("ObjectRestore:Completed")]},
+        {"Records": [record("s3:ObjectRestore:Completed")]},
+        {"Type": "Notification", "Message": json.dumps({"Records": [record("ObjectCreated:Post")]})},
+        {"Type": "Notification", "Message": json.dumps(event_bridge("Object Created"))},
+        event_bridge("Object Created"),
+        event_bridge("Object Restore Completed"),
+        cloudtrail("PutObject"),
+        cloudtrail("CompleteMultipartUpload"),
+        cloudtrail("CopyObject"),
+        {"Records": [cloudtrail("PutObject")["detail"]]},
+        {"Type": "Notification", "Message": json.dumps(cloudtrail("PutObject"))},
+        cloudtrail("PutObject")["detail"],
+    ],
+)
+def test_object_that_can_be_read_starts_its_file(event: object) -> None:
+    """From S3, through SNS, through EventBridge and from CloudTrail."""
+    assert _seen(event) == [("b", "raw/1.jsonl", True)]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"Records": [record("ObjectRemoved:Delete")]},
+        {"Records": [record("ObjectRestore:Post")]},
+        {"Records": [record("ObjectTagging:Put")]},
+        {"Records": [record("LifecycleTransition")]},
+        event_bridge("Object Deleted"),
+        event_bridge("Object Restore Initiated"),
+        event_bridge("Object Storage Class Changed"),
+        cloudtrail("GetObject"),
+        cloudtrail("DeleteObject"),
+        cloudtrail("PutObject", errorCode="AccessDenied"),
+        {"Records": [cloudtrail("PutObject", errorCode="AccessDenied")["detail"]]},
+    ],
+)
+def test_other_event_has_its_place_but_starts_nothing(event: object) -> None:
+    """An event after which there is nothing to read, or nothing new, needs no work."""
+    assert _seen(event) == [("b", "raw/1.jsonl", False)]
+
+
+@pytest.mark.parametrize(
+    ("event", "key"),
+    [
+        (made("b", "raw/a+b%2Fc%3D.jsonl"), "raw/a b/c=.jsonl"),
+        ({"Type": "Notification", "Message": json.dumps(made("b", "k%2B"))}, "k+"),
+        (made("b", "%C3%BC"), "ü"),
+        (event_bridge("Object Created", "a+b%2F"), "a+b%2F"),
+        (event_bridge("Object Restore Completed", "a+b%2F"), "a+b%2F"),
+        (cloudtrail("PutObject", "a+b%2F ü"), "a+b%2F ü"),
+        ({"Records": [cloudtrail("PutObject", "a+b%2F ü")["detail"]]}, "a+b%2F ü"),
+    ],
+)
+def test_key_is_decoded_only_where_it_is_encoded(event: object, key: str) -> None:
+    """S3's own notifications encode keys; EventBridge and CloudTrail do not."""
+    assert _seen(event) == [("b", key, True)]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"source": "aws.ec2", "detail-type": "EC2 Instance State-change Notification", "detail": {}},
+        {"source": "my.app", "detail-type": "Object Created", "detail": event_bridge("x")["detail"]},
+        cloudtrail("PutObject", eventSource="glacier.amazonaws.com"),
+        {"Records": [record("INSERT", eventSource="aws:dynamodb")]},
+        {"Records": [record("ObjectCreated:Put", eventSource=None)]},
+    ],
+)
+def test_event_of_another_service_has_no_place(event: object) -> None:
+    """Whatever its detail looks like, it is not S3's own event."""
+    assert _seen(event) == [("", "", False)]
+
+
+def test_array_of_events_is_read_event_by_event() -> None:
+    """One that is not understood does not hide the others, and the message says so."""
+    events = [event_bridge("Object Created", "1"), {"Records": [record("ObjectCreated:Put", key="2")]}]
+    assert [key for _, key, _ in _seen(events)] == ["1", "2"]
+    for other, reason in (
+        (7, "one of its events: not a JSON object"),
+        ([events], "one of its events: not a JSON object"),
+        ({"Records": [record("ObjectCreated:Put"), {}]}, "a record has no eventName"),
+    ):
+        message = s3_events.read(json.dumps([other, cloudtrail("PutObject", "3")]))
+        assert message.notices[-1].key == "3"
+        assert message.not_understood == f"not an S3 event notification: {reason}"
+
+
+def test_test_event_names_its_bucket() -> None:
+    """The event that S3 sends when a notification is configured."""
+    event = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}
+    expected = Notice("b", "", starts=False, is_test=True, kind="s3:TestEvent")
+    assert s3_events.read(json.dumps(event)).notices == [expected]
+
+
+def test_event_is_shown_in_a_short_line() -> None:
+    """Its names come from somebody else."""
+    assert str(Notice("b", "k", kind="Object Deleted")) == "Object Deleted about s3://b/k"
+    assert len(str(Notice("b", "k" * 200_000, kind="x" * 200_000))) < 2_000
+
+
+def test_record_without_fields_does_not_hide_the_others() -> None:
+    """The records that can be read are, and the message says that one could not."""
+    records = [record("ObjectCreated:Put", key="1"), {"eventName": "ObjectCreated:Put"}, 7]
+    message = s3_events.read(json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]}))
+    assert [notice.key for notice in message.notices] == ["1", "2"]
+    assert message.not_understood == "not an S3 event notification: a record has no s3.object.key"
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> None:
+    """Whatever stands where the formats have a member, nothing but UnreadableMessageError is raised."""
+    events = [
+        made("b", "k"),
+        event_bridge("Object Created"),
+        cloudtrail("PutObject"),
+        {"Event": "s3:TestEvent"},
+    ]
+    event: Any = data.draw(st.sampled_from(events))
+    place = event
+    while isinstance(place, dict | list) and place:
+        name = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        if data.draw(st.booleans()) or not isinstance(place[name], dict | list):
+            place[name] = data.draw(_JSON)
+            break
+        place = place[name]
+    with suppress(s3_events.UnreadableMessageError):
+        assert all(isinstance(notice.key, str) for notice in s3_events.read(json.dumps(event)).notices)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("", "not JSON"),
+        ("text", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a JSON object"),
+        ("[1, []]", "one of its events: not a JSON object"),
+        ("[" * 900 + "]" * 900, "not a JSON object"),
+        ("7", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ("{}", "neither Records nor detail-type"),
+        ({"Records": 1}, "neither Records nor detail-type"),
+        ({"Records": []}, "neither Records nor detail-type"),
+        ({"Records": [{}]}, "no eventName"),
+        ({"Records": [{"eventName": "ObjectRemoved:Delete"}]}, "no s3.object.key"),
+        ({"Records": [record("ObjectCreated:Put", key="%ff")]}, "not UTF-8"),
+        ({"Type": "Notification", "Message": "hello"}, "not JSON"),
+        ({"detail-type": "Object Created", "detail": {"bucket": "b"}}, "no detail.bucket.name"),
+        ({"detail-type": 7}, "no detail-type"),
+        (cloudtrail("DeleteObjects", key=None), "no detail.requestParameters.key"),
+        (cloudtrail("PutObject", requestParameters=None), "no detail.requestParameters.bucketName"),
+    ],
+)
+def test_message_in_no_known_format_is_unreadable(body: object, reason: str) -> None:
+    """With the true reason, in the format's own names; never a crash."""
+    with pytest.raises(s3_events.UnreadableMessageError, match=reason):
+        s3_events.read(body if isinstance(body, str) else json.dumps(body))

@@ -1,0 +1,123 @@
+"""The newest grpcio: a method whose name is not UTF-8 is refused, or costs a restart, never the server."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import h2.exceptions
+import pytest
+from grpc import StatusCode, aio
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # it has no types
+
+from services.cache_proxy.rpc import unknown_methods
+from tests.support.caller import caller
+from tests.support.http2_peer import grpc_message, peer, statuses
+from tests.support.processes import ROOT, Service, service
+from tests.support.redis_server import wait_for
+
+_SERVE = (
+    "serve", "--model-target", "127.0.0.1:1", "--cache-url", "memory:", "--listen", "127.0.0.1:0",
+    "--http-listen", "127.0.0.1:0", "--drain-delay", "0s",
+)  # fmt: skip
+
+
+def _is_refused(proxy: Service) -> bool:
+    """False: the connection was closed instead, after a GOAWAY."""
+    with peer(proxy.target) as hostile, suppress(ConnectionError, h2.exceptions.ProtocolError):
+        stream = hostile.headers(path=b"/S\xff/\xfe")
+        hostile.send(stream, grpc_message(b""))
+        wait_for(lambda: hostile.read(1) and statuses(hostile), what="an answer, or the end")
+        return statuses(hostile) == {stream: StatusCode.UNIMPLEMENTED.value[0]}
+    return False
+
+
+def _is_serving(proxy: Service) -> bool:
+    with caller(proxy.target) as asking:
+        return asking.ask([], seconds=10).code is StatusCode.OK
+
+
+@pytest.mark.slow
+def test_the_newest_release_serves_on_after_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    """Installed from the index, beside the one that is locked."""
+    install = [
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:",
+        "--disable-pip-version-check", "--target", str(tmp_path), "grpcio",
+    ]  # fmt: skip
+    installed = subprocess.run(install, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"grpcio cannot be installed from an index: {installed.stderr[-200:]}")
+    with service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
+        is_known = "is not known inside" not in proxy.log
+        for _ in range(3):
+            assert _is_refused(proxy) is is_known
+            wait_for(lambda: _is_serving(proxy), what="it serves again")
+        assert ("is started again" in proxy.log) is not is_known
+        assert proxy.stop() == 0
+
+
+_WITHOUT_THE_INSIDE = """
+import os
+os.environ["GRPC_VERBOSITY"] = "NONE"
+from services.cache_proxy.rpc import unknown_methods as known_methods
+
+def missing():
+    raise AttributeError
+
+known_methods._guarded_class = missing
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_know_grpcio_serves_on(tmp_path: Path) -> None:
+    """The server is started again each time, on the same port; why, is said once."""
+    (tmp_path / "sitecustomize.py").write_text(_WITHOUT_THE_INSIDE)
+    with service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
+        for _ in range(3):
+            assert not _is_refused(proxy)
+            wait_for(lambda: _is_serving(proxy), what="it serves again")
+        assert proxy.log.count("is not known inside") == 1
+        assert proxy.log.count("is started again") == 3
+        assert proxy.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        lambda patch: patch.delattr(cygrpc, "_ServicerContext"),
+        lambda patch: patch.delattr(cygrpc, "ExecuteBatchError"),
+        lambda patch: patch.setattr(cygrpc, "AioServer", object),
+        lambda patch: patch.setattr(cygrpc, "AioServer", _Strange),
+    ],
+)
+async def test_an_unknown_inside_leaves_the_public_server(
+    missing: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One warning, and a server that is as gRPC makes it."""
+    caplog.set_level(logging.WARNING)
+    made = aio.server()
+    monkeypatch.setattr(aio, "server", lambda **_: made)
+    missing(monkeypatch)
+    unknown_methods._guarded_class.cache_clear()
+    unknown_methods._warn_once.cache_clear()
+    inside = made._server  # type: ignore[attr-defined]
+    try:
+        assert unknown_methods.server([]) is made
+    finally:
+        unknown_methods._guarded_class.cache_clear()
+    assert made._server is inside  # type: ignore[attr-defined]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    await made.stop(0)
+
+
+class _Strange:
+    """Takes other arguments than those known."""
+
+    def __init__(self, *, other: object) -> None:
+        del other
+
+    async def _request_call(self) -> None: ...

@@ -60,7 +60,7 @@ def _admin(module: str, settings: Sequence[type], **values: Any) -> int:
     if "files" in values:
         given.insert(0, values["files"])
     logs.configure(log_format="text", level="error")  # what it has to say, it prints
-    command = importlib.import_module(f"services.cache_proxy.admin.{module}")
+    command = importlib.import_module(f"services.cache_proxy.commands.{module}")
     code: int | None = asyncio.run(command.run(*given))
     return code or 0
 

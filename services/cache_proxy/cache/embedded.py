@@ -2,7 +2,7 @@
 
 One server a folder: the folder's `lock` is held (flock) by the proxy *and*, inherited, by its server. So
 it is free only when neither is left, however they ended. The kernel ends the server with the proxy
-(`die_with_parent.py`); where it cannot, the next proxy finds the lock's owner dead and stops the orphan.
+(`pdeathsig.py`); where it cannot, the next proxy finds the lock's owner dead and stops the orphan.
 """
 
 import asyncio
@@ -127,7 +127,7 @@ class EmbeddedServer:
             "logfile": "server.log", "daemonize": "no",
         }  # fmt: skip
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        shim = Path(__file__).with_name("die_with_parent.py")
+        shim = Path(__file__).with_name("pdeathsig.py")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", str(shim), str(os.getpid()), str(program), *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,

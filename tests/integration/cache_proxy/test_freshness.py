@@ -123,7 +123,7 @@ def test_a_proxy_with_a_wrong_clock_serves_and_infers_as_the_others(
     wait_for(lambda: _written(right), what="the store has them")
     (tmp_path / "sitecustomize.py").write_text(
         "import time, types\n"  # gRPC's core reads the system's clock itself, so only the project's is moved
-        "from services.cache_proxy.store import clock, dated\n"
+        "from services.cache_proxy.cache import entry as dated, store_clock as clock\n"
         f"wrong = lambda: time.time() + {wrong_days} * 86400\n"
         "clock.time = dated.time = types.SimpleNamespace(time=wrong, monotonic=time.monotonic)\n"
     )

@@ -201,3 +201,14 @@ class AccessRefusedByStore(StoreRefused):
 
 class StoreDamaged(StoreError):
     """A script fails over data in Redis, and still did after the queue was made anew."""
+
+
+class QueueFormatError(StoreError):
+    """The replicas that use the shared queue have another queue format than this one."""
+
+    def __init__(self, *, found: int, expected: int) -> None:
+        super().__init__(
+            f"replicas of queue format {found} use the shared queue, and this replica has format {expected}"
+        )
+        self.found = found
+        self.expected = expected

@@ -273,7 +273,7 @@ async def _age(subject: Subject, seconds: float) -> None:
             setattr(outage, name, getattr(outage, name) - seconds)
         return
     scripts = subject.queue._scripts  # type: ignore[attr-defined]
-    _, base, _, model = scripts._keys
+    _, base, _, model, _ = scripts._keys
     for key, names in (
         (model, ("failed_at", "backoff_until")),
         (f"{base}meta", ("failing_since", "failing_at")),

@@ -72,6 +72,6 @@ async def _invalidate_all(cache: Cache) -> int:
 
 async def _bury(cache: Cache, digests: bytes) -> None:
     queue = Keys(prefix=cache.key.key_prefix, namespace=cache.key.namespace)
-    [reply] = await cache.servers.run(BURY, [Call(f"{queue.base}tombs", [digests])])
+    [reply] = await cache.servers.run(BURY, [Call(queue.tombstones, [digests, *queue.bases[1:]])])
     if isinstance(reply, Exception):
         raise reply

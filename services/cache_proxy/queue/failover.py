@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from services.cache_proxy.errors import (
     AccessRefusedByStore,
     PairError,
+    QueueFormatError,
     StoreDamaged,
     StoreError,
     Unavailable,
@@ -54,11 +55,17 @@ class FailoverQueue:
         """Why this replica may not use Redis though Redis answers; None while it may."""
         self.last_loss: tuple[str, float] | None = None
         """Why Redis was lost, and when, on time.monotonic."""
+        self._other_format: int | None = None
 
     @property
     def lost(self) -> bool:
         """Whether Redis is lost."""
         return self._lost
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether the shared queue is used by replicas of another queue format."""
+        return self._other_format is not None
 
     async def admitted(self) -> None:
         """See `ProxyQueue.admitted`."""
@@ -219,11 +226,12 @@ class FailoverQueue:
     async def lose(self, error: StoreError) -> None:
         """Redis is lost: what waits here waits in the local queue from now on."""
         self._note_refusal(error)
+        self._note_format(error)
         if self._lost:
             return
         self._lost = True
         self.last_loss = (error.kind, time.monotonic())
-        if self.refusal is None:
+        if self.refusal is None and not self.stands_by:
             _log.warning("the shared queue is lost, going on alone: %s", error)
         self._local.begin_quotas()
         now = time.monotonic()
@@ -241,6 +249,26 @@ class FailoverQueue:
         self.refusal = error
         if not math.isfinite(self._heard_at):
             self._admitted.clear()
+
+    def _note_format(self, error: StoreError) -> None:
+        """Log once that the shared queue has another format, and call the model as a silent member does."""
+        if not isinstance(error, QueueFormatError):
+            return
+        self._limiter.stand_by()
+        if self._other_format != error.found:
+            _log.warning(
+                "%s: it uses a local queue, within its share of the rate limit, and joins when no replica of "
+                "format %d is left (finish the update, or roll it back)",
+                error,
+                error.found,
+            )
+        self._other_format = error.found
+
+    def stand_by(self, membership: Membership, *, begins_at: float) -> None:
+        """Use these moments, not before `begins_at`, on time.monotonic."""
+        self._limiter.begins_at = begins_at
+        if self._limiter.stand_by(membership):
+            self._changed.set()
 
     def _go_on_alone(self) -> None:
         for pair, asker in self._shared.waiting():
@@ -266,6 +294,7 @@ class FailoverQueue:
             self._go_on_alone()
             raise
         self._lost = False
+        self._other_format = None
         _log.info("the shared queue is back")
         self._changed.set()
         try:

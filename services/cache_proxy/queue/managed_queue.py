@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from services.cache_proxy.errors import PairError, StoreError
+from services.cache_proxy.errors import PairError, QueueFormatError, StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.advertised_address import AdvertisedAddress
 from services.cache_proxy.queue.failover import FailoverQueue
@@ -114,8 +114,8 @@ async def open_shared(
     )  # fmt: skip
     queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
     access = AccessCheck(
-        home=home, keys=[shared.keys.limit, shared.keys.base, shared.store_key], channel=scripts.channel,
-        user=shared.user,
+        home=home, keys=[shared.keys.limit, *shared.keys.bases, shared.store_key],
+        channel=scripts.channel, user=shared.user,
     )  # fmt: skip
 
     is_configured = False
@@ -163,6 +163,8 @@ async def _configure(scripts: Scripts, limits: QueueLimits, metrics: ProxyMetric
     mine = limits.paced
     try:
         before = await scripts.run("configure", list(mine))
+    except QueueFormatError:
+        raise
     except StoreError:
         return False  # the heartbeat will say that Redis is not there
     changes = []

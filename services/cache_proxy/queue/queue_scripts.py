@@ -15,7 +15,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.cache.cache_scripts import Script
-from services.cache_proxy.errors import AccessRefusedByStore, StoreDamaged, StoreError
+from services.cache_proxy.errors import AccessRefusedByStore, QueueFormatError, StoreDamaged, StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import is_access_refusal
 from services.cache_proxy.redis_client.node import Home
@@ -37,6 +37,7 @@ _NAMES = (
     "overview",
     "configure",
     "repair",
+    "standby",
 )
 _ATTEMPTS = 4
 _MAX_CALLS = 8
@@ -55,7 +56,32 @@ _DATA_ERRORS = (
     "Bad data format",
     "Missing bytes in input",
 )
+_OTHER_FORMAT = re.compile(r"QUEUEFORMAT (\d{1,4})")
 _REFUSED_COMMAND = re.compile(r"the '([^']{1,60})' command")
+
+
+FORMAT = 1
+"""The format of what replicas leave each other in the shared queue.
+
+It covers all keys under `Keys.base` (records of pairs, lanes, claims, remembered outcomes, the queue's
+metadata) and the messages on the channel. It is part of `Keys.base`, and so of the channel's name: a replica
+never reads what another format wrote. Field `format` of the deployment's hash `Keys.limit` is the format of
+the replicas that use the shared queue; a deployment without the field has format 1. Every script compares it.
+
+Three things have no format. Replicas of all formats share them, so their meaning must never change:
+
+- `Keys.limit` and the keys that begin with it: the limit, the membership and its heartbeats. New fields may
+  be added. So there is one limit, and a replica of another format has its share (see `lua/standby.lua`).
+- The log and the tombstones of invalidations. An entry of the log that cannot be read counts as "all".
+- Reports for the status page. One that cannot be read is left out.
+
+The cache has a format in its own keys: `c2` in `namespace.py`, for entries and for the checkpoints of `warm`.
+It is not checked: another format has other keys, and an entry that cannot be read is a miss. `PREFIX:made`
+notes how keys are made from pairs, which the commands check.
+
+Raise this number when a replica of the last release could misread what this one writes, or the other way
+round (CONTRIBUTING.md, "Rolling upgrades").
+"""
 
 
 class Keys:
@@ -67,14 +93,23 @@ class Keys:
     (TRYAGAIN) instead of run on what of the queue is still there.
     """
 
-    def __init__(self, *, prefix: str, namespace: str, model_target: str = "") -> None:
+    def __init__(
+        self, *, prefix: str, namespace: str, model_target: str = "", queue_format: int = FORMAT
+    ) -> None:
+        self.format = queue_format
         self.limit = f"{{{prefix}}}:limit"
         target = blake2b(model_target.encode(), digest_size=8).hexdigest()
         self.model = f"{self.limit}:model:{target}"
         """The failures of a model target: of all namespaces that call it."""
-        self.base = f"{{{prefix}}}:q1:{namespace}:"
-        self.log = f"{self.base}log"
-        """Of what was invalidated: see `store/invalidation.py`."""
+        self.bases = [f"{{{prefix}}}:q{number}:{namespace}:" for number in range(1, queue_format + 1)]
+        """The base of the queue's keys in each format up to this build's."""
+        self.base = self.bases[-1]
+        self.invalidations = self.bases[0]
+        """The base of the log and tombstones of invalidations, the same in every format."""
+        self.log = f"{self.invalidations}log"
+        """Of what was invalidated: see `cache/invalidation.py`."""
+        self.tombstones = f"{self.invalidations}tombs"
+        """When pairs were invalidated: see `cache/lua/bury.lua`."""
 
     def channel(self, database: int) -> str:
         """Return the channel for messages of this queue. A server has one set for all databases."""
@@ -91,10 +126,14 @@ class Scripts:
 
     def __init__(self, home: Home, keys: Keys, *, metrics: ProxyMetrics) -> None:
         prelude = (_FOLDER / "prelude.lua").read_text()
-        self._scripts = {name: Script(prelude + (_FOLDER / f"{name}.lua").read_text()) for name in _NAMES}
+        self._scripts = {
+            name: Script(_header(name, keys.format) + prelude + (_FOLDER / f"{name}.lua").read_text())
+            for name in _NAMES
+        }
         self._home = home
+        self._format = keys.format
         self.channel = keys.channel(home.database)
-        self._keys = [keys.limit, keys.base, self.channel, keys.model]
+        self._keys = [keys.limit, keys.base, self.channel, keys.model, keys.invalidations]
         self.model = keys.model
         self._metrics = metrics
         self._turns = asyncio.Semaphore(_MAX_CALLS)
@@ -163,6 +202,9 @@ class Scripts:
     ) -> tuple[str, str]:
         """Return the command for the next attempt. Raises `StoreError` if there is to be none."""
         cause = error.__cause__
+        other_format = _OTHER_FORMAT.search(str(cause))
+        if other_format:
+            raise QueueFormatError(found=int(other_format[1]), expected=self._format)
         if isinstance(cause, AskError | TryAgainError) and time.monotonic() < moving_until:
             await asyncio.sleep(_MOVING_PAUSE_SECONDS)  # it did not run, and soon will elsewhere
             return how
@@ -186,6 +228,11 @@ class Scripts:
         if isinstance(cause, RedisTimeoutError | TimeoutError):
             return self._home.is_cluster and attempt == 1  # elsewhere the client has asked twice
         return isinstance(cause, RedisConnectionError | OSError)
+
+
+def _header(name: str, queue_format: int) -> str:
+    """Return what Lua takes from Python: the format, and whether a script may run beside another one."""
+    return f"local FORMAT, IS_STANDBY = {queue_format}, {str(name == 'standby').lower()}\n"
 
 
 def _failed(name: str, error: StoreError) -> StoreError:

@@ -34,6 +34,7 @@ _ASK_AGAIN_SECONDS = 15.0  # whatever else may have been lost
 _RECONNECT_SECONDS = 0.2
 _DEAF_SECONDS = 1.0
 _SILENT_SECONDS = 5.0
+_STANDBY_QUIET_SECONDS = 1.2  # after which the others take a member for silent, and leave its moments alone
 _UNSEEN_BEATS = 2  # the first may have been on its way when the subscription was
 Hear = Callable[[bytes | None], Awaitable[None]]
 """Told the last entry of a log, None if it has none."""
@@ -102,6 +103,35 @@ class _Pulse:
             raise StoreError(message) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _StandbyReply:
+    """What a heartbeat of a replica that stands by brings (see `standby.lua`)."""
+
+    other_format: int
+    now_ms: int
+    members: tuple[str, ...]
+    moment_ms: float
+    heard_ms_ago: float
+    logs: Sequence[bytes | None]
+
+    @classmethod
+    def read(cls, reply: Any) -> "_StandbyReply | None":
+        """Return None if the shared queue has this replica's format. Raise `StoreError` for no reply."""
+        try:
+            joins, *rest = reply
+            if joins:
+                return None
+            other_format, now_ms, members, moment_ms, heard_ms_ago, logs = rest
+            return cls(
+                int(other_format), int(now_ms), tuple(members.decode("ascii", "replace").split(",")),
+                float(moment_ms), float(heard_ms_ago),
+                [last if isinstance(last, bytes) else None for last in logs],
+            )  # fmt: skip
+        except (ValueError, TypeError, AttributeError) as error:
+            message = "the heartbeat's reply cannot be read"
+            raise StoreError(message) from error
+
+
 class Listener:
     """Asks everything again when messages may have been missed; that changes nothing if none was.
 
@@ -147,7 +177,10 @@ class Listener:
         await end(self._tasks)
         await self._doors.close()
         with contextlib.suppress(StoreError):
-            await self._scripts.run("verdict", [self._replica, "gone", 0])
+            if self._queue.stands_by:
+                await self._run_standby(ends=True)
+            else:
+                await self._scripts.run("verdict", [self._replica, "gone", 0])
 
     async def _listen(self) -> None:
         while True:
@@ -190,12 +223,13 @@ class Listener:
     async def _beat(self) -> None:
         while True:
             try:
-                if self._queue.lost:  # whatever is there now may have other rights than what was lost
-                    if self._queue.refusal is not None:
-                        await asyncio.sleep(self._refused_pause_seconds())
-                    await self._check_access()
-                    self._queue.admit()
-                await self._beat_once()
+                if not self._queue.stands_by or await self._may_join():
+                    if self._queue.lost:  # whatever is there now may have other rights than what was lost
+                        if self._queue.refusal is not None:
+                            await asyncio.sleep(self._refused_pause_seconds())
+                        await self._check_access()
+                        self._queue.admit()
+                    await self._beat_once()
             except StoreError as error:
                 await self._queue.lose(error)
                 self._queue.show_alone()
@@ -207,6 +241,32 @@ class Listener:
         self._refusals = 0 if now - self._refused_at > 2 * _MAX_REFUSED_SECONDS else self._refusals + 1
         self._refused_at = now
         return min(_MAX_REFUSED_SECONDS, _REFUSED_SECONDS * 1.5 ** min(self._refusals, 20))
+
+    async def _may_join(self) -> bool:
+        """Return whether the shared queue has this replica's format now; else learn its moments."""
+        asked_at = time.monotonic()
+        reply = _StandbyReply.read(unpack(await self._run_standby()))
+        if reply is None:
+            return True
+        replied_at = time.monotonic()
+        membership = Membership(
+            replica=self._replica,
+            members=reply.members,
+            moment_seconds=reply.moment_ms / 1000,
+            clock_offset_seconds=self._clock_offset(reply.now_ms / 1000, asked_at, replied_at),
+        )
+        silent_at = replied_at - reply.heard_ms_ago / 1000 + _STANDBY_QUIET_SECONDS
+        self._queue.stand_by(membership, begins_at=silent_at)
+        self._queue.show_alone()
+        for hear, last in zip(self._logs.values(), reply.logs, strict=False):
+            await hear(last)
+        return False
+
+    async def _run_standby(self, *, ends: bool = False) -> Any:
+        if self._address is None:
+            self._address = await self._find_address()
+        arguments = [self._replica, self._address, *self._limits, pack(list(self._logs)), int(ends)]
+        return await self._scripts.run("standby", arguments)
 
     async def _beat_once(self) -> None:
         if self._address is None:

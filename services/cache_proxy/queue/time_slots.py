@@ -13,6 +13,7 @@ from services.cache_proxy.queue.local.call_limiter import Limiter
 
 _PUNCTUAL_SECONDS = 0.010
 _ROOM_SECONDS = 0.020
+_ADMISSION_SECONDS = 3.0  # in which a replica that stands by becomes a member
 _FEW_MOMENTS = 2  # in a block: then the room in each is more than a late call needs
 
 
@@ -34,11 +35,25 @@ class SlotLimiter:
         self._membership: Membership | None = None
         self._used_at = -math.inf
         self._not_before = 0.0
+        self._stands_by = False
         self.begins_at = 0.0
 
     def know(self, membership: Membership) -> None:
         """Note what was heard."""
         self._membership = membership
+        self._stands_by = False
+
+    def stand_by(self, membership: Membership | None = None) -> bool:
+        """Have moments beside replicas of another queue format. Return whether they changed.
+
+        Until the others have admitted it as a member it has none: they use the whole limit.
+        """
+        known = self._membership
+        if membership is None:
+            membership = known or Membership("", (), self._share.slot_seconds, 0.0)
+        self._membership = membership
+        self._stands_by = True
+        return known is None or known.members != membership.members
 
     @property
     def replicas(self) -> int:
@@ -60,7 +75,7 @@ class SlotLimiter:
         if self._membership.moment_seconds == 0:  # no limit, so also none for a replica that is no member yet
             return max(0.0, held)
         if self._membership.replica not in self._membership.members:
-            return math.inf
+            return _ADMISSION_SECONDS if self._stands_by else math.inf
         earliest = max(now, now + held, self._used_at + self._membership.moment_seconds)
         moment = self._moment(earliest, self._membership)
         starts_at = moment * self._membership.moment_seconds - self._membership.clock_offset_seconds

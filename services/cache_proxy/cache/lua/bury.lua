@@ -1,8 +1,10 @@
 -- Pairs are invalidated: whoever is asking the model for them now must not have its answer remembered.
 -- KEYS[1]  the tombstones, beside the miss queue's keys: a sorted set, digest (or `*`, all) -> when, in milliseconds
 -- ARGV[1]  the digests, 16 bytes each; empty: all
+-- ARGV[2…] what the keys of the miss queue begin with in its further formats
 local DIGEST, KEPT_MS, CHUNK = 16, 86400000, 400 -- longer than a replica may be cut off with answers to be kept
-local TOMBS, BASE, digests = KEYS[1], string.sub(KEYS[1], 1, -#'tombs' - 1), ARGV[1]
+local TOMBS, digests = KEYS[1], ARGV[1]
+local BASES = { string.sub(TOMBS, 1, -#'tombs' - 1), unpack(ARGV, 2) }
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 
@@ -24,16 +26,18 @@ local function each_chunk(act)
 end
 
 -- What the queue remembers of late (`remember` in its prelude) goes too.
-for kind, period in pairs({ recent = 60000, refused = 600000 }) do
-  for ago = 0, 1 do
-    local key = BASE .. kind .. ':' .. (math.floor(now / period) - ago)
-    heal(key, 'hash')
-    if digests == '' then
-      redis.call('UNLINK', key)
+for _, base in ipairs(BASES) do
+  for kind, period in pairs({ recent = 60000, refused = 600000 }) do
+    for ago = 0, 1 do
+      local key = base .. kind .. ':' .. (math.floor(now / period) - ago)
+      heal(key, 'hash')
+      if digests == '' then
+        redis.call('UNLINK', key)
+      end
+      each_chunk(function(chunk)
+        redis.call('HDEL', key, unpack(chunk))
+      end)
     end
-    each_chunk(function(chunk)
-      redis.call('HDEL', key, unpack(chunk))
-    end)
   end
 end
 heal(TOMBS, 'zset')

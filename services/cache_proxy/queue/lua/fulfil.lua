@@ -3,7 +3,8 @@
 --          of pairs that the model answered with nonsense
 -- ARGV[4]  ms for which nonsense is remembered when it comes twice; twice as long each time it comes again
 -- ARGV[5]  1 if the model answered, 0 if the answers were found elsewhere   ARGV[6]  replica
--- BASE .. 'log' is the log of invalidations: see store/invalidation.py. The tombstones of what was invalidated are `cache-proxy invalidate`'s (store/lua/bury.lua): digest, or `*`, and when.
+-- INVALIDATIONS .. 'log' is the log of invalidations: see store/invalidation.py. The tombstones of what was invalidated
+-- are `cache-proxy invalidate`'s (store/lua/bury.lua): digest, or `*`, and when.
 local id, levels, errors = ARGV[1], ARGV[2], cmsgpack.unpack(ARGV[3])
 publish(levels, errors)
 local digests, answers = {}, {}
@@ -47,7 +48,7 @@ end
 write()
 -- Invalidated since they were claimed: whoever waits is answered, and nobody who comes later. If the claim is long
 -- over, nobody knows when that was.
-local TOMBS, since = BASE .. 'tombs', claim and claim.at or 0
+local TOMBS, since = INVALIDATIONS .. 'tombs', claim and claim.at or 0
 if redis.call('TYPE', TOMBS).ok == 'zset' then
   local KEPT_MS = 86400000 -- see bury.lua: what is further in the future than that is garbage
   local function buried_at(member)
@@ -67,7 +68,7 @@ if redis.call('TYPE', TOMBS).ok == 'zset' then
   answers = kept
   -- A replica whose waiting request came after the invalidation puts the answer into its memory, so all are to forget it
   -- again. The claimer would see to that once it has stored the answer, but it may die before.
-  local LOG, KEPT_ENTRIES = BASE .. 'log', 10000
+  local LOG, KEPT_ENTRIES = INVALIDATIONS .. 'log', 10000
   local kind = redis.call('TYPE', LOG).ok
   if #buried > 0 and (kind == 'list' or kind == 'none') then
     in_chunks('RPUSH', LOG, buried)

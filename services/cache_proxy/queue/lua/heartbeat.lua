@@ -36,6 +36,10 @@ for _, moment in ipairs({ 'pairs_tat', 'calls_tat', 'not_before', 'quotas_since'
     redis.call('HDEL', LIMIT, moment)
   end
 end
+if redis.call('HGET', LIMIT, 'format') ~= tostring(FORMAT) then
+  redis.call('HSET', LIMIT, 'format', FORMAT)
+end
+redis.call('HDEL', STANDBY, replica)
 redis.call('ZADD', REPLICAS, now, replica)
 redis.call('HSET', ADDRESSES, replica, ARGV[3])
 redis.call('HDEL', PAUSED, replica)

@@ -8,12 +8,19 @@
 --          row), failed_at, backoff_until, pushback_until (as the model itself asked for), breaking (1 after a
 --          breakdown), probe (the last claim that was made while calls failed)
 --
+-- KEYS[5]  the base of a namespace's log and tombstones of invalidations, the same in every queue format
+--
+-- `FORMAT` is put in front of this file by Python (see `QueueKeys`): the format of what replicas leave each other
+-- under BASE. Field `format` of LIMIT is the format of the replicas that use the shared queue, 1 if it is not there. A
+-- script of another format writes nothing, and replies with the error QUEUEFORMAT and the format that it found.
+-- LIMIT and the keys that begin with it have no format: replicas of all formats share them, so there is one limit.
+--
 -- A pair that has not ended has a record in `pairs`: it waits in a lane, is among the suspects, or is in
 -- flight in a claim. Lanes are a priority's own, and those of accounts (`interactive:NAME`): callers that the file of
 -- quotas names, and `interactive:`, all others together. A pair that several accounts want waits in a lane of each. Times are milliseconds of Redis's own clock, the only one that all replicas share.
 -- What is read from Redis may be anything: what is not what it should be is treated as not there, and a key of
 -- another type is an error, after which the queue is made anew (`repair.lua`).
-local LIMIT, BASE, ENDED, MODEL = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local LIMIT, BASE, ENDED, MODEL, INVALIDATIONS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local PAIRS, GROUPS, META = BASE .. 'pairs', BASE .. 'suspects', BASE .. 'meta'
 local CLAIMS, CLAIMED = BASE .. 'claims', BASE .. 'claimed' -- who has it until when; its pairs, which are many
 local RESERVED = BASE .. 'reserved'
@@ -21,6 +28,7 @@ local QUOTAS = BASE .. 'quotas' -- account -> pairs a second that it may send (0
 local SPENT = LIMIT .. ':spent' -- account -> until when its quota is spent: a theoretical arrival time, as in GCRA
 local REPLICAS, ADDRESSES = LIMIT .. ':replicas', LIMIT .. ':addresses'
 local PAUSED, ALONE = LIMIT .. ':paused', LIMIT .. ':alone' -- replica -> until when that may be relied on
+local STANDBY = LIMIT .. ':standby' -- replica of another format -> 'FORMAT:MS', MS when it was last heard of (see standby.lua)
 local LANES, RANK = { 'interactive', 'bulk', 'refresh' }, { interactive = 1, bulk = 2, refresh = 3 }
 local ASKED = { 'interactive', 'bulk' } -- what a caller may ask for, and so those in which accounts have lanes
 local RECENT_MS, REFUSED_MS = 60000, 600000
@@ -65,6 +73,22 @@ if redis.acl_check_cmd then
   if refused then
     return redis.error_reply("NOPERM this user has no permissions to run the '" .. string.lower(refused) .. "' command")
   end
+end
+
+-- The format of the replicas that use the shared queue. Whoever is there without having said so is of format 1.
+local function fleet_format()
+  local found = redis.pcall('HGET', LIMIT, 'format')
+  if type(found) == 'string' and string.find(found, '^[1-9]%d?%d?%d?$') then
+    return tonumber(found)
+  end
+  if FORMAT == 1 or redis.call('EXISTS', REPLICAS) == 0 then
+    return FORMAT
+  end
+  return 1
+end
+
+if fleet_format() ~= FORMAT and not IS_STANDBY then
+  return redis.error_reply('QUEUEFORMAT ' .. fleet_format())
 end
 
 -- With memory full, Redis refuses what may need some until a script has written anything. The queue has bounds

@@ -10,7 +10,7 @@ for _, priority in ipairs(LANES) do
 end
 redis.call('UNLINK', PAIRS, GROUPS, META, CLAIMS, CLAIMED, RESERVED, QUOTAS)
 for key, kind in pairs({ [LIMIT] = 'hash', [MODEL] = 'hash', [REPLICAS] = 'zset', [ADDRESSES] = 'hash', [PAUSED] = 'hash',
-  [ALONE] = 'hash', [SPENT] = 'zset' }) do
+  [ALONE] = 'hash', [SPENT] = 'zset', [STANDBY] = 'hash' }) do
   if redis.call('TYPE', key).ok ~= kind then
     redis.call('UNLINK', key)
   end

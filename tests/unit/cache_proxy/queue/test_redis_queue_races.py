@@ -527,7 +527,7 @@ async def test_a_pause_of_another_target_gives_up_nobody(place: Place) -> None:
     """A replica's own target may take the pairs: only callers whose replica calls the same one are told."""
     async with replicas(place, 2) as (here, there):
         for model in (f"{place.keys.limit}:model:other", place.keys.model):
-            there.scripts.model = there.scripts._keys[-1] = model
+            there.scripts.model = there.scripts._keys[3] = model
             wait, _ = await here.ask([pair(1)], asker(patience=5))
             await there.ask([pair(1)])
             there.queue._not_before = 0.0

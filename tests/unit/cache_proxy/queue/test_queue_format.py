@@ -1,0 +1,265 @@
+"""Replicas of two queue formats on one Redis: who uses the shared queue, and what the others may do."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from services.cache_proxy.errors import QueueFormatError
+from services.cache_proxy.queue.queue_scripts import FORMAT, Keys
+from services.cache_proxy.queue.serialization import pack
+from tests.support.replicas import Place, Replica, limits, numbers_of, pairs, replicas
+
+NEXT = FORMAT + 1
+FIRST, SECOND, OTHER, ANOTHER = "0" * 15 + "1", "0" * 15 + "2", "a" * 16, "b" * 16
+ARGUMENTS: dict[str, Sequence[Any]] = {
+    "enqueue": [OTHER, 10, 10**6, 4, 1000, pack([])],
+    "leave": [OTHER, b"x" * 16, 0],
+    "claim": [OTHER, f"{OTHER}.1", 0, 0, 4, 10**6, 0, 1000, 60, "", -1],
+    "late": [f"{FIRST}.1", 1],
+    "put_back": [f"{FIRST}.1"],
+    "fulfil": [f"{FIRST}.1", b"x" * 16 + b"\x01", pack([]), 1000, 1, OTHER],
+    "fail": [f"{FIRST}.1", -1, pack([b"unavailable", b"", 1]), 1000, 1, 2, 2, 0, 0, 3, 3, 3],
+    "refuse": [f"{FIRST}.1", pack([b"nonsense", b""]), pack([]), 3, OTHER],
+    "heartbeat": [OTHER, pack([]), "", 0, 1, 1, 4, pack([]), "", pack([])],
+    "verdict": [FIRST, "gone", 0],
+    "overview": [1, 10, 100],
+    "configure": [1, 1, 1],
+    "repair": [],
+}
+
+
+def _place(url: str, *, queue_format: int = FORMAT, prefix: str | None = None) -> Place:
+    prefix = prefix or Place.new(url).keys.limit.partition("}")[0].removeprefix("{")
+    return Place(url, Keys(prefix=prefix, namespace="n", queue_format=queue_format))
+
+
+def _next_to(place: Place, queue_format: int = NEXT) -> Place:
+    prefix = place.keys.limit.partition("}")[0].removeprefix("{")
+    return _place(place.url, queue_format=queue_format, prefix=prefix)
+
+
+def _dump(place: Place) -> dict[bytes, Any]:
+    with place.client() as client:
+        pattern = place.keys.limit.partition(":limit")[0].replace("{", "[{]").replace("}", "[}]")
+        return {key: client.dump(key) for key in client.scan_iter(f"{pattern}*")}
+
+
+def _format(place: Place) -> bytes | None:
+    with place.client() as client:
+        found: bytes | None = client.hget(place.keys.limit, "format")
+        return found
+
+
+async def _stand_by(*waiting: Replica, beside: Sequence[Replica] = (), seconds: float = 5) -> None:
+    """Send heartbeats until all that wait are members, and silent for long enough to use their moments."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for replica in beside:
+            await replica.beat()
+        for replica in waiting:
+            assert not await replica.listener._may_join()
+        membership = [replica.failover._limiter._membership for replica in waiting]
+        if all(
+            found is not None
+            and replica.name in found.members
+            and replica.failover._limiter.begins_at < time.monotonic()
+            for found, replica in zip(membership, waiting, strict=True)
+        ):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError("never admitted")
+
+
+def _replica(place: Place, name: str) -> Replica:
+    return Replica(place, name, limits(pairs_per_second=40))
+
+
+async def test_every_script_of_another_format_writes_nothing(shared_redis: str) -> None:
+    """Keep each byte of the records, claims, limit and membership, and name both formats."""
+    place = _place(shared_redis)
+    other = _replica(_next_to(place), OTHER)
+    async with replicas(place) as (one,):
+        await one.ask(pairs(range(6)))
+        await one.take()
+        before = _dump(place)
+        assert set(ARGUMENTS) | {"standby"} == set(one.scripts._scripts)
+        for name, arguments in ARGUMENTS.items():
+            with pytest.raises(QueueFormatError) as caught:
+                await other.scripts.run(name, arguments)
+            assert (caught.value.found, caught.value.expected) == (FORMAT, NEXT)
+            assert _dump(place) == before, name
+    await other.leave_for_good()
+
+
+async def test_queue_without_the_field_has_the_first_format(shared_redis: str) -> None:
+    """Share the queue with a release that writes no format, and keep a later format out of it."""
+    place = _place(shared_redis, queue_format=1)
+    other = _replica(_next_to(place, 2), OTHER)
+    async with replicas(place) as (one,):
+        with place.client() as client:
+            client.hdel(place.keys.limit, "format")
+        await one.ask(pairs(range(3)))
+        assert numbers_of(await one.take()) == [0, 1, 2]
+        with pytest.raises(
+            QueueFormatError, match="format 1 use the shared queue, and this replica has format 2"
+        ):
+            await other.scripts.run("overview", ARGUMENTS["overview"])
+        await one.beat()
+        assert _format(place) == b"1"
+    await other.leave_for_good()
+
+
+async def test_first_replica_of_a_deployment_sets_its_format(shared_redis: str) -> None:
+    """Need no takeover where nobody else is, as after a flush."""
+    place = _place(shared_redis, queue_format=NEXT)
+    async with replicas(place) as (one,):
+        assert _format(place) == str(NEXT).encode()
+        await one.ask(pairs(range(3)))
+        place.flush()
+        await one.beat()
+        assert numbers_of(await one.take()) == [0, 1, 2]
+        assert _format(place) == str(NEXT).encode()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"0", b"-1", b"1.5", b"99999", b"x", b"nan"])
+async def test_garbage_in_the_field_is_replaced(shared_redis: str, garbage: bytes) -> None:
+    """Go on with the first format, and write it again."""
+    place = _place(shared_redis)
+    async with replicas(place) as (one,):
+        with place.client() as client:
+            client.hset(place.keys.limit, "format", garbage)
+        await one.beat()
+        assert _format(place) == str(FORMAT).encode()
+
+
+async def test_format_that_no_replica_has_is_replaced(shared_redis: str) -> None:
+    """Take the queue back at once when something wrote a format of no replica."""
+    place = _place(shared_redis)
+    one = _replica(place, FIRST)
+    with place.client() as client:
+        client.hset(place.keys.limit, "format", "7")
+    with pytest.raises(QueueFormatError):
+        await one.beat()
+    assert await one.listener._may_join()
+    await one.beat()
+    assert _format(place) == str(FORMAT).encode()
+    await one.leave_for_good()
+
+
+async def test_replica_that_stands_by_has_moments_that_others_leave_alone(shared_redis: str) -> None:
+    """Be a silent member: claim nothing shared, call in moments of its own, and follow the membership."""
+    place = _place(shared_redis)
+    waiting = [_replica(_next_to(place), name) for name in (OTHER, ANOTHER)]
+    async with replicas(place, bounds=limits(pairs_per_second=40)) as (one,):
+        for replica in waiting:
+            await replica.failover.lose(QueueFormatError(found=FORMAT, expected=NEXT))
+            assert replica.failover._limiter.wait_seconds(1, now=time.monotonic()) > 1
+        await _stand_by(waiting[0], beside=[one])
+        await _stand_by(*waiting, beside=[one])  # the second is admitted though the first was silent
+        with place.client() as client:
+            members = client.hget(place.keys.limit, "members")
+            heard = client.zrange(f"{place.keys.limit}:replicas", 0, -1, withscores=True)
+            seconds, microseconds = client.time()
+        silent_since = seconds * 1000 + microseconds / 1000 - 1000
+        assert members == f"{one.name},{OTHER},{ANOTHER}".encode()
+        assert all(score < silent_since for name, score in heard if name != one.name.encode())
+        waits = [replica.failover._limiter.wait_seconds(4, now=time.monotonic()) for replica in waiting]
+        assert all(0 <= wait <= 3.5 for wait in waits)
+        assert abs(waits[0] - waits[1]) > 0.05
+    for replica in waiting:
+        await replica.leave_for_good()
+
+
+async def test_last_replica_of_a_format_that_leaves_hands_the_queue_over(shared_redis: str) -> None:
+    """Change the format with the first heartbeat of a replica that stands by."""
+    place = _place(shared_redis)
+    other = _replica(_next_to(place), OTHER)
+    async with replicas(place, 2, bounds=limits(pairs_per_second=40)) as (one, two):
+        await _stand_by(other, beside=[one, two])
+        await one.scripts.run("verdict", [one.name, "gone", 0])
+        assert not await other.listener._may_join()
+        await two.scripts.run("verdict", [two.name, "gone", 0])
+        assert await other.listener._may_join()
+        await other.join()
+        assert _format(place) == str(NEXT).encode()
+        with pytest.raises(QueueFormatError):
+            await one.scripts.run("overview", ARGUMENTS["overview"])
+        assert not await one.listener._may_join()
+    await other.leave_for_good()
+
+
+@pytest.mark.slow
+async def test_killed_replicas_hand_the_queue_over_after_three_seconds(shared_redis: str) -> None:
+    """Take over only if the own heartbeats went on: after an outage all come back, in any order."""
+    place = _place(shared_redis)
+    other = _replica(_next_to(place), OTHER)
+    async with replicas(place, bounds=limits(pairs_per_second=40)) as (one,):
+        await _stand_by(other, beside=[one])
+        one.unheard()
+        with place.client() as client:
+            client.hset(f"{place.keys.limit}:standby", OTHER, f"{NEXT}:{(client.time()[0] - 5) * 1000}")
+        assert not await other.listener._may_join()
+        assert await other.listener._may_join()
+        assert _format(place) == str(NEXT).encode()
+    await other.leave_for_good()
+
+
+async def test_replica_that_stands_by_and_ends_leaves_nothing(shared_redis: str) -> None:
+    """Leave the membership at once."""
+    place = _place(shared_redis)
+    other = _replica(_next_to(place), OTHER)
+    async with replicas(place, bounds=limits(pairs_per_second=40)) as (one,):
+        await _stand_by(other, beside=[one])
+        await other.listener._run_standby(ends=True)
+        with place.client() as client:
+            kept = client.zrange(f"{place.keys.limit}:replicas", 0, -1)
+            assert kept == [one.name.encode()]
+            assert not client.exists(f"{place.keys.limit}:standby")
+    await other.leave_for_good()
+
+
+async def test_other_format_is_logged_once(shared_redis: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Name what was found and expected, and what to do; say when the queue is shared again."""
+    caplog.set_level(logging.INFO)
+    other = _replica(_place(shared_redis), OTHER)
+    queue = other.failover
+    stood_by = []
+    for _ in range(3):
+        await queue.lose(QueueFormatError(found=7, expected=FORMAT))
+        stood_by.append(queue.stands_by)
+    await other.join()
+    stood_by.append(queue.stands_by)
+    assert stood_by == [True, True, True, False]
+    lost, back = (record.getMessage() for record in caplog.records)
+    assert lost == (
+        f"replicas of queue format 7 use the shared queue, and this replica has format {FORMAT}: "
+        "it uses a local queue, within its share of the rate limit, and joins when no replica of "
+        "format 7 is left (finish the update, or roll it back)"
+    )
+    assert back == "the shared queue is back"
+    await other.leave_for_good()
+
+
+async def test_replica_that_stands_by_follows_invalidations(shared_redis: str) -> None:
+    """Pass on the last entry of each log with every heartbeat."""
+    place = _place(shared_redis)
+    other = _replica(_next_to(place), OTHER)
+    heard: list[bytes | None] = []
+
+    async def hear(last: bytes | None) -> None:
+        heard.append(last)
+
+    other.listener._logs = {other.place.keys.log: hear}
+    assert other.place.keys.log == place.keys.log
+    async with replicas(place) as (one,):
+        assert not await other.listener._may_join()
+        with place.client() as client:
+            client.rpush(place.keys.log, b"entry")
+        assert not await other.listener._may_join()
+        await one.beat()
+    assert heard == [None, b"entry"]
+    await other.leave_for_good()

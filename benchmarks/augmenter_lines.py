@@ -13,7 +13,7 @@ from statistics import median
 import uvloop
 
 from benchmarks import postings
-from benchmarks.augmenter_run import SCALE, Ran, proxy_and_model, run, start_cpu_seconds
+from benchmarks.augmenter_run import SCALE, RunResult, proxy_and_model, run, start_cpu_seconds
 from benchmarks.report import Figure, show
 from services.common.storage.s3 import S3Store
 from services.common.storage.s3_client import aws_client
@@ -22,18 +22,18 @@ from tests.support.s3_server import S3Server, s3_server
 _WORK = Path(".bench/augmenter")
 _LINES, _FILES = int(1_000_000 * SCALE), 8
 _SMALL_FILES = 1000
-_ROUNDS, _AT_ONCE = 3, 4
+_ROUNDS, _CONCURRENCY = 3, 4
 _BUCKET = "bench"
-_MOST_MIB = 300
+_MAX_MIB = 300
 
 
 def main() -> None:
     """Measure, print, write."""
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
-    postings.make(_WORK / "one", files=1, lines=_LINES)
-    postings.make(_WORK / "eight", files=_FILES, lines=_LINES)
-    postings.make(_WORK / "small", files=_SMALL_FILES, lines=_LINES)
+    postings.generate(_WORK / "one", files=1, lines=_LINES)
+    postings.generate(_WORK / "eight", files=_FILES, lines=_LINES)
+    postings.generate(_WORK / "small", files=_SMALL_FILES, lines=_LINES)
     with proxy_and_model(_WORK) as (proxy, _):
         figures = [*_local(proxy.target), *_small(proxy.target)]
         with s3_server(_WORK.resolve()) as s3:
@@ -54,14 +54,25 @@ def _local(target: str) -> list[Figure]:
     cpu = median((one.cpu_seconds - start) / _LINES * 1e6 for one in runs)
     asked = runs[-1].summary["pairs"]["asked"] / _LINES
     return [
-        Figure(what="lines/s, local, one process", measured=f"{rate:,.0f}",
-               beside=f"json.loads and json.dumps: {floor:,.0f}", ratio=rate / floor, target=4,
-               note=f"{asked:.2f} pairs asked a line"),
-        Figure(what="processor time a line, without the start", measured=f"{cpu:.2f} µs", beside="1.5 µs",
-               ratio=cpu / 1.5, target=1, at_most=True,
-               note=f"{cpu * floor / 1e6:.2f} of the loop's; the start: {start:.2f} s"),
+        Figure(
+            what="lines/s, local, one process",
+            measured=f"{rate:,.0f}",
+            beside=f"json.loads and json.dumps: {floor:,.0f}",
+            ratio=rate / floor,
+            target=4,
+            note=f"{asked:.2f} pairs asked a line",
+        ),
+        Figure(
+            what="processor time a line, without the start",
+            measured=f"{cpu:.2f} µs",
+            beside="1.5 µs",
+            ratio=cpu / 1.5,
+            target=1,
+            at_most=True,
+            note=f"{cpu * floor / 1e6:.2f} of the loop's; the start: {start:.2f} s",
+        ),
         _memory("one file", runs),
-    ]  # fmt: skip
+    ]
 
 
 def _small(target: str) -> list[Figure]:
@@ -69,10 +80,16 @@ def _small(target: str) -> list[Figure]:
     return [_memory(f"{_SMALL_FILES} files", [ran])]
 
 
-def _memory(what: str, runs: list[Ran]) -> Figure:
+def _memory(what: str, runs: list[RunResult]) -> Figure:
     peak = max(one.peak_mib for one in runs)
-    return Figure(what=f"most memory, {what}", measured=f"{peak:.0f} MiB", beside=f"{_MOST_MIB} MiB",
-                  ratio=peak / _MOST_MIB, target=1, at_most=True)  # fmt: skip
+    return Figure(
+        what=f"most memory, {what}",
+        measured=f"{peak:.0f} MiB",
+        beside=f"{_MAX_MIB} MiB",
+        ratio=peak / _MAX_MIB,
+        target=1,
+        at_most=True,
+    )
 
 
 _LOOP = """
@@ -91,8 +108,9 @@ def _loop(path: Path) -> float:
     """The seconds of the loop that looks nothing up, in a process of its own as well."""
     done = subprocess.run(
         [sys.executable, "-c", _LOOP, str(path), str(_WORK / "loop.jsonl")],
-        check=True, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     seconds: float = json.loads(done.stdout)
     return seconds
 
@@ -109,14 +127,20 @@ def _s3(s3: S3Server, target: str) -> list[Figure]:
         runs.append(run(*args))
     rate, floor = _LINES / median(one.seconds for one in runs), _LINES / median(copies)
     return [
-        Figure(what="lines/s, S3 to S3", measured=f"{rate:,.0f}", beside=f"copied unchanged: {floor:,.0f}",
-               ratio=rate / floor, target=0.5, note="all of it on these cores, the S3 server too"),
+        Figure(
+            what="lines/s, S3 to S3",
+            measured=f"{rate:,.0f}",
+            beside=f"copied unchanged: {floor:,.0f}",
+            ratio=rate / floor,
+            target=0.5,
+            note="all of it on these cores, the S3 server too",
+        ),
         _memory("S3 to S3", runs),
-    ]  # fmt: skip
+    ]
 
 
 async def _fill(s3: S3Server) -> None:
-    async with aws_client("s3", endpoint_url=s3.endpoint_url, connections=2) as client:
+    async with aws_client("s3", endpoint_url=s3.endpoint_url, max_connections=2) as client:
         await client.create_bucket(Bucket=_BUCKET)
         for path in sorted((_WORK / "eight").iterdir()):
             await client.put_object(Bucket=_BUCKET, Key=f"raw/{path.name}", Body=path.read_bytes())
@@ -126,17 +150,18 @@ def _copy(s3: S3Server) -> float:
     """The same client, part size and number of files at a time, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.augmenter_lines", s3.endpoint_url],
-        check=True, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        check=True,
+        stdout=subprocess.PIPE,
+    )
     seconds: float = json.loads(done.stdout)
     return seconds
 
 
 async def _copy_all(endpoint_url: str) -> float:
-    async with aws_client("s3", endpoint_url=endpoint_url, connections=4 * _AT_ONCE) as client:
+    async with aws_client("s3", endpoint_url=endpoint_url, max_connections=4 * _CONCURRENCY) as client:
         source = S3Store(client, bucket=_BUCKET, prefix="raw/")
         sink = S3Store(client, bucket=_BUCKET, prefix="copy/")
-        places = asyncio.Semaphore(_AT_ONCE)
+        places = asyncio.Semaphore(_CONCURRENCY)
         began = time.perf_counter()
         items = [item async for item in source.list()]
 

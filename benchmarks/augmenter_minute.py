@@ -25,7 +25,7 @@ _WORK = Path(".bench/minute")
 _LINES, _NEW = 5_600, 40
 _ROUNDS = 7
 _MODEL_SECONDS = 0.2
-_MOST_SECONDS = 0.150
+_MAX_SECONDS = 0.150
 _IDLE_SECONDS = 2.5  # more than a call a second: the model's next call may begin at once
 _BUCKET = "bench"
 
@@ -40,12 +40,12 @@ def main() -> None:
         proxy_and_model(_WORK, latency=latency, limited=True) as (proxy, _),
     ):
         os.environ.update(s3.environment)
-        postings.make(_WORK / "known", files=1, lines=_LINES - _NEW)  # the files draw the same
+        postings.generate(_WORK / "known", files=1, lines=_LINES - _NEW)  # the files draw the same
         run(str(_WORK / "known"), str(_WORK / "out"), "--target", proxy.target)
         client = _client(s3)
         client.create_bucket(Bucket=_BUCKET)
-        with _watching(s3, proxy.target) as http:
-            took = [_minute(client, http, number) for number in range(_ROUNDS)]
+        with _running_watcher(s3, proxy.target) as http:
+            took = [_measure_file(client, http, number) for number in range(_ROUNDS)]
     calls = [call for call in _calls() if len(call["pairs"]) == _NEW]
     above = median(took) - _MODEL_SECONDS
     each = len(calls) / _ROUNDS
@@ -53,25 +53,53 @@ def main() -> None:
     show(
         "augmenter_minute",
         [
-            Figure(what=f"a minute's file, {_LINES} lines, {_NEW} new pairs, above the model's time",
-                   measured=shown, beside=f"{_MOST_SECONDS * 1000:.0f} ms", ratio=above / _MOST_SECONDS,
-                   target=1, at_most=True,
-                   note=f"the model's time: {latency}; the worst with it: {max(took) * 1000:.0f} ms"),
-            Figure(what="calls to the model for it", measured=f"{each:.1f}", beside="1", ratio=each,
-                   target=1, at_most=True),
+            Figure(
+                what=f"a minute's file, {_LINES} lines, {_NEW} new pairs, above the model's time",
+                measured=shown,
+                beside=f"{_MAX_SECONDS * 1000:.0f} ms",
+                ratio=above / _MAX_SECONDS,
+                target=1,
+                at_most=True,
+                note=f"the model's time: {latency}; the worst with it: {max(took) * 1000:.0f} ms",
+            ),
+            Figure(
+                what="calls to the model for it",
+                measured=f"{each:.1f}",
+                beside="1",
+                ratio=each,
+                target=1,
+                at_most=True,
+            ),
         ],
-    )  # fmt: skip
+    )
 
 
 @contextmanager
-def _watching(s3: S3Server, target: str) -> Iterator[str]:
+def _running_watcher(s3: S3Server, target: str) -> Iterator[str]:
     """A run that waits for files; where its metrics are."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.augmenter", "run", f"s3://{_BUCKET}/raw/", f"s3://{_BUCKET}/mod/",
-         "--watch", "--poll-interval", "100ms", "--http-listen", "127.0.0.1:0", "--target", target,
-         "--endpoint-url", s3.endpoint_url],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "services.augmenter",
+            "run",
+            f"s3://{_BUCKET}/raw/",
+            f"s3://{_BUCKET}/mod/",
+            "--watch",
+            "--poll-interval",
+            "100ms",
+            "--http-listen",
+            "127.0.0.1:0",
+            "--target",
+            target,
+            "--endpoint-url",
+            s3.endpoint_url,
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
     assert process.stderr  # noqa: S101 - a pipe
     try:
         yield process.stderr.readline().split("http://")[1].split("/")[0]
@@ -80,10 +108,10 @@ def _watching(s3: S3Server, target: str) -> Iterator[str]:
         process.communicate()
 
 
-def _minute(client: Any, http: str, number: int) -> float:
+def _measure_file(client: Any, http: str, number: int) -> float:
     """The seconds that a file took, as the augmenter says."""
     folder = _WORK / f"minute-{number}"
-    postings.make(folder, files=1, lines=_LINES, new=_NEW, first_new=postings.KNOWN + number * _NEW)
+    postings.generate(folder, files=1, lines=_LINES, new=_NEW, first_new=postings.KNOWN + number * _NEW)
     name = f"{1_714_521_600 + 60 * number}.jsonl"
     time.sleep(_IDLE_SECONDS)
     before = _file_seconds(http)

@@ -16,15 +16,15 @@ from urllib.request import urlopen
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.load import peak_bytes
-from demo.processes import Server, environment, server
+from demo.processes import Server, environment, running_server
 
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))
 """The part of the lines that are made: 1 for the figures, less to see that the benchmark runs."""
-_LOOK_SECONDS = 0.02
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ran:
+class RunResult:
     """What a run took: `seconds` as it says itself, the rest as the system says."""
 
     seconds: float
@@ -33,17 +33,18 @@ class Ran:
     summary: Mapping[str, Any]
 
 
-class Running:
+class AugmenterProcess:
     """A run that goes on."""
 
     def __init__(self, *args: str, env: dict[str, str] | None = None) -> None:
         self._summary = Path(tempfile.mkstemp(suffix=".json")[1])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "services.augmenter", "run", *args, "--summary-json", str(self._summary)],
-            stdout=subprocess.DEVNULL, env=environment() | (env or {}),
-        )  # fmt: skip
+            stdout=subprocess.DEVNULL,
+            env=environment() | (env or {}),
+        )
 
-    def wait(self) -> Ran:
+    def wait(self) -> RunResult:
         """Its end."""
         peak = 0
         while True:
@@ -54,14 +55,14 @@ class Running:
                 peak = max(peak, peak_bytes(self._process.pid))
             except (FileNotFoundError, StopIteration):  # it is just ending
                 continue
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         self._process.returncode = os.waitstatus_to_exitcode(status)
         if self._process.returncode:
             message = f"augmenter run ended with {self._process.returncode}"
             raise RuntimeError(message)
         summary = json.loads(self._summary.read_text())
         self._summary.unlink()
-        return Ran(
+        return RunResult(
             seconds=summary["seconds"],
             cpu_seconds=usage.ru_utime + usage.ru_stime,
             peak_mib=peak / 2**20,
@@ -69,9 +70,9 @@ class Running:
         )
 
 
-def run(*args: str, env: dict[str, str] | None = None) -> Ran:
+def run(*args: str, env: dict[str, str] | None = None) -> RunResult:
     """Run it to its end."""
-    return Running(*args, env=env).wait()
+    return AugmenterProcess(*args, env=env).wait()
 
 
 def start_cpu_seconds(folder: Path) -> float:
@@ -90,11 +91,11 @@ def proxy_and_model(
     with ExitStack() as stack:
         stub_args = ["serve", "--listen", "127.0.0.1:0", "--rate", "0", "--latency", latency]
         stub_args += ["--log", str(work / "calls.jsonl")] if limited else []
-        stub = stack.enter_context(server("services.model_stub", stub_args, log=work / "stub.log"))
+        stub = stack.enter_context(running_server("services.model_stub", stub_args, log=work / "stub.log"))
         args = ["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--drain-delay", "0s"]
         args += ["--model-target", stub.target, "--cache-url", cache_url]
         args += [] if limited else ["--model-rate", "100000000", "--model-calls-per-second", "0"]
-        yield stack.enter_context(server("services.cache_proxy", args, log=work / "proxy.log")), stub
+        yield stack.enter_context(running_server("services.cache_proxy", args, log=work / "proxy.log")), stub
 
 
 def metric_sums(http: str, sample_name: str, *, label: str) -> dict[str, float]:

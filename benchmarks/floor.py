@@ -36,7 +36,7 @@ class Floor(seniority_pb2_grpc.SeniorityModelServicer):
 
 
 async def _serve() -> None:
-    front = server.listen(ServerSettings(listen=("127.0.0.1:0",)), Floor())
+    front = server.bind_server(ServerSettings(listen=("127.0.0.1:0",)), Floor())
     await front.start()
     logs.announce_ready(listen=front.addresses)
     await front.run()

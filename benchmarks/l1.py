@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 from benchmarks import load
 from benchmarks.report import Figure, show
-from demo.processes import Server, server
+from demo.processes import Server, running_server
 
 _WORK = Path(".bench/l1")
 _KNOWN_PAIRS = 100_000
@@ -33,19 +33,19 @@ def main() -> None:
     _WORK.mkdir(parents=True)
     with _floor() as floor:
         with _proxy(floor, "memory:") as proxy:
-            load.ask_all(proxy.target, _messages(range(_KNOWN_PAIRS)), tasks=4)
-            batches = [load.message(_drawn(_BATCH, seed=seed)) for seed in range(200)]
-            singles = [load.message([pair]) for pair in _drawn(20_000, seed=1)]
-            load.ask_all(proxy.target, batches, tasks=4)
+            load.send_all(proxy.target, _messages(range(_KNOWN_PAIRS)), tasks=4)
+            batches = [load.message(_draw_pairs(_BATCH, seed=seed)) for seed in range(200)]
+            singles = [load.message([pair]) for pair in _draw_pairs(20_000, seed=1)]
+            load.send_all(proxy.target, batches, tasks=4)
             figures = [
-                _beside("batch of 1000, pairs/s", floor, proxy, batches, tasks=8, pairs=_BATCH, target=1.3),
-                _beside("one pair an RPC, RPCs/s", floor, proxy, singles, tasks=16, pairs=1, target=0.9),
+                _compare("batch of 1000, pairs/s", floor, proxy, batches, tasks=8, pairs=_BATCH, target=1.3),
+                _compare("one pair an RPC, RPCs/s", floor, proxy, singles, tasks=16, pairs=1, target=0.9),
             ]
         figures.append(_memory(floor))
     show("l1", figures)
 
 
-def _beside(
+def _compare(
     what: str,
     floor: Server,
     proxy: Server,
@@ -56,7 +56,7 @@ def _beside(
     target: float,
 ) -> Figure:
     """Alternating runs, so that both see the same machine; the median of each, and of their ratios."""
-    runs = {"floor": list[load.Run](), "proxy": list[load.Run]()}
+    runs = {"floor": list[load.LoadRun](), "proxy": list[load.LoadRun]()}
     for _ in range(_ROUNDS):
         for name, asked in (("floor", floor), ("proxy", proxy)):
             run = load.measure(asked.target, messages, pid=asked.pid, tasks=tasks, seconds=_SECONDS)
@@ -71,36 +71,43 @@ def _beside(
         theirs.server_us / mine.server_us for mine, theirs in zip(runs["proxy"], runs["floor"], strict=True)
     ]
     return Figure(
-        what=what, measured=shown["proxy"], beside=f"floor: {shown['floor']}", ratio=median(ratios),
-        target=target, note=f"by processor time {median(cpu):.2f}",
-    )  # fmt: skip
+        what=what,
+        measured=shown["proxy"],
+        beside=f"floor: {shown['floor']}",
+        ratio=median(ratios),
+        target=target,
+        note=f"by processor time {median(cpu):.2f}",
+    )
 
 
 def _memory(model: Server) -> Figure:
     """A proxy that reads a million pairs out of its store: so no queue has held them in its memory."""
     store = f"embedded:{_WORK / 'cache'}"
     with _proxy(model, store) as filling:
-        load.ask_all(filling.target, _messages(range(_MEMORY_PAIRS)), tasks=4)
+        load.send_all(filling.target, _messages(range(_MEMORY_PAIRS)), tasks=4)
     with _proxy(model, store, "--l1-max-bytes", str(_L1_BYTES)) as proxy:
         half = range(_MEMORY_PAIRS // 2)  # what was asked for twice has its own half of L1
         for pairs in (half, half, range(half.stop, _MEMORY_PAIRS)):
-            load.ask_all(proxy.target, _messages(pairs), tasks=4)
+            load.send_all(proxy.target, _messages(pairs), tasks=4)
         entries, peak = _metric(proxy, "cache_proxy_l1_entries"), load.peak_bytes(proxy.pid)
     return Figure(
-        what="memory with 1M pairs in L1", measured=f"{_mib(peak)}, {entries:,.0f} pairs",
+        what="memory with 1M pairs in L1",
+        measured=f"{_mib(peak)}, {entries:,.0f} pairs",
         beside=f"--l1-max-bytes {_mib(_L1_BYTES)}, and {_mib(_ALLOWED_BYTES)}",
-        ratio=peak / (_L1_BYTES + _ALLOWED_BYTES), target=1, at_most=True,
-    )  # fmt: skip
+        ratio=peak / (_L1_BYTES + _ALLOWED_BYTES),
+        target=1,
+        at_most=True,
+    )
 
 
 def _floor() -> AbstractContextManager[Server]:
-    return server("benchmarks.floor", [], log=_WORK / "floor.log")
+    return running_server("benchmarks.floor", [], log=_WORK / "floor.log")
 
 
 def _proxy(model: Server, cache_url: str, *flags: str) -> AbstractContextManager[Server]:
     args = ["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--drain-delay", "0s"]
     args += ["--model-target", model.target, "--cache-url", cache_url, *_PACE, *flags]
-    return server("services.cache_proxy", args, log=_WORK / "proxy.log")
+    return running_server("services.cache_proxy", args, log=_WORK / "proxy.log")
 
 
 def _pair(rank: int) -> tuple[str, str]:
@@ -112,7 +119,7 @@ def _messages(ranks: range) -> Iterator[bytes]:
         yield load.message(_pair(rank) for rank in ranks[start : start + _BATCH])
 
 
-def _drawn(count: int, *, seed: int) -> list[tuple[str, str]]:
+def _draw_pairs(count: int, *, seed: int) -> list[tuple[str, str]]:
     ranks = random.Random(seed).choices(range(_KNOWN_PAIRS), cum_weights=_weights(), k=count)
     return [_pair(rank) for rank in ranks]
 

@@ -18,7 +18,7 @@ _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_le
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class LoadRun:
     """What one run did, and the processor time that it cost the server."""
 
     rpcs: int
@@ -51,19 +51,19 @@ def message(pairs: Iterable[tuple[str, str]]) -> bytes:
     ).SerializeToString()
 
 
-def ask_all(target: str, messages: Iterable[bytes], *, tasks: int) -> None:
+def send_all(target: str, messages: Iterable[bytes], *, tasks: int) -> None:
     """Send each message once."""
-    _run(_ask(target, iter(messages), tasks=tasks))
+    _run(_send(target, iter(messages), tasks=tasks))
 
 
-def measure(target: str, messages: Sequence[bytes], *, pid: int, tasks: int, seconds: float) -> Run:
+def measure(target: str, messages: Sequence[bytes], *, pid: int, tasks: int, seconds: float) -> LoadRun:
     """Send the messages over and over."""
     before, started_at = cpu_seconds(pid), time.perf_counter()
     ends_at = started_at + seconds
     endless = itertools.takewhile(lambda _: time.perf_counter() < ends_at, itertools.cycle(messages))
-    rpcs = _run(_ask(target, endless, tasks=tasks))
+    rpcs = _run(_send(target, endless, tasks=tasks))
     took = time.perf_counter() - started_at
-    return Run(rpcs=rpcs, seconds=took, server_cpu_seconds=cpu_seconds(pid) - before)
+    return LoadRun(rpcs=rpcs, seconds=took, server_cpu_seconds=cpu_seconds(pid) - before)
 
 
 def _run(asking: Coroutine[None, None, int]) -> int:
@@ -71,7 +71,7 @@ def _run(asking: Coroutine[None, None, int]) -> int:
         return runner.run(asking)
 
 
-async def _ask(target: str, messages: Iterable[bytes], *, tasks: int) -> int:
+async def _send(target: str, messages: Iterable[bytes], *, tasks: int) -> int:
     async with aio.insecure_channel(target, options=_OPTIONS) as channel:
         call: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_METHOD)
 

@@ -38,7 +38,7 @@ def ranks(drawn: random.Random, known: int = KNOWN) -> Iterator[int]:
             yield rank - 1
 
 
-def line(number: int, rank: int) -> str:
+def posting_line(number: int, rank: int) -> str:
     """A posting of about 200 bytes."""
     company, title = pair(rank)
     return (
@@ -48,7 +48,7 @@ def line(number: int, rank: int) -> str:
     )
 
 
-def write(
+def write_files(
     folder: Path, *, files: int, lines: int, new: int, first_new: int = KNOWN, known: int = KNOWN
 ) -> None:
     """So many files with so many lines in all, so many of them of pairs never seen, spread evenly."""
@@ -60,13 +60,13 @@ def write(
             for _ in range(lines * (number + 1) // files - lines * number // files):
                 written += 1
                 if unseen < new * written // lines:
-                    file.write(line(written, first_new + unseen))
+                    file.write(posting_line(written, first_new + unseen))
                     unseen += 1
                 else:
-                    file.write(line(written, next(drawn)))
+                    file.write(posting_line(written, next(drawn)))
 
 
-def make(
+def generate(
     folder: Path, *, files: int, lines: int, new: int = 0, first_new: int = KNOWN, known: int = KNOWN
 ) -> None:
     """The same, in a process of its own."""
@@ -76,4 +76,4 @@ def make(
 
 if __name__ == "__main__":
     _files, _lines, _new, _first, _known = map(int, sys.argv[2:])
-    write(Path(sys.argv[1]), files=_files, lines=_lines, new=_new, first_new=_first, known=_known)
+    write_files(Path(sys.argv[1]), files=_files, lines=_lines, new=_new, first_new=_first, known=_known)

@@ -42,7 +42,7 @@ class MgetProxy(seniority_pb2_grpc.SeniorityModelServicer):
 
 
 async def _serve(url: str) -> None:
-    front = server.listen(
+    front = server.bind_server(
         ServerSettings(listen=("127.0.0.1:0",)), MgetProxy(redis.asyncio.Redis.from_url(url))
     )
     await front.start()

@@ -10,13 +10,13 @@ from statistics import median
 from benchmarks import load
 from benchmarks.report import Figure, show
 from benchmarks.store_server import RedisProcess, fill_buckets, fill_strings, pair, redis_process
-from demo.processes import Server, server
+from demo.processes import Server, running_server
 
 _WORK = Path(".bench/store")
 _SMALL, _MIDDLE, _LARGE = 100_000, 1_000_000, 20_000_000
 _BATCH, _TASKS = 1000, 4
 _ROUNDS, _SECONDS = 5, 3.0
-_MOST_MS = 5
+_MAX_MS = 5
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
         for count in (_MIDDLE, _LARGE):
             fill_buckets(large, range(filled, count))
             filled = count
-            figures += _bytes(count, (large.used_bytes - empty) / count)
-        figures.append(_held(large))
+            figures += _compare_bytes(count, (large.used_bytes - empty) / count)
+        figures.append(_script_duration(large))
         fill_buckets(small, range(_SMALL))
         fill_strings(small, range(_SMALL))
         floor = stack.enter_context(_python("benchmarks.floor"))
@@ -51,7 +51,7 @@ def main() -> None:
     show("store_pairs", figures)
 
 
-def _bytes(count: int, each: float) -> list[Figure]:
+def _compare_bytes(count: int, each: float) -> list[Figure]:
     """Beside a string key a pair with a TTL, in a server of its own."""
     with redis_process(_WORK / "strings") as strings:
         empty = strings.used_bytes
@@ -61,45 +61,58 @@ def _bytes(count: int, each: float) -> list[Figure]:
     return [
         Figure(what=what, measured=f"{each:.1f}", beside="20", ratio=each / 20, target=1, at_most=True),
         Figure(
-            what=what, measured=f"{each:.1f}", beside=f"string key with a TTL: {beside:.1f}",
-            ratio=beside / each, target=5,
+            what=what,
+            measured=f"{each:.1f}",
+            beside=f"string key with a TTL: {beside:.1f}",
+            ratio=beside / each,
+            target=5,
         ),
-    ]  # fmt: skip
+    ]
 
 
-def _held(filled: RedisProcess) -> Figure:
+def _script_duration(filled: RedisProcess) -> Figure:
     """How long a script held Redis while the cache grew; on a busy machine with what it took from Redis."""
     slow = sorted(entry["duration"] / 1000 for entry in filled.client.slowlog_get(1000))
     stats = filled.client.info("commandstats")["cmdstat_evalsha"]
     mean_ms = stats["usec_per_call"] / 1000
     return Figure(
-        what="a script's hold on Redis", measured=f"{mean_ms:.2f} ms on average", beside=f"{_MOST_MS} ms",
-        ratio=mean_ms / _MOST_MS, target=1, at_most=True,
+        what="a script's hold on Redis",
+        measured=f"{mean_ms:.2f} ms on average",
+        beside=f"{_MAX_MS} ms",
+        ratio=mean_ms / _MAX_MS,
+        target=1,
+        at_most=True,
         note=f"{len(slow)} of {stats['calls']:,} took longer, the longest {slow[-1] if slow else 0:.1f} ms",
-    )  # fmt: skip
+    )
 
 
-def _alternating(asked: dict[str, tuple[Server, Sequence[bytes]]]) -> dict[str, list[load.Run]]:
+def _alternating(asked: dict[str, tuple[Server, Sequence[bytes]]]) -> dict[str, list[load.LoadRun]]:
     """Runs in turn, so that all see the same machine."""
-    runs: dict[str, list[load.Run]] = {name: [] for name in asked}
+    runs: dict[str, list[load.LoadRun]] = {name: [] for name in asked}
     for one, messages in asked.values():
-        load.ask_all(one.target, messages, tasks=_TASKS)
+        load.send_all(one.target, messages, tasks=_TASKS)
     for _ in range(_ROUNDS):
         for name, (one, messages) in asked.items():
             runs[name].append(load.measure(one.target, messages, pid=one.pid, tasks=_TASKS, seconds=_SECONDS))
     return runs
 
 
-def _ratio(what: str, runs: dict[str, list[load.Run]], mine: str, theirs: str, *, target: float) -> Figure:
+def _ratio(
+    what: str, runs: dict[str, list[load.LoadRun]], mine: str, theirs: str, *, target: float
+) -> Figure:
     ratios = [one.rate / other.rate for one, other in zip(runs[mine], runs[theirs], strict=True)]
     cpu = [other.server_us / one.server_us for one, other in zip(runs[mine], runs[theirs], strict=True)]
     return Figure(
-        what=what, measured=_shown(runs[mine]), beside=f"{theirs}: {_shown(runs[theirs])}",
-        ratio=median(ratios), target=target, note=f"by processor time of the proxy {median(cpu):.2f}",
-    )  # fmt: skip
+        what=what,
+        measured=_format_runs(runs[mine]),
+        beside=f"{theirs}: {_format_runs(runs[theirs])}",
+        ratio=median(ratios),
+        target=target,
+        note=f"by processor time of the proxy {median(cpu):.2f}",
+    )
 
 
-def _shown(runs: Sequence[load.Run]) -> str:
+def _format_runs(runs: Sequence[load.LoadRun]) -> str:
     pairs = median(run.rate for run in runs) * _BATCH
     return f"{pairs:,.0f} pairs/s, {median(run.server_us for run in runs) / _BATCH:.2f} µs a pair"
 
@@ -111,13 +124,13 @@ def _batches(known: int) -> list[bytes]:
 
 
 def _python(module: str, *args: str) -> AbstractContextManager[Server]:
-    return server(module, list(args), log=_WORK / f"{module}.log")
+    return running_server(module, list(args), log=_WORK / f"{module}.log")
 
 
 def _proxy(model: Server, store: RedisProcess) -> AbstractContextManager[Server]:
     args = ["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--drain-delay", "0s"]
     args += ["--model-target", model.target, "--cache-url", store.url, "--l1-max-bytes", "0"]
-    return server("services.cache_proxy", args, log=_WORK / "proxy.log")
+    return running_server("services.cache_proxy", args, log=_WORK / "proxy.log")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.redis_client.client_factory import connect, servers
+from services.cache_proxy.redis_client.client_factory import backend_for, create_client
 
 _TTL_SECONDS = 30 * 86_400
 _START_SECONDS = 10
-_FILLED_AT_ONCE = 20_000
-_UNDER_WAY = 3
+_FILL_BATCH_PAIRS = 20_000
+_MAX_PENDING_WRITES = 3
 digest = make_digester(normalize="fold", secret=None)
 
 
@@ -46,10 +46,22 @@ def redis_process(folder: Path) -> Iterator[RedisProcess]:
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / "redis.sock").resolve()
     process = subprocess.Popen(
-        [shutil.which("redis-server") or str(get_binary_path()), "--port", "0", "--unixsocket", str(path),
-         "--save", "", "--slowlog-log-slower-than", "5000", "--slowlog-max-len", "1000"],
-        stdout=subprocess.DEVNULL, cwd=folder,
-    )  # fmt: skip
+        [
+            shutil.which("redis-server") or str(get_binary_path()),
+            "--port",
+            "0",
+            "--unixsocket",
+            str(path),
+            "--save",
+            "",
+            "--slowlog-log-slower-than",
+            "5000",
+            "--slowlog-max-len",
+            "1000",
+        ],
+        stdout=subprocess.DEVNULL,
+        cwd=folder,
+    )
     client = redis.Redis(unix_socket_path=str(path))
     try:
         give_up_at = time.monotonic() + _START_SECONDS
@@ -74,22 +86,22 @@ def fill_buckets(server: RedisProcess, ranks: range) -> None:
 
 
 async def _fill_buckets(url: str, ranks: range) -> None:
-    reached = servers(connect(url, timeout_seconds=30))
-    store = RedisStore(reached, base=base_key(KeySettings()), metrics=ProxyMetrics(CollectorRegistry()))
+    reached = backend_for(create_client(url, timeout_seconds=30))
+    store = RedisStore(reached, base_key=base_key(KeySettings()), metrics=ProxyMetrics(CollectorRegistry()))
     under_way: list[asyncio.Task[None]] = []
-    for start in range(0, len(ranks), _FILLED_AT_ONCE):
-        levels = {digest(*pair(rank)): rank % 7 + 1 for rank in ranks[start : start + _FILLED_AT_ONCE]}
+    for start in range(0, len(ranks), _FILL_BATCH_PAIRS):
+        levels = {digest(*pair(rank)): rank % 7 + 1 for rank in ranks[start : start + _FILL_BATCH_PAIRS]}
         under_way.append(asyncio.create_task(store.put(levels)))
         await asyncio.sleep(0)
-        if len(under_way) >= _UNDER_WAY:
+        if len(under_way) >= _MAX_PENDING_WRITES:
             await under_way.pop(0)
     await asyncio.gather(*under_way)
     await reached.close()
 
 
-def string_key(of: bytes) -> bytes:
+def string_key(pair_digest: bytes) -> bytes:
     """The key of a digest, as one would write it first."""
-    return b"s:" + of.hex().encode()
+    return b"s:" + pair_digest.hex().encode()
 
 
 def fill_strings(server: RedisProcess, ranks: range, *, with_ttl: bool = True) -> None:

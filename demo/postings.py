@@ -15,21 +15,58 @@ _SUFFIXES = (".jsonl", ".jsonl", ".jsonl.gz", ".jsonl", ".jsonl.zst")
 _ZIPF_EXPONENT = 1.1
 
 _COMPANY_FIRST = (
-    "Acme", "Nordlicht", "Blue Harbor", "Café Müller", "東京データ", "Ørsted & Søn", "Quantum Fox",
-    "Złoty Młyn", "Pioneer", "Sunny Side", "Vega", "Iron Oak", "L'Atelier", "Маяк", "Redwood", "Silver Birch",
-    "Polaris", "Granite", "Kestrel", "Lumen",
-)  # fmt: skip
+    "Acme",
+    "Nordlicht",
+    "Blue Harbor",
+    "Café Müller",
+    "東京データ",
+    "Ørsted & Søn",
+    "Quantum Fox",
+    "Złoty Młyn",
+    "Pioneer",
+    "Sunny Side",
+    "Vega",
+    "Iron Oak",
+    "L'Atelier",
+    "Маяк",
+    "Redwood",
+    "Silver Birch",
+    "Polaris",
+    "Granite",
+    "Kestrel",
+    "Lumen",
+)
 _COMPANY_LAST = ("Inc", "GmbH", "Labs", "Systems", "Health", "Logistics", "Bank", "Foods", "Energy", "AI")
 _GRADES = (
-    "Junior", "", "Senior", "Lead", "Principal", "Staff", "Graduate", "Head of", "Director of",
-    "Intern", "Chief",
-)  # fmt: skip
+    "Junior",
+    "",
+    "Senior",
+    "Lead",
+    "Principal",
+    "Staff",
+    "Graduate",
+    "Head of",
+    "Director of",
+    "Intern",
+    "Chief",
+)
 _JOBS = (
-    "Software Engineer", "Data Scientist", "Account Manager", "Nurse", "Électricien", "Product Designer",
-    "Köchin", "Sales Representative", "Финансовый аналитик", "Warehouse Operator", "教師",
+    "Software Engineer",
+    "Data Scientist",
+    "Account Manager",
+    "Nurse",
+    "Électricien",
+    "Product Designer",
+    "Köchin",
+    "Sales Representative",
+    "Финансовый аналитик",
+    "Warehouse Operator",
+    "教師",
     "Mechanical Engineer",
-    "Marketing Specialist", "Security Officer", "Chemist & Lab Manager",
-)  # fmt: skip
+    "Marketing Specialist",
+    "Security Officer",
+    "Chemist & Lab Manager",
+)
 _PLACES = ("Berlin", "São Paulo", "San Jose, CA", "Remote", "Łódź", "札幌", "Austin, TX", "Malmö")
 
 _BAD_LINES = (
@@ -42,7 +79,7 @@ _BAD_LINES = (
 )
 
 
-def write_postings(folder: Path, *, files: int, lines_a_file: int, distinct_pairs: int, seed: int) -> None:
+def write_postings(folder: Path, *, files: int, lines_per_file: int, distinct_pairs: int, seed: int) -> None:
     """Write `files` minute-files; pairs are drawn by rank, the weight of rank r being r^-1.1."""
     chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
     pairs = _pairs(distinct_pairs, chance)
@@ -50,7 +87,7 @@ def write_postings(folder: Path, *, files: int, lines_a_file: int, distinct_pair
     folder.mkdir(parents=True)
     for number in range(files):
         minute = _FIRST_MINUTE + 60 * number
-        drawn = chance.choices(pairs, cum_weights=cumulative, k=lines_a_file)
+        drawn = chance.choices(pairs, cum_weights=cumulative, k=lines_per_file)
         lines = [_posting(company, title, minute, chance) for company, title in drawn]
         lines.insert(chance.randrange(len(lines)), _BAD_LINES[number % len(_BAD_LINES)])
         if number % 3 == 1:

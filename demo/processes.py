@@ -18,7 +18,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"no_grpc_proxy": "127.0.0.1,localhost"}
 
 
-class ServerFailed(Exception):
+class ServerFailedError(Exception):
     """A server ended, or said nothing, before it was ready."""
 
 
@@ -38,14 +38,18 @@ class Server:
 
 
 @contextmanager
-def server(module: str, args: Sequence[str], *, log: Path) -> Iterator[Server]:
+def running_server(module: str, args: Sequence[str], *, log: Path) -> Iterator[Server]:
     """Start `python -m module args`, wait for its `ready` line, stop it at the end."""
     command = [sys.executable, "-m", module, *args]
     with log.open("a") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(),
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment(),
             start_new_session=True,  # a Ctrl-C is ours to handle: they are stopped once, by us
-        )  # fmt: skip
+        )
     try:
         yield Server(process, _wait_ready(process, module, log))
     finally:
@@ -64,6 +68,6 @@ def _wait_ready(process: "subprocess.Popen[str]", module: str, log: Path) -> dic
         line = process.stdout.readline() if selector.select(_READY_SECONDS) else ""
     if not line:
         last = log.read_text().strip().splitlines()[-1:]
-        raise ServerFailed(f"{module} did not start: {''.join(last) or 'it said nothing'}")
+        raise ServerFailedError(f"{module} did not start: {''.join(last) or 'it said nothing'}")
     ready: dict[str, Any] = json.loads(line)
     return ready

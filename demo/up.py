@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from demo.processes import ServerFailed, server
+from demo.processes import ServerFailedError, running_server
 
 _FOLDER = Path(".demo/up")
 _STUB, _PROXY, _HTTP = "127.0.0.1:50052", "127.0.0.1:50051", "127.0.0.1:9464"
@@ -39,14 +39,14 @@ def main() -> int:
     proxy += ["--cache-url", f"embedded:{_FOLDER / 'cache'}", "--drain-delay", "0s"]
     try:
         with (
-            server("services.model_stub", stub, log=_FOLDER / "model-stub.log"),
-            server("services.cache_proxy", proxy, log=_FOLDER / "cache-proxy.log"),
+            running_server("services.model_stub", stub, log=_FOLDER / "model-stub.log"),
+            running_server("services.cache_proxy", proxy, log=_FOLDER / "cache-proxy.log"),
         ):
             sys.stdout.write(_HELP)
             sys.stdout.flush()
             while True:
                 time.sleep(3600)
-    except ServerFailed as error:
+    except ServerFailedError as error:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:

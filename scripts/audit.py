@@ -24,7 +24,7 @@ def main() -> int:
     for lock in sorted((_ROOT / "requirements").glob("*.txt")):
         parts = _write_sbom(lock, folder / f"{lock.stem}.cdx.json")
         print(f"{lock.name}: {parts} packages, listed in .audit/{lock.stem}.cdx.json")
-        problems = list(verdict(_advisories(lock), expected=parts))
+        problems = list(find_problems(_advisories(lock), expected=parts))
         for problem in problems:
             print(f"  {problem}")
         bad += problems
@@ -32,7 +32,7 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def verdict(report: Any, *, expected: int) -> Iterable[str]:
+def find_problems(report: Any, *, expected: int) -> Iterable[str]:
     """What is wrong by pip-audit's JSON; None: it gave none."""
     found = [] if report is None else report["dependencies"]
     for one in found:
@@ -61,9 +61,16 @@ def _write_sbom(lock: Path, path: Path) -> int:
 
 def _advisories(lock: Path) -> Any:
     command: list[str | Path] = [
-        _BIN / "pip-audit", "--require-hashes", "--disable-pip", "--requirement", lock,
-        "--progress-spinner", "off", "--format", "json",
-    ]  # fmt: skip
+        _BIN / "pip-audit",
+        "--require-hashes",
+        "--disable-pip",
+        "--requirement",
+        lock,
+        "--progress-spinner",
+        "off",
+        "--format",
+        "json",
+    ]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)
     try:
         return json.loads(ended.stdout)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parents[1]
 _SERVICES = ("cache-proxy", "augmenter", "model-stub")
-_LOCKED_DOWN = (
+_SECURITY_FLAGS = (
     "--read-only",
     "--cap-drop",
     "all",
@@ -32,7 +32,7 @@ _LINES = [
 _READY_SECONDS = 60
 
 
-class Failed(Exception):
+class ImageTestError(Exception):
     """Something did not run as it should."""
 
 
@@ -56,8 +56,8 @@ def main() -> int:
         _build(engine, service, name, tag=tag, base=asked.base, more=asked.build_args.split())
     if asked.command == "test":
         try:
-            _Trial(engine, names).run()
-        except Failed as failed:
+            _ImageTest(engine, names).run()
+        except ImageTestError as failed:
             print(f"The images failed: {failed}")
             return 1
     return 0
@@ -100,7 +100,7 @@ def _build(engine: str, service: str, name: str, *, tag: str, base: str, more: l
     print(f"built {name}", flush=True)
 
 
-class _Trial:
+class _ImageTest:
     """The demo's path: postings in, levels out, and the second time from the cache."""
 
     def __init__(self, engine: str, names: dict[str, str]) -> None:
@@ -115,20 +115,40 @@ class _Trial:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 self._serve("model-stub", "--listen", "0.0.0.0:50052")
-                self._serve("cache-proxy", "--model-target", f"model-stub-{self._suffix}:50052",
-                            "--cache-url", "memory:", "--drain-delay", "0s")  # fmt: skip
+                self._serve(
+                    "cache-proxy",
+                    "--model-target",
+                    f"model-stub-{self._suffix}:50052",
+                    "--cache-url",
+                    "memory:",
+                    "--drain-delay",
+                    "0s",
+                )
                 self._augment(Path(folder))
                 self._stop("cache-proxy")
         finally:
             for service in ("cache-proxy", "model-stub"):
-                subprocess.run([self._engine, "rm", "--force", f"{service}-{self._suffix}"],
-                               capture_output=True, check=False)  # fmt: skip
+                subprocess.run(
+                    [self._engine, "rm", "--force", f"{service}-{self._suffix}"],
+                    capture_output=True,
+                    check=False,
+                )
             subprocess.run([self._engine, "network", "rm", self._network], capture_output=True, check=False)
 
     def _serve(self, service: str, *args: str) -> None:
         name = f"{service}-{self._suffix}"
-        self._do("run", "--detach", "--name", name, "--network", self._network, *_LOCKED_DOWN,
-                 self._names[service], "serve", *args)  # fmt: skip
+        self._do(
+            "run",
+            "--detach",
+            "--name",
+            name,
+            "--network",
+            self._network,
+            *_SECURITY_FLAGS,
+            self._names[service],
+            "serve",
+            *args,
+        )
         logs = [self._engine, "logs", "--follow", name]
         with subprocess.Popen(logs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as following:
             assert following.stdout is not None  # noqa: S101 - it was asked for
@@ -139,7 +159,7 @@ class _Trial:
                     break
             following.terminate()
         if not said or '"ready"' not in said[-1]:
-            raise Failed(f"{service} did not start: {''.join(said)}")
+            raise ImageTestError(f"{service} did not start: {''.join(said)}")
         print(f"{service} runs, read-only, without capabilities, as 10001", flush=True)
 
     def _augment(self, folder: Path) -> None:
@@ -151,14 +171,27 @@ class _Trial:
         (raw / "1714605540.jsonl").write_text(
             "".join(f"{json.dumps(line)}\n" for line in _LINES), encoding="utf-8"
         )
-        self._do("run", "--rm", "--network", self._network, *_LOCKED_DOWN,
-                 "--volume", f"{raw}:/data/raw:ro", "--volume", f"{mod}:/data/mod",
-                 self._names["augmenter"], "run", "/data/raw", "/data/mod",
-                 "--target", f"cache-proxy-{self._suffix}:50051")  # fmt: skip
+        self._do(
+            "run",
+            "--rm",
+            "--network",
+            self._network,
+            *_SECURITY_FLAGS,
+            "--volume",
+            f"{raw}:/data/raw:ro",
+            "--volume",
+            f"{mod}:/data/mod",
+            self._names["augmenter"],
+            "run",
+            "/data/raw",
+            "/data/mod",
+            "--target",
+            f"cache-proxy-{self._suffix}:50051",
+        )
         lines = (mod / "1714605540.jsonl").read_text(encoding="utf-8").splitlines()
         levels = [json.loads(line)["seniority"] for line in lines]
         if len(levels) != len(_LINES) or levels[0] != levels[2] or not set(levels) <= set(range(1, 8)):
-            raise Failed(f"these are no levels: {levels}")
+            raise ImageTestError(f"these are no levels: {levels}")
         print(f"augmenter ran: levels {levels}", flush=True)
 
     def _stop(self, service: str) -> None:
@@ -166,13 +199,15 @@ class _Trial:
         self._do("stop", "--time", str(_READY_SECONDS), name)
         code = self._do("inspect", "--format", "{{.State.ExitCode}}", name)
         if code != "0":
-            raise Failed(f"{service} ended with exit code {code} after its stop signal")
+            raise ImageTestError(f"{service} ended with exit code {code} after its stop signal")
         print(f"{service} drained and ended with exit code 0", flush=True)
 
     def _do(self, *args: str) -> str:
         done = subprocess.run([self._engine, *args], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise Failed(f"{self._engine} {' '.join(args[:3])}: {done.stderr.strip() or done.stdout.strip()}")
+            raise ImageTestError(
+                f"{self._engine} {' '.join(args[:3])}: {done.stderr.strip() or done.stdout.strip()}"
+            )
         return done.stdout.strip()
 
 

@@ -17,14 +17,22 @@ _LOCKS = {
     "dev.txt": ("pyproject.toml", "requirements/bootstrap.in", "--all-extras", "--group", "dev"),
     "bootstrap.txt": ("requirements/bootstrap.in", "-c", "{dev}"),
     "proxy.txt": (
-        "pyproject.toml", "--extra", "proxy", "--extra", "embedded", "--extra", "tracing", "-c", "{dev}",
+        "pyproject.toml",
+        "--extra",
+        "proxy",
+        "--extra",
+        "embedded",
+        "--extra",
+        "tracing",
+        "-c",
+        "{dev}",
     ),
     "augmenter.txt": ("pyproject.toml", "--extra", "augmenter", "--extra", "tracing", "-c", "{dev}"),
     "k8s.txt": ("pyproject.toml", "--group", "k8s", "-c", "{dev}"),
     "audit.txt": ("pyproject.toml", "--group", "audit", "-c", "{dev}"),
     "mutants.txt": ("pyproject.toml", "--group", "mutants", "-c", "{dev}"),
     "stub.txt": ("pyproject.toml", "--extra", "stub", "-c", "{dev}"),
-}  # fmt: skip
+}
 
 
 def main() -> int:
@@ -53,10 +61,19 @@ def main() -> int:
 
 def _compile(arguments: list[str], lock: Path) -> None:
     command = [
-        str(Path(sys.executable).parent / "uv"), "pip", "compile", "--quiet", "--universal",
-        "--generate-hashes", "--no-annotate", "--python-version", "3.11",
-        "--output-file", str(lock), *arguments,
-    ]  # fmt: skip
+        str(Path(sys.executable).parent / "uv"),
+        "pip",
+        "compile",
+        "--quiet",
+        "--universal",
+        "--generate-hashes",
+        "--no-annotate",
+        "--python-version",
+        "3.11",
+        "--output-file",
+        str(lock),
+        *arguments,
+    ]
     environment = os.environ | {"UV_CUSTOM_COMPILE_COMMAND": "make lock"}
     subprocess.run(command, cwd=_ROOT, env=environment, check=True)
 

@@ -12,7 +12,12 @@ from services.augmenter.metrics import Metrics
 from services.cache_proxy.observability.metrics import ProxyMetrics
 
 _DOC = Path(__file__).parents[1] / "docs" / "metrics.md"
-_IN_WORDS = {"code": "a gRPC status", "caller": "a name", "op": "a script", "version": "of the project"}
+_LABEL_DESCRIPTIONS = {
+    "code": "a gRPC status",
+    "caller": "a name",
+    "op": "a script",
+    "version": "of the project",
+}
 _HEAD = """\
 # Metrics
 
@@ -27,7 +32,7 @@ histogram has `_bucket`, `_sum` and `_count`; the proxy has `process_*` and `pyt
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class MetricDescription:
     """A metric as a reader needs it; `labels` has the values seen."""
 
     name: str
@@ -37,19 +42,19 @@ class Described:
     reading: str
 
 
-def described() -> list[Described]:
+def describe_metrics() -> list[MetricDescription]:
     """Every metric of both services."""
     registry = CollectorRegistry()
     proxy = ProxyMetrics(registry)
     proxy.store_duration.labels("get")
     proxy.rpcs.count(code="OK", seconds=0, caller="c", outcomes={"l1": 1, "inferred": 1, "failed": 1})
     for quota in ("pairs_per_second", "queued_pairs"):
-        proxy.rpcs.count_over_quota(account="c", quota=quota)
+        proxy.rpcs.count_quota_rejection(account="c", quota=quota)
     Metrics(registry)
-    return list(_described(registry))
+    return list(_describe_families(registry))
 
 
-def _described(registry: CollectorRegistry) -> Iterator[Described]:
+def _describe_families(registry: CollectorRegistry) -> Iterator[MetricDescription]:
     for family in registry.collect():
         labels: dict[str, set[str]] = {}
         samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
@@ -62,10 +67,10 @@ def _described(registry: CollectorRegistry) -> Iterator[Described]:
                     labels.setdefault(label, set()).add(value)
         name = family.name + ("_total" if family.type == "counter" else "")
         meaning, _, reading = family.documentation.partition(". ")
-        yield Described(name, family.type, labels, meaning.rstrip("."), reading)
+        yield MetricDescription(name, family.type, labels, meaning.rstrip("."), reading)
 
 
-def page(metrics: list[Described]) -> str:
+def render_page(metrics: list[MetricDescription]) -> str:
     """The page."""
     parts = [_HEAD]
     for title, prefix in (("The proxy", "cache_proxy_"), ("The augmenter", "augmenter_")):
@@ -75,13 +80,15 @@ def page(metrics: list[Described]) -> str:
     return "\n".join(parts)
 
 
-def _row(metric: Described) -> str:
+def _row(metric: MetricDescription) -> str:
     labels = "; ".join(_label(*label) for label in metric.labels.items())
     return f"| `{metric.name}` | {metric.kind} | {labels} | {metric.meaning} | {metric.reading} |\n"
 
 
 def _label(name: str, values: set[str]) -> str:
-    return f"`{name}`: " + (_IN_WORDS.get(name) or ", ".join(f"`{value}`" for value in sorted(values)))
+    return f"`{name}`: " + (
+        _LABEL_DESCRIPTIONS.get(name) or ", ".join(f"`{value}`" for value in sorted(values))
+    )
 
 
 def main() -> int:
@@ -89,7 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare only")
     check = parser.parse_args().check
-    made = page(described())
+    made = render_page(describe_metrics())
     if not check:
         _DOC.write_text(made, encoding="utf-8")
     elif not _DOC.exists() or _DOC.read_text(encoding="utf-8") != made:

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 _DEPLOY = Path(__file__).parents[1] / "deploy"
-_MADE = "k8s/components/monitoring/prometheusrule.yaml"
+_OUTPUT = "k8s/components/monitoring/prometheusrule.yaml"
 
 
 def main(deploy: Path = _DEPLOY) -> int:
@@ -15,13 +15,13 @@ def main(deploy: Path = _DEPLOY) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare only")
     made = render((deploy / "prometheus" / "rules.yaml").read_text(encoding="utf-8"))
-    path = deploy / _MADE
+    path = deploy / _OUTPUT
     if not parser.parse_args().check:
         path.write_text(made, encoding="utf-8")
         return 0
     if path.exists() and path.read_text(encoding="utf-8") == made:
         return 0
-    print(f"deploy/{_MADE} is not what deploy/prometheus/rules.yaml gives; run: make k8s-rules")
+    print(f"deploy/{_OUTPUT} is not what deploy/prometheus/rules.yaml gives; run: make k8s-rules")
     return 1
 
 

@@ -31,15 +31,22 @@ def _generate(out: Path) -> None:
     tools = Path(sys.executable).parent
     subprocess.run(
         [
-            sys.executable, "-m", "grpc_tools.protoc", "-I", ".",
+            sys.executable,
+            "-m",
+            "grpc_tools.protoc",
+            "-I",
+            ".",
             f"--plugin=protoc-gen-mypy={tools / 'protoc-gen-mypy'}",
             f"--plugin=protoc-gen-mypy_grpc={tools / 'protoc-gen-mypy_grpc'}",
-            *(f"--{kind}_out={'quiet:' if 'mypy' in kind else ''}{out}"
-              for kind in ("python", "grpc_python", "mypy", "mypy_grpc")),
+            *(
+                f"--{kind}_out={'quiet:' if 'mypy' in kind else ''}{out}"
+                for kind in ("python", "grpc_python", "mypy", "mypy_grpc")
+            ),
             _PROTO,
         ],
-        cwd=_ROOT, check=True,
-    )  # fmt: skip
+        cwd=_ROOT,
+        check=True,
+    )
 
 
 def _same(made: Path, committed: Path) -> bool:

@@ -19,16 +19,16 @@ from PIL import Image
 from playwright.async_api import async_playwright
 
 from protos import seniority_pb2, seniority_pb2_grpc
-from services.cache_proxy.queue.queue_scripts import Keys
+from services.cache_proxy.queue.queue_scripts import QueueKeys
 from services.cache_proxy.status.rolling_window import (
+    INTERVAL_SECONDS,
     MINUTE_SECONDS,
-    SPAN_SECONDS,
-    CallerCounts,
-    Minute,
-    encode,
+    CallerTotals,
+    MinuteReport,
+    encode_report,
 )
 from tests.support.browser import FLAGS, chromium_program
-from tests.support.processes import Service, cache_proxy, model_stub
+from tests.support.processes import ServiceProcess, cache_proxy, model_stub
 from tests.support.redis_server import redis_process
 
 FOLDER = Path(__file__).parents[1] / "docs" / "img"
@@ -52,56 +52,56 @@ def main() -> int:
         return 1
     FOLDER.mkdir(parents=True, exist_ok=True)
     with _fleet() as proxies:
-        asyncio.run(_take(program, proxies))
+        asyncio.run(_take_screenshots(program, proxies))
     return 0
 
 
 @contextmanager
-def _fleet() -> Iterator[list[Service]]:
+def _fleet() -> Iterator[list[ServiceProcess]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         server = stack.enter_context(redis_process(folder))
         stub = stack.enter_context(model_stub())
         flags = ("--model-target", stub.target, "--cache-url", server.url, "--cache-timeout", "5s")
         proxies = [stack.enter_context(cache_proxy(*flags)) for _ in range(REPLICAS)]
-        _write_the_past(server.url)
+        _write_history(server.url)
         yield proxies
 
 
-def _write_the_past(url: str) -> None:
+def _write_history(url: str) -> None:
     dice = random.Random(SEED)  # noqa: S311 - a picture
-    limit = Keys(prefix=PREFIX, namespace="").limit
+    limit = QueueKeys(prefix=PREFIX, namespace="").limit
     with redis.Redis.from_url(url) as client:
         now_seconds = int(client.time()[0])
         this = now_seconds // MINUTE_SECONDS
         for number in range(this - PAST_MINUTES, this + 1):
-            over = now_seconds % MINUTE_SECONDS // SPAN_SECONDS if number == this else None
+            over = now_seconds % MINUTE_SECONDS // INTERVAL_SECONDS if number == this else None
             for replica in range(REPLICAS):
                 minute = _minute(dice, busy=this - number in BUSY_MINUTES_AGO, spans=over)
                 key = f"{limit}:reports:{number}"
-                client.hset(key, f"{replica:016x}", encode(minute))
+                client.hset(key, f"{replica:016x}", encode_report(minute))
                 client.expire(key, 2 * PAST_MINUTES * MINUTE_SECONDS)
 
 
-def _minute(dice: random.Random, *, busy: bool, spans: int | None) -> Minute:
-    minute = Minute(
+def _minute(dice: random.Random, *, busy: bool, spans: int | None) -> MinuteReport:
+    minute = MinuteReport(
         callers=[
-            CallerCounts("augmenter", dice.randint(180_000, 190_000), dice.randint(1500, 2500)),
-            CallerCounts("search-ranking", dice.randint(20_000, 26_000), dice.randint(40, 90)),
-            CallerCounts("pricing-team", dice.randint(3000, 5000), dice.randint(300, 500)),
-            CallerCounts("talent-insights", dice.randint(600, 900), dice.randint(0, 9)),
+            CallerTotals("augmenter", dice.randint(180_000, 190_000), dice.randint(1500, 2500)),
+            CallerTotals("search-ranking", dice.randint(20_000, 26_000), dice.randint(40, 90)),
+            CallerTotals("pricing-team", dice.randint(3000, 5000), dice.randint(300, 500)),
+            CallerTotals("talent-insights", dice.randint(600, 900), dice.randint(0, 9)),
         ]
     )
-    for span in minute.spans[:spans]:
+    for span in minute.intervals[:spans]:
         span.calls = sum(dice.random() < (0.95 if busy else 0.35) for _ in range(3))
         span.sent = sum(dice.randint(150, 1000) for _ in range(span.calls))
-        span.hits = sum(caller.hits for caller in minute.callers) // len(minute.spans)
+        span.hits = sum(caller.hits for caller in minute.callers) // len(minute.intervals)
         span.inferred, span.coalesced = span.sent, dice.randint(0, 60)
         span.requests = span.hits // 700
     return minute
 
 
-async def _ask(target: str, pairs: list[tuple[str, str]], caller: str, priority: str) -> None:
+async def _send(target: str, pairs: list[tuple[str, str]], caller: str, priority: str) -> None:
     async with grpc.aio.insecure_channel(target) as channel:
         model = seniority_pb2_grpc.SeniorityModelStub(channel)
         batch = [seniority_pb2.SeniorityRequest(company=company, title=title) for company, title in pairs]
@@ -112,10 +112,10 @@ async def _ask(target: str, pairs: list[tuple[str, str]], caller: str, priority:
         )
 
 
-async def _take(program: str, proxies: list[Service]) -> None:
+async def _take_screenshots(program: str, proxies: list[ServiceProcess]) -> None:
     asked = [
         asyncio.create_task(
-            _ask(
+            _send(
                 proxies[number % len(proxies)].target,
                 [(f"Company {number}-{at}", "Senior Engineer") for at in range(NEW_PAIRS)],
                 "augmenter" if number else "pricing-team",
@@ -129,10 +129,11 @@ async def _take(program: str, proxies: list[Service]) -> None:
         browser = await playwright.chromium.launch(executable_path=program, args=FLAGS)
         for name, (scheme, width) in PICTURES.items():
             page = await browser.new_page(
-                viewport={"width": width, "height": 800}, device_scale_factor=SCALE,
+                viewport={"width": width, "height": 800},
+                device_scale_factor=SCALE,
                 color_scheme="dark" if scheme == "dark" else "light",
-            )  # fmt: skip
-            await page.goto(proxies[0].http)
+            )
+            await page.goto(proxies[0].http_url)
             taken = Image.open(io.BytesIO(await page.screenshot(full_page=True)))
             taken.convert("RGB").quantize(COLOURS).save(FOLDER / f"{name}.png", optimize=True)
             await page.close()

@@ -23,7 +23,7 @@ def main() -> int:
     stale = 0
     for name, dashboard in _DASHBOARDS.items():
         path = _FOLDER / name
-        made = json.dumps(dashboard.json(), indent=2, ensure_ascii=False) + "\n"
+        made = json.dumps(dashboard.to_json(), indent=2, ensure_ascii=False) + "\n"
         if not check:
             path.write_text(made, encoding="utf-8")
         elif not path.exists() or path.read_text(encoding="utf-8") != made:

@@ -1,36 +1,36 @@
 """For those who run the augmenter: does it keep up, and what was left out."""
 
-from scripts.dashboards.expressions import gained, of, quantiles, rate, share
+from scripts.dashboards.expressions import increase, quantiles, rate, select, share
 from scripts.dashboards.panels import BAD, GOOD, WARN, Dashboard, Query, Row, Series, Stat
 
 _FILES, _LINES = "augmenter_files_total", "augmenter_lines_total"
-_READ = 'outcome=~"augmented|rejected"'
+_NOT_BLANK = 'outcome=~"augmented|rejected"'
 
 _HEADLINES = (
     Stat(
         title="Files done",
         description="Files whose output was completed in the time shown.",
-        queries=[Query(expr=gained(_FILES, 'outcome="done"'))],
+        queries=[Query(expr=increase(_FILES, 'outcome="done"'))],
         decimals=0,
     ),
     Stat(
         title="Files failed",
         description="Tries that failed in the time shown; --watch and the queue try a file again.",
-        queries=[Query(expr=gained(_FILES, 'outcome="failed"'))],
+        queries=[Query(expr=increase(_FILES, 'outcome="failed"'))],
         steps=[(None, GOOD), (1, BAD)],
         decimals=0,
     ),
     Stat(
         title="Lines augmented",
         description="Lines that were given a level in the time shown.",
-        queries=[Query(expr=gained(_LINES, 'outcome="augmented"'))],
+        queries=[Query(expr=increase(_LINES, 'outcome="augmented"'))],
         decimals=0,
     ),
     Stat(
         title="Rejected",
         description="Share of the lines (blank ones aside) that could not be augmented. They are in "
         "_rejects/, with the reasons.",
-        queries=[Query(expr=share(gained(_LINES, 'outcome="rejected"'), gained(_LINES, _READ)))],
+        queries=[Query(expr=share(increase(_LINES, 'outcome="rejected"'), increase(_LINES, _NOT_BLANK)))],
         unit="percentunit",
         steps=[(None, GOOD), (0.001, WARN), (0.01, BAD)],
         decimals=2,
@@ -39,13 +39,13 @@ _HEADLINES = (
         title="Backlog",
         description="Files found and not yet ended, all processes together. With a queue: 0, its own depth "
         "tells.",
-        queries=[Query(expr=f"sum({of('augmenter_backlog_files')})")],
+        queries=[Query(expr=f"sum({select('augmenter_backlog_files')})")],
         steps=[(None, GOOD), (30, WARN), (60, BAD)],
     ),
     Stat(
         title="Processes",
         description="Augmenters that Prometheus sees.",
-        queries=[Query(expr=f"count({of('augmenter_build_info')})")],
+        queries=[Query(expr=f"count({select('augmenter_build_info')})")],
         steps=[(None, BAD), (1, GOOD)],
     ),
 )
@@ -70,7 +70,9 @@ _WORK = (
         title="Backlog by process",
         description="Files found and not yet ended. It grows: pairs are new and wait for the model, or the "
         "processes are too few.",
-        queries=[Query(expr=f"sum by (instance) ({of('augmenter_backlog_files')})", legend="{{instance}}")],
+        queries=[
+            Query(expr=f"sum by (instance) ({select('augmenter_backlog_files')})", legend="{{instance}}")
+        ],
         steps=[(None, GOOD), (60, BAD)],
         stacked=True,
     ),
@@ -78,7 +80,7 @@ _WORK = (
         title="Rejected lines",
         description="Share of the lines, blank ones aside.",
         queries=[
-            Query(expr=share(rate(_LINES, 'outcome="rejected"'), rate(_LINES, _READ)), legend="rejected")
+            Query(expr=share(rate(_LINES, 'outcome="rejected"'), rate(_LINES, _NOT_BLANK)), legend="rejected")
         ],
         unit="percentunit",
         steps=[(None, GOOD), (0.01, BAD)],
@@ -92,7 +94,7 @@ _WORK = (
     Series(
         title="Processes by version",
         description="Two versions for longer than a rollout takes: it is stuck.",
-        queries=[Query(expr=f"count by (version) ({of('augmenter_build_info')})", legend="{{version}}")],
+        queries=[Query(expr=f"count by (version) ({select('augmenter_build_info')})", legend="{{version}}")],
     ),
 )
 
@@ -145,7 +147,7 @@ _PROXY = (
 DASHBOARD = Dashboard(
     title="Seniority cache: augmenter",
     description="Files, lines and RPCs of the augmenter, all processes together.",
-    of="augmenter_build_info",
+    discovery_metric="augmenter_build_info",
     rows=[
         Row(title="Now", panels=_HEADLINES),
         Row(title="Files and lines", panels=_WORK),

@@ -1,10 +1,18 @@
 """For teams that call the proxy: what became of our pairs, and how long we would wait."""
 
-from scripts.dashboards.expressions import expected_wait, gained, most, of, quantiles, rate, share
+from scripts.dashboards.expressions import (
+    expected_wait,
+    increase,
+    max_over_replicas,
+    quantiles,
+    rate,
+    select,
+    share,
+)
 from scripts.dashboards.panels import BAD, GOOD, WARN, Dashboard, Query, Row, Series, Stat
 
 _PAIRS = "cache_proxy_caller_pairs_total"
-_OURS = 'caller=~"$caller"'
+_CALLER = 'caller=~"$caller"'
 
 
 def _outcome(outcome: str) -> str:
@@ -15,14 +23,14 @@ _HEADLINES = (
     Stat(
         title="Pairs",
         description="What the chosen callers asked for in the time shown.",
-        queries=[Query(expr=gained(_PAIRS, _OURS))],
+        queries=[Query(expr=increase(_PAIRS, _CALLER))],
         decimals=0,
     ),
     Stat(
         title="Hit rate",
         description="Share of these pairs that a cache answered, in milliseconds; the others waited for the "
         "model.",
-        queries=[Query(expr=share(gained(_PAIRS, _OURS, _outcome("hit")), gained(_PAIRS, _OURS)))],
+        queries=[Query(expr=share(increase(_PAIRS, _CALLER, _outcome("hit")), increase(_PAIRS, _CALLER)))],
         unit="percentunit",
         steps=[(None, BAD), (0.5, WARN), (0.9, GOOD)],
         decimals=2,
@@ -31,7 +39,7 @@ _HEADLINES = (
         title="Failed",
         description="Share of these pairs that had no answer. The status of the RPC says why, and whether "
         "to come back.",
-        queries=[Query(expr=share(gained(_PAIRS, _OURS, _outcome("failed")), gained(_PAIRS, _OURS)))],
+        queries=[Query(expr=share(increase(_PAIRS, _CALLER, _outcome("failed")), increase(_PAIRS, _CALLER)))],
         unit="percentunit",
         steps=[(None, GOOD), (0.001, WARN), (0.01, BAD)],
         decimals=2,
@@ -54,7 +62,8 @@ _HEADLINES = (
         queries=[
             Query(
                 expr=share(
-                    gained("cache_proxy_requests_total", 'code="OK"'), gained("cache_proxy_requests_total")
+                    increase("cache_proxy_requests_total", 'code="OK"'),
+                    increase("cache_proxy_requests_total"),
                 )
             )
         ],
@@ -65,16 +74,16 @@ _HEADLINES = (
     Stat(
         title="Replicas",
         description="Replicas that answer. Known pairs are answered as long as there is one.",
-        queries=[Query(expr=f"count({of('cache_proxy_build_info')})")],
+        queries=[Query(expr=f"count({select('cache_proxy_build_info')})")],
         steps=[(None, BAD), (1, GOOD)],
     ),
 )
 
-_OURS_ROW = (
+_CALLER_PANELS = (
     Series(
         title="Our pairs",
         description="hit: a cache answered; miss: the model had to; failed: no answer.",
-        queries=[Query(expr=rate(_PAIRS, _OURS, by="outcome"), legend="{{outcome}}")],
+        queries=[Query(expr=rate(_PAIRS, _CALLER, by="outcome"), legend="{{outcome}}")],
         unit="cps",
         stacked=True,
     ),
@@ -83,8 +92,8 @@ _OURS_ROW = (
         description="Share of the pairs that a cache answered.",
         queries=[
             Query(
-                expr=f"{rate(_PAIRS, _OURS, _outcome('hit'), by='caller')} / "
-                f"({rate(_PAIRS, _OURS, by='caller')} > 0)",
+                expr=f"{rate(_PAIRS, _CALLER, _outcome('hit'), by='caller')} / "
+                f"({rate(_PAIRS, _CALLER, by='caller')} > 0)",
                 legend="{{caller}}",
             )
         ],
@@ -95,12 +104,12 @@ _OURS_ROW = (
         title="Failed pairs by caller",
         description="Pairs without an answer. Those that the model refuses stay failed; the rest may be "
         "asked again.",
-        queries=[Query(expr=rate(_PAIRS, _OURS, _outcome("failed"), by="caller"), legend="{{caller}}")],
+        queries=[Query(expr=rate(_PAIRS, _CALLER, _outcome("failed"), by="caller"), legend="{{caller}}")],
         unit="cps",
     ),
 )
 
-_ALL = (
+_ALL_CALLERS_PANELS = (
     Series(
         title="RPCs by status, all callers",
         description="RESOURCE_EXHAUSTED and UNAVAILABLE say by grpc-retry-pushback-ms when to come back.",
@@ -118,7 +127,11 @@ _ALL = (
         title="Queue before the model",
         description="Pairs that wait for a call, by priority. interactive goes first; a tenth is kept for "
         "bulk.",
-        queries=[Query(expr=most("cache_proxy_queue_global_pairs", by="priority"), legend="{{priority}}")],
+        queries=[
+            Query(
+                expr=max_over_replicas("cache_proxy_queue_global_pairs", by="priority"), legend="{{priority}}"
+            )
+        ],
         stacked=True,
     ),
 )
@@ -126,11 +139,11 @@ _ALL = (
 DASHBOARD = Dashboard(
     title="Seniority cache: caller",
     description="What became of a caller's pairs (x-caller), and how long it would wait.",
-    of="cache_proxy_build_info",
-    callers=True,
+    discovery_metric="cache_proxy_build_info",
+    has_caller_variable=True,
     rows=[
         Row(title="Now", panels=_HEADLINES),
-        Row(title="Our pairs", panels=_OURS_ROW),
-        Row(title="All callers", panels=_ALL),
+        Row(title="Our pairs", panels=_CALLER_PANELS),
+        Row(title="All callers", panels=_ALL_CALLERS_PANELS),
     ],
 )

@@ -6,24 +6,24 @@ RATE = "$__rate_interval"
 RANGE = "$__range"
 
 
-def of(name: str, *matchers: str) -> str:
+def select(name: str, *matchers: str) -> str:
     """A metric of the chosen deployments."""
     return f"{name}{{{','.join((SCOPE, *matchers))}}}"
 
 
 def rate(name: str, *matchers: str, by: str = "") -> str:
     """What a counter gains a second."""
-    return f"{_sum(by)}(rate({of(name, *matchers)}[{RATE}]))"
+    return f"{_sum(by)}(rate({select(name, *matchers)}[{RATE}]))"
 
 
-def gained(name: str, *matchers: str, by: str = "") -> str:
+def increase(name: str, *matchers: str, by: str = "") -> str:
     """What a counter gained in the time shown."""
-    return f"{_sum(by)}(increase({of(name, *matchers)}[{RANGE}]))"
+    return f"{_sum(by)}(increase({select(name, *matchers)}[{RANGE}]))"
 
 
-def most(name: str, *matchers: str, by: str = "") -> str:
+def max_over_replicas(name: str, *matchers: str, by: str = "") -> str:
     """What all replicas tell alike."""
-    return f"max{f' by ({by}) ' if by else ''}({of(name, *matchers)})"
+    return f"max{f' by ({by}) ' if by else ''}({select(name, *matchers)})"
 
 
 def share(part: str, whole: str) -> str:
@@ -42,16 +42,19 @@ def quantiles(name: str, *matchers: str) -> list[Query]:
 
 def mean(name: str) -> str:
     """A histogram's mean over the time shown."""
-    return share(gained(f"{name}_sum"), gained(f"{name}_count"))
+    return share(increase(f"{name}_sum"), increase(f"{name}_count"))
 
 
 def expected_wait(*priorities: str) -> str:
     """Until the last pair of these priorities that waits now goes out, at the rate that the limit allows."""
     if priorities == ("interactive",):  # a tenth of every call is kept for bulk
-        queued = f"{most('cache_proxy_queue_global_pairs', _priority(priorities))} / 0.9"
+        queued = f"{max_over_replicas('cache_proxy_queue_global_pairs', _priority(priorities))} / 0.9"
     else:
-        queued = f"sum({most('cache_proxy_queue_global_pairs', _priority(priorities), by='priority')})"
-    return f"{queued} / {most('cache_proxy_limit_pairs_per_second')}"
+        by_priority = max_over_replicas(
+            "cache_proxy_queue_global_pairs", _priority(priorities), by="priority"
+        )
+        queued = f"sum({by_priority})"
+    return f"{queued} / {max_over_replicas('cache_proxy_limit_pairs_per_second')}"
 
 
 def _priority(priorities: tuple[str, ...]) -> str:

@@ -2,21 +2,21 @@
 
 from scripts.dashboards.expressions import (
     expected_wait,
-    gained,
+    increase,
+    max_over_replicas,
     mean,
-    most,
-    of,
     quantiles,
     rate,
+    select,
     share,
 )
 from scripts.dashboards.panels import BAD, GOOD, WARN, Dashboard, Query, Row, Series, Stat
 
 _HITS = 'outcome=~"l1|l2|stale"'
 _ANSWERED = 'outcome!="failed"'
-_REFUSALS = "INVALID_ARGUMENT|OUT_OF_RANGE|FAILED_PRECONDITION"
+_REJECTION_CODES = "INVALID_ARGUMENT|OUT_OF_RANGE|FAILED_PRECONDITION"
 _BATCH = "cache_proxy_model_batch_pairs"
-_GLOBAL = "cache_proxy_queue_global_pairs"
+_QUEUE_PAIRS = "cache_proxy_queue_global_pairs"
 
 _HEADLINES = (
     Stat(
@@ -24,7 +24,7 @@ _HEADLINES = (
         description="Share of the pairs that a cache answered, over the time shown. A new deployment begins "
         "at 0; once the past is cached, 99 % and more is usual.",
         queries=[
-            Query(expr=share(gained("cache_proxy_pairs_total", _HITS), gained("cache_proxy_pairs_total")))
+            Query(expr=share(increase("cache_proxy_pairs_total", _HITS), increase("cache_proxy_pairs_total")))
         ],
         unit="percentunit",
         steps=[(None, BAD), (0.5, WARN), (0.9, GOOD)],
@@ -36,8 +36,9 @@ _HEADLINES = (
         "was sent: what caches and coalescing saved in the time shown.",
         queries=[
             Query(
-                expr=f"({gained('cache_proxy_pairs_total', _ANSWERED)} - "
-                f"{gained('cache_proxy_model_pairs_total')}) / {most('cache_proxy_limit_batch_pairs')}"
+                expr=f"({increase('cache_proxy_pairs_total', _ANSWERED)} - "
+                f"{increase('cache_proxy_model_pairs_total')}) / "
+                f"{max_over_replicas('cache_proxy_limit_batch_pairs')}"
             )
         ],
         decimals=1,
@@ -45,13 +46,13 @@ _HEADLINES = (
     Stat(
         title="Model calls",
         description="Calls to the model in the time shown, whatever came of them: each took a slot.",
-        queries=[Query(expr=gained("cache_proxy_model_calls_total"))],
+        queries=[Query(expr=increase("cache_proxy_model_calls_total"))],
         decimals=0,
     ),
     Stat(
         title="Pairs to the model",
         description="Pairs in these calls. What was sent again after a failed call counts again.",
-        queries=[Query(expr=gained("cache_proxy_model_pairs_total"))],
+        queries=[Query(expr=increase("cache_proxy_model_pairs_total"))],
         decimals=0,
     ),
     Stat(
@@ -66,7 +67,7 @@ _HEADLINES = (
         description="Share of the places in the model's calls that held a pair, over the time shown. Low "
         "with a queue that is not empty: batches close at their bytes, or the model refuses "
         "pairs.",
-        queries=[Query(expr=f"{mean(_BATCH)} / {most('cache_proxy_limit_batch_pairs')}")],
+        queries=[Query(expr=f"{mean(_BATCH)} / {max_over_replicas('cache_proxy_limit_batch_pairs')}")],
         unit="percentunit",
         decimals=1,
     ),
@@ -77,7 +78,10 @@ _HEADLINES = (
         "such limit.",
         queries=[
             Query(
-                expr=share(rate("cache_proxy_model_calls_total"), most("cache_proxy_limit_calls_per_second"))
+                expr=share(
+                    rate("cache_proxy_model_calls_total"),
+                    max_over_replicas("cache_proxy_limit_calls_per_second"),
+                )
             )
         ],
         unit="percentunit",
@@ -89,7 +93,10 @@ _HEADLINES = (
         description="Pairs to the model against the lesser of --model-rate and what its calls hold.",
         queries=[
             Query(
-                expr=share(rate("cache_proxy_model_pairs_total"), most("cache_proxy_limit_pairs_per_second"))
+                expr=share(
+                    rate("cache_proxy_model_pairs_total"),
+                    max_over_replicas("cache_proxy_limit_pairs_per_second"),
+                )
             )
         ],
         unit="percentunit",
@@ -100,7 +107,7 @@ _HEADLINES = (
         title="Queue",
         description="Pairs that wait for a call, by priority, all replicas together. refresh: stale "
         "answers, for which nobody waits.",
-        queries=[Query(expr=most(_GLOBAL, by="priority"), legend="{{priority}}")],
+        queries=[Query(expr=max_over_replicas(_QUEUE_PAIRS, by="priority"), legend="{{priority}}")],
     ),
     Stat(
         title="Expected wait",
@@ -118,15 +125,15 @@ _HEADLINES = (
         title="Degraded replicas",
         description="Replicas without their store or the shared queue. They answer, within their share of "
         "the limit, but pairs may be inferred more than once.",
-        queries=[Query(expr=f"sum({of('cache_proxy_degraded')})")],
+        queries=[Query(expr=f"sum({select('cache_proxy_degraded')})")],
         steps=[(None, GOOD), (1, BAD)],
     ),
     Stat(
         title="Live replicas",
         description="Replicas that share the queue, as they see each other, and those that Prometheus sees.",
         queries=[
-            Query(expr=most("cache_proxy_live_replicas"), legend="share the queue"),
-            Query(expr=f"count({of('cache_proxy_build_info')})", legend="scraped"),
+            Query(expr=max_over_replicas("cache_proxy_live_replicas"), legend="share the queue"),
+            Query(expr=f"count({select('cache_proxy_build_info')})", legend="scraped"),
         ],
         steps=[(None, BAD), (1, GOOD)],
     ),
@@ -200,10 +207,10 @@ _CALLERS = (
         queries=[
             Query(
                 expr="sum by (caller, quota) "
-                f"(increase({of('cache_proxy_quota_refused_total')}[$__rate_interval]))",
+                f"(increase({select('cache_proxy_quota_refused_total')}[$__rate_interval]))",
                 legend="{{caller}}: {{quota}}",
             ),
-            Query(expr=most("cache_proxy_quota_held_pairs"), legend="pairs held back"),
+            Query(expr=max_over_replicas("cache_proxy_quota_held_pairs"), legend="pairs held back"),
         ],
     ),
 )
@@ -214,7 +221,7 @@ _MODEL = (
         description="Calls to the model, all replicas together, and the limit.",
         queries=[
             Query(expr=rate("cache_proxy_model_calls_total"), legend="calls"),
-            Query(expr=f"{most('cache_proxy_limit_calls_per_second')} > 0", legend="limit"),
+            Query(expr=f"{max_over_replicas('cache_proxy_limit_calls_per_second')} > 0", legend="limit"),
         ],
         unit="cps",
     ),
@@ -224,7 +231,7 @@ _MODEL = (
         "and what its calls hold.",
         queries=[
             Query(expr=rate("cache_proxy_model_pairs_total"), legend="pairs"),
-            Query(expr=most("cache_proxy_limit_pairs_per_second"), legend="limit"),
+            Query(expr=max_over_replicas("cache_proxy_limit_pairs_per_second"), legend="limit"),
         ],
         unit="cps",
     ),
@@ -233,7 +240,7 @@ _MODEL = (
         description="The mean, and the most that --model-batch-size allows.",
         queries=[
             Query(expr=share(rate(f"{_BATCH}_sum"), rate(f"{_BATCH}_count")), legend="mean"),
-            Query(expr=most("cache_proxy_limit_batch_pairs"), legend="limit"),
+            Query(expr=max_over_replicas("cache_proxy_limit_batch_pairs"), legend="limit"),
         ],
     ),
     Series(
@@ -257,7 +264,7 @@ _MODEL = (
         queries=[
             Query(
                 expr=share(
-                    rate("cache_proxy_model_calls_total", f'code!~"OK|{_REFUSALS}"'),
+                    rate("cache_proxy_model_calls_total", f'code!~"OK|{_REJECTION_CODES}"'),
                     rate("cache_proxy_model_calls_total"),
                 ),
                 legend="failed",
@@ -274,7 +281,7 @@ _QUEUE = (
         title="Queue by priority",
         description="Pairs that wait for a call, all replicas together: each tells the same, so this is the "
         "max.",
-        queries=[Query(expr=most(_GLOBAL, by="priority"), legend="{{priority}}")],
+        queries=[Query(expr=max_over_replicas(_QUEUE_PAIRS, by="priority"), legend="{{priority}}")],
         stacked=True,
     ),
     Series(
@@ -290,7 +297,7 @@ _QUEUE = (
     Series(
         title="Oldest pair",
         description="How long the oldest pair has waited for which a caller waits.",
-        queries=[Query(expr=most("cache_proxy_queue_oldest_seconds"), legend="oldest")],
+        queries=[Query(expr=max_over_replicas("cache_proxy_queue_oldest_seconds"), legend="oldest")],
         unit="s",
         steps=[(None, GOOD), (300, BAD)],
     ),
@@ -304,14 +311,17 @@ _QUEUE = (
     Series(
         title="Queue by replica",
         description="Pairs that callers of each replica wait for; one that two replicas want counts in both.",
-        queries=[Query(expr=f"sum by (instance) ({of('cache_proxy_queue_pairs')})", legend="{{instance}}")],
+        queries=[
+            Query(expr=f"sum by (instance) ({select('cache_proxy_queue_pairs')})", legend="{{instance}}")
+        ],
     ),
     Series(
         title="Queue, of what it may hold",
         description="Pairs that wait against --max-queued-pairs. At 100 % callers are refused.",
         queries=[
             Query(
-                expr=f"sum({most(_GLOBAL, by='priority')}) / {most('cache_proxy_limit_queued_pairs')}",
+                expr=f"sum({max_over_replicas(_QUEUE_PAIRS, by='priority')}) / "
+                f"{max_over_replicas('cache_proxy_limit_queued_pairs')}",
                 legend="used",
             )
         ],
@@ -347,14 +357,14 @@ _STORE = (
         "queue; values in the store that were none; pairs whose node of a Cluster did not reply. All belong "
         "at 0.",
         queries=[
-            Query(expr=f"sum({of('cache_proxy_degraded')})", legend="degraded replicas"),
-            Query(expr=most("cache_proxy_store_evicts"), legend="Redis may evict"),
+            Query(expr=f"sum({select('cache_proxy_degraded')})", legend="degraded replicas"),
+            Query(expr=max_over_replicas("cache_proxy_store_evicts"), legend="Redis may evict"),
             Query(
-                expr=f"sum(increase({of('cache_proxy_store_garbage_total')}[$__rate_interval]))",
+                expr=f"sum(increase({select('cache_proxy_store_garbage_total')}[$__rate_interval]))",
                 legend="garbage",
             ),
             Query(
-                expr=f"sum(increase({of('cache_proxy_store_unread_pairs_total')}[$__rate_interval]))",
+                expr=f"sum(increase({select('cache_proxy_store_unread_pairs_total')}[$__rate_interval]))",
                 legend="pairs of a node that does not reply",
             ),
         ],
@@ -363,7 +373,7 @@ _STORE = (
         title="Clock against Redis's",
         description="By how much a replica's clock is ahead of Redis's, as of its last look-up. More than a "
         "second means that one of the two is wrong. Answers age by Redis's clock.",
-        queries=[Query(expr=of("cache_proxy_clock_difference_seconds"), legend="{{instance}}")],
+        queries=[Query(expr=select("cache_proxy_clock_difference_seconds"), legend="{{instance}}")],
         unit="s",
     ),
 )
@@ -373,20 +383,20 @@ _REPLICAS = (
         title="Replicas by version",
         description="Two versions for longer than a rollout takes: it is stuck.",
         queries=[
-            Query(expr=f"count by (version) ({of('cache_proxy_build_info')})", legend="{{version}}"),
-            Query(expr=most("cache_proxy_live_replicas"), legend="share the queue"),
+            Query(expr=f"count by (version) ({select('cache_proxy_build_info')})", legend="{{version}}"),
+            Query(expr=max_over_replicas("cache_proxy_live_replicas"), legend="share the queue"),
         ],
     ),
     Series(
         title="L1",
         description="What the in-process cache takes. At --l1-max-bytes it forgets what is asked least.",
-        queries=[Query(expr=of("cache_proxy_l1_bytes"), legend="{{instance}}")],
+        queries=[Query(expr=select("cache_proxy_l1_bytes"), legend="{{instance}}")],
         unit="bytes",
     ),
     Series(
         title="L1 entries",
         description="Answers in it, by spelling.",
-        queries=[Query(expr=of("cache_proxy_l1_entries"), legend="{{instance}}")],
+        queries=[Query(expr=select("cache_proxy_l1_entries"), legend="{{instance}}")],
     ),
     Series(
         title="Renewals",
@@ -395,11 +405,11 @@ _REPLICAS = (
         queries=[
             Query(
                 expr="sum by (files, outcome) "
-                f"(increase({of('cache_proxy_renewals_total')}[$__rate_interval]))",
+                f"(increase({select('cache_proxy_renewals_total')}[$__rate_interval]))",
                 legend="{{files}} {{outcome}}",
             ),
             Query(
-                expr=f"sum by (files) ({of('cache_proxy_renewal_failing')})",
+                expr=f"sum by (files) ({select('cache_proxy_renewal_failing')})",
                 legend="{{files}}: replicas that cannot use it",
             ),
         ],
@@ -408,7 +418,9 @@ _REPLICAS = (
         title="CPU",
         description="Cores that each replica uses. A replica is one process on one core.",
         queries=[
-            Query(expr=f"rate({of('process_cpu_seconds_total')}[$__rate_interval])", legend="{{instance}}")
+            Query(
+                expr=f"rate({select('process_cpu_seconds_total')}[$__rate_interval])", legend="{{instance}}"
+            )
         ],
         unit="percentunit",
         steps=[(None, GOOD), (0.9, BAD)],
@@ -416,7 +428,7 @@ _REPLICAS = (
     Series(
         title="Memory",
         description="Resident memory of each replica: L1, and what waits.",
-        queries=[Query(expr=of("process_resident_memory_bytes"), legend="{{instance}}")],
+        queries=[Query(expr=select("process_resident_memory_bytes"), legend="{{instance}}")],
         unit="bytes",
     ),
 )
@@ -424,7 +436,7 @@ _REPLICAS = (
 DASHBOARD = Dashboard(
     title="Seniority cache: operator",
     description="The cache proxy and its use of the model, all replicas together.",
-    of="cache_proxy_build_info",
+    discovery_metric="cache_proxy_build_info",
     rows=[
         Row(title="Now", panels=_HEADLINES),
         Row(title="Callers", panels=_CALLERS),

@@ -13,9 +13,13 @@ GOOD, WARN, BAD = "green", "yellow", "red"
 _WIDTH = 24
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _LINES = {
-    "drawStyle": "line", "lineInterpolation": "linear", "lineWidth": 1, "fillOpacity": 10,
-    "showPoints": "never", "spanNulls": False,
-}  # fmt: skip
+    "drawStyle": "line",
+    "lineInterpolation": "linear",
+    "lineWidth": 1,
+    "fillOpacity": 10,
+    "showPoints": "never",
+    "spanNulls": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +43,7 @@ class Panel:
     decimals: int | None = None
     max: float | None = None
 
-    def json(self, kind: str, look: Json, height: int) -> Json:
+    def base_json(self, kind: str, style: Json, height: int) -> Json:
         """Without its place."""
         defaults: Json = {
             "unit": self.unit,
@@ -48,16 +52,21 @@ class Panel:
                 "mode": "absolute",
                 "steps": [{"color": color, "value": value} for value, color in self.steps],
             },
-        } | look["defaults"]
+        } | style["defaults"]
         if self.decimals is not None:
             defaults["decimals"] = self.decimals
         if self.max is not None:
             defaults["max"] = self.max
         targets = [
-            {"refId": chr(ord("A") + at), "datasource": _DATASOURCE, "expr": query.expr,
-             "legendFormat": query.legend or "__auto", **look["target"]}
+            {
+                "refId": chr(ord("A") + at),
+                "datasource": _DATASOURCE,
+                "expr": query.expr,
+                "legendFormat": query.legend or "__auto",
+                **style["target"],
+            }
             for at, query in enumerate(self.queries)
-        ]  # fmt: skip
+        ]
         return {
             "type": kind,
             "title": self.title,
@@ -65,7 +74,7 @@ class Panel:
             "datasource": _DATASOURCE,
             "gridPos": {"h": height, "w": self.width, "x": 0, "y": 0},
             "fieldConfig": {"defaults": defaults, "overrides": []},
-            "options": look["options"],
+            "options": style["options"],
             "targets": targets,
         }
 
@@ -76,17 +85,23 @@ class Stat(Panel):
 
     width: int = 4
 
-    def made(self) -> Json:
+    def to_json(self) -> Json:
         """As Grafana has it."""
         text = "value_and_name" if any(query.legend for query in self.queries) else "value"
         options = {
-            "colorMode": "value", "graphMode": "none", "justifyMode": "auto", "orientation": "auto",
-            "percentChangeColorMode": "standard", "showPercentChange": False, "textMode": text,
-            "wideLayout": True, "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
-        }  # fmt: skip
+            "colorMode": "value",
+            "graphMode": "none",
+            "justifyMode": "auto",
+            "orientation": "auto",
+            "percentChangeColorMode": "standard",
+            "showPercentChange": False,
+            "textMode": text,
+            "wideLayout": True,
+            "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+        }
         defaults = {"color": {"mode": "thresholds"}}
         look = {"defaults": defaults, "options": options, "target": {"instant": True, "range": False}}
-        return self.json("stat", look, 4)
+        return self.base_json("stat", look, 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +110,7 @@ class Series(Panel):
 
     stacked: bool = False
 
-    def made(self) -> Json:
+    def to_json(self) -> Json:
         """As Grafana has it."""
         custom: Json = dict(_LINES)
         if self.stacked:
@@ -108,7 +123,7 @@ class Series(Panel):
         }
         defaults = {"color": {"mode": "palette-classic"}, "custom": custom}
         look = {"defaults": defaults, "options": options, "target": {"instant": False, "range": True}}
-        return self.json("timeseries", look, 8)
+        return self.base_json("timeseries", look, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,18 +140,18 @@ class Dashboard:
 
     title: str
     description: str
-    of: str
+    discovery_metric: str
     rows: Sequence[Row] = field(default_factory=list)
-    callers: bool = False
+    has_caller_variable: bool = False
 
-    def json(self) -> Json:
+    def to_json(self) -> Json:
         """What Grafana imports. It has no uid: Grafana gives one, and the data source is asked for."""
         variables: list[Json] = [
             {"type": "datasource", "name": "datasource", "label": "Data source", "query": "prometheus"},
-            _variable("namespace", "Namespace", f"label_values({self.of}, namespace)"),
-            _variable("job", "Job", f'label_values({self.of}{{namespace=~"$namespace"}}, job)'),
+            _variable("namespace", "Namespace", f"label_values({self.discovery_metric}, namespace)"),
+            _variable("job", "Job", f'label_values({self.discovery_metric}{{namespace=~"$namespace"}}, job)'),
         ]
-        if self.callers:
+        if self.has_caller_variable:
             pairs = f"cache_proxy_caller_pairs_total{{{SCOPE}}}"
             variables.append(_variable("caller", "Caller", f"label_values({pairs}, caller)"))
         return {
@@ -150,37 +165,57 @@ class Dashboard:
             "time": {"from": "now-3h", "to": "now"},
             "timezone": "browser",
             "links": [
-                {"type": "dashboards", "title": "Seniority cache", "tags": ["seniority-cache"],
-                 "asDropdown": True, "includeVars": False, "keepTime": True, "targetBlank": False,
-                 "icon": "external link", "tooltip": ""},
+                {
+                    "type": "dashboards",
+                    "title": "Seniority cache",
+                    "tags": ["seniority-cache"],
+                    "asDropdown": True,
+                    "includeVars": False,
+                    "keepTime": True,
+                    "targetBlank": False,
+                    "icon": "external link",
+                    "tooltip": "",
+                },
             ],
             "templating": {"list": variables},
-            "panels": _placed(self.rows),
-        }  # fmt: skip
+            "panels": _lay_out(self.rows),
+        }
 
 
 def _variable(name: str, label: str, query: str) -> Json:
     """Any of several; `.*` fits series without the label too."""
     return {
-        "type": "query", "name": name, "label": label, "datasource": _DATASOURCE,
-        "query": {"query": query, "refId": name}, "refresh": 2, "sort": 1,
-        "multi": True, "includeAll": True, "allValue": ".*",
+        "type": "query",
+        "name": name,
+        "label": label,
+        "datasource": _DATASOURCE,
+        "query": {"query": query, "refId": name},
+        "refresh": 2,
+        "sort": 1,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
         "current": {"text": ["All"], "value": ["$__all"]},
-    }  # fmt: skip
+    }
 
 
-def _placed(rows: Sequence[Row]) -> list[Json]:
+def _lay_out(rows: Sequence[Row]) -> list[Json]:
     """Panels with ids and places: rows one below the other."""
     placed: list[Json] = []
     y = 0
     for row in rows:
         placed.append(
-            {"type": "row", "title": row.title, "collapsed": False, "panels": [],
-             "gridPos": {"h": 1, "w": _WIDTH, "x": 0, "y": y}}
-        )  # fmt: skip
+            {
+                "type": "row",
+                "title": row.title,
+                "collapsed": False,
+                "panels": [],
+                "gridPos": {"h": 1, "w": _WIDTH, "x": 0, "y": y},
+            }
+        )
         x, y, height = 0, y + 1, 0
         for panel in row.panels:
-            made = panel.made()
+            made = panel.to_json()
             if x + panel.width > _WIDTH:
                 x, y, height = 0, y + height, 0
             made["gridPos"] |= {"x": x, "y": y}

@@ -19,7 +19,7 @@ def main() -> int:
     for finding in found:
         print(finding)
     objects = sum(map(len, builds.values()))
-    needs = "; ".join(sorted(checks.outside(builds["overlays/prod"]))) or "nothing"
+    needs = "; ".join(sorted(checks.external_secrets(builds["overlays/prod"]))) or "nothing"
     print(f"{len(builds)} builds, {objects} objects, {len(found)} findings.")
     print(f"overlays/prod needs from outside: {needs}.")
     return 1 if found else 0

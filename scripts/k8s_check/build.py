@@ -15,11 +15,11 @@ Manifest = dict[str, Any]
 Builds = dict[str, list[Manifest]]
 """By name, such as `overlays/prod`."""
 
-WATCHED = "overlays/dev with monitoring"
+MONITORED_BUILD = "overlays/dev with monitoring"
 """The build that has everything which can be watched: stub, Redis, proxies, sidecars and augmenters."""
 
 
-class BuildFailed(Exception):
+class KustomizeError(Exception):
     """Kustomize refused a folder."""
 
 
@@ -32,7 +32,9 @@ def all_builds(deploy: Path) -> Builds:
         builds[f"overlays/prod with {name}"] = _with_components(deploy, "prod", [name])
     builds["overlays/prod with all"] = _with_components(deploy, "prod", components)
     if "monitoring" in components:
-        builds[WATCHED] = _with_components(deploy, "dev", components=["redis", "sidecar", "monitoring"])
+        builds[MONITORED_BUILD] = _with_components(
+            deploy, "dev", components=["redis", "sidecar", "monitoring"]
+        )
     return builds
 
 
@@ -53,5 +55,5 @@ def kustomize(folder: Path) -> list[Manifest]:
     command = [str(Path(sys.executable).parent / "kubectl"), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BuildFailed(f"{folder.name}: {done.stderr.strip()}")
+        raise KustomizeError(f"{folder.name}: {done.stderr.strip()}")
     return [manifest for manifest in yaml.load_all(done.stdout, Loader=yaml.CSafeLoader) if manifest]

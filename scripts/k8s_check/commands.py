@@ -11,7 +11,7 @@ import click
 from services.augmenter import cli as augmenter
 from services.augmenter.config import RunSettings
 from services.cache_proxy import cli as cache_proxy
-from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
+from services.cache_proxy.config.auth_settings import CallerAuthSettings, ModelAuthSettings
 from services.cache_proxy.config.settings import (
     AnswerSettings,
     CacheSettings,
@@ -28,7 +28,7 @@ from services.model_stub.cli import StubSettings
 PROGRAMS = {"cache-proxy": cache_proxy.cli, "augmenter": augmenter.cli, "model-stub": model_stub.cli}
 
 
-class Refused(Exception):
+class SettingsRejectedError(Exception):
     """The command would end with exit code 2."""
 
 
@@ -50,15 +50,15 @@ def parse(program: str, args: Sequence[str], environment: Mapping[str, str]) -> 
     """Raises Refused with what the command would say."""
     command = PROGRAMS[program].commands.get(args[0]) if args else None
     if command is None:
-        raise Refused(f"{program} has no command {' '.join(args[:1])!r}")
+        raise SettingsRejectedError(f"{program} has no command {' '.join(args[:1])!r}")
     with mock.patch.dict(os.environ, environment, clear=True):
         try:
             context = command.make_context(args[0], list(args[1:]))
             _build(program, context.params)
         except click.ClickException as error:
-            raise Refused(error.format_message()) from error
+            raise SettingsRejectedError(error.format_message()) from error
         except UsageError as error:
-            raise Refused(str(error)) from error
+            raise SettingsRejectedError(str(error)) from error
     default = click.core.ParameterSource.DEFAULT
     untold = {name for name in context.params if context.get_parameter_source(name) is default}
     return Parsed(values=context.params, defaults=frozenset(untold))
@@ -67,16 +67,16 @@ def parse(program: str, args: Sequence[str], environment: Mapping[str, str]) -> 
 def _build(program: str, values: dict[str, Any]) -> None:
     """Have the settings check themselves, as a start would."""
     if program == "augmenter":
-        options.read(RunSettings, values)
+        options.read_settings(RunSettings, values)
     elif program == "model-stub":
-        options.read(StubSettings, values)
+        options.read_settings(StubSettings, values)
     else:
         Settings(
-            server=options.read(ServerSettings, values),
-            model=options.read(ModelSettings, values),
-            cache=options.read(CacheSettings, values),
-            key=options.read(KeySettings, values),
-            answers=options.read(AnswerSettings, values),
-            callers=options.read(CallerAccess, values),
-            model_access=options.read(ModelAccess, values),
+            server=options.read_settings(ServerSettings, values),
+            model=options.read_settings(ModelSettings, values),
+            cache=options.read_settings(CacheSettings, values),
+            key=options.read_settings(KeySettings, values),
+            answers=options.read_settings(AnswerSettings, values),
+            caller_auth=options.read_settings(CallerAuthSettings, values),
+            model_auth=options.read_settings(ModelAuthSettings, values),
         )

@@ -17,7 +17,7 @@ class Environment:
 
     variables: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    outside: set[str] = field(default_factory=set)
+    external: set[str] = field(default_factory=set)
 
     def expand(self, text: str) -> str:
         """`$(NAME)`, as Kubernetes replaces it."""
@@ -50,7 +50,7 @@ def _value(
         return made.expand(str(variable.get("value", "")))
     if wanted := source.get("secretKeyRef"):
         if wanted["name"] not in secrets:
-            made.outside.add(f"Secret {wanted['name']}: {wanted['key']}")
+            made.external.add(f"Secret {wanted['name']}: {wanted['key']}")
         elif wanted["key"] not in secrets[wanted["name"]]:
             made.missing.append(f"Secret {wanted['name']} has no {wanted['key']}")
         return _SECRET

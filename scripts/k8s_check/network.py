@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from scripts.k8s_check.build import Manifest
 from scripts.k8s_check.environment import environment
 from scripts.k8s_check.objects import Container, by_name, of_kind, pods, selects
-from scripts.k8s_check.settings import understood
+from scripts.k8s_check.settings import accepted_settings
 
 _GROUP_MAY_OPEN = 0o060
 _REDIS_PORT = 6379
@@ -14,25 +14,25 @@ _REDIS_PORT = 6379
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Findings of one build."""
-    for container, parsed in understood(manifests, "cache-proxy"):
-        yield from _called(container, parsed.values["model_target"], manifests)
-        yield from _called(container, parsed.values["cache_url"], manifests)
-    for container, parsed in understood(manifests, "augmenter"):
-        yield from _called(container, parsed.values["target"], manifests)
+    for container, parsed in accepted_settings(manifests, "cache-proxy"):
+        yield from _check_target(container, parsed.values["model_target"], manifests)
+        yield from _check_target(container, parsed.values["cache_url"], manifests)
+    for container, parsed in accepted_settings(manifests, "augmenter"):
+        yield from _check_target(container, parsed.values["target"], manifests)
     for pod in pods(manifests):
         for container in pod.containers():
             if collector := environment(container, manifests).variables.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
-                yield from _called(container, collector, manifests)
-        opened = _ports(manifests, "Ingress", pod.labels)
+                yield from _check_target(container, collector, manifests)
+        opened = _open_ports(manifests, "Ingress", pod.labels)
         for container in pod.containers() if opened is not None else ():
             for port in container.spec.get("ports", ()):
                 if not {port["containerPort"], port.get("name")} & (opened or set()):
                     yield f"{container.name}: no NetworkPolicy lets anybody in on port {port['name']}"
 
 
-def _called(container: Container, target: str, manifests: Sequence[Manifest]) -> Iterator[str]:
+def _check_target(container: Container, target: str, manifests: Sequence[Manifest]) -> Iterator[str]:
     if target.startswith("unix:"):
-        yield from _socket(container, target.removeprefix("unix:"), manifests)
+        yield from _check_socket(container, target.removeprefix("unix:"), manifests)
         return
     for host, port in _addresses(target):
         service = by_name(manifests, "Service").get(host)
@@ -40,7 +40,7 @@ def _called(container: Container, target: str, manifests: Sequence[Manifest]) ->
             yield f"{container.name}: {target}: there is no Service {host}"
         elif service and port not in {one["port"] for one in service["spec"]["ports"]}:
             yield f"{container.name}: {target}: Service {host} has no port {port}"
-        opened = _ports(manifests, "Egress", container.pod.labels)
+        opened = _open_ports(manifests, "Egress", container.pod.labels)
         if opened is not None and port not in opened:
             yield f"{container.name}: {target}: no NetworkPolicy lets it out on port {port}"
 
@@ -54,12 +54,12 @@ def _addresses(target: str) -> Iterator[tuple[str, int]]:
         yield host, int(port or _REDIS_PORT)
 
 
-def _socket(container: Container, path: str, manifests: Sequence[Manifest]) -> Iterator[str]:
+def _check_socket(container: Container, path: str, manifests: Sequence[Manifest]) -> Iterator[str]:
     here = container.volume_at(path)
     if here is None:
         yield f"{container.name}: nothing is mounted that holds {path}"
         return
-    for other, parsed in understood(manifests, "cache-proxy"):
+    for other, parsed in accepted_settings(manifests, "cache-proxy"):
         if other.pod.owner == container.pod.owner and other.is_sidecar:
             for listen in parsed.values["listen"]:
                 there = other.volume_at(listen.removeprefix("unix:"))
@@ -72,7 +72,9 @@ def _socket(container: Container, path: str, manifests: Sequence[Manifest]) -> I
     yield f"{container.name}: no sidecar listens on {path}"
 
 
-def _ports(manifests: Sequence[Manifest], direction: str, labels: Mapping[str, str]) -> set[int | str] | None:
+def _open_ports(
+    manifests: Sequence[Manifest], direction: str, labels: Mapping[str, str]
+) -> set[int | str] | None:
     """The ports that policies open for these pods; None if no policy closes any."""
     opened: set[int | str] | None = None
     for policy in of_kind(manifests, "NetworkPolicy"):

@@ -19,10 +19,18 @@ def check(builds: Builds, *, ignored: Path) -> Iterator[str]:
             path = Path(folder) / f"{build.replace('/', '-')}.yaml"
             path.write_text(yaml.dump_all(manifests, Dumper=yaml.CSafeDumper), encoding="utf-8")
         command = [
-            str(Path(sys.executable).parent / "trivy"), "config", "--skip-check-update", "--quiet",
-            "--misconfig-scanners", "kubernetes", "--format", "json",
-            "--ignorefile", str(ignored.resolve()), folder,
-        ]  # fmt: skip
+            str(Path(sys.executable).parent / "trivy"),
+            "config",
+            "--skip-check-update",
+            "--quiet",
+            "--misconfig-scanners",
+            "kubernetes",
+            "--format",
+            "json",
+            "--ignorefile",
+            str(ignored.resolve()),
+            folder,
+        ]
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
     results = json.loads(output).get("Results", [])
     if len(results) != len(builds):

@@ -10,11 +10,11 @@ from scripts.k8s_check.objects import Container, Pod, by_name, containers, name_
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Findings of one build."""
     for pod in pods(manifests):
-        yield from _pod(pod, manifests)
+        yield from _check_pod(pod, manifests)
         for container in pod.containers():
-            yield from (f"{container.name}: {problem}" for problem in _container(container, manifests))
+            yield from (f"{container.name}: {problem}" for problem in _check_container(container, manifests))
     for service in of_kind(manifests, "Service"):
-        yield from _service(service, manifests)
+        yield from _check_service(service, manifests)
     for manifest in of_kind(manifests, "PodDisruptionBudget", "NetworkPolicy"):
         spec = manifest["spec"]
         selector = spec["podSelector"] if manifest["kind"] == "NetworkPolicy" else spec["selector"]
@@ -22,7 +22,7 @@ def check(manifests: Sequence[Manifest]) -> Iterator[str]:
             yield f"{name_of(manifest)}: it selects no pods"
 
 
-def _pod(pod: Pod, manifests: Sequence[Manifest]) -> Iterator[str]:
+def _check_pod(pod: Pod, manifests: Sequence[Manifest]) -> Iterator[str]:
     spec = pod.workload["spec"]
     if "selector" in spec and not selects(spec["selector"], pod.labels):
         yield f"{pod.owner}: its selector does not select its own pods"
@@ -44,7 +44,7 @@ def _pod(pod: Pod, manifests: Sequence[Manifest]) -> Iterator[str]:
             yield f"{pod.owner}: there is no ConfigMap {name}"
 
 
-def _container(container: Container, manifests: Sequence[Manifest]) -> Iterator[str]:
+def _check_container(container: Container, manifests: Sequence[Manifest]) -> Iterator[str]:
     yield from environment(container, manifests).missing
     spec, pod = container.spec, container.pod
     claims = pod.workload["spec"].get("volumeClaimTemplates", ())
@@ -67,7 +67,7 @@ def _container(container: Container, manifests: Sequence[Manifest]) -> Iterator[
         yield f"image {spec['image']}: no version says which"
 
 
-def _service(service: Manifest, manifests: Sequence[Manifest]) -> Iterator[str]:
+def _check_service(service: Manifest, manifests: Sequence[Manifest]) -> Iterator[str]:
     labels = {"matchLabels": service["spec"]["selector"]}
     found = [container for container in containers(manifests) if selects(labels, container.pod.labels)]
     if not found:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from scripts.k8s_check.build import Manifest
 from scripts.k8s_check.environment import environment
 from scripts.k8s_check.objects import Pod, containers, name_of, of_kind, pods
-from scripts.k8s_check.settings import understood
+from scripts.k8s_check.settings import accepted_settings
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
@@ -24,11 +24,11 @@ def check(manifests: Sequence[Manifest]) -> Iterator[str]:
     for owner, times in scaled.items():
         if times > 1:
             yield f"{owner}: {times} scalers would fight over it"
-    yield from _triggers(manifests)
-    yield from _replicas(manifests)
+    yield from _check_triggers(manifests)
+    yield from _check_replicas(manifests)
 
 
-def _triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
+def _check_triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
     for scaler in of_kind(manifests, "ScaledObject"):
         target = scaler["spec"]["scaleTargetRef"]["name"]
         seen = {
@@ -51,9 +51,9 @@ def _triggers(manifests: Sequence[Manifest]) -> Iterator[str]:
                 yield f"{name_of(scaler)}: there is no TriggerAuthentication {authentication}"
 
 
-def _replicas(manifests: Sequence[Manifest]) -> Iterator[str]:
-    proxies = list(understood(manifests, "cache-proxy"))
-    there_can_be = sum(_most(container.pod, manifests) for container, _ in proxies)
+def _check_replicas(manifests: Sequence[Manifest]) -> Iterator[str]:
+    proxies = list(accepted_settings(manifests, "cache-proxy"))
+    there_can_be = sum(_max_pods(container.pod, manifests) for container, _ in proxies)
     for container, parsed in proxies:
         expected = parsed.values["expected_replicas"]
         if expected < there_can_be:
@@ -63,7 +63,7 @@ def _replicas(manifests: Sequence[Manifest]) -> Iterator[str]:
             )
 
 
-def _most(pod: Pod, manifests: Sequence[Manifest]) -> int:
+def _max_pods(pod: Pod, manifests: Sequence[Manifest]) -> int:
     for scaler in of_kind(manifests, "HorizontalPodAutoscaler"):
         target = scaler["spec"]["scaleTargetRef"]
         if f"{target['kind']}/{target['name']}" == pod.owner:

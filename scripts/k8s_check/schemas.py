@@ -53,14 +53,14 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 @cache
 def _validator(model: Any) -> Any:
-    return jsonschema.Draft202012Validator(_closed(model.model_json_schema(by_alias=True)))
+    return jsonschema.Draft202012Validator(_forbid_unknown(model.model_json_schema(by_alias=True)))
 
 
-def _closed(schema: Any) -> Any:
+def _forbid_unknown(schema: Any) -> Any:
     """The schema, but what an object does not name it may not have."""
     if isinstance(schema, dict):
-        closed = {key: _closed(value) for key, value in schema.items()}
+        closed = {key: _forbid_unknown(value) for key, value in schema.items()}
         if closed.get("type") == "object" and isinstance(closed.get("properties"), dict):
             closed.setdefault("additionalProperties", False)
         return closed
-    return [_closed(item) for item in schema] if isinstance(schema, list) else schema
+    return [_forbid_unknown(item) for item in schema] if isinstance(schema, list) else schema

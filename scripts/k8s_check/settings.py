@@ -7,35 +7,35 @@ from opentelemetry import environment_variables as api_variables
 from opentelemetry.sdk import environment_variables as sdk_variables
 
 from scripts.k8s_check.build import Manifest
-from scripts.k8s_check.commands import PROGRAMS, Parsed, Refused, parse, variables
+from scripts.k8s_check.commands import PROGRAMS, Parsed, SettingsRejectedError, parse, variables
 from scripts.k8s_check.environment import environment, missing_files
 from scripts.k8s_check.objects import Container, containers
 from services.augmenter.app import GRACE_SECONDS
 
 _MIB = 2**20
 _CLOSING_SECONDS = 10  # to close connections and write what is left, after the drain
-_BESIDES_BYTES = 256 * _MIB  # of a proxy: Python, gRPC, requests on their way
+_BASE_MEMORY_BYTES = 256 * _MIB  # of a proxy: Python, gRPC, requests on their way
 _PATHS = {"cache-proxy": {"/healthz", "/readyz"}, "augmenter": {"/healthz"}}
 _UNITS = {"Mi": _MIB, "Gi": 1024 * _MIB}
 _DEFAULT_GRACE_SECONDS = 30
-_OF_LIBRARIES = "AWS_"
-_OF_TRACING = {
+_LIBRARY_PREFIX = "AWS_"
+_TRACING_VARIABLES = {
     name for module in (api_variables, sdk_variables) for name in vars(module) if name[:5] == "OTEL_"
 }
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Findings of one build."""
-    for container, parsed in _parsed(manifests):
+    for container, parsed in _parse_all(manifests):
         problems = [parsed] if isinstance(parsed, str) else _problems(container, parsed, manifests)
         yield from (f"{container.name}: {problem}" for problem in problems)
 
 
-def outside(manifests: Sequence[Manifest]) -> set[str]:
+def external_secrets(manifests: Sequence[Manifest]) -> set[str]:
     """The Secrets whose files the settings name, and that others make."""
     return {
         needed
-        for container, parsed in _parsed(manifests)
+        for container, parsed in _parse_all(manifests)
         if not isinstance(parsed, str)
         for path in _files(parsed)
         for needed, is_outside in missing_files(container, manifests, path)
@@ -43,14 +43,14 @@ def outside(manifests: Sequence[Manifest]) -> set[str]:
     }
 
 
-def understood(manifests: Sequence[Manifest], program: str) -> Iterator[tuple[Container, Parsed]]:
+def accepted_settings(manifests: Sequence[Manifest], program: str) -> Iterator[tuple[Container, Parsed]]:
     """The containers of a program whose settings it would take."""
-    for container, parsed in _parsed(manifests):
+    for container, parsed in _parse_all(manifests):
         if container.program == program and not isinstance(parsed, str):
             yield container, parsed
 
 
-def _parsed(manifests: Sequence[Manifest]) -> Iterator[tuple[Container, Parsed | str]]:
+def _parse_all(manifests: Sequence[Manifest]) -> Iterator[tuple[Container, Parsed | str]]:
     for container in containers(manifests):
         if container.program not in PROGRAMS:
             continue
@@ -58,26 +58,26 @@ def _parsed(manifests: Sequence[Manifest]) -> Iterator[tuple[Container, Parsed |
         args = [seen.expand(str(arg)) for arg in container.spec.get("args", ())]
         try:
             yield container, parse(container.program, args, seen.variables)
-        except Refused as refused:
+        except SettingsRejectedError as refused:
             yield container, str(refused)
 
 
 def _problems(container: Container, parsed: Parsed, manifests: Sequence[Manifest]) -> Iterator[str]:
-    known = variables(container.program) | _OF_TRACING
+    known = variables(container.program) | _TRACING_VARIABLES
     for name in environment(container, manifests).variables.keys() - known:
-        if not name.startswith(_OF_LIBRARIES) and name != "JOB_COMPLETION_INDEX":
+        if not name.startswith(_LIBRARY_PREFIX) and name != "JOB_COMPLETION_INDEX":
             yield f"{container.program} knows no variable {name}"
     for path in _files(parsed):
         for problem, is_outside in missing_files(container, manifests, path):
             if not is_outside:
                 yield f"{problem} ({path})"
-    yield from _probes(container, parsed)
-    yield from _ports(container, parsed)
-    yield from _grace(container, parsed)
+    yield from _check_probes(container, parsed)
+    yield from _check_ports(container, parsed)
+    yield from _check_grace(container, parsed)
     if container.program == "cache-proxy":
-        yield from _proxy(container, parsed)
+        yield from _check_proxy(container, parsed)
     if container.program == "augmenter":
-        yield from _shard(container, parsed)
+        yield from _check_shard(container, parsed)
 
 
 def _files(parsed: Parsed) -> Iterator[str]:
@@ -89,7 +89,7 @@ def _files(parsed: Parsed) -> Iterator[str]:
         yield from (path for name in ("ssl_certfile", "ssl_keyfile") for path in found.get(name, ()))
 
 
-def _probes(container: Container, parsed: Parsed) -> Iterator[str]:
+def _check_probes(container: Container, parsed: Parsed) -> Iterator[str]:
     for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
         asked = container.spec.get(kind, {}).get("httpGet")
         if asked and asked["path"] not in _PATHS.get(container.program, ()):
@@ -103,7 +103,7 @@ def _http_port(parsed: Parsed) -> int | None:
     return int(listen.rpartition(":")[2]) if listen else None
 
 
-def _ports(container: Container, parsed: Parsed) -> Iterator[str]:
+def _check_ports(container: Container, parsed: Parsed) -> Iterator[str]:
     addresses = parsed.values.get("listen", ())
     for address in addresses:
         path = address.removeprefix("unix:")
@@ -118,7 +118,7 @@ def _ports(container: Container, parsed: Parsed) -> Iterator[str]:
         yield f"it listens on port {port}, which is not among its ports"
 
 
-def _grace(container: Container, parsed: Parsed) -> Iterator[str]:
+def _check_grace(container: Container, parsed: Parsed) -> Iterator[str]:
     given = container.pod.spec.get("terminationGracePeriodSeconds", _DEFAULT_GRACE_SECONDS)
     if container.program == "cache-proxy":
         needed = parsed.values["drain_delay_seconds"] + parsed.values["drain_timeout_seconds"]
@@ -130,7 +130,7 @@ def _grace(container: Container, parsed: Parsed) -> Iterator[str]:
         yield f"terminationGracePeriodSeconds {given}: it needs {needed:.0f} s, and {_CLOSING_SECONDS} more"
 
 
-def _proxy(container: Container, parsed: Parsed) -> Iterator[str]:
+def _check_proxy(container: Container, parsed: Parsed) -> Iterator[str]:
     values = parsed.values
     if "cache_url" in parsed.defaults:
         yield "nothing sets --cache-url: each replica would have a cache and a limit of its own"
@@ -141,12 +141,12 @@ def _proxy(container: Container, parsed: Parsed) -> Iterator[str]:
     if container.pod.spec.get("enableServiceLinks", True):
         yield "enableServiceLinks must be false: a Service called cache-proxy sets CACHE_PROXY_… variables"
     limit = container.spec["resources"]["limits"]["memory"]
-    needed = values["l1_max_bytes"] + values["max_queued_bytes"] + _BESIDES_BYTES
+    needed = values["l1_max_bytes"] + values["max_queued_bytes"] + _BASE_MEMORY_BYTES
     if int(limit[:-2]) * _UNITS[limit[-2:]] < needed:
         yield f"memory {limit}: --l1-max-bytes and --max-queued-bytes let it take {needed // _MIB}Mi"
 
 
-def _shard(container: Container, parsed: Parsed) -> Iterator[str]:
+def _check_shard(container: Container, parsed: Parsed) -> Iterator[str]:
     completions = container.pod.workload["spec"].get("completions")
     shards = parsed.values["shard"][1]
     if completions is not None and completions != shards:

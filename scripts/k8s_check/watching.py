@@ -12,18 +12,18 @@ from scripts.k8s_check.objects import containers, name_of, of_kind, selects
 from services.augmenter.metrics import Metrics
 from services.cache_proxy.observability.metrics import ProxyMetrics
 
-_OURS = re.compile(r"(?<![\w:])(?:cache_proxy|augmenter)_[a-z0-9_]+(?![\w:])")
-_STRINGS = re.compile(r'"[^"]*"|\'[^\']*\'')
+_METRIC_NAME = re.compile(r"(?<![\w:])(?:cache_proxy|augmenter)_[a-z0-9_]+(?![\w:])")
+_STRING_LITERAL = re.compile(r'"[^"]*"|\'[^\']*\'')
 _SAMPLES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Findings of one build."""
     for monitor in of_kind(manifests, "PodMonitor", "ServiceMonitor"):
-        yield from _monitor(monitor, manifests)
+        yield from _check_monitor(monitor, manifests)
     known = metric_names()
     for owner, query in _queries(manifests):
-        for name in sorted(set(_OURS.findall(_STRINGS.sub("", query))) - known):
+        for name in sorted(set(_METRIC_NAME.findall(_STRING_LITERAL.sub("", query))) - known):
             yield f"{owner}: there is no metric {name}"
 
 
@@ -39,7 +39,7 @@ def metric_names() -> set[str]:
     }
 
 
-def _monitor(monitor: Manifest, manifests: Sequence[Manifest]) -> Iterator[str]:
+def _check_monitor(monitor: Manifest, manifests: Sequence[Manifest]) -> Iterator[str]:
     spec = monitor["spec"]
     if monitor["kind"] == "PodMonitor":
         found = [one for one in containers(manifests) if selects(spec["selector"], one.pod.labels)]

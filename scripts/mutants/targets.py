@@ -118,12 +118,23 @@ LUA = (
     *(
         Target(path=f"services/cache_proxy/queue/lua/{name}.lua", tests=_QUEUE_TESTS)
         for name in (
-            "claim", "configure", "enqueue", "fail", "fulfil", "heartbeat", "late", "leave", "prelude",
-            "put_back", "refuse", "repair", "verdict",
+            "claim",
+            "configure",
+            "enqueue",
+            "fail",
+            "fulfil",
+            "heartbeat",
+            "late",
+            "leave",
+            "prelude",
+            "put_back",
+            "refuse",
+            "repair",
+            "verdict",
         )
     ),
     *(
         Target(path=f"services/cache_proxy/cache/lua/{name}.lua", tests=_STORE_TESTS)
         for name in ("get", "put", "forget", "sweep", "clear", "layout", "writing")
     ),
-)  # fmt: skip
+)

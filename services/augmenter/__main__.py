@@ -1,11 +1,11 @@
 """`augmenter` and `python -m services.augmenter`."""
 
-from services.common.entrypoint import enter
+from services.common.entrypoint import run_main
 
 
 def main() -> None:
     """Run the command line."""
-    enter("services.augmenter.cli", program="augmenter", extra="augmenter")
+    run_main("services.augmenter.cli", program="augmenter", extra="augmenter")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from services.augmenter import app, paths
 from services.augmenter.config import DEFAULT_INPUT, DEFAULT_OUTPUT, RunSettings
 from services.augmenter.sources.queue_url import check_queue_url
 from services.common import logs, options, tracing
-from services.common.codec import NAMES
+from services.common.codec import SUFFIX_HELP
 from services.common.errors import UsageError
 from services.common.file_names import REJECTS_FOLDER
 
@@ -24,37 +24,37 @@ def _run(**values: Any) -> int:
     }
     if typed == {"input"}:  # else local postings would go to the default bucket by a slip
         raise UsageError("run takes INPUT and OUTPUT, or neither")
-    settings = options.read(RunSettings, values)
+    settings = options.read_settings(RunSettings, values)
     logs.configure(log_format=settings.log_format, level=settings.log_level)
-    plan = paths.plan(values["input"], values["output"], settings.rejects)
+    plan = paths.resolve_paths(values["input"], values["output"], settings.rejects)
     if settings.sqs_queue_url:
-        _check_queue(settings.sqs_queue_url, plan)
-    _check_keys(settings, plan)
+        _check_queue_input(settings.sqs_queue_url, plan)
+    _check_sse_keys(settings, plan)
     if settings.watch and plan.input_name:
         raise UsageError("--watch waits for new files: INPUT must be a folder or a prefix")
     with (
-        tracing.opened("augmenter") as traces,
+        tracing.tracing_context("augmenter") as traces,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         return runner.run(app.run(settings, plan, traces))
 
 
-def _check_queue(queue_url: str, plan: paths.Plan) -> None:
+def _check_queue_input(queue_url: str, run_paths: paths.RunPaths) -> None:
     """Refuse a queue that cannot have INPUT's events. Raises UsageError."""
     check_queue_url(queue_url)
-    if plan.input_name or not isinstance(plan.source, paths.S3Place):
+    if run_paths.input_name or not isinstance(run_paths.source, paths.S3Uri):
         raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
-    if plan.source.is_access_point:
+    if run_paths.source.is_access_point:
         raise UsageError(
             "--sqs-queue-url: events name the bucket, not its access point: INPUT must be s3://BUCKET/PREFIX/"
         )
 
 
-def _check_keys(settings: RunSettings, plan: paths.Plan) -> None:
+def _check_sse_keys(settings: RunSettings, run_paths: paths.RunPaths) -> None:
     """Refuse a key for places that cannot use it. Raises UsageError."""
-    if settings.sse_c_key_file and not isinstance(plan.source, paths.S3Place):
+    if settings.sse_c_key_file and not isinstance(run_paths.source, paths.S3Uri):
         raise UsageError("--sse-c-key-file is for objects: INPUT must be s3://BUCKET/PREFIX/")
-    if settings.output_sse_c_key_file and not isinstance(plan.sink, paths.S3Place):
+    if settings.output_sse_c_key_file and not isinstance(run_paths.sink, paths.S3Uri):
         raise UsageError("--output-sse-c-key-file is for objects: OUTPUT must be s3://BUCKET/PREFIX/")
 
 
@@ -65,12 +65,12 @@ cli.add_command(
         params=[
             click.Argument(["input"], envvar="AUGMENTER_INPUT", default=DEFAULT_INPUT),
             click.Argument(["output"], envvar="AUGMENTER_OUTPUT", default=DEFAULT_OUTPUT),
-            *options.options(RunSettings, prefix="AUGMENTER"),
+            *options.click_options(RunSettings, prefix="AUGMENTER"),
         ],
         callback=_run,
         help=f"Augment INPUT into OUTPUT: s3://BUCKET/PREFIX/, a local folder, or a file "
-        f"(names that end in {NAMES}). Of a folder or prefix all such files are read, at any depth, but "
-        f"those whose name, or a folder in it, begins with a dot or is {REJECTS_FOLDER}. "
+        f"(names that end in {SUFFIX_HELP}). Of a folder or prefix all such files are read, at any depth, "
+        f"but those whose name, or a folder in it, begins with a dot or is {REJECTS_FOLDER}. "
         f"Without them: {DEFAULT_INPUT} into {DEFAULT_OUTPUT}. "
         "AUGMENTER_INPUT and AUGMENTER_OUTPUT say the same.",
     )
@@ -79,4 +79,4 @@ cli.add_command(
 
 def main() -> None:
     """Run the command line."""
-    options.run(cli, program=app.PROGRAM)
+    options.run_command(cli, program=app.PROGRAM)

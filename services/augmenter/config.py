@@ -16,7 +16,7 @@ from services.common.tls import PemFiles
 
 DEFAULT_INPUT = "s3://rl-data/job-postings-raw/"
 DEFAULT_OUTPUT = "s3://rl-data/job-postings-mod/"
-SHARD = options.kind("i/n", parse_shard)
+SHARD_TYPE = options.custom_type("i/n", parse_shard)
 _HEADER_CHARACTERS = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
 
 
@@ -25,10 +25,11 @@ class RunSettings:
     """Times in seconds; `progress` is None where the terminal decides."""
 
     target: str | None = flag(
-        "--target", options.TEXT,
+        "--target",
+        options.TEXT,
         text="gRPC target of the proxy, or of the model itself: HOST:PORT, dns:///HOST:PORT, unix:PATH; "
         "required",
-    )  # fmt: skip
+    )
     once: bool | None = flag(
         "--once", options.BOOL, text="do all files that are there now, then end; this is the default"
     )
@@ -52,7 +53,7 @@ class RunSettings:
         text="an object that is gone before its message, or its turn, is read: a failed file, or skipped",
     )
     shard: tuple[int, int] = flag(
-        "--shard", SHARD, "0/1", text="I/N: this process's part of the files, from 0/N on"
+        "--shard", SHARD_TYPE, "0/1", text="I/N: this process's part of the files, from 0/N on"
     )
     rejects: str | None = flag(
         "--rejects",
@@ -120,7 +121,7 @@ class RunSettings:
         "--endpoint-url",
         options.HTTP_URL,
         text="S3-compatible endpoint",
-        login_goes_to="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        password_alternative="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",  # noqa: S106 - names, not a password
     )
     sse_c_key_file: str | None = flag(
         "--sse-c-key-file",
@@ -167,29 +168,29 @@ class RunSettings:
         if not self.caller or not _HEADER_CHARACTERS.issuperset(self.caller):
             message = f"--caller {self.caller!r}: only printable ASCII can be sent"
             raise UsageError(message)
-        _ = self.fields
-        limits.check(self.max_line_bytes, self.max_zstd_window_bytes)
+        _ = self.posting_fields
+        limits.check_limits(self.max_line_bytes, self.max_zstd_window_bytes)
         if self.dry_run and self.summary_json:
             raise UsageError("--summary-json does not go with --dry-run, which writes nothing")
-        self.tls.check_together()
+        self.tls_files.validate()
         self._check_target()
 
     def _check_target(self) -> None:
         if self.target:
             check_target(self.target, flag_name="--target", tls_flag="--tls-ca")
-            bearer.check_way(self.target, token_file=self.token_file, tls_ca=self.tls_ca)
+            bearer.require_encrypted(self.target, token_file=self.token_file, tls_ca=self.tls_ca)
         elif not self.dry_run:
             raise UsageError("--target is required (the proxy's HOST:PORT)")
 
     @property
-    def fields(self) -> PostingFields:
+    def posting_fields(self) -> PostingFields:
         """The members of a posting. Raises UsageError."""
         return PostingFields.parse(company=self.company_field, title=self.title_field, level=self.level_field)
 
     @property
     def posting_format(self) -> PostingFormat:
         """How lines are read and written."""
-        return PostingFormat(self.fields, keep_existing=self.keep_existing)
+        return PostingFormat(self.posting_fields, keep_existing=self.keep_existing)
 
     @property
     def read_limits(self) -> ReadLimits:
@@ -197,6 +198,6 @@ class RunSettings:
         return ReadLimits(self.max_line_bytes, self.max_zstd_window_bytes)
 
     @property
-    def tls(self) -> PemFiles:
+    def tls_files(self) -> PemFiles:
         """The files of the way to the proxy."""
         return PemFiles(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key)

@@ -1,7 +1,7 @@
 """What can go wrong in an augmenting run. Each error is one sentence that a person can act on."""
 
 from services.common.errors import CommandError, FileError
-from services.common.grpc_details import answered
+from services.common.grpc_details import format_status
 
 
 class AccountingError(FileError):
@@ -19,9 +19,11 @@ class NoLineAugmentedError(FileError):
     `hint` is what the file seems to be instead; else the first line's reason stands for all.
     """
 
-    def __init__(self, *, rejected: int, first: tuple[int, str], hint: str | None = None) -> None:
-        number, reason = first
-        why = f"it is {hint}" if hint else f"line {number}: {reason}"
+    def __init__(
+        self, *, rejected: int, first_rejected: tuple[int, str], format_hint: str | None = None
+    ) -> None:
+        number, reason = first_rejected
+        why = f"it is {format_hint}" if format_hint else f"line {number}: {reason}"
         super().__init__(f"no line can be augmented ({rejected:,} rejected): {why}")
 
 
@@ -33,7 +35,7 @@ class RpcFailedError(FileError):
 
     def __init__(self, *, target: str, code: str, details: str, tried_seconds: float | None = None) -> None:
         tried = "" if tried_seconds is None else f" (retried for {tried_seconds:.1f} s)"
-        super().__init__(f"{target} answered {answered(code, details)}{tried}")
+        super().__init__(f"{target} answered {format_status(code, details)}{tried}")
         self.code = code
 
 

@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from services.augmenter.stats import Totals
+from services.augmenter.stats import RunStats
 
 _REFRESH_SECONDS = 0.2
 
 
 @asynccontextmanager
-async def progress_bar(totals: Totals) -> AsyncIterator[None]:
+async def progress_bar(stats: RunStats) -> AsyncIterator[None]:
     """Show `totals` moving, by the bytes of the input, for as long as the block lasts."""
     columns = (
         TextColumn("{task.fields[files]}"),
@@ -26,14 +26,14 @@ async def progress_bar(totals: Totals) -> AsyncIterator[None]:
 
         def update() -> None:
             elapsed = progress.tasks[0].elapsed or 0.0
-            ended = totals.done + totals.skipped + totals.failures.count
+            ended = stats.files_done + stats.files_skipped + stats.failures.count
             progress.update(
                 bar,
-                completed=totals.bytes_read,
-                total=totals.bytes_found or None,
-                files=f"{ended:,}/{totals.files_found:,} files",
-                rate=f"{totals.lines_read / elapsed:,.0f} lines/s" if elapsed else "",
-                hits="" if totals.hit_rate is None else f"{totals.hit_rate:.1%} hits",
+                completed=stats.bytes_read,
+                total=stats.bytes_found or None,
+                files=f"{ended:,}/{stats.files_found:,} files",
+                rate=f"{stats.lines_read / elapsed:,.0f} lines/s" if elapsed else "",
+                hits="" if stats.hit_rate is None else f"{stats.hit_rate:.1%} hits",
             )
 
         async def refresh() -> None:

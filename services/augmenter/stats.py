@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.common.storage.input_listing import InputListing
+from services.common.storage.input_listing import NameCounts
 
-MOST_FAILURES_NAMED = 1000
+MAX_NAMED_FAILURES = 1000
 """A run that goes on for months remembers so many of those that were never mended."""
 
 
@@ -24,14 +24,14 @@ class LineCounts:
     kept: int = 0
 
     @property
-    def settled(self) -> int:
+    def accounted(self) -> int:
         """How many lines it is known of what became of them."""
         return self.augmented + self.rejected + self.blank
 
     @property
-    def balanced(self) -> bool:
+    def is_balanced(self) -> bool:
         """Whether nothing was lost."""
-        return self.read == self.settled
+        return self.read == self.accounted
 
     def add(self, other: "LineCounts") -> None:
         """Add another file's."""
@@ -50,44 +50,44 @@ class Failures:
     A file that is not among the named counts as often as it fails, also when it is done at last.
     """
 
-    named: dict[str, str] = field(default_factory=dict)
-    more: int = 0
+    reasons_by_file: dict[str, str] = field(default_factory=dict)
+    unnamed_count: int = 0
 
     @property
     def count(self) -> int:
         """How many there are."""
-        return len(self.named) + self.more
+        return len(self.reasons_by_file) + self.unnamed_count
 
-    def add(self, place: str, why: str) -> bool:
+    def add(self, file: str, reason: str) -> bool:
         """Note a failure; whether it will be named at the end."""
-        if place not in self.named and len(self.named) >= MOST_FAILURES_NAMED:
-            self.more += 1
+        if file not in self.reasons_by_file and len(self.reasons_by_file) >= MAX_NAMED_FAILURES:
+            self.unnamed_count += 1
             return False
-        self.named[place] = why
+        self.reasons_by_file[file] = reason
         return True
 
-    def over(self, place: str) -> None:
+    def mark_resolved(self, file: str) -> None:
         """It is done, whether or not an earlier try failed."""
-        self.named.pop(place, None)
+        self.reasons_by_file.pop(file, None)
 
 
 @dataclass(slots=True)
-class Totals:
+class RunStats:
     """The run's figures. `lines` are those of files that are done."""
 
-    done: int = 0
-    skipped: int = 0
-    archived: int = 0  # of the skipped: in cold storage, not restored
-    missing: int = 0  # of the skipped: gone before they were read
+    files_done: int = 0
+    files_skipped: int = 0
+    files_archived: int = 0  # of the skipped: in cold storage, not restored
+    files_missing: int = 0  # of the skipped: gone before they were read
     failures: Failures = field(default_factory=Failures)
-    listing: InputListing = field(default_factory=InputListing)
-    outside: int = 0  # keys outside INPUT in messages of the queue
+    input_names: NameCounts = field(default_factory=NameCounts)
+    foreign_keys: int = 0  # keys outside INPUT in messages of the queue
     messages_left: int = 0  # in the queue: not about INPUT, or not understood
     messages_not_understood: int = 0
     lines: LineCounts = field(default_factory=LineCounts)
-    pairs_asked: int = 0
-    hits: int = 0
-    misses: int = 0
+    pairs_sent: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
     rpcs: int = 0
     seconds: float = 0.0
     # Live figures, for the progress bar.
@@ -99,8 +99,8 @@ class Totals:
     @property
     def hit_rate(self) -> float | None:
         """Share of the pairs that the proxy had; None where nobody said (the model itself does not)."""
-        counted = self.hits + self.misses
-        return self.hits / counted if counted else None
+        counted = self.cache_hits + self.cache_misses
+        return self.cache_hits / counted if counted else None
 
     @property
     def lines_per_second(self) -> float:
@@ -110,10 +110,10 @@ class Totals:
     def as_json(self) -> dict[str, Any]:
         """The shape of `--summary-json`."""
         return {
-            "files": {"done": self.done, "skipped": self.skipped, "failed": self.failures.count},
-            "archived": self.archived,
-            "missing": self.missing,
-            "ignored": dict(self.listing.ignored),
+            "files": {"done": self.files_done, "skipped": self.files_skipped, "failed": self.failures.count},
+            "archived": self.files_archived,
+            "missing": self.files_missing,
+            "ignored": dict(self.input_names.ignored),
             "lines": {
                 "in": self.lines.read,
                 "augmented": self.lines.augmented,
@@ -122,10 +122,12 @@ class Totals:
                 "replaced": self.lines.replaced,
                 "kept": self.lines.kept,
             },
-            "pairs": {"asked": self.pairs_asked, "hits": self.hits, "misses": self.misses},
+            "pairs": {"asked": self.pairs_sent, "hits": self.cache_hits, "misses": self.cache_misses},
             "rpcs": self.rpcs,
-            "keys_outside": self.outside,
+            "keys_outside": self.foreign_keys,
             "messages": {"left": self.messages_left, "not_understood": self.messages_not_understood},
             "seconds": round(self.seconds, 3),
-            "failures": [{"file": name, "error": error} for name, error in self.failures.named.items()],
+            "failures": [
+                {"file": name, "error": error} for name, error in self.failures.reasons_by_file.items()
+            ],
         }

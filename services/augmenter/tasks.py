@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
-from services.common.tasks import end
+from services.common.tasks import cancel_and_wait
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-async def together(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
     """`asyncio.gather`, but when one fails, or the caller is cancelled, the others are ended first.
 
     The failure is raised itself, not in an exception group: it is what the user will read.
@@ -24,8 +24,8 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def worked_ahead(
-    items: AsyncGenerator[_T], work: Callable[[_T], Coroutine[Any, Any, _R]]
+async def map_ordered(
+    items: AsyncGenerator[_T], function: Callable[[_T], Coroutine[Any, Any, _R]]
 ) -> AsyncGenerator[tuple[_T, _R]]:
     """Each item with the result of its work, in order; all work goes on at once.
 
@@ -36,7 +36,7 @@ async def worked_ahead(
 
     async def begin_all() -> None:
         async for item in items:
-            task = asyncio.create_task(work(item))
+            task = asyncio.create_task(function(item))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             begun.put_nowait((item, task))
@@ -52,4 +52,4 @@ async def worked_ahead(
             yield done.pop()  # whoever takes it is the only one who holds it
         await beginning
     finally:
-        await end([beginning, *tasks])
+        await cancel_and_wait([beginning, *tasks])

@@ -1,11 +1,11 @@
 """`cache-proxy` and `python -m services.cache_proxy`."""
 
-from services.common.entrypoint import enter
+from services.common.entrypoint import run_main
 
 
 def main() -> None:
     """Run the command line."""
-    enter("services.cache_proxy.cli", program="cache-proxy", extra="proxy")
+    run_main("services.cache_proxy.cli", program="cache-proxy", extra="proxy")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from services.cache_proxy.commands import infer
-from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
+from services.cache_proxy.config.auth_settings import CallerAuthSettings, ModelAuthSettings
 from services.cache_proxy.config.command_settings import (
     OutputSettings,
     PairSettings,
@@ -27,20 +27,26 @@ from services.cache_proxy.config.settings import (
 )
 from services.common import logs, options, tracing
 
-_SERVE = (
-    ServerSettings, CallerAccess, ModelSettings, ModelAccess, CacheSettings, KeySettings, AnswerSettings,
-)  # fmt: skip
+_SERVE_SETTINGS = (
+    ServerSettings,
+    CallerAuthSettings,
+    ModelSettings,
+    ModelAuthSettings,
+    CacheSettings,
+    KeySettings,
+    AnswerSettings,
+)
 
 
 def _run_serve(**values: Any) -> None:
     settings = Settings(
-        server=options.read(ServerSettings, values),
-        model=options.read(ModelSettings, values),
-        cache=options.read(CacheSettings, values),
-        key=options.read(KeySettings, values),
-        answers=options.read(AnswerSettings, values),
-        callers=options.read(CallerAccess, values),
-        model_access=options.read(ModelAccess, values),
+        server=options.read_settings(ServerSettings, values),
+        model=options.read_settings(ModelSettings, values),
+        cache=options.read_settings(CacheSettings, values),
+        key=options.read_settings(KeySettings, values),
+        answers=options.read_settings(AnswerSettings, values),
+        caller_auth=options.read_settings(CallerAuthSettings, values),
+        model_auth=options.read_settings(ModelAuthSettings, values),
     )
     import uvloop  # noqa: PLC0415 - what only a server needs would cost the other commands half a second
 
@@ -48,15 +54,15 @@ def _run_serve(**values: Any) -> None:
 
     logs.configure(log_format=settings.server.log_format, level=settings.server.log_level)
     with (
-        tracing.opened("cache-proxy") as traces,
+        tracing.tracing_context("cache-proxy") as traces,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         runner.run(app.serve(settings, traces))
 
 
-def _admin(module: str, settings: Sequence[type], **values: Any) -> int:
+def _run_cache_command(module: str, settings: Sequence[type], **values: Any) -> int:
     """Run a command about the cache with its settings, in their order."""
-    given: list[Any] = [options.read(part, values) for part in settings]
+    given: list[Any] = [options.read_settings(part, values) for part in settings]
     if "files" in values:
         given.insert(0, values["files"])
     logs.configure(log_format="text", level="error")  # what it has to say, it prints
@@ -65,30 +71,34 @@ def _admin(module: str, settings: Sequence[type], **values: Any) -> int:
     return code or 0
 
 
-def _add_admin(name: str, *settings: type, files: bool = False, text: str) -> None:
-    arguments: list[click.Parameter] = [click.Argument(["files"], nargs=-1, required=True)] if files else []
+def _add_cache_command(name: str, *settings: type, takes_files: bool = False, help_text: str) -> None:
+    arguments: list[click.Parameter] = (
+        [click.Argument(["files"], nargs=-1, required=True)] if takes_files else []
+    )
     cli.add_command(
         options.SettingsCommand(
             name,
             params=[
                 *arguments,
-                *(option for part in settings for option in options.options(part, prefix=ENV_PREFIX)),
+                *(option for part in settings for option in options.click_options(part, prefix=ENV_PREFIX)),
             ],
-            callback=partial(_admin, name, settings),
-            help=text,
+            callback=partial(_run_cache_command, name, settings),
+            help=help_text,
         )
     )
 
 
 def _run_infer(**values: Any) -> None:
-    infer.run(options.read(infer.InferSettings, values))
+    infer.run(options.read_settings(infer.InferSettings, values))
 
 
 cli = click.Group("cache-proxy", help="A caching proxy with the seniority model's own gRPC interface.")
 cli.add_command(
     options.SettingsCommand(
         "serve",
-        params=[option for part in _SERVE for option in options.options(part, prefix=ENV_PREFIX)],
+        params=[
+            option for part in _SERVE_SETTINGS for option in options.click_options(part, prefix=ENV_PREFIX)
+        ],
         callback=_run_serve,
         help="Serve the model's interface from the cache; ask the model for what is missing.",
     )
@@ -96,31 +106,49 @@ cli.add_command(
 cli.add_command(
     options.SettingsCommand(
         "infer",
-        params=options.options(infer.InferSettings, prefix=ENV_PREFIX),
+        params=options.click_options(infer.InferSettings, prefix=ENV_PREFIX),
         callback=_run_infer,
         help="Ask a running proxy: one pair by --company and --title, or JSON lines on standard input.",
     )
 )
-_add_admin(
-    "get", PairSettings, OutputSettings, CacheSettings, KeySettings,
-    text="What the cache holds for the pair of --company and --title. Exit code 1: nothing.",
-)  # fmt: skip
-_add_admin(
-    "stats", OutputSettings, CacheSettings, KeySettings,
-    text="How much the cache holds, what that costs, and whether its buckets are compact.",
-)  # fmt: skip
-_add_admin(
-    "invalidate", PairSettings, ScopeSettings, OutputSettings, CacheSettings, KeySettings, AnswerSettings,
-    text="Have every replica forget the pair of --company and --title, or --all of a model version.",
-)  # fmt: skip
-_add_admin(
-    "warm", WarmSettings, OutputSettings, CacheSettings, KeySettings, files=True,
-    text="Put postings that have a seniority already (files of .jsonl, .ndjson, .jl or .json, also with .gz "
-    "or .zst; folders of them, or s3://BUCKET/KEY) into the cache, without a call to the model. Exit code 3: "
-    "some lines were skipped.",
-)  # fmt: skip
+_add_cache_command(
+    "get",
+    PairSettings,
+    OutputSettings,
+    CacheSettings,
+    KeySettings,
+    help_text="What the cache holds for the pair of --company and --title. Exit code 1: nothing.",
+)
+_add_cache_command(
+    "stats",
+    OutputSettings,
+    CacheSettings,
+    KeySettings,
+    help_text="How much the cache holds, what that costs, and whether its buckets are compact.",
+)
+_add_cache_command(
+    "invalidate",
+    PairSettings,
+    ScopeSettings,
+    OutputSettings,
+    CacheSettings,
+    KeySettings,
+    AnswerSettings,
+    help_text="Have every replica forget the pair of --company and --title, or --all of a model version.",
+)
+_add_cache_command(
+    "warm",
+    WarmSettings,
+    OutputSettings,
+    CacheSettings,
+    KeySettings,
+    takes_files=True,
+    help_text="Put postings that have a seniority already (files of .jsonl, .ndjson, .jl or .json, "
+    "also with .gz or .zst; folders of them, or s3://BUCKET/KEY) into the cache, "
+    "without a call to the model. Exit code 3: some lines were skipped.",
+)
 
 
 def main() -> None:
     """Run the command line."""
-    options.run(cli, program="cache-proxy")
+    options.run_command(cli, program="cache-proxy")

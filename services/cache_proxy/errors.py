@@ -11,33 +11,33 @@ class ProxyError(Exception):
 
 
 @dataclass(eq=False)
-class InvalidRequest(ProxyError):
+class InvalidRequestError(ProxyError):
     """The request breaks a bound; `field` names the place, as in `batch[17].title`."""
 
     message: str
     field: str | None = None
 
 
-class AccessRefused(ProxyError):
+class AccessDeniedError(ProxyError):
     """The caller is not let in; its request was not looked at."""
 
 
 @dataclass(eq=False)
-class Unauthenticated(AccessRefused):
+class UnauthenticatedError(AccessDeniedError):
     """Nothing says who calls, or not in a way that is believed here."""
 
     message: str
 
 
 @dataclass(eq=False)
-class Forbidden(AccessRefused):
+class PermissionDeniedError(AccessDeniedError):
     """It is known who calls, and that they may not."""
 
     message: str
 
 
 @dataclass(eq=False)
-class QueueFull(ProxyError):
+class QueueFullError(ProxyError):
     """Nothing was queued: there is no room, or no turn before the caller's deadline."""
 
     message: str
@@ -45,7 +45,7 @@ class QueueFull(ProxyError):
 
 
 @dataclass(eq=False)
-class OverQuota(QueueFull):
+class QuotaExceededError(QueueFullError):
     """Nothing was queued: the caller has as much as its quota allows, of all replicas together.
 
     `account` is whose quota it is, empty for that of all who have none of their own; `quota` is its name.
@@ -56,14 +56,14 @@ class OverQuota(QueueFull):
 
 
 @dataclass(eq=False)
-class Draining(ProxyError):
+class DrainingError(ProxyError):
     """The proxy is about to end; another replica, or its successor, will answer."""
 
     retry_after_seconds: float = 1.0
 
 
 @dataclass(eq=False)
-class DeadlinePassed(ProxyError):
+class DeadlineExceededError(ProxyError):
     """The caller's deadline, or the longest wait, passed before every pair was answered."""
 
     waited_seconds: float
@@ -76,17 +76,17 @@ class PairError(ProxyError):
     and `words_for` is the one request to which all pairs of the batch belong. Every caller may read the rest.
     """
 
-    def told_to(self, request: str) -> "PairError":  # noqa: ARG002 - most errors have no words of the model
+    def redacted_for(self, request_id: str) -> "PairError":  # noqa: ARG002 - most errors have no words of the model
         """Return the error as the request may read it."""
         return self
 
-    def told_to_anyone(self) -> "PairError":
+    def redacted(self) -> "PairError":
         """Return the error as every caller of the pair may read it."""
         return self
 
 
 @dataclass(eq=False)
-class Refused(PairError):
+class PairRejectedError(PairError):
     """The model called the pair invalid; `field` is `.company`, `.title` or empty.
 
     `reason` is the model's description of this very pair, if it named it.
@@ -96,47 +96,55 @@ class Refused(PairError):
     message: str
     field: str = ""
     reason: str = ""
-    words: str = ""
-    words_for: str = ""
+    batch_message: str = ""
+    batch_request_id: str = ""
 
-    def told_to(self, request: str) -> "Refused":
+    def redacted_for(self, request_id: str) -> "PairRejectedError":
         """See `PairError.told_to`."""
-        message = self.words if self.words_for and self.words_for == request else self.message
-        return replace(self, message=message, words="", words_for="")
+        message = (
+            self.batch_message
+            if self.batch_request_id and self.batch_request_id == request_id
+            else self.message
+        )
+        return replace(self, message=message, batch_message="", batch_request_id="")
 
-    def told_to_anyone(self) -> "Refused":
+    def redacted(self) -> "PairRejectedError":
         """See `PairError.told_to_anyone`."""
-        return replace(self, words="", words_for="")
+        return replace(self, batch_message="", batch_request_id="")
 
 
 @dataclass(eq=False)
-class Nonsense(PairError):
+class InvalidModelResponseError(PairError):
     """The model's answer for the pair was none: missing, twice and different, or out of range."""
 
     message: str
 
 
 @dataclass(eq=False)
-class Unavailable(PairError):
+class ModelUnavailableError(PairError):
     """The model answered nothing in time."""
 
     message: str
     retry_after_seconds: float
-    words: str = ""
-    words_for: str = ""
+    batch_message: str = ""
+    batch_request_id: str = ""
 
-    def told_to(self, request: str) -> "Unavailable":
+    def redacted_for(self, request_id: str) -> "ModelUnavailableError":
         """See `PairError.told_to`."""
-        message = self.words if self.words_for and self.words_for == request else self.message
-        return replace(self, message=message, words="", words_for="")
+        message = (
+            self.batch_message
+            if self.batch_request_id and self.batch_request_id == request_id
+            else self.message
+        )
+        return replace(self, message=message, batch_message="", batch_request_id="")
 
-    def told_to_anyone(self) -> "Unavailable":
+    def redacted(self) -> "ModelUnavailableError":
         """See `PairError.told_to_anyone`."""
-        return replace(self, words="", words_for="")
+        return replace(self, batch_message="", batch_request_id="")
 
 
 @dataclass(eq=False)
-class PairsFailed(ProxyError):
+class PairsFailedError(ProxyError):
     """Some pairs of a request failed, by their index; the others were answered and cached."""
 
     failures: Mapping[int, PairError]
@@ -147,7 +155,7 @@ class ModelError(Exception):
 
 
 @dataclass(eq=False)
-class BatchRefused(ModelError):
+class BatchRejectedError(ModelError):
     """The model called the batch invalid; `named` has the reasons of the pairs it named, by position.
 
     `message` may quote any pair of the batch.
@@ -155,11 +163,11 @@ class BatchRefused(ModelError):
 
     code: grpc.StatusCode
     message: str
-    named: Mapping[int, Refused]
+    rejections: Mapping[int, PairRejectedError]
 
 
 @dataclass(eq=False)
-class CallFailed(ModelError):
+class CallFailedError(ModelError):
     """The model was unreachable, overloaded, too slow or broken; the call may be repeated.
 
     `message` may quote any pair of the batch. `told` does not: it is for the log and for every caller.
@@ -169,7 +177,7 @@ class CallFailed(ModelError):
     code: grpc.StatusCode
     message: str
     retry_after_seconds: float | None
-    told: str
+    safe_message: str
     unsent: bool = False
 
 
@@ -182,11 +190,11 @@ class StoreError(Exception):
         return type(self.__cause__ or self).__name__
 
 
-class StoreRefused(StoreError):
+class StoreRejectedError(StoreError):
     """The store answers, but not this: out of memory, read-only."""
 
 
-class AccessRefusedByStore(StoreRefused):
+class StoreAccessDeniedError(StoreRejectedError):
     """Redis refuses this replica a command, key or channel that it needs, or refuses its login.
 
     `command` in lower case; `user` as configured; `reason` in Redis's words.
@@ -199,7 +207,7 @@ class AccessRefusedByStore(StoreRefused):
         self.reason = reason
 
 
-class StoreDamaged(StoreError):
+class StoreDamagedError(StoreError):
     """A script fails over data in Redis, and still did after the queue was made anew."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
-from services.common.tasks import end
+from services.common.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 
@@ -28,17 +28,17 @@ def stop_on_signals() -> asyncio.Event:
 
 
 @asynccontextmanager
-async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def background_task(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Have this done meanwhile; the process ends with it if it fails."""
-    task = asyncio.create_task(work)
-    task.add_done_callback(_die_with)
+    task = asyncio.create_task(coroutine)
+    task.add_done_callback(_terminate_on_failure)
     try:
         yield
     finally:
-        await end([task])
+        await cancel_and_wait([task])
 
 
-def _die_with(task: "asyncio.Task[None]") -> None:
+def _terminate_on_failure(task: "asyncio.Task[None]") -> None:
     """A proxy that calls no model, or forgets nothing, yet looks alive, is worse than a restarted one."""
     if not task.cancelled() and task.exception() is not None:
         _log.critical("a task that never ends has ended", exc_info=task.exception())

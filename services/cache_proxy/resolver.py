@@ -6,27 +6,32 @@ from collections.abc import Sequence
 from itertools import islice
 
 from services.cache_proxy import fast_path
-from services.cache_proxy.cache.entry import Lifetime, dated, level_of
+from services.cache_proxy.cache.entry import FreshnessPolicy, entry_level, pack_entry
 from services.cache_proxy.cache.key import BatchDigester
 from services.cache_proxy.cache.l1 import L1Cache
-from services.cache_proxy.cache.resilient_store import GuardedStore
+from services.cache_proxy.cache.resilient_store import ResilientStore
 from services.cache_proxy.cache.store_clock import StoreClock
-from services.cache_proxy.errors import DeadlinePassed, PairError, PairsFailed, Unavailable
+from services.cache_proxy.errors import (
+    DeadlineExceededError,
+    ModelUnavailableError,
+    PairError,
+    PairsFailedError,
+)
 from services.cache_proxy.observability.rpc_metrics import outcome_kind
-from services.cache_proxy.queue.interface import Asker, Outcome, Pair, Queue
-from services.cache_proxy.queue.waiters import Waiters
+from services.cache_proxy.queue.interface import Outcome, Pair, Queue, RequestContext
+from services.cache_proxy.queue.waiters import WaiterRegistry
 from services.cache_proxy.refresher import Refresher
-from services.cache_proxy.wire.request_parser import BREATH_BYTES, BREATH_PAIRS, Asked
-from services.common.checkpoint import in_breaths, take_turn
+from services.cache_proxy.wire.request_parser import CHUNK_BYTES, CHUNK_PAIRS, PairColumns
+from services.common.checkpoint import checkpoint, iter_chunks
 from services.common.tracing import OFF, Tracing
 
-_LOOK_UP_PAIRS = 4000
+_LOOKUP_CHUNK_PAIRS = 4000
 """Of a large request at once: what the store of a Cluster takes together. It is under 1 ms of work."""
 
-_Places = dict[bytes, list[int]]
+_IndicesByDigest = dict[bytes, list[int]]
 
 
-class Answers:
+class ResolveResult:
     """How many pairs a request has, and how many of them had which outcome; the others failed.
 
     `levels` are of those that L1 did not know, by their place in `Asked`: 0 where there is none.
@@ -39,11 +44,11 @@ class Answers:
         self.levels: list[int] = []
         self._outcomes: dict[str, int] = {}
 
-    def count(self, outcome: str, pairs: int) -> None:
+    def record(self, outcome: str, pairs: int) -> None:
         """Note that so many pairs had this outcome."""
         self._outcomes[outcome] = self._outcomes.get(outcome, 0) + pairs
 
-    def counted(self) -> dict[str, int]:
+    def outcome_counts(self) -> dict[str, int]:
         """How many pairs had which outcome."""
         return {"failed": self.size - sum(self._outcomes.values()), **self._outcomes}
 
@@ -57,15 +62,23 @@ class Resolver:
     """Answers a request's pairs, or says of each why not."""
 
     def __init__(
-        self, *, digests: BatchDigester, l1: L1Cache, store: GuardedStore, queue: Queue, waiters: Waiters,
-        lifetime: Lifetime, clock: StoreClock, tracing: Tracing = OFF,
-    ) -> None:  # fmt: skip
-        self._digests = digests
+        self,
+        *,
+        digest_batch: BatchDigester,
+        l1: L1Cache,
+        store: ResilientStore,
+        queue: Queue,
+        waiters: WaiterRegistry,
+        freshness: FreshnessPolicy,
+        clock: StoreClock,
+        tracing: Tracing = OFF,
+    ) -> None:
+        self._digest_batch = digest_batch
         self._l1 = l1
         self._store = store
         self._queue = queue
         self._waiters = waiters
-        self._lifetime = lifetime
+        self._freshness = freshness
         self._clock = clock
         self._tracing = tracing
         self._refresher = Refresher(queue=queue, waiters=waiters)
@@ -77,123 +90,142 @@ class Resolver:
     def answer_one(self, message: bytes) -> bytes | None:
         """The answer to a whole request, if that is one pair which L1 knows."""
         self._l1.expire(self._clock.today())
-        return fast_path.answer_one(message, self._l1)
+        return fast_path.answer_single(message, self._l1)
 
     async def answer_known(self, items: Sequence[bytes]) -> tuple[list[bytes], Sequence[int]]:
         """What L1 knows of a request's items: their answers, and the positions of those without one."""
-        if not self._l1.is_on:
+        if not self._l1.enabled:
             return [b""] * len(items), range(len(items))
         self._l1.expire(self._clock.today())
-        return await fast_path.answer_known(items, self._l1)
+        return await fast_path.answer_batch(items, self._l1)
 
-    async def resolve(self, asked: Asked, asker: Asker, answers: Answers) -> None:
+    async def resolve(self, columns: PairColumns, context: RequestContext, result: ResolveResult) -> None:
         """Fill `answers` for every pair that L1 did not know, also when it raises: then with what is known.
 
-        Raises `PairsFailed` when every pair has ended but some without a level, `QueueFull` and
-        `DeadlinePassed` when pairs could not, or not in time, be asked.
+        Raises `PairsFailedError` when every pair has ended but some without a level, `QueueFullError` and
+        `DeadlineExceededError` when pairs could not, or not in time, be asked.
         """
         epoch = self._l1.epoch  # before any look-up: what is invalidated from now on must not come back
         digests: list[bytes] = []
-        async for some in in_breaths(asked.items, BREATH_PAIRS, size=len, most_size=BREATH_BYTES):
+        async for some in iter_chunks(columns.items, CHUNK_PAIRS, size=len, max_size=CHUNK_BYTES):
             first, last = len(digests), len(digests) + len(some)
-            digests += self._digests(asked.texts[2 * first : 2 * last])
-        missing: _Places = {}
-        async for few in in_breaths(digests, _LOOK_UP_PAIRS):
-            await self._look_in_l2(few, asked, epoch, answers, missing)
+            digests += self._digest_batch(columns.texts[2 * first : 2 * last])
+        missing: _IndicesByDigest = {}
+        async for few in iter_chunks(digests, _LOOKUP_CHUNK_PAIRS):
+            await self._lookup_l2(few, columns, epoch, result, missing)
         if missing:
-            await self._ask_model(missing, asked, epoch, asker, answers)
+            await self._enqueue_and_wait(missing, columns, epoch, context, result)
 
-    async def _look_in_l2(
-        self, digests: Sequence[bytes], asked: Asked, epoch: int, answers: Answers, missing: _Places
+    async def _lookup_l2(
+        self,
+        digests: Sequence[bytes],
+        columns: PairColumns,
+        epoch: int,
+        result: ResolveResult,
+        missing_indices: _IndicesByDigest,
     ) -> None:
         """Answer what L2 knows of the next places; what is stale is asked again behind."""
         with self._tracing.span("store.look_up", pairs=len(digests)) as span:
-            first, entries = len(answers.levels), await self._entries(digests)
-            span.note(found=len(entries) - entries.count(0))
+            first, entries = len(result.levels), await self._lookup_distinct(digests)
+            span.set_attributes(found=len(entries) - entries.count(0))
         day, counts = self._clock.today(), Counter(entries)  # few different ones: each is judged once
-        fresh = {entry for entry in counts if self._lifetime.is_fresh(entry, day=day)}
-        levels = {entry: level_of(entry) for entry in counts}
-        answers.levels += [levels[entry] for entry in entries]
+        fresh = {entry for entry in counts if self._freshness.is_fresh(entry, day=day)}
+        levels = {entry: entry_level(entry) for entry in counts}
+        result.levels += [levels[entry] for entry in entries]
         for entry in levels.keys() - {0}:
-            answers.count("l2" if entry in fresh else "stale", counts[entry])
+            result.record("l2" if entry in fresh else "stale", counts[entry])
         if len(fresh) < len(counts):
             stale: dict[bytes, Pair] = {}
             for place, (digest, entry) in enumerate(zip(digests, entries, strict=True), first):
                 if not entry:
-                    missing.setdefault(digest, []).append(place)
+                    missing_indices.setdefault(digest, []).append(place)
                 elif entry not in fresh and digest not in stale:
-                    stale[digest] = asked.pair(place, digest)
-            self._refresher.ask(list(stale.values()))
-        if self._l1.is_on and fresh:
+                    stale[digest] = columns.pair(place, digest)
+            self._refresher.schedule(list(stale.values()))
+        if self._l1.enabled and fresh:
             last = first + len(digests)
-            columns = zip(range(first, last), digests, entries, strict=True)
-            items = asked.items[first:last]
-            async for some in in_breaths(items, BREATH_PAIRS, size=len, most_size=BREATH_BYTES):
-                for place, digest, entry in islice(columns, len(some)):
+            looked_up = zip(range(first, last), digests, entries, strict=True)
+            items = columns.items[first:last]
+            async for some in iter_chunks(items, CHUNK_PAIRS, size=len, max_size=CHUNK_BYTES):
+                for place, digest, entry in islice(looked_up, len(some)):
                     if entry in fresh:
-                        self._remember(digest, entry, asked.key(place), epoch)
+                        self._cache_in_l1(digest, entry, columns.l1_key(place), epoch)
 
-    async def _entries(self, digests: Sequence[bytes]) -> Sequence[int]:
+    async def _lookup_distinct(self, digests: Sequence[bytes]) -> Sequence[int]:
         """What L2 knows of each, by position; what is there twice is looked up once."""
         distinct = set(digests)
         if len(distinct) == len(digests):
-            return await self._store.look_up(digests)
+            return await self._store.get_entries(digests)
         once = list(distinct)
-        entries = dict(zip(once, await self._store.look_up(once), strict=True))
+        entries = dict(zip(once, await self._store.get_entries(once), strict=True))
         return [entries[digest] for digest in digests]
 
-    async def _ask_model(
-        self, places: _Places, asked: Asked, epoch: int, asker: Asker, answers: Answers
+    async def _enqueue_and_wait(
+        self,
+        indices_by_digest: _IndicesByDigest,
+        columns: PairColumns,
+        epoch: int,
+        context: RequestContext,
+        result: ResolveResult,
     ) -> None:
-        is_long = len(places) > _LOOK_UP_PAIRS  # then what is done at one go here is tenths of a second
+        is_long = (
+            len(indices_by_digest) > _LOOKUP_CHUNK_PAIRS
+        )  # then what is done at one go here is tenths of a second
         if is_long:
-            await take_turn()
-        pairs = [asked.pair(some[0], digest) for digest, some in places.items()]
+            await checkpoint()
+        pairs = [columns.pair(some[0], digest) for digest, some in indices_by_digest.items()]
         queued: frozenset[bytes] = frozenset()
         started_at = asyncio.get_running_loop().time()
-        wait = self._waiters.open(list(places), deadline=asker.deadline)
+        wait = self._waiters.register(list(indices_by_digest), deadline=context.deadline)
         try:
-            with self._tracing.span("queue.wait", pairs=len(pairs), priority=asker.priority) as span:
-                async with asyncio.timeout_at(asker.deadline):
-                    enqueued = await self._queue.enqueue(pairs, asker)
+            with self._tracing.span("queue.wait", pairs=len(pairs), priority=context.priority) as span:
+                async with asyncio.timeout_at(context.deadline):
+                    enqueued = await self._queue.enqueue(pairs, context)
                     queued = enqueued.queued
-                    span.note(queued=len(queued), joined=len(pairs) - len(queued) - len(enqueued.ended))
-                    self._waiters.settle_one(wait, enqueued.ended.items())
-                    await wait.done()
+                    span.set_attributes(
+                        queued=len(queued), joined=len(pairs) - len(queued) - len(enqueued.outcomes)
+                    )
+                    self._waiters.resolve_one(wait, enqueued.outcomes.items())
+                    await wait.wait()
                     if is_long:  # one call of the model ends the waits of many
-                        await take_turn()
-        except Unavailable as error:  # nothing of it was queued
-            self._waiters.give_up(wait, error)
+                        await checkpoint()
+        except ModelUnavailableError as error:  # nothing of it was queued
+            self._waiters.fail_waiter(wait, error)
         except TimeoutError:
             waited_seconds = asyncio.get_running_loop().time() - started_at
-            raise DeadlinePassed(waited_seconds) from None
+            raise DeadlineExceededError(waited_seconds) from None
         finally:
-            self._note_outcomes(wait.outcomes, places, asked, epoch, queued, answers)
-            await self._queue.leave(self._waiters.close(wait))
+            self._record_outcomes(wait.outcomes, indices_by_digest, columns, epoch, queued, result)
+            await self._queue.cancel(self._waiters.unregister(wait))
         failures = {
-            asked.positions[place]: outcome.told_to(asker.request)
+            columns.positions[place]: outcome.redacted_for(context.request_id)
             for digest, outcome in wait.outcomes.items()
             if isinstance(outcome, PairError)
-            for place in places[digest]
+            for place in indices_by_digest[digest]
         }
         if failures:
-            raise PairsFailed(failures)
+            raise PairsFailedError(failures)
 
-    def _note_outcomes(
-        self, outcomes: dict[bytes, Outcome], places: _Places, asked: Asked, epoch: int,
-        queued: frozenset[bytes], answers: Answers,
-    ) -> None:  # fmt: skip
+    def _record_outcomes(
+        self,
+        outcomes: dict[bytes, Outcome],
+        indices_by_digest: _IndicesByDigest,
+        columns: PairColumns,
+        epoch: int,
+        queued: frozenset[bytes],
+        result: ResolveResult,
+    ) -> None:
         """Note the levels: the first place of a pair that this request queued was `inferred` for it."""
         day = self._clock.today()
         for digest, level in outcomes.items():
             if isinstance(level, int):
                 inferred = digest in queued
-                answers.count("inferred", inferred)
-                answers.count("coalesced", len(places[digest]) - inferred)
-                for place in places[digest]:
-                    answers.levels[place] = level
-                    self._remember(digest, dated(level, day), asked.key(place), epoch)
+                result.record("inferred", inferred)
+                result.record("coalesced", len(indices_by_digest[digest]) - inferred)
+                for place in indices_by_digest[digest]:
+                    result.levels[place] = level
+                    self._cache_in_l1(digest, pack_entry(level, day), columns.l1_key(place), epoch)
 
-    def _remember(self, digest: bytes, entry: int, key: bytes, epoch: int) -> None:
-        expires_day = self._lifetime.expires_day(entry)
-        self._l1.put(key, level_of(entry), digest=digest, epoch=epoch, expires_day=expires_day)
+    def _cache_in_l1(self, digest: bytes, entry: int, key: bytes, epoch: int) -> None:
+        expires_day = self._freshness.expiry_day(entry)
+        self._l1.put(key, entry_level(entry), digest=digest, epoch=epoch, expiry_day=expires_day)

@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
-from services.common.aws_credential_logs import keep_logs_short
-from services.common.aws_errors import BROKEN, reason_of
-from services.common.aws_reachability import Reachability
+from services.common.aws_credential_logs import shorten_credential_logs
+from services.common.aws_errors import CONNECTION_ERRORS, error_reason
+from services.common.aws_reachability import EndpointMonitor
 from services.common.errors import CommandError
 
 # Throttling, 5xx and broken connections: eight tries, up to 1, 2, 4 … 64 s between them, a minute on average.
@@ -23,33 +23,33 @@ _READ_TIMEOUT_SECONDS = 60
 
 @asynccontextmanager
 async def open_client(
-    service: str, *, endpoint_url: str | None = None, connections: int, region: str | None = None
+    service: str, *, endpoint_url: str | None = None, max_connections: int, region: str | None = None
 ) -> AsyncIterator[Any]:
     """Open a client with the usual AWS credentials and settings. Raises CommandError.
 
     What environment and profile say is kept: endpoint, addressing style, checksums, retries.
     """
     session: Any = get_session()  # type: ignore[no-untyped-call]
-    keep_logs_short()
+    shorten_credential_logs()
     async with AsyncExitStack() as stack:
         try:
             config = AioConfig(
                 connect_timeout=_CONNECT_TIMEOUT_SECONDS,
                 read_timeout=_READ_TIMEOUT_SECONDS,
-                max_pool_connections=connections,
-                retries=_retries(session),
+                max_pool_connections=max_connections,
+                retries=_retry_config(session),
             )
             await _load_credentials(session)
             making = session.create_client(
                 service, endpoint_url=endpoint_url, region_name=region, config=config
             )
             client = await stack.enter_async_context(making)
-        except (*BROKEN, RuntimeError, ValueError) as error:
-            message = f"the {service.upper()} client: {reason_of(error)}"
+        except (*CONNECTION_ERRORS, RuntimeError, ValueError) as error:
+            message = f"the {service.upper()} client: {error_reason(error)}"
             raise CommandError(message) from error
-        _choose_checksums(session, client)
-        client.meta.events.register_last("before-parameter-build", _validate_whole_objects_only)
-        reachability = Reachability(client)
+        _configure_checksums(session, client)
+        client.meta.events.register_last("before-parameter-build", _skip_checksum_of_ranges)
+        reachability = EndpointMonitor(client)
         stack.callback(reachability.close)
         yield client
 
@@ -59,7 +59,7 @@ def declares_checksums(client: Any) -> bool:
     return bool(client.meta.config.request_checksum_calculation == "when_supported")
 
 
-def _retries(session: Any) -> dict[str, Any]:
+def _retry_config(session: Any) -> dict[str, Any]:
     """The mode is the environment's or the profile's (else `legacy`), and so is the number of attempts."""
     try:
         given = session.get_config_variable("max_attempts")
@@ -75,26 +75,28 @@ async def _load_credentials(session: Any) -> None:
         await session.get_credentials()
     except Exception as error:
         error.add_note("credentials")
-        if not isinstance(error, (*BROKEN, RuntimeError, ValueError)):  # of files and commands of any form
-            raise CommandError(reason_of(error)) from error
+        if not isinstance(
+            error, (*CONNECTION_ERRORS, RuntimeError, ValueError)
+        ):  # of files and commands of any form
+            raise CommandError(error_reason(error)) from error
         raise
 
 
-def _choose_checksums(session: Any, client: Any) -> None:
+def _configure_checksums(session: Any, client: Any) -> None:
     """Send no checksum unasked to a server that is not AWS's.
 
     By https, botocore sends it behind a body in `aws-chunked` framing. Some servers store the framing as the
     object's content (boto/boto3#4435), others refuse the header. Which server it is, the client knows once it
     is made: the endpoint may be in a flag, in variables, or in the profile.
     """
-    if client.meta.service_model.service_name != "s3" or _is_aws(session, client.meta.endpoint_url):
+    if client.meta.service_model.service_name != "s3" or _is_aws_endpoint(session, client.meta.endpoint_url):
         return
     in_profile = "request_checksum_calculation" in session.get_scoped_config()
     if not in_profile and "AWS_REQUEST_CHECKSUM_CALCULATION" not in os.environ:
         client.meta.config.request_checksum_calculation = "when_required"
 
 
-def _is_aws(session: Any, endpoint_url: str) -> bool:
+def _is_aws_endpoint(session: Any, endpoint_url: str) -> bool:
     host = urlsplit(endpoint_url).hostname or ""
     outputs = [partition["outputs"] for partition in session.get_data("partitions")["partitions"]]
     suffixes = {
@@ -103,7 +105,7 @@ def _is_aws(session: Any, endpoint_url: str) -> bool:
     return any(f".{host}".endswith(f".{suffix}") for suffix in suffixes)
 
 
-def _validate_whole_objects_only(params: dict[str, Any], model: Any, **_: object) -> None:
+def _skip_checksum_of_ranges(params: dict[str, Any], model: Any, **_: object) -> None:
     """Some servers send the whole object's checksum with a part of it (ceph/ceph#61901).
 
     Behind botocore's own handler of this event, which asks for the checksum.

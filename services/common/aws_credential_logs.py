@@ -3,21 +3,21 @@
 import logging
 import time
 
-from services.common.aws_errors import reason_of
+from services.common.aws_errors import error_reason
 
-_REPEAT_SECONDS = 600.0
+_REPEAT_INTERVAL_SECONDS = 600.0
 
 
-def keep_logs_short() -> None:
+def shorten_credential_logs() -> None:
     """Log why credentials could not be refreshed in one line, without the library's own stack, and once."""
     for name in ("botocore", "aiobotocore"):
         for module in ("credentials", "tokens", "utils"):
             logger = logging.getLogger(f"{name}.{module}")
-            if not any(isinstance(known, _InOneLine) for known in logger.filters):
-                logger.addFilter(_InOneLine())
+            if not any(isinstance(known, _CredentialErrorFilter) for known in logger.filters):
+                logger.addFilter(_CredentialErrorFilter())
 
 
-class _InOneLine(logging.Filter):
+class _CredentialErrorFilter(logging.Filter):
     """State: `_last`, the last line, and `_again_at`, when it may be logged again.
 
     The library logs a failed refresh with every request, for a quarter of an hour before it is needed.
@@ -25,8 +25,8 @@ class _InOneLine(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._last = ""
-        self._again_at = 0.0
+        self._last_message = ""
+        self._repeat_at = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is to be logged."""
@@ -38,10 +38,10 @@ class _InOneLine(logging.Filter):
             error.add_note("credentials could not be refreshed")
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             return True
-        record.msg, record.args = f"{record.getMessage().rstrip('.')}: {reason_of(error)}", ()
+        record.msg, record.args = f"{record.getMessage().rstrip('.')}: {error_reason(error)}", ()
         record.exc_info = None
         now = time.monotonic()
-        if is_raised or (record.msg == self._last and now < self._again_at):
+        if is_raised or (record.msg == self._last_message and now < self._repeat_at):
             return False
-        self._last, self._again_at = record.msg, now + _REPEAT_SECONDS
+        self._last_message, self._repeat_at = record.msg, now + _REPEAT_INTERVAL_SECONDS
         return True

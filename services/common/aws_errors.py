@@ -15,10 +15,10 @@ from botocore.exceptions import (
     HTTPClientError,
 )
 
-from services.common.redaction import without_users
+from services.common.redaction import strip_userinfo
 
 _CREDENTIAL_OPERATIONS = ("AssumeRole", "GetRoleCredentials", "CreateToken", "GetSessionToken")
-_PLAIN_REASONS = {
+_REASONS_BY_CODE = {
     "NoSuchBucket": "the bucket does not exist",
     "NoSuchKey": "does not exist",
     "404": "does not exist",
@@ -26,11 +26,11 @@ _PLAIN_REASONS = {
     "AWS.SimpleQueueService.NonExistentQueue": "the queue does not exist",
     "QueueDoesNotExist": "the queue does not exist",
 }
-BROKEN: Final = (BotoCoreError, HTTPClientError, aiohttp.ClientError, TimeoutError, OSError)
+CONNECTION_ERRORS: Final = (BotoCoreError, HTTPClientError, aiohttp.ClientError, TimeoutError, OSError)
 """The errors of a broken connection."""
 
 
-def code_of(error: ClientError) -> str:
+def error_code(error: ClientError) -> str:
     """Return the service's own name for what went wrong, else the HTTP status."""
     response = error.response
     return str(
@@ -39,11 +39,11 @@ def code_of(error: ClientError) -> str:
     )
 
 
-def reason_of(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
     """Return why a request failed, in one line without the request's own address."""
     if isinstance(error, ClientError):
-        code = code_of(error)
-        reason = _PLAIN_REASONS.get(code) or error.response.get("Error", {}).get("Message") or code
+        code = error_code(error)
+        reason = _REASONS_BY_CODE.get(code) or error.response.get("Error", {}).get("Message") or code
         if error.operation_name.startswith(_CREDENTIAL_OPERATIONS):
             reason = f"{error.operation_name}: {reason}"
     elif isinstance(error, FlexibleChecksumError):
@@ -57,19 +57,19 @@ def reason_of(error: BaseException) -> str:
     else:
         reason = str(error)
     notes = getattr(error, "__notes__", ())
-    return " ".join(without_users(": ".join([*notes, reason])).split()).rstrip(":") or type(error).__name__
+    return " ".join(strip_userinfo(": ".join([*notes, reason])).split()).rstrip(":") or type(error).__name__
 
 
 def _connection_reason(error: BotoCoreError) -> str:
     details = error.kwargs
     url = urlsplit(str(details.get("endpoint_url", "")))
-    cause = _cause(details.get("error") or error.__cause__ or error.__context__)
+    cause = _cause_text(details.get("error") or error.__cause__ or error.__context__)
     if not url.netloc:
         return cause or str(error)
-    return f"no answer from {url.scheme}://{url.netloc}: {cause or _words(type(error).__name__)}"
+    return f"no answer from {url.scheme}://{url.netloc}: {cause or _spell_out(type(error).__name__)}"
 
 
-def _cause(error: object) -> str:
+def _cause_text(error: object) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
         error = error.os_error
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
@@ -84,6 +84,6 @@ def _cause(error: object) -> str:
     return str(error) if error else ""
 
 
-def _words(name: str) -> str:
+def _spell_out(name: str) -> str:
     """`ReadTimeoutError` as `read timeout`."""
     return re.sub(r"(?<!^)(?=[A-Z])", " ", name.removesuffix("Error")).lower()

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from services.common.errors import UsageError
-from services.common.file_reload import Look, Renewed, read_file
-from services.common.grpc_target import is_on_this_machine
-from services.common.redaction import warn_of_readers
+from services.common.file_reload import ReloadingFile, ReloadResult, read_file
+from services.common.grpc_target import is_local_target
+from services.common.redaction import warn_if_world_readable
 
 _TOKEN = re.compile(rb"[\x21-\x7e]+")
 
@@ -16,16 +16,20 @@ class Token:
     """Read again whenever the file is another. Neither logs nor errors ever show what it holds."""
 
     def __init__(
-        self, path: str, *, flag_name: str = "--token-file", tell: Callable[[Look], None] = lambda _: None
+        self,
+        path: str,
+        *,
+        flag_name: str = "--token-file",
+        on_reload: Callable[[ReloadResult], None] = lambda _: None,
     ) -> None:
         self._path = path
         self._flag_name = flag_name
-        self.file = Renewed([path], self._read, tell=tell)
-        warn_of_readers(Path(path), flag_name=flag_name)
+        self.file = ReloadingFile([path], self._read, on_reload=on_reload)
+        warn_if_world_readable(Path(path), flag_name=flag_name)
 
     def metadata(self) -> tuple[str, str]:
         """What to send with a call. While the file cannot be read, the last token is."""
-        self.file.look()
+        self.file.reload_if_changed()
         return ("authorization", f"Bearer {self.file.value}")
 
     def _read(self) -> str:
@@ -36,9 +40,9 @@ class Token:
         return token.decode()
 
 
-def check_way(target: str, *, token_file: str | None, tls_ca: str | None, prefix: str = "--") -> None:
+def require_encrypted(target: str, *, token_file: str | None, tls_ca: str | None, prefix: str = "--") -> None:
     """Refuse to send a token in the clear to another machine. Raises UsageError."""
-    if token_file and not tls_ca and not is_on_this_machine(target):
+    if token_file and not tls_ca and not is_local_target(target):
         message = (
             f"{prefix}token-file: {target} would get it in the clear; {prefix}tls-ca encrypts the way there"
         )

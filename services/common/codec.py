@@ -19,8 +19,8 @@ _GZIP_WINDOW_BITS: Final = 31  # zlib's way to say "gzip, with its header and ch
 _ZSTD_LEVEL = 3
 # Each file in work holds a window. RFC 8878 asks a reader for this; only `--long` and `--ultra` make larger.
 MAX_ZSTD_WINDOW_BYTES = 8 * 2**20
-_ZSTD_WINDOW_TOO_LARGE = "requires too much memory"  # zstd's own words: it has no code that tells it apart
-_BASES = (".jsonl", ".ndjson", ".jl", ".json")
+_ZSTD_WINDOW_ERROR = "requires too much memory"  # zstd's own words: it has no code that tells it apart
+_BASE_SUFFIXES = (".jsonl", ".ndjson", ".jl", ".json")
 
 
 class Decoder(Protocol):
@@ -43,7 +43,7 @@ class Encoder(Protocol):
         """End the file."""
 
 
-class _Plain:
+class _PlainCodec:
     def feed(self, data: bytes) -> Iterator[bytes]:
         yield data
 
@@ -57,40 +57,40 @@ class _Plain:
         return b""
 
 
-class _Frames:
+class _FrameDecoder:
     """Compressed frames (gzip members, zstd frames), one after the other until the end of the file."""
 
     def __init__(
         self,
-        lines_format: "Format",
+        file_format: "Format",
         new_frame: Callable[[], Any],
         *,
         slice_bytes: int,
         padding: bytes = b"",
         max_window_bytes: int = MAX_ZSTD_WINDOW_BYTES,
     ) -> None:
-        self._format = lines_format
+        self._format = file_format
         self._max_window_bytes = max_window_bytes
         self._new_frame = new_frame
         self._slice_bytes = slice_bytes
         self._padding = padding  # what may stand between and behind frames
-        self._any = False
+        self._has_frames = False
         self._frame: Any = None  # None: between frames
-        self._begun = b""  # fewer bytes than tell whether another frame begins
+        self._pending = b""  # fewer bytes than tell whether another frame begins
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         for start in range(0, len(data), self._slice_bytes):
             rest = data[start : start + self._slice_bytes]
             while rest:
                 if self._frame is None:
-                    rest = self._between(rest)
+                    rest = self._next_frame_start(rest)
                     if not rest:
                         break
-                    self._frame, self._any = self._new_frame(), True
+                    self._frame, self._has_frames = self._new_frame(), True
                 try:
                     yield self._frame.decompress(rest)
                 except (zlib.error, zstandard.ZstdError, MemoryError) as error:
-                    if _ZSTD_WINDOW_TOO_LARGE in str(error):
+                    if _ZSTD_WINDOW_ERROR in str(error):
                         raise WindowTooLargeError(limit_bytes=self._max_window_bytes) from error
                     message = f"the compressed input is corrupt: {error}"
                     raise CorruptInputError(message) from error
@@ -98,31 +98,31 @@ class _Frames:
                 if self._frame.eof:
                     rest, self._frame = self._frame.unused_data, None
 
-    def _between(self, rest: bytes) -> bytes:
+    def _next_frame_start(self, rest: bytes) -> bytes:
         """Return the bytes that the next frame begins with, none while they are too few."""
-        if self._any and not self._begun:
+        if self._has_frames and not self._pending:
             rest = rest.lstrip(self._padding) if self._padding else rest
-        rest = self._begun + rest
-        self._begun = b""
-        if self._format.may_begin(rest):
-            self._begun = rest
+        rest = self._pending + rest
+        self._pending = b""
+        if self._format.may_match(rest):
+            self._pending = rest
             return b""
-        if rest and not self._format.begins(rest):
-            self._refuse()
+        if rest and not self._format.matches(rest):
+            self._raise_corrupt()
         return rest
 
-    def _refuse(self) -> None:
+    def _raise_corrupt(self) -> None:
         name = self._format.compression
-        if self._any:
+        if self._has_frames:
             message = f"the compressed input is corrupt: bytes that are not {name} follow the {name} data"
         else:
             message = f"the compressed input is corrupt: it does not begin as {name} does"
         raise CorruptInputError(message)
 
     def finish(self) -> Iterator[bytes]:
-        if self._begun and self._any:
-            self._refuse()
-        if self._frame is not None or self._begun:
+        if self._pending and self._has_frames:
+            self._raise_corrupt()
+        if self._frame is not None or self._pending:
             raise CorruptInputError("the compressed input is cut short")
         return iter(())
 
@@ -136,30 +136,30 @@ class Format:
     magics: tuple[bytes, ...] = ()
 
     @property
-    def names(self) -> str:
+    def suffix_help(self) -> str:
         """What its files' names end in, for people."""
-        return ", ".join(base + self.suffix for base in _BASES)
+        return ", ".join(base + self.suffix for base in _BASE_SUFFIXES)
 
-    def begins(self, data: bytes) -> bool:
+    def matches(self, data: bytes) -> bool:
         """Return whether a file of this format begins with these bytes."""
         return data.startswith(self.magics)
 
-    def may_begin(self, data: bytes) -> bool:
+    def may_match(self, data: bytes) -> bool:
         """Return whether more bytes are needed to know."""
         return any(len(data) < len(magic) and magic.startswith(data) for magic in self.magics)
 
     def decoder(self, *, max_zstd_window_bytes: int = MAX_ZSTD_WINDOW_BYTES) -> Decoder:
         """Return a decoder that takes nothing but this format."""
         if self is GZIP:
-            return _Frames(
+            return _FrameDecoder(
                 self,
                 lambda: zlib.decompressobj(wbits=_GZIP_WINDOW_BITS),
                 slice_bytes=_GZIP_SLICE_BYTES,
                 padding=b"\0",
             )
         if self is PLAIN:
-            return _Plain()
-        return _Frames(
+            return _PlainCodec()
+        return _FrameDecoder(
             self,
             lambda: zstandard.ZstdDecompressor(max_window_size=max_zstd_window_bytes).decompressobj(),
             slice_bytes=_ZSTD_SLICE_BYTES,
@@ -169,7 +169,7 @@ class Format:
     def encoder(self) -> Encoder:
         """Return an encoder into this format."""
         if self is PLAIN:
-            return _Plain()
+            return _PlainCodec()
         if self is GZIP:
             return zlib.compressobj(wbits=_GZIP_WINDOW_BITS)
         return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compressobj()
@@ -184,15 +184,15 @@ ZSTD = Format(
     (b"\x28\xb5\x2f\xfd", *(bytes([low, 0x2A, 0x4D, 0x18]) for low in range(0x50, 0x60))),
 )
 FORMATS = (PLAIN, GZIP, ZSTD)
-SUFFIXES = tuple(base + known.suffix for base in _BASES for known in FORMATS)
-NAMES = f"{', '.join(_BASES)}, each also with {GZIP.suffix} or {ZSTD.suffix}, in any case"
+SUFFIXES = tuple(base + known.suffix for base in _BASE_SUFFIXES for known in FORMATS)
+SUFFIX_HELP = f"{', '.join(_BASE_SUFFIXES)}, each also with {GZIP.suffix} or {ZSTD.suffix}, in any case"
 """For people: what the name of a file of lines ends in."""
 
 
-def format_of(name: str) -> Format | None:
+def format_for_name(name: str) -> Format | None:
     """Return the format that a file's name says, if it says one."""
     lower = name.lower()
     for known in FORMATS:
-        if lower.endswith(known.suffix) and lower.removesuffix(known.suffix).endswith(_BASES):
+        if lower.endswith(known.suffix) and lower.removesuffix(known.suffix).endswith(_BASE_SUFFIXES):
             return known
     return None

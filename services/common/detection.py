@@ -28,7 +28,7 @@ _ENCODINGS = (  # a mark of four bytes begins with one of two
     (b"{\0", "utf-16-le"),
     (b"\0{", "utf-16-be"),
 )
-_OTHERS = (
+_UNSUPPORTED_FORMATS = (
     (b"PK\x03\x04", "a zip archive"),
     (b"PK\x05\x06", "a zip archive"),
     (b"BZh", "bzip2"),
@@ -52,18 +52,20 @@ _OTHERS = (
     (b"\x89PNG\r\n", "a PNG image"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
 )
-_TAR = (257, b"ustar")  # where a tar archive has its magic
-_OBJECTS = re.compile(r"\[\s*\{[^\n]*\Z")  # an array of objects, of which the first line is not known whole
-_LEADING = re.compile(rb"(?:\s|%b)*" % BOM)  # concatenated files may begin with several marks
+_TAR_MAGIC = (257, b"ustar")  # where a tar archive has its magic
+_UNFINISHED_OBJECT_ARRAY = re.compile(
+    r"\[\s*\{[^\n]*\Z"
+)  # an array of objects, of which the first line is not known whole
+_LEADING_WHITESPACE = re.compile(rb"(?:\s|%b)*" % BOM)  # concatenated files may begin with several marks
 # UTF-16 without a mark whose first character is not `{`: white space or `[`, and one more of ASCII.
-_UNMARKED = (
+_ENCODINGS_WITHOUT_BOM = (
     (re.compile(rb"[ \t\r\n[]\0[^\0]\0"), "utf-16-le"),
     (re.compile(rb"\0[ \t\r\n[]\0[^\0]"), "utf-16-be"),
 )
-_ARRAY = "a JSON array, not one JSON object a line; convert it, for instance with `jq -c '.[]'`"
-_COMMAS = "JSON objects with commas between them; write one object a line, without the commas"
+_JSON_ARRAY = "a JSON array, not one JSON object a line; convert it, for instance with `jq -c '.[]'`"
+_COMMA_SEPARATED = "JSON objects with commas between them; write one object a line, without the commas"
 _MARKUP = "XML or HTML, not one JSON object a line"
-_SPREAD = (
+_MULTILINE_JSON = (
     "JSON that spans several lines (pretty-printed), not one object a line; convert it, for instance "
     "with `jq -c .`"
 )
@@ -79,12 +81,12 @@ class DetectingDecoder:
 
     def __init__(
         self,
-        by_name: Format,
+        format_by_name: Format,
         *,
         max_zstd_window_bytes: int = MAX_ZSTD_WINDOW_BYTES,
         layer: int = 0,
     ) -> None:
-        self._by_name = by_name
+        self._format_by_name = format_by_name
         self._max_zstd_window_bytes = max_zstd_window_bytes
         self._layer = layer
         self._head: bytes | None = b""
@@ -101,18 +103,20 @@ class DetectingDecoder:
         """Decode the next bytes. Raises FileError."""
         if self._head is not None:
             head = self._head = self._head + data
-            if len(head) < _MAGIC_BYTES or (self._packed(head) is None and not _has_two_lines(head)):
+            if len(head) < _MAGIC_BYTES or (
+                self._detect_compression(head) is None and not _is_sufficient_head(head)
+            ):
                 return
             data, self._head = head, None
-            self._look(head)
-        yield from self._decoded(data)
+            self._detect(head)
+        yield from self._decode(data)
 
     def finish(self) -> Iterator[bytes]:
         """Decode the last bytes. Raises FileError."""
         if self._head:
             head, self._head = self._head, None
-            self._look(head)
-            yield from self._decoded(head)
+            self._detect(head)
+            yield from self._decode(head)
         if self._decoder is not None:
             last = self._decoder.finish()
             if self._inner is None:
@@ -122,7 +126,7 @@ class DetectingDecoder:
                 yield from self._inner.feed(text)
             yield from self._inner.finish()
 
-    def _decoded(self, data: bytes) -> Iterator[bytes]:
+    def _decode(self, data: bytes) -> Iterator[bytes]:
         if self._decoder is None:
             yield data
         elif self._inner is None:
@@ -131,64 +135,66 @@ class DetectingDecoder:
             for text in self._decoder.feed(data):
                 yield from self._inner.feed(text)
 
-    def _packed(self, head: bytes) -> Format | None:
+    def _detect_compression(self, head: bytes) -> Format | None:
         """Return the compression that the bytes begin as, or, cut short, could have begun as."""
-        found = next((known for known in (GZIP, ZSTD) if known.begins(head)), None)
-        if found is None and self._by_name is not PLAIN and self._by_name.may_begin(head):
-            return self._by_name
+        found = next((known for known in (GZIP, ZSTD) if known.matches(head)), None)
+        if found is None and self._format_by_name is not PLAIN and self._format_by_name.may_match(head):
+            return self._format_by_name
         return found
 
-    def _look(self, head: bytes) -> None:
+    def _detect(self, head: bytes) -> None:
         """Decide what the bytes are. Raises FileError."""
-        packed = self._packed(head)
+        packed = self._detect_compression(head)
         if packed is not None:
             if self._layer == _MAX_LAYERS:
                 message = f"compressed more than {_MAX_LAYERS} times over"
                 raise UnreadableFormatError(message)
             self._decoder = packed.decoder(max_zstd_window_bytes=self._max_zstd_window_bytes)
-            self._inner = self._below(PLAIN)
+            self._inner = self._inner_decoder(PLAIN)
             return
-        encoding = _encoding_of(head)
+        encoding = _detect_encoding(head)
         if encoding is not None:
             self._decoder = _Transcoder(encoding)
-            self._inner = self._below(PLAIN)
+            self._inner = self._inner_decoder(PLAIN)
             return
-        self._refuse_others(head)
-        self._look_at_text(head)
+        self._reject_other_formats(head)
+        self._check_text(head)
 
-    def _below(self, by_name: Format) -> "DetectingDecoder":
+    def _inner_decoder(self, format_by_name: Format) -> "DetectingDecoder":
         return DetectingDecoder(
-            by_name, max_zstd_window_bytes=self._max_zstd_window_bytes, layer=self._layer + 1
+            format_by_name, max_zstd_window_bytes=self._max_zstd_window_bytes, layer=self._layer + 1
         )
 
-    def _refuse_others(self, head: bytes) -> None:
-        found = next((name for magic, name in _OTHERS if head.startswith(magic)), None)
-        if head.startswith(_TAR[1], _TAR[0]):
+    def _reject_other_formats(self, head: bytes) -> None:
+        found = next((name for magic, name in _UNSUPPORTED_FORMATS if head.startswith(magic)), None)
+        if head.startswith(_TAR_MAGIC[1], _TAR_MAGIC[0]):
             found = "a tar archive"
         if found is not None:
             message = f"its first bytes are those of {found}, which is not read; unpack or convert it"
             raise UnreadableFormatError(message)
-        text = _after_space(head)
-        if self._by_name is not PLAIN and text and not text.startswith((b"{", b"[")):
+        text = _skip_leading_whitespace(head)
+        if self._format_by_name is not PLAIN and text and not text.startswith((b"{", b"[")):
             message = (
-                f"the compressed input is corrupt: its name ends in {self._by_name.suffix}, "
-                f"but it begins neither as {self._by_name.compression} nor as JSON does"
+                f"the compressed input is corrupt: its name ends in {self._format_by_name.suffix}, "
+                f"but it begins neither as {self._format_by_name.compression} nor as JSON does"
             )
             raise CorruptInputError(message)
 
-    def _look_at_text(self, head: bytes) -> None:
-        text = _after_space(head).decode(errors="replace")
+    def _check_text(self, head: bytes) -> None:
+        text = _skip_leading_whitespace(head).decode(errors="replace")
         is_array = text.startswith("[")
-        if json_layout.spans_lines(text) or (_OBJECTS.match(text) and len(head) >= _MAX_HEAD_BYTES):
-            raise UnreadableFormatError("it is " + (_ARRAY if is_array else _SPREAD))
-        if json_layout.has_commas(text):
-            raise UnreadableFormatError("it is " + _COMMAS)
+        if json_layout.spans_multiple_lines(text) or (
+            _UNFINISHED_OBJECT_ARRAY.match(text) and len(head) >= _MAX_HEAD_BYTES
+        ):
+            raise UnreadableFormatError("it is " + (_JSON_ARRAY if is_array else _MULTILINE_JSON))
+        if json_layout.has_comma_separated_objects(text):
+            raise UnreadableFormatError("it is " + _COMMA_SEPARATED)
         if is_array:
-            self._hint = _ARRAY
+            self._hint = _JSON_ARRAY
         elif text.startswith("<"):
             self._hint = _MARKUP
-        elif json_layout.has_comma_behind_the_first(text):
-            self._hint = _COMMAS
+        elif json_layout.has_comma_after_first_object(text):
+            self._hint = _COMMA_SEPARATED
 
 
 class _Transcoder:
@@ -199,12 +205,12 @@ class _Transcoder:
         self._decoder = codecs.getincrementaldecoder(encoding)(errors="surrogatepass")
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        yield self._utf8(data, final=False)
+        yield self._to_utf8(data, final=False)
 
     def finish(self) -> Iterator[bytes]:
-        yield self._utf8(b"", final=True)
+        yield self._to_utf8(b"", final=True)
 
-    def _utf8(self, data: bytes, *, final: bool) -> bytes:
+    def _to_utf8(self, data: bytes, *, final: bool) -> bytes:
         try:
             return self._decoder.decode(data, final).encode(errors="surrogatepass")
         except UnicodeDecodeError as error:
@@ -217,22 +223,22 @@ class _Transcoder:
             raise CorruptInputError(message) from error
 
 
-def _encoding_of(head: bytes) -> str | None:
+def _detect_encoding(head: bytes) -> str | None:
     """Return the encoding that the bytes are certainly in, if it is not UTF-8."""
     marked = next((name for mark, name in _ENCODINGS if head.startswith(mark)), None)
-    return marked or next((name for start, name in _UNMARKED if start.match(head)), None)
+    return marked or next((name for start, name in _ENCODINGS_WITHOUT_BOM if start.match(head)), None)
 
 
-def _after_space(head: bytes) -> bytes:
+def _skip_leading_whitespace(head: bytes) -> bytes:
     """Return the head from its first character on that is no white space or byte order mark."""
-    found = _LEADING.match(head)
+    found = _LEADING_WHITESPACE.match(head)
     return head[found.end() :] if found else head
 
 
-def _has_two_lines(head: bytes) -> bool:
+def _is_sufficient_head(head: bytes) -> bool:
     """Return whether the head is large enough, and the second line has begun in it."""
     if not _HEAD_BYTES <= len(head) < _MAX_HEAD_BYTES:
         return len(head) >= _MAX_HEAD_BYTES
-    text = _after_space(head)
+    text = _skip_leading_whitespace(head)
     line_end = text.find(b"\n")
     return line_end >= 0 and bool(text[line_end:].strip())

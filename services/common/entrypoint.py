@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 
-def enter(module: str, *, program: str, extra: str) -> NoReturn:
+def run_main(module: str, *, program: str, extra: str) -> NoReturn:
     """Run `main()` of `module`; exit 2 with the pip line when what the extra installs is missing."""
     # gRPC's core writes its own lines about what we report ourselves; an operator may still ask for them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -9,10 +9,10 @@ import grpc
 from grpc import aio
 
 from services.common.errors import CommandError
-from services.common.listening import ListenAddress, usable
+from services.common.listening import ListenAddress, resolve_bindable_hosts
 
 _MAX_UNIX_PATH_BYTES = 107
-_OWNER_ALONE = 0o177
+_OWNER_ONLY_UMASK = 0o177
 
 
 def add_ports(
@@ -32,7 +32,7 @@ def add_ports(
         return _add_unix(server, text, flag_name=flag_name, mode=mode)
     address = ListenAddress.parse(text)
     port = address.port
-    for host in usable(text, flag_name=flag_name):
+    for host in resolve_bindable_hosts(text, flag_name=flag_name):
         try:
             if credentials is None:
                 port = server.add_insecure_port(f"{host}:{port}")
@@ -42,7 +42,7 @@ def add_ports(
             unless = "" if credentials is None else ", or --tls-cert is of a kind that gRPC does not know"
             message = f"{flag_name} {text}: gRPC cannot listen there (taken just now{unless})"
             raise CommandError(message) from error
-    return address.at(port)
+    return address.with_port(port)
 
 
 def _add_unix(server: aio.Server, text: str, *, flag_name: str, mode: int | None) -> str:
@@ -52,7 +52,7 @@ def _add_unix(server: aio.Server, text: str, *, flag_name: str, mode: int | None
         message = f"{flag_name} {text}: the path has more than {_MAX_UNIX_PATH_BYTES} bytes"
         raise CommandError(message)
     try:
-        with _umask(None if mode is None else _OWNER_ALONE):  # nobody gets in before the mode is set
+        with _umask(None if mode is None else _OWNER_ONLY_UMASK):  # nobody gets in before the mode is set
             server.add_insecure_port(text)
         if mode is not None:
             Path(path).chmod(mode)

@@ -12,7 +12,7 @@ _DNS = re.compile(r"(?://[^/@\s]*/)?(?P<address>.*)")
 _ADDRESS = re.compile(
     r"(?P<host>\[[^\[\]@\s]+\]|[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_.])?):(?P<port>[0-9]{1,5})"
 )
-_FORMS = "HOST:PORT, dns:///HOST:PORT or unix:PATH"
+_TARGET_FORMS = "HOST:PORT, dns:///HOST:PORT or unix:PATH"
 _MAX_PORT = 65_535
 
 _HTTP_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order; in lower case only
@@ -24,14 +24,14 @@ def check_target(target: str, *, flag_name: str, tls_flag: str) -> None:
     The core takes a URL for a host name, which no DNS server knows, and takes port 443 for a target that has
     none. `tls_flag` is the flag that encrypts the calls.
     """
-    reason = _fault(target, tls_flag)
+    reason = _target_fault(target, tls_flag)
     if reason is not None:
         shown = "" if "@" in target else f" {target!r}"  # a login may stand before the @
         message = f"{flag_name}{shown}: {reason}"
         raise UsageError(message)
 
 
-def _fault(target: str, tls_flag: str) -> str | None:
+def _target_fault(target: str, tls_flag: str) -> str | None:
     scheme, _, rest = target.partition(":")
     scheme = scheme.lower()
     if scheme in {"xds", "google-c2p"}:
@@ -44,10 +44,10 @@ def _fault(target: str, tls_flag: str) -> str | None:
         return next((fault for fault in faults if fault is not None), None)
     if scheme == "dns":
         found = _DNS.fullmatch(rest)
-        return _address_fault(found["address"]) if found else f"it must be {_FORMS}"
+        return _address_fault(found["address"]) if found else f"it must be {_TARGET_FORMS}"
     if url := _URL.match(target):
         tls = f"; {tls_flag} encrypts the calls" if url["scheme"].lower() in {"https", "grpcs"} else ""
-        return f"a gRPC target is not a URL; it must be {_FORMS}{tls}"
+        return f"a gRPC target is not a URL; it must be {_TARGET_FORMS}{tls}"
     return _address_fault(target)
 
 
@@ -81,10 +81,10 @@ def _spelling_fault(address: str) -> str:
     if not address.startswith("[") and address.count(":") > 1:
         return "an IPv6 address must be in brackets and have a port, as in [::1]:50051"
     has_no_port = re.fullmatch(r"\[[^\[\]]+\]|[^:/@\s]+", address)
-    return f"it {'has no port; it ' if has_no_port else ''}must be {_FORMS}"
+    return f"it {'has no port; it ' if has_no_port else ''}must be {_TARGET_FORMS}"
 
 
-def is_on_this_machine(target: str) -> bool:
+def is_local_target(target: str) -> bool:
     """Whether nobody else can listen in on the way to a target, encrypted or not."""
     if target.startswith(("unix:", "unix-abstract:")):
         return True
@@ -99,12 +99,12 @@ def http_proxy_options(target: str) -> list[tuple[str, int]]:
     gRPC sends every channel but one to a Unix socket through `grpc_proxy`, `https_proxy` or `http_proxy`. On
     the proxy's own machine, `localhost` is another one.
     """
-    return [("grpc.enable_http_proxy", 0)] if is_on_this_machine(target) else []
+    return [("grpc.enable_http_proxy", 0)] if is_local_target(target) else []
 
 
 def http_proxy_variable(target: str) -> str | None:
     """Return the environment variable by which gRPC sends a channel through an HTTP proxy, if one is set."""
-    if is_on_this_machine(target):
+    if is_local_target(target):
         return None
     return next((name for name in _HTTP_PROXY_VARIABLES if os.environ.get(name)), None)
 

@@ -21,11 +21,11 @@ class HttpEndpoint:
         self._registry = registry
         self._app = web.Application()
         self._runner = web.AppRunner(self._app, access_log=None)
-        self._listening: list[asyncio.Server] = []
-        self.add("/metrics", self._metrics)
-        self.add("/healthz", self._healthz)
+        self._servers: list[asyncio.Server] = []
+        self.add_handler("/metrics", self._handle_metrics)
+        self.add_handler("/healthz", self._handle_healthz)
 
-    def add(self, path: str, handler: Handler) -> None:
+    def add_handler(self, path: str, handler: Handler) -> None:
         """Answer GET (and HEAD) on `path`; only before `start`."""
         self._app.router.add_get(path, handler)
 
@@ -37,14 +37,14 @@ class HttpEndpoint:
         loop = asyncio.get_running_loop()
         try:
             for one in sockets:
-                self._listening.append(await loop.create_server(self._connected, sock=one))
+                self._servers.append(await loop.create_server(self._accept, sock=one))
         except OSError as error:  # another process took it just now
             await self.close()
             message = f"--http-listen {address}: {error.strerror}"
             raise CommandError(message) from error
-        return ListenAddress.parse(address).at(port)
+        return ListenAddress.parse(address).with_port(port)
 
-    def _connected(self) -> asyncio.Protocol:
+    def _accept(self) -> asyncio.Protocol:
         """One connection more. Answers take milliseconds: of many the oldest is one that says nothing,
         or too slowly: it makes room.
         """  # noqa: D205 - one thought
@@ -56,16 +56,16 @@ class HttpEndpoint:
 
     async def close(self) -> None:
         """Stop listening."""
-        for one in self._listening:
+        for one in self._servers:
             one.close()
         await self._runner.cleanup()
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _handle_metrics(self, request: web.Request) -> web.Response:
         try:
             encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         except (ValueError, TypeError):  # it takes a version that is no number for one
             encode, content_type = choose_encoder("")
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
 
-    async def _healthz(self, _request: web.Request) -> web.Response:
+    async def _handle_healthz(self, _request: web.Request) -> web.Response:
         return web.Response(text="ok\n")

@@ -5,10 +5,10 @@ import re
 
 _SPACE = re.compile(r"\s*")
 _NEXT_OBJECT = re.compile(r"\s*,\s*\{")
-_COMMA_LINES = 2
+_CHECKED_LINES = 2
 
 
-def spans_lines(text: str) -> bool:
+def spans_multiple_lines(text: str) -> bool:
     """Return whether the first value begins on the first line and goes on, as JSON, on the next.
 
     A line that is cut off does not: what follows it begins a value of its own, where none may stand. Where
@@ -22,7 +22,7 @@ def spans_lines(text: str) -> bool:
     next_line = _SPACE.match(text, line_end)
     assert next_line  # noqa: S101 - it matches nothing too
     try:
-        _, end = json.JSONDecoder(parse_int=_zero, parse_float=_zero).raw_decode(text)
+        _, end = json.JSONDecoder(parse_int=_discard_digits, parse_float=_discard_digits).raw_decode(text)
     except json.JSONDecodeError as error:
         if error.pos <= next_line.end():
             return False
@@ -32,25 +32,25 @@ def spans_lines(text: str) -> bool:
     return end > line_end
 
 
-def has_commas(text: str) -> bool:
+def has_comma_separated_objects(text: str) -> bool:
     """Return whether two of the first lines are an object and a comma: an array without its brackets.
 
     The comma ends the first two lines, or begins the second and the third.
     """
     if not text.startswith("{"):
         return False
-    lines = [line.strip() for line in text.split("\n", _COMMA_LINES + 1)[: _COMMA_LINES + 1]]
-    at_end = [line[:-1] for line in lines[:_COMMA_LINES] if line.endswith(",")]
+    lines = [line.strip() for line in text.split("\n", _CHECKED_LINES + 1)[: _CHECKED_LINES + 1]]
+    at_end = [line[:-1] for line in lines[:_CHECKED_LINES] if line.endswith(",")]
     at_start = [line[1:] for line in lines[1:] if line.startswith(",")]
-    return any(len(some) == _COMMA_LINES and all(map(_is_object, some)) for some in (at_end, at_start))
+    return any(len(some) == _CHECKED_LINES and all(map(_is_object, some)) for some in (at_end, at_start))
 
 
-def has_comma_behind_the_first(text: str) -> bool:
+def has_comma_after_first_object(text: str) -> bool:
     """Return whether a comma and another object follow the first object."""
     if not text.startswith("{"):
         return False
     try:
-        _, end = json.JSONDecoder(parse_int=_zero, parse_float=_zero).raw_decode(text)
+        _, end = json.JSONDecoder(parse_int=_discard_digits, parse_float=_discard_digits).raw_decode(text)
     except (ValueError, RecursionError):
         return False
     return bool(_NEXT_OBJECT.match(text, end))
@@ -58,10 +58,10 @@ def has_comma_behind_the_first(text: str) -> bool:
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text, parse_int=_zero, parse_float=_zero), dict)
+        return isinstance(json.loads(text, parse_int=_discard_digits, parse_float=_discard_digits), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _zero(_digits: str) -> int:
+def _discard_digits(_digits: str) -> int:
     return 0

@@ -7,54 +7,54 @@ import json
 import re
 
 BOM = b"\xef\xbb\xbf"
-_BETWEEN_BYTES = b" \t\r" + BOM
+_SEPARATOR_BYTES = b" \t\r" + BOM
 _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\]]'), re.compile(rb'["\\]')
-_SEAM = re.compile(rb"\}[ \t\r]*(?:\xef\xbb\xbf[ \t\r]*)*\{")
+_OBJECT_BOUNDARY = re.compile(rb"\}[ \t\r]*(?:\xef\xbb\xbf[ \t\r]*)*\{")
 # The same in text, behind the closing brace. A byte order mark is a character there.
-_BETWEEN = re.compile("[ \t\r\ufeff]*(?=\\{)")
+_SEPARATOR = re.compile("[ \t\r\ufeff]*(?=\\{)")
 
 
-def _ignore(_value: str) -> int:
+def _discard_digits(_value: str) -> int:
     """Return nothing of a number: `int` refuses one of 5,000 digits."""
     return 0
 
 
-_scan = json.JSONDecoder(
-    parse_int=_ignore, parse_float=_ignore, parse_constant=_ignore, strict=False
+_decode_value = json.JSONDecoder(
+    parse_int=_discard_digits, parse_float=_discard_digits, parse_constant=_discard_digits, strict=False
 ).raw_decode
 
 
-def has_seam(text: bytes | bytearray, start: int = 0) -> bool:
+def has_object_boundary(text: bytes | bytearray, start: int = 0) -> bool:
     """Return whether an object may end and another begin on the same line (or it is in a string)."""
-    return _SEAM.search(text, start) is not None
+    return _OBJECT_BOUNDARY.search(text, start) is not None
 
 
-def split(line: bytes) -> list[bytes]:
+def split_objects(line: bytes) -> list[bytes]:
     """Return each of a line's objects, or the line itself if it has fewer than two.
 
     From the first object on that cannot be read, the rest of the line is one piece.
     """
-    parts, rest = leading(line)
+    parts, rest = split_leading(line)
     return [*parts, rest]
 
 
-def leading(text: bytes) -> tuple[list[bytes], bytes]:
+def split_leading(text: bytes) -> tuple[list[bytes], bytes]:
     """Return the objects that are followed by another, and what is left from the last `{` of them on.
 
     All bytes are kept, but for the white space and byte order marks between two objects. An object is only
     split from the next where a JSON reader ends it: `}{` in a string is text.
     """
     parts: list[bytes] = []
-    if not has_seam(text):
+    if not has_object_boundary(text):
         return parts, text
     decoded = text.decode(errors="surrogateescape")  # bytes that are not UTF-8 are another check's
-    start, position = 0, _first(decoded)
+    start, position = 0, _skip_separator(decoded)
     while decoded.startswith("{", position):
         try:
-            _, end = _scan(decoded, position)
+            _, end = _decode_value(decoded, position)
         except (ValueError, RecursionError):
             break
-        between = _BETWEEN.match(decoded, end)
+        between = _SEPARATOR.match(decoded, end)
         if between is None:
             break
         parts.append(decoded[start:end].encode(errors="surrogateescape"))
@@ -62,8 +62,8 @@ def leading(text: bytes) -> tuple[list[bytes], bytes]:
     return parts, decoded[start:].encode(errors="surrogateescape") if parts else text
 
 
-def _first(decoded: str) -> int:
-    found = _BETWEEN.match(decoded)
+def _skip_separator(decoded: str) -> int:
+    found = _SEPARATOR.match(decoded)
     return found.end() if found else 0
 
 
@@ -79,23 +79,23 @@ class ObjectScanner:
         self._depth = 0
         self._in_string = False
         self._is_escaped = False
-        self._is_over = self._is_lost = not line.lstrip(_BETWEEN_BYTES).startswith(b"{")
+        self._has_ended = self._has_no_next = not line.lstrip(_SEPARATOR_BYTES).startswith(b"{")
 
     def feed(self, data: bytes | bytearray) -> int:
         """Return where in `data` the next object begins, or -1."""
         position = 0
-        while not self._is_over:
-            position = self._scan(data, position)
+        while not self._has_ended:
+            position = self._scan_next(data, position)
             if position < 0:
                 return -1
-        while position < len(data) and not self._is_lost:
+        while position < len(data) and not self._has_no_next:
             if data[position] == ord("{"):
                 return position
-            self._is_lost = data[position] not in _BETWEEN_BYTES
+            self._has_no_next = data[position] not in _SEPARATOR_BYTES
             position += 1
         return -1
 
-    def _scan(self, data: bytes | bytearray, position: int) -> int:
+    def _scan_next(self, data: bytes | bytearray, position: int) -> int:
         """Return where to go on behind the next byte that matters, or -1 if there is none."""
         if self._is_escaped:
             self._is_escaped = position >= len(data)
@@ -112,5 +112,5 @@ class ObjectScanner:
             self._depth += 1
         else:
             self._depth -= 1
-            self._is_over = self._depth <= 0
+            self._has_ended = self._depth <= 0
         return found.end()

@@ -7,7 +7,7 @@ _MIN_LINE_BYTES, _MAX_LINE_BYTES = 2**10, 2**30
 _MIN_WINDOW_BYTES, _MAX_WINDOW_BYTES = 2**10, 2**31  # what zstd itself knows
 
 
-def check(max_line_bytes: int, max_zstd_window_bytes: int) -> None:
+def check_limits(max_line_bytes: int, max_zstd_window_bytes: int) -> None:
     """Raise UsageError if one of the two is out of range."""
     for name, value, low, high in (
         ("--max-line-bytes", max_line_bytes, _MIN_LINE_BYTES, _MAX_LINE_BYTES),

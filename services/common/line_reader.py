@@ -9,27 +9,27 @@ from typing import TypeAlias
 
 from services.common import json_objects
 
-WINDOW_BYTES = 2**20
-WINDOW_LINES = 20_000
+CHUNK_BYTES = 2**20
+CHUNK_LINES = 20_000
 MAX_LINE_BYTES = 4 * 2**20  # a file in work has several in hand: read, parsed, spliced, on its way
-_PIECE_BYTES = 2**17  # with what is parsed of it, what a processor's core has as cache of its own
+_BLOCK_BYTES = 2**17  # with what is parsed of it, what a processor's core has as cache of its own
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class LineBlock:
     """Lines joined by their line feeds, and how many they are."""
 
     text: bytes
-    count: int
+    line_count: int
 
-    def halves(self) -> tuple["Piece", "Piece"]:
+    def split_in_half(self) -> tuple["LineBlock", "LineBlock"]:
         """The same in two, if they are two lines at least; of about one size."""
         cut = self.text.find(b"\n", len(self.text) // 2)
         if cut < 0:
             cut = self.text.rfind(b"\n")
         first = self.text[:cut]
         count = _line_count(first)
-        return Piece(first, count), Piece(self.text[cut + 1 :], self.count - count)
+        return LineBlock(first, count), LineBlock(self.text[cut + 1 :], self.line_count - count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,15 @@ class LongLinePart:
     is_last: bool
 
 
-Block: TypeAlias = list[Piece] | LongLinePart
+LineChunk: TypeAlias = list[LineBlock] | LongLinePart
 
 
-async def blocks(chunks: AsyncIterator[bytes], *, max_line_bytes: int | None = None) -> AsyncGenerator[Block]:
+async def read_line_chunks(
+    data: AsyncIterator[bytes], *, max_line_bytes: int | None = None
+) -> AsyncGenerator[LineChunk]:
     """Yield the lines in pieces, so many at a time. A line feed alone ends a line; the last may lack it."""
-    cutter = _Cutter(MAX_LINE_BYTES if max_line_bytes is None else max_line_bytes)
-    async for chunk in chunks:
+    cutter = _LineSplitter(MAX_LINE_BYTES if max_line_bytes is None else max_line_bytes)
+    async for chunk in data:
         for block in cutter.feed(chunk):
             yield block
             del block
@@ -54,7 +56,7 @@ async def blocks(chunks: AsyncIterator[bytes], *, max_line_bytes: int | None = N
         yield block
 
 
-class _Cutter:
+class _LineSplitter:
     """State: `_buffer`, what is not cut yet; `_long_line`, finds the end of a line over the limit.
 
     `_next_scan_bytes`: how much of a line without an end is there when it is next scanned for objects.
@@ -62,42 +64,42 @@ class _Cutter:
 
     def __init__(self, max_line_bytes: int) -> None:
         self._max_line_bytes = max_line_bytes
-        self._piece_bytes = min(_PIECE_BYTES, max_line_bytes)
+        self._block_bytes = min(_BLOCK_BYTES, max_line_bytes)
         self._buffer = bytearray()
         self._long_line: json_objects.ObjectScanner | None = None
         self._next_scan_bytes = 0
 
-    def feed(self, chunk: bytes) -> Iterator[Block]:
+    def feed(self, chunk: bytes) -> Iterator[LineChunk]:
         """Yield what the next bytes complete. Of a large chunk no more than a window is added at a time."""
-        if len(chunk) <= WINDOW_BYTES:
+        if len(chunk) <= CHUNK_BYTES:
             yield from self._add(chunk)
             return
-        for start in range(0, len(chunk), WINDOW_BYTES):
-            yield from self._add(chunk[start : start + WINDOW_BYTES])
+        for start in range(0, len(chunk), CHUNK_BYTES):
+            yield from self._add(chunk[start : start + CHUNK_BYTES])
 
-    def _add(self, data: bytes) -> Iterator[Block]:
-        searched = len(self._buffer) if len(self._buffer) >= WINDOW_BYTES else 0
+    def _add(self, data: bytes) -> Iterator[LineChunk]:
+        searched = len(self._buffer) if len(self._buffer) >= CHUNK_BYTES else 0
         self._buffer += data
-        if len(self._buffer) < WINDOW_BYTES:
+        if len(self._buffer) < CHUNK_BYTES:
             return
         if self._long_line is not None:
             yield from self._continue_long_line(self._long_line)
-            if len(self._buffer) < WINDOW_BYTES:
+            if len(self._buffer) < CHUNK_BYTES:
                 return
             searched = 0
         cut = self._buffer.rfind(b"\n", searched)
         if cut >= 0:
             self._next_scan_bytes = 0
             # The pieces alone, not the text too.
-            all_blocks = list(self._bounded(bytes(memoryview(self._buffer)[:cut])))
+            all_blocks = list(self._split_by_line_count(bytes(memoryview(self._buffer)[:cut])))
             del self._buffer[: cut + 1]
             for block in all_blocks:
                 yield block
                 del block
         else:
-            yield from self._cut_line_without_end()
+            yield from self._split_unterminated_line()
 
-    def _continue_long_line(self, scanner: json_objects.ObjectScanner) -> Iterator[Block]:
+    def _continue_long_line(self, scanner: json_objects.ObjectScanner) -> Iterator[LineChunk]:
         end = self._buffer.find(b"\n")
         part = self._buffer if end < 0 else self._buffer[:end]
         next_object = scanner.feed(part)
@@ -111,22 +113,22 @@ class _Cutter:
         else:
             del self._buffer[: end if next_object >= 0 else end + 1]
 
-    def _cut_line_without_end(self) -> Iterator[Block]:
+    def _split_unterminated_line(self) -> Iterator[LineChunk]:
         is_over = len(self._buffer) > self._max_line_bytes
         if is_over or len(self._buffer) >= self._next_scan_bytes:
-            parts, rest = json_objects.leading(bytes(self._buffer))
+            parts, rest = json_objects.split_leading(bytes(self._buffer))
             # Each scan begins at the front again: with twice as much each time, all of them cost two.
             self._next_scan_bytes = 2 * len(self._buffer)
             if parts:
                 self._buffer = bytearray(rest)
                 self._next_scan_bytes = 2 * len(rest)
-                yield from self._bounded(b"\n".join(parts))
+                yield from self._split_by_line_count(b"\n".join(parts))
                 is_over = len(self._buffer) > self._max_line_bytes
         if is_over:
             self._next_scan_bytes = 0
             yield from self._continue_long_line(json_objects.ObjectScanner(self._buffer))
 
-    def finish(self) -> Iterator[Block]:
+    def finish(self) -> Iterator[LineChunk]:
         """Yield the last lines."""
         if self._long_line is not None:
             yield from self._continue_long_line(self._long_line)
@@ -134,61 +136,61 @@ class _Cutter:
                 yield LongLinePart(b"", is_last=True)
                 return
         if self._buffer:
-            yield from list(self._bounded(bytes(self._buffer).removesuffix(b"\n")))
+            yield from list(self._split_by_line_count(bytes(self._buffer).removesuffix(b"\n")))
 
-    def _bounded(self, text: bytes) -> Iterator[Block]:
+    def _split_by_line_count(self, text: bytes) -> Iterator[LineChunk]:
         """Yield blocks of a bounded number of lines: very short lines cost more than their bytes."""
-        block: list[Piece] = []
-        room = WINDOW_LINES
-        for piece in self._pieces(text):
-            if isinstance(piece, LongLinePart) or (piece.count > room and block):
+        block: list[LineBlock] = []
+        room = CHUNK_LINES
+        for piece in self._split_blocks(text):
+            if isinstance(piece, LongLinePart) or (piece.line_count > room and block):
                 if block:
                     yield block
-                block, room = [], WINDOW_LINES
+                block, room = [], CHUNK_LINES
             if isinstance(piece, LongLinePart):
                 yield piece
                 continue
             block.append(piece)
-            room -= piece.count
+            room -= piece.line_count
         if block:
             yield block
 
-    def _pieces(self, text: bytes) -> Iterator[Piece | LongLinePart]:
+    def _split_blocks(self, text: bytes) -> Iterator[LineBlock | LongLinePart]:
         """Yield the lines, so many that a piece is at most so long, but for a line that is longer itself."""
         start = 0
-        while len(text) - start > self._piece_bytes:
-            cut = text.rfind(b"\n", start, start + self._piece_bytes + 1)
+        while len(text) - start > self._block_bytes:
+            cut = text.rfind(b"\n", start, start + self._block_bytes + 1)
             if cut < 0:
-                cut = text.find(b"\n", start + self._piece_bytes)
+                cut = text.find(b"\n", start + self._block_bytes)
                 line = text[start:] if cut < 0 else text[start:cut]
-                yield from self._large_line(line)
+                yield from self._split_large_line(line)
                 if cut < 0:
                     return
             else:
-                yield from _counted(text[start:cut])
+                yield from _to_blocks(text[start:cut])
             start = cut + 1
-        yield from _counted(text[start:] if start else text)
+        yield from _to_blocks(text[start:] if start else text)
 
-    def _large_line(self, line: bytes) -> Iterator[Piece | LongLinePart]:
+    def _split_large_line(self, line: bytes) -> Iterator[LineBlock | LongLinePart]:
         if len(line) <= self._max_line_bytes:
-            yield Piece(line, 1)
+            yield LineBlock(line, 1)
             return
-        for part in json_objects.split(line):
+        for part in json_objects.split_objects(line):
             if len(part) <= self._max_line_bytes:
-                yield Piece(part, 1)
+                yield LineBlock(part, 1)
             else:
                 yield LongLinePart(part, is_last=True)
 
 
-def _counted(text: bytes) -> Iterator[Piece]:
+def _to_blocks(text: bytes) -> Iterator[LineBlock]:
     count = _line_count(text)
-    if count <= WINDOW_LINES:
-        yield Piece(text, count)
+    if count <= CHUNK_LINES:
+        yield LineBlock(text, count)
         return
     lines = text.split(b"\n")
-    for start in range(0, count, WINDOW_LINES):
-        some = lines[start : start + WINDOW_LINES]
-        yield Piece(b"\n".join(some), len(some))
+    for start in range(0, count, CHUNK_LINES):
+        some = lines[start : start + CHUNK_LINES]
+        yield LineBlock(b"\n".join(some), len(some))
 
 
 def _line_count(text: bytes) -> int:

@@ -18,11 +18,11 @@ from typing import Any
 
 from services.common.errors import CommandError, UsageError
 
-_EVERY = ("", "0.0.0.0", "::")  # noqa: S104 - what people write for all addresses
-_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_WILDCARDS = ("", "0.0.0.0", "::")  # noqa: S104 - what people write for all addresses
+_UNAVAILABLE_ERRNOS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _MAX_PORT = 2**16 - 1
-_FIRST_FREE_PORT = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
-_Name = tuple[Any, ...]
+_UNPRIVILEGED_PORT_FILE = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+_SocketAddress = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class ListenAddress:
 
     host: str
     port: int
-    spelled: str
+    original_host: str
 
     @classmethod
     def parse(cls, text: str) -> "ListenAddress":
@@ -45,16 +45,16 @@ class ListenAddress:
         if ":" in bare and bare == host:
             message = f"{text!r} must have its IPv6 address in brackets, as in [::1]:50051"
             raise ValueError(message)
-        return cls("" if bare in _EVERY else bare, int(port), host)
+        return cls("" if bare in _WILDCARDS else bare, int(port), host)
 
-    def at(self, port: int) -> str:
+    def with_port(self, port: int) -> str:
         """Return it as a client writes it, with the port that it really has."""
-        return f"{self.spelled or '0.0.0.0'}:{port}"  # noqa: S104
+        return f"{self.original_host or '0.0.0.0'}:{port}"  # noqa: S104
 
 
-def check_address(text: str, *, flag_name: str, may_be_unix: bool = False) -> None:
+def check_address(text: str, *, flag_name: str, allow_unix: bool = False) -> None:
     """Refuse what is no address. Raises UsageError."""
-    if may_be_unix and text.startswith("unix:") and text != "unix:":
+    if allow_unix and text.startswith("unix:") and text != "unix:":
         return
     try:
         ListenAddress.parse(text)
@@ -72,12 +72,12 @@ def bind_sockets(text: str, *, flag_name: str) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     absent: OSError | None = None
     try:
-        for family, name in _resolved(address):
+        for family, name in _resolve(address):
             port = sockets[0].getsockname()[1] if sockets else address.port
             try:
-                sockets.append(_bound(family, (name[0], port, *name[2:])))
+                sockets.append(_bind(family, (name[0], port, *name[2:])))
             except OSError as error:
-                if error.errno not in _NOT_HERE:
+                if error.errno not in _UNAVAILABLE_ERRNOS:
                     raise
                 absent = error
             else:
@@ -93,7 +93,7 @@ def bind_sockets(text: str, *, flag_name: str) -> list[socket.socket]:
     return sockets
 
 
-def usable(text: str, *, flag_name: str) -> list[str]:
+def resolve_bindable_hosts(text: str, *, flag_name: str) -> list[str]:
     """Return the literal addresses that `text` means here, without the port. Raises CommandError."""
     sockets = bind_sockets(text, flag_name=flag_name)
     hosts = []
@@ -104,7 +104,7 @@ def usable(text: str, *, flag_name: str) -> list[str]:
     return hosts
 
 
-def _resolved(address: ListenAddress) -> list[tuple[socket.AddressFamily, _Name]]:
+def _resolve(address: ListenAddress) -> list[tuple[socket.AddressFamily, _SocketAddress]]:
     if not address.host:
         return [(socket.AF_INET6, ("::", 0)), (socket.AF_INET, ("0.0.0.0", 0))]  # noqa: S104 - meant
     if address.host == "localhost":  # whatever /etc/hosts says of it
@@ -113,7 +113,7 @@ def _resolved(address: ListenAddress) -> list[tuple[socket.AddressFamily, _Name]
     return list(dict.fromkeys((family, name) for family, _, _, _, name in found))
 
 
-def _bound(family: socket.AddressFamily, name: _Name) -> socket.socket:
+def _bind(family: socket.AddressFamily, name: _SocketAddress) -> socket.socket:
     made = socket.socket(family)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -134,15 +134,15 @@ def _reason(error: OSError, address: ListenAddress) -> str:
     if error.errno == errno.EACCES:
         return (
             f"port {address.port} needs a right that this process lacks; use a port from "
-            f"{_first_free_port()}, or give the process CAP_NET_BIND_SERVICE"
+            f"{_first_unprivileged_port()}, or give the process CAP_NET_BIND_SERVICE"
         )
     if error.errno == errno.EADDRNOTAVAIL:
         return f"{address.host or 'it'} is not an address of this machine"
     return error.strerror or str(error)
 
 
-def _first_free_port() -> int:
+def _first_unprivileged_port() -> int:
     """Return the first port that needs no right: Linux lets the administrator choose."""
     with suppress(OSError, ValueError):
-        return int(_FIRST_FREE_PORT.read_text())
+        return int(_UNPRIVILEGED_PORT_FILE.read_text())
     return 1024

@@ -15,46 +15,46 @@ from typing import Any, TypeAlias
 
 from pythonjsonlogger.json import JsonFormatter
 
-from services.common.printable import printable
+from services.common.printable import escape_unprintable
 
-_TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_IDS = ("trace_id", "span_id")
+_TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_TRACE_FIELDS = ("trace_id", "span_id")
 _ExcInfo: TypeAlias = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 )
-_CALLERS_OWN = {"ExecuteBatchError", "HttpProcessingError", "RequestPayloadError"}
-_NO_TEXT = "Invalid encoding on %s"  # gRPC's, with the metadata itself: a token, or a model's words
+_CALLER_ERRORS = {"ExecuteBatchError", "HttpProcessingError", "RequestPayloadError"}
+_INVALID_METADATA = "Invalid encoding on %s"  # gRPC's, with the metadata itself: a token, or a model's words
 
 
 def configure(*, log_format: str, level: str) -> None:
     """Send the process's logs to standard error as `json` or `text`."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_is_news)
+    handler.addFilter(_drop_caller_noise)
     handler.setFormatter(
-        _Json(
+        _JsonLogFormatter(
             ["asctime", "levelname", "name", "message"],
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
             datefmt="%Y-%m-%dT%H:%M:%S%z",
         )
         if log_format == "json"
-        else _Text(_TEXT)
+        else _TextLogFormatter(_TEXT_FORMAT)
     )
-    handler.addFilter(_with_ids)
+    handler.addFilter(_add_trace_ids)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # These speak of their own requests at info and debug; ours are the ones an operator reads.
     for name in ("aiohttp.access", "asyncio", "botocore", "aiobotocore", "grpc"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("asyncio").addFilter(_first_line)
+    logging.getLogger("asyncio").addFilter(_keep_first_line)
 
 
-def show_trace_ids(ids: Callable[[], tuple[str, str] | None] | None) -> None:
+def set_trace_id_source(ids: Callable[[], tuple[str, str] | None] | None) -> None:
     """Add to every line the ids, of trace and span, of what goes on; None: no more."""
-    _source.clear()
+    _trace_id_sources.clear()
     if ids is not None:
-        _source.append(ids)
+        _trace_id_sources.append(ids)
 
 
-_source: list[Callable[[], tuple[str, str] | None]] = []
+_trace_id_sources: list[Callable[[], tuple[str, str] | None]] = []
 """Of the ids; at most one. Set at the start and at the end."""
 
 
@@ -64,11 +64,11 @@ def announce_ready(**fields: Any) -> None:
     sys.stdout.flush()
 
 
-def _tells_all() -> bool:
+def _debug_enabled() -> bool:
     return logging.getLogger().isEnabledFor(logging.DEBUG)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _drop_caller_noise(record: logging.LogRecord) -> bool:
     """Not what callers do to their own requests, which libraries log with a stack: an answer that nobody
     waits for any more, what is no message, metadata that are no text (gRPC), and what is no HTTP, or no body
     of a request (aiohttp). Logged, it would be for callers to flood with.
@@ -76,26 +76,28 @@ def _is_news(record: logging.LogRecord) -> bool:
     kind = record.exc_info[0] if record.exc_info else None
     if kind is None:
         return True
-    if record.name.startswith("grpc.") and (record.msg == _NO_TEXT or kind.__name__ == "DecodeError"):
+    if record.name.startswith("grpc.") and (
+        record.msg == _INVALID_METADATA or kind.__name__ == "DecodeError"
+    ):
         return False
-    return not any(base.__name__ in _CALLERS_OWN for base in kind.__mro__)
+    return not any(base.__name__ in _CALLER_ERRORS for base in kind.__mro__)
 
 
-def _with_ids(record: logging.LogRecord) -> bool:
-    for ids in _source:
+def _add_trace_ids(record: logging.LogRecord) -> bool:
+    for ids in _trace_id_sources:
         if found := ids():
             record.trace_id, record.span_id = found
     return True
 
 
-def _first_line(record: logging.LogRecord) -> bool:
+def _keep_first_line(record: logging.LogRecord) -> bool:
     """Of what asyncio says of a task that failed: behind it stands the exception, as it shows itself."""
-    if not _tells_all():
+    if not _debug_enabled():
         record.msg, record.args = record.getMessage().split("\n", 1)[0], ()
     return True
 
 
-def _places(error: BaseException | None) -> str:
+def _format_trace(error: BaseException | None) -> str:
     """Where an exception was raised, and what it is, and the same of what it came from."""
     lines: list[str] = []
     seen: set[int] = set()
@@ -106,20 +108,20 @@ def _places(error: BaseException | None) -> str:
     return "".join(lines).rstrip("\n")
 
 
-class _Json(JsonFormatter):
+class _JsonLogFormatter(JsonFormatter):
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - logging's name
         """The exception's places."""
-        return logging.Formatter.formatException(self, ei) if _tells_all() else _places(ei[1])
+        return logging.Formatter.formatException(self, ei) if _debug_enabled() else _format_trace(ei[1])
 
 
-class _Text(logging.Formatter):
+class _TextLogFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """The message on one line, and the ids behind it."""
-        record.message = printable(record.message)
-        ids = "".join(f" {name}={getattr(record, name)}" for name in _IDS if hasattr(record, name))
+        record.message = escape_unprintable(record.message)
+        ids = "".join(f" {name}={getattr(record, name)}" for name in _TRACE_FIELDS if hasattr(record, name))
         return super().formatMessage(record) + ids
 
     def formatException(self, ei: _ExcInfo) -> str:  # noqa: N802 - logging's name
         """The exception's places, each line set in, so that none looks like a message."""
-        text = super().formatException(ei) if _tells_all() else _places(ei[1])
-        return "\n".join(f"    {printable(line)}" for line in text.splitlines())
+        text = super().formatException(ei) if _debug_enabled() else _format_trace(ei[1])
+        return "\n".join(f"    {escape_unprintable(line)}" for line in text.splitlines())

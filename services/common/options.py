@@ -15,17 +15,17 @@ from urllib.parse import urlsplit
 import click
 
 from services.common.errors import CommandError, UsageError
-from services.common.printable import printable
+from services.common.printable import escape_unprintable
 from services.common.redaction import has_password
 from services.common.units import parse_duration_seconds, parse_size_bytes
 
-_FLAG = "flag"
+_METADATA_KEY = "flag"
 _MODE = re.compile(r"(?:0o)?0?[0-7]{3}")
 _MIN_RATE, _MAX_RATE = 1e-6, 1e9  # one in eleven days; at a rate of almost nothing a wait is no number
 _Settings = TypeVar("_Settings")
 
 
-class _Kind(click.ParamType[Any]):
+class _ParsedType(click.ParamType[Any]):
     """A flag's type, from a parser that raises ValueError with a sentence about the value."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -95,19 +95,19 @@ def _parse_mode(text: str) -> int:
 TEXT = click.STRING
 COUNT = click.IntRange(min=1)
 COUNT_OR_ZERO = click.IntRange(min=0)
-RATE = _Kind("number", _parse_rate)
-RATE_OR_ZERO = _Kind("number", _parse_rate_or_zero)
-DURATION = _Kind("duration", parse_duration_seconds)
-SIZE = _Kind("size", parse_size_bytes)
-BOOL = _Kind("true|false", _parse_bool)
-HTTP_URL = _Kind("url", _parse_http_url)
-LIST = _Kind("list", _parse_list)
-MODE = _Kind("mode", _parse_mode)
+RATE = _ParsedType("number", _parse_rate)
+RATE_OR_ZERO = _ParsedType("number", _parse_rate_or_zero)
+DURATION = _ParsedType("duration", parse_duration_seconds)
+SIZE = _ParsedType("size", parse_size_bytes)
+BOOL = _ParsedType("true|false", _parse_bool)
+HTTP_URL = _ParsedType("url", _parse_http_url)
+LIST = _ParsedType("list", _parse_list)
+MODE = _ParsedType("mode", _parse_mode)
 
 
-def kind(name: str, parse: Callable[[str], Any]) -> click.ParamType[Any]:
+def custom_type(name: str, parse: Callable[[str], Any]) -> click.ParamType[Any]:
     """A type of a service's own, from a parser that raises ValueError with a sentence about the value."""
-    return _Kind(name, parse)
+    return _ParsedType(name, parse)
 
 
 def choice(*values: str) -> click.ParamType[Any]:
@@ -116,29 +116,40 @@ def choice(*values: str) -> click.ParamType[Any]:
 
 
 def flag(
-    name: str, kind: click.ParamType[Any], default: str | None = None, *, required: bool = False, text: str,
-    login_goes_to: str = "",
-) -> Any:  # fmt: skip
+    name: str,
+    value_type: click.ParamType[Any],
+    default: str | None = None,
+    *,
+    required: bool = False,
+    text: str,
+    password_alternative: str = "",
+) -> Any:
     """A dataclass field that is also the flag `name`; `default` is written as a user would.
 
     `login_goes_to`, of a flag that is a URL: where a password goes instead. On a command line, which
     everybody on the machine may read, the URL may hold none.
     """
     metadata = {
-        _FLAG: {
-            "name": name, "kind": kind, "default": default, "required": required, "text": text,
-            "login_goes_to": login_goes_to,
+        _METADATA_KEY: {
+            "name": name,
+            "kind": value_type,
+            "default": default,
+            "required": required,
+            "text": text,
+            "login_goes_to": password_alternative,
         }
-    }  # fmt: skip
+    }
     if required:
         return dataclasses.field(metadata=metadata)
-    value = None if default is None else kind.convert(default, None, None)
-    return dataclasses.field(default=() if kind is LIST and value is None else value, metadata=metadata)
+    value = None if default is None else value_type.convert(default, None, None)
+    return dataclasses.field(default=() if value_type is LIST and value is None else value, metadata=metadata)
 
 
-def options(settings: type, *, prefix: str) -> list[click.Parameter]:
+def click_options(settings: type, *, prefix: str) -> list[click.Parameter]:
     """The click options of a settings class; `prefix` begins their environment twins."""
-    return [_option(field.metadata[_FLAG], field.name, prefix) for field in dataclasses.fields(settings)]
+    return [
+        _option(field.metadata[_METADATA_KEY], field.name, prefix) for field in dataclasses.fields(settings)
+    ]
 
 
 def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
@@ -147,18 +158,22 @@ def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
         "envvar": f"{prefix}_{name.removeprefix('--').replace('-', '_').upper()}",
         "help": spec["text"],
         "show_envvar": True,
-        "metavar": kind.name.upper() if isinstance(kind, _Kind) else None,
+        "metavar": kind.name.upper() if isinstance(kind, _ParsedType) else None,
     }
     if kind is LIST:  # repeatable, and each value may be a list by comma
         shown = spec["default"]
         return click.Option(
-            [name, field_name], type=_ListItem(), multiple=True, show_default=shown or False,
-            callback=_flatten(_parse_list(shown or "")), **common,
-        )  # fmt: skip
+            [name, field_name],
+            type=_ListItem(),
+            multiple=True,
+            show_default=shown or False,
+            callback=_flatten(_parse_list(shown or "")),
+            **common,
+        )
     if spec["default"] is not None:  # to click, a default of None is one, and nothing is missing
         common["default"] = spec["default"]
     if spec["login_goes_to"]:
-        common["callback"] = _refuse_password(name, common["envvar"], spec["login_goes_to"])
+        common["callback"] = _reject_password(name, common["envvar"], spec["login_goes_to"])
     return click.Option(
         [name, field_name],
         type=kind,
@@ -168,7 +183,7 @@ def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
     )
 
 
-def _refuse_password(name: str, variable: str, instead: str) -> Callable[..., Any]:
+def _reject_password(name: str, variable: str, instead: str) -> Callable[..., Any]:
     def refuse(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
         on_command_line = ctx.get_parameter_source(str(param.name)) is click.core.ParameterSource.COMMANDLINE
         if value is not None and on_command_line and has_password(value):
@@ -211,13 +226,13 @@ class SettingsCommand(click.Command):
         return super().parse_args(ctx, spelled)
 
 
-def read(settings: type[_Settings], values: dict[str, Any]) -> _Settings:
+def read_settings(settings: type[_Settings], values: dict[str, Any]) -> _Settings:
     """The settings in a command's parsed values (the rest of `values` is left alone)."""
     names = {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
     return settings(**{name: value for name, value in values.items() if name in names})
 
 
-def run(command: click.Command, *, program: str, args: Sequence[str] | None = None) -> NoReturn:
+def run_command(command: click.Command, *, program: str, args: Sequence[str] | None = None) -> NoReturn:
     """Run `command` and exit; every expected failure is one line on standard error."""
     try:
         code = command.main(args=args, prog_name=program, standalone_mode=False)
@@ -226,18 +241,18 @@ def run(command: click.Command, *, program: str, args: Sequence[str] | None = No
         sys.exit(2)
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else program
-        _fail(f"{path}: {error.format_message()}", 2)
+        _exit_with_error(f"{path}: {error.format_message()}", 2)
     except click.ClickException as error:
-        _fail(f"{program}: {error.format_message()}", error.exit_code)
+        _exit_with_error(f"{program}: {error.format_message()}", error.exit_code)
     except CommandError as error:
-        _fail(f"{program}: {error}", error.exit_code)
+        _exit_with_error(f"{program}: {error}", error.exit_code)
     except OSError as error:  # standard output may be a full disk
-        _fail(f"{program}: {error.strerror or error}", 1)
+        _exit_with_error(f"{program}: {error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
-        _fail(f"{program}: interrupted", 130)
+        _exit_with_error(f"{program}: interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(line: str, code: int) -> NoReturn:
-    sys.stderr.write(printable(" ".join(line.split())) + "\n")
+def _exit_with_error(line: str, code: int) -> NoReturn:
+    sys.stderr.write(escape_unprintable(" ".join(line.split())) + "\n")
     sys.exit(code)

@@ -12,7 +12,7 @@ from services.common.errors import UsageError
 
 Path: TypeAlias = tuple[str, ...]
 _NO_LEVEL = "\x7f"  # a name that no posting has
-_UNFIT = re.compile('["\\\\\0-\x1f\ud800-\udfff]')
+_FORBIDDEN_CHARACTERS = re.compile('["\\\\\0-\x1f\ud800-\udfff]')
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class PostingFields:
             return cls(fields.company, fields.title)
         paths = {"--company-field": company, "--title-field": title, "--level-field": level}
         for flag, text in paths.items():
-            if not all(text.split(".")) or _UNFIT.search(text):
+            if not all(text.split(".")) or _FORBIDDEN_CHARACTERS.search(text):
                 message = f"{flag} {text!r}: must be the name of a member, without quotes and backslashes"
                 raise UsageError(message)
         fields = cls(tuple(company.split(".")), tuple(title.split(".")), level)
@@ -50,11 +50,11 @@ class PostingFields:
             raise UsageError(message)
         return fields
 
-    def read(self, posting: Any) -> tuple[str, str]:
+    def read_pair(self, posting: Any) -> tuple[str, str]:
         """Return company and title of a posting as `json` reads it. Raises ValueError."""
         return text_at(posting, self.company), text_at(posting, self.title)
 
-    def struct(self, name: str, level: Any, default: Any = msgspec.NODEFAULT) -> type[msgspec.Struct]:
+    def make_struct(self, name: str, level: Any, default: Any = msgspec.NODEFAULT) -> type[msgspec.Struct]:
         """Return a type that reads company, title and, as its member `level`, the level.
 
         `getter` finds the first two in an instance.
@@ -65,15 +65,15 @@ class PostingFields:
             for step in path[:-1]:
                 branch = branch.setdefault(step, {})
             branch[path[-1]] = str
-        return _struct(name, tree, [("level", level, default)], {"level": self.level})
+        return _define_struct(name, tree, [("level", level, default)], {"level": self.level})
 
     @property
-    def getter(self) -> "attrgetter[Any]":
+    def pair_getter(self) -> "attrgetter[Any]":
         """What returns company and title of an instance of `struct`."""
-        return attrgetter(_attribute(self.company), _attribute(self.title))
+        return attrgetter(_attribute_path(self.company), _attribute_path(self.title))
 
 
-DEFAULT = PostingFields()
+DEFAULT_FIELDS = PostingFields()
 
 
 def text_at(posting: Any, path: Path) -> str:
@@ -93,21 +93,21 @@ def text_at(posting: Any, path: Path) -> str:
     return value
 
 
-def _struct(
+def _define_struct(
     name: str, tree: Mapping[str, Any], more: list[Any], names: Mapping[str, str]
 ) -> type[msgspec.Struct]:
     fields: list[Any] = []
     for step, below in tree.items():
-        kind = below if below is str else _struct(f"{name}_", below, [], {})
-        fields.append((_field(step), kind))
-    renamed = {_field(step): step for step in tree}
+        kind = below if below is str else _define_struct(f"{name}_", below, [], {})
+        fields.append((_identifier(step), kind))
+    renamed = {_identifier(step): step for step in tree}
     return msgspec.defstruct(name, [*fields, *more], rename={**renamed, **names}, gc=False, frozen=True)
 
 
-def _field(step: str) -> str:
+def _identifier(step: str) -> str:
     """Return an identifier for a member's name: its own could be any text."""
     return "f_" + step.encode().hex()
 
 
-def _attribute(path: Path) -> str:
-    return ".".join(map(_field, path))
+def _attribute_path(path: Path) -> str:
+    return ".".join(map(_identifier, path))

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-_USER_PART = re.compile(r"(?<=://)[^\s'\"]*@")  # up to the last @: a password may hold others, and slashes
-_SECRET_NAMES = {"password", "passwd", "secret", "token"}
+_USERINFO = re.compile(r"(?<=://)[^\s'\"]*@")  # up to the last @: a password may hold others, and slashes
+_SECRET_PARAMETERS = {"password", "passwd", "secret", "token"}
 _log = logging.getLogger(__name__)
 
 
@@ -17,16 +17,16 @@ def has_password(url: str) -> bool:
     """Whether a URL (or a list of hosts after its scheme) tells a password."""
     address, _, query = url.partition("?")
     user = address.partition("://")[2].rpartition("@")[0]
-    return ":" in user or any(name.lower() in _SECRET_NAMES for name, _ in parse_qsl(query))
+    return ":" in user or any(name.lower() in _SECRET_PARAMETERS for name, _ in parse_qsl(query))
 
 
-def without_users(text: str) -> str:
+def strip_userinfo(text: str) -> str:
     """A text, as of an error, whose URLs tell neither user nor password."""
-    return _USER_PART.sub("***@", text)
+    return _USERINFO.sub("***@", text)
 
 
 @cache
-def warn_of_readers(path: Path, *, flag_name: str) -> None:
+def warn_if_world_readable(path: Path, *, flag_name: str) -> None:
     """Warn, once, of a secret's file that everybody on the machine may read."""
     with suppress(OSError):  # gone since it was read: a renewal
         if not path.stat().st_mode & stat.S_IROTH:

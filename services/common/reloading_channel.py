@@ -10,16 +10,16 @@ from typing import Any, Self
 import grpc
 from grpc import aio
 
-from services.common.file_reload import Renewed
+from services.common.file_reload import ReloadingFile
 from services.common.grpc_target import http_proxy_options, http_proxy_variable
-from services.common.tasks import end
-from services.common.tls import Pem
+from services.common.tasks import cancel_and_wait
+from services.common.tls import PemBundle
 
-_CONNECTING_SECONDS = 5.0
-_LOST_SECONDS = 2.0
+_CONNECT_TIMEOUT_SECONDS = 5.0
+_RECONNECT_AFTER_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
-FOLLOW_DNS = (
+DNS_REFRESH_OPTIONS = (
     # Core asks DNS once in 30 s at most, however often it cannot connect.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # How long one attempt to connect may take, 20 s by default. Core asks DNS again only after it has failed.
@@ -30,7 +30,7 @@ FOLLOW_DNS = (
 """Channel arguments with which a server that moves to another address is found within seconds."""
 
 
-class RenewedChannel:
+class ReloadingChannel:
     """A channel to `target`: in the clear, or by the TLS that the files hold.
 
     gRPC knows no other way to change a client's certificate than another channel. It takes over once it is
@@ -48,9 +48,9 @@ class RenewedChannel:
         self,
         target: str,
         *,
-        tls: Renewed[Pem] | None,
+        tls: ReloadingFile[PemBundle] | None,
         options: Sequence[tuple[str, Any]],
-        longest_call_seconds: float,
+        max_call_seconds: float,
     ) -> None:
         if variable := http_proxy_variable(target):
             _log.info(
@@ -60,12 +60,12 @@ class RenewedChannel:
             )
         self._target = target
         self._tls = tls
-        self._options = (*FOLLOW_DNS, *options, *http_proxy_options(target))
-        self._longest_call_seconds = longest_call_seconds
-        self._used = None if tls is None else tls.value
-        self._current = self._open(self._used)
+        self._options = (*DNS_REFRESH_OPTIONS, *options, *http_proxy_options(target))
+        self._max_call_seconds = max_call_seconds
+        self._used_pem = None if tls is None else tls.value
+        self._current = self._open_channel(self._used_pem)
         self._opened_at = time.monotonic()
-        self._changes: set[asyncio.Task[None]] = set()
+        self._background_tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         """Nothing happens yet."""
@@ -80,47 +80,47 @@ class RenewedChannel:
         """For the next call, which must be made at once; it connects when it is first used."""
         return self._current
 
-    def renew(self) -> None:
+    def refresh(self) -> None:
         """Follow the target: call it before an RPC, or every second.
 
         Read the files, and use what they hold now if it is something else. Resolve the name again if there is
         no connection.
         """
         if self._tls is not None:
-            self._tls.look()
-            if self._tls.value != self._used:
-                self._used = self._tls.value
-                self._start(self._replace(self._used))
+            self._tls.reload_if_changed()
+            if self._tls.value != self._used_pem:
+                self._used_pem = self._tls.value
+                self._run_in_background(self._replace_channel(self._used_pem))
                 return
         state = self._current.get_state(try_to_connect=True)
         is_lost = state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
-        if is_lost and time.monotonic() - self._opened_at >= _LOST_SECONDS:
-            lost, self._current = self._current, self._open(self._used)
+        if is_lost and time.monotonic() - self._opened_at >= _RECONNECT_AFTER_SECONDS:
+            lost, self._current = self._current, self._open_channel(self._used_pem)
             self._opened_at = time.monotonic()
             self._current.get_state(try_to_connect=True)
-            self._start(lost.close(self._longest_call_seconds))
+            self._run_in_background(lost.close(self._max_call_seconds))
 
     async def close(self) -> None:
         """Close it, and what it replaced."""
-        if self._changes:
-            await end(self._changes)
+        if self._background_tasks:
+            await cancel_and_wait(self._background_tasks)
         await self._current.close()
 
-    def _start(self, change: Coroutine[Any, Any, None]) -> None:
+    def _run_in_background(self, change: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(change)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
+        self._background_tasks.add(task)
+        task.add_done_callback(self._background_tasks.discard)
 
-    async def _replace(self, pem: Pem) -> None:
-        fresh = self._open(pem)
+    async def _replace_channel(self, pem: PemBundle) -> None:
+        fresh = self._open_channel(pem)
         closing, grace_seconds = fresh, 0.0
         try:
             # Whoever cannot be reached by then could not be reached by the old way either, before long.
             with suppress(TimeoutError):
-                async with asyncio.timeout(_CONNECTING_SECONDS):
+                async with asyncio.timeout(_CONNECT_TIMEOUT_SECONDS):
                     await fresh.channel_ready()
-            if pem == self._used:  # else they were renewed once more meanwhile
-                closing, grace_seconds = self._current, self._longest_call_seconds
+            if pem == self._used_pem:  # else they were renewed once more meanwhile
+                closing, grace_seconds = self._current, self._max_call_seconds
                 self._current = fresh
                 self._opened_at = time.monotonic()
             await closing.close(grace_seconds)
@@ -128,7 +128,7 @@ class RenewedChannel:
             await closing.close()
             raise
 
-    def _open(self, pem: Pem | None) -> aio.Channel:
+    def _open_channel(self, pem: PemBundle | None) -> aio.Channel:
         if pem is None:
             return aio.insecure_channel(self._target, options=self._options)
         return aio.secure_channel(self._target, pem.channel_credentials(), options=self._options)

@@ -4,7 +4,7 @@ import asyncio
 import signal
 
 
-class Signals:
+class ShutdownSignal:
     """Made by the task that does all; it is cancelled in the end.
 
     State: `stopping`, set by the first SIGTERM. A second one ends the process at once.
@@ -14,14 +14,14 @@ class Signals:
         self.stopping = asyncio.Event()
         self._grace_seconds = grace_seconds
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        self._main_task = asyncio.current_task()
+        self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
 
-    def _terminate(self) -> None:
+    def _on_sigterm(self) -> None:
         self._loop.remove_signal_handler(signal.SIGTERM)
         self.stopping.set()
-        self._loop.call_later(self._grace_seconds, self._abandon)
+        self._loop.call_later(self._grace_seconds, self._cancel_task)
 
-    def _abandon(self) -> None:
-        if self._task and not self._task.done():
-            self._task.cancel()
+    def _cancel_task(self) -> None:
+        if self._main_task and not self._main_task.done():
+            self._main_task.cancel()

@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
-_AGAIN_SECONDS = 0.1
+_RETRY_SECONDS = 0.1
 
 
-async def end(tasks: Iterable["asyncio.Future[Any]"]) -> None:
+async def cancel_and_wait(tasks: Iterable["asyncio.Future[Any]"]) -> None:
     """Cancel tasks and return when they have ended, however they did.
 
     Once is not enough: in Python 3.11 `asyncio.wait_for` forgets a cancellation that comes just as what it
@@ -19,5 +19,5 @@ async def end(tasks: Iterable["asyncio.Future[Any]"]) -> None:
     while left:
         for task in left:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=_AGAIN_SECONDS)
+        _, left = await asyncio.wait(left, timeout=_RETRY_SECONDS)
     await asyncio.gather(*ending, return_exceptions=True)  # so that no failure counts as never looked at

@@ -8,17 +8,17 @@ from pathlib import Path
 import grpc
 
 from services.common.errors import UsageError
-from services.common.file_reload import Look, Renewed, read_file
-from services.common.redaction import warn_of_readers
+from services.common.file_reload import ReloadingFile, ReloadResult, read_file
+from services.common.redaction import warn_if_world_readable
 
 # rsaEncryption, P-256, P-384, P-521, in DER. Of others gRPC says nothing, but no handshake succeeds.
-_KINDS = tuple(
+_SUPPORTED_KEY_OIDS = tuple(
     map(bytes.fromhex, ("06092a864886f70d010101", "06082a8648ce3d030107", "06052b81040022", "06052b81040023"))
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pem:
+class PemBundle:
     """Whom one trusts (`roots`), and one's own certificate (`chain`) with its `key`; None: none."""
 
     roots: bytes | None
@@ -39,27 +39,29 @@ class PemFiles:
     key: str | None
     flags: tuple[str, str, str] = ("--tls-ca", "--tls-cert", "--tls-key")
 
-    def check_pair(self) -> None:
+    def validate_pair(self) -> None:
         """Refuse a certificate without its key. Raises UsageError."""
         _, cert_flag, key_flag = self.flags
         if (self.cert is None) is not (self.key is None):
             message = f"{cert_flag} and {key_flag}: neither goes without the other"
             raise UsageError(message)
 
-    def check_together(self) -> None:
+    def validate(self) -> None:
         """Refuse also a certificate for a way in the clear, of whoever calls. Raises UsageError."""
-        self.check_pair()
+        self.validate_pair()
         ca_flag, cert_flag, _ = self.flags
         if self.cert is not None and self.ca is None:
             message = f"{cert_flag} needs {ca_flag}: without it nothing is encrypted"
             raise UsageError(message)
 
-    def follow(self, *, tell: Callable[[Look], None] = lambda _: None) -> Renewed[Pem]:
+    def watch(
+        self, *, on_reload: Callable[[ReloadResult], None] = lambda _: None
+    ) -> ReloadingFile[PemBundle]:
         """What they hold, now and later. Raises UsageError."""
         paths = [path for path in (self.ca, self.cert, self.key) if path is not None]
-        return Renewed(paths, self._read, tell=tell)
+        return ReloadingFile(paths, self._read, on_reload=on_reload)
 
-    def _read(self) -> Pem:
+    def _read(self) -> PemBundle:
         ca_flag, cert_flag, key_flag = self.flags
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         roots = chain = private = None
@@ -81,18 +83,18 @@ class PemFiles:
                     "not in PEM, not a pair, or behind a passphrase"
                 )
                 raise UsageError(message) from error
-            if not _is_known(chain):
+            if not _is_supported_key(chain):
                 message = f"{cert_flag} {self.cert}: gRPC knows RSA and ECDSA (P-256, P-384, P-521) only"
                 raise UsageError(message)
-            warn_of_readers(Path(self.key), flag_name=key_flag)
-        return Pem(roots=roots, chain=chain, key=private)
+            warn_if_world_readable(Path(self.key), flag_name=key_flag)
+        return PemBundle(roots=roots, chain=chain, key=private)
 
 
-def _is_known(chain: bytes) -> bool:
+def _is_supported_key(chain: bytes) -> bool:
     """Whether the first certificate's key is of a kind that gRPC knows; whatever cannot be told is."""
     first, end, _ = chain.decode(errors="replace").partition(ssl.PEM_FOOTER)
     try:
         der = ssl.PEM_cert_to_DER_cert(ssl.PEM_HEADER + first.rpartition(ssl.PEM_HEADER)[2] + end)
     except ValueError:  # OpenSSL knows other headers than the usual one
         return True
-    return any(kind in der for kind in _KINDS)
+    return any(kind in der for kind in _SUPPORTED_KEY_OIDS)

@@ -10,7 +10,7 @@ _QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)([A-Za-z]*)", re.ASCII)
 
 def parse_duration_seconds(text: str) -> float:
     """Seconds in `text`; a bare `0` needs no unit. Raises ValueError."""
-    number, unit = _split(text)
+    number, unit = _parse_quantity(text)
     if unit == "" and number == 0:
         return 0.0
     if unit not in _SECONDS:
@@ -21,7 +21,7 @@ def parse_duration_seconds(text: str) -> float:
 
 def parse_size_bytes(text: str) -> int:
     """Bytes in `text`; a bare number is bytes. Raises ValueError."""
-    number, unit = _split(text)
+    number, unit = _parse_quantity(text)
     if unit not in _BYTES or number * _BYTES[unit] != int(number * _BYTES[unit]):
         message = f"{text!r} is not a size such as 4096, 512KiB or 64MiB"
         raise ValueError(message)
@@ -36,6 +36,6 @@ def format_size(size_bytes: int) -> str:
     return f"{size_bytes} bytes"
 
 
-def _split(text: str) -> tuple[float, str]:
+def _parse_quantity(text: str) -> tuple[float, str]:
     found = _QUANTITY.fullmatch(text.strip())
     return (float(found[1]), found[2]) if found else (-1.0, "?")

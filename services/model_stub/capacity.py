@@ -16,7 +16,7 @@ class Capacity:
         self._max_batch = max_batch
         self._free_at = time.monotonic()
 
-    async def take(self, pairs: int) -> float:
+    async def wait_for_slot(self, pairs: int) -> float:
         """Wait for this batch's turn; seconds waited. `rate` 0 means no limit."""
         now = time.monotonic()
         start = max(now, self._free_at)

@@ -39,7 +39,7 @@ class StubSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot be listened on."""
         for address in self.listen:
-            check_address(address, flag_name="--listen", may_be_unix=True)
+            check_address(address, flag_name="--listen", allow_unix=True)
 
 
 async def serve(settings: StubSettings) -> None:
@@ -79,14 +79,14 @@ async def serve(settings: StubSettings) -> None:
 
 def _run_serve(**values: Any) -> None:
     logs.configure(log_format="text", level="info")
-    asyncio.run(serve(options.read(StubSettings, values)))
+    asyncio.run(serve(options.read_settings(StubSettings, values)))
 
 
 cli = click.Group("model-stub", help="A stand-in for the seniority model, for demos and tests only.")
 cli.add_command(
     options.SettingsCommand(
         "serve",
-        params=options.options(StubSettings, prefix="MODEL_STUB"),
+        params=options.click_options(StubSettings, prefix="MODEL_STUB"),
         callback=_run_serve,
         help="Serve until stopped. Every call can be logged, and so judged.",
     )
@@ -95,4 +95,4 @@ cli.add_command(
 
 def main() -> None:
     """Run the command line."""
-    options.run(cli, program="model-stub")
+    options.run_command(cli, program="model-stub")

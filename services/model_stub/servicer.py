@@ -43,9 +43,9 @@ class ModelStub(seniority_pb2_grpc.SeniorityModelServicer):
         pairs = [(item.company, item.title) for item in request.batch]
         levels: list[int | None] = [None] * len(pairs)
         try:
-            queued_seconds = await self._capacity.take(len(pairs))
+            queued_seconds = await self._capacity.wait_for_slot(len(pairs))
             await asyncio.sleep(self._latency_seconds)
-            refusal = await self._refusal(pairs)
+            refusal = await self._rejection(pairs)
             if refusal is not None:
                 code = refusal[0].name
                 await context.abort(refusal[0], refusal[1], trailing_metadata=refusal[2])
@@ -55,7 +55,7 @@ class ModelStub(seniority_pb2_grpc.SeniorityModelServicer):
         finally:
             self._log.write(at=at, queued_seconds=queued_seconds, code=code, pairs=pairs, levels=levels)
 
-    async def _refusal(
+    async def _rejection(
         self, pairs: Sequence[tuple[str, str]]
     ) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]] | None:
         if len(pairs) > self._max_batch:
@@ -67,9 +67,9 @@ class ModelStub(seniority_pb2_grpc.SeniorityModelServicer):
             if self._random.random() < share:
                 return code, f"the stub was told to fail with {code.name}", ()
         for index, pair in enumerate(pairs):
-            if _holds(pair, self._faults.poison_named):
-                return grpc.StatusCode.INVALID_ARGUMENT, _POISON_MESSAGE, _naming(index)
-            if _holds(pair, self._faults.poison):
+            if _contains_any(pair, self._faults.poison_named):
+                return grpc.StatusCode.INVALID_ARGUMENT, _POISON_MESSAGE, _bad_request_details(index)
+            if _contains_any(pair, self._faults.poison):
                 return grpc.StatusCode.INVALID_ARGUMENT, _POISON_MESSAGE, ()
         return None
 
@@ -97,11 +97,11 @@ class ModelStub(seniority_pb2_grpc.SeniorityModelServicer):
         return seniority_pb2.SeniorityResponseBatch(batch=answers)
 
 
-def _holds(pair: tuple[str, str], poisons: Sequence[str]) -> bool:
+def _contains_any(pair: tuple[str, str], poisons: Sequence[str]) -> bool:
     return any(fold(poison) in fold(text) for poison in poisons for text in pair)
 
 
-def _naming(index: int) -> tuple[tuple[str, bytes], ...]:
+def _bad_request_details(index: int) -> tuple[tuple[str, bytes], ...]:
     violation = error_details_pb2.BadRequest.FieldViolation(
         field=f"batch[{index}]", description=_POISON_MESSAGE
     )

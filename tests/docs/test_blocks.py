@@ -57,9 +57,14 @@ def up(folder: Path, fixed_ports: None) -> Iterator[str]:
     errors = folder / "make-up.log"
     with errors.open("w") as log:
         process = subprocess.Popen(
-            ["make", "up"], cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=log, text=True,
+            ["make", "up"],
+            cwd=folder,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
             start_new_session=True,
-        )  # fmt: skip
+        )
     assert process.stdout
     with process:
         said = []
@@ -87,9 +92,14 @@ def test_block_runs(language: str, text: str, folder: Path, up: str) -> None:
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # grpcurl is among our own tools
     done = subprocess.run(
-        command, cwd=folder, env=_environment() | {"PATH": path}, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        env=_environment() | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"[1-7]", done.stdout), done.stdout
     assert "Traceback" not in done.stderr
@@ -101,9 +111,14 @@ def test_pasted_lines_run(folder: Path, up: str) -> None:
     last = next(number for number, line in enumerate(lines) if line.startswith("print("))
     python = "\n".join(lines[: last + 1])
     done = subprocess.run(
-        [".venv/bin/python", "-c", python], cwd=folder, env=_environment(), capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+        [".venv/bin/python", "-c", python],
+        cwd=folder,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert re.search(r"seniority: [1-7]", done.stdout)
 
@@ -123,9 +138,14 @@ def test_demo(tmp_path: Path) -> None:
     """`make demo` keeps every promise it makes, in under a minute, and leaves nothing running."""
     folder = _tree(tmp_path)  # not the one in which `make up` may still be running
     done = subprocess.run(
-        ["make", "demo"], cwd=folder, env=_environment(), capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+        ["make", "demo"],
+        cwd=folder,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "What it cost" in done.stdout
     left = subprocess.run(["pgrep", "-af", str(folder)], capture_output=True, text=True, check=False).stdout

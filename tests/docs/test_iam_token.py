@@ -31,7 +31,7 @@ def token(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
         env=clean_environment() | {"AWS_ACCESS_KEY_ID": _KEY, "AWS_SECRET_ACCESS_KEY": _SECRET},
     )
     try:
-        wait_for(path.exists, what="the token is there")
+        wait_for(path.exists, description="the token is there")
         assert path.stat().st_mode & 0o777 == 0o600
         assert [one.name for one in tmp_path.iterdir()] == ["token"]
         yield service, path.read_text()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fleet.scenarios import backlog_of_single_pairs
+from tests.fleet.scenarios import send_single_pair_backlog
 from tests.support.fleet import Fleet
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
@@ -21,9 +21,11 @@ early is off by far more. The benchmark, alone on the machine, prints the exact 
 @pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 async def test_a_backlog_is_paced_through_deaths_starts_and_pauses(running: Fleet) -> None:
     """Single-pair callers on four replicas, so long: through a kill -9, a start and an owner's SIGSTOP."""
-    figures = await backlog_of_single_pairs(running, seconds=SECONDS, batch_pairs=BATCH_PAIRS)
-    assert figures.callers_well
-    assert figures.fill >= 0.95
-    assert figures.rate_used >= 0.97
-    assert figures.over_seconds <= SEEN_LATE_SECONDS
-    assert figures.twice <= BATCH_PAIRS  # the killed one's call; the paused one's, past its deadline
+    figures = await send_single_pair_backlog(running, seconds=SECONDS, batch_pairs=BATCH_PAIRS)
+    assert figures.callers_ok
+    assert figures.fill_ratio >= 0.95
+    assert figures.rate_utilization >= 0.97
+    assert figures.max_limit_excess_seconds <= SEEN_LATE_SECONDS
+    assert (
+        figures.duplicate_inferences <= BATCH_PAIRS
+    )  # the killed one's call; the paused one's, past its deadline

@@ -10,10 +10,10 @@ import pytest
 import redis
 
 from services.model_stub.levels import infer_level
-from tests.support.call_log import most_over
-from tests.support.caller import caller, metrics
+from tests.support.call_log import max_limit_excess_seconds
+from tests.support.caller import open_caller, read_metrics
 from tests.support.fleet import Fleet
-from tests.support.processes import Service, run_command
+from tests.support.processes import ServiceProcess, run_command
 
 pytestmark = pytest.mark.slow
 
@@ -61,9 +61,9 @@ def _keys(client: "redis.Redis", prefix: str) -> Iterator[Any]:
     return iter(list(client.scan_iter(f"*{prefix}*", count=1000)))
 
 
-def _answered(proxy: Service, pairs: list[tuple[str, str]]) -> None:
-    with caller(proxy.target) as asking:
-        reply = asking.ask(pairs)
+def _answered(proxy: ServiceProcess, pairs: list[tuple[str, str]]) -> None:
+    with open_caller(proxy.target) as asking:
+        reply = asking.infer(pairs)
     assert reply.code is grpc.StatusCode.OK, reply.message
     assert reply.levels == [infer_level(*pair) for pair in pairs]
 
@@ -73,20 +73,20 @@ def _answered(proxy: Service, pairs: list[tuple[str, str]]) -> None:
 def test_replicas_run_and_start_over_garbage_in_every_key(kind: str, running: Fleet) -> None:
     """Old and new replica answer right, nobody prints a traceback, and the commands for people work."""
     unpaced = ("--model-calls-per-second", "0", "--model-rate", "1000000", "--linger", "1ms")
-    old = running.start(*unpaced)
+    old = running.start_replica(*unpaced)
     before = [("Before", f"Nurse {number}") for number in range(30)]
     after = [("After", f"Driver {number}") for number in range(30)]
     _answered(old, before)
     with running.redis.client() as client:
         if kind in JUNK:
-            _overwrite_all(client, running.prefix, JUNK[kind])
+            _overwrite_all(client, running.key_prefix, JUNK[kind])
         else:
-            _retype_all(client, running.prefix)
-    new = running.start(*unpaced)
+            _retype_all(client, running.key_prefix)
+    new = running.start_replica(*unpaced)
     for proxy in (new, old):
         _answered(proxy, before)
         _answered(proxy, after)
-    where = ("--cache-url", running.url, "--key-prefix", running.prefix)
+    where = ("--cache-url", running.url, "--key-prefix", running.key_prefix)
     stats = run_command("services.cache_proxy", "stats", "--json", *where)
     assert stats.returncode == 0, stats.stderr
     assert json.loads(stats.stdout)["pairs"] >= 0
@@ -95,9 +95,9 @@ def test_replicas_run_and_start_over_garbage_in_every_key(kind: str, running: Fl
     told = run_command("services.cache_proxy", "invalidate", "--company", "After", "--title", "x", *where)
     assert told.returncode == 0, told.stderr
     for proxy in (old, new):
-        with urlopen(f"{proxy.http}/status.json", timeout=10) as page:
+        with urlopen(f"{proxy.http_url}/status.json", timeout=10) as page:
             assert page.status == 200
-    assert sum(metrics(proxy.http)["cache_proxy_store_garbage_total",] for proxy in (old, new)) > 0
+    assert sum(read_metrics(proxy.http_url)["cache_proxy_store_garbage_total",] for proxy in (old, new)) > 0
     assert (old.stop(), new.stop()) == (0, 0)
     for text in (old.log, new.log, stats.stderr, got.stderr):
         assert "Traceback" not in text
@@ -107,16 +107,16 @@ def test_replicas_run_and_start_over_garbage_in_every_key(kind: str, running: Fl
 def test_limit_holds_while_every_field_of_it_is_overwritten(running: Fleet) -> None:
     """Whatever stands there for a moment, the model gets no more calls than the settings allow."""
     flags = ("--model-calls-per-second", "4", "--model-batch-size", "10", "--linger", "1ms")
-    proxies = running.start_all(2, *flags)
+    proxies = running.start_replicas(2, *flags)
     with running.redis.client() as client:
         for number, junk in enumerate([*JUNK.values(), b"1e12"]):
             for proxy in proxies:
                 _answered(proxy, [(f"{number} {proxy.target}", f"Nurse {place}") for place in range(10)])
-                for key in client.scan_iter(f"*{running.prefix}*:limit*"):
+                for key in client.scan_iter(f"*{running.key_prefix}*:limit*"):
                     if client.type(key) == b"hash":
                         for field in list(client.hkeys(key)):
                             client.hset(key, field, junk)
-    late_calls, _ = most_over(running.calls, pairs_per_second=1000, calls_per_second=4)
+    late_calls, _ = max_limit_excess_seconds(running.model_calls, pairs_per_second=1000, calls_per_second=4)
     assert late_calls < 0.05
     assert any(_REPLACED in proxy.log for proxy in proxies)
     for proxy in proxies:

@@ -11,19 +11,19 @@ import grpc
 import pytest
 import redis
 
-from services.cache_proxy.errors import AccessRefusedByStore, StoreError, Unavailable
-from services.cache_proxy.queue.queue_scripts import Keys
+from services.cache_proxy.errors import ModelUnavailableError, StoreAccessDeniedError, StoreError
+from services.cache_proxy.queue.queue_scripts import QueueKeys
 from services.cache_proxy.redis_client.access_check import AccessCheck
-from services.cache_proxy.redis_client.backend import is_access_refusal
-from services.cache_proxy.redis_client.client_factory import Access, connect, servers
-from services.cache_proxy.redis_client.node import Home
+from services.cache_proxy.redis_client.backend import is_access_denied
+from services.cache_proxy.redis_client.client_factory import RedisCredentials, backend_for, create_client
+from services.cache_proxy.redis_client.node import QueueNode
 from services.model_stub.levels import infer_level
-from tests.support.caller import caller, metrics
+from tests.support.caller import open_caller, read_metrics
 from tests.support.fleet import Fleet
-from tests.support.processes import ROOT, Service, cache_proxy, model_stub
+from tests.support.processes import ROOT, ServiceProcess, cache_proxy, model_stub
 from tests.support.redis_cluster import redis_cluster
 from tests.support.redis_server import PROGRAMS, RedisServer, redis_process, wait_for
-from tests.support.replicas import Place, pairs, replicas
+from tests.support.replicas import QueueLocation, numbered_pairs, replicas
 
 pytestmark = pytest.mark.slow
 
@@ -31,11 +31,20 @@ _USERS = (ROOT / "deploy/redis/users.acl").read_text()
 _RULES = next(line for line in _USERS.splitlines() if line.startswith("user seniority ")).split()[2:]
 RIGHTS = sorted(rule[1:] for rule in _RULES if rule.startswith("+"))
 NOT_FOR_SERVE = {
-    "memory|usage", "object|encoding",  # `stats` alone uses them
-    "cluster|slots", "cluster|shards", "command", "asking",  # of a Cluster
-    "select", "auth", "client|setname",  # of a URL with a database, and of other protocols
-    "expire", "unsubscribe", "ping", "hello",  # hello is allowed to everybody
-}  # fmt: skip
+    "memory|usage",
+    "object|encoding",  # `stats` alone uses them
+    "cluster|slots",
+    "cluster|shards",
+    "command",
+    "asking",  # of a Cluster
+    "select",
+    "auth",
+    "client|setname",  # of a URL with a database, and of other protocols
+    "expire",
+    "unsubscribe",
+    "ping",
+    "hello",  # hello is allowed to everybody
+}
 _QUEUE_LUA = ROOT / "services/cache_proxy/queue/lua"
 QUEUE_COMMANDS = sorted(
     {
@@ -64,16 +73,21 @@ def _rules(prefix: str) -> list[str]:
 
 
 async def _check(server: RedisServer, user: str, prefix: str, password: bytes = b"s3cret") -> None:
-    client = connect(server.url, timeout_seconds=5, access=Access(username=user, password=password))
-    keys = Keys(prefix=prefix, namespace="n")
-    home = Home(client, key=keys.limit, user=user)
+    client = create_client(
+        server.url, timeout_seconds=5, credentials=RedisCredentials(username=user, password=password)
+    )
+    keys = QueueKeys(prefix=prefix, namespace="n")
+    home = QueueNode(client, key=keys.limit, user=user)
     check = AccessCheck(
-        home=home, keys=[keys.limit, keys.base, f"{prefix}:c2:n:{{00}}"], channel=keys.channel(0), user=user
+        node=home,
+        key_prefixes=[keys.limit, keys.base, f"{prefix}:c2:n:{{00}}"],
+        channel=keys.channel(0),
+        user=user,
     )
     try:
         await check.run()
     finally:
-        await servers(client).close()
+        await backend_for(client).close()
 
 
 async def test_access_check_passes_with_the_rights_in_deploy_and_leaves_nothing(server: RedisServer) -> None:
@@ -96,7 +110,7 @@ def test_replica_on_a_cluster_passes_the_access_check(redis_program: str, tmp_pa
             with cache_proxy(*flags, *UNPACED) as proxy:
                 assert _readyz(proxy) == 200
                 _answered(proxy, "cluster", 200)
-                assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+                assert read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0
                 assert proxy.stop() == 0
                 assert "WARNING" not in proxy.log
 
@@ -107,7 +121,7 @@ async def test_access_check_names_each_right_that_is_missing(right: str, server:
     with server.client() as client:
         rules = [rule for rule in _rules("lacking") if rule != f"+{right}"]
         client.execute_command("ACL", "SETUSER", "lacking", "reset", *rules)
-    with pytest.raises(AccessRefusedByStore) as refused:
+    with pytest.raises(StoreAccessDeniedError) as refused:
         await _check(server, "lacking", "lacking")
     assert refused.value.user == "lacking"
     assert refused.value.command in {right.partition("|")[0], right, "eval", "evalsha"}
@@ -130,7 +144,7 @@ async def test_access_check_notices_missing_keys_channels_and_categories(
     if taken == "+@all -script":
         await _check(server, "lacking", "lacking")  # SCRIPT is not needed
         return
-    with pytest.raises(AccessRefusedByStore):
+    with pytest.raises(StoreAccessDeniedError):
         await _check(server, "lacking", "lacking")
 
 
@@ -138,43 +152,51 @@ async def test_access_check_names_a_wrong_password(server: RedisServer) -> None:
     """A login that is refused is no outage."""
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "whole", "reset", *_rules("whole"))
-    with pytest.raises(AccessRefusedByStore):
+    with pytest.raises(StoreAccessDeniedError):
         await _check(server, "whole", "whole", password=b"wrong")
 
 
-def _readyz(proxy: Service) -> int:
+def _readyz(proxy: ServiceProcess) -> int:
     try:
-        with urlopen(f"{proxy.http}/readyz", timeout=10) as response:
+        with urlopen(f"{proxy.http_url}/readyz", timeout=10) as response:
             return int(response.status)
     except HTTPError as error:
         return error.code
 
 
-def _answered(proxy: Service, name: str, count: int = 20) -> None:
+def _answered(proxy: ServiceProcess, name: str, count: int = 20) -> None:
     pairs = [(name, f"Nurse {number}") for number in range(count)]
-    with caller(proxy.target) as asking:
-        reply = asking.ask(pairs, seconds=20)
+    with open_caller(proxy.target) as asking:
+        reply = asking.infer(pairs, timeout_seconds=20)
     assert reply.code is grpc.StatusCode.OK, reply.message
     assert reply.levels == [infer_level(*pair) for pair in pairs]
 
 
-def _joined(proxy: Service) -> None:
-    wait_for(lambda: _readyz(proxy) == 200, what="it is ready once it has the right")
-    wait_for(lambda: metrics(proxy.http)["cache_proxy_degraded",] == 0, what="it joined the queue")
+def _joined(proxy: ServiceProcess) -> None:
+    wait_for(lambda: _readyz(proxy) == 200, description="it is ready once it has the right")
+    wait_for(
+        lambda: read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0, description="it joined the queue"
+    )
 
 
 def _queue_id(running: Fleet) -> bytes:
     with running.redis.client() as client:
-        [meta] = client.scan_iter(f"*{running.prefix}*:meta")
+        [meta] = client.scan_iter(f"*{running.key_prefix}*:meta")
         found: bytes | None = client.hget(meta, "queue")
     assert found
     return found
 
 
 LACKING = [
-    ("+@all", "-pubsub"), ("+@all", "-publish"), ("+@all", "-unlink"), ("+@all", "-evalsha"),
-    ("+@all", "-subscribe"), ("+@all", "-rpush"), ("+@all", "resetchannels"), ("+@all", "resetkeys"),
-]  # fmt: skip
+    ("+@all", "-pubsub"),
+    ("+@all", "-publish"),
+    ("+@all", "-unlink"),
+    ("+@all", "-evalsha"),
+    ("+@all", "-subscribe"),
+    ("+@all", "-rpush"),
+    ("+@all", "resetchannels"),
+    ("+@all", "resetkeys"),
+]
 
 
 @pytest.mark.parametrize("redis_program", ["redis", "valkey"], indirect=True)
@@ -185,7 +207,7 @@ def test_replica_that_lacks_a_right_stops_nobody_and_is_not_ready_until_it_has_i
     password = tmp_path / "password"
     password.touch(0o600)
     password.write_text("s3cret")
-    healthy = running.start_all(2, *UNPACED)
+    healthy = running.start_replicas(2, *UNPACED)
     _answered(healthy[0], "first")
     queue_id = _queue_id(running)
     login = ("--cache-username", "app", "--cache-password-file", str(password))
@@ -193,12 +215,12 @@ def test_replica_that_lacks_a_right_stops_nobody_and_is_not_ready_until_it_has_i
         for number, rules in enumerate(LACKING):
             base = ("reset", "on", ">s3cret", "~*", "&*")
             client.execute_command("ACL", "SETUSER", "app", *base, *rules)
-            third = running.start(*UNPACED, *login)
+            third = running.start_replica(*UNPACED, *login)
             assert _readyz(third) == 503, rules
             for proxy in healthy:
                 _answered(proxy, f"{number} {proxy.target}")
             assert _queue_id(running) == queue_id, rules
-            errors = [line for line in third.errors if '"ERROR"' in line]
+            errors = [line for line in third.log_lines if '"ERROR"' in line]
             assert len(errors) == 1, errors
             assert "'app'" in errors[0]
             assert re.search(r"command '[a-z|]+'", errors[0]), errors
@@ -222,8 +244,10 @@ def test_replica_that_loses_a_right_while_it_runs_stays_ready_and_stops_nobody(
     base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
     with running.redis.client() as client:
         client.execute_command("ACL", "SETUSER", "app", *base)
-        healthy = running.start_all(2, *UNPACED)
-        third = running.start(*UNPACED, "--cache-username", "app", "--cache-password-file", str(password))
+        healthy = running.start_replicas(2, *UNPACED)
+        third = running.start_replica(
+            *UNPACED, "--cache-username", "app", "--cache-password-file", str(password)
+        )
         _answered(third, "third")
         queue_id = _queue_id(running)
         client.execute_command("ACL", "SETUSER", "app", "-publish")
@@ -233,7 +257,9 @@ def test_replica_that_loses_a_right_while_it_runs_stays_ready_and_stops_nobody(
         assert _readyz(third) == 200
         assert _queue_id(running) == queue_id
         client.execute_command("ACL", "SETUSER", "app", *base)
-        wait_for(lambda: metrics(third.http)["cache_proxy_degraded",] == 0, what="it returned")
+        wait_for(
+            lambda: read_metrics(third.http_url)["cache_proxy_degraded",] == 0, description="it returned"
+        )
         _answered(third, "after")
 
 
@@ -245,24 +271,33 @@ def test_replica_checks_its_rights_when_redis_is_first_reached_after_its_start(
     password = tmp_path / "password"
     password.touch(0o600)
     password.write_text("s3cret")
-    wire = running.wire()
-    wire.cut()
-    late = running.start(
-        "--model-calls-per-second", "0", "--model-rate", "54321", "--linger", "1ms",
-        "--cache-username", "app", "--cache-password-file", str(password), wire=wire,
-    )  # fmt: skip
+    wire = running.open_link()
+    wire.drop_traffic()
+    late = running.start_replica(
+        "--model-calls-per-second",
+        "0",
+        "--model-rate",
+        "54321",
+        "--linger",
+        "1ms",
+        "--cache-username",
+        "app",
+        "--cache-password-file",
+        str(password),
+        link=wire,
+    )
     assert _readyz(late) == 200
     with running.redis.client() as client:
         base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
         client.execute_command("ACL", "SETUSER", "app", *base, "-lpush")  # which no heartbeat uses
-        wire.mend()
-        wait_for(lambda: "command 'lpush'" in late.log, what="it says what it lacks")
-        assert metrics(late.http)["cache_proxy_degraded",] == 1
+        wire.restore()
+        wait_for(lambda: "command 'lpush'" in late.log, description="it says what it lacks")
+        assert read_metrics(late.http_url)["cache_proxy_degraded",] == 1
         assert _readyz(late) == 200
-        assert client.hget(f"{{{running.prefix}}}:limit", "pairs_per_second") is None
+        assert client.hget(f"{{{running.key_prefix}}}:limit", "pairs_per_second") is None
         client.execute_command("ACL", "SETUSER", "app", *base)
-        wait_for(lambda: metrics(late.http)["cache_proxy_degraded",] == 0, what="it joined")
-        assert client.hget(f"{{{running.prefix}}}:limit", "pairs_per_second")
+        wait_for(lambda: read_metrics(late.http_url)["cache_proxy_degraded",] == 0, description="it joined")
+        assert client.hget(f"{{{running.key_prefix}}}:limit", "pairs_per_second")
     _answered(late, "late")
 
 
@@ -275,19 +310,24 @@ def test_replica_that_returns_leaves_the_limits_of_one_that_started_later(
     password.touch(0o600)
     password.write_text("s3cret")
     base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
-    limit = f"{{{running.prefix}}}:limit"
+    limit = f"{{{running.key_prefix}}}:limit"
     with running.redis.client() as client:
         client.execute_command("ACL", "SETUSER", "app", *base)
-        old = running.start(
+        old = running.start_replica(
             "--model-rate", "500", "--cache-username", "app", "--cache-password-file", str(password)
         )
-        running.start("--model-rate", "900")
+        running.start_replica("--model-rate", "900")
         newest = client.hget(limit, "pairs_per_second")
         for right in ("-zadd", "-evalsha"):
             client.execute_command("ACL", "SETUSER", "app", right)
-            wait_for(lambda: metrics(old.http)["cache_proxy_degraded",] == 1, what="it left the queue")
+            wait_for(
+                lambda: read_metrics(old.http_url)["cache_proxy_degraded",] == 1,
+                description="it left the queue",
+            )
             client.execute_command("ACL", "SETUSER", "app", *base)
-            wait_for(lambda: metrics(old.http)["cache_proxy_degraded",] == 0, what="it returned")
+            wait_for(
+                lambda: read_metrics(old.http_url)["cache_proxy_degraded",] == 0, description="it returned"
+            )
         assert client.hget(limit, "pairs_per_second") == newest
 
 
@@ -298,9 +338,9 @@ def test_redis_client_error_texts_are_known() -> None:
         "NOPERM this user has no permissions to run the 'publish' command or its subcommand",
         "ERR Error running script (call to f_1): @user_script: 1: Unknown Redis command called from Lua",
     ):
-        assert is_access_refusal(text)
-        assert is_access_refusal(redis.ResponseError(text))
-    assert not is_access_refusal("WRONGTYPE Operation against a key holding the wrong kind of value")
+        assert is_access_denied(text)
+        assert is_access_denied(redis.ResponseError(text))
+    assert not is_access_denied("WRONGTYPE Operation against a key holding the wrong kind of value")
 
 
 def test_access_check_tries_every_command_that_scripts_use() -> None:
@@ -321,25 +361,25 @@ def _contents(client: "redis.Redis", prefix: str) -> dict[bytes, object]:
 @pytest.mark.parametrize("right", sorted({"resetkeys", "resetchannels", *QUEUE_RIGHTS}))
 async def test_script_that_is_refused_a_right_changes_nothing(right: str, server: RedisServer) -> None:
     """Half a script's work, as a pair that has a record and is in no lane, would let others wait for good."""
-    place = Place.new(server.url.replace("//", "//app:s3cret@"))
+    place = QueueLocation.create(server.url.replace("//", "//app:s3cret@"))
     prefix = place.keys.limit.strip("{}").partition("}")[0]
     everything = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
-    unavailable = Unavailable("the model is away", retry_after_seconds=1)
+    unavailable = ModelUnavailableError("the model is away", retry_after_seconds=1)
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "app", *everything)
         async with replicas(place, 2) as (replica, other):
-            await replica.ask(pairs(range(8)))
-            claim = await replica.take()
-            await other.ask(pairs(range(2, 12)))
+            await replica.enqueue(numbered_pairs(range(8)))
+            claim = await replica.claim_batch()
+            await other.enqueue(numbered_pairs(range(2, 12)))
             steps = (
-                lambda: replica.ask(pairs(range(20, 24))),
-                lambda: replica.ask(pairs(range(6))),
+                lambda: replica.enqueue(numbered_pairs(range(20, 24))),
+                lambda: replica.enqueue(numbered_pairs(range(6))),
                 replica.queue.claim,
-                lambda: replica.queue.fulfil(claim, {one.digest: 3 for one in claim.pairs}),
-                lambda: replica.queue.fail(claim, unavailable, suspicious=True),
-                lambda: replica.queue.put_back(claim),
-                lambda: replica.queue.leave([one.digest for one in pairs(range(8))]),
-                replica.listener._beat_once,
+                lambda: replica.queue.complete(claim, {one.digest: 3 for one in claim.pairs}),
+                lambda: replica.queue.fail(claim, unavailable, model_fault=True),
+                lambda: replica.queue.release(claim),
+                lambda: replica.queue.cancel([one.digest for one in numbered_pairs(range(8))]),
+                replica.session._heartbeat,
             )
             refused = 0
             for step in steps:

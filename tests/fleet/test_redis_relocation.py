@@ -16,19 +16,19 @@ from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.queue_scripts import Keys
+from services.cache_proxy.queue.queue_scripts import QueueKeys
 from services.cache_proxy.queue.serialization import unpack
-from services.cache_proxy.redis_client.client_factory import connect, servers
-from tests.fleet.scenarios import callers, same_pairs
+from services.cache_proxy.redis_client.client_factory import backend_for, create_client
+from tests.fleet.scenarios import load_callers, send_same_pairs
 from tests.fleet.test_faults import BATCH_PAIRS, CALLS_PER_SECOND, FLAGS, SEEN_LATE_SECONDS, load
-from tests.integration.cache_proxy.conftest import UNPACED
-from tests.support.call_log import Call, inferences, most_over, per_distinct_pair
-from tests.support.caller import metrics, pairs_of
-from tests.support.faulty_link import wire_to
-from tests.support.fleet import Proxies, fleet_at
-from tests.support.load_callers import Tally
-from tests.support.processes import Service
-from tests.support.redis_cluster import Cluster, redis_cluster, sentinels
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
+from tests.support.call_log import LoggedCall, count_inferences, inferences_per_pair, max_limit_excess_seconds
+from tests.support.caller import make_pairs, read_metrics
+from tests.support.faulty_link import faulty_link
+from tests.support.fleet import ProxyGroup, proxy_group
+from tests.support.load_callers import LoadStats
+from tests.support.processes import ServiceProcess
+from tests.support.redis_cluster import Cluster, redis_cluster, run_sentinels
 from tests.support.redis_server import RedisServer, free_port, redis_process, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]
@@ -45,31 +45,31 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, redis_program: str) -> Ite
 
 
 @pytest.fixture
-def on_cluster(cluster: Cluster, tmp_path: Path) -> Iterator[Proxies]:
+def on_cluster(cluster: Cluster, tmp_path: Path) -> Iterator[ProxyGroup]:
     """The stub, and no replica yet."""
-    with fleet_at(cluster.url, tmp_path, "--latency", "200ms") as made:
+    with proxy_group(cluster.url, tmp_path, "--latency", "200ms") as made:
         yield made
 
 
-def _keys(fleet: Proxies) -> Keys:
-    namespace = KeySettings(key_prefix=fleet.prefix).namespace
-    return Keys(prefix=fleet.prefix, namespace=namespace)
+def _keys(fleet: ProxyGroup) -> QueueKeys:
+    namespace = KeySettings(key_prefix=fleet.key_prefix).namespace
+    return QueueKeys(prefix=fleet.key_prefix, namespace=namespace)
 
 
-def _slot(fleet: Proxies) -> int:
+def _slot(fleet: ProxyGroup) -> int:
     return int(key_slot(_keys(fleet).limit.encode()))
 
 
-def _listeners(fleet: Proxies, server: RedisServer) -> int:
+def _listeners(fleet: ProxyGroup, server: RedisServer) -> int:
     """How many of the replicas' own channels have a subscriber at this server."""
     channel = _keys(fleet).channel(0)
     with server.client() as client:
-        found = client.pubsub_numsub(*(f"{channel}:{proxy.replica}" for proxy in fleet.proxies))
+        found = client.pubsub_numsub(*(f"{channel}:{proxy.replica_id}" for proxy in fleet.proxies))
     return sum(count for _, count in found)
 
 
 async def _until(condition: Callable[[], bool], *, what: str, seconds: float = 30) -> None:
-    await asyncio.to_thread(wait_for, condition, what=what, seconds=seconds)
+    await asyncio.to_thread(wait_for, condition, description=what, timeout_seconds=seconds)
 
 
 def _is_replica(server: RedisServer) -> bool:
@@ -78,7 +78,7 @@ def _is_replica(server: RedisServer) -> bool:
     return bool(info["role"] == "slave" and info["master_link_status"] == "up")
 
 
-async def _nothing_is_stuck(fleet: Proxies, server: RedisServer) -> None:
+async def _nothing_is_stuck(fleet: ProxyGroup, server: RedisServer) -> None:
     base = _keys(fleet).base
     with server.client() as client:
         kinds = ("pairs", "claims", "claimed", "suspects")
@@ -87,23 +87,26 @@ async def _nothing_is_stuck(fleet: Proxies, server: RedisServer) -> None:
         )
 
 
-def _is_paced(calls: Sequence[Call]) -> bool:
+def _is_paced(calls: Sequence[LoggedCall]) -> bool:
     rate = CALLS_PER_SECOND * BATCH_PAIRS
-    over = most_over(calls, pairs_per_second=rate, calls_per_second=CALLS_PER_SECOND)
+    over = max_limit_excess_seconds(calls, pairs_per_second=rate, calls_per_second=CALLS_PER_SECOND)
     return max(over) <= SEEN_LATE_SECONDS
 
 
-def _twice(calls: Sequence[Call], *, but: Sequence[tuple[float, float]] = ()) -> set[tuple[str, str]]:
+def _twice(calls: Sequence[LoggedCall], *, but: Sequence[tuple[float, float]] = ()) -> set[tuple[str, str]]:
     """The pairs that were sent twice, none of it within these spans of time."""
     excused = {
-        pair for call in calls for pair in call.pairs if any(first <= call.at <= last for first, last in but)
+        pair
+        for call in calls
+        for pair in call.pairs
+        if any(first <= call.unix_seconds <= last for first, last in but)
     }
-    return {pair for pair, times in inferences(calls).items() if times > 1} - excused
+    return {pair for pair, times in count_inferences(calls).items() if times > 1} - excused
 
 
-def _all_are_well(proxies: Sequence[Service]) -> bool:
+def _all_are_well(proxies: Sequence[ServiceProcess]) -> bool:
     """Whether each knows that all are there, and has its queue and its store."""
-    found = [metrics(proxy.http) for proxy in proxies]
+    found = [read_metrics(proxy.http_url) for proxy in proxies]
     return all(
         figures["cache_proxy_live_replicas",] == len(proxies)
         and figures["cache_proxy_store_up",] == 1
@@ -113,9 +116,9 @@ def _all_are_well(proxies: Sequence[Service]) -> bool:
 
 
 @asynccontextmanager
-async def _trouble(fleet: Proxies, tally: Tally) -> AsyncIterator[list[tuple[float, float]]]:
+async def _trouble(fleet: ProxyGroup, tally: LoadStats) -> AsyncIterator[list[tuple[float, float]]]:
     """Three replicas under load; the caller notes from when until when a pair may be asked twice."""
-    proxies = fleet.start_all(3, *FLAGS)
+    proxies = fleet.start_replicas(3, *FLAGS)
     spans: list[tuple[float, float]] = []
     await _until(lambda: _all_are_well(proxies), what="all know each other")
     async with load(proxies, tally):
@@ -123,8 +126,8 @@ async def _trouble(fleet: Proxies, tally: Tally) -> AsyncIterator[list[tuple[flo
         yield spans
         await _until(lambda: _all_are_well(proxies), what="all have found the queue again")
         await asyncio.sleep(2)
-    calls = fleet.calls
-    assert (tally.wrong, tally.failed) == ([], [])
+    calls = fleet.model_calls
+    assert (tally.wrong_pairs, tally.errors) == ([], [])
     assert _is_paced(calls)
     assert not _twice(calls, but=spans)
     for proxy in proxies:
@@ -133,19 +136,19 @@ async def _trouble(fleet: Proxies, tally: Tally) -> AsyncIterator[list[tuple[flo
 
 @pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
 async def test_the_same_pairs_from_many_callers_are_inferred_once_on_a_cluster(
-    on_cluster: Proxies, cluster: Cluster
+    on_cluster: ProxyGroup, cluster: Cluster
 ) -> None:
     """Three replicas, six callers, the same 5,000 pairs: each once, in full calls, then never again.
 
     Whoever listens does so at the node of the queue.
     """
-    proxies = on_cluster.start_all(3)
+    proxies = on_cluster.start_replicas(3)
     for again in (False, True):
-        tally = await same_pairs([proxy.target for proxy in proxies], closed=False)
-        assert (tally.wrong, tally.failed, tally.answered) == ([], [], 30_000)
-        assert per_distinct_pair(on_cluster.calls) == 1.0
-        assert sum(len(call.pairs) for call in on_cluster.calls) == 5000
-        assert len(on_cluster.calls) <= 7
+        tally = await send_same_pairs([proxy.target for proxy in proxies], closed_loop=False)
+        assert (tally.wrong_pairs, tally.errors, tally.answered_pairs) == ([], [], 30_000)
+        assert inferences_per_pair(on_cluster.model_calls) == 1.0
+        assert sum(len(call.pairs) for call in on_cluster.model_calls) == 5000
+        assert len(on_cluster.model_calls) <= 7
         assert not (again and tally.misses)
     owner = cluster.owner(_slot(on_cluster))
     assert {node.port: _listeners(on_cluster, node) for node in cluster.nodes if node is not owner} == {
@@ -157,23 +160,23 @@ async def test_the_same_pairs_from_many_callers_are_inferred_once_on_a_cluster(
 
 
 @pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
-async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: Proxies, cluster: Cluster) -> None:
+async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: ProxyGroup, cluster: Cluster) -> None:
     """Whoever hears of an answer finds it in the store: the queue's node may be lost, and its memory."""
-    proxy = on_cluster.start(*UNPACED)
+    proxy = on_cluster.start_replica(*UNLIMITED_RATE_FLAGS)
     heard: list[bytes] = []
     missing: list[bytes] = []
-    reached = servers(connect(cluster.url, timeout_seconds=5))
-    base = base_key(KeySettings(key_prefix=on_cluster.prefix))
-    store = RedisStore(reached, base=base, metrics=ProxyMetrics(CollectorRegistry()))
+    reached = backend_for(create_client(cluster.url, timeout_seconds=5))
+    base = base_key(KeySettings(key_prefix=on_cluster.key_prefix))
+    store = RedisStore(reached, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))
     await store.get([bytes(16)])  # connects
     async with (
         redis.asyncio.Redis(port=cluster.owner(_slot(on_cluster)).port) as client,
         client.pubsub(ignore_subscribe_messages=True) as pubsub,
-        callers([[proxy.target]], Tally()) as (one,),
+        load_callers([[proxy.target]], LoadStats()) as (one,),
     ):
         await pubsub.subscribe(_keys(on_cluster).channel(0))
         for number in range(20):
-            asking = asyncio.create_task(one.ask(pairs_of(f"kept {number}", 5)))
+            asking = asyncio.create_task(one.infer(make_pairs(f"kept {number}", 5)))
             while len(heard) < 5 * (number + 1):
                 message = await pubsub.get_message(timeout=10)
                 if message is not None:
@@ -191,21 +194,21 @@ async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: Proxies,
     ("redis_program", "ending"), [("valkey", "killed"), ("redis", "stopped")], indirect=["redis_program"]
 )
 async def test_the_node_of_the_queue_is_gone_and_its_replica_takes_over(
-    on_cluster: Proxies, cluster: Cluster, ending: str
+    on_cluster: ProxyGroup, cluster: Cluster, ending: str
 ) -> None:
     """Killed, or stopped for long, under load: nothing wrong, nobody fails, and the limit holds.
 
     Only what was asked while the queue was lost is asked twice; all return, and listen at the new node.
     """
-    slot, tally = _slot(on_cluster), Tally()
+    slot, tally = _slot(on_cluster), LoadStats()
     async with _trouble(on_cluster, tally) as spans:
         owner, began = cluster.owner(slot), time.time()
         if ending == "killed":
             owner.kill()
         else:
             owner.pause()
-        await _until(lambda: cluster.owner(slot, but=owner) is not owner, what="its replica takes over")
-        successor = cluster.owner(slot, but=owner)
+        await _until(lambda: cluster.owner(slot, excluding=owner) is not owner, what="its replica takes over")
+        successor = cluster.owner(slot, excluding=owner)
         await _until(lambda: _listeners(on_cluster, successor) == 3, what="all listen there")
         await _until(lambda: _all_are_well(on_cluster.proxies), what="all have found the queue again")
         if ending == "stopped":
@@ -219,15 +222,15 @@ async def test_the_node_of_the_queue_is_gone_and_its_replica_takes_over(
 
 
 @pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
-async def test_the_slot_of_the_queue_is_moved(on_cluster: Proxies, cluster: Cluster) -> None:
+async def test_the_slot_of_the_queue_is_moved(on_cluster: ProxyGroup, cluster: Cluster) -> None:
     """Thrice under load: the queue is not lost, no pair is asked twice, and all listen at the new node."""
-    slot, tally = _slot(on_cluster), Tally()
+    slot, tally = _slot(on_cluster), LoadStats()
     async with _trouble(on_cluster, tally):
         for _ in range(3):
-            source, target = cluster.begin_to_move(slot)
-            while cluster.move_keys(slot, source, target, count=3):
+            source, target = cluster.begin_slot_migration(slot)
+            while cluster.migrate_keys(slot, source, target, count=3):
                 pass
-            cluster.end_move(slot, source, target)
+            cluster.end_slot_migration(slot, source, target)
             await _until(lambda: _listeners(on_cluster, target) == 3, what="all listen there", seconds=5)  # noqa: B023
             assert _listeners(on_cluster, source) == 0
             await asyncio.sleep(1)
@@ -240,33 +243,41 @@ async def test_a_slot_that_nobody_has_is_a_queue_that_is_lost(tmp_path: Path, re
     """Before a Cluster is made, or its slot is anybody's, a proxy answers; then it finds the queue."""
     with (
         redis_process(
-            tmp_path, "--cluster-enabled", "yes", "--cluster-require-full-coverage", "no",
-            "--cluster-node-timeout", "1000", "--cluster-port", str(free_port()), program=redis_program,
+            tmp_path,
+            "--cluster-enabled",
+            "yes",
+            "--cluster-require-full-coverage",
+            "no",
+            "--cluster-node-timeout",
+            "1000",
+            "--cluster-port",
+            str(free_port()),
+            program=redis_program,
         ) as node,
-        fleet_at(f"redis+cluster://127.0.0.1:{node.port}", tmp_path) as fleet,
+        proxy_group(f"redis+cluster://127.0.0.1:{node.port}", tmp_path) as fleet,
         node.client() as client,
-    ):  # fmt: skip
-        proxy = fleet.start(*UNPACED)
-        tally = Tally()
+    ):
+        proxy = fleet.start_replica(*UNLIMITED_RATE_FLAGS)
+        tally = LoadStats()
 
         def finds_it() -> bool:
-            found = metrics(proxy.http)
+            found = read_metrics(proxy.http_url)
             well = found["cache_proxy_store_up",] == 1 and found["cache_proxy_live_replicas",] == 1
             return well and _listeners(fleet, node) == 1 and proxy.log.count(LOST) == proxy.log.count(BACK)
 
-        async with callers([[proxy.target]], tally) as (one,):
-            await one.ask(pairs_of("before", 5))
+        async with load_callers([[proxy.target]], tally) as (one,):
+            await one.infer(make_pairs("before", 5))
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
             await _until(finds_it, what="it finds the queue")
-            await one.ask(pairs_of("then", 5))
+            await one.infer(make_pairs("then", 5))
             client.execute_command("CLUSTER", "DELSLOTS", _slot(fleet))
             await _until(lambda: proxy.log.count(LOST) == 2, what="it has lost the queue")
-            await one.ask(pairs_of("without", 5))
+            await one.infer(make_pairs("without", 5))
             client.execute_command("CLUSTER", "ADDSLOTS", _slot(fleet))
             await _until(finds_it, what="it finds the queue again")
-            await one.ask(pairs_of("after", 5))
-        assert (tally.wrong, tally.failed, tally.retries) == ([], [], 0)
-        assert per_distinct_pair(fleet.calls) == 1.0
+            await one.infer(make_pairs("after", 5))
+        assert (tally.wrong_pairs, tally.errors, tally.retries) == ([], [], 0)
+        assert inferences_per_pair(fleet.model_calls) == 1.0
         assert "Traceback" not in proxy.log
 
 
@@ -276,11 +287,11 @@ async def test_sentinels_make_another_server_the_master(tmp_path: Path, redis_pr
     with ExitStack() as stack:
         made = _replicated(stack, tmp_path, 3, redis_program)
         ports = stack.enter_context(
-            sentinels(tmp_path, master_port=made[0].port, service=SERVICE, program=redis_program)
+            run_sentinels(tmp_path, master_port=made[0].port, master_name=SERVICE, program=redis_program)
         )
         url = f"redis+sentinel://{','.join(f'127.0.0.1:{port}' for port in ports)}/{SERVICE}"
-        fleet = stack.enter_context(fleet_at(url, tmp_path, "--latency", "200ms"))
-        tally = Tally()
+        fleet = stack.enter_context(proxy_group(url, tmp_path, "--latency", "200ms"))
+        tally = LoadStats()
 
         def master() -> RedisServer:
             with redis.Redis(port=ports[0]) as client:
@@ -323,7 +334,7 @@ def _replicated(stack: ExitStack, folder: Path, count: int, program: str) -> lis
             settings += ["--replicaof", f"127.0.0.1 {servers[0].port}"]
         servers.append(stack.enter_context(redis_process(place, *settings, program=program)))
     for server in servers[1:]:
-        wait_for(lambda: _is_replica(server), what="the replicas are in sync")  # noqa: B023 - used at once
+        wait_for(lambda: _is_replica(server), description="the replicas are in sync")  # noqa: B023 - used at once
     return servers
 
 
@@ -332,14 +343,14 @@ async def test_a_demoted_server_behind_one_address_is_left(tmp_path: Path, redis
     """Open connections to a server that says READONLY by now are dropped; the queue is not lost."""
     with ExitStack() as stack:
         old, new = _replicated(stack, tmp_path, 2, redis_program)
-        wire = stack.enter_context(wire_to(old.port))
-        fleet = stack.enter_context(fleet_at(wire.url, tmp_path, "--latency", "200ms"))
-        tally = Tally()
+        wire = stack.enter_context(faulty_link(old.port))
+        fleet = stack.enter_context(proxy_group(wire.url, tmp_path, "--latency", "200ms"))
+        tally = LoadStats()
         async with _trouble(fleet, tally) as spans:
             began = time.time()
             with old.client() as demoted, new.client() as promoted:
                 demoted.execute_command("CLIENT", "PAUSE", 300, "WRITE")
-                wire.lead_to(new.port)
+                wire.redirect(new.port)
                 promoted.execute_command("REPLICAOF", "NO", "ONE")
                 demoted.execute_command("REPLICAOF", "127.0.0.1", new.port)
                 demoted.execute_command("CLIENT", "UNPAUSE")

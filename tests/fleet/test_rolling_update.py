@@ -17,9 +17,9 @@ from grpc import aio
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
 from services.model_stub.levels import infer_level
-from tests.support.call_log import Call, calls_of, inferences, most_over
-from tests.support.caller import metrics
-from tests.support.processes import ROOT, Service, model_stub
+from tests.support.call_log import LoggedCall, count_inferences, max_limit_excess_seconds, read_calls
+from tests.support.caller import read_metrics
+from tests.support.processes import ROOT, ServiceProcess, model_stub
 from tests.support.redis_server import redis_process, wait_for
 from tests.support.releases import copy_with_next_format, install_last_release, proxy_of
 
@@ -27,9 +27,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(300)]
 
 CALLS_PER_SECOND, BATCH_PAIRS = 5, 40
 FLAGS = (
-    "--model-calls-per-second", str(CALLS_PER_SECOND), "--model-rate", str(CALLS_PER_SECOND * BATCH_PAIRS),
-    "--model-batch-size", str(BATCH_PAIRS), "--model-deadline", "5s", "--drain-timeout", "20s",
-)  # fmt: skip
+    "--model-calls-per-second",
+    str(CALLS_PER_SECOND),
+    "--model-rate",
+    str(CALLS_PER_SECOND * BATCH_PAIRS),
+    "--model-batch-size",
+    str(BATCH_PAIRS),
+    "--model-deadline",
+    "5s",
+    "--drain-timeout",
+    "20s",
+)
 LATENCY = "300ms"
 SEEN_LATE_SECONDS = 0.15  # see test_rate_limit.py
 WORKERS = 8
@@ -51,21 +59,21 @@ class Fleet:
     url: str
     model: str
     log: Path
-    replicas: list[Service] = field(default_factory=list)
+    replicas: list[ServiceProcess] = field(default_factory=list)
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[LoggedCall]:
         """The calls to the model so far."""
-        return calls_of(self.log)
+        return read_calls(self.log)
 
-    def add(self, build: Path) -> Service:
+    def add(self, build: Path) -> ServiceProcess:
         """Start one replica more, and send callers to it."""
         flags = ("--model-target", self.model, "--cache-url", self.url, "--key-prefix", "rolling", *FLAGS)
         started = self.stack.enter_context(proxy_of(build, *flags))
         self.replicas.append(started)
         return started
 
-    def remove(self, replica: Service) -> None:
+    def remove(self, replica: ServiceProcess) -> None:
         """Send callers elsewhere, then end the replica as a rolling update does."""
         self.replicas.remove(replica)
         assert replica.stop() == 0
@@ -86,9 +94,10 @@ class Requests:
     def p99(self, *, since: float = 0.0, targets: set[str] | None = None) -> float:
         """The 99th percentile of the RPCs that began since that moment, at these replicas."""
         found = sorted(
-            took for began, target, took in self.seconds
+            took
+            for began, target, took in self.seconds
             if began >= since and (targets is None or target in targets)
-        )  # fmt: skip
+        )
         assert len(found) > 50, f"only {len(found)} RPCs"
         return found[int(len(found) * 0.99)]
 
@@ -172,13 +181,13 @@ async def _ask(channel: aio.Channel, target: str, pairs: list[tuple[str, str]], 
     requests.wrong.append(f"refused again and again: {pairs}")
 
 
-def _over_seconds(calls: list[Call]) -> float:
+def _over_seconds(calls: list[LoggedCall]) -> float:
     rate = CALLS_PER_SECOND * BATCH_PAIRS
-    return max(most_over(calls, pairs_per_second=rate, calls_per_second=CALLS_PER_SECOND))
+    return max(max_limit_excess_seconds(calls, pairs_per_second=rate, calls_per_second=CALLS_PER_SECOND))
 
 
-def _twice(calls: list[Call]) -> set[tuple[str, str]]:
-    return {pair for pair, times in inferences(calls).items() if times > 1}
+def _twice(calls: list[LoggedCall]) -> set[tuple[str, str]]:
+    return {pair for pair, times in count_inferences(calls).items() if times > 1}
 
 
 async def _roll(fleet: Fleet, build: Path, *, count: int) -> None:
@@ -225,7 +234,7 @@ async def test_replicas_of_two_formats_keep_limit_and_records_until_one_is_gone(
     for replica in old:
         await asyncio.to_thread(fleet.remove, replica)
     for replica in new:
-        wait_for(lambda: BACK in replica.log, seconds=10, what="it has joined the queue")  # noqa: B023
+        wait_for(lambda: BACK in replica.log, timeout_seconds=10, description="it has joined the queue")  # noqa: B023
     began, ended = len(fleet.calls), 0
     async with _load(fleet, joined):
         await asyncio.sleep(8)
@@ -251,6 +260,6 @@ async def test_replicas_of_two_formats_keep_limit_and_records_until_one_is_gone(
     assert back.p99() <= STANDBY_SECONDS
 
 
-def _check_none_read_the_others_records(replicas: list[Service]) -> None:
+def _check_none_read_the_others_records(replicas: list[ServiceProcess]) -> None:
     for replica in replicas:
-        assert metrics(replica.http)["cache_proxy_store_garbage_total",] == 0
+        assert read_metrics(replica.http_url)["cache_proxy_store_garbage_total",] == 0

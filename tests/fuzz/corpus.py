@@ -10,37 +10,37 @@ from hypothesis import strategies as st
 
 _FOLDER = Path(__file__).parent / "corpus"
 _MANY = 500  # some seconds
-_MOST_BYTES = 8192
+_MAX_BYTES = 8192
 
 Check = Callable[[bytes], None]
 
 
 @cache
-def cases(kind: str) -> dict[str, bytes]:
+def load_cases(kind: str) -> dict[str, bytes]:
     """By name."""
     return {path.name: path.read_bytes() for path in sorted((_FOLDER / kind).iterdir())}
 
 
-def replayed(kind: str) -> pytest.MarkDecorator:
+def replay_cases(kind: str) -> pytest.MarkDecorator:
     """A test with `case`, once for each."""
-    found = cases(kind)
+    found = load_cases(kind)
     return pytest.mark.parametrize("case", found.values(), ids=found.keys())
 
 
-def mutated(kind: str) -> st.SearchStrategy[bytes]:
+def mutate_cases(kind: str) -> st.SearchStrategy[bytes]:
     """A case, cut, doubled, overwritten or crossed with another in a few places."""
-    whole = st.sampled_from(list(cases(kind).values()))
-    place, size = st.integers(0, _MOST_BYTES), st.integers(0, 12)
+    whole = st.sampled_from(list(load_cases(kind).values()))
+    place, size = st.integers(0, _MAX_BYTES), st.integers(0, 12)
     splinter = st.one_of(
         st.binary(max_size=4),
         st.sampled_from([b"\x80", b"\xff", b"\0", b"\n", b"{", b'"', b"\\", b"}", b",", b'"seniority":']),
         st.builds(lambda case, at, length: case[at % (len(case) + 1) :][:length], whole, place, size),
-    )  # fmt: skip
+    )
     edits = st.lists(st.tuples(place, size, splinter), max_size=4)
-    return st.builds(_edited, whole, edits).map(lambda case: case[:_MOST_BYTES])
+    return st.builds(_apply_edits, whole, edits).map(lambda case: case[:_MAX_BYTES])
 
 
-def _edited(case: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+def _apply_edits(case: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
     for place, size, splinter in edits:
         at = place % (len(case) + 1)
         case = case[:at] + splinter + case[at + size :]
@@ -51,7 +51,7 @@ def fuzz_for_long(kind: str, check: Check) -> None:
     """Check hundreds of mutated cases, others in every run."""
 
     @settings(max_examples=_MANY, database=None, phases=[Phase.generate, Phase.shrink])
-    @given(mutated(kind))
+    @given(mutate_cases(kind))
     def fuzz(case: bytes) -> None:
         check(case)
 

@@ -9,8 +9,8 @@ from hypothesis import given
 
 from services.augmenter.pipeline import jsonl, line_blocks
 from services.augmenter.stats import LineCounts
-from services.common.line_reader import Piece
-from tests.fuzz.corpus import fuzz_for_long, mutated, replayed
+from services.common.line_reader import LineBlock
+from tests.fuzz.corpus import fuzz_for_long, mutate_cases, replay_cases
 
 _LEVEL = 4
 _END = re.compile(rb"(?:[ \t\r]|\xef\xbb\xbf)*\Z")
@@ -34,9 +34,12 @@ def _refuse(constant: str) -> Any:
 def _by_json(text: bytes) -> Any:
     """The value, its numbers as they are spelled. Raises ValueError and RecursionError."""
     return json.loads(
-        text.decode(), object_pairs_hook=_Members, parse_constant=_refuse, parse_int=_Number,
+        text.decode(),
+        object_pairs_hook=_Members,
+        parse_constant=_refuse,
+        parse_int=_Number,
         parse_float=_Number,
-    )  # fmt: skip
+    )
 
 
 def _pair(text: bytes) -> tuple[str, str] | None:
@@ -64,10 +67,10 @@ def _parts(line: bytes) -> list[bytes]:
         if line[place : place + 1] != b"{":
             continue
         before = _END.sub(b"", line[:place])
-        if before.endswith(b"}") and jsonl.strip(before).startswith(b"{"):
+        if before.endswith(b"}") and jsonl.strip_line(before).startswith(b"{"):
             try:
                 json.loads(
-                    jsonl.strip(before).decode(errors="surrogateescape"), strict=False, parse_int=_Number
+                    jsonl.strip_line(before).decode(errors="surrogateescape"), strict=False, parse_int=_Number
                 )
             except (ValueError, RecursionError):
                 continue
@@ -86,17 +89,17 @@ def check_line(case: bytes) -> None:
     except RecursionError:
         return
     good = [pair for _, pair in wanted if pair is not None]
-    bad = [jsonl.strip(part) for part, pair in wanted if pair is None and jsonl.strip(part)]
+    bad = [jsonl.strip_line(part) for part, pair in wanted if pair is None and jsonl.strip_line(part)]
     for lines, place in ((line, 0), (_GOOD + b"\n" + line, 1)):
-        windows: list[line_blocks.Window] = []
-        (pairs,) = line_blocks.parsed([Piece(lines, place + 1)], into=windows)
-        counts = LineCounts(read=place + 1 + sum(one.extra for one in windows))
-        output, rejected = line_blocks.settled(
-            windows, line_blocks.Answers(bytes([_LEVEL]) * len(pairs)), counts
+        windows: list[line_blocks.ParsedBlock] = []
+        (pairs,) = line_blocks.parse_block([LineBlock(lines, place + 1)], parsed_blocks=windows)
+        counts = LineCounts(read=place + 1 + sum(one.extra_lines for one in windows))
+        output, rejected = line_blocks.apply_levels(
+            windows, line_blocks.PairLevels(bytes([_LEVEL]) * len(pairs)), counts
         )
         found = output.split(b"\n")[:-1]
-        assert counts.balanced
-        assert [jsonl.strip(bytes_) for _, bytes_, _ in rejected] == bad
+        assert counts.is_balanced
+        assert [jsonl.strip_line(bytes_) for _, bytes_, _ in rejected] == bad
         assert [(pair.company, pair.title) for pair in pairs][place:] == good
         if len(wanted) == 1:
             assert [bytes_ for _, bytes_, _ in rejected] == ([line] if bad else [])
@@ -104,11 +107,11 @@ def check_line(case: bytes) -> None:
             [one for one in wanted if one[1] is not None], found[place:], strict=True
         ):
             assert pair is not None
-            check_splice(jsonl.strip(part), made)
+            check_splice(jsonl.strip_line(part), made)
 
 
 def _stripped(line: bytes) -> list[tuple[bytes, bytes]]:
-    return [(part, jsonl.strip(part)) for part in _parts(line)]
+    return [(part, jsonl.strip_line(part)) for part in _parts(line)]
 
 
 def check_splice(text: bytes, output: bytes) -> None:
@@ -120,13 +123,13 @@ def check_splice(text: bytes, output: bytes) -> None:
         assert output == text[:-1] + b', "seniority": %d}' % _LEVEL
 
 
-@replayed("lines")
+@replay_cases("lines")
 def test_odd_lines(case: bytes) -> None:
     """Every committed line becomes what `json` says of it."""
     check_line(case)
 
 
-@given(mutated("lines"))
+@given(mutate_cases("lines"))
 def test_damaged_lines(case: bytes) -> None:
     """So does what hypothesis makes of them."""
     check_line(case)

@@ -7,12 +7,12 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 
 from protos import seniority_pb2 as pb
-from services.augmenter.client.wire import FIRST_UUID, levels_in_order
+from services.augmenter.client.wire import FIRST_UUID, decode_ordered_levels
 from services.cache_proxy import fast_path
 from services.cache_proxy.cache.l1 import L1Cache
-from services.cache_proxy.errors import InvalidRequest
+from services.cache_proxy.errors import InvalidRequestError
 from services.cache_proxy.wire import batches, request_parser
-from tests.fuzz.corpus import fuzz_for_long, mutated, replayed
+from tests.fuzz.corpus import fuzz_for_long, mutate_cases, replay_cases
 
 _MAX_PAIRS, _MAX_FIELD_BYTES = 200, 4096
 _LEVEL = 5
@@ -31,12 +31,12 @@ def check_request(message: bytes) -> None:
     """Split, read and answered from memory as messages would be, or refused where they cannot be read."""
     expected = _by_messages(message)
     items = batches.split(message, max_pairs=_MAX_PAIRS)
-    if isinstance(items, InvalidRequest):
+    if isinstance(items, InvalidRequestError):
         assert expected is None or len(expected) > _MAX_PAIRS
         return
     try:
-        read = asyncio.run(request_parser.read(items, range(len(items)), max_field_bytes=_MAX_FIELD_BYTES))
-    except InvalidRequest:
+        read = asyncio.run(request_parser.parse(items, range(len(items)), max_field_bytes=_MAX_FIELD_BYTES))
+    except InvalidRequestError:
         read = None
     longest = max((len(text.encode()) for _, *texts in expected or () for text in texts), default=0)
     if expected is None or longest > _MAX_FIELD_BYTES:
@@ -47,7 +47,7 @@ def check_request(message: bytes) -> None:
     assert [(pair.company, pair.title) for pair in pairs] == [
         (company, title) for _, company, title in expected
     ]
-    _check_answers(items, [read.key(place) for place in range(len(read))], expected)
+    _check_answers(items, [read.l1_key(place) for place in range(len(read))], expected)
 
 
 def _check_answers(items: list[bytes], keys: list[bytes], expected: list[tuple[int, str, str]]) -> None:
@@ -55,7 +55,7 @@ def _check_answers(items: list[bytes], keys: list[bytes], expected: list[tuple[i
     l1 = L1Cache(max_bytes=2**20)
     for key in set(keys):
         l1.put(key, _LEVEL, digest=key[:12].ljust(12, b"\0"), epoch=l1.epoch)
-    answers, missing = asyncio.run(fast_path.answer_known(items, l1))
+    answers, missing = asyncio.run(fast_path.answer_batch(items, l1))
     for place, answer in enumerate(answers):
         if place not in missing:
             read = pb.SeniorityResponse.FromString(answer)
@@ -69,7 +69,7 @@ def check_answer(message: bytes) -> None:
     except DecodeError:
         batch = None
     for count in {1, 2, 3, 127, 128, 130, len(batch) if batch is not None else 1} - {0}:
-        levels = levels_in_order(message, count)
+        levels = decode_ordered_levels(message, count)
         if levels is not None:
             assert batch is not None
             assert [(one.uuid, one.seniority) for one in batch] == list(enumerate(levels, FIRST_UUID))
@@ -77,25 +77,25 @@ def check_answer(message: bytes) -> None:
             assert all(1 <= level <= 7 for level in levels)
 
 
-@replayed("requests")
+@replay_cases("requests")
 def test_odd_requests(case: bytes) -> None:
     """Every committed request is read or refused as by messages."""
     check_request(case)
 
 
-@replayed("answers")
+@replay_cases("answers")
 def test_odd_answers(case: bytes) -> None:
     """Every committed answer is read as by messages, or left to them."""
     check_answer(case)
 
 
-@given(mutated("requests"))
+@given(mutate_cases("requests"))
 def test_damaged_requests(case: bytes) -> None:
     """So is what hypothesis makes of them."""
     check_request(case)
 
 
-@given(mutated("answers"))
+@given(mutate_cases("answers"))
 def test_damaged_answers(case: bytes) -> None:
     """So is what hypothesis makes of them."""
     check_answer(case)

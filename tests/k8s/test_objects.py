@@ -10,11 +10,14 @@ pytestmark = pytest.mark.k8s
 @pytest.mark.parametrize(
     ("operator", "values", "fits"),
     [
-        ("In", ["proxy", "x"], True), ("In", ["x"], False),
-        ("NotIn", ["x"], True), ("NotIn", ["proxy"], False),
-        ("Exists", [], True), ("DoesNotExist", [], False),
+        ("In", ["proxy", "x"], True),
+        ("In", ["x"], False),
+        ("NotIn", ["x"], True),
+        ("NotIn", ["proxy"], False),
+        ("Exists", [], True),
+        ("DoesNotExist", [], False),
     ],
-)  # fmt: skip
+)
 def test_selectors_fit_as_kubernetes_has_them(operator: str, values: list[str], *, fits: bool) -> None:
     """By labels and by expressions, all of which must hold; of a label that is missing, NotIn does."""
     expression = {"key": "app", "operator": operator, "values": values}

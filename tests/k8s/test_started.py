@@ -14,7 +14,7 @@ import pytest
 from scripts.k8s_check import build
 from scripts.k8s_check.environment import environment
 from scripts.k8s_check.objects import Container, containers
-from tests.support.processes import ROOT, clean_environment, service
+from tests.support.processes import ROOT, clean_environment, run_service
 
 pytestmark = pytest.mark.k8s
 
@@ -36,8 +36,8 @@ def test_proxy(manifests: list[build.Manifest]) -> None:
     }
     variables = environment(container, manifests).variables | here
     kept = {name: value for name, value in variables.items() if not name.endswith("_FILE")}
-    with service("services.cache_proxy", *container.spec["args"], env=kept) as running:
-        _probe(container, running.http)
+    with run_service("services.cache_proxy", *container.spec["args"], env=kept) as running:
+        _probe(container, running.http_url)
 
 
 def test_augmenter(manifests: list[build.Manifest], tmp_path: Path) -> None:

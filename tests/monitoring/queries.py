@@ -14,7 +14,7 @@ RULES_TEST = ROOT / "deploy" / "prometheus" / "rules_test.yaml"
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Query:
     """A panel's query: `place` names dashboard, panel and query."""
 
     dashboard: str
@@ -23,7 +23,7 @@ class Asked:
     expr: str
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """For people."""
         return f"{self.dashboard}: {self.panel}: {self.ref}"
 
@@ -40,10 +40,10 @@ def panels(path: Path) -> list[dict[str, Any]]:
     return [panel for panel in dashboard(path)["panels"] if panel["type"] != "row"]
 
 
-def asked() -> list[Asked]:
+def dashboard_queries() -> list[Query]:
     """Every query of every panel."""
     return [
-        Asked(path.stem, panel["title"], target["refId"], target["expr"])
+        Query(path.stem, panel["title"], target["refId"], target["expr"])
         for path in DASHBOARDS
         for panel in panels(path)
         for target in panel["targets"]

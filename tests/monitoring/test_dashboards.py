@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.metrics import described
-from tests.monitoring.queries import DASHBOARDS, asked, dashboard, panels
+from scripts.metrics import describe_metrics
+from tests.monitoring.queries import DASHBOARDS, dashboard, dashboard_queries, panels
 
 _TYPES = Path(__file__).parent / "grafana"
 _METRIC = re.compile(r"\b(?:cache_proxy|augmenter)_\w+")
@@ -20,7 +20,7 @@ _OF_ALL_REPLICAS = re.compile(
 
 def names_in(expr: str) -> set[str]:
     """The metrics of ours that an expression reads, without the suffixes of histograms."""
-    told = {metric.name for metric in described()}
+    told = {metric.name for metric in describe_metrics()}
     names = set(_METRIC.findall(expr))
     return {name if name in told else re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
 
@@ -80,25 +80,25 @@ def test_panels_explain_themselves_and_do_not_overlap(path: Path) -> None:
 
 def test_queries_read_metrics_that_exist() -> None:
     """Each names at least one of ours, or of the process's, and none that the code does not have."""
-    told = {metric.name for metric in described()}
-    for query in asked():
+    told = {metric.name for metric in describe_metrics()}
+    for query in dashboard_queries():
         names = names_in(query.expr)
-        assert names <= told, query.place
-        assert names or "process_" in query.expr, query.place
-        assert 'namespace=~"$namespace",job=~"$job"' in query.expr, query.place
+        assert names <= told, query.location
+        assert names or "process_" in query.expr, query.location
+        assert 'namespace=~"$namespace",job=~"$job"' in query.expr, query.location
 
 
 def test_what_all_replicas_tell_is_read_with_max() -> None:
     """Their sum would be as many times too much as there are replicas; and nothing hides missing data."""
-    for query in asked():
-        assert "vector(" not in query.expr, query.place
+    for query in dashboard_queries():
+        assert "vector(" not in query.expr, query.location
         for found in _OF_ALL_REPLICAS.finditer(query.expr):
             before = query.expr[: found.start()]
-            assert re.search(r"max(?: by \(\w+\) )?\($", before), query.place
+            assert re.search(r"max(?: by \(\w+\) )?\($", before), query.location
 
 
 def test_every_metric_is_shown() -> None:
     """A metric that no panel shows is one that nobody will think of."""
-    shown = set().union(*(names_in(query.expr) for query in asked()))
-    rest = {metric.name for metric in described()} - shown
+    shown = set().union(*(names_in(query.expr) for query in dashboard_queries()))
+    rest = {metric.name for metric in describe_metrics()} - shown
     assert rest == {"cache_proxy_store_up"}  # degraded says it, and the shared queue's loss too

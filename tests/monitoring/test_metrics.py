@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from prometheus_client import CollectorRegistry
 
-from scripts.metrics import Described, described
+from scripts.metrics import MetricDescription, describe_metrics
 from services.cache_proxy.observability.metrics import ProxyMetrics
 
 _PRIORITIES = {"interactive", "bulk", "refresh"}
@@ -14,7 +14,8 @@ _PROMISED: dict[str, tuple[str, dict[str, set[str]]]] = {
     "cache_proxy_requests_total": ("counter", {"code": _ANY}),
     "cache_proxy_request_duration_seconds": ("histogram", {}),
     "cache_proxy_pairs_total": (
-        "counter", {"outcome": {"l1", "l2", "stale", "coalesced", "inferred", "failed"}},
+        "counter",
+        {"outcome": {"l1", "l2", "stale", "coalesced", "inferred", "failed"}},
     ),
     "cache_proxy_caller_pairs_total": ("counter", {"caller": _ANY, "outcome": {"hit", "miss", "failed"}}),
     "cache_proxy_model_calls_total": ("counter", {"code": _ANY}),
@@ -39,12 +40,12 @@ _PROMISED: dict[str, tuple[str, dict[str, set[str]]]] = {
     "augmenter_file_duration_seconds": ("histogram", {}),
     "augmenter_rpc_duration_seconds": ("histogram", {}),
     "augmenter_backlog_files": ("gauge", {}),
-}  # fmt: skip
+}
 
 
 @cache
-def _told() -> dict[str, Described]:
-    return {metric.name: metric for metric in described()}
+def _told() -> dict[str, MetricDescription]:
+    return {metric.name: metric for metric in describe_metrics()}
 
 
 @pytest.mark.parametrize("name", _PROMISED)
@@ -69,6 +70,6 @@ def test_every_metric_says_what_it_means(name: str) -> None:
 def test_the_limit_in_pairs_is_the_lesser_of_two(calls: float, told: float) -> None:
     """Of the rate and what the calls hold, where calls are limited at all: shares are taken of it."""
     registry = CollectorRegistry()
-    limits = ProxyMetrics(registry).show_limits
+    limits = ProxyMetrics(registry).set_limit_gauges
     limits(calls_per_second=calls, pairs_per_second=1000, batch_pairs=300, queued_pairs=1)
     assert registry.get_sample_value("cache_proxy_limit_pairs_per_second") == told

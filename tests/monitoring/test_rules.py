@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from scripts.metrics import described
+from scripts.metrics import describe_metrics
 from tests.monitoring.queries import RULES, RULES_TEST
 from tests.monitoring.test_dashboards import names_in
 from tests.support.processes import ROOT
@@ -68,6 +68,6 @@ def test_an_alert_has_a_case_of_each_kind(name: str) -> None:
 def test_an_alert_reads_metrics_that_exist(name: str) -> None:
     """Ours as the code has them, or `up`; and nothing that hides missing data."""
     expr = alerts()[name]["expr"]
-    assert names_in(expr) <= {metric.name for metric in described()}
+    assert names_in(expr) <= {metric.name for metric in describe_metrics()}
     assert names_in(expr) or expr.startswith("up{")
     assert "vector(" not in expr

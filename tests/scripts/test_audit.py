@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from scripts.audit import verdict
+from scripts.audit import find_problems
 
 _CLEAN = {"name": "a", "version": "1", "vulns": []}
 _KNOWN = {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}]}
@@ -25,6 +25,6 @@ _SKIPPED = {"name": "c", "skip_reason": "Dependency not found on PyPI and could 
 )
 def test_silence_is_not_a_pass(report: Any, says: list[str]) -> None:
     """What the service did not answer for is named as not audited, whatever pip-audit's exit code."""
-    found = list(verdict(report, expected=2))
+    found = list(find_problems(report, expected=2))
     assert len(found) == len(says)
     assert all(line.startswith(start) for line, start in zip(found, says, strict=True))

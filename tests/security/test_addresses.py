@@ -9,12 +9,12 @@ from tempfile import TemporaryDirectory
 import pytest
 from grpc import StatusCode
 
-from services.cache_proxy.rpc.unix_socket import SocketPath
+from services.cache_proxy.rpc.unix_socket import UnixSocketLock
 from services.common.errors import CommandError
-from tests.integration.cache_proxy.conftest import UNPACED
-from tests.support.caller import caller
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
+from tests.support.caller import open_caller
 from tests.support.model_server import scripted_model
-from tests.support.processes import run_command, service
+from tests.support.processes import run_command, run_service
 from tests.support.redis_server import free_port
 
 
@@ -32,17 +32,17 @@ def test_a_path_on_which_somebody_listens_is_left_to_them(path: Path) -> None:
         listening.listen()
         for spelled in (f"unix:{path}", f"unix://{path}"):
             with pytest.raises(CommandError, match="somebody listens there already"):
-                SocketPath(spelled)
-    SocketPath(f"unix:{path}")  # the socket that the dead leave behind
+                UnixSocketLock(spelled)
+    UnixSocketLock(f"unix:{path}")  # the socket that the dead leave behind
 
 
 def test_of_two_that_start_at_once_one_is_refused(path: Path) -> None:
     """Before either listens, and until the first has ended."""
-    first = SocketPath(f"unix:{path}")
+    first = UnixSocketLock(f"unix:{path}")
     with pytest.raises(CommandError, match="another proxy listens there already"):
-        SocketPath(f"unix:{path}")
-    os.close(first.lock)  # as the end of its process does
-    SocketPath(f"unix:{path}")
+        UnixSocketLock(f"unix:{path}")
+    os.close(first.lock_fd)  # as the end of its process does
+    UnixSocketLock(f"unix:{path}")
 
 
 def test_what_is_no_socket_is_neither_used_nor_removed(path: Path) -> None:
@@ -52,12 +52,12 @@ def test_what_is_no_socket_is_neither_used_nor_removed(path: Path) -> None:
     for make in (lambda: path.write_text("precious"), path.mkdir, lambda: path.symlink_to(victim)):
         make()
         with pytest.raises(CommandError, match="no socket"):
-            SocketPath(f"unix:{path}")
+            UnixSocketLock(f"unix:{path}")
         path.rmdir() if path.is_dir() else path.unlink()
     path.with_name("p.sock.lock").unlink()
     path.with_name("p.sock.lock").symlink_to(victim)
     with pytest.raises(CommandError, match=r"p\.sock\.lock"):
-        SocketPath(f"unix:{path}")
+        UnixSocketLock(f"unix:{path}")
     assert victim.read_text() == "precious"
 
 
@@ -66,27 +66,42 @@ def test_a_second_proxy_is_refused_and_the_first_goes_on(path: Path) -> None:
     """On the same path, the same port of a narrower address, the same HTTP port: exit code 1, one line."""
     port, http = free_port(), free_port()
     with scripted_model() as model:
-        flags = ("--model-target", model.target, "--cache-url", "memory:", "--drain-delay", "0s", *UNPACED)
+        flags = (
+            "--model-target",
+            model.target,
+            "--cache-url",
+            "memory:",
+            "--drain-delay",
+            "0s",
+            *UNLIMITED_RATE_FLAGS,
+        )
         first = (
-            "--listen", f"unix:{path}", "--listen", f"0.0.0.0:{port}", "--http-listen", f"127.0.0.1:{http}"
-        )  # fmt: skip
+            "--listen",
+            f"unix:{path}",
+            "--listen",
+            f"0.0.0.0:{port}",
+            "--http-listen",
+            f"127.0.0.1:{http}",
+        )
         with (
-            service("services.cache_proxy", "serve", *flags, *first) as proxy,
-            caller(proxy.target) as asking,
+            run_service("services.cache_proxy", "serve", *flags, *first) as proxy,
+            open_caller(proxy.target) as asking,
         ):
-            for number, taken in enumerate((
-                ("--listen", f"unix:{path}", "--http-listen", "127.0.0.1:0"),
-                ("--listen", f"127.0.0.1:{port}", "--http-listen", "127.0.0.1:0"),
-                ("--listen", "127.0.0.1:0", "--http-listen", f"127.0.0.1:{http}"),
-            )):  # fmt: skip
+            for number, taken in enumerate(
+                (
+                    ("--listen", f"unix:{path}", "--http-listen", "127.0.0.1:0"),
+                    ("--listen", f"127.0.0.1:{port}", "--http-listen", "127.0.0.1:0"),
+                    ("--listen", "127.0.0.1:0", "--http-listen", f"127.0.0.1:{http}"),
+                )
+            ):
                 ended = run_command("services.cache_proxy", "serve", *flags, *taken)
                 assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
                 assert taken[1 if number < 2 else 3] in ended.stderr
-                assert asking.ask([("first", str(number))]).code is StatusCode.OK
+                assert asking.infer([("first", str(number))]).code is StatusCode.OK
             proxy.process.kill()
             proxy.process.wait()
         assert path.is_socket()  # the dead leave it
-        with service("services.cache_proxy", "serve", *flags, *first) as next_one:
-            with caller(f"unix:{path}") as asking:
-                assert asking.ask([("next", "t")]).code is StatusCode.OK
+        with run_service("services.cache_proxy", "serve", *flags, *first) as next_one:
+            with open_caller(f"unix:{path}") as asking:
+                assert asking.infer([("next", "t")]).code is StatusCode.OK
             assert next_one.stop() == 0

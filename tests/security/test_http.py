@@ -6,20 +6,20 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.security.conftest import Siege
+from tests.security.conftest import AttackedProxy
 
 
-def _connect(siege: Siege) -> socket.socket:
+def _connect(siege: AttackedProxy) -> socket.socket:
     host, _, port = siege.proxy.ready["http"].rpartition(":")
     return socket.create_connection((host, int(port)), timeout=30)
 
 
-def _is_probed(siege: Siege) -> bool:
-    with urlopen(f"{siege.proxy.http}/healthz", timeout=30) as response:
+def _is_probed(siege: AttackedProxy) -> bool:
+    with urlopen(f"{siege.proxy.http_url}/healthz", timeout=30) as response:
         return bool(response.read() == b"ok\n")
 
 
-def test_half_requests_make_room_for_whole_ones(siege: Siege) -> None:
+def test_half_requests_make_room_for_whole_ones(siege: AttackedProxy) -> None:
     """Of 200 that never end their headers the oldest are gone; probes are answered."""
     with ExitStack() as stack:
         half = [stack.enter_context(_connect(siege)) for _ in range(200)]
@@ -40,9 +40,9 @@ def test_half_requests_make_room_for_whole_ones(siege: Siege) -> None:
     ],
     ids=["path", "header", "headers", "HTTP/2", "noise"],
 )
-def test_what_is_no_request_is_refused_and_not_logged(siege: Siege, request_bytes: bytes) -> None:
+def test_what_is_no_request_is_refused_and_not_logged(siege: AttackedProxy, request_bytes: bytes) -> None:
     """400, or the connection's end; not a line of the log, which callers could fill."""
-    lines = len(siege.proxy.errors)
+    lines = len(siege.proxy.log_lines)
     with _connect(siege) as hostile:
         try:
             hostile.sendall(request_bytes)
@@ -50,10 +50,10 @@ def test_what_is_no_request_is_refused_and_not_logged(siege: Siege, request_byte
         except ConnectionError:
             pass
     assert _is_probed(siege)
-    assert len(siege.proxy.errors) == lines
+    assert len(siege.proxy.log_lines) == lines
 
 
-def test_answers_to_pipelined_requests_wait_for_their_reader(siege: Siege) -> None:
+def test_answers_to_pipelined_requests_wait_for_their_reader(siege: AttackedProxy) -> None:
     """Who sends requests without end and reads nothing is not read from any more, and takes no memory."""
     before_mib = siege.rss_mib()
     with _connect(siege) as hostile:
@@ -73,7 +73,7 @@ def test_answers_to_pipelined_requests_wait_for_their_reader(siege: Siege) -> No
         b"content-encoding: gzip\r\ncontent-length: 5\r\n\r\nnoise",
     ],
 )
-def test_what_goes_with_a_request_is_not_logged(siege: Siege, rest: bytes) -> None:
+def test_what_goes_with_a_request_is_not_logged(siege: AttackedProxy, rest: bytes) -> None:
     """Who asks for metrics in no version, or with what is no body, gets them; nobody hears of it."""
     told = siege.proxy.log
     with _connect(siege) as hostile:

@@ -14,9 +14,16 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 
-from tests.security.conftest import MAX_REQUEST_BYTES, Siege, siege_of
-from tests.support.caller import caller
-from tests.support.http2_peer import PATH, Peer, batch, grpc_message, peer, statuses
+from tests.security.conftest import MAX_REQUEST_BYTES, AttackedProxy, attacked_proxy
+from tests.support.caller import open_caller
+from tests.support.http2_peer import (
+    INFER_PATH,
+    Http2Peer,
+    encode_request,
+    frame_grpc_message,
+    grpc_statuses,
+    open_peer,
+)
 from tests.support.redis_server import wait_for
 
 _STREAMS = 1024
@@ -24,40 +31,43 @@ _RESOURCE_EXHAUSTED = StatusCode.RESOURCE_EXHAUSTED.value[0]
 _UNIMPLEMENTED = StatusCode.UNIMPLEMENTED.value[0]
 
 
-def _of(seen: Peer, kind: type[h2.events.Event]) -> int:
+def _of(seen: Http2Peer, kind: type[h2.events.Event]) -> int:
     return sum(isinstance(event, kind) for event in seen.events)
 
 
-def _greeted(seen: Peer) -> None:
-    wait_for(lambda: seen.read(1) and _of(seen, h2.events.RemoteSettingsChanged), what="the proxy greets")
+def _greeted(seen: Http2Peer) -> None:
+    wait_for(
+        lambda: seen.receive(1) and _of(seen, h2.events.RemoteSettingsChanged), description="the proxy greets"
+    )
 
 
 @pytest.mark.slow
-def test_streams_of_one_connection_are_bounded(siege: Siege) -> None:
+def test_streams_of_one_connection_are_bounded(siege: AttackedProxy) -> None:
     """The bound is announced; what is opened beyond it is refused, stream by stream."""
-    with peer(siege.proxy.target) as hostile:
+    with open_peer(siege.proxy.target) as hostile:
         _greeted(hostile)
         assert hostile.h2.remote_settings.max_concurrent_streams == _STREAMS
         hostile.h2.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 10 * _STREAMS
         hostile.h2.remote_settings.acknowledge()
         for _ in range(_STREAMS + 100):
-            hostile.headers()
+            hostile.send_headers()
         hostile.flush()
         wait_for(
-            lambda: hostile.read(1) and _of(hostile, h2.events.StreamReset) >= 100, what="100 are refused"
+            lambda: hostile.receive(1) and _of(hostile, h2.events.StreamReset) >= 100,
+            description="100 are refused",
         )
-        assert siege.is_served()
+        assert siege.is_serving()
 
 
-def test_a_flood_of_pings_ends_its_connection(siege: Siege) -> None:
+def test_a_flood_of_pings_ends_its_connection(siege: AttackedProxy) -> None:
     """GOAWAY with `too_many_pings`."""
-    with peer(siege.proxy.target) as hostile:
+    with open_peer(siege.proxy.target) as hostile:
         _greeted(hostile)
         for number in range(200):
             hostile.h2.ping(struct.pack(">Q", number))
         hostile.flush()
         with suppress(ConnectionError):
-            while hostile.read():
+            while hostile.receive():
                 pass
         [farewell] = [one for one in hostile.events if isinstance(one, h2.events.ConnectionTerminated)]
         assert farewell.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
@@ -65,128 +75,140 @@ def test_a_flood_of_pings_ends_its_connection(siege: Siege) -> None:
 
 
 @pytest.mark.parametrize(("count", "size"), [(20, 1000), (1, 20_000), (2000, 10)])
-def test_large_metadata_is_refused(siege: Siege, count: int, size: int) -> None:
+def test_large_metadata_is_refused(siege: AttackedProxy, count: int, size: int) -> None:
     """Over 16 KiB of it: RESOURCE_EXHAUSTED, or the connection's end; it never reaches the proxy's code."""
-    with peer(siege.proxy.target) as hostile:
+    with open_peer(siege.proxy.target) as hostile:
         _greeted(hostile)
-        stream = hostile.headers([(f"x-{number}", "v" * size) for number in range(count)])
+        stream = hostile.send_headers([(f"x-{number}", "v" * size) for number in range(count)])
         try:
-            hostile.send(stream, grpc_message(batch("metadata", 1)))
-            wait_for(lambda: hostile.read(1) and statuses(hostile), what="it is refused")
+            hostile.send_data(stream, frame_grpc_message(encode_request("metadata", 1)))
+            wait_for(lambda: hostile.receive(1) and grpc_statuses(hostile), description="it is refused")
         except ConnectionError:
             return
-        assert statuses(hostile) == {stream: _RESOURCE_EXHAUSTED}
+        assert grpc_statuses(hostile) == {stream: _RESOURCE_EXHAUSTED}
 
 
 @pytest.mark.parametrize("path", ["/SeniorityModel/No", "nothing", b"/S\xff/\xfe", b"/\xc3", b"\x80" * 1000])
-def test_a_method_that_is_none_is_not_found(siege: Siege, path: str | bytes) -> None:
+def test_a_method_that_is_none_is_not_found(siege: AttackedProxy, path: str | bytes) -> None:
     """UNIMPLEMENTED, also where its name is not UTF-8, and the connection serves on."""
-    with peer(siege.proxy.target) as hostile:
+    with open_peer(siege.proxy.target) as hostile:
         _greeted(hostile)
-        stream = hostile.headers(path=path)
-        hostile.send(stream, grpc_message(b""))
-        known = hostile.ask(batch("honest", 0))
-        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) == 2, what="both are answered")
-        assert statuses(hostile) == {stream: _UNIMPLEMENTED, known: 0}
+        stream = hostile.send_headers(path=path)
+        hostile.send_data(stream, frame_grpc_message(b""))
+        known = hostile.send_request(encode_request("honest", 0))
+        wait_for(
+            lambda: hostile.receive(1) and len(grpc_statuses(hostile)) == 2, description="both are answered"
+        )
+        assert grpc_statuses(hostile) == {stream: _UNIMPLEMENTED, known: 0}
 
 
 @pytest.mark.parametrize(
     ("path", "metadata", "message"),
     [
-        (PATH, [("authorization", b"Bearer s3cret\xff")], batch("honest", 0)),
-        (PATH, [("x-caller", b"\xff"), ("traceparent", b"\xfe")], batch("honest", 0)),
+        (INFER_PATH, [("authorization", b"Bearer s3cret\xff")], encode_request("honest", 0)),
+        (INFER_PATH, [("x-caller", b"\xff"), ("traceparent", b"\xfe")], encode_request("honest", 0)),
         ("/grpc.health.v1.Health/Check", [], b"\xff"),
         ("/grpc.health.v1.Health/Watch", [], b"\xff"),
         ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", [], b"\xff"),
     ],
 )
 def test_what_cannot_be_read_is_not_logged(
-    siege: Siege, path: str, metadata: list[tuple[str, str | bytes]], message: bytes
+    siege: AttackedProxy, path: str, metadata: list[tuple[str, str | bytes]], message: bytes
 ) -> None:
     """Metadata that are no UTF-8, a token among them, and what is no message: nobody else hears of them."""
     told = siege.proxy.log
-    with peer(siege.proxy.target) as hostile:
+    with open_peer(siege.proxy.target) as hostile:
         _greeted(hostile)
-        stream = hostile.headers(metadata, path=path)
-        hostile.send(stream, grpc_message(message))
-        wait_for(lambda: hostile.read(1) and statuses(hostile), what="it is answered")
-    assert siege.is_served()
+        stream = hostile.send_headers(metadata, path=path)
+        hostile.send_data(stream, frame_grpc_message(message))
+        wait_for(lambda: hostile.receive(1) and grpc_statuses(hostile), description="it is answered")
+    assert siege.is_serving()
     assert siege.proxy.log == told
 
 
 @pytest.mark.slow
-def test_rapid_resets_cancel_nobody_elses_rpc(siege: Siege) -> None:
+def test_rapid_resets_cancel_nobody_elses_rpc(siege: AttackedProxy) -> None:
     """8,000 streams that are opened and reset at once: an honest caller waits, and gets all its answers."""
-    asked = [siege.honest.start([("honest", "t")], seconds=60) for _ in range(20)]
-    with peer(siege.proxy.target) as hostile:
+    asked = [siege.honest_caller.start_infer([("honest", "t")], timeout_seconds=60) for _ in range(20)]
+    with open_peer(siege.proxy.target) as hostile:
         _greeted(hostile)
         for number in range(8000):
-            hostile.h2.reset_stream(hostile.headers(), h2.errors.ErrorCodes.CANCEL)
+            hostile.h2.reset_stream(hostile.send_headers(), h2.errors.ErrorCodes.CANCEL)
             if number % 100 == 0:
                 hostile.flush()
-                hostile.read(0.0005)
-                asked.append(siege.honest.start([("honest", "t")], seconds=60))
+                hostile.receive(0.0005)
+                asked.append(siege.honest_caller.start_infer([("honest", "t")], timeout_seconds=60))
         hostile.flush()
-        assert {one.reply().code for one in asked} == {StatusCode.OK}
+        assert {one.result().code for one in asked} == {StatusCode.OK}
 
 
 @pytest.mark.slow
-def test_messages_that_never_end_take_few_places_and_not_for_long(siege: Siege) -> None:
+def test_messages_that_never_end_take_few_places_and_not_for_long(siege: AttackedProxy) -> None:
     """Of 20 that stop a byte before their end four are waited for; the others are told to come back."""
-    unfinished = grpc_message(bytes(MAX_REQUEST_BYTES - 100))[:-1]
-    with peer(siege.proxy.target) as hostile:
+    unfinished = frame_grpc_message(bytes(MAX_REQUEST_BYTES - 100))[:-1]
+    with open_peer(siege.proxy.target) as hostile:
         _greeted(hostile)
         streams = []
         for _ in range(20):
-            streams.append(hostile.headers())
-            hostile.send(streams[-1], unfinished, end=False)
-        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) >= 16, what="16 are refused")
-        assert set(statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
-        assert len(statuses(hostile)) == 16
-        assert siege.is_served()
+            streams.append(hostile.send_headers())
+            hostile.send_data(streams[-1], unfinished, end=False)
+        wait_for(
+            lambda: hostile.receive(1) and len(grpc_statuses(hostile)) >= 16, description="16 are refused"
+        )
+        assert set(grpc_statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
+        assert len(grpc_statuses(hostile)) == 16
+        assert siege.is_serving()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["Health/Check", "Health/Watch"])
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_health_takes_no_large_names(siege: Siege, method: str, is_whole: bool) -> None:
+def test_health_takes_no_large_names(siege: AttackedProxy, method: str, is_whole: bool) -> None:
     """Nobody needs a token for it: of 20 whole ones all are refused, of 20 without their last byte 16."""
     name = health_pb2.HealthCheckRequest(service="x" * (MAX_REQUEST_BYTES - 100)).SerializeToString()
-    sent = grpc_message(name)[: None if is_whole else -1]
-    with peer(siege.proxy.target) as hostile:
+    sent = frame_grpc_message(name)[: None if is_whole else -1]
+    with open_peer(siege.proxy.target) as hostile:
         _greeted(hostile)
         for _ in range(20):
-            hostile.send(hostile.headers(path=f"/grpc.health.v1.{method}"), sent, end=False)
+            hostile.send_data(hostile.send_headers(path=f"/grpc.health.v1.{method}"), sent, end=False)
         least = 20 if is_whole else 16
-        wait_for(lambda: hostile.read(1) and len(statuses(hostile)) >= least, what="they are refused")
-        assert siege.is_served()
+        wait_for(
+            lambda: hostile.receive(1) and len(grpc_statuses(hostile)) >= least,
+            description="they are refused",
+        )
+        assert siege.is_serving()
 
 
 @pytest.mark.slow
-def test_answers_that_nobody_reads_are_bounded(siege: Siege) -> None:
+def test_answers_that_nobody_reads_are_bounded(siege: AttackedProxy) -> None:
     """Who reads none of its answers has 8 MiB of them and no more; when it is gone they are too."""
-    message = batch("unread", 10_000, uuid=-1)
+    message = encode_request("unread", 10_000, uuid=-1)
     answer_bytes = 15 * 10_000
-    assert siege.honest.ask([("unread", str(number)) for number in range(10_000)]).code is StatusCode.OK
+    assert (
+        siege.honest_caller.infer([("unread", str(number)) for number in range(10_000)]).code is StatusCode.OK
+    )
     for _ in range(2):
-        with peer(siege.proxy.target, window=0) as hostile:
+        with open_peer(siege.proxy.target, window=0) as hostile:
             _greeted(hostile)
             asked = 0
-            while not statuses(hostile):
+            while not grpc_statuses(hostile):
                 asked += 1
                 assert asked * answer_bytes < 10 * MAX_REQUEST_BYTES, "answers pile up"
-                hostile.ask(message)
+                hostile.send_request(message)
                 wait_for(
-                    lambda: _of(hostile, h2.events.ResponseReceived) == asked or (hostile.read(1) and False),  # noqa: B023
-                    what="its answer begins",
+                    lambda: (
+                        _of(hostile, h2.events.ResponseReceived) == asked  # noqa: B023
+                        or (hostile.receive(1) and False)
+                    ),
+                    description="its answer begins",
                 )
-            assert set(statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
+            assert set(grpc_statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
             assert asked * answer_bytes > 2 * MAX_REQUEST_BYTES
-            assert siege.is_served()
+            assert siege.is_serving()
 
 
 @pytest.mark.slow
-def test_who_says_nothing_is_left_alone(siege: Siege) -> None:
+def test_who_says_nothing_is_left_alone(siege: AttackedProxy) -> None:
     """A connection without a greeting, and one that never acknowledges the settings, end within a minute."""
     host, _, port = siege.proxy.target.rpartition(":")
     with ExitStack() as stack:
@@ -215,16 +237,16 @@ def test_a_flood_of_connections_leaves_files_for_the_rest() -> None:
     """With 300 files it takes 150 connections; it answers probes and those it has, and later others too."""
     with ExitStack() as limited:
         limited.enter_context(_few_files(300))
-        with siege_of() as siege:
+        with attacked_proxy() as siege:
             limited.close()
             with ExitStack() as stack:
                 for _ in range(400):
-                    stack.enter_context(peer(siege.proxy.target))
-                with urlopen(f"{siege.proxy.http}/readyz", timeout=30) as response:
+                    stack.enter_context(open_peer(siege.proxy.target))
+                with urlopen(f"{siege.proxy.http_url}/readyz", timeout=30) as response:
                     assert response.status == 200
-                assert siege.is_served()
-            with caller(siege.proxy.target) as new:
+                assert siege.is_serving()
+            with open_caller(siege.proxy.target) as new:
                 wait_for(
-                    lambda: new.ask([("honest", "t")], seconds=5).code is StatusCode.OK,
-                    what="a new caller is served",
+                    lambda: new.infer([("honest", "t")], timeout_seconds=5).code is StatusCode.OK,
+                    description="a new caller is served",
                 )

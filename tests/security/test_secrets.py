@@ -12,9 +12,9 @@ from urllib.request import urlopen
 import pytest
 from grpc import StatusCode
 
-from services.common.redaction import has_password, warn_of_readers, without_users
-from tests.integration.cache_proxy.conftest import UNPACED
-from tests.support.caller import caller
+from services.common.redaction import has_password, strip_userinfo, warn_if_world_readable
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
+from tests.support.caller import open_caller
 from tests.support.model_server import scripted_model
 from tests.support.processes import ROOT, cache_proxy, clean_environment, run_command
 from tests.support.redis_server import free_port, redis_process, wait_for
@@ -47,9 +47,12 @@ def test_a_password_on_the_command_line_is_refused(
 
 _PIECES = ("svc7", "c0rp", "p4ss", "w0rd")
 _COMMANDS = (
-    ("serve", "--model-target", "h:1"), ("stats",), ("get", "--company", "c", "--title", "t"), ("warm", "x"),
+    ("serve", "--model-target", "h:1"),
+    ("stats",),
+    ("get", "--company", "c", "--title", "t"),
+    ("warm", "x"),
     ("invalidate", "--all"),
-)  # fmt: skip
+)
 
 
 @pytest.mark.slow
@@ -63,7 +66,7 @@ _COMMANDS = (
         "redis+sentinel://svc7:p4ss/w0rd@h:1/s",
         "svc7:p4ss@w0rd:6379",
     ],
-)  # fmt: skip
+)
 def test_url_with_a_password_that_is_not_percent_encoded_is_refused_without_a_piece_of_it(
     command: tuple[str, ...], source: str, url: str
 ) -> None:
@@ -91,12 +94,12 @@ def test_password_that_is_percent_encoded_in_the_variable_lets_in(tmp_path: Path
         env = {"CACHE_PROXY_CACHE_URL": f"valkey://{login}@127.0.0.1:{store.port}/0"}
         with (
             scripted_model() as model,
-            cache_proxy("--model-target", model.target, *UNPACED, env=env) as proxy,
-            caller(proxy.target) as asking,
+            cache_proxy("--model-target", model.target, *UNLIMITED_RATE_FLAGS, env=env) as proxy,
+            open_caller(proxy.target) as asking,
         ):
-            assert asking.ask([("percent", "t")]).misses == 1
-            wait_for(lambda: asking.ask([("percent", "t")]).hits == 1, what="it is cached")
-            with urlopen(f"{proxy.http}/status.json", timeout=10) as response:
+            assert asking.infer([("percent", "t")]).misses == 1
+            wait_for(lambda: asking.infer([("percent", "t")]).hits == 1, description="it is cached")
+            with urlopen(f"{proxy.http_url}/status.json", timeout=10) as response:
                 assert json.load(response)["store"]["kind"] == "valkey"
             ended = run_command("services.cache_proxy", "stats", "--json", env=env)
             assert (ended.returncode, json.loads(ended.stdout)["pairs"]) == (0, 1)
@@ -107,14 +110,22 @@ def test_password_that_is_percent_encoded_in_the_variable_lets_in(tmp_path: Path
 @pytest.mark.parametrize(
     ("url", "secret"),
     [
-        ("redis://h:1/0", False), ("redis://user@h", False), ("redis+cluster://h:1,h:2", False),
-        ("unix:///a:b", False), ("embedded:/a@b:c", False), ("http://[::1]:9000", False),
-        ("redis://:p@h", True), ("redis://u:p@h:1", True), ("redis://u:p/@h", True), ("unix://u:p@/s", True),
-        ("redis+sentinel://:p@h:1,h:2/s", True), ("redis://h?password=p", True),
+        ("redis://h:1/0", False),
+        ("redis://user@h", False),
+        ("redis+cluster://h:1,h:2", False),
+        ("unix:///a:b", False),
+        ("embedded:/a@b:c", False),
+        ("http://[::1]:9000", False),
+        ("redis://:p@h", True),
+        ("redis://u:p@h:1", True),
+        ("redis://u:p/@h", True),
+        ("unix://u:p@/s", True),
+        ("redis+sentinel://:p@h:1,h:2/s", True),
+        ("redis://h?password=p", True),
         ("unix:///s?PASSWORD=p", True),
         ("https://key:secret@s3", True),
     ],
-)  # fmt: skip
+)
 def test_passwords_in_urls_are_seen(url: str, secret: bool) -> None:
     """Before the host, however odd, and among the parameters."""
     assert has_password(url) is secret
@@ -123,7 +134,7 @@ def test_passwords_in_urls_are_seen(url: str, secret: bool) -> None:
 def test_urls_in_errors_lose_their_users() -> None:
     """Whatever stands around them."""
     said = f"Could not connect to 'http://k:{_CANARY}@h:1/b' or s3://u:{_CANARY}/@@x@h, https://plain/a"
-    assert without_users(said) == "Could not connect to 'http://***@h:1/b' or s3://***@h, https://plain/a"
+    assert strip_userinfo(said) == "Could not connect to 'http://***@h:1/b' or s3://***@h, https://plain/a"
 
 
 def test_a_secret_that_all_may_read_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,11 +143,11 @@ def test_a_secret_that_all_may_read_is_told_once(tmp_path: Path, caplog: pytest.
     path.write_text(_CANARY)
     with caplog.at_level(logging.WARNING):
         path.chmod(0o640)
-        warn_of_readers(path, flag_name="--own")
+        warn_if_world_readable(path, flag_name="--own")
         assert not caplog.records
         path.chmod(0o644)
         for _ in range(3):
-            warn_of_readers(path, flag_name="--key-secret-file")
+            warn_if_world_readable(path, flag_name="--key-secret-file")
     assert [record.getMessage() for record in caplog.records] == [
         f"--key-secret-file {path}: everybody on this machine may read it; chmod o-r"
     ]
@@ -169,15 +180,21 @@ def test_nothing_that_a_proxy_shows_has_its_secrets(secrets: dict[str, str], tmp
             with (
                 scripted_model() as model,
                 cache_proxy(
-                    "--model-target", model.target, "--log-level", "debug", *given, *UNPACED, env=env
+                    "--model-target",
+                    model.target,
+                    "--log-level",
+                    "debug",
+                    *given,
+                    *UNLIMITED_RATE_FLAGS,
+                    env=env,
                 ) as proxy,
-                caller(proxy.target) as asking,
+                open_caller(proxy.target) as asking,
             ):
-                reply = asking.ask([("secrets", "t")])
+                reply = asking.infer([("secrets", "t")])
                 assert reply.code is StatusCode.OK
                 for path in ("metrics", "healthz", "readyz", "replica", "", "nothing"):
                     try:
-                        with urlopen(f"{proxy.http}/{path}", timeout=30) as response:
+                        with urlopen(f"{proxy.http_url}/{path}", timeout=30) as response:
                             shown.append(response.read().decode())
                     except HTTPError as error:
                         shown.append(error.read().decode())
@@ -185,8 +202,8 @@ def test_nothing_that_a_proxy_shows_has_its_secrets(secrets: dict[str, str], tmp
                 assert (ended.returncode == 0) is not bool(url)
                 if not url:
                     store.kill()
-                    asking.ask([("secrets when it is dead", "t")])
-                    wait_for(lambda: "down" in proxy.log, what="the store's end is told")
+                    asking.infer([("secrets when it is dead", "t")])
+                    wait_for(lambda: "down" in proxy.log, description="the store's end is told")
                 shown += [str(reply), ended.stdout, ended.stderr, _command_line(proxy.process.pid)]
                 assert proxy.stop() == 0
                 shown += [proxy.log, json.dumps(proxy.ready)]
@@ -202,17 +219,32 @@ def test_nothing_that_an_augmenter_shows_has_its_secrets(tmp_path: Path) -> None
     source = tmp_path / "1.jsonl"
     source.write_text('{"company": "c", "title": "t"}\n')
     env = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": f"{_CANARY}-s3", "AWS_MAX_ATTEMPTS": "1"}
-    common = ("--target", f"127.0.0.1:{free_port()}", "--token-file", str(token), "--log-level", "debug",
-              "--retry-budget", "1s", "--deadline", "1s")  # fmt: skip
+    common = (
+        "--target",
+        f"127.0.0.1:{free_port()}",
+        "--token-file",
+        str(token),
+        "--log-level",
+        "debug",
+        "--retry-budget",
+        "1s",
+        "--deadline",
+        "1s",
+    )
     local = (str(source), str(tmp_path / "out.jsonl"))
     s3 = ("s3://bucket/in/", str(tmp_path / "out"))
     for places, host, code in ((local, "127.0.0.1:1", 1), (s3, "127.0.0.1:1", 1), (s3, "[nowhere", 2)):
         running = subprocess.Popen(
             [sys.executable, "-m", "services.augmenter", "run", *places, *common],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
-            env=clean_environment() | {"PYTHONPATH": str(ROOT)} | env
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env=clean_environment()
+            | {"PYTHONPATH": str(ROOT)}
+            | env
             | {"AUGMENTER_ENDPOINT_URL": f"http://user:{_CANARY}-url@{host}"},
-        )  # fmt: skip
+        )
         command_line = _command_line(running.pid)
         shown, _ = running.communicate(timeout=100)
         assert running.returncode == code, shown

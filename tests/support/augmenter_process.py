@@ -12,7 +12,7 @@ from tests.support.processes import ROOT, clean_environment
 
 
 @contextmanager
-def running(*args: object, env: dict[str, str] | None = None) -> Iterator["subprocess.Popen[str]"]:
+def augmenter_process(*args: object, env: dict[str, str] | None = None) -> Iterator["subprocess.Popen[str]"]:
     """`augmenter run`, killed at the end if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-m", "services.augmenter", "run", *map(str, args)],
@@ -28,7 +28,7 @@ def running(*args: object, env: dict[str, str] | None = None) -> Iterator["subpr
         process.communicate()
 
 
-def summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path) -> dict[str, Any]:
     """What `--summary-json` wrote."""
     read: dict[str, Any] = json.loads(path.read_text())
     return read

@@ -8,17 +8,17 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.redis_client.backend import Servers
-from services.cache_proxy.redis_client.client_factory import connect, servers
-from tests.support.queue_subjects import Open, opening
+from services.cache_proxy.redis_client.backend import RedisBackend
+from services.cache_proxy.redis_client.client_factory import backend_for, create_client
+from tests.support.queue_subjects import QueueFactory, queue_factory
 
 _bases = (f"conftest{number}:c2:" for number in itertools.count())
 
 
 @pytest.fixture(params=["local", "redis"])
-def opened(request: pytest.FixtureRequest, shared_redis: str) -> Open:
+def opened(request: pytest.FixtureRequest, shared_redis: str) -> QueueFactory:
     """Opens a queue of each kind with the limits and quotas that a test needs."""
-    return opening(request.param, shared_redis)
+    return queue_factory(request.param, shared_redis)
 
 
 @pytest.fixture
@@ -28,14 +28,14 @@ def base() -> str:
 
 
 @pytest.fixture
-async def reached(shared_redis: str) -> AsyncIterator[Servers]:
+async def reached(shared_redis: str) -> AsyncIterator[RedisBackend]:
     """The shared server, as the store sees it."""
-    opened = servers(connect(shared_redis, timeout_seconds=5))
+    opened = backend_for(create_client(shared_redis, timeout_seconds=5))
     yield opened
     await opened.close()
 
 
 @pytest.fixture
-def redis_store(reached: Servers, base: str) -> RedisStore:
+def redis_store(reached: RedisBackend, base: str) -> RedisStore:
     """A store on the shared server."""
-    return RedisStore(reached, base=base, metrics=ProxyMetrics(CollectorRegistry()))
+    return RedisStore(reached, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))

@@ -8,40 +8,40 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class LoggedCall:
     """A call as the model saw it; `at` is unix seconds."""
 
-    at: float
+    unix_seconds: float
     code: str
     pairs: tuple[tuple[str, str], ...]
 
 
-def calls_of(log: Path) -> list[Call]:
+def read_calls(log: Path) -> list[LoggedCall]:
     """The calls in the order in which they came; a line that is being written is none yet."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-    calls = [Call(line["at"], line["code"], tuple(map(tuple, line["pairs"]))) for line in lines]
-    return sorted(calls, key=lambda call: call.at)
+    calls = [LoggedCall(line["at"], line["code"], tuple(map(tuple, line["pairs"]))) for line in lines]
+    return sorted(calls, key=lambda call: call.unix_seconds)
 
 
-def inferences(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
+def count_inferences(calls: Sequence[LoggedCall]) -> Counter[tuple[str, str]]:
     """How often each pair was sent."""
     return Counter(pair for call in calls for pair in call.pairs)
 
 
-def per_distinct_pair(calls: Sequence[Call]) -> float:
+def inferences_per_pair(calls: Sequence[LoggedCall]) -> float:
     """Inferences for each pair that was sent at all: 1.0 is what no system can be better than."""
-    sent = inferences(calls)
+    sent = count_inferences(calls)
     return sent.total() / len(sent) if sent else 0.0
 
 
-def fill(calls: Sequence[Call], batch_pairs: int) -> float:
+def fill_ratio(calls: Sequence[LoggedCall], batch_pairs: int) -> float:
     """The share of the places in these calls that held a pair."""
     return sum(len(call.pairs) for call in calls) / (len(calls) * batch_pairs) if calls else 0.0
 
 
-def most_over(
-    calls: Sequence[Call], *, pairs_per_second: float, calls_per_second: float
+def max_limit_excess_seconds(
+    calls: Sequence[LoggedCall], *, pairs_per_second: float, calls_per_second: float
 ) -> tuple[float, float]:
     """The most seconds by which any window of the log is too short: for its calls, and for its pairs.
 
@@ -53,14 +53,14 @@ def most_over(
         pairs = 0
         for further, call in enumerate(calls[first + 1 :], start=1):
             pairs += len(call.pairs)
-            lasts = call.at - opening.at
+            lasts = call.unix_seconds - opening.unix_seconds
             if calls_per_second:
                 late_calls = max(late_calls, further / calls_per_second - lasts)
             late_pairs = max(late_pairs, pairs / pairs_per_second - lasts)
     return late_calls, late_pairs
 
 
-def rate_used(calls: Sequence[Call], *, pairs_per_second: float) -> float:
+def rate_utilization(calls: Sequence[LoggedCall], *, pairs_per_second: float) -> float:
     """The share of the rate that a backlog used: pairs after the first call, over the time they had."""
-    lasts = calls[-1].at - calls[0].at
+    lasts = calls[-1].unix_seconds - calls[0].unix_seconds
     return sum(len(call.pairs) for call in calls[1:]) / (lasts * pairs_per_second)

@@ -18,7 +18,7 @@ _MAX_MESSAGE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class Reply:
+class RpcResult:
     """How an RPC ended; `levels` and `uuids` by position, empty if it failed."""
 
     code: grpc.StatusCode
@@ -58,23 +58,23 @@ class Reply:
         return found
 
 
-class Asked:
+class PendingRpc:
     """An RPC under way."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
 
-    def reply(self) -> Reply:
+    def result(self) -> RpcResult:
         """Wait for its end."""
         try:
             error = self._call.exception()
         except grpc.FutureCancelledError:
-            return Reply(grpc.StatusCode.CANCELLED, "by the caller itself", {})
+            return RpcResult(grpc.StatusCode.CANCELLED, "by the caller itself", {})
         trailers = dict(self._call.trailing_metadata() or ())
         if error is not None:
-            return Reply(self._call.code(), self._call.details(), trailers)
+            return RpcResult(self._call.code(), self._call.details(), trailers)
         batch = self._call.result().batch
-        return Reply(
+        return RpcResult(
             grpc.StatusCode.OK,
             "",
             trailers,
@@ -83,7 +83,7 @@ class Asked:
         )
 
     @property
-    def ended(self) -> bool:
+    def done(self) -> bool:
         """Whether it has ended."""
         return bool(self._call.done())
 
@@ -99,14 +99,14 @@ class Caller:
         self.channel = channel
         self._stub = seniority_pb2_grpc.SeniorityModelStub(channel)
 
-    def start(
+    def start_infer(
         self,
         pairs: Pairs,
         *,
         uuids: Sequence[int] | None = None,
-        seconds: float | None = 60,
+        timeout_seconds: float | None = 60,
         metadata: Sequence[tuple[str, str]] = (),
-    ) -> Asked:
+    ) -> PendingRpc:
         """Ask, and do not wait."""
         request = pb.SeniorityRequestBatch(
             batch=[
@@ -116,22 +116,26 @@ class Caller:
                 )
             ]
         )
-        return Asked(self._stub.InferSeniority.future(request, timeout=seconds, metadata=tuple(metadata)))
+        return PendingRpc(
+            self._stub.InferSeniority.future(request, timeout=timeout_seconds, metadata=tuple(metadata))
+        )
 
-    def ask(
+    def infer(
         self,
         pairs: Pairs,
         *,
         uuids: Sequence[int] | None = None,
-        seconds: float | None = 60,
+        timeout_seconds: float | None = 60,
         metadata: Sequence[tuple[str, str]] = (),
-    ) -> Reply:
+    ) -> RpcResult:
         """Ask, and wait for the end."""
-        return self.start(pairs, uuids=uuids, seconds=seconds, metadata=metadata).reply()
+        return self.start_infer(
+            pairs, uuids=uuids, timeout_seconds=timeout_seconds, metadata=metadata
+        ).result()
 
 
 @contextmanager
-def caller(target: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Caller]:
+def open_caller(target: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Caller]:
     """A caller with a connection that it shares with no other; without credentials, in the clear."""
     options = [
         ("grpc.use_local_subchannel_pool", 1),
@@ -147,14 +151,14 @@ def caller(target: str, credentials: grpc.ChannelCredentials | None = None) -> I
         yield Caller(channel)
 
 
-def pairs_of(company: str, count: int) -> list[tuple[str, str]]:
+def make_pairs(company: str, count: int) -> list[tuple[str, str]]:
     """So many distinct pairs whose companies begin so."""
     return [(f"{company} {number}", f"Title {number % 7}") for number in range(count)]
 
 
-def metrics(http: str) -> dict[tuple[str, ...], float]:
+def read_metrics(http_url: str) -> dict[tuple[str, ...], float]:
     """What `/metrics` says: by name, then the labels' values in the order of their names."""
-    with urlopen(f"{http}/metrics", timeout=10) as response:
+    with urlopen(f"{http_url}/metrics", timeout=10) as response:
         text = response.read().decode()
     return {
         (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value

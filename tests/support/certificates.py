@@ -8,18 +8,31 @@ from pathlib import Path
 import pytest
 
 
-def self_signed(folder: Path, name: str, *, kind: str = "rsa:2048") -> tuple[Path, Path]:
+def make_self_signed(folder: Path, name: str, *, kind: str = "rsa:2048") -> tuple[Path, Path]:
     """A certificate for this machine that signs itself, and its key; skips where openssl is missing."""
     key, certificate = folder / f"{name}.key", folder / f"{name}.crt"
     _openssl(
-        "req", "-x509", "-newkey", *kind.split(), "-nodes", "-keyout", str(key), "-out", str(certificate),
-        "-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1",
-    )  # fmt: skip
+        "req",
+        "-x509",
+        "-newkey",
+        *kind.split(),
+        "-nodes",
+        "-keyout",
+        str(key),
+        "-out",
+        str(certificate),
+        "-days",
+        "2",
+        "-subj",
+        f"/CN={name}",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    )
     return certificate, key
 
 
 @dataclass(frozen=True)
-class Signed:
+class SignedCertificate:
     """The files of a certificate, its key, and the CA that signed it."""
 
     certificate: Path
@@ -37,7 +50,7 @@ class Signed:
         return self.ca.read_bytes(), self.key.read_bytes(), self.certificate.read_bytes()
 
 
-class Authority:
+class CertificateAuthority:
     """A CA in a folder of its own; it signs in milliseconds."""
 
     def __init__(self, folder: Path, name: str = "ca") -> None:
@@ -45,23 +58,48 @@ class Authority:
         self._folder.mkdir()
         self.certificate, self._key = self._folder / "ca.crt", self._folder / "ca.key"
         _openssl(
-            "req", "-x509", *_EC, "-keyout", str(self._key), "-out", str(self.certificate), "-days", "2",
-            "-subj", f"/CN={name}",
-        )  # fmt: skip
+            "req",
+            "-x509",
+            *_EC_KEY_ARGS,
+            "-keyout",
+            str(self._key),
+            "-out",
+            str(self.certificate),
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={name}",
+        )
 
-    def sign(self, name: str, *names: str) -> Signed:
+    def sign(self, name: str, *names: str) -> SignedCertificate:
         """A certificate with these subject alternative names (`DNS:…`, `URI:…`), or of this machine."""
         key, certificate = self._folder / f"{name}.key", self._folder / f"{name}.crt"
         alternatives = ",".join(names) or "IP:127.0.0.1,DNS:localhost"
         _openssl(
-            "req", "-x509", *_EC, "-CA", str(self.certificate), "-CAkey", str(self._key), "-keyout", str(key),
-            "-out", str(certificate), "-days", "2", "-subj", f"/CN={name}",
-            "-addext", f"subjectAltName={alternatives}", "-addext", "basicConstraints=CA:FALSE",
-        )  # fmt: skip
-        return Signed(certificate, key, self.certificate)
+            "req",
+            "-x509",
+            *_EC_KEY_ARGS,
+            "-CA",
+            str(self.certificate),
+            "-CAkey",
+            str(self._key),
+            "-keyout",
+            str(key),
+            "-out",
+            str(certificate),
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={name}",
+            "-addext",
+            f"subjectAltName={alternatives}",
+            "-addext",
+            "basicConstraints=CA:FALSE",
+        )
+        return SignedCertificate(certificate, key, self.certificate)
 
 
-class Mounted:
+class MountedSecret:
     """A folder as Kubernetes mounts a Secret: links that lead to another folder after each change."""
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +107,7 @@ class Mounted:
         self._version = 0
         folder.mkdir()
 
-    def put(self, **files: bytes | Path) -> None:
+    def replace_files(self, **files: bytes | Path) -> None:
         """Have it hold these files, all at once; a dot in a name is written `_`."""
         self._version += 1
         whole = self.folder / f"..{self._version}"
@@ -83,17 +121,17 @@ class Mounted:
         (self.folder / "..tmp").symlink_to(whole.name)
         (self.folder / "..tmp").replace(self.folder / "..data")
 
-    def put_pair(self, signed: Signed) -> None:
+    def replace_certificate(self, signed: SignedCertificate) -> None:
         """As a Secret of the kind `kubernetes.io/tls` has it, with the CA beside."""
-        self.put(tls_crt=signed.certificate, tls_key=signed.key, ca_crt=signed.ca)
+        self.replace_files(tls_crt=signed.certificate, tls_key=signed.key, ca_crt=signed.ca)
 
     @property
-    def signed(self) -> Signed:
+    def paths(self) -> SignedCertificate:
         """The paths under which they stay."""
-        return Signed(self.folder / "tls.crt", self.folder / "tls.key", self.folder / "ca.crt")
+        return SignedCertificate(self.folder / "tls.crt", self.folder / "tls.key", self.folder / "ca.crt")
 
 
-_EC = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+_EC_KEY_ARGS = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
 def _openssl(*args: str) -> None:

@@ -24,7 +24,7 @@ class DnsServer:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def target(self, port: int) -> str:
+    def grpc_target(self, port: int) -> str:
         """A gRPC target that asks this server: for C-ares the resolver's address is the authority."""
         return f"dns://127.0.0.1:{self._socket.getsockname()[1]}/model.test:{port}"
 
@@ -39,9 +39,9 @@ class DnsServer:
             query, sender = self._socket.recvfrom(512)
             if not query:
                 return
-            self._socket.sendto(self._answer(query), sender)
+            self._socket.sendto(self._response(query), sender)
 
-    def _answer(self, query: bytes) -> bytes:
+    def _response(self, query: bytes) -> bytes:
         end = query.index(b"\0", _HEADER_BYTES) + 5  # of the name, the type and the class
         (kind,) = struct.unpack_from(">H", query, end - 4)
         address = self.address

@@ -9,41 +9,41 @@ from contextlib import contextmanager
 _CHUNK = 2**16
 
 
-class Wire:
+class FaultyLink:
     """State: `lose_share` and `_whole`, set by the test's thread and read by the wire's own."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._whole = threading.Event()
-        self._whole.set()
-        self._dice = random.Random(1)
+        self._forwarding = threading.Event()
+        self._forwarding.set()
+        self._rng = random.Random(1)
         self._writers: set[asyncio.StreamWriter] = set()
         self._connections: list[tuple[asyncio.Event, asyncio.Event]] = []  # subscribed, deaf
-        self.lose_share = 0.0
-        self.lost = 0
+        self.reply_loss_ratio = 0.0
+        self.lost_replies = 0
         self.url = ""
 
-    def cut(self) -> None:
+    def drop_traffic(self) -> None:
         """What is sent from now on arrives nowhere, and nobody hears of it."""
-        self._whole.clear()
+        self._forwarding.clear()
 
-    def deafen(self) -> None:
+    def mute_subscriptions(self) -> None:
         """Subscriptions made until now hear nothing any more, as behind a router that forgot them."""
         for subscribed, deaf in self._connections:
             if subscribed.is_set():
                 deaf.set()
 
-    def lead_to(self, port: int) -> None:
+    def redirect(self, port: int) -> None:
         """New connections go to another server; the others stay with theirs."""
         self._port = port
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """It leads somewhere again."""
-        self._whole.set()
+        self._forwarding.set()
 
     async def serve(self, started: threading.Event, over: asyncio.Event) -> None:
         """Until `over`."""
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._on_connection, "127.0.0.1", 0)
         self.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
         started.set()
         await over.wait()
@@ -53,7 +53,7 @@ class Wire:
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
         await asyncio.sleep(0)  # what was aborted closes in the next turn
 
-    async def _connected(self, near: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
+    async def _on_connection(self, near: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
         try:
             far, far_out = await asyncio.open_connection("127.0.0.1", self._port)
         except OSError:
@@ -62,8 +62,8 @@ class Wire:
         ran_script, subscribed, deaf = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._connections.append((subscribed, deaf))
         ways = [
-            asyncio.create_task(self._there(near, far_out, ran_script, subscribed)),
-            asyncio.create_task(self._back(far, near_out, ran_script, deaf)),
+            asyncio.create_task(self._forward_requests(near, far_out, ran_script, subscribed)),
+            asyncio.create_task(self._forward_replies(far, near_out, ran_script, deaf)),
         ]
         self._writers |= {near_out, far_out}
         await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -74,37 +74,43 @@ class Wire:
             writer.transport.abort()
         self._writers -= {near_out, far_out}
 
-    async def _there(
-        self, near: asyncio.StreamReader, far: asyncio.StreamWriter, ran_script: asyncio.Event,
+    async def _forward_requests(
+        self,
+        near: asyncio.StreamReader,
+        far: asyncio.StreamWriter,
+        ran_script: asyncio.Event,
         subscribed: asyncio.Event,
-    ) -> None:  # fmt: skip
+    ) -> None:
         while data := await near.read(_CHUNK):
             if b"SUBSCRIBE" in data:
                 subscribed.set()
             if b"EVALSHA" in data:
                 ran_script.set()
-            if self._whole.is_set():
+            if self._forwarding.is_set():
                 far.write(data)
                 await far.drain()
 
-    async def _back(
-        self, far: asyncio.StreamReader, near: asyncio.StreamWriter, ran_script: asyncio.Event,
+    async def _forward_replies(
+        self,
+        far: asyncio.StreamReader,
+        near: asyncio.StreamWriter,
+        ran_script: asyncio.Event,
         deaf: asyncio.Event,
-    ) -> None:  # fmt: skip
+    ) -> None:
         while data := await far.read(_CHUNK):
-            if ran_script.is_set() and self._dice.random() < self.lose_share:
-                self.lost += 1
+            if ran_script.is_set() and self._rng.random() < self.reply_loss_ratio:
+                self.lost_replies += 1
                 return  # it ran, and nobody hears so: the connection breaks
             ran_script.clear()
-            if self._whole.is_set() and not deaf.is_set():
+            if self._forwarding.is_set() and not deaf.is_set():
                 near.write(data)
                 await near.drain()
 
 
 @contextmanager
-def wire_to(port: int) -> Iterator[Wire]:
+def faulty_link(port: int) -> Iterator[FaultyLink]:
     """A wire to the server on this port, in a thread of its own, for as long as the block lasts."""
-    wire, started = Wire(port), threading.Event()
+    wire, started = FaultyLink(port), threading.Event()
     loop = asyncio.new_event_loop()
     over = asyncio.Event()
 

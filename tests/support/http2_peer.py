@@ -12,22 +12,22 @@ import h2.exceptions
 
 from protos import seniority_pb2 as pb
 
-PATH = "/SeniorityModel/InferSeniority"
+INFER_PATH = "/SeniorityModel/InferSeniority"
 Headers = Sequence[tuple[str, str | bytes]]
 
 
-def grpc_message(message: bytes) -> bytes:
+def frame_grpc_message(message: bytes) -> bytes:
     """A message with gRPC's own five bytes in front."""
     return struct.pack(">BI", 0, len(message)) + message
 
 
-def batch(company: str, count: int, *, uuid: int = 1) -> bytes:
+def encode_request(company: str, count: int, *, uuid: int = 1) -> bytes:
     """A request for so many pairs of one company."""
     items = [pb.SeniorityRequest(uuid=uuid, company=company, title=str(number)) for number in range(count)]
     return pb.SeniorityRequestBatch(batch=items).SerializeToString()
 
 
-class Peer:
+class Http2Peer:
     """One connection. What h2 would refuse to send, a test sends by `raw`."""
 
     def __init__(self, target: str, *, window: int = 65_535, receive_buffer: int | None = None) -> None:
@@ -54,42 +54,47 @@ class Peer:
         if data:
             self.socket.sendall(data)
 
-    def headers(self, extra: Headers = (), *, path: str | bytes = PATH, end: bool = False) -> int:
+    def send_headers(self, extra: Headers = (), *, path: str | bytes = INFER_PATH, end: bool = False) -> int:
         """Begin an RPC; the stream's number."""
         stream = self.h2.get_next_available_stream_id()
         self.h2.send_headers(
             stream,
             [
-                (":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "proxy"),
-                ("te", "trailers"), ("content-type", "application/grpc"), *extra,
+                (":method", "POST"),
+                (":scheme", "http"),
+                (":path", path),
+                (":authority", "proxy"),
+                ("te", "trailers"),
+                ("content-type", "application/grpc"),
+                *extra,
             ],
             end_stream=end,
-        )  # fmt: skip
+        )
         return stream
 
-    def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
+    def send_data(self, stream: int, data: bytes, *, end: bool = True) -> None:
         """Send data as far as the other side's windows let it, and wait for them to open."""
         at = 0
         while at < len(data):
             room = min(self.h2.local_flow_control_window(stream), self.h2.max_outbound_frame_size)
             if room <= 0:
                 self.flush()
-                self.read()
+                self.receive()
                 continue
             part = data[at : at + room]
             at += len(part)
             self.h2.send_data(stream, part, end_stream=end and at == len(data))
         self.flush()
 
-    def ask(self, message: bytes, extra: Headers = ()) -> int:
+    def send_request(self, message: bytes, extra: Headers = ()) -> int:
         """A whole RPC, its answer not waited for."""
-        stream = self.headers(extra)
-        self.send(stream, grpc_message(message))
+        stream = self.send_headers(extra)
+        self.send_data(stream, frame_grpc_message(message))
         return stream
 
-    def read(self, seconds: float = 30) -> list[h2.events.Event]:
+    def receive(self, timeout_seconds: float = 30) -> list[h2.events.Event]:
         """What comes next; empty: nothing within the time. Raises ConnectionError once it is closed."""
-        self.socket.settimeout(seconds)
+        self.socket.settimeout(timeout_seconds)
         try:
             data = self.socket.recv(2**16)
         except TimeoutError:
@@ -107,19 +112,19 @@ class Peer:
 
 
 @contextmanager
-def peer(target: str, *, window: int = 65_535, receive_buffer: int | None = None) -> Iterator[Peer]:
+def open_peer(target: str, *, window: int = 65_535, receive_buffer: int | None = None) -> Iterator[Http2Peer]:
     """A connection for as long as the block lasts."""
-    made = Peer(target, window=window, receive_buffer=receive_buffer)
+    made = Http2Peer(target, window=window, receive_buffer=receive_buffer)
     try:
         yield made
     finally:
         made.close()
 
 
-def statuses(seen: Peer) -> dict[int, int]:
+def grpc_statuses(http2_peer: Http2Peer) -> dict[int, int]:
     """The gRPC status of each stream that has ended with one."""
     found = {}
-    for event in seen.events:
+    for event in http2_peer.events:
         if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
             for name, value in event.headers or ():
                 if name == b"grpc-status":

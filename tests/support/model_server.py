@@ -19,11 +19,11 @@ _MAX_CALLS = 64
 
 
 @dataclass(frozen=True)
-class Call:
+class ReceivedCall:
     """A call as it arrived: `at` is monotonic, `number` counts from 0."""
 
     number: int
-    at: float
+    monotonic_seconds: float
     ids: tuple[int, ...]
     pairs: tuple[tuple[str, str], ...]
     message_bytes: int
@@ -32,7 +32,7 @@ class Call:
     authorization: str = ""
 
 
-class Abort(Exception):
+class AbortCallError(Exception):
     """Raised by a behaviour: end the call with this status."""
 
     def __init__(self, code: grpc.StatusCode, message: str = "scripted", trailers: Trailers = ()) -> None:
@@ -41,27 +41,27 @@ class Abort(Exception):
 
 
 Answers = Sequence[tuple[int, int]]
-Behaviour = Callable[[Call], Answers]
+Behaviour = Callable[[ReceivedCall], Answers]
 
 
-def level_of(company: str, title: str) -> int:
+def scripted_level(company: str, title: str) -> int:
     """What a well-behaved `ScriptedModel` answers: 1 to 7, by the pair's exact spelling."""
     return sum(f"{len(company)}:{company}{title}".encode()) % 7 + 1
 
 
-def well(call: Call) -> Answers:
+def answer_all(call: ReceivedCall) -> Answers:
     """Answer everything, last first."""
     answers = zip(call.ids, call.pairs, strict=True)
-    return [(uuid, level_of(*pair)) for uuid, pair in reversed(list(answers))]
+    return [(uuid, scripted_level(*pair)) for uuid, pair in reversed(list(answers))]
 
 
 @dataclass
 class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
     """State: `calls`, appended to under `_lock` by the server's threads before the behaviour runs."""
 
-    behaviour: Behaviour = well
+    behaviour: Behaviour = answer_all
     target: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ReceivedCall] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def InferSeniority(  # noqa: N802 - the contract's name
@@ -70,9 +70,9 @@ class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
         """Record the call, then behave."""
         at = time.monotonic()
         with self._lock:
-            call = Call(
+            call = ReceivedCall(
                 number=len(self.calls),
-                at=at,
+                monotonic_seconds=at,
                 ids=tuple(item.uuid for item in request.batch),
                 pairs=tuple((item.company, item.title) for item in request.batch),
                 message_bytes=request.ByteSize(),
@@ -83,19 +83,19 @@ class ScriptedModel(seniority_pb2_grpc.SeniorityModelServicer):
             self.calls.append(call)
         try:
             answers = self.behaviour(call)
-        except Abort as abort:
+        except AbortCallError as abort:
             context.set_trailing_metadata(abort.trailers)
             context.abort(abort.code, abort.message)
         return pb.SeniorityResponseBatch(
             batch=[pb.SeniorityResponse(uuid=uuid, seniority=level) for uuid, level in answers]
         )
 
-    def asked(self, prefix: str = "") -> list[tuple[str, str]]:
+    def received_pairs(self, prefix: str = "") -> list[tuple[str, str]]:
         """Every pair it was asked for, in order, repeats too, whose company begins so."""
         with self._lock:
             return [pair for call in self.calls for pair in call.pairs if pair[0].startswith(prefix)]
 
-    def calls_for(self, prefix: str) -> list[Call]:
+    def calls_with(self, prefix: str) -> list[ReceivedCall]:
         """The calls that held such a pair."""
         with self._lock:
             return [call for call in self.calls if any(pair[0].startswith(prefix) for pair in call.pairs)]
@@ -109,7 +109,7 @@ def _common_name(context: grpc.ServicerContext) -> str:
 
 @contextmanager
 def scripted_model(
-    behaviour: Behaviour = well,
+    behaviour: Behaviour = answer_all,
     *,
     address: str = "127.0.0.1:0",
     credentials: grpc.ServerCredentials | None = None,
@@ -129,7 +129,7 @@ def scripted_model(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def naming(*violations: tuple[str, str]) -> Trailers:
+def bad_request_details(*violations: tuple[str, str]) -> Trailers:
     """Status details that name fields and say why."""
     status = status_pb2.Status(code=3, message="refused")
     status.details.add().Pack(

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-READY_SECONDS = 60
+READY_TIMEOUT_SECONDS = 60
 ROOT = Path(__file__).parents[2]
 
 
-class Service:
+class ServiceProcess:
     """One of the project's servers as a process, from its `ready` line on."""
 
     def __init__(self, module: str, args: Sequence[str], *, env: Mapping[str, str], cwd: Path | None) -> None:
@@ -31,7 +31,7 @@ class Service:
             cwd=cwd,
         )
         self._stdout: queue.Queue[str | None] = queue.Queue()
-        self.errors: list[str] = []
+        self.log_lines: list[str] = []
         self._readers = [
             threading.Thread(target=self._read_stdout, daemon=True),
             threading.Thread(target=self._read_stderr, daemon=True),
@@ -46,25 +46,25 @@ class Service:
         return str(self.ready["listen"][0])
 
     @property
-    def http(self) -> str:
+    def http_url(self) -> str:
         """Its HTTP base URL."""
         return f"http://{self.ready['http']}"
 
     @cached_property
-    def replica(self) -> str:
+    def replica_id(self) -> str:
         """A proxy's name among the replicas."""
-        with urlopen(f"{self.http}/replica", timeout=10) as response:
+        with urlopen(f"{self.http_url}/replica", timeout=10) as response:
             return str(response.read().decode().strip())
 
     @property
     def log(self) -> str:
         """What it has written to standard error so far."""
-        return "".join(self.errors)
+        return "".join(self.log_lines)
 
-    def stop(self, number: int = signal.SIGTERM, timeout_seconds: float = 45) -> int:
+    def stop(self, signal_number: int = signal.SIGTERM, timeout_seconds: float = 45) -> int:
         """Send a signal, wait for the end, return the exit code."""
         if self.process.poll() is None:
-            self.process.send_signal(number)
+            self.process.send_signal(signal_number)
         code = self.process.wait(timeout_seconds)
         for reader in self._readers:
             reader.join(5)
@@ -80,11 +80,11 @@ class Service:
     def _read_stderr(self) -> None:
         assert self.process.stderr
         with self.process.stderr as lines:
-            self.errors.extend(lines)
+            self.log_lines.extend(lines)
 
     def _wait_ready(self) -> dict[str, Any]:
         try:
-            line = self._stdout.get(timeout=READY_SECONDS)
+            line = self._stdout.get(timeout=READY_TIMEOUT_SECONDS)
         except queue.Empty:
             line = None
         if line is None:
@@ -98,26 +98,26 @@ class Service:
 
 
 @contextmanager
-def service(
+def run_service(
     module: str, *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
-) -> Iterator[Service]:
+) -> Iterator[ServiceProcess]:
     """A running service, killed at the end if the test did not stop it."""
-    running = Service(module, args, env=env or {}, cwd=cwd)
+    running = ServiceProcess(module, args, env=env or {}, cwd=cwd)
     try:
         yield running
     finally:
         running.stop(signal.SIGKILL)
 
 
-def model_stub(*args: str) -> AbstractContextManager[Service]:
+def model_stub(*args: str) -> AbstractContextManager[ServiceProcess]:
     """A model stub on a free port; see `model-stub serve --help` for its flags."""
-    return service("services.model_stub", "serve", "--listen", "127.0.0.1:0", *args)
+    return run_service("services.model_stub", "serve", "--listen", "127.0.0.1:0", *args)
 
 
-def cache_proxy(*args: str, env: Mapping[str, str] | None = None) -> AbstractContextManager[Service]:
+def cache_proxy(*args: str, env: Mapping[str, str] | None = None) -> AbstractContextManager[ServiceProcess]:
     """A cache proxy on free ports; `--model-target` and the rest are the test's."""
     free = ("--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--drain-delay", "0s")
-    return service("services.cache_proxy", "serve", *free, *args, env=env)
+    return run_service("services.cache_proxy", "serve", *free, *args, env=env)
 
 
 def run_command(
@@ -144,6 +144,6 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
-def stub_calls(log: Path) -> list[dict[str, Any]]:
+def read_stub_log(log: Path) -> list[dict[str, Any]]:
     """The calls that a stub logged, oldest end first."""
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []

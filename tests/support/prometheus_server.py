@@ -30,46 +30,48 @@ class Sample:
     value: float
 
 
-class Prometheus:
+class PrometheusServer:
     """Asked by its HTTP API."""
 
     def __init__(self, url: str, *, targets: int) -> None:
         self._url = url
         self._targets = targets
 
-    def query(self, expr: str, *, at: float) -> list[Sample]:
+    def query(self, expr: str, *, unix_seconds: float) -> list[Sample]:
         """What an expression gives at a moment (unix seconds)."""
-        result = self._get("query", query=expr, time=str(at))["result"]
+        result = self._get("query", query=expr, time=str(unix_seconds))["result"]
         return [Sample(one["metric"], float(one["value"][1])) for one in result]
 
-    def value(self, expr: str, *, at: float) -> float:
+    def query_value(self, expr: str, *, unix_seconds: float) -> float:
         """The one number that an expression gives."""
-        [sample] = self.query(expr, at=at)
+        [sample] = self.query(expr, unix_seconds=unix_seconds)
         return sample.value
 
-    def firing(self) -> set[str]:
+    def firing_alerts(self) -> set[str]:
         """The names of the alerts that fire."""
         alerts = self._get("alerts")["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
     def wait_scraped(self, *, since: float) -> None:
         """Until every target has answered a scrape that began after this moment."""
-        wait_for(lambda: self._scraped(since), what="every target is scraped")
+        wait_for(lambda: self._all_targets_scraped(since), description="every target is scraped")
 
-    def _scraped(self, since: float) -> bool:
+    def _all_targets_scraped(self, since: float) -> bool:
         targets = self._get("targets", state="active")["activeTargets"]
         return len(targets) == self._targets and all(  # at first it knows of none
             target["health"] == "up" and datetime.fromisoformat(target["lastScrape"]).timestamp() > since
             for target in targets
         )
 
-    def _get(self, what: str, **parameters: str) -> Any:
-        with urlopen(f"{self._url}/api/v1/{what}?{urlencode(parameters)}", timeout=10) as response:
+    def _get(self, endpoint: str, **parameters: str) -> Any:
+        with urlopen(f"{self._url}/api/v1/{endpoint}?{urlencode(parameters)}", timeout=10) as response:
             return json.load(response)["data"]
 
 
 @contextmanager
-def prometheus(folder: Path, jobs: Mapping[str, Sequence[str]], *, rules: Path) -> Iterator[Prometheus]:
+def prometheus_server(
+    folder: Path, jobs: Mapping[str, Sequence[str]], *, rules: Path
+) -> Iterator[PrometheusServer]:
     """One that scrapes these `host:port` by job; skips where none is installed."""
     program = shutil.which("prometheus")
     if program is None:
@@ -91,14 +93,17 @@ def prometheus(folder: Path, jobs: Mapping[str, Sequence[str]], *, rules: Path) 
     port = free_port()
     process = subprocess.Popen(
         [
-            program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn",
+            program,
+            f"--config.file={config}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--log.level=warn",
         ],
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     try:
-        started = Prometheus(f"http://127.0.0.1:{port}", targets=sum(map(len, jobs.values())))
-        wait_for(lambda: _ready(f"http://127.0.0.1:{port}/-/ready"), what="Prometheus is ready")
+        started = PrometheusServer(f"http://127.0.0.1:{port}", targets=sum(map(len, jobs.values())))
+        wait_for(lambda: _is_ready(f"http://127.0.0.1:{port}/-/ready"), description="Prometheus is ready")
         started.wait_scraped(since=time.time())
         yield started
     finally:
@@ -106,7 +111,7 @@ def prometheus(folder: Path, jobs: Mapping[str, Sequence[str]], *, rules: Path) 
         process.wait(30)
 
 
-def _ready(url: str) -> bool:
+def _is_ready(url: str) -> bool:
     try:
         with urlopen(url, timeout=10) as response:
             return bool(response.status == 200)

@@ -10,31 +10,39 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import (
-    Asker,
     Claim,
-    Enqueued,
-    NotYet,
+    ClaimDeferred,
+    EnqueueResult,
     Outcome,
     Pair,
     Queue,
     QueueLimits,
+    RequestContext,
 )
-from services.cache_proxy.queue.managed_queue import open_local
+from services.cache_proxy.queue.managed_queue import create_local_queue
 from services.cache_proxy.queue.quotas import NO_QUOTAS, Quotas
-from tests.support.replicas import Place, asker, limits, numbers_of, pair, pairs, replicas
+from tests.support.replicas import (
+    QueueLocation,
+    numbered_pair,
+    numbered_pairs,
+    pair_numbers,
+    queue_limits,
+    replicas,
+    request_context,
+)
 
-_WARM = 10**9
-Poll = Callable[[], Awaitable[None]]
+_WARM_UP_NUMBER = 10**9
+AsyncAction = Callable[[], Awaitable[None]]
 
 
 @dataclass
-class Held:
+class MutableQuotas:
     """The quotas, which a test may change."""
 
-    now: Quotas
+    current: Quotas
 
 
-class Subject:
+class QueueSubject:
     """A queue, what it settled, and what a waiter does from time to time (`poll`).
 
     `age_quotas`: as if so many seconds had passed since they were spent. `hear`: take in what was published.
@@ -42,22 +50,28 @@ class Subject:
     """
 
     def __init__(
-        self, queue: Queue, settled: list[tuple[bytes, Outcome]], quotas: Held, poll: Poll,
-        age_quotas: Callable[[float], None], hear: Poll, given_up: list[float],
-    ) -> None:  # fmt: skip
+        self,
+        queue: Queue,
+        resolved: list[tuple[bytes, Outcome]],
+        quotas: MutableQuotas,
+        poll: AsyncAction,
+        age_quotas: Callable[[float], None],
+        receive_messages: AsyncAction,
+        backoff_deadlines: list[float],
+    ) -> None:
         self.queue = queue
-        self.settled = settled
+        self.resolved = resolved
         self.quotas = quotas
         self.poll = poll
         self.age_quotas = age_quotas
-        self.hear = hear
-        self.given_up = given_up
+        self.receive_messages = receive_messages
+        self.backoff_deadlines = backoff_deadlines
 
-    async def ask(self, wanted: list[Pair], who: Asker | None = None) -> Enqueued:
+    async def enqueue(self, pairs: list[Pair], context: RequestContext | None = None) -> EnqueueResult:
         """Ask for pairs."""
-        return await self.queue.enqueue(wanted, who or asker())
+        return await self.queue.enqueue(pairs, context or request_context())
 
-    async def take(self) -> Claim:
+    async def claim_batch(self) -> Claim:
         """The next batch, which is due."""
         for _ in range(100):
             decision = await self.queue.claim()
@@ -67,9 +81,9 @@ class Subject:
             await asyncio.sleep(decision.wait_seconds)
         raise AssertionError("no batch")
 
-    async def answer(self, claim: Claim, level: int = 3) -> None:
+    async def complete(self, claim: Claim, level: int = 3) -> None:
         """Be the model."""
-        await self.queue.fulfil(claim, {item.digest: level for item in claim.pairs})
+        await self.queue.complete(claim, {item.digest: level for item in claim.pairs})
 
     async def drain(self) -> list[int]:
         """Be a dispatcher and a model until nothing may go for a while: the pairs that went."""
@@ -77,28 +91,28 @@ class Subject:
         while True:
             decision = await self.queue.claim()
             if isinstance(decision, Claim):
-                gone += numbers_of(decision)
-                await self.answer(decision)
+                gone += pair_numbers(decision)
+                await self.complete(decision)
             elif decision.wait_seconds > 1:
                 return gone
             else:
                 await asyncio.sleep(decision.wait_seconds)
 
-    async def nothing_waits(self) -> bool:
+    async def is_empty(self) -> bool:
         """Whether a claim says so."""
-        return await self.queue.claim() == NotYet(inf)
+        return await self.queue.claim() == ClaimDeferred(inf)
 
-    def ended(self) -> dict[int, Outcome]:
+    def outcomes(self) -> dict[int, Outcome]:
         """How pairs ended, by number, each once."""
-        found = {int.from_bytes(digest, "big"): outcome for digest, outcome in self.settled}
-        assert len(found) == len(self.settled), "told twice"
+        found = {int.from_bytes(digest, "big"): outcome for digest, outcome in self.resolved}
+        assert len(found) == len(self.resolved), "told twice"
         return found
 
 
-Open = Callable[..., AbstractAsyncContextManager[Subject]]
+QueueFactory = Callable[..., AbstractAsyncContextManager[QueueSubject]]
 
 
-def opening(kind: str, redis_url: str) -> Open:
+def queue_factory(kind: str, redis_url: str) -> QueueFactory:
     """Opens a queue of that kind, `local` or `redis`, with the limits and quotas that a test needs.
 
     `begun`: it has sent something, so that quotas may be aged.
@@ -107,45 +121,56 @@ def opening(kind: str, redis_url: str) -> Open:
     @asynccontextmanager
     async def local(
         bounds: QueueLimits | None = None, quotas: Quotas = NO_QUOTAS, *, begun: bool = False
-    ) -> AsyncIterator[Subject]:
+    ) -> AsyncIterator[QueueSubject]:
         settled: list[tuple[bytes, Outcome]] = []
         given_up: list[float] = []
-        held = Held(quotas)
-        queue = open_local(
-            bounds or limits(), settle=lambda *end: settled.append(end),
-            metrics=ProxyMetrics(CollectorRegistry()), quotas=lambda: held.now,
-            give_up=lambda moment, _error: given_up.append(moment),
-        )  # fmt: skip
+        held = MutableQuotas(quotas)
+        queue = create_local_queue(
+            bounds or queue_limits(),
+            on_outcome=lambda *end: settled.append(end),
+            metrics=ProxyMetrics(CollectorRegistry()),
+            quotas=lambda: held.current,
+            on_model_backoff=lambda moment, _error: given_up.append(moment),
+        )
 
         async def poll() -> None:
-            await queue.enqueue([], asker())
+            await queue.enqueue([], request_context())
 
         def age_quotas(seconds: float) -> None:
-            accounts = queue._accounts
-            accounts._since -= seconds
-            accounts._spent_until = {name: at - seconds for name, at in accounts._spent_until.items()}
+            accounts = queue._quota_limiter
+            accounts._history_start -= seconds
+            accounts._tat = {name: at - seconds for name, at in accounts._tat.items()}
 
         async def hear() -> None:
             pass
 
-        yield Subject(queue, settled, held, poll, age_quotas, hear, given_up)
+        yield QueueSubject(queue, settled, held, poll, age_quotas, hear, given_up)
 
     @asynccontextmanager
     async def shared(
         bounds: QueueLimits | None = None, quotas: Quotas = NO_QUOTAS, *, begun: bool = False
-    ) -> AsyncIterator[Subject]:
-        held = Held(quotas)
-        place = Place.new(redis_url)
-        async with replicas(place, bounds=bounds, quotas=lambda: held.now) as (replica,):
+    ) -> AsyncIterator[QueueSubject]:
+        held = MutableQuotas(quotas)
+        place = QueueLocation.create(redis_url)
+        async with replicas(place, bounds=bounds, quotas=lambda: held.current) as (replica,):
             if begun:  # else the first claim takes all quotas for spent
-                await replica.queue.enqueue(pairs([_WARM]), asker(priority="refresh"))
-                await replica.queue.fulfil(await replica.take(), {pair(_WARM).digest: 1})
-                replica.settled.clear()
+                await replica.queue.enqueue(
+                    numbered_pairs([_WARM_UP_NUMBER]), request_context(priority="refresh")
+                )
+                await replica.queue.complete(
+                    await replica.claim_batch(), {numbered_pair(_WARM_UP_NUMBER).digest: 1}
+                )
+                replica.resolved.clear()
             given_up: list[float] = []
-            replica.queue._give_up = lambda moment, _error: given_up.append(moment)
-            yield Subject(
-                replica.queue, replica.settled, held, replica.queue.ask_again,
-                lambda seconds: place.age_quotas(round(seconds * 1000)), replica.messages, given_up,
-            )  # fmt: skip
+            replica.queue._on_model_backoff = lambda moment, _error: given_up.append(moment)
+            yield QueueSubject(
+                replica.queue,
+                replica.resolved,
+                held,
+                replica.queue.re_enqueue,
+                lambda seconds: place.age_quotas(round(seconds * 1000)),
+                replica.receive_messages,
+                given_up,
+            )
 
     return local if kind == "local" else shared

@@ -9,15 +9,25 @@ from typing import Any
 import redis
 from redis.cluster import RedisCluster
 
-from tests.support.redis_server import RedisServer, free_port, local_program, redis_process, wait_for
+from tests.support.redis_server import RedisServer, free_port, local_server_program, redis_process, wait_for
 
 _MASTERS, _NODES = 3, 6
 _SENTINELS = 3
 _SLOTS = 16_384
 _SETTINGS = (
-    "--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--repl-diskless-sync-delay", "0",
-    "--repl-ping-replica-period", "1", "--appendonly", "no", "--cluster-require-full-coverage", "no",
-)  # fmt: skip
+    "--cluster-enabled",
+    "yes",
+    "--cluster-node-timeout",
+    "2000",
+    "--repl-diskless-sync-delay",
+    "0",
+    "--repl-ping-replica-period",
+    "1",
+    "--appendonly",
+    "no",
+    "--cluster-require-full-coverage",
+    "no",
+)
 
 
 class Cluster:
@@ -37,38 +47,40 @@ class Cluster:
         """A client of the test's own."""
         return RedisCluster(host="127.0.0.1", port=self.nodes[1].port)
 
-    def owner(self, slot: int, *, but: RedisServer | None = None) -> RedisServer:
+    def owner(self, slot: int, *, excluding: RedisServer | None = None) -> RedisServer:
         """The master that has a slot, as the first node that answers knows it; one need not be asked."""
-        for first, last, (_, port, *_), *_ in self._slots(but):
+        for first, last, (_, port, *_), *_ in self._slot_ranges(excluding):
             if first <= slot <= last:
                 return self._node(port)
         raise AssertionError(slot)
 
-    def _owners(self) -> list[RedisServer]:
+    def _current_masters(self) -> list[RedisServer]:
         """The masters of now."""
-        return [self._node(port) for port in sorted({port for _, _, (_, port, *_), *_ in self._slots()})]
+        return [
+            self._node(port) for port in sorted({port for _, _, (_, port, *_), *_ in self._slot_ranges()})
+        ]
 
     def _node(self, port: int) -> RedisServer:
         return next(node for node in self.nodes if node.port == port)
 
-    def _slots(self, but: RedisServer | None = None) -> list[tuple[int, int, list[Any]]]:
-        for node in (node for node in self.nodes if node is not but):
+    def _slot_ranges(self, excluding: RedisServer | None = None) -> list[tuple[int, int, list[Any]]]:
+        for node in (node for node in self.nodes if node is not excluding):
             with suppress(redis.ConnectionError), node.client() as client:
                 found: list[tuple[int, int, list[Any]]] = client.execute_command("CLUSTER", "SLOTS")
                 return found
         message = "no node answers"
         raise AssertionError(message)
 
-    def begin_to_move(self, slot: int) -> tuple[RedisServer, RedisServer]:
+    def begin_slot_migration(self, slot: int) -> tuple[RedisServer, RedisServer]:
         """Mark a slot as on its way; where from and where to. Its keys stay until they are moved."""
         source = self.owner(slot)
-        target = next(node for node in self._owners() if node is not source)
+        target = next(node for node in self._current_masters() if node is not source)
         with target.client() as to, source.client() as from_:
-            to.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", _id(source))
-            from_.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", _id(target))
+            to.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", _node_id(source))
+            from_.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", _node_id(target))
         return source, target
 
-    def move_keys(self, slot: int, source: RedisServer, target: RedisServer, *, count: int) -> int:
+    def migrate_keys(self, slot: int, source: RedisServer, target: RedisServer, *, count: int) -> int:
         """Move as many of the slot's keys as are asked for; how many that were."""
         with source.client() as client:
             keys = client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, count)
@@ -76,10 +88,10 @@ class Cluster:
                 client.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
         return len(keys)
 
-    def end_move(self, slot: int, source: RedisServer, target: RedisServer) -> None:
+    def end_slot_migration(self, slot: int, source: RedisServer, target: RedisServer) -> None:
         """Give the slot to its new owner."""
-        owner = _id(target)
-        for node in (target, source, *self._owners()):
+        owner = _node_id(target)
+        for node in (target, source, *self._current_masters()):
             with node.client() as client:
                 client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", owner)
 
@@ -99,11 +111,11 @@ def redis_cluster(
             if tls:
                 settings += ["--tls-cluster", "yes", "--tls-port", str(tls_ports[number])]
             nodes.append(stack.enter_context(redis_process(place, *settings, program=program)))
-        _join(nodes, bus[0])
+        _form_cluster(nodes, bus[0])
         yield Cluster(nodes, tls_ports)
 
 
-def _join(nodes: Sequence[RedisServer], first_bus: str) -> None:
+def _form_cluster(nodes: Sequence[RedisServer], first_bus: str) -> None:
     share = -(-_SLOTS // _MASTERS)
     for number, node in enumerate(nodes):
         with node.client() as client:
@@ -113,39 +125,39 @@ def _join(nodes: Sequence[RedisServer], first_bus: str) -> None:
                 client.execute_command("CLUSTER", "ADDSLOTS", *slots)
             client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, first_bus)
     for node in nodes:
-        wait_for(partial(_knows_all, node), what="the nodes know each other")
+        wait_for(partial(_sees_all_nodes, node), description="the nodes know each other")
     for number, node in enumerate(nodes[_MASTERS:]):
         with node.client() as client:
-            client.execute_command("CLUSTER", "REPLICATE", _id(nodes[number]))
+            client.execute_command("CLUSTER", "REPLICATE", _node_id(nodes[number]))
     for node in nodes:
-        wait_for(partial(_is_whole, node), what="the cluster is whole")
+        wait_for(partial(_is_healthy, node), description="the cluster is whole")
     for node in nodes[_MASTERS:]:
-        wait_for(partial(_is_in_sync, node), what="the replicas are in sync")
+        wait_for(partial(_is_replica_in_sync, node), description="the replicas are in sync")
 
 
-def _knows_all(node: RedisServer) -> bool:
+def _sees_all_nodes(node: RedisServer) -> bool:
     with node.client() as client:
         info = client.execute_command("CLUSTER", "NODES")
-    return len(info) == _NODES if isinstance(info, dict) else _text(info).count("\n") == _NODES
+    return len(info) == _NODES if isinstance(info, dict) else _decode(info).count("\n") == _NODES
 
 
-def _text(answer: object) -> str:
+def _decode(answer: object) -> str:
     return answer.decode() if isinstance(answer, bytes) else str(answer)
 
 
-def _id(node: RedisServer) -> str:
+def _node_id(node: RedisServer) -> str:
     with node.client() as client:
-        return _text(client.execute_command("CLUSTER", "MYID"))
+        return _decode(client.execute_command("CLUSTER", "MYID"))
 
 
-def _is_whole(node: RedisServer) -> bool:
+def _is_healthy(node: RedisServer) -> bool:
     with node.client() as client:
         info = client.execute_command("CLUSTER", "INFO")
-    found = info if isinstance(info, dict) else dict(line.split(":") for line in _text(info).split())
+    found = info if isinstance(info, dict) else dict(line.split(":") for line in _decode(info).split())
     return found["cluster_state"] == "ok" and int(found["cluster_known_nodes"]) == _NODES
 
 
-def _is_in_sync(node: RedisServer) -> bool:
+def _is_replica_in_sync(node: RedisServer) -> bool:
     with node.client() as client:
         info = client.info("replication")
     return bool(info.get("role") == "slave" and info.get("master_link_status") == "up")
@@ -155,19 +167,27 @@ class SentinelServer(RedisServer):
     """A Sentinel that watches one master, and its settings in `folder`."""
 
     def __init__(
-        self, program: str, folder: Path, *, settings: Sequence[str] = (), master_port: int, service: str,
-        quorum: int, username: str | None = None, password: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        program: str,
+        folder: Path,
+        *,
+        settings: Sequence[str] = (),
+        master_port: int,
+        master_name: str,
+        quorum: int,
+        username: str | None = None,
+        password: str | None = None,
+    ) -> None:
         super().__init__(program, folder)
-        self._service = service
+        self._master_name = master_name
         self._username = username
         self._password = password
         path = folder / "sentinel.conf"
         path.write_text(
             f"port {self.port}\nbind 127.0.0.1\ndir {folder}\n"
-            f"sentinel monitor {service} 127.0.0.1 {master_port} {quorum}\n"
-            f"sentinel down-after-milliseconds {service} 500\n"
-            f"sentinel failover-timeout {service} 2000\n" + "".join(f"{line}\n" for line in settings)
+            f"sentinel monitor {master_name} 127.0.0.1 {master_port} {quorum}\n"
+            f"sentinel down-after-milliseconds {master_name} 500\n"
+            f"sentinel failover-timeout {master_name} 2000\n" + "".join(f"{line}\n" for line in settings)
         )
         self._command = [program, str(path), "--sentinel"]
 
@@ -175,17 +195,17 @@ class SentinelServer(RedisServer):
         """A client of the test's own."""
         return redis.Redis(port=self.port, username=self._username, password=self._password, socket_timeout=5)
 
-    def _answers(self) -> bool:
+    def _is_answering(self) -> bool:
         try:
             with self.client() as client:
-                return bool(client.sentinel_slaves(self._service))
+                return bool(client.sentinel_slaves(self._master_name))
         except redis.RedisError:
             return False
 
 
 @contextmanager
 def sentinel_servers(
-    folder: Path, *more: str, master_port: int, service: str, program: str | None = None
+    folder: Path, *more: str, master_port: int, master_name: str, program: str | None = None
 ) -> Iterator[list[SentinelServer]]:
     """Three Sentinels, of which two must agree."""
     with ExitStack() as stack:
@@ -195,41 +215,60 @@ def sentinel_servers(
             place.mkdir()
             made.append(
                 SentinelServer(
-                    program or local_program(), place, settings=more, master_port=master_port,
-                    service=service, quorum=2,
+                    program or local_server_program(),
+                    place,
+                    settings=more,
+                    master_port=master_port,
+                    master_name=master_name,
+                    quorum=2,
                 )
-            )  # fmt: skip
+            )
             made[-1].start()
             stack.callback(made[-1].kill)
         for one in made:
-            wait_for(partial(_knows_others, one, service), what="the Sentinels know each other")
+            wait_for(
+                partial(_sees_other_sentinels, one, master_name), description="the Sentinels know each other"
+            )
         yield made
 
 
 @contextmanager
-def sentinels(
-    folder: Path, *more: str, master_port: int, service: str, program: str | None = None
+def run_sentinels(
+    folder: Path, *more: str, master_port: int, master_name: str, program: str | None = None
 ) -> Iterator[list[int]]:
     """Three Sentinels, of which two must agree; their ports."""
-    with sentinel_servers(folder, *more, master_port=master_port, service=service, program=program) as made:
+    with sentinel_servers(
+        folder, *more, master_port=master_port, master_name=master_name, program=program
+    ) as made:
         yield [one.port for one in made]
 
 
-def _knows_others(one: SentinelServer, service: str) -> bool:
+def _sees_other_sentinels(one: SentinelServer, master_name: str) -> bool:
     with one.client() as client:
-        return len(client.sentinel_sentinels(service)) == _SENTINELS - 1
+        return len(client.sentinel_sentinels(master_name)) == _SENTINELS - 1
 
 
 @contextmanager
-def sentinel(
-    folder: Path, *more: str, master_port: int, service: str, program: str | None = None,
-    username: str | None = None, password: str | None = None,
-) -> Iterator[int]:  # fmt: skip
+def single_sentinel(
+    folder: Path,
+    *more: str,
+    master_port: int,
+    master_name: str,
+    program: str | None = None,
+    username: str | None = None,
+    password: str | None = None,
+) -> Iterator[int]:
     """One Sentinel that watches a master and decides alone; its port. The test logs in by these."""
     one = SentinelServer(
-        program or local_program(), folder, settings=more, master_port=master_port, service=service,
-        quorum=1, username=username, password=password,
-    )  # fmt: skip
+        program or local_server_program(),
+        folder,
+        settings=more,
+        master_port=master_port,
+        master_name=master_name,
+        quorum=1,
+        username=username,
+        password=password,
+    )
     one.start()
     try:
         yield one.port

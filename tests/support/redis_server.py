@@ -35,7 +35,7 @@ def server_program() -> str | None:
     forced = os.environ.get("TEST_REDIS_SERVER")
     if forced:
         return forced
-    if _docker_answers():
+    if _is_docker_running():
         return None
     return shutil.which("redis-server") or shutil.which("valkey-server") or str(get_binary_path())
 
@@ -46,9 +46,21 @@ class RedisServer:
     def __init__(self, program: str, folder: Path, *, args: Sequence[str] = ()) -> None:
         self.port = free_port()
         self._command = [
-            program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder),
-            "--save", "", "--appendonly", "yes", "--appendfsync", "always", *args,
-        ]  # fmt: skip
+            program,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(folder),
+            "--save",
+            "",
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "always",
+            *args,
+        ]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -61,7 +73,7 @@ class RedisServer:
         return redis.Redis(port=self.port, socket_timeout=5)
 
     @contextmanager
-    def commands_of_clients(self) -> Iterator[list[str]]:
+    def record_client_commands(self) -> Iterator[list[str]]:
         """What clients send within the block: commands that scripts run are not theirs."""
         commands: list[str] = []
         end = f"end {secrets.token_hex(8)}"
@@ -95,7 +107,7 @@ class RedisServer:
         self._process = subprocess.Popen(
             self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
         )
-        wait_for(self._answers, seconds=_START_SECONDS, what="the Redis server answers")
+        wait_for(self._is_answering, timeout_seconds=_START_SECONDS, description="the Redis server answers")
 
     def kill(self) -> None:
         """End it as a crash does."""
@@ -104,10 +116,10 @@ class RedisServer:
             self._process.wait()
             self._process = None
 
-    def kill_and_start(self, *, seconds: float) -> None:
+    def restart_after_crash(self, *, downtime_seconds: float) -> None:
         """A crash, and the server is back after so long."""
         self.kill()
-        time.sleep(seconds)
+        time.sleep(downtime_seconds)
         self.start()
 
     def pause(self) -> None:
@@ -120,7 +132,7 @@ class RedisServer:
         assert self._process
         self._process.send_signal(signal.SIGCONT)
 
-    def _answers(self) -> bool:
+    def _is_answering(self) -> bool:
         try:
             with self.client() as client:
                 return bool(client.ping())
@@ -128,7 +140,7 @@ class RedisServer:
             return False
 
 
-def local_program() -> str:
+def local_server_program() -> str:
     """The server to run as a process, whatever Docker says."""
     return server_program() or shutil.which("redis-server") or str(get_binary_path())
 
@@ -136,7 +148,7 @@ def local_program() -> str:
 @contextmanager
 def redis_process(folder: Path, *args: str, program: str | None = None) -> Iterator[RedisServer]:
     """A server of a test's own, to kill, pause and fill; always a process on this machine."""
-    server = RedisServer(program or local_program(), folder, args=args)
+    server = RedisServer(program or local_server_program(), folder, args=args)
     server.start()
     try:
         yield server
@@ -150,18 +162,22 @@ def redis_url(folder: Path) -> Iterator[str]:
     if server_program() is None:
         with DockerContainer(_IMAGE).with_exposed_ports(6379) as container:
             url = f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
-            wait_for(lambda: _pings(url), seconds=_START_SECONDS, what="the Redis container answers")
+            wait_for(
+                lambda: _responds_to_ping(url),
+                timeout_seconds=_START_SECONDS,
+                description="the Redis container answers",
+            )
             yield url
         return
     with redis_process(folder) as server:
         yield server.url
 
 
-def wait_for(condition: Callable[[], Any], *, seconds: float = 30, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], *, timeout_seconds: float = 30, description: str) -> Any:
     """Poll until `condition` holds and return its value; fail with `what` after the deadline."""
-    give_up_at = time.monotonic() + seconds
+    give_up_at = time.monotonic() + timeout_seconds
     while not (value := condition()):
-        assert time.monotonic() < give_up_at, f"not within {seconds} s: {what}"
+        assert time.monotonic() < give_up_at, f"not within {timeout_seconds} s: {description}"
         time.sleep(0.01)
     return value
 
@@ -178,7 +194,7 @@ def free_port() -> int:
             return int(probe.getsockname()[1])
 
 
-def _docker_answers() -> bool:
+def _is_docker_running() -> bool:
     host = urlsplit(os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"))
     local = host.scheme == "unix"
     with socket.socket(socket.AF_UNIX if local else socket.AF_INET) as probe, suppress(OSError):
@@ -188,7 +204,7 @@ def _docker_answers() -> bool:
     return False
 
 
-def _pings(url: str) -> bool:
+def _responds_to_ping(url: str) -> bool:
     try:
         with redis.Redis.from_url(url) as client:
             return bool(client.ping())

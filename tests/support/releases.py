@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.processes import ROOT, Service, service
+from tests.support.processes import ROOT, ServiceProcess, run_service
 
 LAST_RELEASE = ROOT / "tests/fixtures/last_release"
 _FORMAT = re.compile(r"^FORMAT = (\d+)$", re.MULTILINE)
@@ -35,9 +35,9 @@ def copy_with_next_format(folder: Path) -> Path:
 
 
 @contextmanager
-def proxy_of(build: Path, *flags: str) -> Iterator[Service]:
+def proxy_of(build: Path, *flags: str) -> Iterator[ServiceProcess]:
     """Run the cache proxy of a build on free ports, until the block ends."""
     free = ("--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--drain-delay", "0s")
     env = {"PYTHONPATH": os.fspath(build)}
-    with service("services.cache_proxy", "serve", *free, *flags, env=env, cwd=build) as running:
+    with run_service("services.cache_proxy", "serve", *free, *flags, env=env, cwd=build) as running:
         yield running

@@ -14,55 +14,75 @@ import redis.asyncio
 from prometheus_client import CollectorRegistry
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from services.cache_proxy.errors import QueueFull, StoreError, Unavailable
+from services.cache_proxy.errors import ModelUnavailableError, QueueFullError, StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.interface import Asker, Claim, Enqueued, Outcome, Pair, QueueLimits
-from services.cache_proxy.queue.local.call_limiter import Limiter
+from services.cache_proxy.queue.interface import (
+    Claim,
+    EnqueueResult,
+    Outcome,
+    Pair,
+    QueueLimits,
+    RequestContext,
+)
+from services.cache_proxy.queue.local.call_limiter import RateLimiter
 from services.cache_proxy.queue.local.local_queue import LocalQueue
-from services.cache_proxy.queue.queue_scripts import Keys, Scripts
-from services.cache_proxy.queue.quotas import QuotasNow, none
+from services.cache_proxy.queue.queue_scripts import QueueKeys, Scripts
+from services.cache_proxy.queue.quotas import QuotaProvider, no_quotas
 from services.cache_proxy.queue.redis_queue import RedisQueue
-from services.cache_proxy.queue.replica_session import Listener
-from services.cache_proxy.queue.time_slots import SlotLimiter
-from services.cache_proxy.queue.waiters import Wait, Waiters
-from services.cache_proxy.redis_client.node import Home
+from services.cache_proxy.queue.replica_session import ReplicaSession
+from services.cache_proxy.queue.time_slots import TimeSlotLimiter
+from services.cache_proxy.queue.waiters import Waiter, WaiterRegistry
+from services.cache_proxy.redis_client.node import QueueNode
 from tests.support.redis_server import wait_for
 
-PATIENCE_SECONDS = 60.0
+TIMEOUT_SECONDS = 60.0
 
 
-def limits(
-    *, batch_pairs: int = 4, batch_bytes: int = 10**6, pairs_per_second: float = 0,
-    calls_per_second: float = 0, linger_seconds: float = 0, max_pairs: int = 10**6, max_bytes: int = 10**9,
+def queue_limits(
+    *,
+    batch_pairs: int = 4,
+    batch_bytes: int = 10**6,
+    pairs_per_second: float = 0,
+    calls_per_second: float = 0,
+    linger_seconds: float = 0,
+    max_pairs: int = 10**6,
+    max_bytes: int = 10**9,
     retry_window_seconds: float = 15,
-) -> QueueLimits:  # fmt: skip
+) -> QueueLimits:
     """No limit and no linger, unless a test wants one."""
     return QueueLimits(
-        batch_pairs=batch_pairs, batch_bytes=batch_bytes, pairs_per_second=pairs_per_second,
-        calls_per_second=calls_per_second, linger_seconds=linger_seconds, max_pairs=max_pairs,
-        max_bytes=max_bytes, retry_window_seconds=retry_window_seconds,
-    )  # fmt: skip
+        batch_pairs=batch_pairs,
+        batch_bytes=batch_bytes,
+        pairs_per_second=pairs_per_second,
+        calls_per_second=calls_per_second,
+        linger_seconds=linger_seconds,
+        max_pairs=max_pairs,
+        max_bytes=max_bytes,
+        retry_window_seconds=retry_window_seconds,
+    )
 
 
-def pair(number: int, *, text: str = "t") -> Pair:
+def numbered_pair(number: int, *, text: str = "t") -> Pair:
     """A pair of a test; its digest tells its number."""
     return Pair(number.to_bytes(16, "big"), f"c{number}", text)
 
 
-def pairs(numbers: Iterable[int], *, text: str = "t") -> list[Pair]:
+def numbered_pairs(numbers: Iterable[int], *, text: str = "t") -> list[Pair]:
     """Some of them."""
-    return [pair(number, text=text) for number in numbers]
+    return [numbered_pair(number, text=text) for number in numbers]
 
 
-def numbers_of(claim: Claim) -> list[int]:
+def pair_numbers(claim: Claim) -> list[int]:
     """The numbers of a batch's pairs, in its order."""
     return [int.from_bytes(item.digest, "big") for item in claim.pairs]
 
 
-def asker(caller: str = "c", priority: str = "interactive", *, patience: float = PATIENCE_SECONDS) -> Asker:
+def request_context(
+    caller: str = "c", priority: str = "interactive", *, timeout: float = TIMEOUT_SECONDS
+) -> RequestContext:
     """Who asks, by default with a minute's time."""
-    return Asker(caller, priority, asyncio.get_running_loop().time() + patience)
+    return RequestContext(caller, priority, asyncio.get_running_loop().time() + timeout)
 
 
 async def _no_address() -> str:
@@ -77,52 +97,52 @@ class LossyClient(redis.asyncio.Redis):
     scripts.
     """
 
-    lose = 0
-    slow: Sequence[float] = ()
-    most_bytes = 10**9
-    forgotten = 0
+    lost_replies = 0
+    delays: Sequence[float] = ()
+    max_command_bytes = 10**9
+    script_flushes = 0
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Run it; then perhaps lose the reply."""
-        if self.slow and args[0] == "EVALSHA":
-            delay, self.slow = self.slow[0], self.slow[1:]
+        if self.delays and args[0] == "EVALSHA":
+            delay, self.delays = self.delays[0], self.delays[1:]
             await asyncio.sleep(delay)
-        if args[0] == "EVALSHA" and sum(len(str(arg)) for arg in args) > self.most_bytes:
+        if args[0] == "EVALSHA" and sum(len(str(arg)) for arg in args) > self.max_command_bytes:
             message = "the connection broke"
             raise RedisConnectionError(message)
-        if args[0] == "EVALSHA" and self.forgotten:
-            self.forgotten -= 1
+        if args[0] == "EVALSHA" and self.script_flushes:
+            self.script_flushes -= 1
             await super().execute_command("SCRIPT FLUSH")  # type: ignore[no-untyped-call]
         reply = await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
-        if self.lose and args[0] == "EVALSHA":
-            self.lose -= 1
+        if self.lost_replies and args[0] == "EVALSHA":
+            self.lost_replies -= 1
             message = "the reply was lost"
             raise RedisConnectionError(message)
         return reply
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class QueueLocation:
     """Where a queue of a test lives in Redis."""
 
     url: str
-    keys: Keys
+    keys: QueueKeys
 
     @classmethod
-    def new(cls, url: str, *, namespace: str = "n") -> "Place":
+    def create(cls, url: str, *, namespace: str = "n") -> "QueueLocation":
         """A prefix that nobody else has."""
-        return cls(url, Keys(prefix=f"q{secrets.token_hex(6)}", namespace=namespace))
+        return cls(url, QueueKeys(prefix=f"q{secrets.token_hex(6)}", namespace=namespace))
 
-    def beside(self, namespace: str) -> "Place":
+    def with_namespace(self, namespace: str) -> "QueueLocation":
         """Another model version of the same deployment."""
         prefix = self.keys.limit.partition("}")[0].removeprefix("{")
-        return Place(self.url, Keys(prefix=prefix, namespace=namespace))
+        return QueueLocation(self.url, QueueKeys(prefix=prefix, namespace=namespace))
 
     def client(self) -> "redis.Redis":
         """A client of the test's own."""
         return redis.Redis.from_url(self.url)
 
-    def left(self) -> dict[str, Any]:
+    def leftover_keys(self) -> dict[str, Any]:
         """What of unended pairs is in Redis: nothing, when all have ended."""
         base = self.keys.base
         with self.client() as client:
@@ -172,113 +192,126 @@ class Place:
 class Replica:
     """One replica: its queue, its waiters, and its subscription, whose messages are taken by hand."""
 
-    def __init__(self, place: Place, name: str, bounds: QueueLimits, quotas: QuotasNow = none) -> None:
-        self.place = place
+    def __init__(
+        self, location: QueueLocation, name: str, bounds: QueueLimits, quotas: QuotaProvider = no_quotas
+    ) -> None:
+        self.location = location
         self.name = name
-        self.bounds = bounds
-        self.client = cast("LossyClient", LossyClient.from_url(place.url))
+        self.limits = bounds
+        self.client = cast("LossyClient", LossyClient.from_url(location.url))
         metrics = self.metrics = ProxyMetrics(CollectorRegistry())
-        home = Home(self.client, key=place.keys.limit)
-        self.scripts = Scripts(home, place.keys, metrics=metrics)
-        self.waiters = Waiters()
-        self.settled: list[tuple[bytes, Outcome]] = []
+        home = QueueNode(self.client, key=location.keys.limit)
+        self.scripts = Scripts(home, location.keys, metrics=metrics)
+        self.waiters = WaiterRegistry()
+        self.resolved: list[tuple[bytes, Outcome]] = []
         self.queue = RedisQueue(
             self.scripts,
             replica=name,
             limits=bounds,
             lease_seconds=30,
-            settle=self._settle,
+            on_outcome=self._on_outcome,
             metrics=metrics,
             quotas=quotas,
-            give_up=self.waiters.give_up_before,
+            on_model_backoff=self.waiters.fail_with_deadline_before,
         )
-        limiter = SlotLimiter(
-            Limiter(pairs_per_second=0, calls_per_second=0, burst=bounds.batch_pairs, now=0)
+        limiter = TimeSlotLimiter(
+            RateLimiter(pairs_per_second=0, calls_per_second=0, burst=bounds.batch_pairs, now=0)
         )
         local = LocalQueue(
-            bounds, limiter=limiter, metrics=metrics,
-            settle=lambda digest, outcome: self.queue.end({digest: outcome}),
-            replicas=lambda: limiter.replicas or 1, quotas=quotas,
-        )  # fmt: skip
+            bounds,
+            limiter=limiter,
+            metrics=metrics,
+            on_outcome=lambda digest, outcome: self.queue.resolve({digest: outcome}),
+            replicas=lambda: limiter.replicas or 1,
+            quotas=quotas,
+        )
         self.failover = FailoverQueue(shared=self.queue, local=local, limiter=limiter)
-        self.listener = Listener(
-            home, self.scripts, queue=self.failover, shared=self.queue, find_address=_no_address,
-            limits=bounds, metrics=metrics, logs={},
-        )  # fmt: skip
+        self.session = ReplicaSession(
+            home,
+            self.scripts,
+            queue=self.failover,
+            shared=self.queue,
+            find_address=_no_address,
+            limits=bounds,
+            metrics=metrics,
+            log_callbacks={},
+        )
         self._pubsub = self.client.pubsub(ignore_subscribe_messages=True)
 
-    def _settle(self, digest: bytes, outcome: Outcome) -> None:
-        self.settled.append((digest, outcome))
-        self.waiters.settle(digest, outcome)
+    def _on_outcome(self, digest: bytes, outcome: Outcome) -> None:
+        self.resolved.append((digest, outcome))
+        self.waiters.resolve(digest, outcome)
 
-    async def join(self) -> "Replica":
+    async def subscribe(self) -> "Replica":
         """Subscribe and be heard of."""
         await self._pubsub.subscribe(self.scripts.channel, f"{self.scripts.channel}:{self.name}")
         for _ in range(2):  # the confirmations
-            await self._pubsub.get_message(timeout=PATIENCE_SECONDS)
-        await self.beat()
+            await self._pubsub.get_message(timeout=TIMEOUT_SECONDS)
+        await self.heartbeat()
         return self
 
-    async def leave_for_good(self) -> None:
+    async def close_connections(self) -> None:
         """Close what is open."""
-        await self.listener._doors.close()  # it may have knocked at what a heartbeat told it
+        await self.session._peer_prober.close()  # it may have knocked at what a heartbeat told it
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self.client.aclose()
 
-    async def die(self) -> None:
+    async def crash(self) -> None:
         """End without a goodbye, some time ago."""
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self.client.aclose()
-        with self.place.client() as client:
+        with self.location.client() as client:
             channel = f"{self.scripts.channel}:{self.name}"
-            wait_for(lambda: client.pubsub_numsub(channel)[0][1] == 0, what="the subscription ends")
-        self.unheard()
+            wait_for(lambda: client.pubsub_numsub(channel)[0][1] == 0, description="the subscription ends")
+        self.expire_heartbeat()
 
-    def unheard(self) -> None:
+    def expire_heartbeat(self) -> None:
         """As if its last heartbeat were five seconds ago."""
-        with self.place.client() as client:
+        with self.location.client() as client:
             then = client.time()[0] * 1000 - 5000
-            client.zadd(f"{self.place.keys.limit}:replicas", {self.name: then})
+            client.zadd(f"{self.location.keys.limit}:replicas", {self.name: then})
 
-    async def messages(self, *, lost: bool = False) -> None:
+    async def receive_messages(self, *, lost: bool = False) -> None:
         """Take what was published until now, or lose it: all that comes before a mark of our own."""
         mark = secrets.token_bytes(16)
         await self.client.publish(f"{self.scripts.channel}:{self.name}", mark)
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        async with asyncio.timeout(TIMEOUT_SECONDS):
             while (message := await self._pubsub.get_message(timeout=None)) is None or (
                 message["data"] != mark
             ):
                 if message is not None and not lost:
-                    self.listener._take(message["data"])
+                    self.session._apply_message(message["data"])
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         """A heartbeat, and what follows from it."""
-        await self.listener._beat_once()
-        await self.heal()
+        await self.session._heartbeat()
+        await self.recover()
 
-    async def heal(self) -> None:
+    async def recover(self) -> None:
         """Ask again if something may have been missed."""
-        if self.listener._missed.is_set():
-            self.listener._missed.clear()
-            await self.queue.ask_again()
+        if self.session._messages_missed.is_set():
+            self.session._messages_missed.clear()
+            await self.queue.re_enqueue()
 
-    async def ask(self, wanted: Sequence[Pair], who: Asker | None = None) -> tuple[Wait, Enqueued]:
-        """Ask as the resolver does. Raises `QueueFull`."""
-        who = who or asker()
-        wait = self.waiters.open([item.digest for item in wanted], deadline=who.deadline)
+    async def enqueue(
+        self, pairs: Sequence[Pair], context: RequestContext | None = None
+    ) -> tuple[Waiter, EnqueueResult]:
+        """Ask as the resolver does. Raises `QueueFullError`."""
+        context = context or request_context()
+        wait = self.waiters.register([item.digest for item in pairs], deadline=context.deadline)
         try:
-            enqueued = await self.queue.enqueue(wanted, who)
-        except (QueueFull, Unavailable, StoreError):
-            await self.close(wait)
+            enqueued = await self.queue.enqueue(pairs, context)
+        except (QueueFullError, ModelUnavailableError, StoreError):
+            await self.cancel(wait)
             raise
-        self.waiters.settle_one(wait, enqueued.ended.items())
+        self.waiters.resolve_one(wait, enqueued.outcomes.items())
         return wait, enqueued
 
-    async def close(self, wait: Wait) -> None:
+    async def cancel(self, waiter: Waiter) -> None:
         """A caller goes, answered or not."""
-        await self.queue.leave(self.waiters.close(wait))
+        await self.queue.cancel(self.waiters.unregister(waiter))
 
-    async def take(self) -> Claim:
+    async def claim_batch(self) -> Claim:
         """A batch, which there must be, by now."""
         for _ in range(200):
             decision = await self.queue.claim()
@@ -291,20 +324,20 @@ class Replica:
 
 @asynccontextmanager
 async def replicas(
-    place: Place,
+    location: QueueLocation,
     count: int = 1,
     bounds: QueueLimits | None = None,
-    quotas: QuotasNow = none,
+    quotas: QuotaProvider = no_quotas,
     *,
-    first: int = 1,
+    first_number: int = 1,
 ) -> AsyncIterator[list[Replica]]:
     """So many, for as long as the block lasts. Their names count from `first`: no two have the same."""
-    names = (f"{number:016x}" for number in itertools.count(first))
-    opened = [Replica(place, next(names), bounds or limits(), quotas) for _ in range(count)]
+    names = (f"{number:016x}" for number in itertools.count(first_number))
+    opened = [Replica(location, next(names), bounds or queue_limits(), quotas) for _ in range(count)]
     try:
         for replica in opened:
-            await replica.join()
+            await replica.subscribe()
         yield opened
     finally:
         for replica in opened:
-            await replica.leave_for_good()
+            await replica.close_connections()

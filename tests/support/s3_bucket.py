@@ -16,34 +16,34 @@ class Bucket:
     def __init__(self, server: S3Server, name: str) -> None:
         self.endpoint_url = server.endpoint_url
         self.name = name
-        self._do(lambda client: client.create_bucket(Bucket=name))
+        self._run(lambda client: client.create_bucket(Bucket=name))
 
-    def _do(self, use: Callable[[Any], Coroutine[Any, Any, _T]]) -> _T:
+    def _run(self, operation: Callable[[Any], Coroutine[Any, Any, _T]]) -> _T:
         async def run() -> _T:
-            async with aws_client("s3", endpoint_url=self.endpoint_url, connections=2) as client:
-                return await use(client)
+            async with aws_client("s3", endpoint_url=self.endpoint_url, max_connections=2) as client:
+                return await operation(client)
 
         return asyncio.run(run())
 
     def put(self, key: str, data: bytes, **headers: object) -> str:
         """Store an object; its ETag."""
-        etag: str = self._do(
+        etag: str = self._run(
             lambda client: client.put_object(Bucket=self.name, Key=key, Body=data, **headers)
         )["ETag"]
         return etag
 
-    def restore(self, key: str) -> None:
+    def restore_object(self, key: str) -> None:
         """Restore an object from cold storage."""
         restore = {"Bucket": self.name, "Key": key, "RestoreRequest": {"Days": 1}}
-        self._do(lambda client: client.restore_object(**restore))
+        self._run(lambda client: client.restore_object(**restore))
 
-    def delete(self, key: str) -> None:
+    def delete_object(self, key: str) -> None:
         """Remove an object."""
-        self._do(lambda client: client.delete_object(Bucket=self.name, Key=key))
+        self._run(lambda client: client.delete_object(Bucket=self.name, Key=key))
 
-    def remove(self) -> None:
+    def delete_bucket(self) -> None:
         """Remove the bucket, which must be empty."""
-        self._do(lambda client: client.delete_bucket(Bucket=self.name))
+        self._run(lambda client: client.delete_bucket(Bucket=self.name))
 
     def get(self, key: str, **headers: object) -> bytes:
         """An object's bytes."""
@@ -54,19 +54,19 @@ class Bucket:
                 data: bytes = await body.read()
                 return data
 
-        return self._do(read)
+        return self._run(read)
 
-    def mark(self, key: str) -> str:
+    def input_etag(self, key: str) -> str:
         """What the object says it was made of."""
-        head = self._do(lambda client: client.head_object(Bucket=self.name, Key=key))
+        head = self._run(lambda client: client.head_object(Bucket=self.name, Key=key))
         return str(head["Metadata"]["input-etag"])
 
-    def listed(self) -> list[str]:
+    def list_keys(self) -> list[str]:
         """All keys."""
-        page = self._do(lambda client: client.list_objects_v2(Bucket=self.name))
+        page = self._run(lambda client: client.list_objects_v2(Bucket=self.name))
         return [entry["Key"] for entry in page.get("Contents", ())]
 
-    def unfinished(self) -> int:
+    def count_unfinished_uploads(self) -> int:
         """Multipart uploads neither completed nor aborted."""
-        page = self._do(lambda client: client.list_multipart_uploads(Bucket=self.name))
+        page = self._run(lambda client: client.list_multipart_uploads(Bucket=self.name))
         return len(page.get("Uploads", ()))

@@ -48,13 +48,22 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     with log:
         process = subprocess.Popen(
             [
-                weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+                weed,
+                "mini",
+                f"-dir={data}",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
                 *(f"-{name}.port={port}" for name, port in ports.items()),
-                "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+                "-webdav=false",
+                "-admin.ui=false",
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
             ],
-            stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
             env={"PATH": "/usr/bin:/bin", "HOME": str(folder), **server.environment},
-        )  # fmt: skip
+        )
         try:
             _wait_ready(process, ports["s3"], folder / "weed.log")
             yield server

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeAlias
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
-from tests.support.certificates import Signed
+from tests.support.certificates import SignedCertificate
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test-key",
@@ -28,15 +28,29 @@ ENVIRONMENT = {
     "AWS_MAX_ATTEMPTS": "3",
 }
 OPERATIONS = (
-    "ListObjectsV2", "HeadObject", "GetObject", "GetObject (range)", "PutObject", "CreateMultipartUpload",
-    "UploadPart", "CompleteMultipartUpload", "AbortMultipartUpload", "DeleteObject",
-)  # fmt: skip
+    "ListObjectsV2",
+    "HeadObject",
+    "GetObject",
+    "GetObject (range)",
+    "PutObject",
+    "CreateMultipartUpload",
+    "UploadPart",
+    "CompleteMultipartUpload",
+    "AbortMultipartUpload",
+    "DeleteObject",
+)
 ALWAYS = 10**9
-_Answer: TypeAlias = tuple[int, dict[str, str], bytes]  # status, headers, body
+_Response: TypeAlias = tuple[int, dict[str, str], bytes]  # status, headers, body
 _CODES = {
-    403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed", 409: "ConditionalRequestConflict",
-    503: "SlowDown", 400: "InvalidRequest", 501: "NotImplemented", 500: "InternalError",
-}  # fmt: skip
+    403: "AccessDenied",
+    404: "NoSuchKey",
+    412: "PreconditionFailed",
+    409: "ConditionalRequestConflict",
+    503: "SlowDown",
+    400: "InvalidRequest",
+    501: "NotImplemented",
+    500: "InternalError",
+}
 
 
 @dataclass
@@ -54,11 +68,11 @@ class Fault:
     times: int = ALWAYS
     key: str = ""
     skip: int = 0
-    seen: int = 0
+    matched: int = 0
 
 
 @dataclass
-class Stored:
+class StoredObject:
     """An object."""
 
     data: bytes
@@ -68,7 +82,7 @@ class Stored:
 
 
 @dataclass
-class Call:
+class RecordedRequest:
     """A request that came."""
 
     operation: str
@@ -84,14 +98,14 @@ class ScriptedS3:
     url: str = ""
     bucket: str = "b"
     faults: list[Fault] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    objects: dict[str, Stored] = field(default_factory=dict)
+    requests: list[RecordedRequest] = field(default_factory=list)
+    objects: dict[str, StoredObject] = field(default_factory=dict)
     uploads: dict[str, dict[str, Any]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
-    over: threading.Event = field(default_factory=threading.Event)
+    closing: threading.Event = field(default_factory=threading.Event)
     # What kind of server it is.
     page_size: int = 1000
-    order: Callable[[list[str]], list[str]] = sorted
+    sort_keys: Callable[[list[str]], list[str]] = sorted
     refuses_start_after: bool = False
     stores_framing: bool = False
     refuses_checksums: bool = False
@@ -107,29 +121,29 @@ class ScriptedS3:
     ) -> str:
         """Store an object; its ETag."""
         etag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
-        self.objects[key] = Stored(data, headers or {}, etag, time.time() - age_seconds)
+        self.objects[key] = StoredObject(data, headers or {}, etag, time.time() - age_seconds)
         return etag
 
     def keys(self, prefix: str = "") -> list[str]:
         """What is stored."""
         return sorted(key for key in self.objects if key.startswith(prefix))
 
-    def count(self, operation: str, key: str = "") -> int:
+    def count_requests(self, operation: str, key: str = "") -> int:
         """How many calls there were."""
-        return sum(call.operation == operation and key in call.key for call in self.calls)
+        return sum(call.operation == operation and key in call.key for call in self.requests)
 
-    def fault(self, operation: str, key: str) -> Fault | None:
+    def match_fault(self, operation: str, key: str) -> Fault | None:
         """The fault that is this call's."""
         for fault in self.faults:
             if fault.operation == operation and fault.key in key:
-                fault.seen += 1
-                if fault.skip < fault.seen <= fault.skip + fault.times:
+                fault.matched += 1
+                if fault.skip < fault.matched <= fault.skip + fault.times:
                     return fault
         return None
 
 
 @contextmanager
-def scripted_s3(tls: Signed | None = None) -> Iterator[ScriptedS3]:
+def scripted_s3(tls: SignedCertificate | None = None) -> Iterator[ScriptedS3]:
     """A running server, by https with a certificate."""
     s3 = ScriptedS3()
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"s3": s3}))
@@ -143,7 +157,7 @@ def scripted_s3(tls: Signed | None = None) -> Iterator[ScriptedS3]:
     try:
         yield s3
     finally:
-        s3.over.set()
+        s3.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -157,7 +171,7 @@ class _Server(ThreadingHTTPServer):
         """A client that is gone is none."""
 
 
-class _Refused(Exception):
+class _S3Error(Exception):
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
         super().__init__(status)
         self.status = status
@@ -183,16 +197,16 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         headers = {name.lower(): value for name, value in self.headers.items()}
         with self.s3.lock:
-            self.s3.calls.append(Call(self.operation, self.key, headers, self.query))
-            fault = self.s3.fault(self.operation, self.key or self.query.get("prefix", ""))
-            answer: _Answer = (200, {}, b"")
+            self.s3.requests.append(RecordedRequest(self.operation, self.key, headers, self.query))
+            fault = self.s3.match_fault(self.operation, self.key or self.query.get("prefix", ""))
+            answer: _Response = (200, {}, b"")
             if fault is None or fault.applied or fault.kind in {"cut", "end"}:
                 try:
-                    answer = self._apply(body)
-                except _Refused as refused:
-                    answer = self._error(refused)
+                    answer = self._handle(body)
+                except _S3Error as refused:
+                    answer = self._error_response(refused)
         if fault is not None:
-            self._fail(fault, answer)
+            self._apply_fault(fault, answer)
         else:
             self._send(*answer)
 
@@ -231,33 +245,38 @@ class _Handler(BaseHTTPRequestHandler):
                 return data
             data, rest = data + rest[:size], rest[size + 2 :]
 
-    def _apply(self, body: bytes) -> _Answer:
+    def _handle(self, body: bytes) -> _Response:
         if self.s3.refuses_checksums and any(
             name.lower().startswith(("x-amz-trailer", "x-amz-checksum-crc", "x-amz-sdk-checksum"))
             for name in self.headers
         ):
-            raise _Refused(501, message="A header you provided implies functionality that is not implemented")
+            raise _S3Error(501, message="A header you provided implies functionality that is not implemented")
         return {
-            "ListObjectsV2": self._list,
+            "ListObjectsV2": self._list_objects,
             "ListMultipartUploads": lambda: (200, {}, b"<ListMultipartUploadsResult/>"),
-            "HeadObject": self._get,
-            "GetObject": self._get,
-            "GetObject (range)": self._get,
-            "PutObject": lambda: self._store(body, self._metadata()),
-            "DeleteObject": self._delete,
-            "CreateMultipartUpload": self._begin,
+            "HeadObject": self._get_object,
+            "GetObject": self._get_object,
+            "GetObject (range)": self._get_object,
+            "PutObject": lambda: self._put_object(body, self._metadata()),
+            "DeleteObject": self._delete_object,
+            "CreateMultipartUpload": self._create_upload,
             "UploadPart": lambda: self._add_part(body),
-            "CompleteMultipartUpload": lambda: self._complete(body),
-            "AbortMultipartUpload": self._abort,
+            "CompleteMultipartUpload": lambda: self._complete_upload(body),
+            "AbortMultipartUpload": self._abort_upload,
         }[self.operation]()
 
-    def _delete(self) -> _Answer:
+    def _delete_object(self) -> _Response:
         self.s3.objects.pop(self.key, None)
         return 204, {}, b""
 
-    def _begin(self) -> _Answer:
-        upload_id = f"upload-{len(self.s3.calls)}"
-        made = {"parts": {}, "headers": self._metadata(), "algorithm": self._algorithm(), "mismatch": False}
+    def _create_upload(self) -> _Response:
+        upload_id = f"upload-{len(self.s3.requests)}"
+        made = {
+            "parts": {},
+            "headers": self._metadata(),
+            "algorithm": self._checksum_algorithm(),
+            "mismatch": False,
+        }
         self.s3.uploads[upload_id] = made
         name = "InitiateMultipartUploadResult"
         return 200, {}, f"<{name}><UploadId>{upload_id}</UploadId></{name}>".encode()
@@ -265,71 +284,71 @@ class _Handler(BaseHTTPRequestHandler):
     def _upload(self) -> dict[str, Any]:
         upload = self.s3.uploads.get(self.query["uploadId"])
         if upload is None:
-            raise _Refused(404, "NoSuchUpload", "The specified upload does not exist.")
+            raise _S3Error(404, "NoSuchUpload", "The specified upload does not exist.")
         return upload
 
-    def _add_part(self, body: bytes) -> _Answer:
+    def _add_part(self, body: bytes) -> _Response:
         upload = self._upload()
         upload["parts"][int(self.query["partNumber"])] = body
-        upload["mismatch"] |= self._algorithm() != upload["algorithm"]
+        upload["mismatch"] |= self._checksum_algorithm() != upload["algorithm"]
         headers = {"ETag": f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'}
-        if self._algorithm():
+        if self._checksum_algorithm():
             headers["x-amz-checksum-crc32"] = _crc32(body)
         return 200, headers, b""
 
-    def _complete(self, body: bytes) -> _Answer:
+    def _complete_upload(self, body: bytes) -> _Response:
         upload = self._upload()
         listed = [int(number) for number in re.findall(rb"<PartNumber>(\d+)</PartNumber>", body)]
         if listed != sorted(upload["parts"]) or len(re.findall(rb"<ETag>", body)) != len(listed):
-            raise _Refused(
+            raise _S3Error(
                 400, "InvalidPart", "The list of parts is not in ascending order, or not complete."
             )
         checksums = [text.decode() for text in re.findall(rb"<ChecksumCRC32>(.*?)<", body)]
         if upload["algorithm"] and checksums != [_crc32(upload["parts"][number]) for number in listed]:
-            raise _Refused(
+            raise _S3Error(
                 400, "InvalidPart", "The parts' checksums are missing, or are not those of the parts."
             )
         if self.s3.wants_declared_checksums and upload["mismatch"]:
-            raise _Refused(400, message="Checksum Type mismatch occurred, expected null, actual: crc32")
+            raise _S3Error(400, message="Checksum Type mismatch occurred, expected null, actual: crc32")
         data = b"".join(upload["parts"][number] for number in listed)
-        _, headers, _ = self._store(data, upload["headers"])
+        _, headers, _ = self._put_object(data, upload["headers"])
         del self.s3.uploads[self.query["uploadId"]]
         name = "CompleteMultipartUploadResult"
         return 200, {}, f"<{name}><ETag>{escape(headers['ETag'])}</ETag></{name}>".encode()
 
-    def _abort(self) -> _Answer:
+    def _abort_upload(self) -> _Response:
         self._upload()
         del self.s3.uploads[self.query["uploadId"]]
         return 204, {}, b""
 
-    def _algorithm(self) -> str:
+    def _checksum_algorithm(self) -> str:
         names = ("x-amz-checksum-algorithm", "x-amz-sdk-checksum-algorithm")
         return next((self.headers[name] for name in names if self.headers.get(name)), "")
 
     def _metadata(self) -> dict[str, str]:
         return {name: value for name, value in self.headers.items() if name.lower().startswith("x-amz-meta-")}
 
-    def _store(self, data: bytes, metadata: dict[str, str]) -> _Answer:
+    def _put_object(self, data: bytes, metadata: dict[str, str]) -> _Response:
         there = self.s3.objects.get(self.key)
         if self.headers.get("If-None-Match") == "*" and there:
-            raise _Refused(412)
+            raise _S3Error(412)
         if (wanted := self.headers.get("If-Match")) and (there is None or there.etag != wanted):
-            raise _Refused(412 if there else 404)
+            raise _S3Error(412 if there else 404)
         return 200, {"ETag": self.s3.put(self.key, data, headers=metadata)}, b""
 
-    def _list(self) -> _Answer:
+    def _list_objects(self) -> _Response:
         s3, query = self.s3, self.query
         start = query.get("start-after", "")
         if start and s3.refuses_start_after:
-            raise _Refused(400, message="StartAfter is not supported")
-        keys = s3.order([key for key in sorted(s3.objects) if key.startswith(query.get("prefix", ""))])
+            raise _S3Error(400, message="StartAfter is not supported")
+        keys = s3.sort_keys([key for key in sorted(s3.objects) if key.startswith(query.get("prefix", ""))])
         keys = [key for key in keys if key > start] if start else keys
         begin = int(query.get("continuation-token", "0"))
         size = min(s3.page_size, int(query.get("max-keys", "1000")))
         entries = "".join(
             f"<Contents><Key>{quote(key)}</Key><Size>{len(s3.objects[key].data)}</Size>"
             f"<ETag>{escape(s3.objects[key].etag)}</ETag>"
-            f"<LastModified>{_iso(s3.objects[key].modified)}</LastModified></Contents>"
+            f"<LastModified>{_iso_timestamp(s3.objects[key].modified)}</LastModified></Contents>"
             for key in keys[begin : begin + size]
         )
         more = begin + size < len(keys)
@@ -340,16 +359,18 @@ class _Handler(BaseHTTPRequestHandler):
         )
         return 200, {}, text.encode()
 
-    def _get(self) -> _Answer:
+    def _get_object(self) -> _Response:
         s3 = self.s3
         found = s3.objects.get(self.key)
         if found is None:
-            raise _Refused(404)
+            raise _S3Error(404)
         if self.headers.get("If-Match", found.etag) != found.etag:
-            raise _Refused(412)
+            raise _S3Error(412)
         headers = {
-            **found.headers, "ETag": found.etag, "Last-Modified": formatdate(found.modified, usegmt=True),
-        }  # fmt: skip
+            **found.headers,
+            "ETag": found.etag,
+            "Last-Modified": formatdate(found.modified, usegmt=True),
+        }
         wanted = self.headers.get("Range")
         with_mode = self.headers.get("x-amz-checksum-mode") == "ENABLED"
         if (s3.sends_checksums and with_mode) or (s3.sends_checksums_with_ranges and wanted):
@@ -361,18 +382,18 @@ class _Handler(BaseHTTPRequestHandler):
             return 200, headers, found.data
         begin = int(wanted.removeprefix("bytes=").removesuffix("-"))
         if begin >= len(found.data):
-            raise _Refused(416, "InvalidRange", "The requested range is not satisfiable")
+            raise _S3Error(416, "InvalidRange", "The requested range is not satisfiable")
         size = len(found.data)
         return 206, headers | {"Content-Range": f"bytes {begin}-{size - 1}/{size}"}, found.data[begin:]
 
-    def _error(self, refused: _Refused) -> _Answer:
+    def _error_response(self, refused: _S3Error) -> _Response:
         message = refused.message or refused.code
         text = f"<Error><Code>{refused.code}</Code><Message>{message}</Message></Error>"
         return refused.status, {}, text.encode()
 
-    def _fail(self, fault: Fault, answer: _Answer) -> None:
+    def _apply_fault(self, fault: Fault, answer: _Response) -> None:
         if fault.kind == "stall":
-            self.s3.over.wait()
+            self.s3.closing.wait()
             self.close_connection = True
         elif fault.kind == "reset":
             self._reset()
@@ -381,14 +402,16 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.kind == "cut":
                 self._send(status, headers | {"Content-Length": str(len(body))}, body[: len(body) // 2])
             else:
-                self._send(status, headers | {"Transfer-Encoding": "chunked"}, _in_chunks(body))
+                self._send(
+                    status, headers | {"Transfer-Encoding": "chunked"}, _encode_unfinished_chunks(body)
+                )
             self.wfile.flush()
             time.sleep(0.05)  # what was sent has to be read first: a reset would overtake it
             self._reset()
         elif fault.kind == "200":
-            self._send(200, {}, self._error(_Refused(500))[2])
+            self._send(200, {}, self._error_response(_S3Error(500))[2])
         else:
-            self._send(*self._error(_Refused(int(fault.kind))))
+            self._send(*self._error_response(_S3Error(int(fault.kind))))
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response(status)
@@ -410,7 +433,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.close()
 
 
-def _in_chunks(body: bytes) -> bytes:
+def _encode_unfinished_chunks(body: bytes) -> bytes:
     """All of the body, without the chunk that says so."""
     return b"%x\r\n%s\r\n" % (len(body), body) if body else b""
 
@@ -419,5 +442,5 @@ def _crc32(data: bytes) -> str:
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
 
-def _iso(seconds: float) -> str:
+def _iso_timestamp(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(seconds))

@@ -16,13 +16,13 @@ import boto3
 _READY_SECONDS = 30
 
 
-class Queue:
+class SqsQueue:
     """A queue as the test sees it, with a dead-letter queue behind it."""
 
     def __init__(self, client: Any, name: str, *, visible_seconds: int, receives: int = 10) -> None:
         self._client = client
-        self.dead_url = client.create_queue(QueueName=f"{name}-dead")["QueueUrl"]
-        dead = client.get_queue_attributes(QueueUrl=self.dead_url, AttributeNames=["QueueArn"])
+        self.dead_letter_url = client.create_queue(QueueName=f"{name}-dead")["QueueUrl"]
+        dead = client.get_queue_attributes(QueueUrl=self.dead_letter_url, AttributeNames=["QueueArn"])
         redrive = {"deadLetterTargetArn": dead["Attributes"]["QueueArn"], "maxReceiveCount": receives}
         self.url: str = client.create_queue(
             QueueName=name,
@@ -42,14 +42,14 @@ class Queue:
         return sum(int(got["Attributes"][name]) for name in names)
 
     @property
-    def visible(self) -> int:
+    def visible_count(self) -> int:
         """How many messages a worker could have now."""
         name = "ApproximateNumberOfMessages"
         got = self._client.get_queue_attributes(QueueUrl=self.url, AttributeNames=[name])
         return int(got["Attributes"][name])
 
 
-def made(bucket: str, *keys: str) -> dict[str, Any]:
+def object_created_event(bucket: str, *keys: str) -> dict[str, Any]:
     """What S3 sends of objects that were made, their keys encoded as it does."""
     return {
         "Records": [
@@ -70,9 +70,9 @@ class SqsServer:
         self.endpoint_url = endpoint_url
         self._environment = environment
 
-    def queue(
+    def create_queue(
         self, name: str, *, visible_seconds: int = 30, receives: int = 10, region: str | None = None
-    ) -> Queue:
+    ) -> SqsQueue:
         """Make a queue, in the environment's region or another one."""
         client: Any = boto3.client(  # type: ignore[no-untyped-call]
             "sqs",
@@ -81,7 +81,7 @@ class SqsServer:
             aws_access_key_id=self._environment["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self._environment["AWS_SECRET_ACCESS_KEY"],
         )
-        return Queue(client, name, visible_seconds=visible_seconds, receives=receives)
+        return SqsQueue(client, name, visible_seconds=visible_seconds, receives=receives)
 
 
 @contextmanager
@@ -93,8 +93,11 @@ def sqs_server(folder: Path, environment: dict[str, str]) -> Iterator[SqsServer]
     with (folder / "moto.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-            stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment, cwd=folder,
-        )  # fmt: skip
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+            cwd=folder,
+        )
     try:
         give_up_at = time.monotonic() + _READY_SECONDS
         while time.monotonic() < give_up_at and process.poll() is None:

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from services.common.bearer import Token
-from services.common.file_reload import Renewed
-from services.common.reloading_channel import RenewedChannel
-from services.common.tls import Pem, PemFiles
+from services.common.file_reload import ReloadingFile
+from services.common.reloading_channel import ReloadingChannel
+from services.common.tls import PemBundle, PemFiles
 
 _KEEPALIVE_MS = 5 * 60 * 1000  # a server with gRPC's own settings drops who pings more often
-_OPTIONS = [
+_CHANNEL_ARGS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.enable_retries", 0),  # ours know the file's budget
@@ -20,24 +20,26 @@ _OPTIONS = [
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class ProxyCredentials:
     """How one is let in. `tls` None: in the clear; `token` None: without one."""
 
-    tls: Renewed[Pem] | None = None
+    tls: ReloadingFile[PemBundle] | None = None
     token: Token | None = None
 
     @classmethod
-    def read(cls, files: PemFiles, *, token_file: str | None) -> Self:
+    def load(cls, files: PemFiles, *, token_file: str | None) -> Self:
         """From files, all of them looked at now: a wrong one is a UsageError, not a retry for ten minutes."""
-        tls = None if files.ca is None else files.follow()
+        tls = None if files.ca is None else files.watch()
         return cls(tls, None if token_file is None else Token(token_file))
 
 
-IN_THE_CLEAR = Access()
+PLAINTEXT = ProxyCredentials()
 
 
 def open_channel(
-    target: str, access: Access = IN_THE_CLEAR, *, longest_call_seconds: float = 0
-) -> RenewedChannel:
+    target: str, credentials: ProxyCredentials = PLAINTEXT, *, max_call_seconds: float = 0
+) -> ReloadingChannel:
     """A channel; it connects when it is first used, and again whenever that is needed."""
-    return RenewedChannel(target, tls=access.tls, options=_OPTIONS, longest_call_seconds=longest_call_seconds)
+    return ReloadingChannel(
+        target, tls=credentials.tls, options=_CHANNEL_ARGS, max_call_seconds=max_call_seconds
+    )

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 from services.augmenter.pipeline.jsonl import Pair
 
-_BOOK_BYTES = 6 * 2**20  # of text: with more, fewer pairs are new, but every look-up takes longer
-_BOOK_PAIRS = 60_000
-_BOOK_SECONDS = 5.0  # an answer that others may have forgotten by then
+_MAX_TABLE_TEXT_BYTES = 6 * 2**20  # of text: with more, fewer pairs are new, but every look-up takes longer
+_MAX_TABLE_PAIRS = 60_000
+_MAX_TABLE_SECONDS = 5.0  # an answer that others may have forgotten by then
 
 
-class Flight:
+class InFlightBatch:
     """The pairs that one window is the first to have, on their way.
 
     State: `levels` (0: none) and `refused` (why), by the pair's place; nothing of it changes once it is
@@ -27,110 +27,110 @@ class Flight:
     def __init__(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
         self.levels = bytearray(len(pairs))
-        self.refused: dict[int, str] = {}
-        self.over = asyncio.Event()
+        self.rejected: dict[int, str] = {}
+        self.finished = asyncio.Event()
         # Not held: of those that nobody waits in any more there may be hundreds before it is over.
-        self._entries: weakref.WeakKeyDictionary[Book, int] = weakref.WeakKeyDictionary()
+        self._first_ids: weakref.WeakKeyDictionary[PairTable, int] = weakref.WeakKeyDictionary()
 
-    def entered(self, book: "Book", first: int) -> None:
+    def add_table(self, table: "PairTable", first_id: int) -> None:
         """The pairs have the numbers from `first` in that book."""
-        self._entries[book] = first
+        self._first_ids[table] = first_id
 
-    def part(self, places: Sequence[int]) -> list[Pair]:
+    def select(self, indices: Sequence[int]) -> list[Pair]:
         """The pairs at these places."""
-        if isinstance(places, range):  # as nearly all are: a hundredth of a run's time is saved
-            return self.pairs[places.start : places.stop]
-        return [self.pairs[place] for place in places]
+        if isinstance(indices, range):  # as nearly all are: a hundredth of a run's time is saved
+            return self.pairs[indices.start : indices.stop]
+        return [self.pairs[place] for place in indices]
 
-    def answer(self, places: Sequence[int], levels: bytes) -> None:
+    def set_levels(self, indices: Sequence[int], levels: bytes) -> None:
         """These are theirs."""
-        if isinstance(places, range):
-            self.levels[places.start : places.stop] = levels
+        if isinstance(indices, range):
+            self.levels[indices.start : indices.stop] = levels
             return
-        for place, level in zip(places, levels, strict=True):
+        for place, level in zip(indices, levels, strict=True):
             self.levels[place] = level
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Whoever began it ends it, however that went."""
-        for book, first in self._entries.items():
+        for book, first in self._first_ids.items():
             book.levels[first : first + len(self.levels)] = self.levels
         if 0 in self.levels:
             for place, level in enumerate(self.levels):
-                if not level and place not in self.refused:
-                    for book in self._entries:
+                if not level and place not in self.rejected:
+                    for book in self._first_ids:
                         book.forget(self.pairs[place])
-        self.over.set()
+        self.finished.set()
 
 
-class Book:
+class PairTable:
     """Pairs by number, each with the flight that asks it.
 
     State: `_numbers` (of a pair that was left without an answer no longer; none once it is over), `levels`
     (by number; 0: not yet, or never), `_flights` and `_firsts` (the first number of each), in their order.
     """
 
-    def __init__(self, carried: Iterable[Flight] = ()) -> None:
+    def __init__(self, inherited: Iterable[InFlightBatch] = ()) -> None:
         self.levels = bytearray()
-        self._numbers: defaultdict[Pair, int] = defaultdict(itertools.count().__next__)
-        self._flights: list[Flight] = []
-        self._firsts: list[int] = []
-        for flight in carried:
-            self._number(flight.pairs)
-            self._add(flight)
+        self._ids: defaultdict[Pair, int] = defaultdict(itertools.count().__next__)
+        self._batches: list[InFlightBatch] = []
+        self._first_ids: list[int] = []
+        for flight in inherited:
+            self._lookup_ids(flight.pairs)
+            self._append(flight)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._ids)
 
-    def numbered(self, pairs: Iterable[Pair]) -> tuple["array[int]", Flight]:
+    def assign_ids(self, pairs: Iterable[Pair]) -> tuple["array[int]", InFlightBatch]:
         """The number of each pair; and the flight of those that are new, for the caller to make and end."""
-        known = len(self._numbers)
+        known = len(self._ids)
         try:
-            which = self._number(pairs)
+            which = self._lookup_ids(pairs)
         except BaseException:  # of what makes the pairs as they are looked at
-            self._begun(known).end()
+            self._start_batch(known).finish()
             raise
-        return which, self._begun(known)
+        return which, self._start_batch(known)
 
-    def _begun(self, known: int) -> Flight:
-        new = list(itertools.islice(reversed(self._numbers), len(self._numbers) - known))
+    def _start_batch(self, known_count: int) -> InFlightBatch:
+        new = list(itertools.islice(reversed(self._ids), len(self._ids) - known_count))
         new.reverse()
-        flight = Flight(new)
-        self._add(flight)
+        flight = InFlightBatch(new)
+        self._append(flight)
         return flight
 
-    def _number(self, pairs: Iterable[Pair]) -> "array[int]":
-        return array("I", map(self._numbers.__getitem__, pairs))  # a list would be pointers all over the heap
+    def _lookup_ids(self, pairs: Iterable[Pair]) -> "array[int]":
+        return array("I", map(self._ids.__getitem__, pairs))  # a list would be pointers all over the heap
 
-    def _add(self, flight: Flight) -> None:
+    def _append(self, batch: InFlightBatch) -> None:
         first = len(self.levels)
-        flight.entered(self, first)
-        self.levels += flight.levels
-        self._flights.append(flight)
-        self._firsts.append(first)
+        batch.add_table(self, first)
+        self.levels += batch.levels
+        self._batches.append(batch)
+        self._first_ids.append(first)
 
-    def levels_of(self, which: "array[int]") -> bytes:
+    def get_levels(self, ids: "array[int]") -> bytes:
         """The level of each number, or 0."""
-        return bytes(map(self.levels.__getitem__, which))
+        return bytes(map(self.levels.__getitem__, ids))
 
-    def flight_of(self, number: int) -> tuple[Flight, int]:
+    def find_batch(self, pair_id: int) -> tuple[InFlightBatch, int]:
         """Who asks it, and its place there."""
-        at = bisect_right(self._firsts, number) - 1
-        return self._flights[at], number - self._firsts[at]
+        at = bisect_right(self._first_ids, pair_id) - 1
+        return self._batches[at], pair_id - self._first_ids[at]
 
     def forget(self, pair: Pair) -> None:
         """Whoever has it next asks it."""
-        self._numbers.pop(pair, None)  # of a book that is over there is none
+        self._ids.pop(pair, None)  # of a book that is over there is none
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Nothing more is numbered in it; whoever waits for answers has what that takes."""
-        self._numbers.clear()
+        self._ids.clear()
 
-    def under_way(self) -> Sequence[Flight]:
+    def pending(self) -> Sequence[InFlightBatch]:
         """The flights that are not over."""
-        return [flight for flight in self._flights if not flight.over.is_set()]
+        return [flight for flight in self._batches if not flight.finished.is_set()]
 
 
-class Books:
+class PairDeduplicator:
     """The book of what is in hand; begun anew when that is nothing, and so often that it stays small.
 
     State: `_book`, with the bytes of text that went into it, how many pairs it began with and when; `_files`
@@ -138,35 +138,35 @@ class Books:
     """
 
     def __init__(self) -> None:
-        self._book = Book()
-        self._bytes = 0
-        self._carried = 0
-        self._begun_at = time.monotonic()
-        self._files = 0
+        self._table = PairTable()
+        self._text_bytes = 0
+        self._inherited_count = 0
+        self._started_at = time.monotonic()
+        self._files_in_progress = 0
 
     @contextmanager
-    def file_in_work(self) -> Iterator[None]:
+    def track_file(self) -> Iterator[None]:
         """Around all that is asked for one file."""
-        self._files += 1
+        self._files_in_progress += 1
         try:
             yield
         finally:
-            self._files -= 1
-            if not self._files:
-                self._begin()
+            self._files_in_progress -= 1
+            if not self._files_in_progress:
+                self._start_table()
 
-    def of(self, text_bytes: int) -> Book:
+    def table_for(self, text_bytes: int) -> PairTable:
         """The book for so much more text."""
-        new = len(self._book) - self._carried
-        full = self._bytes + text_bytes > _BOOK_BYTES or new > _BOOK_PAIRS
-        if full or time.monotonic() > self._begun_at + _BOOK_SECONDS:
-            self._begin()
-        self._bytes += text_bytes
-        return self._book
+        new = len(self._table) - self._inherited_count
+        full = self._text_bytes + text_bytes > _MAX_TABLE_TEXT_BYTES or new > _MAX_TABLE_PAIRS
+        if full or time.monotonic() > self._started_at + _MAX_TABLE_SECONDS:
+            self._start_table()
+        self._text_bytes += text_bytes
+        return self._table
 
-    def _begin(self) -> None:
-        self._book.end()  # who waits in it, and there may be one for each block in hand, needs no look-up
-        self._book = Book(self._book.under_way())  # which nobody asks a second time
-        self._bytes = 0
-        self._carried = len(self._book)
-        self._begun_at = time.monotonic()
+    def _start_table(self) -> None:
+        self._table.close()  # who waits in it, and there may be one for each block in hand, needs no look-up
+        self._table = PairTable(self._table.pending())  # which nobody asks a second time
+        self._text_bytes = 0
+        self._inherited_count = len(self._table)
+        self._started_at = time.monotonic()

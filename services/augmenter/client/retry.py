@@ -10,15 +10,15 @@ import stamina
 
 from services.augmenter.client.rpc import CallFailedError
 from services.augmenter.errors import RpcFailedError
-from services.common.grpc_details import answered
+from services.common.grpc_details import format_status
 
 _T = TypeVar("_T")
 _log = logging.getLogger("augmenter")
-_FIRST_WAIT_SECONDS = 0.1
-_LONGEST_WAIT_SECONDS = 10.0
+_INITIAL_WAIT_SECONDS = 0.1
+_MAX_WAIT_SECONDS = 10.0
 
 
-class TargetHealth:
+class OutageLogger:
     """Says once that the target is in trouble, and once that it is well again, whatever the files.
 
     State: `_failing` (RPCs that failed and have not yet ended), `_said` (that there is trouble).
@@ -26,22 +26,22 @@ class TargetHealth:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self._failing = 0
-        self._said = False
+        self._failing_calls = 0
+        self._outage_logged = False
 
-    def failed(self, error: CallFailedError) -> None:
+    def on_failure(self, error: CallFailedError) -> None:
         """An RPC failed for the first time, and is retried."""
-        if not self._said:
-            _log.warning("%s answered %s; retrying", self.target, answered(error.code, error.details))
-        self._failing += 1
-        self._said = True
+        if not self._outage_logged:
+            _log.warning("%s answered %s; retrying", self.target, format_status(error.code, error.details))
+        self._failing_calls += 1
+        self._outage_logged = True
 
-    def ended(self, *, recovered: bool) -> None:
+    def on_end(self, *, recovered: bool) -> None:
         """That RPC succeeded, or was given up."""
-        self._failing -= 1
-        if recovered and self._failing == 0:
+        self._failing_calls -= 1
+        if recovered and self._failing_calls == 0:
             _log.warning("%s answers again", self.target)
-            self._said = False
+            self._outage_logged = False
 
 
 class RetryBudget:
@@ -51,12 +51,12 @@ class RetryBudget:
     `_spent_seconds` (by earlier troubles that passed).
     """
 
-    def __init__(self, *, seconds: float, health: TargetHealth) -> None:
+    def __init__(self, *, seconds: float, outage_logger: OutageLogger) -> None:
         self._seconds = seconds
-        self._health = health
-        self._failing = 0
-        self._since = 0.0
-        self._spent_seconds = 0.0
+        self._outage_logger = outage_logger
+        self._failing_calls = 0
+        self._failing_since = 0.0
+        self._earlier_seconds = 0.0
 
     async def call(self, rpc: Callable[[], Awaitable[_T]]) -> _T:
         """Call until it succeeds. Raises RpcFailedError; whatever is no CallFailedError passes."""
@@ -69,13 +69,13 @@ class RetryBudget:
                 return False
             failures += 1
             if failures == 1:
-                self._begin(error)
-            left = self._seconds - self._spent()
+                self._on_failure(error)
+            left = self._seconds - self._get_spent_seconds()
             if left <= 0:
                 return False
             if error.pushback_seconds is not None:  # to ask earlier than told would be rude, later useless
                 return error.pushback_seconds if error.pushback_seconds <= left else False
-            longest = min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2.0 ** min(failures, 10))
+            longest = min(_MAX_WAIT_SECONDS, _INITIAL_WAIT_SECONDS * 2.0 ** min(failures, 10))
             return min(left, longest * random.uniform(0.5, 1))  # noqa: S311 - jitter needs no secrecy
 
         try:
@@ -86,27 +86,29 @@ class RetryBudget:
                     return result
         except CallFailedError as error:
             raise RpcFailedError(
-                target=self._health.target,
+                target=self._outage_logger.target,
                 code=error.code,
                 details=error.details,
-                tried_seconds=self._spent() if failures else None,
+                tried_seconds=self._get_spent_seconds() if failures else None,
             ) from error
         finally:
             if failures:
-                self._end(recovered=recovered)
+                self._on_end(recovered=recovered)
         raise AssertionError("stamina ends by a result or by an error")
 
-    def _spent(self) -> float:
-        return self._spent_seconds + (time.monotonic() - self._since if self._failing else 0.0)
+    def _get_spent_seconds(self) -> float:
+        return self._earlier_seconds + (
+            time.monotonic() - self._failing_since if self._failing_calls else 0.0
+        )
 
-    def _begin(self, error: CallFailedError) -> None:
-        if self._failing == 0:
-            self._since = time.monotonic()
-        self._failing += 1
-        self._health.failed(error)
+    def _on_failure(self, error: CallFailedError) -> None:
+        if self._failing_calls == 0:
+            self._failing_since = time.monotonic()
+        self._failing_calls += 1
+        self._outage_logger.on_failure(error)
 
-    def _end(self, *, recovered: bool) -> None:
-        if self._failing == 1:
-            self._spent_seconds = self._spent()
-        self._failing -= 1
-        self._health.ended(recovered=recovered)
+    def _on_end(self, *, recovered: bool) -> None:
+        if self._failing_calls == 1:
+            self._earlier_seconds = self._get_spent_seconds()
+        self._failing_calls -= 1
+        self._outage_logger.on_end(recovered=recovered)

@@ -14,20 +14,20 @@ from protos import seniority_pb2
 from services.augmenter.client import wire
 from services.augmenter.metrics import Metrics
 from services.augmenter.pipeline.jsonl import Pair
-from services.augmenter.stats import Totals
+from services.augmenter.stats import RunStats
 from services.common.bearer import Token
 from services.common.levels import MAX_LEVEL, MIN_LEVEL
-from services.common.reloading_channel import RenewedChannel
+from services.common.reloading_channel import ReloadingChannel
 from services.common.tracing import OFF, Tracing
 
 _log = logging.getLogger("augmenter")
 
-_REFUSED = {
+_REJECTION_CODES = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.OUT_OF_RANGE,
     grpc.StatusCode.FAILED_PRECONDITION,
 }
-_RETRIED = {
+_RETRYABLE_CODES = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.ABORTED,
@@ -35,8 +35,8 @@ _RETRIED = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.CANCELLED,  # by the server: our own cancellation is an asyncio.CancelledError
 }
-_FIELD = re.compile(r"batch\[(\d{1,9})\](?:\.\w+)?", re.ASCII)
-_PUSHBACK = "grpc-retry-pushback-ms"
+_PAIR_FIELD = re.compile(r"batch\[(\d{1,9})\](?:\.\w+)?", re.ASCII)
+_PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
 _METHOD = "/SeniorityModel/InferSeniority"
 
 
@@ -53,7 +53,7 @@ class CallFailedError(Exception):
         self.pushback_seconds = pushback_seconds
 
 
-class PairsRefusedError(Exception):
+class PairsRejectedError(Exception):
     """Pairs of the call are invalid: reasons by index; none, if the server did not say which."""
 
     def __init__(self, message: str, reasons: dict[int, str]) -> None:
@@ -62,17 +62,17 @@ class PairsRefusedError(Exception):
         self.reasons = reasons
 
 
-class SeniorityRpc:
+class SeniorityClient:
     """Makes calls on one channel; counts them in `totals`."""
 
     def __init__(
         self,
-        channel: RenewedChannel,
+        channel: ReloadingChannel,
         *,
         caller: str,
         priority: str,
         deadline_seconds: float,
-        totals: Totals,
+        stats: RunStats,
         metrics: Metrics,
         token: Token | None = None,
         tracing: Tracing = OFF,
@@ -80,58 +80,72 @@ class SeniorityRpc:
         self._channel = channel
         self._metadata = (("x-caller", caller), ("x-priority", priority))
         self._deadline_seconds = deadline_seconds
-        self._totals = totals
+        self._stats = stats
         self._metrics = metrics
         self._token = token
         self._tracing = tracing
 
     async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> bytes:
         """The pairs' levels, a byte each. Raises CallFailedError or PairsRefusedError."""
-        self._totals.rpcs += 1
-        with self._metrics.rpc_seconds.time(), self._tracing.call("InferSeniority", pairs=len(pairs)) as span:
-            request = wire.request(pairs)
+        self._stats.rpcs += 1
+        with (
+            self._metrics.rpc_seconds.time(),
+            self._tracing.client_span("InferSeniority", pairs=len(pairs)) as span,
+        ):
+            request = wire.encode_request(pairs)
             metadata = (*self._metadata, self._token.metadata()) if self._token else self._metadata
             started_at = time.monotonic()
-            self._channel.renew()
+            self._channel.refresh()
             infer: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.current.unary_unary(_METHOD)
             call = infer(request, timeout=self._deadline_seconds, metadata=metadata + self._tracing.headers())
             try:
                 answer = await call
                 trailers = dict(await call.trailing_metadata() or ())
             except aio.AioRpcError as error:
-                span.ended_as(error.code().name)
-                _told(error.code().name, len(pairs), started_at, words=error.details())
-                raise _failure(error, len(pairs)) from error
-            hits, misses = (_number(trailers.get(name)) or 0 for name in ("x-cache-hits", "x-cache-misses"))
-            span.note(hits=hits, misses=misses)
-            span.ended_as("OK")
-            _told("OK", len(pairs), started_at, hits=hits, misses=misses)
+                span.set_status(error.code().name)
+                _log_call(error.code().name, len(pairs), started_at, details=error.details())
+                raise _to_error(error, len(pairs)) from error
+            hits, misses = (
+                _parse_int(trailers.get(name)) or 0 for name in ("x-cache-hits", "x-cache-misses")
+            )
+            span.set_attributes(hits=hits, misses=misses)
+            span.set_status("OK")
+            _log_call("OK", len(pairs), started_at, hits=hits, misses=misses)
         if count_hits:
-            self._totals.hits += hits
-            self._totals.misses += misses
-        return wire.levels_in_order(answer, len(pairs)) or _joined(answer, len(pairs))
+            self._stats.cache_hits += hits
+            self._stats.cache_misses += misses
+        return wire.decode_ordered_levels(answer, len(pairs)) or _decode_by_uuid(answer, len(pairs))
 
 
-def _told(
-    code: str, pairs: int, started_at: float, *, hits: int = 0, misses: int = 0, words: str | None = None
+def _log_call(
+    code: str, pairs: int, started_at: float, *, hits: int = 0, misses: int = 0, details: str | None = None
 ) -> None:
     """A line an RPC, at debug; there with the server's words, which may quote what was asked."""
     if _log.isEnabledFor(logging.DEBUG):
         seconds = time.monotonic() - started_at
         _log.debug(
             "%s: %d pairs, %d hits, %d misses, %.6f s%s",
-            code, pairs, hits, misses, seconds, f": {words}" if words else "",
+            code,
+            pairs,
+            hits,
+            misses,
+            seconds,
+            f": {details}" if details else "",
             extra={
-                "event": "rpc", "code": code, "pairs": pairs, "hits": hits, "misses": misses,
+                "event": "rpc",
+                "code": code,
+                "pairs": pairs,
+                "hits": hits,
+                "misses": misses,
                 "seconds": round(seconds, 6),
             },
-        )  # fmt: skip
+        )
 
 
-def _joined(answer: bytes, count: int) -> bytes:
+def _decode_by_uuid(response_bytes: bytes, count: int) -> bytes:
     """The levels by uuid: the answers may come in any order, but each exactly once."""
     try:
-        response = seniority_pb2.SeniorityResponseBatch.FromString(answer)
+        response = seniority_pb2.SeniorityResponseBatch.FromString(response_bytes)
     except DecodeError as error:
         raise CallFailedError("INTERNAL", "the answer cannot be read", retryable=True) from error
     levels = bytearray(count)
@@ -151,14 +165,18 @@ def _joined(answer: bytes, count: int) -> bytes:
     return bytes(levels)
 
 
-def _failure(error: aio.AioRpcError, count: int) -> CallFailedError | PairsRefusedError:
+def _to_error(error: aio.AioRpcError, count: int) -> CallFailedError | PairsRejectedError:
     code, details = error.code(), error.details() or ""
     trailers = dict(error.trailing_metadata() or ())
-    if code in _REFUSED:
-        return PairsRefusedError(details or code.name, _reasons(trailers, count, details or code.name))
-    pushback = _number(trailers.get(_PUSHBACK))
-    retryable = code in _RETRIED or (code is grpc.StatusCode.RESOURCE_EXHAUSTED and _PUSHBACK in trailers)
-    if _PUSHBACK in trailers and (pushback is None or pushback < 0):  # gRPC's way to say "do not retry"
+    if code in _REJECTION_CODES:
+        return PairsRejectedError(details or code.name, _parse_reasons(trailers, count, details or code.name))
+    pushback = _parse_int(trailers.get(_PUSHBACK_TRAILER))
+    retryable = code in _RETRYABLE_CODES or (
+        code is grpc.StatusCode.RESOURCE_EXHAUSTED and _PUSHBACK_TRAILER in trailers
+    )
+    if _PUSHBACK_TRAILER in trailers and (
+        pushback is None or pushback < 0
+    ):  # gRPC's way to say "do not retry"
         return CallFailedError(code.name, details, retryable=False)
     return CallFailedError(
         code.name,
@@ -168,7 +186,7 @@ def _failure(error: aio.AioRpcError, count: int) -> CallFailedError | PairsRefus
     )
 
 
-def _reasons(trailers: dict[str, str | bytes], count: int, message: str) -> dict[int, str]:
+def _parse_reasons(trailers: dict[str, str | bytes], count: int, message: str) -> dict[int, str]:
     """Why each pair that the server names was refused; what cannot be read names nothing."""
     status, refusal = status_pb2.Status(), error_details_pb2.BadRequest()
     try:
@@ -181,12 +199,12 @@ def _reasons(trailers: dict[str, str | bytes], count: int, message: str) -> dict
         ]
     except (DecodeError, ValueError):
         return {}
-    named = ((_FIELD.fullmatch(violation.field), violation.description) for violation in violations)
+    named = ((_PAIR_FIELD.fullmatch(violation.field), violation.description) for violation in violations)
     reasons = {int(found[1]): reason or message for found, reason in named if found}
     return {index: reason for index, reason in reasons.items() if index < count}
 
 
-def _number(text: str | bytes | None) -> int | None:
+def _parse_int(text: str | bytes | None) -> int | None:
     try:
         return None if text is None else int(text)
     except ValueError:

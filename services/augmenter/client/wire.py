@@ -12,48 +12,53 @@ from services.common.levels import MAX_LEVEL, MIN_LEVEL
 
 FIRST_UUID = 128
 _UUIDS = range(FIRST_UUID, FIRST_UUID + 4096)
-_ONE_BYTE = 127  # the longest that a text can be whose length takes one byte
-_AROUND = 7  # bytes of a request beside its texts
-_ANSWER = 7  # bytes of an answer, the level the last of them
+_MAX_ONE_BYTE_LENGTH = 127  # the longest that a text can be whose length takes one byte
+_REQUEST_OVERHEAD_BYTES = 7  # bytes of a request beside its texts
+_RESPONSE_BYTES = 7  # bytes of an answer, the level the last of them
 
 
-def request(pairs: Sequence[Pair]) -> bytes:
+def encode_request(pairs: Sequence[Pair]) -> bytes:
     """The batch."""
     if len(pairs) > len(_UUIDS):
-        return _by_stub(enumerate(pairs, FIRST_UUID))
+        return _encode_by_stub(enumerate(pairs, FIRST_UUID))
     # As text whose characters are bytes: a pair is one format (3,000 instructions; by the stub 4,700).
     return "".join(
         [
-            f"\n{_CHARS[_AROUND + a + b]}{field}{_CHARS[a]}{company}\x1a{_CHARS[b]}{title}"
+            f"\n{_LENGTH_CHARACTERS[_REQUEST_OVERHEAD_BYTES + a + b]}{field}"
+            f"{_LENGTH_CHARACTERS[a]}{company}\x1a{_LENGTH_CHARACTERS[b]}{title}"
             if (company := pair.company).isascii()
             and (title := pair.title).isascii()
-            and (a := len(company)) + (b := len(title)) <= _ONE_BYTE - _AROUND
-            else _by_stub([(uuid, pair)]).decode("latin-1")
+            and (a := len(company)) + (b := len(title)) <= _MAX_ONE_BYTE_LENGTH - _REQUEST_OVERHEAD_BYTES
+            else _encode_by_stub([(uuid, pair)]).decode("latin-1")
             for uuid, field, pair in zip(_UUIDS, _UUID_FIELDS, pairs, strict=False)
         ]
     ).encode("latin-1")
 
 
-def _by_stub(numbered: Iterable[tuple[int, Pair]]) -> bytes:
+def _encode_by_stub(pairs_by_uuid: Iterable[tuple[int, Pair]]) -> bytes:
     made = pb.SeniorityRequestBatch()
-    for uuid, pair in numbered:
+    for uuid, pair in pairs_by_uuid:
         made.batch.add(uuid=uuid, company=pair.company, title=pair.title)
     return made.SerializeToString()
 
 
-def levels_in_order(answer: bytes, count: int) -> bytes | None:
+def decode_ordered_levels(response: bytes, count: int) -> bytes | None:
     """The levels, if the answer is in the order of the batch and all of them are levels."""
-    if len(answer) != _ANSWER * count or count > len(_UUIDS):
+    if len(response) != _RESPONSE_BYTES * count or count > len(_UUIDS):
         return None
-    levels = answer[_ANSWER - 1 :: _ANSWER]
-    rest = bytearray(answer)
-    rest[_ANSWER - 1 :: _ANSWER] = bytes(count)
-    if not _TEMPLATE.startswith(rest) or min(levels) < MIN_LEVEL or max(levels) > MAX_LEVEL:
+    levels = response[_RESPONSE_BYTES - 1 :: _RESPONSE_BYTES]
+    rest = bytearray(response)
+    rest[_RESPONSE_BYTES - 1 :: _RESPONSE_BYTES] = bytes(count)
+    if not _RESPONSE_TEMPLATE.startswith(rest) or min(levels) < MIN_LEVEL or max(levels) > MAX_LEVEL:
         return None
     return levels
 
 
-_VARINTS = [bytes([uuid & 127 | 128, uuid >> 7]) for uuid in _UUIDS]
-_TEMPLATE = b"".join([b"\n\5\x08%b\x10\0" % varint for varint in _VARINTS])  # the longest, its levels 0
-_CHARS = [chr(code) for code in range(_ONE_BYTE + 1)]
-_UUID_FIELDS = [f"\x08{varint.decode('latin-1')}\x12" for varint in _VARINTS]  # and the tag of what follows
+_UUID_VARINTS = [bytes([uuid & 127 | 128, uuid >> 7]) for uuid in _UUIDS]
+_RESPONSE_TEMPLATE = b"".join(
+    [b"\n\5\x08%b\x10\0" % varint for varint in _UUID_VARINTS]
+)  # the longest, its levels 0
+_LENGTH_CHARACTERS = [chr(code) for code in range(_MAX_ONE_BYTE_LENGTH + 1)]
+_UUID_FIELDS = [
+    f"\x08{varint.decode('latin-1')}\x12" for varint in _UUID_VARINTS
+]  # and the tag of what follows

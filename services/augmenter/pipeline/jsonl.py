@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from services.common.posting_fields import DEFAULT, Path, PostingFields, text_at
+from services.common.posting_fields import DEFAULT_FIELDS, Path, PostingFields, text_at
 
-_SPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
+_WHITESPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -38,42 +38,42 @@ class Posting(msgspec.Struct, frozen=True, gc=False):
     has_level: bool = False
 
 
-class Kept:
+class KeptLine:
     """A line that is left as it is: it has a level already."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class RejectedLine:
     """A line that cannot be augmented, and why."""
 
     reason: str
 
 
-KEPT = Kept()
-Entry: TypeAlias = Posting | Kept | Rejected | None  # None: a blank line
-_ANY = msgspec.Raw | msgspec.UnsetType
+KEPT = KeptLine()
+ParsedLine: TypeAlias = Posting | KeptLine | RejectedLine | None  # None: a blank line
+_ANY_VALUE = msgspec.Raw | msgspec.UnsetType
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def strip(line: bytes) -> bytes:
+def strip_line(line: bytes) -> bytes:
     """The line without its outer white space, and without a byte order mark: it was a file's first line."""
-    text = line.strip(_SPACE)
+    text = line.strip(_WHITESPACE)
     while text.startswith(_BOM):
-        text = text.removeprefix(_BOM).lstrip(_SPACE)
+        text = text.removeprefix(_BOM).lstrip(_WHITESPACE)
     return text
 
 
 class PostingParser:
     """Reads lines by the names of their fields. `keep_existing`: lines that have a level are kept."""
 
-    def __init__(self, fields: PostingFields = DEFAULT, *, keep_existing: bool = False) -> None:
+    def __init__(self, fields: PostingFields = DEFAULT_FIELDS, *, keep_existing: bool = False) -> None:
         self._fields = fields
         self._keep_existing = keep_existing
-        self._getter = fields.getter
-        self._decode = msgspec.json.Decoder(fields.struct("Posting", _ANY, msgspec.UNSET)).decode
+        self._get_texts = fields.pair_getter
+        self._decode = msgspec.json.Decoder(fields.make_struct("Posting", _ANY_VALUE, msgspec.UNSET)).decode
         self._decode_plain = _plain_decoder(fields)
 
-    def parse(self, texts: Sequence[bytes]) -> list[Entry]:
+    def parse(self, texts: Sequence[bytes]) -> list[ParsedLine]:
         """Return what each stripped line holds."""
         return [self._parse_line(text) for text in texts]
 
@@ -95,48 +95,56 @@ class PostingParser:
         inner = text[1:-1].split(b"}\n{")
         return (inner, pairs) if len(pairs) == len(inner) == count else None
 
-    def _parse_line(self, text: bytes) -> Entry:
+    def _parse_line(self, text: bytes) -> ParsedLine:
         if not text:
             return None
         try:
             decoded = text.decode()
         except UnicodeDecodeError as error:
-            return Rejected(f"not valid UTF-8 (byte {error.start + 1})")
+            return RejectedLine(f"not valid UTF-8 (byte {error.start + 1})")
         try:
             found: Any = self._decode(text)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return self._parse_exactly(decoded)
+            return self._parse_with_json(decoded)
         has_level = found.level is not msgspec.UNSET
-        return KEPT if has_level and self._keep_existing else Posting(Pair(*self._getter(found)), has_level)
+        return (
+            KEPT if has_level and self._keep_existing else Posting(Pair(*self._get_texts(found)), has_level)
+        )
 
-    def _parse_exactly(self, text: str) -> Entry:
+    def _parse_with_json(self, text: str) -> ParsedLine:
         try:
-            value = _json_object(text)
+            value = _load_object(text)
         except ValueError as error:
-            return Rejected(str(error))
+            return RejectedLine(str(error))
         has_level = self._fields.level in value
         if has_level and self._keep_existing:
             return KEPT
         try:
-            pair = Pair(_text_at(value, self._fields.company), _text_at(value, self._fields.title))
+            pair = Pair(
+                _valid_text_at(value, self._fields.company), _valid_text_at(value, self._fields.title)
+            )
         except ValueError as error:
-            return Rejected(str(error))
+            return RejectedLine(str(error))
         return Posting(pair, has_level)
 
 
 def _plain_decoder(fields: PostingFields) -> Callable[[bytes], list[Pair]]:
     """Return what reads lines of postings that have no level."""
-    if fields == DEFAULT:
+    if fields == DEFAULT_FIELDS:
         return msgspec.json.Decoder(Pair).decode_lines
-    decode_lines = msgspec.json.Decoder(fields.struct("Plain", msgspec.UnsetType, msgspec.UNSET)).decode_lines
-    getter = fields.getter
+    decode_lines = msgspec.json.Decoder(
+        fields.make_struct("Plain", msgspec.UnsetType, msgspec.UNSET)
+    ).decode_lines
+    getter = fields.pair_getter
     return lambda text: list(starmap(Pair, map(getter, decode_lines(text))))
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _load_object(text: str) -> dict[str, Any]:
     """Return the object. Raises ValueError that says why it is none."""
     try:
-        value = json.loads(text, parse_constant=_refuse, parse_int=_number, parse_float=_number)
+        value = json.loads(
+            text, parse_constant=_reject_constant, parse_int=_skip_number, parse_float=_skip_number
+        )
     except json.JSONDecodeError as error:
         message = f"not JSON: {error.msg} (character {error.pos + 1})"
         raise ValueError(message) from error
@@ -150,7 +158,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _text_at(value: Any, path: Path) -> str:
+def _valid_text_at(value: Any, path: Path) -> str:
     text = text_at(value, path)
     if _SURROGATE.search(text):
         message = f"{'.'.join(path)} holds a lone surrogate, which is not text"
@@ -158,16 +166,16 @@ def _text_at(value: Any, path: Path) -> str:
     return text
 
 
-def _refuse(constant: str) -> Any:
+def _reject_constant(constant: str) -> Any:
     message = f"{constant} is not a JSON value"
     raise ValueError(message)
 
 
-def _number(_digits: str) -> int:
+def _skip_number(_digits: str) -> int:
     """Numbers are checked, not read: `int` would refuse one of 5,000 digits."""
     return 0
 
 
-_default = PostingParser()
-parse = _default.parse
-parse_plain = _default.parse_plain
+_default_parser = PostingParser()
+parse = _default_parser.parse
+parse_plain = _default_parser.parse_plain

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 
 from services.common.levels import MAX_LEVEL, MIN_LEVEL
-from services.common.posting_fields import DEFAULT
+from services.common.posting_fields import DEFAULT_FIELDS
 
-_LAST = re.compile(rb'"[^"]*"[ \t\r\n]*:[ \t\r\n]*(?:"[^"]*"|[^"{}\[\],:\s]+)\}')
-_SPACE = re.compile(rb"[ \t\r\n]*")
+_LAST_MEMBER = re.compile(rb'"[^"]*"[ \t\r\n]*:[ \t\r\n]*(?:"[^"]*"|[^"{}\[\],:\s]+)\}')
+_WHITESPACE = re.compile(rb"[ \t\r\n]*")
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _SCALAR = re.compile(rb"[^,}\]\s]+")
 _STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
@@ -20,34 +20,34 @@ _STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
 class Splicer:
     """Puts levels into objects, as a member of this name."""
 
-    def __init__(self, name: str = DEFAULT.level) -> None:
+    def __init__(self, name: str = DEFAULT_FIELDS.level) -> None:
         self._name = name.encode()
-        self._quoted = json.dumps(name, ensure_ascii=False).encode()
-        self._endings = {
-            level: b", %b: %d}\n" % (self._quoted, level) for level in range(MIN_LEVEL, MAX_LEVEL + 1)
+        self._quoted_name = json.dumps(name, ensure_ascii=False).encode()
+        self._level_suffixes = {
+            level: b", %b: %d}\n" % (self._quoted_name, level) for level in range(MIN_LEVEL, MAX_LEVEL + 1)
         }
 
-    def all_spliced(self, inner: list[bytes], levels: bytes) -> list[bytes]:
+    def splice_levels(self, unbraced_lines: list[bytes], levels: bytes) -> list[bytes]:
         """Lines of objects that have no such member yet, given without their outer braces; a level for each.
 
         To be joined.
         """
-        parts = [b"{"] * (3 * len(inner))
-        parts[1::3] = inner
-        parts[2::3] = map(self._endings.__getitem__, levels)
+        parts = [b"{"] * (3 * len(unbraced_lines))
+        parts[1::3] = unbraced_lines
+        parts[2::3] = map(self._level_suffixes.__getitem__, levels)
         return parts
 
-    def spliced(self, text: bytes, level: int, *, replace: bool) -> bytes:
+    def splice_level(self, text: bytes, level: int, *, replace: bool) -> bytes:
         """The object with the level as its last member, and a line end.
 
         `replace` says that it has members of that name, which are removed. It has another member too.
         """
         if not replace:
-            return text[:-1] + self._endings[level]
+            return text[:-1] + self._level_suffixes[level]
         comma = self._comma_before_last(text)
         if comma > 0:
-            return text[:comma] + self._endings[level]
-        return self._without_level(text)[:-1] + self._endings[level]
+            return text[:comma] + self._level_suffixes[level]
+        return self._remove_level(text)[:-1] + self._level_suffixes[level]
 
     def _comma_before_last(self, text: bytes) -> int:
         """Where the comma before the last member is, if that alone has the name; -1 if it takes a scan.
@@ -56,20 +56,20 @@ class Splicer:
         quoted like the name is a whole string; with a colon behind it, it is a name; and what stands before
         the brace that ends the text is the object's own.
         """
-        start = text.find(self._quoted)
-        last = start > 0 and b"\\" not in text and _LAST.fullmatch(text, start)
+        start = text.find(self._quoted_name)
+        last = start > 0 and b"\\" not in text and _LAST_MEMBER.fullmatch(text, start)
         if not last:
             return -1
         before = text[:start].rstrip(b" \t\r\n")
         return len(before) - 1 if before.endswith(b",") else -1
 
-    def _without_level(self, text: bytes) -> bytes:
+    def _remove_level(self, text: bytes) -> bytes:
         """The object without its own members of the name, each gone with one comma."""
         kept: list[bytes] = []
         copied = 0  # up to where `text` has been kept or dropped
         previous_comma = -1  # of the last member, -1 as long as every member was dropped
-        for start, end, name in _members(text):
-            comma = _after_space(text, end)  # the comma behind the member, or the closing brace
+        for start, end, name in _iter_members(text):
+            comma = _skip_whitespace(text, end)  # the comma behind the member, or the closing brace
             if name != self._name:
                 previous_comma = comma
             elif previous_comma < 0:  # nothing in front of it: the comma behind goes
@@ -82,38 +82,38 @@ class Splicer:
         return b"".join(kept)
 
 
-def _members(text: bytes) -> Iterator[tuple[int, int, bytes]]:
+def _iter_members(text: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Where each member of the object begins and ends, and its name."""
-    position = _after_space(text, 1)
+    position = _skip_whitespace(text, 1)
     while text[position] != ord("}"):
         start = position
         key_end = _string_end(text, start)
         key = text[start + 1 : key_end - 1]
         if b"\\" in key:
             key = json.loads(text[start:key_end]).encode(errors="surrogatepass")
-        end = _value_end(text, _after_space(text, _after_space(text, key_end) + 1))
+        end = _value_end(text, _skip_whitespace(text, _skip_whitespace(text, key_end) + 1))
         yield start, end, key
-        position = _after_space(text, end)
+        position = _skip_whitespace(text, end)
         if text[position] == ord(","):
-            position = _after_space(text, position + 1)
+            position = _skip_whitespace(text, position + 1)
 
 
-def _after_space(text: bytes, position: int) -> int:
-    return _match(_SPACE, text, position).end()
+def _skip_whitespace(text: bytes, position: int) -> int:
+    return _match_at(_WHITESPACE, text, position).end()
 
 
 def _string_end(text: bytes, position: int) -> int:
-    return _match(_STRING, text, position).end()
+    return _match_at(_STRING, text, position).end()
 
 
 def _value_end(text: bytes, position: int) -> int:
     if text[position] == ord('"'):
         return _string_end(text, position)
     if text[position] not in b"{[":
-        return _match(_SCALAR, text, position).end()
+        return _match_at(_SCALAR, text, position).end()
     depth = 0
     while True:  # not recursion: lines nest as deeply as they like
-        found = _match(_STRUCTURE, text, position)
+        found = _match_at(_STRUCTURE, text, position)
         position = found.end()
         if found[1]:
             position = _string_end(text, position - 1)
@@ -125,7 +125,7 @@ def _value_end(text: bytes, position: int) -> int:
                 return position
 
 
-def _match(pattern: re.Pattern[bytes], text: bytes, position: int) -> re.Match[bytes]:
+def _match_at(pattern: re.Pattern[bytes], text: bytes, position: int) -> re.Match[bytes]:
     found = pattern.match(text, position)
     if found is None:
         message = f"not a valid JSON object (byte {position + 1})"
@@ -133,4 +133,4 @@ def _match(pattern: re.Pattern[bytes], text: bytes, position: int) -> re.Match[b
     return found
 
 
-spliced = Splicer().spliced
+splice_level = Splicer().splice_level

@@ -5,19 +5,19 @@ import json
 from types import TracebackType
 from typing import Self
 
-from services.augmenter.tasks import together
+from services.augmenter.tasks import gather_or_cancel
 from services.common.codec import PLAIN, Format
 from services.common.file_names import REASONS_SUFFIX
 from services.common.line_reader import LongLinePart
-from services.common.storage.protocol import Item, Store, Upload
+from services.common.storage.protocol import FileInfo, Storage, Upload
 
 
-class Output:
+class OutputWriter:
     """An upload in a format."""
 
     def __init__(self, upload: Upload, lines_format: Format) -> None:
         self._upload = upload
-        self._plain = lines_format is PLAIN
+        self._is_plain = lines_format is PLAIN
         self._encoder = lines_format.encoder()
 
     async def __aenter__(self) -> Self:
@@ -27,7 +27,7 @@ class Output:
 
     async def write(self, data: bytes) -> None:
         """Encode beside the event loop (compressors let it run), then send."""
-        if not self._plain:
+        if not self._is_plain:
             data = await asyncio.to_thread(self._encoder.compress, data)
         await self._upload.write(data)
 
@@ -43,15 +43,15 @@ class Output:
         await self._upload.__aexit__(kind, error, trace)
 
 
-class Rejects:
+class RejectsWriter:
     """The file's rejected lines and the reasons, begun with the first of them."""
 
-    def __init__(self, store: Store, item: Item, lines_format: Format) -> None:
-        self._store = store
-        self._item = item
+    def __init__(self, storage: Storage, file: FileInfo, lines_format: Format) -> None:
+        self._storage = storage
+        self._file = file
         self._format = lines_format
-        self._outputs: tuple[Output, Output] | None = None
-        self.first: tuple[int, str] | None = None
+        self._writers: tuple[OutputWriter, OutputWriter] | None = None
+        self.first_rejected: tuple[int, str] | None = None
         """The first rejected line's number and reason."""
 
     async def __aenter__(self) -> Self:
@@ -59,40 +59,41 @@ class Rejects:
         return self
 
     @property
-    def any(self) -> bool:
+    def has_rejects(self) -> bool:
         """Whether anything was rejected."""
-        return self._outputs is not None
+        return self._writers is not None
 
     async def write(self, rejected: list[tuple[int, bytes, str]]) -> None:
         """Add lines: number, bytes, reason."""
-        lines, reasons = await self._begun()
+        lines, reasons = await self._get_writers()
         await lines.write(b"".join(line + b"\n" for _, line, _ in rejected))
-        await self._note(reasons, [(number, reason) for number, _, reason in rejected])
+        await self._write_reasons(reasons, [(number, reason) for number, _, reason in rejected])
 
-    async def write_part(self, part: LongLinePart, *, number: int, reason: str) -> None:
+    async def write_long_line_part(self, part: LongLinePart, *, number: int, reason: str) -> None:
         """Add a part of a line; with the last one, its number and reason."""
-        lines, reasons = await self._begun()
+        lines, reasons = await self._get_writers()
         await lines.write(part.text + b"\n" if part.is_last else part.text)
         if part.is_last:
-            await self._note(reasons, [(number, reason)])
+            await self._write_reasons(reasons, [(number, reason)])
 
-    async def _note(self, reasons: Output, noted: list[tuple[int, str]]) -> None:
-        if self.first is None:
-            self.first = noted[0]
-        await reasons.write(
+    async def _write_reasons(self, writer: OutputWriter, numbered_reasons: list[tuple[int, str]]) -> None:
+        if self.first_rejected is None:
+            self.first_rejected = numbered_reasons[0]
+        await writer.write(
             b"".join(
-                json.dumps({"line": number, "reason": reason}).encode() + b"\n" for number, reason in noted
+                json.dumps({"line": number, "reason": reason}).encode() + b"\n"
+                for number, reason in numbered_reasons
             )
         )
 
-    async def _begun(self) -> tuple[Output, Output]:
-        if self._outputs is None:
-            self._outputs = await self._begin()
-        return self._outputs
+    async def _get_writers(self) -> tuple[OutputWriter, OutputWriter]:
+        if self._writers is None:
+            self._writers = await self._open_writers()
+        return self._writers
 
-    async def _begin(self) -> tuple[Output, Output]:
-        lines = Output(self._store.create(self._item.name, self._item), self._format)
-        reasons = Output(self._store.create(self._item.name + REASONS_SUFFIX, self._item), PLAIN)
+    async def _open_writers(self) -> tuple[OutputWriter, OutputWriter]:
+        lines = OutputWriter(self._storage.create(self._file.name, self._file), self._format)
+        reasons = OutputWriter(self._storage.create(self._file.name + REASONS_SUFFIX, self._file), PLAIN)
         await lines.__aenter__()
         try:
             await reasons.__aenter__()
@@ -103,18 +104,18 @@ class Rejects:
 
     async def complete(self) -> None:
         """Let them appear."""
-        for output in self._outputs or ():
+        for output in self._writers or ():
             await output.complete()
 
-    async def clear(self) -> None:
+    async def remove_stale(self) -> None:
         """Behind the output, which has all lines then: remove what an earlier run rejected of this file."""
-        if self._outputs is None:
-            names = (self._item.name, self._item.name + REASONS_SUFFIX)
-            await together(self._store.remove(name) for name in names)
+        if self._writers is None:
+            names = (self._file.name, self._file.name + REASONS_SUFFIX)
+            await gather_or_cancel(self._storage.remove(name) for name in names)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Forget what was not completed."""
-        for output in self._outputs or ():
+        for output in self._writers or ():
             await output.__aexit__(kind, error, trace)

@@ -2,24 +2,28 @@
 
 import logging
 
-from services.augmenter.stats import Totals
-from services.common.codec import NAMES
-from services.common.storage.protocol import Store
+from services.augmenter.stats import RunStats
+from services.common.codec import SUFFIX_HELP
+from services.common.storage.protocol import Storage
 
 _log = logging.getLogger("augmenter")
 
 
-async def reason(source: Store, totals: Totals) -> str:
+async def explain_empty_input(source: Storage, stats: RunStats) -> str:
     """Return why nothing was found, "" if something was, of any shard. Raises UsageError."""
-    if totals.listing.files:
+    if stats.input_names.files:
         return ""
-    hint = await source.hint()
-    ignored = totals.listing.describe_ignored()
-    why = f"no name ends in one of {NAMES}; ignored: {ignored}" if ignored else f"no file is there; {hint}"
-    return f"{source.place('')}: nothing to augment: {why.removesuffix('; ')}"
+    hint = await source.explain_empty()
+    ignored = stats.input_names.describe_ignored()
+    why = (
+        f"no name ends in one of {SUFFIX_HELP}; ignored: {ignored}"
+        if ignored
+        else f"no file is there; {hint}"
+    )
+    return f"{source.uri('')}: nothing to augment: {why.removesuffix('; ')}"
 
 
-async def warn(source: Store, totals: Totals) -> None:
+async def warn_if_empty(source: Storage, stats: RunStats) -> None:
     """Log it, for a run that waits for files. Raises UsageError."""
-    if why := await reason(source, totals):
+    if why := await explain_empty_input(source, stats):
         _log.warning("%s; waiting for files", why)

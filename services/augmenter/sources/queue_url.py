@@ -15,12 +15,12 @@ _DOMAIN = (
     r"(?:amazonaws\.com(?:\.cn)?|api\.aws|api\.amazonwebservices\.com\.cn|amazonaws\.eu"
     r"|c2s\.ic\.gov|sc2s\.sgov\.gov|csp\.hci\.ic\.gov|cloud\.adc-e\.uk)"
 )
-_STANDARD = re.compile(rf"sqs\.{_REGION}\.amazonaws\.com(?:\.cn)?")
-_LEGACY = re.compile(rf"(?:{_REGION}\.)?queue\.amazonaws\.com(?:\.cn)?")
+_STANDARD_HOST = re.compile(rf"sqs\.{_REGION}\.amazonaws\.com(?:\.cn)?")
+_LEGACY_HOST = re.compile(rf"(?:{_REGION}\.)?queue\.amazonaws\.com(?:\.cn)?")
 # FIPS and dual-stack endpoints, interface VPC endpoints, and the other partitions.
-_OTHERS = re.compile(rf"(?:vpce-[a-z0-9-]+\.)?sqs(?:-fips)?\.{_REGION}\.(?:vpce\.)?{_DOMAIN}")
+_OTHER_AWS_HOST = re.compile(rf"(?:vpce-[a-z0-9-]+\.)?sqs(?:-fips)?\.{_REGION}\.(?:vpce\.)?{_DOMAIN}")
 # LocalStack's own name has the region in front, any name of its host may have it in the path.
-_LOCALSTACK = re.compile(rf"(?:sqs\.)?{_REGION}\.(?:queue\.)?localhost\.localstack\.cloud")
+_LOCALSTACK_HOST = re.compile(rf"(?:sqs\.)?{_REGION}\.(?:queue\.)?localhost\.localstack\.cloud")
 _LOCALSTACK_PATH = re.compile(rf"/queue/{_REGION}/\d{{12}}/[^/]+")
 _LEGACY_REGION = "us-east-1"
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_SQS", "AWS_ENDPOINT_URL")
@@ -53,13 +53,13 @@ def queue_endpoint(queue_url: str) -> QueueEndpoint:
     """Return the endpoint of the queue; nothing is known of hosts but AWS's and LocalStack's."""
     parts = urlsplit(queue_url)
     host = parts.hostname or ""
-    if found := _STANDARD.fullmatch(host):
+    if found := _STANDARD_HOST.fullmatch(host):
         return QueueEndpoint(found["region"])
-    if found := _LEGACY.fullmatch(host):
+    if found := _LEGACY_HOST.fullmatch(host):
         return QueueEndpoint(found["region"] or _LEGACY_REGION)
-    found = _OTHERS.fullmatch(host)
+    found = _OTHER_AWS_HOST.fullmatch(host)
     if not found:
-        elsewhere = _LOCALSTACK.fullmatch(host) or _LOCALSTACK_PATH.fullmatch(parts.path)
+        elsewhere = _LOCALSTACK_HOST.fullmatch(host) or _LOCALSTACK_PATH.fullmatch(parts.path)
         return QueueEndpoint(elsewhere["region"] if elsewhere else None)
     # The default endpoint may be out of reach where somebody chose another one.
     is_configured = any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
 
-_EVENT_NAMES = ("ObjectCreated", "ObjectRestore:Completed")
-_DETAIL_TYPES = {"Object Created", "Object Restore Completed"}
-_MAX_SHOWN = 1_200  # characters; a key has 1024 bytes at most, a message of somebody else's 1 MiB
-_API_CALL = "AWS API Call via CloudTrail"
-_API_SOURCES = {"s3.amazonaws.com", "s3express.amazonaws.com"}
-_API_WRITES = {"PutObject", "PostObject", "CopyObject", "CompleteMultipartUpload", "RenameObject"}
+_READABLE_EVENT_PREFIXES = ("ObjectCreated", "ObjectRestore:Completed")
+_READABLE_DETAIL_TYPES = {"Object Created", "Object Restore Completed"}
+_MAX_LOG_CHARACTERS = 1_200  # characters; a key has 1024 bytes at most, a message of somebody else's 1 MiB
+_API_CALL_DETAIL_TYPE = "AWS API Call via CloudTrail"
+_API_EVENT_SOURCES = {"s3.amazonaws.com", "s3express.amazonaws.com"}
+_API_WRITE_EVENTS = {"PutObject", "PostObject", "CopyObject", "CompleteMultipartUpload", "RenameObject"}
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class ObjectEvent:
     """An event about one object.
 
     `bucket` and `key` are empty where an event names none (an event of another service, a test event).
@@ -34,23 +34,23 @@ class Notice:
 
     bucket: str
     key: str
-    starts: bool = True
+    is_readable: bool = True
     is_test: bool = False
-    kind: str = ""
+    event_name: str = ""
 
     def __str__(self) -> str:
         """Return the event for a log line."""
         place = f"s3://{self.bucket}/{self.key}" if self.bucket else "no object"
-        text = f"{self.kind or 'an event'} about {place}"
-        return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+        text = f"{self.event_name or 'an event'} about {place}"
+        return text if len(text) <= _MAX_LOG_CHARACTERS else f"{text[:_MAX_LOG_CHARACTERS]}…"
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class EventMessage:
     """The events of a message. `not_understood`: why a part of it could not be read; empty if all could."""
 
-    notices: list[Notice]
-    not_understood: str = ""
+    events: list[ObjectEvent]
+    unreadable_reason: str = ""
 
 
 class UnreadableMessageError(Exception):
@@ -61,100 +61,106 @@ class UnreadableMessageError(Exception):
         self.reason = reason
 
 
-def read(body: str) -> Message:
+def parse_message(body: str) -> EventMessage:
     """Return the events of a message's body. Raises UnreadableMessageError if there is not one."""
     try:
         event = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise UnreadableMessageError("not JSON") from error
     if isinstance(event, list) and event:
-        return _joined(event, _of_event, problem="one of its events:")
-    return _of_event(event)
+        return _parse_all(event, _parse_event, problem="one of its events:")
+    return _parse_event(event)
 
 
-def _of_event(event: Any) -> Message:
+def _parse_event(event: Any) -> EventMessage:
     if not isinstance(event, dict):
         raise UnreadableMessageError("not a JSON object")
     if event.get("Type") == "Notification" and isinstance(event.get("Message"), str):  # SNS
-        return read(event["Message"])
+        return parse_message(event["Message"])
     if event.get("Event") == "s3:TestEvent":
-        return Message([_test_event(event)])
+        return EventMessage([_parse_test_event(event)])
     if "detail-type" in event:
-        return Message([_of_event_bridge(event)])
+        return EventMessage([_parse_event_bridge(event)])
     if _is_api_call(event):
-        return Message([_of_api_call(event)])
+        return EventMessage([_parse_api_call(event)])
     if isinstance(event.get("Records"), list) and event["Records"]:
-        return _joined(event["Records"], _of_record, problem="a record has")
+        return _parse_all(event["Records"], _parse_record, problem="a record has")
     raise UnreadableMessageError("neither Records nor detail-type")
 
 
-def _test_event(event: dict[str, Any]) -> Notice:
+def _parse_test_event(event: dict[str, Any]) -> ObjectEvent:
     bucket = event.get("Bucket")
-    return Notice(
-        bucket if isinstance(bucket, str) else "", "", starts=False, is_test=True, kind="s3:TestEvent"
+    return ObjectEvent(
+        bucket if isinstance(bucket, str) else "",
+        "",
+        is_readable=False,
+        is_test=True,
+        event_name="s3:TestEvent",
     )
 
 
-def _of_event_bridge(event: dict[str, Any]) -> Notice:
-    kind = _text(event, "detail-type")
+def _parse_event_bridge(event: dict[str, Any]) -> ObjectEvent:
+    kind = _text_at(event, "detail-type")
     if event.get("source", "aws.s3") != "aws.s3":
-        return Notice("", "", starts=False, kind=kind)
-    if kind != _API_CALL:
-        bucket, key = _text(event, "detail", "bucket", "name"), _text(event, "detail", "object", "key")
-        return Notice(bucket, key, starts=kind in _DETAIL_TYPES, kind=kind)
-    return _of_api_call(event, "detail")
+        return ObjectEvent("", "", is_readable=False, event_name=kind)
+    if kind != _API_CALL_DETAIL_TYPE:
+        bucket, key = _text_at(event, "detail", "bucket", "name"), _text_at(event, "detail", "object", "key")
+        return ObjectEvent(bucket, key, is_readable=kind in _READABLE_DETAIL_TYPES, event_name=kind)
+    return _parse_api_call(event, "detail")
 
 
-def _of_api_call(event: Any, *path: str) -> Notice:
+def _parse_api_call(event: Any, *path: str) -> ObjectEvent:
     """Return what CloudTrail recorded, which stands at a path of members."""
-    name = _text(event, *path, "eventName")
-    if _text(event, *path, "eventSource") not in _API_SOURCES:
-        return Notice("", "", starts=False, kind=name)
+    name = _text_at(event, *path, "eventName")
+    if _text_at(event, *path, "eventSource") not in _API_EVENT_SOURCES:
+        return ObjectEvent("", "", is_readable=False, event_name=name)
     parameters = (*path, "requestParameters")
-    bucket, key = _text(event, *parameters, "bucketName"), _text(event, *parameters, "key")
+    bucket, key = _text_at(event, *parameters, "bucketName"), _text_at(event, *parameters, "key")
     call = event[path[0]] if path else event
     refused = call.get("errorCode") is not None  # CloudTrail records calls that failed, too
-    return Notice(bucket, key, starts=name in _API_WRITES and not refused, kind=name)
+    return ObjectEvent(bucket, key, is_readable=name in _API_WRITE_EVENTS and not refused, event_name=name)
 
 
 def _is_api_call(event: dict[str, Any]) -> bool:
     source = event.get("eventSource")
-    return isinstance(source, str) and source in _API_SOURCES
+    return isinstance(source, str) and source in _API_EVENT_SOURCES
 
 
-def _joined(parts: list[Any], read_part: Callable[[Any], Message], *, problem: str) -> Message:
+def _parse_all(parts: list[Any], parse_part: Callable[[Any], EventMessage], *, problem: str) -> EventMessage:
     """Return the events of all parts that can be read. Raises UnreadableMessageError if none can."""
-    messages: list[Message] = []
+    messages: list[EventMessage] = []
     unreadable: UnreadableMessageError | None = None
     for part in parts:
         try:
-            messages.append(read_part(part))
+            messages.append(parse_part(part))
         except UnreadableMessageError as error:
             unreadable = unreadable or UnreadableMessageError(f"{problem} {error.reason}")
     if unreadable and not messages:
         raise unreadable
-    reasons = [str(unreadable or ""), *(message.not_understood for message in messages)]
-    return Message(
-        [notice for message in messages for notice in message.notices], next(filter(None, reasons), "")
+    reasons = [str(unreadable or ""), *(message.unreadable_reason for message in messages)]
+    return EventMessage(
+        [notice for message in messages for notice in message.events], next(filter(None, reasons), "")
     )
 
 
-def _of_record(record: Any) -> Message:
-    kind = _text(record, "eventName").removeprefix("s3:")
+def _parse_record(record: Any) -> EventMessage:
+    kind = _text_at(record, "eventName").removeprefix("s3:")
     if _is_api_call(record):
-        return Message([_of_api_call(record)])
+        return EventMessage([_parse_api_call(record)])
     source = record.get("eventSource", "aws:s3")
     if not isinstance(source, str) or not source.endswith(":s3"):  # Ceph and MinIO have their own first word
-        return Message([Notice("", "", starts=False, kind=kind)])
+        return EventMessage([ObjectEvent("", "", is_readable=False, event_name=kind)])
     try:
-        key = unquote_plus(_text(record, "s3", "object", "key"), errors="strict")
+        key = unquote_plus(_text_at(record, "s3", "object", "key"), errors="strict")
     except UnicodeDecodeError as error:
         raise UnreadableMessageError("a key that is not UTF-8") from error
-    bucket = _text(record, "s3", "bucket", "name")
-    return Message([Notice(bucket, key, starts=kind.startswith(_EVENT_NAMES), kind=kind)])
+    bucket = _text_at(record, "s3", "bucket", "name")
+    return EventMessage(
+        [ObjectEvent(bucket, key, is_readable=kind.startswith(_READABLE_EVENT_PREFIXES), event_name=kind)]
+    )
 
 
-def _text(event: Any, *path: str) -> str:
+def _text_at(event: Any, *path: str) -> str:
     """Return the text at a path of members. Raises UnreadableMessageError."""
     for name in path:
         event = event.get(name) if isinstance(event, dict) else None

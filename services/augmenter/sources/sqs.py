@@ -12,31 +12,31 @@ from functools import partial
 from typing import Any
 
 from services.augmenter.metrics import Metrics
-from services.augmenter.paths import S3Place
+from services.augmenter.paths import S3Uri
 from services.augmenter.runner import Runner
 from services.augmenter.sources import s3_events
-from services.augmenter.sources.listing import Jobs
-from services.augmenter.sources.lru_set import Recent
-from services.augmenter.sources.message_lease import MessageGoneError, MessageLease
-from services.augmenter.sources.s3_events import Message, Notice, UnreadableMessageError
-from services.augmenter.stats import Totals
-from services.augmenter.tasks import together
+from services.augmenter.sources.listing import FileLister
+from services.augmenter.sources.lru_set import LruSet
+from services.augmenter.sources.message_lease import MessageLease, MessageLeaseLostError
+from services.augmenter.sources.s3_events import EventMessage, ObjectEvent, UnreadableMessageError
+from services.augmenter.stats import RunStats
+from services.augmenter.tasks import gather_or_cancel
 from services.common.file_names import is_input
-from services.common.storage.errors import StoreError
-from services.common.storage.s3_client import named
+from services.common.storage.errors import StorageError
+from services.common.storage.s3_client import translate_errors
 
 _LONG_POLL_SECONDS, _SHORT_POLL_SECONDS = 10, 2
-_AGAIN_SECONDS = 5.0
-_DEFAULT_VISIBLE_SECONDS = 30  # of SQS; some compatible servers have no attributes
-_MAX_LEFT = 10_000  # one that is forgotten is only read once more, and counted twice
+_RETRY_SECONDS = 5.0
+_DEFAULT_VISIBILITY_SECONDS = 30  # of SQS; some compatible servers have no attributes
+_MAX_IGNORED_MESSAGES = 10_000  # one that is forgotten is only read once more, and counted twice
 # How long a message that is left is hidden from its own consumer, whatever the queue's timeout is. With less,
 # a worker would receive it again at once, and the redrive policy would count each time.
-_MIN_LEFT_SECONDS, _MAX_LEFT_SECONDS = 5, 60
-_RELEASED_TOGETHER = 10  # the maximum of ChangeMessageVisibilityBatch
+_MIN_HIDDEN_SECONDS, _MAX_HIDDEN_SECONDS = 5, 60
+_RELEASE_BATCH_SIZE = 10  # the maximum of ChangeMessageVisibilityBatch
 _log = logging.getLogger("augmenter")
 
 
-class QueueWorkers:
+class SqsWorkers:
     """Each worker takes one message at a time, so that no message waits behind a file while others are idle.
 
     State: `_in_work`, a lock for each file in work: S3 sends an event twice now and then, and the second
@@ -50,177 +50,180 @@ class QueueWorkers:
         client: Any,
         *,
         queue_url: str,
-        source: S3Place,
-        jobs: Jobs,
+        source: S3Uri,
+        lister: FileLister,
         runner: Runner,
-        totals: Totals,
+        stats: RunStats,
         metrics: Metrics,
     ) -> None:
         self._client = client
         self._queue_url = queue_url
         self._source = source
-        self._jobs = jobs
+        self._lister = lister
         self._runner = runner
-        self._totals = totals
+        self._stats = stats
         self._metrics = metrics
-        self._visible_seconds = 0
-        self._in_work: dict[str, asyncio.Lock] = {}
-        self._left = Recent(most=_MAX_LEFT)
-        self._hidden: dict[str, tuple[str, float]] = {}
-        self._is_failing = False
+        self._visibility_seconds = 0
+        self._file_locks: dict[str, asyncio.Lock] = {}
+        self._ignored_ids = LruSet(max_size=_MAX_IGNORED_MESSAGES)
+        self._hidden_messages: dict[str, tuple[str, float]] = {}
+        self._receive_failing = False
 
-    async def run(self, *, concurrency: int, endless: bool, stopping: asyncio.Event) -> None:
+    async def run(self, *, concurrency: int, follow: bool, stopping: asyncio.Event) -> None:
         """Until `stopping` is set, or, if not `endless`, nothing is left to do. Raises StoreError."""
-        with named(self._queue_url):
+        with translate_errors(self._queue_url):
             got = await self._client.get_queue_attributes(
                 QueueUrl=self._queue_url, AttributeNames=["VisibilityTimeout"]
             )
-        timeout = got.get("Attributes", {}).get("VisibilityTimeout", _DEFAULT_VISIBLE_SECONDS)
-        self._visible_seconds = max(1, int(timeout))
+        timeout = got.get("Attributes", {}).get("VisibilityTimeout", _DEFAULT_VISIBILITY_SECONDS)
+        self._visibility_seconds = max(1, int(timeout))
         try:
-            await together(self._worker(endless=endless, stopping=stopping) for _ in range(concurrency))
+            await gather_or_cancel(self._worker(follow=follow, stopping=stopping) for _ in range(concurrency))
         finally:  # also when the run is stopped
-            await self._release_left()
+            await self._release_hidden()
 
-    async def _worker(self, *, endless: bool, stopping: asyncio.Event) -> None:
+    async def _worker(self, *, follow: bool, stopping: asyncio.Event) -> None:
         passed: set[str] = set()  # left ones, since the last that was ours: there may be others behind them
         while not stopping.is_set():
             try:
-                message = await self._receive(_LONG_POLL_SECONDS if endless else _SHORT_POLL_SECONDS)
-            except StoreError as error:
-                if not endless:
+                message = await self._receive(_LONG_POLL_SECONDS if follow else _SHORT_POLL_SECONDS)
+            except StorageError as error:
+                if not follow:
                     raise
-                level = logging.DEBUG if self._is_failing else logging.WARNING
-                _log.log(level, "%s; receiving again every %.0f s", error, _AGAIN_SECONDS)
-                self._is_failing = True
-                await asyncio.sleep(_AGAIN_SECONDS)
+                level = logging.DEBUG if self._receive_failing else logging.WARNING
+                _log.log(level, "%s; receiving again every %.0f s", error, _RETRY_SECONDS)
+                self._receive_failing = True
+                await asyncio.sleep(_RETRY_SECONDS)
                 continue
             if message is None:
-                if not endless:
+                if not follow:
                     return
-            elif message["MessageId"] in self._left:
-                await self._leave(message)
+            elif message["MessageId"] in self._ignored_ids:
+                await self._hide_message(message)
                 if message["MessageId"] in passed:
                     return
-                if not endless:
+                if not follow:
                     passed.add(message["MessageId"])
             elif stopping.is_set():
-                await self._lease(message).release()
+                await self._create_lease(message).release()
             else:
                 passed.clear()
-                await self._take(message, endless=endless)
+                await self._process_message(message, follow=follow)
 
     async def _receive(self, wait_seconds: int) -> Any:
         """Never cancelled to end it: a message that was on its way would be nobody's for a while."""
-        was_failing = self._is_failing
-        with named(self._queue_url):
+        was_failing = self._receive_failing
+        with translate_errors(self._queue_url):
             got = await self._client.receive_message(
                 QueueUrl=self._queue_url,
                 MaxNumberOfMessages=1,
                 WaitTimeSeconds=wait_seconds,
-                VisibilityTimeout=self._visible_seconds,  # the queue's own may be 0
+                VisibilityTimeout=self._visibility_seconds,  # the queue's own may be 0
             )
         if was_failing:  # a receive that began before another one failed does not say that all is well
-            self._is_failing = False
+            self._receive_failing = False
         return next(iter(got.get("Messages", ())), None)
 
-    async def _take(self, received: Any, *, endless: bool) -> None:
+    async def _process_message(self, received: Any, *, follow: bool) -> None:
         try:
-            message = s3_events.read(received["Body"])
+            message = s3_events.parse_message(received["Body"])
         except UnreadableMessageError as error:
-            message = Message([], not_understood=str(error))
-        ours = [notice for notice in message.notices if self._is_ours(notice)]
-        foreign = [notice for notice in message.notices if not self._is_ours(notice)]
-        names = self._inputs(notice for notice in ours if notice.starts)
-        lease = self._lease(received)
+            message = EventMessage([], unreadable_reason=str(error))
+        ours = [notice for notice in message.events if self._is_about_input(notice)]
+        foreign = [notice for notice in message.events if not self._is_about_input(notice)]
+        names = self._input_names(notice for notice in ours if notice.is_readable)
+        lease = self._create_lease(received)
         async with lease:
-            done = [await self._do(name) for name in names]
+            done = [await self._process_file(name) for name in names]
         if not all(done):
-            self._count("failed")
-            if not endless:  # one try a run, as for a file that was listed
-                self._left.add(received["MessageId"])
-        elif foreign or message.not_understood:
-            self._note_left(received, foreign, message.not_understood)
-            await self._leave(received)
+            self._count_message("failed")
+            if not follow:  # one try a run, as for a file that was listed
+                self._ignored_ids.add(received["MessageId"])
+        elif foreign or message.unreadable_reason:
+            self._record_foreign(received, foreign, message.unreadable_reason)
+            await self._hide_message(received)
         else:
             await lease.delete()
-            self._count("deleted")
+            self._count_message("deleted")
 
-    def _is_ours(self, notice: Notice) -> bool:
+    def _is_about_input(self, event: ObjectEvent) -> bool:
         """Whether the event is about INPUT. The key of another bucket may begin as ours do."""
-        if notice.is_test:
-            return notice.bucket in {"", self._source.bucket}
-        return notice.bucket == self._source.bucket and notice.key.startswith(self._source.key)
+        if event.is_test:
+            return event.bucket in {"", self._source.bucket}
+        return event.bucket == self._source.bucket and event.key.startswith(self._source.key)
 
-    def _inputs(self, notices: Iterable[Notice]) -> list[str]:
+    def _input_names(self, events: Iterable[ObjectEvent]) -> list[str]:
         """Return the names of files to augment; the others are counted."""
-        names = [self._name(notice) for notice in notices]
+        names = [self._name(notice) for notice in events]
         for name in names:
             if not is_input(name):
-                self._totals.listing.ignore(name)
+                self._stats.input_names.count_ignored(name)
         return [name for name in names if is_input(name)]
 
-    def _name(self, notice: Notice) -> str:
-        return notice.key.removeprefix(self._source.key)
+    def _name(self, event: ObjectEvent) -> str:
+        return event.key.removeprefix(self._source.key)
 
-    def _note_left(self, received: Any, foreign: list[Notice], not_understood: str) -> None:
+    def _record_foreign(self, received: Any, foreign: list[ObjectEvent], unreadable_reason: str) -> None:
         """Count a message that is left, and name it; both once."""
-        self._left.add(received["MessageId"])
-        self._totals.outside += len(foreign)
-        self._totals.messages_left += 1
-        reason = not_understood or f"not about INPUT: {foreign[0]}"
-        if not_understood:
-            self._totals.messages_not_understood += 1
-        self._count("not_understood" if not_understood else "outside")
+        self._ignored_ids.add(received["MessageId"])
+        self._stats.foreign_keys += len(foreign)
+        self._stats.messages_left += 1
+        reason = unreadable_reason or f"not about INPUT: {foreign[0]}"
+        if unreadable_reason:
+            self._stats.messages_not_understood += 1
+        self._count_message("not_understood" if unreadable_reason else "outside")
         _log.warning(
             "%s: message %s is left in the queue: %s", self._queue_url, received["MessageId"], reason
         )
 
-    def _count(self, outcome: str) -> None:
-        self._metrics.messages.labels(outcome=outcome).inc()
+    def _count_message(self, outcome: str) -> None:
+        self._metrics.queue_messages.labels(outcome=outcome).inc()
 
-    async def _do(self, name: str) -> bool:
-        lock = self._in_work.setdefault(name, asyncio.Lock())
+    async def _process_file(self, name: str) -> bool:
+        lock = self._file_locks.setdefault(name, asyncio.Lock())
         async with lock:
-            outcome = await self._runner.do(name, partial(self._jobs.named, name))
-        if self._in_work.get(name) is lock and not lock.locked():
-            del self._in_work[name]
+            outcome = await self._runner.process(name, partial(self._lister.find_task, name))
+        if self._file_locks.get(name) is lock and not lock.locked():
+            del self._file_locks[name]
         return outcome != "failed"
 
-    def _lease(self, received: Any) -> MessageLease:
+    def _create_lease(self, received: Any) -> MessageLease:
         return MessageLease(
-            self._client, queue_url=self._queue_url, message=received, seconds=self._visible_seconds
+            self._client,
+            queue_url=self._queue_url,
+            message=received,
+            visibility_seconds=self._visibility_seconds,
         )
 
-    async def _leave(self, received: Any) -> None:
+    async def _hide_message(self, received: Any) -> None:
         """Let a message that is not ours be visible again soon, but not at once."""
-        seconds = min(max(self._visible_seconds, _MIN_LEFT_SECONDS), _MAX_LEFT_SECONDS)
+        seconds = min(max(self._visibility_seconds, _MIN_HIDDEN_SECONDS), _MAX_HIDDEN_SECONDS)
         now = time.monotonic()
-        self._hidden.pop(received["MessageId"], None)
-        self._hidden[received["MessageId"]] = received["ReceiptHandle"], now + seconds
-        while next(iter(self._hidden.values()))[1] <= now:  # in the order of their times
-            del self._hidden[next(iter(self._hidden))]
-        if seconds == self._visible_seconds:
+        self._hidden_messages.pop(received["MessageId"], None)
+        self._hidden_messages[received["MessageId"]] = received["ReceiptHandle"], now + seconds
+        while next(iter(self._hidden_messages.values()))[1] <= now:  # in the order of their times
+            del self._hidden_messages[next(iter(self._hidden_messages))]
+        if seconds == self._visibility_seconds:
             return
         try:
-            await self._lease(received).hide(seconds)
-        except (MessageGoneError, StoreError) as error:
+            await self._create_lease(received).set_visibility(seconds)
+        except (MessageLeaseLostError, StorageError) as error:
             _log.debug("%s: message %s: %s", self._queue_url, received["MessageId"], error)
 
-    async def _release_left(self) -> None:
+    async def _release_hidden(self) -> None:
         """Make what was left visible now that no worker of this run would receive it again."""
         now = time.monotonic()
-        receipts = [receipt for receipt, until in self._hidden.values() if until > now]
-        for start in range(0, len(receipts), _RELEASED_TOGETHER):
+        receipts = [receipt for receipt, until in self._hidden_messages.values() if until > now]
+        for start in range(0, len(receipts), _RELEASE_BATCH_SIZE):
             entries = [
                 {"Id": str(place), "ReceiptHandle": receipt, "VisibilityTimeout": 0}
-                for place, receipt in enumerate(receipts[start : start + _RELEASED_TOGETHER])
+                for place, receipt in enumerate(receipts[start : start + _RELEASE_BATCH_SIZE])
             ]
             try:
-                with named(self._queue_url):
+                with translate_errors(self._queue_url):
                     await self._client.change_message_visibility_batch(
                         QueueUrl=self._queue_url, Entries=entries
                     )
-            except StoreError as error:  # they are visible after their timeout
+            except StorageError as error:  # they are visible after their timeout
                 _log.debug("%s", error)
                 return

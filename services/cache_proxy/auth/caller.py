@@ -6,13 +6,13 @@ from typing import Protocol
 
 from grpc import aio
 
-from services.cache_proxy.errors import InvalidRequest
+from services.cache_proxy.errors import InvalidRequestError
 from services.cache_proxy.observability.metrics import PRIORITIES
 
 ANONYMOUS = "anonymous"
-_MAX_NAME = 64
-_MAX_SHOWN = 64
-_REMEMBERED = 256
+_MAX_NAME_LENGTH = 64
+_MAX_QUOTED_LENGTH = 64
+_CACHED_CALLERS = 256
 
 Context = aio.ServicerContext[bytes, bytes]
 
@@ -25,14 +25,14 @@ class Caller:
     priority: str
 
 
-class Identify(Protocol):
-    """Says who calls. Raises `AccessRefused`, or `InvalidRequest`."""
+class Authenticator(Protocol):
+    """Says who calls. Raises `AccessDeniedError`, or `InvalidRequestError`."""
 
     def __call__(self, context: Context) -> Caller:
         """The caller of an RPC with this context."""
 
 
-def by_metadata(context: Context) -> Caller:
+def caller_from_metadata(context: Context) -> Caller:
     """Believe `x-caller`; a name that is empty, too long or not printable is `anonymous`."""
     name, priority = ANONYMOUS, PRIORITIES[0]
     for key, value in context.invocation_metadata() or ():
@@ -40,22 +40,22 @@ def by_metadata(context: Context) -> Caller:
             name = str(value)
         elif key == "x-priority":
             priority = str(value)
-    return _claimed(name, priority)
+    return _unauthenticated_caller(name, priority)
 
 
-def of_name(name: str, priority: str | None) -> Caller:
-    """A caller whose name somebody vouches for. Raises `InvalidRequest`."""
-    return _caller(name, PRIORITIES[0] if priority is None else priority)
+def authenticated_caller(name: str, priority: str | None) -> Caller:
+    """A caller whose name somebody vouches for. Raises `InvalidRequestError`."""
+    return _validated_caller(name, PRIORITIES[0] if priority is None else priority)
 
 
-@lru_cache(_REMEMBERED)
-def _claimed(name: str, priority: str) -> Caller:
-    usable = name.isprintable() and 0 < len(name) <= _MAX_NAME
-    return _caller(name if usable else ANONYMOUS, priority)
+@lru_cache(_CACHED_CALLERS)
+def _unauthenticated_caller(name: str, priority: str) -> Caller:
+    usable = name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
+    return _validated_caller(name if usable else ANONYMOUS, priority)
 
 
-def _caller(name: str, priority: str) -> Caller:
+def _validated_caller(name: str, priority: str) -> Caller:
     if priority not in PRIORITIES:
-        message = f"x-priority: {priority[:_MAX_SHOWN]!r} is not one of {', '.join(PRIORITIES)}"
-        raise InvalidRequest(message)
+        message = f"x-priority: {priority[:_MAX_QUOTED_LENGTH]!r} is not one of {', '.join(PRIORITIES)}"
+        raise InvalidRequestError(message)
     return Caller(name, priority)

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.common.errors import UsageError
-from services.common.file_reload import Look, Renewed, read_file
+from services.common.file_reload import ReloadingFile, ReloadResult, read_file
 
 _FLAG = "--caller-tokens-file"
-MAX_NAME = 255
-_NAME = re.compile(rf"[\x21-\x7e]{{1,{MAX_NAME}}}")
-_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+MAX_NAME_LENGTH = 255
+_NAME_PATTERN = re.compile(rf"[\x21-\x7e]{{1,{MAX_NAME_LENGTH}}}")
+_TOKEN_HASH_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
 # Looked up under a key of this process alone: how long a look-up takes tells nobody how near a guess was.
-_KEY = secrets.token_bytes(32)
+_LOOKUP_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +32,21 @@ class CallerList:
     by_certificate: frozenset[str]
     denied: frozenset[str]
 
-    def of_token(self, token: str) -> str | None:
+    def name_for_token(self, token: str) -> str | None:
         """The name of whoever has it."""
-        return self.by_token.get(_keyed(hashlib.sha256(token.encode(errors="backslashreplace")).digest()))
+        return self.by_token.get(
+            _keyed_digest(hashlib.sha256(token.encode(errors="backslashreplace")).digest())
+        )
 
 
-def follow(path: str, *, tell: Callable[[Look], None] = lambda _: None) -> Renewed[CallerList]:
+def watch_caller_list(
+    path: str, *, on_reload: Callable[[ReloadResult], None] = lambda _: None
+) -> ReloadingFile[CallerList]:
     """The list, now and later. Raises UsageError."""
-    return Renewed([path], lambda: _parsed(path), tell=tell)
+    return ReloadingFile([path], lambda: _parse(path), on_reload=on_reload)
 
 
-def _parsed(path: str) -> CallerList:
+def _parse(path: str) -> CallerList:
     by_token: dict[bytes, str] = {}
     by_certificate: set[str] = set()
     denied: set[str] = set()
@@ -51,9 +55,9 @@ def _parsed(path: str) -> CallerList:
         if not words:
             continue
         name, how = words if len(words) == 2 else ("", "")  # noqa: PLR2004 - a name and how it is known
-        found = _HASH.fullmatch(how)
-        token = _keyed(bytes.fromhex(found[1])) if found else b""
-        if not _NAME.fullmatch(name) or not (found or how in {"certificate", "denied"}):
+        found = _TOKEN_HASH_PATTERN.fullmatch(how)
+        token = _keyed_digest(bytes.fromhex(found[1])) if found else b""
+        if not _NAME_PATTERN.fullmatch(name) or not (found or how in {"certificate", "denied"}):
             # Without the line itself: it may hold a token that was not hashed.
             message = f"{_FLAG} {path}: line {number} is not NAME sha256:HEX, NAME certificate or NAME denied"
             raise UsageError(message)
@@ -70,5 +74,5 @@ def _parsed(path: str) -> CallerList:
     return CallerList(by_token, frozenset(by_certificate), frozenset(denied))
 
 
-def _keyed(digest: bytes) -> bytes:
-    return hashlib.blake2b(digest, key=_KEY, digest_size=32).digest()
+def _keyed_digest(digest: bytes) -> bytes:
+    return hashlib.blake2b(digest, key=_LOOKUP_KEY, digest_size=32).digest()

@@ -8,48 +8,54 @@ from functools import partial
 import grpc
 
 from services.cache_proxy.auth import caller_list
-from services.cache_proxy.auth.authenticator import identification
-from services.cache_proxy.auth.caller import Identify
-from services.cache_proxy.auth.reloader import Renewals
+from services.cache_proxy.auth.authenticator import make_authenticator
+from services.cache_proxy.auth.caller import Authenticator
+from services.cache_proxy.auth.reloader import FileReloader
 from services.cache_proxy.auth.server_tls import server_credentials
-from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
+from services.cache_proxy.config.auth_settings import CallerAuthSettings, ModelAuthSettings
 from services.common.bearer import Token
-from services.common.file_reload import Renewed
-from services.common.grpc_target import is_on_this_machine
-from services.common.tls import Pem
+from services.common.file_reload import ReloadingFile
+from services.common.grpc_target import is_local_target
+from services.common.tls import PemBundle
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Callers:
+class CallerAuth:
     """How they are told apart, and what each listener shows them; None: nothing, in the clear."""
 
-    identify: Identify
+    authenticate: Authenticator
     credentials: Callable[[], grpc.ServerCredentials] | None
 
 
-def open_callers(
-    access: CallerAccess, renewals: Renewals, *, listen: Sequence[str], plaintext: Sequence[str] = ()
-) -> Callers:
+def load_caller_auth(
+    access: CallerAuthSettings,
+    renewals: FileReloader,
+    *,
+    listen: Sequence[str],
+    plaintext: Sequence[str] = (),
+) -> CallerAuth:
     """Read what is set. `plaintext` are the addresses that have no TLS in any case. Raises UsageError."""
     listed = credentials = None
     if access.tls_cert is not None:
-        pem = access.files.follow(tell=renewals.teller("listen_tls"))
-        renewals.add(pem.look)
+        pem = access.pem_files.watch(on_reload=renewals.on_reload("listen_tls"))
+        renewals.add(pem.reload_if_changed)
         credentials = partial(server_credentials, pem)
     if access.caller_tokens_file is not None:
-        listed = caller_list.follow(access.caller_tokens_file, tell=renewals.teller("caller_tokens"))
-        renewals.add(listed.look)
-    _warn_of_plaintext(access, (*plaintext, *(listen if credentials is None else ())))
-    identify = identification(certificates=access.tls_client_ca is not None, listed=listed)
-    return Callers(identify, credentials)
+        listed = caller_list.watch_caller_list(
+            access.caller_tokens_file, on_reload=renewals.on_reload("caller_tokens")
+        )
+        renewals.add(listed.reload_if_changed)
+    _warn_about_plaintext(access, (*plaintext, *(listen if credentials is None else ())))
+    identify = make_authenticator(use_certificates=access.tls_client_ca is not None, caller_list=listed)
+    return CallerAuth(identify, credentials)
 
 
-def _warn_of_plaintext(access: CallerAccess, plaintext: Sequence[str]) -> None:
+def _warn_about_plaintext(access: CallerAuthSettings, plaintext: Sequence[str]) -> None:
     """Warn where others than this machine reach addresses without TLS, and that matters."""
     for address in plaintext:
-        if is_on_this_machine(address):
+        if is_local_target(address):
             continue
         if access.caller_tokens_file is not None:
             _log.warning(
@@ -65,23 +71,25 @@ def _warn_of_plaintext(access: CallerAccess, plaintext: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelWay:
+class ModelCredentials:
     """How the model is reached; None: in the clear, without a token."""
 
-    tls: Renewed[Pem] | None = None
+    tls: ReloadingFile[PemBundle] | None = None
     token: Token | None = None
 
 
-IN_THE_CLEAR = ModelWay()
+PLAINTEXT = ModelCredentials()
 
 
-def open_way(access: ModelAccess, renewals: Renewals) -> ModelWay:
+def load_model_credentials(access: ModelAuthSettings, renewals: FileReloader) -> ModelCredentials:
     """Whoever is given it looks after it. Raises UsageError."""
     tls = token = None
     if access.model_tls_ca is not None:
-        tls = access.files.follow(tell=renewals.teller("model_tls"))
+        tls = access.pem_files.watch(on_reload=renewals.on_reload("model_tls"))
     if access.model_token_file is not None:
         token = Token(
-            access.model_token_file, flag_name="--model-token-file", tell=renewals.teller("model_token")
+            access.model_token_file,
+            flag_name="--model-token-file",
+            on_reload=renewals.on_reload("model_token"),
         )
-    return ModelWay(tls, token)
+    return ModelCredentials(tls, token)

@@ -2,21 +2,21 @@
 
 from dataclasses import dataclass
 
-from services.cache_proxy.cache.entry import dated
+from services.cache_proxy.cache.entry import pack_entry
 
 COLUMNS = 4
 TAGS = 64
-FIELD = slice(1, 12)  # of a digest
-LEAST_VALUE = -4096
+FIELD_BYTES = slice(1, 12)  # of a digest
+MIN_VALUE = -4096
 _LEVELS = 7
 
 
-def state_key(base: str, tag: int) -> str:
+def tag_state_key(base: str, tag: int) -> str:
     """The key of a tag's state; the tag is also its hash tag on a Cluster."""
     return f"{base}{{{tag:02x}}}"
 
 
-def tag_of(digest: bytes) -> int:
+def tag_for_digest(digest: bytes) -> int:
     """The tag that a pair belongs to."""
     return digest[0] // COLUMNS
 
@@ -28,22 +28,22 @@ class TagState:
     generation: str
     buckets: int
 
-    def bucket(self, base: str, digest: bytes) -> str:
+    def bucket_key(self, base: str, digest: bytes) -> str:
         """The key of the bucket that a pair of this tag is in."""
         column = digest[0] % COLUMNS
         first = (self.buckets + COLUMNS - 1 - column) // COLUMNS
         h = int.from_bytes(digest[1:4], "big") / 2**24
         place = (1 + h * (0.6565 + 0.3435 * h)) * (1 << first.bit_length() - 1)
         number = int(place) if int(place) >= first else int(place * 2)
-        return f"{state_key(base, tag_of(digest))}{self.generation}:{number * COLUMNS + column:x}"
+        return f"{tag_state_key(base, tag_for_digest(digest))}{self.generation}:{number * COLUMNS + column:x}"
 
 
-def entry_of_value(value: bytes | None, *, today: int) -> int | None:
+def entry_from_value(value: bytes | None, *, today: int) -> int | None:
     """The entry of a field's value; 0 for none, None for garbage."""
     if value is None:
         return 0
     digits = value.removeprefix(b"-")
     if not digits.isdigit() or len(digits) > len("999999"):
         return None
-    day, level = divmod(int(value) - LEAST_VALUE, _LEVELS)
-    return dated(level + 1, day) if 0 <= day <= today + 1 else None
+    day, level = divmod(int(value) - MIN_VALUE, _LEVELS)
+    return pack_entry(level + 1, day) if 0 <= day <= today + 1 else None

@@ -20,16 +20,16 @@ class Script:
         object.__setattr__(self, "sha", sha)
 
 
-def _script(*names: str) -> Script:
+def _load_script(*names: str) -> Script:
     return Script("".join((_FOLDER / f"{name}.lua").read_text(encoding="utf-8") for name in names))
 
 
-GET = _script("layout", "get")
-PUT = _script("layout", "writing", "put")
-FORGET = _script("layout", "writing", "forget")
-CLEAR = _script("layout", "writing", "clear")
-SWEEP = _script("layout", "writing", "sweep")
-INSPECT = _script("layout", "inspect")
-BURY = _script("bury")
-BURIED = _script("buried")
-CHECK_ACCESS = _script("check_access")
+GET = _load_script("layout", "get")
+PUT = _load_script("layout", "writing", "put")
+DELETE = _load_script("layout", "writing", "forget")
+CLEAR = _load_script("layout", "writing", "clear")
+SWEEP = _load_script("layout", "writing", "sweep")
+INSPECT = _load_script("layout", "inspect")
+ADD_TOMBSTONES = _load_script("bury")
+TOMBSTONE_AGES = _load_script("buried")
+CHECK_ACCESS = _load_script("check_access")

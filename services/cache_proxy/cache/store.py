@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
-class Store(Protocol):
+class AnswerStore(Protocol):
     """Answers by digest. Every method may raise `StoreError`, and nothing else."""
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
         """The entry (`dated.py`) of each digest, by position, however old; 0 where none is known."""
 
-    async def put(self, levels: Mapping[bytes, int]) -> None:
+    async def put(self, levels_by_digest: Mapping[bytes, int]) -> None:
         """Remember levels as of today; repeating a call changes nothing."""
 
-    async def forget(self, digests: Sequence[bytes]) -> int:
+    async def delete(self, digests: Sequence[bytes]) -> int:
         """Forget these; how many were known."""
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ class StoreClock:
     def __init__(self) -> None:
         self._offset_seconds: float | None = None
 
-    def note(self, server_seconds: float, *, sent_at: float, received_at: float) -> None:
+    def synchronize(self, server_seconds: float, *, sent_at: float, received_at: float) -> None:
         """Follow a reply in which the server gave its time; both moments are on time.monotonic."""
         self._offset_seconds = server_seconds - (sent_at + received_at) / 2
 

@@ -12,28 +12,33 @@ from typing import cast
 
 import redis.asyncio
 
-from services.cache_proxy.auth.reloader import Renewals
+from services.cache_proxy.auth.reloader import FileReloader
 from services.cache_proxy.cache.embedded import EmbeddedServer
-from services.cache_proxy.cache.entry import Lifetime
+from services.cache_proxy.cache.entry import FreshnessPolicy
 from services.cache_proxy.cache.invalidation import InvalidationLog
 from services.cache_proxy.cache.memory_store import MemoryStore
-from services.cache_proxy.cache.namespace import base_key, log_key
+from services.cache_proxy.cache.namespace import base_key, invalidation_log_key
 from services.cache_proxy.cache.redis_store import RedisStore
-from services.cache_proxy.cache.store import Store
+from services.cache_proxy.cache.store import AnswerStore
 from services.cache_proxy.cache.store_clock import StoreClock
-from services.cache_proxy.cache.sweeper import Housekeeping
+from services.cache_proxy.cache.sweeper import Sweeper
 from services.cache_proxy.cache.versioned_store import VersionedStore
 from services.cache_proxy.config.settings import (
     DEFAULT_EMBEDDED_DIR,
     AnswerSettings,
     CacheSettings,
     KeySettings,
-    redact,
+    redact_url,
 )
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.redis_client.client_factory import Access, Client, connect, servers
-from services.common.supervision import supervise
-from services.common.tasks import end
+from services.cache_proxy.redis_client.client_factory import (
+    RedisClient,
+    RedisCredentials,
+    backend_for,
+    create_client,
+)
+from services.common.supervision import restart_on_failure
+from services.common.tasks import cancel_and_wait
 
 _log = logging.getLogger(__name__)
 
@@ -41,72 +46,74 @@ _EMBEDDED_TIMEOUT_SECONDS = 2.0  # no network in between, but a folder on a slow
 
 
 @dataclass(frozen=True, slots=True)
-class OpenedStore:
+class OpenStore:
     """The store, and, if it is in a Redis that other replicas may share, the client that leads there.
 
     `logs` tell what was invalidated: a `Follower` of each keeps L1 right.
     """
 
-    store: Store
-    shared: "redis.asyncio.Redis | None" = None
-    logs: Sequence[InvalidationLog] = ()
+    store: AnswerStore
+    shared_client: "redis.asyncio.Redis | None" = None
+    invalidation_logs: Sequence[InvalidationLog] = ()
     clock: StoreClock = field(default_factory=StoreClock)
 
 
 @asynccontextmanager
 async def open_store(
     cache: CacheSettings,
-    key: KeySettings,
+    key_settings: KeySettings,
     metrics: ProxyMetrics,
     answers: AnswerSettings | None = None,
-    renewals: Renewals | None = None,
-) -> AsyncIterator[OpenedStore]:
+    reloader: FileReloader | None = None,
+) -> AsyncIterator[OpenStore]:
     """The store, and for `embedded:` its server, for as long as the block lasts. Raises CommandError."""
     if cache.cache_url.startswith("memory:"):
-        yield OpenedStore(MemoryStore())
+        yield OpenStore(MemoryStore())
         return
     answers = answers or AnswerSettings()
-    async with open_client(cache, renewals) as client:
-        reached = servers(client)
+    async with open_client(cache, reloader) as client:
+        reached = backend_for(client)
         clock = StoreClock()
-        metrics.clock_difference.set_function(clock.difference_seconds)
-        current = RedisStore(reached, base=base_key(key), metrics=metrics, clock=clock)
-        store: Store = current
-        logs = [InvalidationLog(reached, log_key(key))]
+        metrics.clock_difference_seconds.set_function(clock.difference_seconds)
+        current = RedisStore(reached, base_key=base_key(key_settings), metrics=metrics, clock=clock)
+        store: AnswerStore = current
+        logs = [InvalidationLog(reached, invalidation_log_key(key_settings))]
         if answers.previous_model_version is not None:
-            previous = dataclasses.replace(key, model_version=answers.previous_model_version)
+            previous = dataclasses.replace(key_settings, model_version=answers.previous_model_version)
             store = VersionedStore(
-                current, RedisStore(reached, base=base_key(previous), metrics=metrics, clock=clock)
+                current, RedisStore(reached, base_key=base_key(previous), metrics=metrics, clock=clock)
             )
-            logs.append(InvalidationLog(reached, log_key(previous)))
-        lifetime = Lifetime(answers.ttl_days, answers.serve_stale)
+            logs.append(InvalidationLog(reached, invalidation_log_key(previous)))
+        lifetime = FreshnessPolicy(answers.ttl_days, answers.serve_stale)
         try:
-            async with _running(Housekeeping(reached, current, key=key, lifetime=lifetime)):
+            async with _run_sweeper(Sweeper(reached, current, key_settings=key_settings, freshness=lifetime)):
                 if cache.cache_url.startswith("embedded:"):
-                    yield OpenedStore(store, logs=logs, clock=clock)
+                    yield OpenStore(store, invalidation_logs=logs, clock=clock)
                 else:  # what the queue asks of a client, a Cluster's has too
-                    yield OpenedStore(store, cast("redis.asyncio.Redis", client), logs, clock)
+                    yield OpenStore(store, cast("redis.asyncio.Redis", client), logs, clock)
         finally:
             await reached.close()  # once more: the housekeeping may have used it since the store was closed
 
 
 @asynccontextmanager
-async def _running(housekeeping: Housekeeping) -> AsyncIterator[None]:
-    task = asyncio.create_task(supervise(housekeeping.run, what="the store's housekeeping"))
+async def _run_sweeper(sweeper: Sweeper) -> AsyncIterator[None]:
+    task = asyncio.create_task(restart_on_failure(sweeper.run, name="the store's housekeeping"))
     try:
         yield
     finally:
-        await end([task])
+        await cancel_and_wait([task])
 
 
 @asynccontextmanager
-async def open_client(cache: CacheSettings, renewals: Renewals | None = None) -> AsyncIterator[Client]:
+async def open_client(
+    cache: CacheSettings, reloader: FileReloader | None = None
+) -> AsyncIterator[RedisClient]:
     """A client of the server that `--cache-url` names, and for `embedded:` the server too.
 
     Whoever is given the client closes it. Raises CommandError.
     """
     scheme, _, rest = cache.cache_url.partition(":")
-    access = Access(
+    access = RedisCredentials(
         username=cache.cache_username,
         password_file=cache.cache_password_file,
         tls_ca=cache.cache_tls_ca,
@@ -114,10 +121,13 @@ async def open_client(cache: CacheSettings, renewals: Renewals | None = None) ->
         sentinel_password_file=cache.sentinel_password_file,
     )
     if scheme != "embedded":
-        client = connect(
-            cache.cache_url, timeout_seconds=cache.cache_timeout_seconds, access=access, renewals=renewals
+        client = create_client(
+            cache.cache_url,
+            timeout_seconds=cache.cache_timeout_seconds,
+            credentials=access,
+            reloader=reloader,
         )
-        _log.info("the cache is at %s", redact(cache.cache_url))
+        _log.info("the cache is at %s", redact_url(cache.cache_url))
         yield client
         return
     folder = rest or DEFAULT_EMBEDDED_DIR
@@ -131,6 +141,6 @@ async def open_client(cache: CacheSettings, renewals: Renewals | None = None) ->
             extra={"folder": folder, "seconds": round(time.monotonic() - started_at, 3)},
         )
         timeout_seconds = max(cache.cache_timeout_seconds, _EMBEDDED_TIMEOUT_SECONDS)
-        yield connect(server.url, timeout_seconds=timeout_seconds, access=access)
+        yield create_client(server.url, timeout_seconds=timeout_seconds, credentials=access)
     finally:
         await server.stop()

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from services.cache_proxy.cache.entry import PREVIOUS
-from services.cache_proxy.cache.store import Store
+from services.cache_proxy.cache.entry import FROM_PREVIOUS_VERSION
+from services.cache_proxy.cache.store import AnswerStore
 
 
 class VersionedStore:
@@ -12,7 +12,7 @@ class VersionedStore:
     Rolling back is to start with the other `--model-version`: its answers are where they were.
     """
 
-    def __init__(self, current: Store, previous: Store) -> None:
+    def __init__(self, current: AnswerStore, previous: AnswerStore) -> None:
         self._current = current
         self._previous = previous
 
@@ -23,16 +23,16 @@ class VersionedStore:
         if missing:
             found = await self._previous.get([digests[place] for place in missing])
             for place, entry in zip(missing, found, strict=True):
-                entries[place] = entry | PREVIOUS if entry else 0
+                entries[place] = entry | FROM_PREVIOUS_VERSION if entry else 0
         return entries
 
-    async def put(self, levels: Mapping[bytes, int]) -> None:
+    async def put(self, levels_by_digest: Mapping[bytes, int]) -> None:
         """See `Store.put`."""
-        await self._current.put(levels)
+        await self._current.put(levels_by_digest)
 
-    async def forget(self, digests: Sequence[bytes]) -> int:
+    async def delete(self, digests: Sequence[bytes]) -> int:
         """See `Store.forget`; of both versions, or the older answer would come back."""
-        return await self._current.forget(digests) + await self._previous.forget(digests)
+        return await self._current.delete(digests) + await self._previous.delete(digests)
 
     async def close(self) -> None:
         """See `Store.close`; both are on the same connections."""

@@ -4,8 +4,8 @@ import json
 import sys
 from datetime import UTC, datetime
 
-from services.cache_proxy.cache.entry import DAY_0, DAY_SECONDS, day_of, level_of
-from services.cache_proxy.commands.session import open_cache
+from services.cache_proxy.cache.entry import DAY_SECONDS, DAY_ZERO_SECONDS, entry_day, entry_level
+from services.cache_proxy.commands.session import open_session
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.common.errors import CommandError, UsageError
@@ -15,11 +15,11 @@ async def run(pair: PairSettings, output: OutputSettings, cache: CacheSettings, 
     """Print the level and the day it was inferred on. Raises CommandError for a pair that is not there."""
     if pair.pair is None:
         raise UsageError("--company and --title say which pair")
-    async with open_cache(cache, key) as opened:
+    async with open_session(cache, key) as opened:
         digest = opened.digest(*pair.pair)
         [entry] = await opened.store.get([digest])
-    level = level_of(entry)
-    day = datetime.fromtimestamp(DAY_0 + day_of(entry) * DAY_SECONDS, UTC).date().isoformat()
+    level = entry_level(entry)
+    day = datetime.fromtimestamp(DAY_ZERO_SECONDS + entry_day(entry) * DAY_SECONDS, UTC).date().isoformat()
     if output.json:
         found = {"level": level, "inferred_on": day} if entry else {"level": None}
         company, title = pair.pair

@@ -14,7 +14,7 @@ from services.common.errors import CommandError, UsageError
 from services.common.grpc_target import check_target, http_proxy_options
 from services.common.options import flag
 from services.common.posting_fields import PostingFields
-from services.common.reloading_channel import FOLLOW_DNS
+from services.common.reloading_channel import DNS_REFRESH_OPTIONS
 from services.common.tls import PemFiles
 
 _BATCH_PAIRS = 1000
@@ -25,9 +25,11 @@ class InferSettings:
     """What `infer` is told."""
 
     target: str = flag(
-        "--target", options.TEXT, required=True,
+        "--target",
+        options.TEXT,
+        required=True,
         text="gRPC target of the proxy (or of the model): HOST:PORT, dns:///HOST:PORT, unix:PATH",
-    )  # fmt: skip
+    )
     company: str | None = flag("--company", options.TEXT, text="the pair's company")
     title: str | None = flag("--title", options.TEXT, text="the pair's title")
     company_field: str = flag(
@@ -52,26 +54,28 @@ class InferSettings:
         if (self.company is None) is not (self.title is None):
             message = "give both --company and --title, or neither and JSON lines on standard input"
             raise UsageError(message)
-        if not _is_text(self.company or "") or not _is_text(self.title or ""):
+        if not _is_valid_utf8(self.company or "") or not _is_valid_utf8(self.title or ""):
             message = "--company and --title must be valid UTF-8"
             raise UsageError(message)
-        _ = self.fields
-        self.tls.check_together()
+        _ = self.field_names
+        self.tls_files.validate()
         check_target(self.target, flag_name="--target", tls_flag="--tls-ca")
-        bearer.check_way(self.target, token_file=self.token_file, tls_ca=self.tls_ca)
+        bearer.require_encrypted(self.target, token_file=self.token_file, tls_ca=self.tls_ca)
 
     @property
-    def fields(self) -> PostingFields:
+    def field_names(self) -> PostingFields:
         """The members of a line on standard input. Raises UsageError."""
         return PostingFields.parse(company=self.company_field, title=self.title_field)
 
     @property
-    def tls(self) -> PemFiles:
+    def tls_files(self) -> PemFiles:
         """The files of the way to the proxy."""
         return PemFiles(
-            ca=self.tls_ca, cert=self.client_cert, key=self.client_key,
+            ca=self.tls_ca,
+            cert=self.client_cert,
+            key=self.client_key,
             flags=("--tls-ca", "--client-cert", "--client-key"),
-        )  # fmt: skip
+        )
 
 
 def run(settings: InferSettings) -> None:
@@ -79,26 +83,28 @@ def run(settings: InferSettings) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
         sys.stdout.reconfigure(errors="backslashreplace")
     token = None if settings.token_file is None else bearer.Token(settings.token_file)
-    with _channel(settings) as channel:
+    with _open_channel(settings) as channel:
         stub = seniority_pb2_grpc.SeniorityModelStub(channel)
         if settings.company is not None and settings.title is not None:
-            [level] = _infer(stub, [(settings.company, settings.title)], settings, token)
+            [level] = _infer_levels(stub, [(settings.company, settings.title)], settings, token)
             sys.stdout.write(f"{level}\n")
             return
-        for pairs in _batches(sys.stdin.buffer, settings.fields):
-            for level, (company, title) in zip(_infer(stub, pairs, settings, token), pairs, strict=True):
+        for pairs in _read_batches(sys.stdin.buffer, settings.field_names):
+            for level, (company, title) in zip(
+                _infer_levels(stub, pairs, settings, token), pairs, strict=True
+            ):
                 sys.stdout.write(f"{level}\t{company}\t{title}\n")
 
 
-def _channel(settings: InferSettings) -> grpc.Channel:
-    options = (*FOLLOW_DNS, *http_proxy_options(settings.target))
+def _open_channel(settings: InferSettings) -> grpc.Channel:
+    options = (*DNS_REFRESH_OPTIONS, *http_proxy_options(settings.target))
     if settings.tls_ca is None:
         return grpc.insecure_channel(settings.target, options=options)
-    credentials = settings.tls.follow().value.channel_credentials()
+    credentials = settings.tls_files.watch().value.channel_credentials()
     return grpc.secure_channel(settings.target, credentials, options=options)
 
 
-def _infer(
+def _infer_levels(
     stub: seniority_pb2_grpc.SeniorityModelStub,
     pairs: Sequence[tuple[str, str]],
     settings: InferSettings,
@@ -123,12 +129,12 @@ def _infer(
     return [levels[uuid] for uuid in range(len(pairs))]
 
 
-def _batches(lines: Iterable[bytes], fields: PostingFields) -> Iterable[list[tuple[str, str]]]:
+def _read_batches(lines: Iterable[bytes], field_names: PostingFields) -> Iterable[list[tuple[str, str]]]:
     batch: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        batch.append(_pair(line, number, fields))
+        batch.append(_parse_line(line, number, field_names))
         if len(batch) == _BATCH_PAIRS:
             yield batch
             batch = []
@@ -136,7 +142,7 @@ def _batches(lines: Iterable[bytes], fields: PostingFields) -> Iterable[list[tup
         yield batch
 
 
-def _pair(line: bytes, number: int, fields: PostingFields) -> tuple[str, str]:
+def _parse_line(line: bytes, number: int, field_names: PostingFields) -> tuple[str, str]:
     try:
         posting = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -146,17 +152,17 @@ def _pair(line: bytes, number: int, fields: PostingFields) -> tuple[str, str]:
         message = f"line {number}: not a JSON object"
         raise CommandError(message)
     try:
-        company, title = fields.read(posting)
+        company, title = field_names.read_pair(posting)
     except ValueError as error:
         message = f"line {number}: {error}"
         raise CommandError(message) from error
-    if not _is_text(company) or not _is_text(title):
+    if not _is_valid_utf8(company) or not _is_valid_utf8(title):
         message = f"line {number}: company and title must be text; a lone surrogate is none"
         raise CommandError(message)
     return company, title
 
 
-def _is_text(value: str) -> bool:
+def _is_valid_utf8(value: str) -> bool:
     try:
         value.encode()
     except UnicodeEncodeError:

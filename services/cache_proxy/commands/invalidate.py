@@ -5,15 +5,15 @@ import sys
 
 from services.cache_proxy.cache import namespace
 from services.cache_proxy.cache.buckets import TAGS
-from services.cache_proxy.cache.cache_scripts import BURY
-from services.cache_proxy.commands.session import Cache, open_cache, version_of
+from services.cache_proxy.cache.cache_scripts import ADD_TOMBSTONES
+from services.cache_proxy.commands.session import CacheSession, for_model_version, open_session
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings, ScopeSettings
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
-from services.cache_proxy.queue.queue_scripts import Keys
-from services.cache_proxy.redis_client.backend import Call
+from services.cache_proxy.queue.queue_scripts import QueueKeys
+from services.cache_proxy.redis_client.backend import ScriptCall
 from services.common.errors import UsageError
 
-_STEP_BUCKETS = 100  # unlinked in half a millisecond
+_SWEEP_BUCKETS = 100  # unlinked in half a millisecond
 
 
 async def run(
@@ -27,16 +27,16 @@ async def run(
     """Print how many pairs were forgotten; none is no error."""
     if (pair.pair is None) is not scope.all:
         raise UsageError("say what: --company and --title, or --all")
-    async with open_cache(cache, key) as opened:
+    async with open_session(cache, key) as opened:
         versions = [opened]
         if answers.previous_model_version is not None:  # or its answer would come back
-            versions.append(version_of(opened, answers.previous_model_version))
+            versions.append(for_model_version(opened, answers.previous_model_version))
         count = 0
         for version in versions:
             if pair.pair is None:
                 count += await _invalidate_all(version)
             else:
-                count += await _invalidate(version, *pair.pair)
+                count += await _invalidate_pair(version, *pair.pair)
     if output.json:
         sys.stdout.write(json.dumps({"invalidated": count}) + "\n")
     else:
@@ -48,30 +48,32 @@ async def run(
 # nothing.
 
 
-async def _invalidate(cache: Cache, company: str, title: str) -> int:
+async def _invalidate_pair(cache: CacheSession, company: str, title: str) -> int:
     digest = cache.digest(company, title)
-    await _bury(cache, digest)
-    count = await cache.store.forget([digest])
-    await cache.log.add([digest])
+    await _add_tombstones(cache, digest)
+    count = await cache.store.delete([digest])
+    await cache.invalidation_log.add([digest])
     return count
 
 
-async def _invalidate_all(cache: Cache) -> int:
-    await _bury(cache, b"")
+async def _invalidate_all(cache: CacheSession) -> int:
+    await _add_tombstones(cache, b"")
     count = await cache.store.clear()
-    await cache.log.add_all()
-    bookmarks = namespace.bookmarks_key(
-        cache.key
+    await cache.invalidation_log.add_all()
+    bookmarks = namespace.warm_checkpoints_key(
+        cache.key_settings
     )  # files that were warmed from are not in the cache any more
-    await cache.servers.command(bookmarks, "UNLINK", bookmarks)
+    await cache.backend.execute(bookmarks, "UNLINK", bookmarks)
     for tag in range(TAGS):
-        while (await cache.store.sweep(tag, buckets=_STEP_BUCKETS)).more:
+        while (await cache.store.sweep(tag, buckets=_SWEEP_BUCKETS)).has_leftovers:
             pass
     return count
 
 
-async def _bury(cache: Cache, digests: bytes) -> None:
-    queue = Keys(prefix=cache.key.key_prefix, namespace=cache.key.namespace)
-    [reply] = await cache.servers.run(BURY, [Call(queue.tombstones, [digests, *queue.bases[1:]])])
+async def _add_tombstones(cache: CacheSession, digests: bytes) -> None:
+    queue = QueueKeys(prefix=cache.key_settings.key_prefix, namespace=cache.key_settings.namespace)
+    [reply] = await cache.backend.run_script(
+        ADD_TOMBSTONES, [ScriptCall(queue.tombstones, [digests, *queue.bases[1:]])]
+    )
     if isinstance(reply, Exception):
         raise reply

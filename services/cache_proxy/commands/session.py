@@ -9,7 +9,7 @@ from urllib.parse import quote
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.cache import namespace
-from services.cache_proxy.cache.embedded import socket_in_use
+from services.cache_proxy.cache.embedded import running_server_socket
 from services.cache_proxy.cache.invalidation import InvalidationLog
 from services.cache_proxy.cache.key import Digester, make_digester
 from services.cache_proxy.cache.redis_store import RedisStore
@@ -17,37 +17,39 @@ from services.cache_proxy.cache.store_factory import open_client
 from services.cache_proxy.config.settings import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings, read_secret
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.redis_client.backend import Servers
-from services.cache_proxy.redis_client.client_factory import servers
+from services.cache_proxy.redis_client.backend import RedisBackend
+from services.cache_proxy.redis_client.client_factory import backend_for
 from services.common.errors import CommandError, UsageError
 
 _TIMEOUT_SECONDS = 5.0  # nobody waits behind a command, so a busy Redis may take its time
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class CacheSession:
     """The cache of a deployment, for one model version."""
 
-    servers: Servers
-    key: KeySettings
+    backend: RedisBackend
+    key_settings: KeySettings
     store: RedisStore
-    log: InvalidationLog
+    invalidation_log: InvalidationLog
     digest: Digester
 
 
 @asynccontextmanager
-async def open_cache(
-    cache: CacheSettings, key: KeySettings, *, may_be_new: bool = False
-) -> AsyncIterator[Cache]:
+async def open_session(
+    cache_settings: CacheSettings, key_settings: KeySettings, *, allow_new: bool = False
+) -> AsyncIterator[CacheSession]:
     """Raises UsageError where the settings are not the deployment's, CommandError where Redis fails."""
-    if cache.cache_url.startswith("memory:"):
+    if cache_settings.cache_url.startswith("memory:"):
         raise UsageError("--cache-url memory: is a cache that only its own process can see")
-    cache = replace(cache, cache_timeout_seconds=max(cache.cache_timeout_seconds, _TIMEOUT_SECONDS))
-    async with open_client(_running_one(cache)) as client:
-        reached = servers(client)
+    cache_settings = replace(
+        cache_settings, cache_timeout_seconds=max(cache_settings.cache_timeout_seconds, _TIMEOUT_SECONDS)
+    )
+    async with open_client(_prefer_running_server(cache_settings)) as client:
+        reached = backend_for(client)
         try:
-            await namespace.check(reached, key, may_be_new=may_be_new)
-            yield _of(reached, key)
+            await namespace.verify(reached, key_settings, allow_new=allow_new)
+            yield _make_session(reached, key_settings)
         except StoreError as error:
             message = f"the cache cannot do this: {error}"
             raise CommandError(message) from error
@@ -55,27 +57,27 @@ async def open_cache(
             await reached.close()
 
 
-def version_of(cache: Cache, model_version: str) -> Cache:
+def for_model_version(session: CacheSession, model_version: str) -> CacheSession:
     """The same deployment's cache of another model version."""
-    return _of(cache.servers, replace(cache.key, model_version=model_version))
+    return _make_session(session.backend, replace(session.key_settings, model_version=model_version))
 
 
-def _of(reached: Servers, key: KeySettings) -> Cache:
-    base = namespace.base_key(key)
-    secret = read_secret(key.key_secret_file, flag_name="--key-secret-file")
-    return Cache(
-        servers=reached,
-        key=key,
-        store=RedisStore(reached, base=base, metrics=ProxyMetrics(CollectorRegistry())),
-        log=InvalidationLog(reached, namespace.log_key(key)),
-        digest=make_digester(normalize=key.normalize, secret=secret),
+def _make_session(backend: RedisBackend, key_settings: KeySettings) -> CacheSession:
+    base = namespace.base_key(key_settings)
+    secret = read_secret(key_settings.key_secret_file, flag_name="--key-secret-file")
+    return CacheSession(
+        backend=backend,
+        key_settings=key_settings,
+        store=RedisStore(backend, base_key=base, metrics=ProxyMetrics(CollectorRegistry())),
+        invalidation_log=InvalidationLog(backend, namespace.invalidation_log_key(key_settings)),
+        digest=make_digester(normalize=key_settings.normalize, secret=secret),
     )
 
 
-def _running_one(cache: CacheSettings) -> CacheSettings:
+def _prefer_running_server(cache: CacheSettings) -> CacheSettings:
     """For `embedded:`, the server that a running proxy has started; else one is started for the command."""
     scheme, _, folder = cache.cache_url.partition(":")
     if scheme != "embedded":
         return cache
-    socket = socket_in_use(Path(folder or DEFAULT_EMBEDDED_DIR))
+    socket = running_server_socket(Path(folder or DEFAULT_EMBEDDED_DIR))
     return cache if socket is None else replace(cache, cache_url=f"unix://{quote(socket)}")

@@ -6,24 +6,24 @@ import sys
 from collections import Counter
 
 from services.cache_proxy.cache.buckets import TAGS
-from services.cache_proxy.commands.session import Cache, open_cache
+from services.cache_proxy.commands.session import CacheSession, open_session
 from services.cache_proxy.config.command_settings import OutputSettings
 from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError
 
-_SAMPLES = 8  # buckets a tag
-_COMPACT = {"listpack", "ziplist"}  # as Redis calls it, and as it did before 7
+_SAMPLES_PER_TAG = 8  # buckets a tag
+_COMPACT_ENCODINGS = {"listpack", "ziplist"}  # as Redis calls it, and as it did before 7
 
 
 async def run(output: OutputSettings, cache: CacheSettings, key: KeySettings) -> None:
     """Print a table, or one JSON object."""
-    async with open_cache(cache, key) as opened:
-        found = await _gather(opened)
+    async with open_session(cache, key) as opened:
+        found = await _collect(opened)
     if output.json:
         sys.stdout.write(json.dumps(found) + "\n")
         return
     for name, value in found.items():
-        sys.stdout.write(f"{name.replace('_', ' '):<22}{_shown(value)}\n")
+        sys.stdout.write(f"{name.replace('_', ' '):<22}{_format_value(value)}\n")
     if found["buckets_compact"] is False:
         sys.stdout.write(
             "\nSome buckets are not compact: each of their pairs costs several times as much.\n"
@@ -31,36 +31,36 @@ async def run(output: OutputSettings, cache: CacheSettings, key: KeySettings) ->
         )
 
 
-async def _gather(cache: Cache) -> dict[str, object]:
+async def _collect(session: CacheSession) -> dict[str, object]:
     start = random.random()  # noqa: S311 - a sample, not a secret
-    tags = [await cache.store.inspect(tag, samples=_SAMPLES, start=start) for tag in range(TAGS)]
+    tags = [await session.store.inspect(tag, samples=_SAMPLES_PER_TAG, start=start) for tag in range(TAGS)]
     samples = [sample for tag in tags for sample in tag.samples]
     encodings = Counter(name for name, _, _ in samples)
     sampled_pairs, sampled_bytes = sum(n for _, n, _ in samples), sum(size for _, _, size in samples)
     return {
-        "model_version": cache.key.model_version,
+        "model_version": session.key_settings.model_version,
         "pairs": sum(tag.pairs for tag in tags),
         "buckets": sum(tag.buckets for tag in tags),
         "bytes_a_pair": round(sampled_bytes / sampled_pairs, 1) if sampled_pairs else None,
         "fullest_sampled": max((n for _, n, _ in samples), default=0),
         "encodings": dict(encodings),
-        "buckets_compact": set(encodings) <= _COMPACT,
+        "buckets_compact": set(encodings) <= _COMPACT_ENCODINGS,
         "being_removed": sum(tag.leftovers for tag in tags) > 0,
         "garbage_seen": sum(tag.garbage for tag in tags),
-        "eviction": await _eviction(cache),
+        "eviction": await _eviction_policy(session),
     }
 
 
-async def _eviction(cache: Cache) -> str | None:
+async def _eviction_policy(session: CacheSession) -> str | None:
     """The server's policy, where it may be asked."""
     try:
-        info = await cache.servers.command(cache.log.key, "INFO", "memory")
+        info = await session.backend.execute(session.invalidation_log.key, "INFO", "memory")
     except StoreError:
         return None
     return str(info["maxmemory_policy"]) if isinstance(info, dict) and "maxmemory_policy" in info else None
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {count}" for name, count in value.items()) or "none"
     if isinstance(value, bool):

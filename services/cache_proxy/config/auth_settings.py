@@ -9,7 +9,7 @@ from services.common.tls import PemFiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CallerAccess:
+class CallerAuthSettings:
     """How callers come in, and who they may be."""
 
     tls_cert: str | None = flag(
@@ -20,27 +20,30 @@ class CallerAccess:
         "--tls-client-ca", options.TEXT, text="CA that must have signed callers' certificates (mutual TLS)"
     )
     caller_tokens_file: str | None = flag(
-        "--caller-tokens-file", options.TEXT,
+        "--caller-tokens-file",
+        options.TEXT,
         text="who may call; a line each: NAME sha256:HEX (of a bearer token), NAME certificate, NAME denied",
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         """Refuse half of a pair, and certificates of callers without one of one's own."""
-        self.files.check_pair()
+        self.pem_files.validate_pair()
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise UsageError("--tls-client-ca needs --tls-cert: without it nothing is encrypted")
 
     @property
-    def files(self) -> PemFiles:
+    def pem_files(self) -> PemFiles:
         """Those of the listeners."""
         return PemFiles(
-            ca=self.tls_client_ca, cert=self.tls_cert, key=self.tls_key,
+            ca=self.tls_client_ca,
+            cert=self.tls_cert,
+            key=self.tls_key,
             flags=("--tls-client-ca", "--tls-cert", "--tls-key"),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelAccess:
+class ModelAuthSettings:
     """How the proxy itself is let in at the model."""
 
     model_token_file: str | None = flag(
@@ -56,18 +59,20 @@ class ModelAccess:
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
-        self.files.check_together()
+        self.pem_files.validate()
 
-    def check_way(self, target: str) -> None:
+    def require_encrypted(self, target: str) -> None:
         """Refuse a token that others could read on its way. Raises UsageError."""
-        bearer.check_way(
+        bearer.require_encrypted(
             target, token_file=self.model_token_file, tls_ca=self.model_tls_ca, prefix="--model-"
         )
 
     @property
-    def files(self) -> PemFiles:
+    def pem_files(self) -> PemFiles:
         """Those of the way to the model."""
         return PemFiles(
-            ca=self.model_tls_ca, cert=self.model_tls_cert, key=self.model_tls_key,
+            ca=self.model_tls_ca,
+            cert=self.model_tls_cert,
+            key=self.model_tls_key,
             flags=("--model-tls-ca", "--model-tls-cert", "--model-tls-key"),
-        )  # fmt: skip
+        )

@@ -69,7 +69,7 @@ class WarmSettings:
     def __post_init__(self) -> None:
         """Refuse limits that are out of range, and names that cannot be."""
         _ = self.fields
-        limits.check(self.max_line_bytes, self.max_zstd_window_bytes)
+        limits.check_limits(self.max_line_bytes, self.max_zstd_window_bytes)
 
     @property
     def fields(self) -> PostingFields:

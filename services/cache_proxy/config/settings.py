@@ -6,19 +6,19 @@ from urllib.parse import quote
 
 from services.cache_proxy.cache.key import NORMAL_FORM_VERSION
 from services.cache_proxy.config import cache_url
-from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
+from services.cache_proxy.config.auth_settings import CallerAuthSettings, ModelAuthSettings
 from services.common import options
 from services.common.errors import UsageError
 from services.common.file_reload import read_file
 from services.common.grpc_target import check_target
 from services.common.listening import check_address
 from services.common.options import flag
-from services.common.redaction import warn_of_readers
+from services.common.redaction import warn_if_world_readable
 
 ENV_PREFIX = "CACHE_PROXY"
 DEFAULT_EMBEDDED_DIR = ".cache-proxy"
 DAY_SECONDS = 86_400
-_MAX_DAYS = 3_650
+_MAX_TTL_DAYS = 3_650
 NORMAL_FORMS = ("fold", "exact")
 _MAX_BATCH_PAIRS = 1000
 
@@ -35,9 +35,11 @@ class KeySettings:
     )
     model_version: str = flag("--model-version", options.TEXT, "1", text="namespace of the cached answers")
     normalize: str = flag(
-        "--normalize", options.choice(*NORMAL_FORMS), "fold",
+        "--normalize",
+        options.choice(*NORMAL_FORMS),
+        "fold",
         text="which spellings share an answer: fold ignores case, width and white space",
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         """Refuse a prefix that is none: what keeps the queue's keys together on a Cluster would be empty."""
@@ -55,11 +57,13 @@ class CacheSettings:
     """How Redis is reached."""
 
     cache_url: str = flag(
-        "--cache-url", options.TEXT, "embedded:",
+        "--cache-url",
+        options.TEXT,
+        "embedded:",
         text="embedded:[DIR] (a server of its own), memory:, redis://, rediss://, valkey://, valkeys://, "
         "unix://, redis+cluster://HOST:PORT,…, redis+sentinel://HOST:PORT,…/SERVICE",
-        login_goes_to="--cache-password-file",
-    )  # fmt: skip
+        password_alternative="--cache-password-file",  # noqa: S106 - a flag, not a password
+    )
     cache_username: str | None = flag("--cache-username", options.TEXT, text="Redis ACL user")
     cache_password_file: str | None = flag(
         "--cache-password-file", options.TEXT, text="file with the password; read again when it changes"
@@ -80,7 +84,7 @@ class CacheSettings:
     def __post_init__(self) -> None:
         """Refuse a URL that cannot be used, and what goes with another kind of URL."""
         scheme = cache_url.parse(self.cache_url).scheme
-        if self.cache_tls_ca is not None and scheme not in cache_url.ENCRYPTED:
+        if self.cache_tls_ca is not None and scheme not in cache_url.TLS_CAPABLE_SCHEMES:
             message = (
                 "--cache-tls-ca: only a rediss:// --cache-url is encrypted, a Cluster or Sentinels may be"
             )
@@ -112,14 +116,15 @@ class AnswerSettings:
         "--serve-stale", options.BOOL, "false", text="answer with what is older meanwhile"
     )
     previous_model_version: str | None = flag(
-        "--previous-model-version", options.TEXT,
+        "--previous-model-version",
+        options.TEXT,
         text="whose answers are served, and refreshed behind, until this version has its own",
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         """Refuse an age that is not in days: the store knows no hours."""
-        if self.cache_ttl_seconds % DAY_SECONDS or self.cache_ttl_seconds > _MAX_DAYS * DAY_SECONDS:
-            message = f"--cache-ttl: it must be whole days, as in 30d, and at most {_MAX_DAYS}d"
+        if self.cache_ttl_seconds % DAY_SECONDS or self.cache_ttl_seconds > _MAX_TTL_DAYS * DAY_SECONDS:
+            message = f"--cache-ttl: it must be whole days, as in 30d, and at most {_MAX_TTL_DAYS}d"
             raise UsageError(message)
 
     @property
@@ -133,9 +138,11 @@ class ModelSettings:
     """How the model is called, and how much of it may be used."""
 
     model_target: str = flag(
-        "--model-target", options.TEXT, required=True,
+        "--model-target",
+        options.TEXT,
+        required=True,
         text="gRPC target of the model: HOST:PORT, dns:///HOST:PORT, unix:PATH",
-    )  # fmt: skip
+    )
     model_batch_size: int = flag(
         "--model-batch-size", options.COUNT, "1000", text="pairs in one call to the model, at most"
     )
@@ -146,9 +153,11 @@ class ModelSettings:
         "--model-rate", options.RATE, "1000", text="requests a second to the model, all replicas together"
     )
     model_calls_per_second: float = flag(
-        "--model-calls-per-second", options.RATE_OR_ZERO, "1",
+        "--model-calls-per-second",
+        options.RATE_OR_ZERO,
+        "1",
         text="calls a second to the model, all replicas together; 0: no such limit",
-    )  # fmt: skip
+    )
     expected_replicas: int = flag(
         "--expected-replicas",
         options.COUNT,
@@ -165,9 +174,11 @@ class ModelSettings:
         "--model-deadline", options.DURATION, "30s", text="how long one call to the model may take"
     )
     model_retry_window_seconds: float = flag(
-        "--model-retry-window", options.DURATION, "15s",
+        "--model-retry-window",
+        options.DURATION,
+        "15s",
         text="how long pairs are retried while the model answers nothing",
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         """Refuse what could never call the model."""
@@ -190,15 +201,18 @@ class ServerSettings:
     """Where the proxy listens, what it bears, and how it ends."""
 
     listen: tuple[str, ...] = flag(
-        "--listen", options.LIST, "0.0.0.0:50051",
+        "--listen",
+        options.LIST,
+        "0.0.0.0:50051",
         text="address for callers; repeatable; unix:/path too; port 0 picks one; 0.0.0.0, [::] and no host "
         "mean every address, IPv4 and IPv6",
-    )  # fmt: skip
+    )
     listen_plaintext: tuple[str, ...] = flag(
-        "--listen-plaintext", options.LIST,
+        "--listen-plaintext",
+        options.LIST,
         text="as --listen, and without TLS whatever --tls-cert says: for probes and callers on this machine, "
         "which then need no certificate",
-    )  # fmt: skip
+    )
     listen_mode: int | None = flag(
         "--listen-mode", options.MODE, text="octal mode of Unix sockets, as in 0660; by the umask if not set"
     )
@@ -222,17 +236,20 @@ class ServerSettings:
         "--max-queued-bytes", options.SIZE, "1GiB", text="bytes of pairs waiting for the model, at most"
     )
     caller_quotas_file: str | None = flag(
-        "--caller-quotas-file", options.TEXT,
+        "--caller-quotas-file",
+        options.TEXT,
         text="JSON: how much of model and queue each caller may have, all replicas together; read again when "
         "it changes",
-    )  # fmt: skip
+    )
     max_wait_seconds: float = flag(
         "--max-wait", options.DURATION, "5m", text="how long a caller without a deadline waits, at most"
     )
     max_connection_age_seconds: float = flag(
-        "--max-connection-age", options.DURATION, "30m",
+        "--max-connection-age",
+        options.DURATION,
+        "30m",
         text="after which a connection is closed gracefully, so that callers find new replicas",
-    )  # fmt: skip
+    )
     drain_delay_seconds: float = flag(
         "--drain-delay", options.DURATION, "5s", text="after SIGTERM, still serve so long, as NOT_SERVING"
     )
@@ -247,9 +264,9 @@ class ServerSettings:
     def __post_init__(self) -> None:
         """Refuse what cannot be listened on, and bounds that let nothing through."""
         for address in self.listen:
-            check_address(address, flag_name="--listen", may_be_unix=True)
+            check_address(address, flag_name="--listen", allow_unix=True)
         for address in self.listen_plaintext:
-            check_address(address, flag_name="--listen-plaintext", may_be_unix=True)
+            check_address(address, flag_name="--listen-plaintext", allow_unix=True)
         check_address(self.http_listen, flag_name="--http-listen")
         if not self.max_request_bytes:
             message = "--max-request-bytes must be above 0"
@@ -271,12 +288,12 @@ class Settings:
     cache: CacheSettings
     key: KeySettings
     answers: AnswerSettings
-    callers: CallerAccess = field(default_factory=CallerAccess)
-    model_access: ModelAccess = field(default_factory=ModelAccess)
+    caller_auth: CallerAuthSettings = field(default_factory=CallerAuthSettings)
+    model_auth: ModelAuthSettings = field(default_factory=ModelAuthSettings)
 
     def __post_init__(self) -> None:
         """Refuse a version that is its own previous one, and a token that others could read."""
-        self.model_access.check_way(self.model.model_target)
+        self.model_auth.require_encrypted(self.model.model_target)
         if self.answers.previous_model_version == self.key.model_version:
             raise UsageError("--previous-model-version must not be --model-version")
 
@@ -289,11 +306,11 @@ def read_secret(path: str | None, *, flag_name: str) -> bytes | None:
     if not secret:
         message = f"{flag_name} {path}: the file is empty"
         raise UsageError(message)
-    warn_of_readers(Path(path), flag_name=flag_name)
+    warn_if_world_readable(Path(path), flag_name=flag_name)
     return secret
 
 
-def redact(url: str) -> str:
+def redact_url(url: str) -> str:
     """The URL without a password in it, for logs and errors: neither before an @ nor in a parameter."""
     address, question, _ = url.partition("?")
     scheme, slashes, rest = address.partition("://")

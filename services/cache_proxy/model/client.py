@@ -13,17 +13,22 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
 
 from protos import seniority_pb2
-from services.cache_proxy.auth.model_credentials import IN_THE_CLEAR, ModelWay
-from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused
+from services.cache_proxy.auth.model_credentials import PLAINTEXT, ModelCredentials
+from services.cache_proxy.errors import (
+    BatchRejectedError,
+    CallFailedError,
+    InvalidModelResponseError,
+    PairRejectedError,
+)
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import Pair
-from services.common.grpc_details import answered, never_sent
-from services.common.reloading_channel import RenewedChannel
+from services.common.grpc_details import format_status, is_connection_failure
+from services.common.reloading_channel import ReloadingChannel
 from services.common.tracing import OFF, Tracing
 
 MIN_LEVEL, MAX_LEVEL = 1, 7
-REFUSED_PAIR = "the model refused the pair"
-REFUSALS = frozenset(
+PAIR_REJECTED_MESSAGE = "the model refused the pair"
+REJECTION_CODES = frozenset(
     {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}
 )
 _SERVICE = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"]
@@ -33,7 +38,7 @@ _MAX_METADATA_BYTES = 2**20  # a refusal with a long message is still a refusal,
 _MAX_PUSHBACK_SECONDS = 3600.0  # the queue believes no moment further off
 _MAX_PUSHBACK_DIGITS = 15
 _MAX_ID = 2**31 - 1
-_INDEX = re.compile(r"batch\[(\d{1,6})\](\.company|\.title)?", re.ASCII)
+_PAIR_INDEX_PATTERN = re.compile(r"batch\[(\d{1,6})\](\.company|\.title)?", re.ASCII)
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_RESPONSE_BYTES),
     ("grpc.max_send_message_length", -1),
@@ -53,10 +58,10 @@ class Batch:
     request: seniority_pb2.SeniorityRequestBatch
 
 
-_Infer = aio.UnaryUnaryMultiCallable[
+_InferMethod = aio.UnaryUnaryMultiCallable[
     seniority_pb2.SeniorityRequestBatch, seniority_pb2.SeniorityResponseBatch | None
 ]
-Answering = asyncio.Task[list[int | Nonsense]]
+LevelsTask = asyncio.Task[list[int | InvalidModelResponseError]]
 
 
 class ModelClient:
@@ -68,23 +73,23 @@ class ModelClient:
         *,
         deadline_seconds: float,
         metrics: ProxyMetrics,
-        way: ModelWay = IN_THE_CLEAR,
+        credentials: ModelCredentials = PLAINTEXT,
         tracing: Tracing = OFF,
     ) -> None:
         self._target = target
         self._deadline_seconds = deadline_seconds
         self._metrics = metrics
         self._tracing = tracing
-        self._token = way.token
-        self._channel = open_model_channel(target, way=way, longest_call_seconds=deadline_seconds)
+        self._token = credentials.token
+        self._channel = open_model_channel(target, credentials=credentials, max_call_seconds=deadline_seconds)
         self._channel.current.get_state(try_to_connect=True)  # a handshake would make the first call late
         self._ids = itertools.cycle(range(1, _MAX_ID))
 
-    def renew(self) -> None:
+    def reload(self) -> None:
         """Look at the target, the certificates and the token, and go by them from the next call on."""
-        self._channel.renew()
+        self._channel.refresh()
         if self._token is not None:
-            self._token.file.look()
+            self._token.file.reload_if_changed()
 
     def prepare(self, pairs: Sequence[Pair]) -> Batch:
         """A batch ready to go: what takes time is done before its slot begins."""
@@ -97,24 +102,24 @@ class ModelClient:
         )
         return Batch(ids, request)
 
-    async def send(self, batch: Batch) -> Answering:
+    async def send(self, batch: Batch) -> LevelsTask:
         """Return as soon as gRPC has it: what is returned becomes the answer, a level or nonsense for each
-        pair by position, or raises `BatchRefused` or `CallFailed`.
+        pair by position, or raises `BatchRejectedError` or `CallFailedError`.
         """  # noqa: D205 - one thought
         self._metrics.model_pairs.inc(len(batch.ids))
         self._metrics.model_batch_pairs.observe(len(batch.ids))
-        answering = asyncio.create_task(self._answer(batch))
+        answering = asyncio.create_task(self._call_model(batch))
         for _ in range(2):  # the call's own task hands it over, in the turn after the one that makes it
             await asyncio.sleep(0)
         return answering
 
-    async def _answer(self, batch: Batch) -> list[int | Nonsense]:
+    async def _call_model(self, batch: Batch) -> list[int | InvalidModelResponseError]:
         code = grpc.StatusCode.CANCELLED
-        with self._tracing.call("InferSeniority", pairs=len(batch.ids)) as span:
+        with self._tracing.client_span("InferSeniority", pairs=len(batch.ids)) as span:
             token = () if self._token is None else (self._token.metadata(),)
             try:
                 with self._metrics.model_duration.time():
-                    response = await self._infer()(
+                    response = await self._infer_method()(
                         batch.request,
                         timeout=self._deadline_seconds,
                         metadata=(*token, *self._tracing.headers()),
@@ -122,101 +127,111 @@ class ModelClient:
                 code = grpc.StatusCode.OK if response is not None else grpc.StatusCode.INTERNAL
             except aio.AioRpcError as error:
                 code = error.code()
-                raise self._translated(error, len(batch.ids)) from error
+                raise self._translate_error(error, len(batch.ids)) from error
             finally:
-                span.ended_as(code.name)
+                span.set_status(code.name)
                 self._metrics.model_calls.labels(code.name).inc()
         if response is None:
             message = f"the model at {self._target}: its answer is not a SeniorityResponseBatch"
-            raise CallFailed(code, message, None, told=message)
-        return join(batch.ids, response)
+            raise CallFailedError(code, message, None, safe_message=message)
+        return join_levels(batch.ids, response)
 
-    def _infer(self) -> _Infer:
+    def _infer_method(self) -> _InferMethod:
         """As the generated stub, but for answers that cannot be read: gRPC would log a traceback."""
         return self._channel.current.unary_unary(
             _METHOD,
             request_serializer=seniority_pb2.SeniorityRequestBatch.SerializeToString,
-            response_deserializer=_parsed,
+            response_deserializer=_parse_response,
         )
 
     async def close(self) -> None:
         """Close the channel."""
         await self._channel.close()
 
-    def _translated(self, error: aio.AioRpcError, pairs: int) -> BatchRefused | CallFailed:
+    def _translate_error(self, error: aio.AioRpcError, pairs: int) -> BatchRejectedError | CallFailedError:
         code, message = error.code(), error.details() or ""
         trailers: dict[str, Any] = dict(error.trailing_metadata() or ())
-        if code in REFUSALS:
-            return BatchRefused(code, message, named_pairs(trailers, code, message, pairs))
-        return CallFailed(
+        if code in REJECTION_CODES:
+            return BatchRejectedError(code, message, rejected_pairs(trailers, code, message, pairs))
+        return CallFailedError(
             code,
             f"the model at {self._target}: {code.name}: {message}",
             _pushback_seconds(trailers),
-            told=f"the model at {self._target}: {answered(code.name, message)}",
-            unsent=code is grpc.StatusCode.UNAVAILABLE and never_sent(message),
+            safe_message=f"the model at {self._target}: {format_status(code.name, message)}",
+            unsent=code is grpc.StatusCode.UNAVAILABLE and is_connection_failure(message),
         )
 
 
 def open_model_channel(
-    target: str, *, way: ModelWay = IN_THE_CLEAR, longest_call_seconds: float = 0
-) -> RenewedChannel:
+    target: str, *, credentials: ModelCredentials = PLAINTEXT, max_call_seconds: float = 0
+) -> ReloadingChannel:
     """Return a channel to the model. It connects when it is first used, and again whenever that is needed."""
-    return RenewedChannel(
-        target, tls=way.tls, options=_CHANNEL_OPTIONS, longest_call_seconds=longest_call_seconds
+    return ReloadingChannel(
+        target, tls=credentials.tls, options=_CHANNEL_OPTIONS, max_call_seconds=max_call_seconds
     )
 
 
-def _parsed(message: bytes) -> seniority_pb2.SeniorityResponseBatch | None:
+def _parse_response(message: bytes) -> seniority_pb2.SeniorityResponseBatch | None:
     try:
         return seniority_pb2.SeniorityResponseBatch.FromString(message)
     except DecodeError:
         return None
 
 
-def join(ids: Sequence[int], response: seniority_pb2.SeniorityResponseBatch) -> list[int | Nonsense]:
+def join_levels(
+    ids: Sequence[int], response: seniority_pb2.SeniorityResponseBatch
+) -> list[int | InvalidModelResponseError]:
     """The response's levels in the order of `ids`; an answer to another id answers nobody."""
     answers: dict[int, int] = {}
     contradicted: set[int] = set()
     for answer in response.batch:
         if answers.setdefault(answer.uuid, answer.seniority) != answer.seniority:
             contradicted.add(answer.uuid)
-    joined: list[int | Nonsense] = []
+    joined: list[int | InvalidModelResponseError] = []
     for uuid in ids:
         level = answers.get(uuid)
         if level is None:
-            joined.append(Nonsense("the model did not answer for it"))
+            joined.append(InvalidModelResponseError("the model did not answer for it"))
         elif uuid in contradicted:
-            joined.append(Nonsense("the model answered twice, differently"))
+            joined.append(InvalidModelResponseError("the model answered twice, differently"))
         elif not MIN_LEVEL <= level <= MAX_LEVEL:
-            joined.append(Nonsense(f"the model answered level {level}, outside {MIN_LEVEL} to {MAX_LEVEL}"))
+            joined.append(
+                InvalidModelResponseError(
+                    f"the model answered level {level}, outside {MIN_LEVEL} to {MAX_LEVEL}"
+                )
+            )
         else:
             joined.append(level)
     return joined
 
 
-def named_pairs(
+def rejected_pairs(
     trailers: Mapping[str, Any], code: grpc.StatusCode, message: str, pairs: int
-) -> dict[int, Refused]:
+) -> dict[int, PairRejectedError]:
     """Return the pairs that a refusal names by index, in `google.rpc.BadRequest` details or in its message.
 
     What the model says of one pair is that pair's reason. What it says of several may quote each of them.
     """
-    named: dict[int, Refused] = {}
-    for field, description in _violations(trailers):
-        found = _INDEX.fullmatch(field)
+    named: dict[int, PairRejectedError] = {}
+    for field, description in _field_violations(trailers):
+        found = _PAIR_INDEX_PATTERN.fullmatch(field)
         if found and int(found[1]) < pairs:
             reason = "" if pairs > 1 and message and message in description else description
-            named[int(found[1])] = Refused(code, reason or REFUSED_PAIR, found[2] or "", reason)
+            named[int(found[1])] = PairRejectedError(
+                code, reason or PAIR_REJECTED_MESSAGE, found[2] or "", reason
+            )
     if not named:
-        found = _INDEX.match(message)  # only in front: behind it could be a pair's own text
+        found = _PAIR_INDEX_PATTERN.match(message)  # only in front: behind it could be a pair's own text
         if found and int(found[1]) < pairs:
-            names_one = len({index for index, _ in _INDEX.findall(message)}) == 1
+            names_one = len({index for index, _ in _PAIR_INDEX_PATTERN.findall(message)}) == 1
             reason = message if names_one else ""
-            named[int(found[1])] = Refused(code, reason or REFUSED_PAIR, found[2] or "", reason)
+            named[int(found[1])] = PairRejectedError(
+                code, reason or PAIR_REJECTED_MESSAGE, found[2] or "", reason
+            )
     return named
 
 
-def _violations(trailers: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _field_violations(trailers: Mapping[str, Any]) -> list[tuple[str, str]]:
     details = trailers.get("grpc-status-details-bin")
     if not isinstance(details, bytes):
         return []

@@ -16,12 +16,12 @@ from prometheus_client.utils import floatToGoString
 
 OUTCOMES = ("l1", "l2", "stale", "coalesced", "inferred", "failed")
 
-_KINDS = ("hit", "miss", "failed")
-_HITS = frozenset({"l1", "l2", "stale"})
+_OUTCOME_KINDS = ("hit", "miss", "failed")
+_HIT_OUTCOMES = frozenset({"l1", "l2", "stale"})
 _MAX_CALLERS = 100
-_OTHER = "other"
-_UNNAMED = "others"  # whom the file of quotas does not name, as it calls them
-_QUOTAS = ("pairs_per_second", "queued_pairs")
+_OVERFLOW_CALLER = "other"
+_UNLISTED_CALLERS = "others"  # whom the file of quotas does not name, as it calls them
+_QUOTA_NAMES = ("pairs_per_second", "queued_pairs")
 
 
 class RpcMetrics(Collector):
@@ -33,10 +33,10 @@ class RpcMetrics(Collector):
         self._requests = Counter(dict.fromkeys(codes, 0))  # a rate over what is not there is no data, not 0
         self._pairs = Counter(dict.fromkeys(OUTCOMES, 0))
         self._caller_pairs: dict[str, Counter[str]] = {}
-        self._bounds = buckets
-        self._quota_refused = Counter({(_UNNAMED, quota): 0 for quota in _QUOTAS})
-        self._durations = [0] * (len(buckets) + 1)
-        self._seconds = 0.0
+        self._bucket_bounds = buckets
+        self._quota_rejections = Counter({(_UNLISTED_CALLERS, quota): 0 for quota in _QUOTA_NAMES})
+        self._duration_counts = [0] * (len(buckets) + 1)
+        self._duration_sum_seconds = 0.0
         registry.register(self)
 
     @property
@@ -60,26 +60,27 @@ class RpcMetrics(Collector):
         Callers beyond the first hundred are `other`.
         """
         self._requests[code] += 1
-        self._durations[bisect_left(self._bounds, seconds)] += 1
-        self._seconds += seconds
+        self._duration_counts[bisect_left(self._bucket_bounds, seconds)] += 1
+        self._duration_sum_seconds += seconds
         counts = self._caller_pairs.get(caller)
         if counts is None:
-            known = len(self._caller_pairs) - (_OTHER in self._caller_pairs)
+            known = len(self._caller_pairs) - (_OVERFLOW_CALLER in self._caller_pairs)
             counts = self._caller_pairs.setdefault(
-                caller if known < _MAX_CALLERS else _OTHER, Counter(dict.fromkeys(_KINDS, 0))
+                caller if known < _MAX_CALLERS else _OVERFLOW_CALLER,
+                Counter(dict.fromkeys(_OUTCOME_KINDS, 0)),
             )
         for outcome, count in outcomes.items():
             if count:
                 self._pairs[outcome] += count
                 counts[outcome_kind(outcome)] += count
 
-    def count_over_quota(self, *, account: str, quota: str) -> None:
+    def count_quota_rejection(self, *, account: str, quota: str) -> None:
         """Count a request that was refused for a quota; without a name, it is that of all others."""
-        known = {name for name, _ in self._quota_refused}
-        name = account or _UNNAMED
+        known = {name for name, _ in self._quota_rejections}
+        name = account or _UNLISTED_CALLERS
         if name not in known and len(known) >= _MAX_CALLERS:
-            name = _OTHER
-        self._quota_refused[name, quota] += 1
+            name = _OVERFLOW_CALLER
+        self._quota_rejections[name, quota] += 1
 
     def collect(self) -> Iterable[CounterMetricFamily | HistogramMetricFamily]:
         """All that was counted."""
@@ -119,20 +120,21 @@ class RpcMetrics(Collector):
             "`pairs_per_second`: the quota's turn would have come after the deadline.",
             labels=["caller", "quota"],
         )
-        for labels, count in self._quota_refused.items():
+        for labels, count in self._quota_rejections.items():
             quota_refused.add_metric(labels, count)
         yield quota_refused
-        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
+        bounds = [*map(floatToGoString, self._bucket_bounds), "+Inf"]
         yield HistogramMetricFamily(
             "cache_proxy_request_duration_seconds",
             "How long an RPC took, however it ended. Known pairs take milliseconds; new ones wait for the "
             "model, so high quantiles tell the queue, and the share of RPCs within 10 ms the cache.",
-            buckets=list(zip(bounds, accumulate(self._durations), strict=True)), sum_value=self._seconds,
-        )  # fmt: skip
+            buckets=list(zip(bounds, accumulate(self._duration_counts), strict=True)),
+            sum_value=self._duration_sum_seconds,
+        )
 
 
 def outcome_kind(outcome: str) -> str:
     """`hit` if a cache answered, `miss` if the model had to, else `failed`."""
-    if outcome in _HITS:
+    if outcome in _HIT_OUTCOMES:
         return "hit"
     return "failed" if outcome == "failed" else "miss"

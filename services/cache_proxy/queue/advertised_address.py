@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.cache_proxy.config import cache_url
-from services.cache_proxy.redis_client.host_lookup import addresses_of
-from services.common.tasks import end
+from services.cache_proxy.redis_client.host_lookup import resolve_host
+from services.common.tasks import cancel_and_wait
 
-_LOOKUP_SECONDS = 1.0
+_LOOKUP_TIMEOUT_SECONDS = 1.0
 _LOOPBACK = "127.0.0.1"
 
 
@@ -40,21 +40,21 @@ class AdvertisedAddress:
         hosts = cache_url.parse(self.redis_url).hosts
         if not hosts:
             return _LOOPBACK
-        lookups = [asyncio.create_task(addresses_of(host)) for host, _ in hosts]
+        lookups = [asyncio.create_task(resolve_host(host)) for host, _ in hosts]
         try:
-            await asyncio.wait(lookups, timeout=_LOOKUP_SECONDS)
+            await asyncio.wait(lookups, timeout=_LOOKUP_TIMEOUT_SECONDS)
             found = [lookup.result() for lookup in lookups if lookup.done() and not lookup.exception()]
         finally:
-            await end(lookups)
-        return next(filter(None, map(_first_source, found)), "")
+            await cancel_and_wait(lookups)
+        return next(filter(None, map(_first_source_address, found)), "")
 
 
-def _first_source(addresses: Sequence[str]) -> str:
+def _first_source_address(addresses: Sequence[str]) -> str:
     for address in addresses:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((address, cache_url.REDIS_PORT))  # a datagram socket: nothing is sent
+                probe.connect((address, cache_url.DEFAULT_REDIS_PORT))  # a datagram socket: nothing is sent
                 own: str = probe.getsockname()[0]
                 return own
         except OSError:

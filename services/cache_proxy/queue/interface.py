@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.cache_proxy.errors import PairError, Unavailable
+from services.cache_proxy.errors import ModelUnavailableError, PairError
 from services.cache_proxy.queue.local.gcra import PACE
 
 
@@ -23,35 +23,37 @@ class Pair:
     @property
     def size_bytes(self) -> int:
         """What it takes in a call to the model, rounded up."""
-        return len(self.company.encode()) + len(self.title.encode()) + _OVERHEAD_BYTES
+        return len(self.company.encode()) + len(self.title.encode()) + _PAIR_OVERHEAD_BYTES
 
 
-LATE_SECONDS = 0.010
+SLOT_TOLERANCE_SECONDS = 0.010
 """How long after its slot began a batch may leave: half of what pacing makes up for."""
 
-MAX_TRACES = 4  # of those who wait for one pair, in which its call is named
+MAX_TRACES_PER_PAIR = 4  # of those who wait for one pair, in which its call is named
 MAX_FAILED_BATCHES = (
     3  # that one pair may have been in, with others answered in between, before it is suspected
 )
-MAX_REFUSALS = 32  # refused batches that one pair may have been in before it is taken for the bad one
-NONSENSE_SECONDS = (
+MAX_REJECTIONS = 32  # refused batches that one pair may have been in before it is taken for the bad one
+INVALID_RESPONSE_TTL_SECONDS = (
     5.0  # for which nonsense is remembered when it comes twice; doubled each time it comes again
 )
 
-_OVERHEAD_BYTES = 24  # tags and lengths of message and fields (10), and the longest uuid (11), rounded up
+_PAIR_OVERHEAD_BYTES = (
+    24  # tags and lengths of message and fields (10), and the longest uuid (11), rounded up
+)
 
 Outcome = int | PairError
 """How a pair ended: its level, or why it has none."""
 
-Settle = Callable[[bytes, Outcome], None]
+OutcomeCallback = Callable[[bytes, Outcome], None]
 """Told of every pair that ends, by its digest."""
 
-GiveUp = Callable[[float, PairError], None]
+ModelBackoffCallback = Callable[[float, PairError], None]
 """Told that the model is not called before a moment on the event loop's clock, and why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class RequestContext:
     """Who asks: `deadline` is on the event loop's clock; `trace` as `Tracing.here` gives it, mostly empty.
 
     `request` names the RPC, as no other one of any replica is named.
@@ -60,15 +62,15 @@ class Asker:
     caller: str
     priority: str
     deadline: float
-    trace: bytes = b""
-    request: str = ""
+    trace_context: bytes = b""
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Enqueued:
+class EnqueueResult:
     """What became of a request's pairs: ended already, or queued by this very request; the rest joined."""
 
-    ended: Mapping[bytes, Outcome]
+    outcomes: Mapping[bytes, Outcome]
     queued: frozenset[bytes]
 
 
@@ -84,12 +86,12 @@ class Claim:
     pairs: Sequence[Pair]
     send_at: float  # not before, on time.monotonic
     slot_at: float  # when its slot begins, so the latest that it is thought to leave
-    traces: Sequence[bytes] = ()
-    request: str = ""
+    trace_contexts: Sequence[bytes] = ()
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class NotYet:
+class ClaimDeferred:
     """No batch now; ask again after so long, or when the queue changes. `inf`: nothing waits."""
 
     wait_seconds: float
@@ -111,11 +113,11 @@ class QueueLimits:
     @property
     def slot_seconds(self) -> float:
         """How far apart full batches are, as they are spent; 0 if nothing limits them."""
-        pairs_rate, calls_rate, batch_pairs = self.paced
+        pairs_rate, calls_rate, batch_pairs = self.paced_limits
         return max(batch_pairs / pairs_rate if pairs_rate else 0.0, 1 / calls_rate if calls_rate else 0.0)
 
     @property
-    def paced(self) -> tuple[float, float, int]:
+    def paced_limits(self) -> tuple[float, float, int]:
         """Pairs a second and calls a second as they are spent, a little below the limit; pairs in a batch."""
         return self.pairs_per_second * PACE, self.calls_per_second * PACE, self.batch_pairs
 
@@ -124,44 +126,51 @@ class Queue(Protocol):
     """Each method is one decision: all or nothing, and safe to call from any number of tasks."""
 
     @property
-    def answers_live_elsewhere(self) -> bool:
+    def store_before_complete(self) -> bool:
         """Whether answers are kept on other servers than the queue.
 
         Then they are kept before their pairs end: the queue may be lost alone, with what it remembers of
         those that ended.
         """
 
-    async def enqueue(self, pairs: Sequence[Pair], asker: Asker) -> Enqueued:
+    async def enqueue(self, pairs: Sequence[Pair], context: RequestContext) -> EnqueueResult:
         """Have pairs wait; one that waits or is in flight already is joined.
 
-        Raises `QueueFull`, or `Unavailable` while the model is down or is not called before the deadline.
-        Then nothing was queued.
+        Raises `QueueFullError`, or `ModelUnavailableError` while the model is down or is not called
+        before the deadline. Then nothing was queued.
         """
 
-    async def leave(self, digests: Sequence[bytes]) -> None:
+    async def cancel(self, digests: Sequence[bytes]) -> None:
         """Nobody here waits for these any more: those not yet sent are forgotten."""
 
-    async def claim(self) -> Claim | NotYet:
+    async def claim(self) -> Claim | ClaimDeferred:
         """Take the next batch and its slot, if a call is allowed now."""
 
-    async def late(self, claim: Claim, *, seconds: float) -> bool:
+    async def postpone_slot(self, claim: Claim, *, seconds: float) -> bool:
         """The batch leaves, or left, so long after its slot began: the next slot is as much later. False if
         others count on that slot already: then it must not leave.
         """  # noqa: D205 - one thought
 
-    async def put_back(self, claim: Claim) -> None:
+    async def release(self, claim: Claim) -> None:
         """Undo a claim whose batch was not sent: the pairs wait at the front, the slot is free again."""
 
-    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True) -> None:
+    async def complete(
+        self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True
+    ) -> None:
         """End pairs of a claim and tell whoever waits; those not in `outcomes` are still in flight.
 
         `inferred`: the model answered; else the store did, which ends no outage.
         """
 
     async def fail(
-        self, claim: Claim, error: Unavailable, *, retry_after_seconds: float | None = None,
-        suspicious: bool = False, unsent: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        claim: Claim,
+        error: ModelUnavailableError,
+        *,
+        retry_after_seconds: float | None = None,
+        model_fault: bool = False,
+        unsent: bool = False,
+    ) -> None:
         """The call failed: its pairs are tried again, or end with `error` if the retry window is over.
 
         `retry_after_seconds` is what the model asked for, None for a backoff that grows. `suspicious`: the
@@ -169,10 +178,12 @@ class Queue(Protocol):
         model never got it, so the slot is free again.
         """
 
-    async def refuse(self, claim: Claim, error: PairError, named: Mapping[bytes, PairError]) -> None:
+    async def reject(
+        self, claim: Claim, error: PairError, errors_by_digest: Mapping[bytes, PairError]
+    ) -> None:
         """The model refused the batch: end the pairs that it named. If it named none, one of them is bad:
         find it; the others are none the worse.
         """  # noqa: D205 - one thought
 
-    async def changed(self) -> None:
+    async def wait_for_change(self) -> None:
         """Return when a claim may be worth trying again."""

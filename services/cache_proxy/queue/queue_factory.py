@@ -6,46 +6,63 @@ from functools import partial
 
 import redis.asyncio
 
-from services.cache_proxy.auth.reloader import Renewals
-from services.cache_proxy.cache.buckets import state_key
+from services.cache_proxy.auth.reloader import FileReloader
+from services.cache_proxy.cache.buckets import tag_state_key
 from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.config.settings import Settings
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue import quotas
-from services.cache_proxy.queue.interface import GiveUp, QueueLimits, Settle
-from services.cache_proxy.queue.managed_queue import ProxyQueue, SharedRedis, open_local, open_shared
-from services.cache_proxy.queue.queue_scripts import Keys
-from services.cache_proxy.queue.quotas import QuotasNow
-from services.cache_proxy.queue.replica_session import Hear
-from services.cache_proxy.queue.snapshot import Reporter
-from services.cache_proxy.redis_client.client_factory import user_of
-from services.common.file_reload import Renewed
+from services.cache_proxy.queue.interface import ModelBackoffCallback, OutcomeCallback, QueueLimits
+from services.cache_proxy.queue.managed_queue import (
+    ManagedQueue,
+    SharedQueueConfig,
+    create_local_queue,
+    open_shared_queue,
+)
+from services.cache_proxy.queue.queue_scripts import QueueKeys
+from services.cache_proxy.queue.quotas import QuotaProvider
+from services.cache_proxy.queue.replica_session import LogTailCallback
+from services.cache_proxy.queue.snapshot import ReportSource
+from services.cache_proxy.redis_client.client_factory import acl_user
+from services.common.file_reload import ReloadingFile
 
 
 @asynccontextmanager
 async def open_queue(  # noqa: PLR0913 - each is a part of its own
-    settings: Settings, client: "redis.asyncio.Redis | None", *, replica: str, http_bound: str,
-    settle: Settle, give_up: GiveUp, metrics: ProxyMetrics, logs: Mapping[str, Hear], reporter: Reporter,
-    quotas_now: QuotasNow,
-) -> AsyncIterator[ProxyQueue]:  # fmt: skip
+    settings: Settings,
+    client: "redis.asyncio.Redis | None",
+    *,
+    replica: str,
+    http_bound: str,
+    on_outcome: OutcomeCallback,
+    on_model_backoff: ModelBackoffCallback,
+    metrics: ProxyMetrics,
+    log_callbacks: Mapping[str, LogTailCallback],
+    report_source: ReportSource,
+    quota_provider: QuotaProvider,
+) -> AsyncIterator[ManagedQueue]:
     """The queue of all replicas, or without `client` this process's own."""
-    limits, share = _limits(settings), settings.model.expected_replicas
-    metrics.show_limits(
+    limits, share = _queue_limits(settings), settings.model.expected_replicas
+    metrics.set_limit_gauges(
         calls_per_second=limits.calls_per_second,
         pairs_per_second=limits.pairs_per_second,
         batch_pairs=limits.batch_pairs,
         queued_pairs=limits.max_pairs,
     )
     if client is None:
-        yield open_local(
-            limits, expected_replicas=share, settle=settle, give_up=give_up, metrics=metrics,
-            quotas=quotas_now,
-        )  # fmt: skip
+        yield create_local_queue(
+            limits,
+            expected_replicas=share,
+            on_outcome=on_outcome,
+            on_model_backoff=on_model_backoff,
+            metrics=metrics,
+            quotas=quota_provider,
+        )
         return
-    shared = SharedRedis(
+    shared = SharedQueueConfig(
         client=client,
         url=settings.cache.cache_url,
-        keys=Keys(
+        keys=QueueKeys(
             prefix=settings.key.key_prefix,
             namespace=settings.key.namespace,
             model_target=settings.model.model_target,
@@ -53,28 +70,36 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
         expected_replicas=share,
         lease_seconds=settings.model.model_deadline_seconds,
         http_bound=http_bound,
-        user=user_of(settings.cache),
-        store_key=state_key(base_key(settings.key), 0),
-        logs=logs,
-        reporter=reporter,
+        user=acl_user(settings.cache),
+        store_key=tag_state_key(base_key(settings.key), 0),
+        log_callbacks=log_callbacks,
+        report_source=report_source,
     )
-    async with open_shared(
-        limits, shared, replica=replica, settle=settle, give_up=give_up, metrics=metrics, quotas=quotas_now
+    async with open_shared_queue(
+        limits,
+        shared,
+        replica=replica,
+        on_outcome=on_outcome,
+        on_model_backoff=on_model_backoff,
+        metrics=metrics,
+        quotas=quota_provider,
     ) as queue:
         yield queue
 
 
-def follow_quotas(settings: Settings, renewals: Renewals) -> QuotasNow:
+def watch_quotas(settings: Settings, renewals: FileReloader) -> QuotaProvider:
     """The quotas of the file as it is just now. Raises UsageError."""
     path = settings.server.caller_quotas_file
     if path is None:
-        return quotas.none
-    followed = Renewed([path], partial(quotas.read_quotas, path), tell=renewals.teller("caller_quotas"))
-    renewals.add(followed.look)
+        return quotas.no_quotas
+    followed = ReloadingFile(
+        [path], partial(quotas.read_quotas, path), on_reload=renewals.on_reload("caller_quotas")
+    )
+    renewals.add(followed.reload_if_changed)
     return lambda: followed.value
 
 
-def _limits(settings: Settings) -> QueueLimits:
+def _queue_limits(settings: Settings) -> QueueLimits:
     model = settings.model
     return QueueLimits(
         batch_pairs=model.model_batch_size,

@@ -15,10 +15,15 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.cache.cache_scripts import Script
-from services.cache_proxy.errors import AccessRefusedByStore, QueueFormatError, StoreDamaged, StoreError
+from services.cache_proxy.errors import (
+    QueueFormatError,
+    StoreAccessDeniedError,
+    StoreDamagedError,
+    StoreError,
+)
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.redis_client.backend import is_access_refusal
-from services.cache_proxy.redis_client.node import Home
+from services.cache_proxy.redis_client.backend import is_access_denied
+from services.cache_proxy.redis_client.node import QueueNode
 
 _log = logging.getLogger(__name__)
 
@@ -39,9 +44,12 @@ _NAMES = (
     "repair",
     "standby",
 )
-_ATTEMPTS = 4
-_MAX_CALLS = 8
-_MOVING_SECONDS, _MOVING_PAUSE_SECONDS = 0.5, 0.02  # an operator moves a slot of few keys in less
+_MAX_ATTEMPTS = 4
+_MAX_CONCURRENT_CALLS = 8
+_SLOT_MIGRATION_SECONDS, _SLOT_MIGRATION_RETRY_SECONDS = (
+    0.5,
+    0.02,
+)  # an operator moves a slot of few keys in less
 # What a script's error says when data in Redis caused it: Lua's own words, and those of commands for numbers.
 # All else is the server's state: a new queue would mend nothing, and cost every replica its own.
 _DATA_ERRORS = (
@@ -57,7 +65,7 @@ _DATA_ERRORS = (
     "Missing bytes in input",
 )
 _OTHER_FORMAT = re.compile(r"QUEUEFORMAT (\d{1,4})")
-_REFUSED_COMMAND = re.compile(r"the '([^']{1,60})' command")
+_DENIED_COMMAND = re.compile(r"the '([^']{1,60})' command")
 
 
 FORMAT = 1
@@ -84,7 +92,7 @@ round (CONTRIBUTING.md, "Rolling upgrades").
 """
 
 
-class Keys:
+class QueueKeys:
     """Every key of the queue, on one hash tag.
 
     They are one limit for a deployment, one queue for a namespace, and the failures of each model target.
@@ -124,109 +132,117 @@ class Scripts:
     only. The queue is not repaired again for the same script, nor while none works: that would mend nothing.
     """
 
-    def __init__(self, home: Home, keys: Keys, *, metrics: ProxyMetrics) -> None:
+    def __init__(self, node: QueueNode, keys: QueueKeys, *, metrics: ProxyMetrics) -> None:
         prelude = (_FOLDER / "prelude.lua").read_text()
         self._scripts = {
             name: Script(_header(name, keys.format) + prelude + (_FOLDER / f"{name}.lua").read_text())
             for name in _NAMES
         }
-        self._home = home
+        self._node = node
         self._format = keys.format
-        self.channel = keys.channel(home.database)
+        self.channel = keys.channel(node.database)
         self._keys = [keys.limit, keys.base, self.channel, keys.model, keys.invalidations]
-        self.model = keys.model
+        self.model_key = keys.model
         self._metrics = metrics
-        self._turns = asyncio.Semaphore(_MAX_CALLS)
-        self._repaired_for: str | None = None
-        self._has_worked = True
-        self._repairs = 0
-        self._repairing = asyncio.Lock()
+        self._call_slots = asyncio.Semaphore(_MAX_CONCURRENT_CALLS)
+        self._reset_for: str | None = None
+        self._has_script_succeeded = True
+        self._resets = 0
+        self._reset_lock = asyncio.Lock()
 
     @property
     def on_cluster(self) -> bool:
         """Whether they run on one node of several."""
-        return self._home.is_cluster
+        return self._node.is_cluster
 
     async def run(self, name: str, args: Sequence[Any]) -> Any:
         """The script's reply. Raises `StoreError` when none came, however often it was asked for."""
-        async with self._turns:
-            repairs = self._repairs
+        async with self._call_slots:
+            repairs = self._resets
             try:
                 return await self._run(name, args)
             except StoreError as error:
-                if not _is_about_data(error.__cause__):
+                if not _is_data_error(error.__cause__):
                     raise
-                await self._repair_once(name, error, repairs=repairs)
+                await self._reset_once(name, error, known_resets=repairs)
             try:
                 return await self._run(name, args)
             except StoreError as error:
-                if _is_about_data(error.__cause__):
-                    raise StoreDamaged(str(error)) from error
+                if _is_data_error(error.__cause__):
+                    raise StoreDamagedError(str(error)) from error
                 raise
 
-    async def _repair_once(self, name: str, error: StoreError, *, repairs: int) -> None:
+    async def _reset_once(self, name: str, error: StoreError, *, known_resets: int) -> None:
         """Make the queue anew, unless that was done since there were so many `repairs`.
 
         Several scripts find the same damage at once. Raises `StoreError`.
         """
-        async with self._repairing:
-            if self._repairs != repairs:
+        async with self._reset_lock:
+            if self._resets != known_resets:
                 return
-            if self._repaired_for is not None and (self._repaired_for == name or not self._has_worked):
-                raise StoreDamaged(str(error)) from error
-            self._repaired_for, self._has_worked = name, False
+            if self._reset_for is not None and (self._reset_for == name or not self._has_script_succeeded):
+                raise StoreDamagedError(str(error)) from error
+            self._reset_for, self._has_script_succeeded = name, False
             _log.warning("the queue in Redis is damaged and made anew: %s", error)
             self._metrics.store_garbage.inc()
             await self._run("repair", [])
-            self._repairs += 1
+            self._resets += 1
 
     async def _run(self, name: str, args: Sequence[Any]) -> Any:
         script = self._scripts[name]
         how = ("EVALSHA", script.sha)
-        moving_until = time.monotonic() + _MOVING_SECONDS
+        moving_until = time.monotonic() + _SLOT_MIGRATION_SECONDS
         for attempt in itertools.count(1):
             try:
                 with self._metrics.store_duration.labels(name).time():
-                    reply = await self._home.command(*how, len(self._keys), *self._keys, *args)
+                    reply = await self._node.command(*how, len(self._keys), *self._keys, *args)
             except StoreError as error:
-                how = await self._next_try(name, how, error, attempt=attempt, moving_until=moving_until)
+                how = await self._next_attempt(
+                    name, how, error, attempt=attempt, migration_deadline=moving_until
+                )
             else:
-                if self._repaired_for == name:
-                    self._repaired_for = None
-                self._has_worked = self._has_worked or name != "repair"
+                if self._reset_for == name:
+                    self._reset_for = None
+                self._has_script_succeeded = self._has_script_succeeded or name != "repair"
                 return reply
         raise AssertionError
 
-    async def _next_try(
-        self, name: str, how: tuple[str, str], error: StoreError, *, attempt: int, moving_until: float
+    async def _next_attempt(
+        self,
+        name: str,
+        command: tuple[str, str],
+        error: StoreError,
+        *,
+        attempt: int,
+        migration_deadline: float,
     ) -> tuple[str, str]:
         """Return the command for the next attempt. Raises `StoreError` if there is to be none."""
         cause = error.__cause__
         other_format = _OTHER_FORMAT.search(str(cause))
         if other_format:
             raise QueueFormatError(found=int(other_format[1]), expected=self._format)
-        if isinstance(cause, AskError | TryAgainError) and time.monotonic() < moving_until:
-            await asyncio.sleep(_MOVING_PAUSE_SECONDS)  # it did not run, and soon will elsewhere
-            return how
-        if is_access_refusal(cause or error):
-            raise self._refused(name, error) from cause
+        if isinstance(cause, AskError | TryAgainError) and time.monotonic() < migration_deadline:
+            await asyncio.sleep(_SLOT_MIGRATION_RETRY_SECONDS)  # it did not run, and soon will elsewhere
+            return command
+        if is_access_denied(cause or error):
+            raise self._access_error(name, error) from cause
         if isinstance(cause, ReadOnlyError):
-            await self._home.drop_connections()
-        elif not isinstance(cause, NoScriptError) and not self._may_just_be_lost(cause, attempt):
-            raise _failed(name, error) from cause
-        if attempt >= _ATTEMPTS:
-            raise _failed(name, error) from cause
-        return ("EVAL", self._scripts[name].text) if isinstance(cause, NoScriptError) else how
+            await self._node.drop_connections()
+        elif not isinstance(cause, NoScriptError) and not self._is_retryable(cause, attempt):
+            raise _with_script_name(name, error) from cause
+        if attempt >= _MAX_ATTEMPTS:
+            raise _with_script_name(name, error) from cause
+        return ("EVAL", self._scripts[name].text) if isinstance(cause, NoScriptError) else command
 
-    def _refused(self, name: str, error: StoreError) -> AccessRefusedByStore:
-        found = _REFUSED_COMMAND.search(str(error))
+    def _access_error(self, name: str, error: StoreError) -> StoreAccessDeniedError:
+        found = _DENIED_COMMAND.search(str(error))
         command = found[1].lower() if found else name
-        return AccessRefusedByStore(command=command, user=self._home.user, reason=str(error))
+        return StoreAccessDeniedError(command=command, user=self._node.user, reason=str(error))
 
-    def _may_just_be_lost(self, cause: BaseException | None, attempt: int) -> bool:
+    def _is_retryable(self, cause: BaseException | None, attempt: int) -> bool:
         """Whether only the reply was lost, or the connection. What is slow twice is slow."""
         if isinstance(cause, RedisTimeoutError | TimeoutError):
-            return self._home.is_cluster and attempt == 1  # elsewhere the client has asked twice
+            return self._node.is_cluster and attempt == 1  # elsewhere the client has asked twice
         return isinstance(cause, RedisConnectionError | OSError)
 
 
@@ -235,15 +251,15 @@ def _header(name: str, queue_format: int) -> str:
     return f"local FORMAT, IS_STANDBY = {queue_format}, {str(name == 'standby').lower()}\n"
 
 
-def _failed(name: str, error: StoreError) -> StoreError:
+def _with_script_name(name: str, error: StoreError) -> StoreError:
     return StoreError(f"{name}: {error}")
 
 
-def _is_about_data(error: BaseException | None) -> bool:
+def _is_data_error(error: BaseException | None) -> bool:
     """Whether a script failed over what it found in Redis, and not by the server's state."""
     text = str(error)
     return (
         type(error) is ResponseError
-        and not is_access_refusal(text)
+        and not is_access_denied(text)
         and any(words in text for words in _DATA_ERRORS)
     )

@@ -17,12 +17,12 @@ import msgspec
 from services.common.errors import UsageError
 from services.common.file_reload import read_file
 
-_FLAG = "--caller-quotas-file"
-_MAX_NAME = 255  # characters of a caller's that a certificate or a token names
+_FLAG_NAME = "--caller-quotas-file"
+_MAX_NAME_LENGTH = 255  # characters of a caller's that a certificate or a token names
 _MAX_CALLERS = 1000  # each is a turn of its own in every call to the model
-_MOST = 1e9
-_LEAST_RATE = 1e-6  # a pair in eleven days; at a rate of almost nothing the wait for one is no number
-OTHERS = ""
+_MAX_VALUE = 1e9
+_MIN_RATE = 1e-6  # a pair in eleven days; at a rate of almost nothing the wait for one is no number
+DEFAULT_ACCOUNT = ""
 """The account of those whom the file does not name: no caller's name is empty."""
 
 
@@ -42,47 +42,51 @@ class Quotas:
     callers: Mapping[str, Quota] = field(default_factory=dict)
     others: Quota | None = None
 
-    def of(self, caller: str) -> Quota | None:
+    def for_caller(self, caller: str) -> Quota | None:
         """The quota of a caller; None: it is bound by nothing but its turn."""
         return self.callers.get(caller, self.others)
 
-    def account(self, name: str) -> Quota:
+    def for_account(self, name: str) -> Quota:
         """What an account may have; as much as there is, if the file has it no more."""
-        found = self.others if name == OTHERS else self.callers.get(name)
+        found = self.others if name == DEFAULT_ACCOUNT else self.callers.get(name)
         return found or Quota(name)
 
 
 NO_QUOTAS = Quotas()
-QuotasNow = Callable[[], Quotas]
+QuotaProvider = Callable[[], Quotas]
 """The quotas as they are by now; the same object as long as they are the same."""
 
 
-def none() -> Quotas:
+def no_quotas() -> Quotas:
     """Where there is no file."""
     return NO_QUOTAS
 
 
 def read_quotas(path: str) -> Quotas:
     """What the file says. Raises UsageError, with one line that names the place."""
-    content = read_file(path, flag_name=_FLAG)
+    content = read_file(path, flag_name=_FLAG_NAME)
     try:
-        found = _read(content, _File)
+        found = _decode(content, _File)
         _check_names(found.callers)
-        callers = {name: _quota(name, item, f"callers: {name!r}") for name, item in found.callers.items()}
-        others = None if bytes(found.others) == b"null" else _quota(OTHERS, found.others, "others")
-    except _BadFileError as error:
-        message = f"{_FLAG} {path}: {error}"
+        callers = {
+            name: _parse_quota(name, item, f"callers: {name!r}") for name, item in found.callers.items()
+        }
+        others = (
+            None if bytes(found.others) == b"null" else _parse_quota(DEFAULT_ACCOUNT, found.others, "others")
+        )
+    except _InvalidFileError as error:
+        message = f"{_FLAG_NAME} {path}: {error}"
         raise UsageError(message) from error
     return Quotas(callers, others)
 
 
-class _BadFileError(Exception):
+class _InvalidFileError(Exception):
     """Why the file cannot be meant."""
 
 
-class _Item(msgspec.Struct, forbid_unknown_fields=True):
-    pairs_per_second: Annotated[float, msgspec.Meta(ge=_LEAST_RATE, le=_MOST)] | None = None
-    queued_pairs: Annotated[int, msgspec.Meta(gt=0, le=int(_MOST))] | None = None
+class _QuotaEntry(msgspec.Struct, forbid_unknown_fields=True):
+    pairs_per_second: Annotated[float, msgspec.Meta(ge=_MIN_RATE, le=_MAX_VALUE)] | None = None
+    queued_pairs: Annotated[int, msgspec.Meta(gt=0, le=int(_MAX_VALUE))] | None = None
 
 
 _NULL = msgspec.Raw(b"null")
@@ -96,25 +100,27 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 def _check_names(names: Collection[str]) -> None:
     if len(names) > _MAX_CALLERS:
         message = f"it names {len(names)} callers, the limit is {_MAX_CALLERS}"
-        raise _BadFileError(message)
+        raise _InvalidFileError(message)
     for name in names:
-        if not (name.isprintable() and 0 < len(name) <= _MAX_NAME):
-            message = f"callers: {name[:80]!r} is no caller's name: 1 to {_MAX_NAME} printable characters"
-            raise _BadFileError(message)
+        if not (name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH):
+            message = (
+                f"callers: {name[:80]!r} is no caller's name: 1 to {_MAX_NAME_LENGTH} printable characters"
+            )
+            raise _InvalidFileError(message)
 
 
-def _quota(account: str, item: msgspec.Raw, place: str) -> Quota:
+def _parse_quota(account: str, item: msgspec.Raw, location: str) -> Quota:
     try:
-        found = _read(bytes(item), _Item)
-    except _BadFileError as error:
-        message = f"{place}: {error}"
-        raise _BadFileError(message) from error
+        found = _decode(bytes(item), _QuotaEntry)
+    except _InvalidFileError as error:
+        message = f"{location}: {error}"
+        raise _InvalidFileError(message) from error
     return Quota(account, found.pairs_per_second or 0.0, found.queued_pairs or 0)
 
 
-def _read(content: bytes, kind: Any) -> Any:
+def _decode(content: bytes, target_type: Any) -> Any:
     try:
-        return msgspec.json.decode(content, type=kind)
+        return msgspec.json.decode(content, type=target_type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message = " ".join(str(error).split())
-        raise _BadFileError(message) from error
+        raise _InvalidFileError(message) from error

@@ -9,9 +9,15 @@ from typing import Any
 import grpc
 import msgpack
 
-from services.cache_proxy.errors import Nonsense, PairError, Refused, StoreError, Unavailable
+from services.cache_proxy.errors import (
+    InvalidModelResponseError,
+    ModelUnavailableError,
+    PairError,
+    PairRejectedError,
+    StoreError,
+)
 
-_MAX_TEXT = 1000
+_MAX_TEXT_CHARACTERS = 1000
 _MAX_SECONDS = 86_400.0
 _CODES = {code.name: code for code in grpc.StatusCode if code is not grpc.StatusCode.OK}
 
@@ -33,18 +39,22 @@ def unpack(packed: Any) -> Any:
 
 def pack_error(error: PairError) -> list[Any]:
     """Return the error as a list that Lua can carry: its strings are bytes, as `unpack` returns them."""
-    if isinstance(error, Nonsense):
-        return [b"nonsense", _cut(error.message)]
+    if isinstance(error, InvalidModelResponseError):
+        return [b"nonsense", _truncate(error.message)]
     packed: list[Any]
-    if isinstance(error, Refused):
+    if isinstance(error, PairRejectedError):
         texts = (error.message, error.field, error.reason)
-        packed = [b"refused", error.code.name.encode(), *map(_cut, texts)]
-    elif isinstance(error, Unavailable):
-        packed = [b"unavailable", _cut(error.message), error.retry_after_seconds]
+        packed = [b"refused", error.code.name.encode(), *map(_truncate, texts)]
+    elif isinstance(error, ModelUnavailableError):
+        packed = [b"unavailable", _truncate(error.message), error.retry_after_seconds]
     else:
         raise TypeError(error)
     # Left out where there are none, so that a replica of the release before can read it too.
-    return [*packed, _cut(error.words), _cut(error.words_for)] if error.words_for else packed
+    return (
+        [*packed, _truncate(error.batch_message), _truncate(error.batch_request_id)]
+        if error.batch_request_id
+        else packed
+    )
 
 
 def unpack_error(packed: Any) -> PairError:
@@ -53,14 +63,16 @@ def unpack_error(packed: Any) -> PairError:
         kind, *fields = packed
         if kind == b"nonsense":
             [message] = fields
-            return Nonsense(message.decode())
+            return InvalidModelResponseError(message.decode())
         if kind == b"refused":
             code, message, field, reason, *words = (part.decode() for part in fields)
-            return Refused(_CODES[code], message, field, reason, *_words(words))
+            return PairRejectedError(_CODES[code], message, field, reason, *_words(words))
         if kind == b"unavailable":
             message, retry_after_seconds, *packed_words = fields
             words = [part.decode() for part in packed_words]
-            return Unavailable(message.decode(), _seconds(retry_after_seconds), *_words(words))
+            return ModelUnavailableError(
+                message.decode(), _parse_seconds(retry_after_seconds), *_words(words)
+            )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         message = "an error in Redis cannot be read"
         raise StoreError(message) from error
@@ -68,8 +80,8 @@ def unpack_error(packed: Any) -> PairError:
     raise StoreError(message)
 
 
-def _cut(text: str) -> bytes:
-    return text[:_MAX_TEXT].encode(errors="replace")
+def _truncate(text: str) -> bytes:
+    return text[:_MAX_TEXT_CHARACTERS].encode(errors="replace")
 
 
 def _words(words: list[str]) -> list[str]:
@@ -78,7 +90,7 @@ def _words(words: list[str]) -> list[str]:
     return words
 
 
-def _seconds(value: Any) -> float:
+def _parse_seconds(value: Any) -> float:
     seconds = float(value)
     if isinstance(value, bytes) or not 0 <= seconds <= _MAX_SECONDS:
         raise ValueError(value)

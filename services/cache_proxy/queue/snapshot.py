@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.observability.metrics import LANES
+from services.cache_proxy.observability.metrics import PRIORITY_CLASSES
 from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.local.scheduler import calls_until
 from services.cache_proxy.queue.serialization import unpack
@@ -27,28 +27,28 @@ Report = tuple[int, bytes]
 """A minute (of unix time, on Redis's clock), and what a replica counted in it: see `status/ledger.py`."""
 
 
-class Reporter(Protocol):
+class ReportSource(Protocol):
     """What a replica has to report to the others, as the heartbeat knows it."""
 
-    def due(self) -> Sequence[Report]:
+    def pending_reports(self) -> Sequence[Report]:
         """What was not reported yet, or has changed since; few and small."""
 
-    def reported(self, reports: Sequence[Report], *, clock_offset_seconds: float) -> None:
+    def mark_reported(self, reports: Sequence[Report], *, clock_offset_seconds: float) -> None:
         """Redis has these; its clock is so far ahead of time.monotonic."""
 
-    def report_again(self) -> None:
+    def resend_all(self) -> None:
         """Redis has lost what it was told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Overview:
+class QueueSnapshot:
     """One moment; `reports` are of all replicas, None where nothing is shared. A rate of 0 means no limit."""
 
     now_seconds: float
     waiting: Mapping[str, int | None]
     next_call_seconds: float | None
     batch_pairs: int | None
-    batch_seconds: float | None
+    batch_interval_seconds: float | None
     pairs_per_second: float | None
     calls_per_second: float | None
     failures_in_a_row: int | None
@@ -57,43 +57,57 @@ class Overview:
     reports: Sequence[Report] | None = None
     is_down: bool = False  # the model has answered nothing for the retry window
 
-    def wait_seconds(self, lane: str) -> float | None:
+    def wait_seconds(self, priority: str) -> float | None:
         """How long a pair that comes now would wait for its call if it went to the lane's end."""
-        ahead, batch_pairs = self.waiting[lane], self.batch_pairs
+        ahead, batch_pairs = self.waiting[priority], self.batch_pairs
         interactive, bulk = self.waiting["interactive"], self.waiting["bulk"]
         if (
-            ahead is None or interactive is None or bulk is None or batch_pairs is None
-            or self.batch_seconds is None or self.next_call_seconds is None
-        ):  # fmt: skip
+            ahead is None
+            or interactive is None
+            or bulk is None
+            or batch_pairs is None
+            or self.batch_interval_seconds is None
+            or self.next_call_seconds is None
+        ):
             return None
         calls = calls_until(
-            lane, ahead=ahead + 1, interactive=interactive, bulk=bulk, batch_pairs=batch_pairs
+            priority, ahead=ahead + 1, interactive=interactive, bulk=bulk, batch_pairs=batch_pairs
         )
-        return self.next_call_seconds + (calls - 1) * self.batch_seconds
+        return self.next_call_seconds + (calls - 1) * self.batch_interval_seconds
 
 
-def read_overview(reply: Any) -> Overview:
+def decode_snapshot(reply: Any) -> QueueSnapshot:
     """What `overview.lua` returned. Raises `StoreError` if it is no reply at all."""
     try:
         (
-            now_ms, waiting, next_call_ms, batch_pairs, batch_ms, pairs_rate, calls_rate, failures, live,
-            silent, reports, is_down,
-        ) = unpack(reply)  # fmt: skip
+            now_ms,
+            waiting,
+            next_call_ms,
+            batch_pairs,
+            batch_ms,
+            pairs_rate,
+            calls_rate,
+            failures,
+            live,
+            silent,
+            reports,
+            is_down,
+        ) = unpack(reply)
         pairs_per_second, calls_per_second = (
-            _number(rate, most=_MAX_RATE) for rate in (pairs_rate, calls_rate)
+            _read_number(rate, max_value=_MAX_RATE) for rate in (pairs_rate, calls_rate)
         )
-        return Overview(
+        return QueueSnapshot(
             now_seconds=float(now_ms) / 1000,
-            waiting={lane: _count(count) for lane, count in zip(LANES, waiting, strict=True)},
-            next_call_seconds=_seconds(next_call_ms),
-            batch_pairs=_count(batch_pairs, least=1, most=_MAX_BATCH_PAIRS),
-            batch_seconds=_seconds(batch_ms),
+            waiting={lane: _read_count(count) for lane, count in zip(PRIORITY_CLASSES, waiting, strict=True)},
+            next_call_seconds=_read_seconds(next_call_ms),
+            batch_pairs=_read_count(batch_pairs, min_value=1, max_value=_MAX_BATCH_PAIRS),
+            batch_interval_seconds=_read_seconds(batch_ms),
             pairs_per_second=None if pairs_per_second is None else pairs_per_second / PACE,
             calls_per_second=None if calls_per_second is None else calls_per_second / PACE,
-            failures_in_a_row=_count(failures),
+            failures_in_a_row=_read_count(failures),
             is_down=is_down == 1,
-            live_replicas=_count(live),
-            silent_replicas=_count(silent),
+            live_replicas=_read_count(live),
+            silent_replicas=_read_count(silent),
             reports=[
                 (int(minute), packed)
                 for minute, of_replicas in reports
@@ -106,17 +120,17 @@ def read_overview(reply: Any) -> Overview:
         raise StoreError(message) from error
 
 
-def _number(value: Any, *, most: float) -> float | None:
+def _read_number(value: Any, *, max_value: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) and 0 <= value <= most else None
+    return float(value) if math.isfinite(value) and 0 <= value <= max_value else None
 
 
-def _count(value: Any, *, least: int = 0, most: int = _MAX_COUNT) -> int | None:
-    found = _number(value, most=most)
-    return int(found) if found is not None and found >= least and found == int(found) else None
+def _read_count(value: Any, *, min_value: int = 0, max_value: int = _MAX_COUNT) -> int | None:
+    found = _read_number(value, max_value=max_value)
+    return int(found) if found is not None and found >= min_value and found == int(found) else None
 
 
-def _seconds(milliseconds: Any) -> float | None:
-    found = _number(milliseconds, most=_MAX_MILLISECONDS)
+def _read_seconds(milliseconds: Any) -> float | None:
+    found = _read_number(milliseconds, max_value=_MAX_MILLISECONDS)
     return None if found is None else found / 1000

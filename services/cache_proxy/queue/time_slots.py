@@ -9,12 +9,12 @@ silent alone (`claim.lua`). A replica that never saw Redis has no moments: it ke
 import math
 from dataclasses import dataclass
 
-from services.cache_proxy.queue.local.call_limiter import Limiter
+from services.cache_proxy.queue.local.call_limiter import RateLimiter
 
-_PUNCTUAL_SECONDS = 0.010
-_ROOM_SECONDS = 0.020
+_SLOT_JITTER_SECONDS = 0.010
+_MAX_SLOT_DELAY_SECONDS = 0.020
 _ADMISSION_SECONDS = 3.0  # in which a replica that stands by becomes a member
-_FEW_MOMENTS = 2  # in a block: then the room in each is more than a late call needs
+_MIN_SLOTS_FOR_GUARD = 2  # in a block: then the room in each is more than a late call needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,22 +23,22 @@ class Membership:
 
     replica: str
     members: tuple[str, ...]
-    moment_seconds: float
+    slot_interval_seconds: float
     clock_offset_seconds: float
 
 
-class SlotLimiter:
+class TimeSlotLimiter:
     """`Limiter`'s interface. State: the membership, and when a moment was last used."""
 
-    def __init__(self, share: Limiter) -> None:
-        self._share = share
+    def __init__(self, share_limiter: RateLimiter) -> None:
+        self._share_limiter = share_limiter
         self._membership: Membership | None = None
-        self._used_at = -math.inf
-        self._not_before = 0.0
+        self._last_slot_used_at = -math.inf
+        self._backoff_until = 0.0
         self._stands_by = False
-        self.begins_at = 0.0
+        self.not_before = 0.0
 
-    def know(self, membership: Membership) -> None:
+    def update_membership(self, membership: Membership) -> None:
         """Note what was heard."""
         self._membership = membership
         self._stands_by = False
@@ -50,7 +50,7 @@ class SlotLimiter:
         """
         known = self._membership
         if membership is None:
-            membership = known or Membership("", (), self._share.slot_seconds, 0.0)
+            membership = known or Membership("", (), self._share_limiter.slot_seconds, 0.0)
         self._membership = membership
         self._stands_by = True
         return known is None or known.members != membership.members
@@ -64,57 +64,59 @@ class SlotLimiter:
     def slot_seconds(self) -> float:
         """How far apart this replica's batches are."""
         if self._membership is None:
-            return self._share.slot_seconds
-        return self._membership.moment_seconds * max(1, len(self._membership.members))
+            return self._share_limiter.slot_seconds
+        return self._membership.slot_interval_seconds * max(1, len(self._membership.members))
 
     def wait_seconds(self, pairs: int, *, now: float) -> float:
         """How long until a call is allowed; 0 if now, `inf` if never."""
         if self._membership is None:
-            return self._share.wait_seconds(pairs, now=now)
-        held = max(self.begins_at, self._not_before) - now
-        if self._membership.moment_seconds == 0:  # no limit, so also none for a replica that is no member yet
+            return self._share_limiter.wait_seconds(pairs, now=now)
+        held = max(self.not_before, self._backoff_until) - now
+        if (
+            self._membership.slot_interval_seconds == 0
+        ):  # no limit, so also none for a replica that is no member yet
             return max(0.0, held)
         if self._membership.replica not in self._membership.members:
             return _ADMISSION_SECONDS if self._stands_by else math.inf
-        earliest = max(now, now + held, self._used_at + self._membership.moment_seconds)
-        moment = self._moment(earliest, self._membership)
-        starts_at = moment * self._membership.moment_seconds - self._membership.clock_offset_seconds
+        earliest = max(now, now + held, self._last_slot_used_at + self._membership.slot_interval_seconds)
+        moment = self._next_slot_index(earliest, self._membership)
+        starts_at = moment * self._membership.slot_interval_seconds - self._membership.clock_offset_seconds
         return max(0.0, earliest - now, starts_at - now)
 
-    def spend(self, pairs: int, *, now: float) -> None:
+    def consume(self, pairs: int, *, now: float) -> None:
         """Use the moment."""
-        self._share.spend(pairs, now=now)
-        if self._membership is not None and self._membership.moment_seconds:
-            self._used_at = now
+        self._share_limiter.consume(pairs, now=now)
+        if self._membership is not None and self._membership.slot_interval_seconds:
+            self._last_slot_used_at = now
 
     def refund(self, pairs: int) -> None:
         """A moment that was not used is over."""
 
-    def delay(self, seconds: float) -> bool:
+    def postpone(self, seconds: float) -> bool:
         """A moment has some room, and is another's after that."""
         if self._membership is None:
-            return self._share.delay(seconds)
-        return seconds <= _ROOM_SECONDS
+            return self._share_limiter.postpone(seconds)
+        return seconds <= _MAX_SLOT_DELAY_SECONDS
 
-    def hold_until(self, moment: float) -> None:
+    def block_until(self, not_before: float) -> None:
         """See `CallLimiter.hold_until`."""
-        self._not_before = moment
-        self._share.hold_until(moment)
+        self._backoff_until = not_before
+        self._share_limiter.block_until(not_before)
 
-    def _moment(self, now: float, membership: Membership) -> int:
+    def _next_slot_index(self, now: float, membership: Membership) -> int:
         """The first of this replica's moments that is not over."""
-        apart, members = membership.moment_seconds, membership.members
+        apart, members = membership.slot_interval_seconds, membership.members
         block = math.ceil(1000 / round(apart * 1000))
-        moment = math.floor((now + membership.clock_offset_seconds - _PUNCTUAL_SECONDS) / apart) + 1
+        moment = math.floor((now + membership.clock_offset_seconds - _SLOT_JITTER_SECONDS) / apart) + 1
         turn = members.index(membership.replica)
-        while moment // block % len(members) != turn or _is_between(moment, block):
+        while moment // block % len(members) != turn or _is_guard_slot(moment, block):
             moment = moment + 1 if moment // block % len(members) == turn else (moment // block + 1) * block
         return moment
 
 
-def _is_between(moment: int, block: int) -> bool:
+def _is_guard_slot(slot_index: int, slots_per_turn: int) -> bool:
     """Whether it is left free, so that a late call of one member keeps apart from the next one's first.
 
     Moments far apart need none: the room that is in each is more than any lateness.
     """
-    return block > _FEW_MOMENTS and moment % block == block - 1
+    return slots_per_turn > _MIN_SLOTS_FOR_GUARD and slot_index % slots_per_turn == slots_per_turn - 1

@@ -8,7 +8,7 @@ from services.cache_proxy.errors import PairError
 from services.cache_proxy.queue.interface import Outcome
 
 
-class Wait:
+class Waiter:
     """One request's wait for a number of distinct pairs; done when each has an outcome.
 
     `given_up` are those that ended for this request alone.
@@ -16,31 +16,31 @@ class Wait:
 
     def __init__(self, digests: Sequence[bytes], deadline: float) -> None:
         self.deadline = deadline
-        self.given_up: list[bytes] = []
+        self.abandoned: list[bytes] = []
         self.outcomes: dict[bytes, Outcome] = {}
-        self._open = set(digests)
-        self._done = asyncio.get_running_loop().create_future()
+        self._pending = set(digests)
+        self._all_resolved = asyncio.get_running_loop().create_future()
 
-    def settle(self, digest: bytes, outcome: Outcome) -> None:
+    def resolve(self, digest: bytes, outcome: Outcome) -> None:
         """Note an outcome; the first one counts."""
-        if digest in self._open:
-            self._open.remove(digest)
+        if digest in self._pending:
+            self._pending.remove(digest)
             self.outcomes[digest] = outcome
-            if not self._open and not self._done.done():
-                self._done.set_result(None)
+            if not self._pending and not self._all_resolved.done():
+                self._all_resolved.set_result(None)
 
     @property
-    def open(self) -> frozenset[bytes]:
+    def pending(self) -> frozenset[bytes]:
         """The pairs that have no outcome yet."""
-        return frozenset(self._open)
+        return frozenset(self._pending)
 
-    async def done(self) -> None:
+    async def wait(self) -> None:
         """Return when every pair has an outcome."""
-        if self._open:
-            await self._done
+        if self._pending:
+            await self._all_resolved
 
 
-class Waiters:
+class WaiterRegistry:
     """State: `_waits`, all that are open; `_by_digest`, those of each pair that has not ended.
 
     It is touched from the event loop only.
@@ -51,51 +51,51 @@ class Waiters:
     """
 
     def __init__(self) -> None:
-        self._waits: set[Wait] = set()
-        self._by_digest: dict[bytes, set[Wait]] = {}
+        self._waiters: set[Waiter] = set()
+        self._by_digest: dict[bytes, set[Waiter]] = {}
 
-    def open(self, digests: Sequence[bytes], *, deadline: float = math.inf) -> Wait:
+    def register(self, digests: Sequence[bytes], *, deadline: float = math.inf) -> Waiter:
         """Begin a wait; `deadline` is on the event loop's clock."""
-        wait = Wait(digests, deadline)
-        self._waits.add(wait)
+        wait = Waiter(digests, deadline)
+        self._waiters.add(wait)
         for digest in digests:
             self._by_digest.setdefault(digest, set()).add(wait)
         return wait
 
-    def close(self, wait: Wait) -> list[bytes]:
+    def unregister(self, waiter: Waiter) -> list[bytes]:
         """End a wait; the pairs without an outcome for which nobody waits any more."""
-        self._waits.discard(wait)
-        left = [digest for digest in wait.given_up if digest not in self._by_digest]
-        for digest in wait.open:
+        self._waiters.discard(waiter)
+        left = [digest for digest in waiter.abandoned if digest not in self._by_digest]
+        for digest in waiter.pending:
             waits = self._by_digest.get(digest)
             if waits is not None:
-                waits.discard(wait)
+                waits.discard(waiter)
                 if not waits:
                     del self._by_digest[digest]
                     left.append(digest)
         return left
 
-    def settle(self, digest: bytes, outcome: Outcome) -> None:
+    def resolve(self, digest: bytes, outcome: Outcome) -> None:
         """Give an outcome to every wait for the pair."""
         for wait in self._by_digest.pop(digest, ()):
-            wait.settle(digest, outcome)
+            wait.resolve(digest, outcome)
 
-    def give_up_before(self, moment: float, error: PairError) -> None:
+    def fail_with_deadline_before(self, moment: float, error: PairError) -> None:
         """End the waits whose deadline comes before this moment, when the model is called next."""
-        for wait in [wait for wait in self._waits if wait.deadline < moment]:
-            self.give_up(wait, error)
+        for wait in [wait for wait in self._waiters if wait.deadline < moment]:
+            self.fail_waiter(wait, error)
 
-    def give_up(self, wait: Wait, error: PairError) -> None:
+    def fail_waiter(self, waiter: Waiter, error: PairError) -> None:
         """End what is open of one wait alone; the pairs go on for whoever else waits."""
-        wait.given_up += wait.open
-        self.settle_one(wait, [(digest, error) for digest in wait.open])
+        waiter.abandoned += waiter.pending
+        self.resolve_one(waiter, [(digest, error) for digest in waiter.pending])
 
-    def settle_one(self, wait: Wait, outcomes: Iterable[tuple[bytes, Outcome]]) -> None:
+    def resolve_one(self, waiter: Waiter, outcomes: Iterable[tuple[bytes, Outcome]]) -> None:
         """Give outcomes to one wait alone."""
         for digest, outcome in outcomes:
             waits = self._by_digest.get(digest)
             if waits is not None:
-                waits.discard(wait)
+                waits.discard(waiter)
                 if not waits:
                     del self._by_digest[digest]
-            wait.settle(digest, outcome)
+            waiter.resolve(digest, outcome)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.cache_proxy.cache.cache_scripts import CHECK_ACCESS
-from services.cache_proxy.errors import AccessRefusedByStore, StoreError
-from services.cache_proxy.redis_client.backend import FAILURES, is_access_refusal, translated
-from services.cache_proxy.redis_client.node import Home
-from services.cache_proxy.redis_client.sentinels import SentinelAccessRefused
+from services.cache_proxy.errors import StoreAccessDeniedError, StoreError
+from services.cache_proxy.redis_client.backend import CLIENT_ERRORS, is_access_denied, to_store_error
+from services.cache_proxy.redis_client.node import QueueNode
+from services.cache_proxy.redis_client.sentinels import SentinelAccessDeniedError
 
-_SUBSCRIBE_SECONDS = 1.0
+_SUBSCRIBE_TIMEOUT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,55 +25,55 @@ class AccessCheck:
     On a Cluster each needs a hash tag, for a script's keys must be on one node.
     """
 
-    home: Home
-    keys: Sequence[str]
+    node: QueueNode
+    key_prefixes: Sequence[str]
     channel: str
     user: str
 
     async def run(self) -> None:
-        """Raise `AccessRefusedByStore` for the first command refused, `StoreError` if Redis is away."""
-        for key in self.keys:
-            await self._try_scripts(key, "")
-        await self._try_scripts(f"{self.channel}:check", f"{self.channel}:check")
-        await self._try(self.channel, "INFO", "memory")
-        await self._try_subscription()
+        """Raise `StoreAccessDeniedError` for the first command refused, `StoreError` if Redis is away."""
+        for key in self.key_prefixes:
+            await self._check_scripts(key, "")
+        await self._check_scripts(f"{self.channel}:check", f"{self.channel}:check")
+        await self._run_command(self.channel, "INFO", "memory")
+        await self._check_subscription()
 
-    async def _try_scripts(self, key: str, channel: str) -> None:
+    async def _check_scripts(self, key_prefix: str, channel: str) -> None:
         replies = [
-            await self._try(key, how, script, 1, f"{key}:check", channel)
+            await self._run_command(key_prefix, how, script, 1, f"{key_prefix}:check", channel)
             for how, script in (("EVAL", CHECK_ACCESS.text), ("EVALSHA", CHECK_ACCESS.sha))
         ]
         for command, message in replies[-1]:
             text = message.decode("utf-8", "replace")
-            if is_access_refusal(text):
-                raise AccessRefusedByStore(command=command.decode().lower(), user=self.user, reason=text)
+            if is_access_denied(text):
+                raise StoreAccessDeniedError(command=command.decode().lower(), user=self.user, reason=text)
 
-    async def _try(self, key: str, *command: object) -> list[tuple[bytes, bytes]]:
+    async def _run_command(self, key: str, *command: object) -> list[tuple[bytes, bytes]]:
         try:
-            reply: list[tuple[bytes, bytes]] = await self.home.command_at(key, *command)
+            reply: list[tuple[bytes, bytes]] = await self.node.command_for_key(key, *command)
         except StoreError as error:
-            if isinstance(error.__cause__, SentinelAccessRefused):
-                raise _refused_by_sentinel(error.__cause__) from error
-            if is_access_refusal(error.__cause__ or error):
+            if isinstance(error.__cause__, SentinelAccessDeniedError):
+                raise _sentinel_access_error(error.__cause__) from error
+            if is_access_denied(error.__cause__ or error):
                 name = str(command[0]).lower()
-                raise AccessRefusedByStore(command=name, user=self.user, reason=str(error)) from error
+                raise StoreAccessDeniedError(command=name, user=self.user, reason=str(error)) from error
             raise
         return reply
 
-    async def _try_subscription(self) -> None:
+    async def _check_subscription(self) -> None:
         try:
-            async with await self.home.subscription() as pubsub:
+            async with await self.node.create_pubsub() as pubsub:
                 await pubsub.subscribe(f"{self.channel}:check")
                 with contextlib.suppress(TimeoutError):
-                    await pubsub.get_message(timeout=_SUBSCRIBE_SECONDS)
-        except FAILURES as error:
-            if isinstance(error, SentinelAccessRefused):
-                raise _refused_by_sentinel(error) from error
-            if is_access_refusal(error):
+                    await pubsub.get_message(timeout=_SUBSCRIBE_TIMEOUT_SECONDS)
+        except CLIENT_ERRORS as error:
+            if isinstance(error, SentinelAccessDeniedError):
+                raise _sentinel_access_error(error) from error
+            if is_access_denied(error):
                 reason = str(error)
-                raise AccessRefusedByStore(command="subscribe", user=self.user, reason=reason) from error
-            raise translated(error) from error
+                raise StoreAccessDeniedError(command="subscribe", user=self.user, reason=reason) from error
+            raise to_store_error(error) from error
 
 
-def _refused_by_sentinel(error: SentinelAccessRefused) -> AccessRefusedByStore:
-    return AccessRefusedByStore(command="sentinel masters", user=error.user, reason=str(error))
+def _sentinel_access_error(error: SentinelAccessDeniedError) -> StoreAccessDeniedError:
+    return StoreAccessDeniedError(command="sentinel masters", user=error.user, reason=str(error))

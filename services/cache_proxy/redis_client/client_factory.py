@@ -9,23 +9,29 @@ from redis.asyncio.connection import Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from services.cache_proxy.auth.reloader import Renewals
+from services.cache_proxy.auth.reloader import FileReloader
 from services.cache_proxy.config import cache_url
 from services.cache_proxy.config.cache_url import CacheUrl
 from services.cache_proxy.config.settings import CacheSettings
-from services.cache_proxy.redis_client.backend import OneServer, Servers
-from services.cache_proxy.redis_client.cluster import ClusterServers
+from services.cache_proxy.redis_client.backend import RedisBackend, SingleServerBackend
+from services.cache_proxy.redis_client.cluster import ClusterBackend
 from services.cache_proxy.redis_client.sentinels import ParallelSentinel
-from services.cache_proxy.redis_client.tls import Tls, UnixConnection, follow, follow_login, following
+from services.cache_proxy.redis_client.tls import (
+    ReloadingTlsContext,
+    UnixSocketConnection,
+    load_credentials,
+    load_tls_context,
+    reloading_connection_class,
+)
 from services.common.errors import UsageError
 
 _MAX_CONNECTIONS = 32  # the queue's scripts and its subscription are on the same client
 
-Client = redis.asyncio.Redis | RedisCluster
+RedisClient = redis.asyncio.Redis | RedisCluster
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Access:
+class RedisCredentials:
     """How one is let in; `tls_ca` also says that the way there is encrypted. A file's password goes first."""
 
     username: str | None = None
@@ -36,96 +42,108 @@ class Access:
     sentinel_password_file: str | None = None
 
 
-def connect(
-    url: str, *, timeout_seconds: float, access: Access | None = None, renewals: Renewals | None = None
-) -> Client:
+def create_client(
+    url: str,
+    *,
+    timeout_seconds: float,
+    credentials: RedisCredentials | None = None,
+    reloader: FileReloader | None = None,
+) -> RedisClient:
     """A client that bounds every wait. Raises UsageError for a URL that none can be made of.
 
     `renewals` looks after the files of its TLS and of its passwords.
     """
-    parts, access = cache_url.parse(url), access or Access()
+    parts, credentials = cache_url.parse(url), credentials or RedisCredentials()
     options: dict[str, Any] = {
         "socket_timeout": timeout_seconds,
         "socket_connect_timeout": timeout_seconds,
         "health_check_interval": 0,
         "driver_info": None,  # else each connection tells its library's name, which needs a right more
-        "credential_provider": follow_login(
-            username=access.username or parts.username,
-            password=access.password or parts.password,
-            path=access.password_file,
+        "credential_provider": load_credentials(
+            username=credentials.username or parts.username,
+            password=credentials.password or parts.password,
+            path=credentials.password_file,
             flag_name="--cache-password-file",
-            files="cache_password",
-            renewals=renewals,
+            metric_label="cache_password",
+            reloader=reloader,
         ),
     }
-    tls_files = _tls_files(parts, access)
-    tls = None if tls_files is None else follow(tls_files, renewals)
+    tls_files = _tls_file_options(parts, credentials)
+    tls = None if tls_files is None else load_tls_context(tls_files, reloader)
     options |= tls_files or {}
     if parts.scheme == "redis+cluster":
-        return _cluster(parts, options, tls)
+        return _cluster_client(parts, options, tls)
     if parts.scheme == "redis+sentinel":
-        return _behind_sentinels(parts, options, tls, access, renewals)
-    return _alone(parts, options, tls)
+        return _sentinel_client(parts, options, tls, credentials, reloader)
+    return _single_server_client(parts, options, tls)
 
 
-def servers(client: Client) -> Servers:
+def backend_for(client: RedisClient) -> RedisBackend:
     """What the store needs of a client."""
-    return ClusterServers(client) if isinstance(client, RedisCluster) else OneServer(client)
+    return ClusterBackend(client) if isinstance(client, RedisCluster) else SingleServerBackend(client)
 
 
-def user_of(cache: CacheSettings) -> str:
+def acl_user(cache: CacheSettings) -> str:
     """Return the ACL user that the settings name: the flag's, else the URL's, else Redis's default one."""
     return cache.cache_username or cache_url.parse(cache.cache_url).username or "default"
 
 
-def _alone(parts: CacheUrl, options: dict[str, Any], tls: Tls | None) -> "redis.asyncio.Redis":
-    kind: type[Any] = UnixConnection
+def _single_server_client(
+    parts: CacheUrl, options: dict[str, Any], tls: ReloadingTlsContext | None
+) -> "redis.asyncio.Redis":
+    kind: type[Any] = UnixSocketConnection
     if parts.scheme == "unix":
         options["path"] = parts.path
     else:
         [(options["host"], options["port"])] = parts.hosts
-        kind = following(Connection if tls is None else SSLConnection, tls)
+        kind = reloading_connection_class(Connection if tls is None else SSLConnection, tls)
     # A pool that waits for a free connection instead of raising.
     pool = redis.asyncio.BlockingConnectionPool(
         connection_class=kind,
         max_connections=_MAX_CONNECTIONS,
         timeout=options["socket_timeout"],
         db=parts.database,
-        retry=_once_more(),
+        retry=_retry_once(),
         **options,
     )
     return redis.asyncio.Redis(connection_pool=pool)
 
 
-def _behind_sentinels(
-    parts: CacheUrl, options: dict[str, Any], tls: Tls | None, access: Access, renewals: Renewals | None
+def _sentinel_client(
+    parts: CacheUrl,
+    options: dict[str, Any],
+    tls: ReloadingTlsContext | None,
+    credentials: RedisCredentials,
+    reloader: FileReloader | None,
 ) -> "redis.asyncio.Redis":
     if tls is not None:
         options["ssl"] = True
-    login = follow_login(
-        username=access.sentinel_username,
+    login = load_credentials(
+        username=credentials.sentinel_username,
         password=None,
-        path=access.sentinel_password_file,
+        path=credentials.sentinel_password_file,
         flag_name="--sentinel-password-file",
-        files="sentinel_password",
-        renewals=renewals,
+        metric_label="sentinel_password",
+        reloader=reloader,
     )
     sentinel = ParallelSentinel(
         parts.hosts,
         service=parts.service,
-        user=access.sentinel_username or "default",
-        hold_seconds=options["socket_timeout"],
+        user=credentials.sentinel_username or "default",
+        failure_ttl_seconds=options["socket_timeout"],
         options={**options, "credential_provider": login, "retry": Retry(NoBackoff(), 0)},
     )
     client: redis.asyncio.Redis = sentinel.master_for(
-        parts.service, db=parts.database, retry=_once_more(), **options
+        parts.service, db=parts.database, retry=_retry_once(), **options
     )
     for pool in (client.connection_pool, *(one.connection_pool for one in sentinel.sentinels)):
-        pool.connection_class = following(pool.connection_class, tls)
+        pool.connection_class = reloading_connection_class(pool.connection_class, tls)
     return client
 
 
-def _cluster(parts: CacheUrl, options: dict[str, Any], tls: Tls | None) -> RedisCluster:
+def _cluster_client(
+    parts: CacheUrl, options: dict[str, Any], tls: ReloadingTlsContext | None
+) -> RedisCluster:
     if tls is not None:
         options["ssl"] = True
     client = RedisCluster(
@@ -135,25 +153,25 @@ def _cluster(parts: CacheUrl, options: dict[str, Any], tls: Tls | None) -> Redis
         retry=Retry(NoBackoff(), 0),
         **options,
     )
-    kind = following(Connection if tls is None else SSLConnection, tls)
+    kind = reloading_connection_class(Connection if tls is None else SSLConnection, tls)
     client.connection_kwargs["connection_class"] = kind  # of nodes that it is yet to hear of
     for node in client.nodes_manager.startup_nodes.values():
         node.connection_class = kind
     return client
 
 
-def _once_more() -> Retry:
+def _retry_once() -> Retry:
     """Once more: the server may have closed a connection that lay idle, and a process that got no time of the
     machine finds its own timer over before it reads the answer. Whatever is sent may be sent twice.
     """  # noqa: D205 - one thought
     return Retry(NoBackoff(), 1)
 
 
-def _tls_files(parts: CacheUrl, access: Access) -> dict[str, Any] | None:
+def _tls_file_options(parts: CacheUrl, credentials: RedisCredentials) -> dict[str, Any] | None:
     """The files of TLS by redis-py's names for them; None: in the clear."""
-    if access.tls_ca is None and parts.scheme != "rediss":
-        if parts.certificate:
+    if credentials.tls_ca is None and parts.scheme != "rediss":
+        if parts.client_certificate:
             raise UsageError("--cache-url: its certificate is for TLS, so --cache-tls-ca must be given too")
         return None
-    ca = {} if access.tls_ca is None else {"ssl_ca_certs": access.tls_ca}
-    return {**ca, **parts.certificate}
+    ca = {} if credentials.tls_ca is None else {"ssl_ca_certs": credentials.tls_ca}
+    return {**ca, **parts.client_certificate}

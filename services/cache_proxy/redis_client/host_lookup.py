@@ -11,10 +11,10 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-_lookups: dict[tuple[asyncio.AbstractEventLoop, str], "asyncio.Future[list[str]]"] = {}
+_running_lookups: dict[tuple[asyncio.AbstractEventLoop, str], "asyncio.Future[list[str]]"] = {}
 
 
-async def addresses_of(host: str) -> list[str]:
+async def resolve_host(host: str) -> list[str]:
     """Return the host's IP addresses in the order to try them. Raises OSError.
 
     Callers share a lookup that is running; one that stops waiting does not end it.
@@ -22,21 +22,21 @@ async def addresses_of(host: str) -> list[str]:
     with suppress(ValueError):
         return [str(ipaddress.ip_address(host))]
     loop = asyncio.get_running_loop()
-    running = _lookups.get((loop, host))
+    running = _running_lookups.get((loop, host))
     if running is None:
-        running = _lookups[loop, host] = loop.create_future()
-        running.add_done_callback(lambda found: _ended(loop, host, found))
-        threading.Thread(target=_look_up, args=(loop, host, running), daemon=True).start()
+        running = _running_lookups[loop, host] = loop.create_future()
+        running.add_done_callback(lambda found: _on_lookup_done(loop, host, found))
+        threading.Thread(target=_run_lookup, args=(loop, host, running), daemon=True).start()
     return await asyncio.shield(running)
 
 
-def _ended(loop: asyncio.AbstractEventLoop, host: str, found: "asyncio.Future[list[str]]") -> None:
-    _lookups.pop((loop, host), None)
-    if not found.cancelled():
-        found.exception()  # retrieved: everyone who asked may have stopped waiting
+def _on_lookup_done(loop: asyncio.AbstractEventLoop, host: str, lookup: "asyncio.Future[list[str]]") -> None:
+    _running_lookups.pop((loop, host), None)
+    if not lookup.cancelled():
+        lookup.exception()  # retrieved: everyone who asked may have stopped waiting
 
 
-def _look_up(loop: asyncio.AbstractEventLoop, host: str, found: "asyncio.Future[list[str]]") -> None:
+def _run_lookup(loop: asyncio.AbstractEventLoop, host: str, lookup: "asyncio.Future[list[str]]") -> None:
     addresses: list[str] = []
     error: Exception | None = None
     try:
@@ -46,12 +46,12 @@ def _look_up(loop: asyncio.AbstractEventLoop, host: str, found: "asyncio.Future[
         error = failure if isinstance(failure, OSError) else OSError(f"{host} is not a host name")
 
     def settle(*_: Any) -> None:
-        if found.done():
+        if lookup.done():
             return
         if error is None:
-            found.set_result(addresses)
+            lookup.set_result(addresses)
         else:
-            found.set_exception(error)
+            lookup.set_exception(error)
 
     with suppress(RuntimeError):  # the loop has ended meanwhile
         loop.call_soon_threadsafe(settle)

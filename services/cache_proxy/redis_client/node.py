@@ -10,21 +10,21 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.exceptions import RedisClusterException
 
-from services.cache_proxy.redis_client.client_factory import Client, servers
-from services.cache_proxy.redis_client.cluster import ClusterServers
+from services.cache_proxy.redis_client.client_factory import RedisClient, backend_for
+from services.cache_proxy.redis_client.cluster import ClusterBackend
 
 
-class Home:
+class QueueNode:
     """One key of the queue says where it is: all of them have one hash tag. No state of its own.
 
     `user` is the ACL user of the connections, for messages.
     """
 
-    def __init__(self, client: Client, *, key: str, user: str = "default") -> None:
+    def __init__(self, client: RedisClient, *, key: str, user: str = "default") -> None:
         self.user = user
         self._client = client
         self._key = key
-        self._servers = servers(client)
+        self._backend = backend_for(client)
 
     @property
     def is_cluster(self) -> bool:
@@ -44,28 +44,28 @@ class Home:
         A Cluster's redirections are followed without redis-py's help (see `store/cluster.py`), which runs a
         command again as often as it sees fit.
         """
-        return await self._servers.command(self._key, *command)
+        return await self._backend.execute(self._key, *command)
 
-    async def command_at(self, key: str, *command: Any) -> Any:
+    async def command_for_key(self, key: str, *command: Any) -> Any:
         """Return the reply of the server that has `key`, perhaps another one of a Cluster.
 
         Raises `StoreError`.
         """
-        return await self._servers.command(key, *command)
+        return await self._backend.execute(key, *command)
 
-    async def subscription(self) -> PubSub:
+    async def create_pubsub(self) -> PubSub:
         """To subscribe with where the queue is just now; it does not move with it.
 
         redis-py's own choice of a node is made once, by the first channel, and kept through every failover.
         """
         if isinstance(self._client, RedisCluster):
-            return self._client.pubsub(node=await self._node(), ignore_subscribe_messages=True)
+            return self._client.pubsub(node=await self._cluster_node(), ignore_subscribe_messages=True)
         return self._client.pubsub(ignore_subscribe_messages=True)
 
-    async def memory(self) -> dict[str, Any]:
+    async def memory_info(self) -> dict[str, Any]:
         """`INFO memory` of the server where the queue is. Raises redis-py's errors."""
         if isinstance(self._client, RedisCluster):
-            node = await self._node()
+            node = await self._cluster_node()
             found: dict[str, Any] = await node.execute_command("INFO", "memory")
             return found
         return dict(await self._client.info("memory"))
@@ -83,12 +83,12 @@ class Home:
     async def close(self) -> None:
         """End what this began on a Cluster; the client, which others share, opens again when it is used."""
         if self.is_cluster:
-            await self._servers.close()
+            await self._backend.close()
 
-    async def _node(self) -> ClusterNode:
-        assert isinstance(self._servers, ClusterServers)  # noqa: S101 - for the type checker
+    async def _cluster_node(self) -> ClusterNode:
+        assert isinstance(self._backend, ClusterBackend)  # noqa: S101 - for the type checker
         try:
-            return await self._servers.node_of(self._key)
+            return await self._backend.node_for_key(self._key)
         except LookupError as error:
             message = "no node of the Cluster has the queue's slot"
             raise RedisClusterException(message) from error

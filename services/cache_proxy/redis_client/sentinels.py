@@ -11,12 +11,12 @@ from typing import Any
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.exceptions import RedisError
 
-from services.cache_proxy.redis_client.backend import is_access_refusal
+from services.cache_proxy.redis_client.backend import is_access_denied
 from services.cache_proxy.redis_client.shared_attempt import SharedAttempt, first_success
-from services.common.tasks import end
+from services.common.tasks import cancel_and_wait
 
 
-class SentinelAccessRefused(MasterNotFoundError):
+class SentinelAccessDeniedError(MasterNotFoundError):
     """A Sentinel refuses the login, or the command, and no other one names a master."""
 
     def __init__(self, *, user: str, reason: str) -> None:
@@ -33,18 +33,23 @@ class ParallelSentinel(Sentinel):
     """
 
     def __init__(
-        self, hosts: Sequence[tuple[str, int]], *, service: str, user: str, hold_seconds: float,
+        self,
+        hosts: Sequence[tuple[str, int]],
+        *,
+        service: str,
+        user: str,
+        failure_ttl_seconds: float,
         options: dict[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(list(hosts), sentinel_kwargs=options)  # type: ignore[no-untyped-call]
         self._service = service
         self._user = user
-        self._discovery = SharedAttempt(self._ask_all, hold_seconds=hold_seconds)
+        self._discovery = SharedAttempt(self._query_all, failure_ttl_seconds=failure_ttl_seconds)
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         """Return the master's address: the first that a Sentinel names."""
         del service_name  # there is one
-        return await self._discovery.outcome()
+        return await self._discovery.result()
 
     async def aclose(self) -> None:
         """End the discovery that is running, and close the connections."""
@@ -52,25 +57,25 @@ class ParallelSentinel(Sentinel):
         for sentinel in self.sentinels:
             await sentinel.aclose(close_connection_pool=True)
 
-    async def _ask_all(self) -> tuple[str, int]:
-        asking = {asyncio.create_task(self._ask(sentinel)) for sentinel in self.sentinels}
+    async def _query_all(self) -> tuple[str, int]:
+        asking = {asyncio.create_task(self._query(sentinel)) for sentinel in self.sentinels}
         try:
             return await first_success(asking)
         except (RedisError, OSError) as error:
-            refused = [task for task in asking if isinstance(task.exception(), SentinelAccessRefused)]
+            refused = [task for task in asking if isinstance(task.exception(), SentinelAccessDeniedError)]
             if refused:
                 refused[0].result()  # raises it
             message = f"no Sentinel names a master of {self._service!r}: {error}"
             raise MasterNotFoundError(message) from error
         finally:
-            await end(asking)
+            await cancel_and_wait(asking)
 
-    async def _ask(self, sentinel: Any) -> tuple[str, int]:
+    async def _query(self, sentinel: Any) -> tuple[str, int]:
         try:
             masters = await sentinel.sentinel_masters()
         except RedisError as error:
-            if is_access_refusal(error):
-                raise SentinelAccessRefused(user=self._user, reason=str(error)) from error
+            if is_access_denied(error):
+                raise SentinelAccessDeniedError(user=self._user, reason=str(error)) from error
             raise
         state = masters.get(self._service)
         if state is None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from services.common.tasks import end
+from services.common.tasks import cancel_and_wait
 
 _Value = TypeVar("_Value")
 
@@ -18,32 +18,32 @@ class SharedAttempt(Generic[_Value]):
     State: `_running`, the attempt, and `_failure` with the time until which it stands; event loop only.
     """
 
-    def __init__(self, attempt: Callable[[], Awaitable[_Value]], *, hold_seconds: float) -> None:
+    def __init__(self, attempt: Callable[[], Awaitable[_Value]], *, failure_ttl_seconds: float) -> None:
         self._attempt = attempt
-        self._hold_seconds = hold_seconds
-        self._running: asyncio.Task[_Value] | None = None
+        self._failure_ttl_seconds = failure_ttl_seconds
+        self._task: asyncio.Task[_Value] | None = None
         self._failure: Exception | None = None
-        self._failure_stands_until = 0.0
+        self._failure_expires_at = 0.0
 
-    async def outcome(self) -> _Value:
+    async def result(self) -> _Value:
         """Return what the attempt returns. Raises what it raises."""
-        if self._failure is not None and time.monotonic() < self._failure_stands_until:
+        if self._failure is not None and time.monotonic() < self._failure_expires_at:
             raise self._failure.with_traceback(None)
-        if self._running is None or self._running.done():
-            self._running = asyncio.create_task(self._run())
-        return await asyncio.shield(self._running)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+        return await asyncio.shield(self._task)
 
     async def close(self) -> None:
         """End the attempt that is running."""
-        if self._running is not None:
-            await end([self._running])
+        if self._task is not None:
+            await cancel_and_wait([self._task])
 
     async def _run(self) -> _Value:
         try:
             value = await self._attempt()
         except Exception as error:
             self._failure = error
-            self._failure_stands_until = time.monotonic() + self._hold_seconds
+            self._failure_expires_at = time.monotonic() + self._failure_ttl_seconds
             raise
         self._failure = None
         return value

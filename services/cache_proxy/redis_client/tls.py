@@ -9,35 +9,38 @@ from typing import Any
 from redis.asyncio.connection import Connection, RedisSSLContext, UnixDomainSocketConnection
 from redis.credentials import CredentialProvider
 
-from services.cache_proxy.auth.reloader import Renewals
+from services.cache_proxy.auth.reloader import FileReloader
 from services.cache_proxy.config.settings import read_secret
-from services.cache_proxy.redis_client.host_lookup import addresses_of
+from services.cache_proxy.redis_client.host_lookup import resolve_host
 from services.common.errors import UsageError
-from services.common.file_reload import Look, Renewed
+from services.common.file_reload import ReloadingFile, ReloadResult
 
-Tls = Renewed[ssl.SSLContext]
-_FILES = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+ReloadingTlsContext = ReloadingFile[ssl.SSLContext]
+_TLS_FILE_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 
-class Login(CredentialProvider):
+class ReloadingCredentials(CredentialProvider):
     """The user and password of each new connection; a password in a file is read again when it changes.
 
     A connection that is open stays so: Redis asks for a password once.
     """
 
     def __init__(
-        self, username: str | None, password: bytes | None, followed: Renewed[bytes | None] | None = None
+        self,
+        username: str | None,
+        password: bytes | None,
+        password_file: ReloadingFile[bytes | None] | None = None,
     ) -> None:
         self._username = username
         self._password = password
-        self._followed = followed
+        self._password_file = password_file
 
     def get_credentials(self) -> tuple[Any, ...]:
         """Return the user, if there is one, and the password."""
         password = self._password
-        if self._followed is not None:
-            self._followed.look()  # a renewal in this second counts too
-            password = self._followed.value
+        if self._password_file is not None:
+            self._password_file.reload_if_changed()  # a renewal in this second counts too
+            password = self._password_file.value
         return (password,) if self._username is None else (self._username, password or b"")
 
     async def get_credentials_async(self) -> tuple[Any, ...]:
@@ -45,28 +48,33 @@ class Login(CredentialProvider):
         return self.get_credentials()
 
 
-def follow_login(
-    *, username: str | None, password: bytes | None, path: str | None, flag_name: str, files: str,
-    renewals: Renewals | None,
-) -> Login | None:  # fmt: skip
+def load_credentials(
+    *,
+    username: str | None,
+    password: bytes | None,
+    path: str | None,
+    flag_name: str,
+    metric_label: str,
+    reloader: FileReloader | None,
+) -> ReloadingCredentials | None:
     """Return how to log in; None: not at all. `files` is one of `metrics.RENEWED`. Raises UsageError."""
-    followed: Renewed[bytes | None] | None = None
+    followed: ReloadingFile[bytes | None] | None = None
     if path is not None:
-        followed = Renewed(
+        followed = ReloadingFile(
             [path],
             partial(read_secret, path, flag_name=flag_name),
-            tell=renewals.teller(files) if renewals else _nobody,
+            on_reload=reloader.on_reload(metric_label) if reloader else _ignore_reload,
         )
-        if renewals:
-            renewals.add(followed.look)
+        if reloader:
+            reloader.add(followed.reload_if_changed)
     if username is None and password is None and followed is None:
         return None
-    return Login(username, password, followed)
+    return ReloadingCredentials(username, password, followed)
 
 
-def follow(options: Mapping[str, Any], renewals: Renewals | None) -> Tls:
+def load_tls_context(options: Mapping[str, Any], reloader: FileReloader | None) -> ReloadingTlsContext:
     """What the files in a connection's options hold; with `renewals` also later. Raises UsageError."""
-    paths = [str(options[name]) for name in _FILES if options.get(name)]
+    paths = [str(options[name]) for name in _TLS_FILE_OPTIONS if options.get(name)]
     named = f"the files for Redis ({', '.join(paths)})"
     given = {name.removeprefix("ssl_"): value for name, value in options.items() if name.startswith("ssl_")}
     # As an `SSLConnection` has them; and a passphrase is not asked for on the terminal.
@@ -82,21 +90,23 @@ def follow(options: Mapping[str, Any], renewals: Renewals | None) -> Tls:
             message = f"{named}: {error.strerror}"
             raise UsageError(message) from error
 
-    tls = Renewed(paths, read, tell=renewals.teller("cache_tls") if renewals else _nobody)
-    if renewals:
-        renewals.add(tls.look)
+    tls = ReloadingFile(
+        paths, read, on_reload=reloader.on_reload("cache_tls") if reloader else _ignore_reload
+    )
+    if reloader:
+        reloader.add(tls.reload_if_changed)
     return tls
 
 
-def following(kind: type[Any], tls: Tls | None) -> type[Connection]:
+def reloading_connection_class(base_class: type[Any], tls: ReloadingTlsContext | None) -> type[Connection]:
     """Return a kind of connection that looks up its host and reads `tls` each time it connects."""
 
-    class Following(kind):  # type: ignore[misc]
+    class ReloadingConnection(base_class):  # type: ignore[misc]
         _address: str | None = None
 
         async def _connect(self) -> None:
             async with asyncio.timeout(self.socket_connect_timeout):
-                addresses = await addresses_of(self.host)
+                addresses = await resolve_host(self.host)
                 for number, address in enumerate(addresses, start=1):
                     self._address = address
                     try:
@@ -115,10 +125,10 @@ def following(kind: type[Any], tls: Tls | None) -> type[Connection]:
                 arguments["server_hostname"] = self.host
             return arguments
 
-    return Following
+    return ReloadingConnection
 
 
-class UnixConnection(UnixDomainSocketConnection):
+class UnixSocketConnection(UnixDomainSocketConnection):
     """A connection by a Unix socket whose errors keep their kind.
 
     redis-py's own logs in within `_connect`, too, where a timeout or a refused password becomes a
@@ -130,5 +140,5 @@ class UnixConnection(UnixDomainSocketConnection):
             self._reader, self._writer = await asyncio.open_unix_connection(path=self.path)
 
 
-def _nobody(_: Look) -> None:
+def _ignore_reload(_: ReloadResult) -> None:
     pass

@@ -16,38 +16,40 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _Address = tuple[int, object, object]  # family, host or path, port
-_WILDCARDS = ("::", "0.0.0.0")  # noqa: S104 - what the kernel says of a listener on all addresses
+_WILDCARD_HOSTS = ("::", "0.0.0.0")  # noqa: S104 - what the kernel says of a listener on all addresses
 _SO_ATTACH_FILTER = 26  # of Linux; Python's socket module does not name it
 # A classic BPF program (linux/filter.h) of one instruction: return 0 bytes of the packet.
-_INSTRUCTION = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
-_DROP_ALL = struct.pack("HL", 1, ctypes.addressof(_INSTRUCTION))
-_OPEN_FILES = tuple(map(Path, ("/proc/self/fd", "/dev/fd")))
+_RETURN_ZERO = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+_DROP_ALL = struct.pack("HL", 1, ctypes.addressof(_RETURN_ZERO))
+_OPEN_FILE_FOLDERS = tuple(map(Path, ("/proc/self/fd", "/dev/fd")))
 
 
-class Connections:
+class ServerConnections:
     """The connections to listeners that were opened within `found`. Where open files cannot be listed: none.
 
     State: `_listeners`, the addresses of these listeners.
     """
 
     def __init__(self) -> None:
-        self._listeners: frozenset[_Address] = frozenset()
+        self._listener_addresses: frozenset[_Address] = frozenset()
 
     @contextmanager
-    def found(self) -> Iterator[None]:
+    def track_listeners(self) -> Iterator[None]:
         """Note which listeners are opened meanwhile, besides those found before."""
         before = _listeners()
         yield
-        self._listeners |= _listeners() - before  # of a server made again, some may not be closed yet
+        self._listener_addresses |= (
+            _listeners() - before
+        )  # of a server made again, some may not be closed yet
 
-    def refuse_new(self) -> None:
+    def stop_accepting(self) -> None:
         """Let nobody connect any more, though the listeners stay open.
 
         TCP listeners get a socket filter that drops every packet, as core closes no listener by itself. The
         path of a Unix socket is removed. Where the system has no such filter, new connections go on.
         """
         for one in _sockets():
-            if not _is_listening(one) or _address(one) not in self._listeners:
+            if not _is_listening(one) or _address(one) not in self._listener_addresses:
                 continue
             with suppress(OSError):
                 if one.family == socket.AF_UNIX:
@@ -57,16 +59,16 @@ class Connections:
 
     def count(self) -> int:
         """Return how many are open."""
-        return sum(1 for one in _sockets() if self._is_ours(one))
+        return sum(1 for one in _sockets() if self._is_tracked(one))
 
-    def shut(self) -> None:
+    def close_all(self) -> None:
         """Close them all. Each caller reads what was sent, then that the connection is closed."""
         for one in _sockets():
-            if self._is_ours(one):
+            if self._is_tracked(one):
                 with suppress(OSError):  # the caller was faster
                     one.shutdown(socket.SHUT_RDWR)
 
-    def _is_ours(self, one: socket.socket) -> bool:
+    def _is_tracked(self, one: socket.socket) -> bool:
         if _is_listening(one):
             return False
         try:
@@ -74,7 +76,7 @@ class Connections:
             one.getpeername()
         except OSError:  # it is closed, or was never connected
             return False
-        return any((family, either, port) in self._listeners for either in (host, *_WILDCARDS))
+        return any((family, either, port) in self._listener_addresses for either in (host, *_WILDCARD_HOSTS))
 
 
 def _listeners() -> frozenset[_Address]:
@@ -83,7 +85,7 @@ def _listeners() -> frozenset[_Address]:
 
 def _sockets() -> Iterator[socket.socket]:
     """Yield each open socket of a stream as a copy, so that its number cannot become another's meanwhile."""
-    folder = next((one for one in _OPEN_FILES if one.is_dir()), None)
+    folder = next((one for one in _OPEN_FILE_FOLDERS if one.is_dir()), None)
     for file in [] if folder is None else folder.iterdir():
         with suppress(OSError):  # it is closed by now
             copy = os.dup(int(file.name))
@@ -92,8 +94,10 @@ def _sockets() -> Iterator[socket.socket]:
                 continue
             with socket.socket(fileno=copy) as one:
                 if one.type == socket.SOCK_STREAM and one.family in (
-                    socket.AF_INET, socket.AF_INET6, socket.AF_UNIX,
-                ):  # fmt: skip
+                    socket.AF_INET,
+                    socket.AF_INET6,
+                    socket.AF_UNIX,
+                ):
                     yield one
 
 

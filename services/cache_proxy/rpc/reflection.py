@@ -25,8 +25,8 @@ def add_to(server: Any) -> None:
     files = (seniority_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
     pool = DescriptorPool()
     for file in files:
-        pool.Add(_described(file))
-    pool.Add(_v1())
+        pool.Add(_file_proto(file))
+    pool.Add(_v1_file_proto())
     names = [service.full_name for file in files for service in file.services_by_name.values()]
     servicer = reflection.aio.ReflectionServicer([*names, f"{_V1}.{_SERVICE}"], pool=pool)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
@@ -38,15 +38,15 @@ def add_to(server: Any) -> None:
     server.add_registered_method_handlers(f"{_V1}.{_SERVICE}", {_METHOD: handler})
 
 
-def _described(file: Any) -> descriptor_pb2.FileDescriptorProto:
+def _file_proto(file: Any) -> descriptor_pb2.FileDescriptorProto:
     described = descriptor_pb2.FileDescriptorProto()
     file.CopyToProto(described)
     return described
 
 
-def _v1() -> descriptor_pb2.FileDescriptorProto:
+def _v1_file_proto() -> descriptor_pb2.FileDescriptorProto:
     """Return v1alpha's file, renamed: name, package and every reference to a type of its own."""
-    described = _described(reflection_pb2.DESCRIPTOR)
+    described = _file_proto(reflection_pb2.DESCRIPTOR)
     described.name = "grpc/reflection/v1/reflection.proto"
     described.package = _V1
     for message in described.message_type:

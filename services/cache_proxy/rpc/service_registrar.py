@@ -10,31 +10,31 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from services.cache_proxy.errors import QueueFull
-from services.cache_proxy.rpc.inbound_limiter import Intake
+from services.cache_proxy.errors import QueueFullError
+from services.cache_proxy.rpc.inbound_limiter import InboundLimiter
 
-_MAX_BYTES = 4096  # a service's name, a symbol, or a file's
+_MAX_MESSAGE_BYTES = 4096  # a service's name, a symbol, or a file's
 
 
-class OpenServices:
+class BoundedServiceRegistrar:
     """What generated code takes for a server: it adds each method to the real one, its messages bounded.
 
     `intake` is theirs alone: who may not call takes no place of those who may.
     """
 
-    def __init__(self, server: Any, intake: Intake) -> None:
+    def __init__(self, server: Any, intake: InboundLimiter) -> None:
         self._server = server
-        self._intake = intake
+        self._limiter = intake
 
     def add_generic_rpc_handlers(self, _handlers: object) -> None:
         """They are registered as well."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """Add them, as of streams of bytes, which is the same on the wire."""
-        bounded = {name: self._bounded(handler) for name, handler in handlers.items()}
+        bounded = {name: self._bound_handler(handler) for name, handler in handlers.items()}
         self._server.add_registered_method_handlers(service, bounded)
 
-    def _bounded(self, handler: Any) -> Any:
+    def _bound_handler(self, handler: Any) -> Any:
         async def one(_messages: object, context: Any) -> Any:
             message = await self._read(handler, context)
             if message is None:
@@ -42,7 +42,7 @@ class OpenServices:
             return await (handler.unary_unary or handler.unary_stream)(message, context)
 
         async def many(_messages: object, context: Any) -> AsyncIterator[Any]:
-            async for answer in handler.stream_stream(self._messages(handler, context), context):
+            async for answer in handler.stream_stream(self._read_all(handler, context), context):
                 yield answer
 
         if handler.unary_unary:
@@ -50,20 +50,22 @@ class OpenServices:
         serve = many if handler.request_streaming else one
         return grpc.stream_stream_rpc_method_handler(serve, None, handler.response_serializer)
 
-    async def _messages(self, handler: Any, context: Any) -> AsyncIterator[Any]:
+    async def _read_all(self, handler: Any, context: Any) -> AsyncIterator[Any]:
         while (message := await self._read(handler, context)) is not None:
             yield message
 
     async def _read(self, handler: Any, context: Any) -> Any:
         """None: there is none, or no more."""
         try:
-            message = await self._intake.read(context)
-        except QueueFull as error:
+            message = await self._limiter.read(context)
+        except QueueFullError as error:
             await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
         if message is None:
             return None
-        if len(message) > _MAX_BYTES:
-            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, f"it has more than {_MAX_BYTES} bytes")
+        if len(message) > _MAX_MESSAGE_BYTES:
+            await _abort(
+                context, grpc.StatusCode.INVALID_ARGUMENT, f"it has more than {_MAX_MESSAGE_BYTES} bytes"
+            )
         try:
             return handler.request_deserializer(message)
         except DecodeError:

@@ -7,57 +7,71 @@ from grpc import aio
 
 from services.cache_proxy.auth.caller import Context
 from services.cache_proxy.observability.rpc_metrics import outcome_kind
-from services.cache_proxy.rpc.servicer import RpcBooks, SeniorityService, serve_on
+from services.cache_proxy.rpc.servicer import RpcRecorder, SeniorityServicer, register_infer
 from services.common.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
 
-class ToldBooks:
+class TracingRecorder:
     """Books that also note in the RPC's span what they count, and tell it at debug, a line an RPC."""
 
-    def __init__(self, books: RpcBooks, *, tracing: Tracing, replica: str) -> None:
-        self._books = books
+    def __init__(self, books: RpcRecorder, *, tracing: Tracing, replica: str) -> None:
+        self._recorder = books
         self._tracing = tracing
         self._replica = replica
 
-    def count_over_quota(self, *, account: str, quota: str) -> None:
+    def count_quota_rejection(self, *, account: str, quota: str) -> None:
         """See `RpcBooks`."""
-        self._books.count_over_quota(account=account, quota=quota)
+        self._recorder.count_quota_rejection(account=account, quota=quota)
 
     def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
         """See `RpcBooks.count`."""
-        self._books.count(code=code, seconds=seconds, caller=caller, outcomes=outcomes)
+        self._recorder.count(code=code, seconds=seconds, caller=caller, outcomes=outcomes)
         hits, misses, failed = (
             sum(count for outcome, count in outcomes.items() if outcome_kind(outcome) == kind)
             for kind in ("hit", "miss", "failed")
         )
         pairs = hits + misses + failed
-        span = self._tracing.current()
-        span.note(caller=caller, replica=self._replica, pairs=pairs, hits=hits, misses=misses, failed=failed)
-        span.ended_as(code)
+        span = self._tracing.current_span()
+        span.set_attributes(
+            caller=caller, replica=self._replica, pairs=pairs, hits=hits, misses=misses, failed=failed
+        )
+        span.set_status(code)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug(
                 "%s to %s: %d pairs, %d hits, %d misses, %d failed, %.6f s",
-                code, caller, pairs, hits, misses, failed, seconds,
+                code,
+                caller,
+                pairs,
+                hits,
+                misses,
+                failed,
+                seconds,
                 extra={
-                    "event": "rpc", "code": code, "caller": caller, "pairs": pairs, "hits": hits,
-                    "misses": misses, "failed": failed, "seconds": round(seconds, 6),
+                    "event": "rpc",
+                    "code": code,
+                    "caller": caller,
+                    "pairs": pairs,
+                    "hits": hits,
+                    "misses": misses,
+                    "failed": failed,
+                    "seconds": round(seconds, 6),
                 },
-            )  # fmt: skip
+            )
 
 
-class TracedService:
+class TracedServicer:
     """A service each of whose RPCs is a span, in the caller's trace if the caller says which."""
 
-    def __init__(self, service: SeniorityService, *, tracing: Tracing) -> None:
-        self._service = service
+    def __init__(self, service: SeniorityServicer, *, tracing: Tracing) -> None:
+        self._servicer = service
         self._tracing = tracing
 
     def add_to(self, server: aio.Server) -> None:
         """Serve on `server`."""
-        serve_on(server, self._infer)
+        register_infer(server, self._infer)
 
     async def _infer(self, messages: object, context: Context) -> bytes:
-        with self._tracing.serve("InferSeniority", tuple(context.invocation_metadata() or ())):
-            return await self._service.infer(messages, context)
+        with self._tracing.server_span("InferSeniority", tuple(context.invocation_metadata() or ())):
+            return await self._servicer.infer(messages, context)

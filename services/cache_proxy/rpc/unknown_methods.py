@@ -21,15 +21,15 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # it has no types
 
 _log = logging.getLogger(__name__)
 
-Options = list[tuple[str, int]]
+ChannelArgs = list[tuple[str, int]]
 
 
-def server(options: Options) -> aio.Server:
+def create_server(options: ChannelArgs) -> aio.Server:
     """As `aio.server`."""
     made = aio.server(options=options)
     inside: Any = made
     try:
-        inside._server = _guarded(inside._loop, options)  # noqa: SLF001 - no other way in
+        inside._server = _create_guarded_server(inside._loop, options)  # noqa: SLF001 - no other way in
     except (AttributeError, TypeError):
         _warn_once()
     return made
@@ -43,7 +43,7 @@ def _warn_once() -> None:
     )
 
 
-def _guarded(loop: Any, options: Options) -> Any:
+def _create_guarded_server(loop: Any, options: ChannelArgs) -> Any:
     """Raise AttributeError or TypeError where grpcio is not as it is known."""
     arguments = (loop, None, (), (), tuple(options), None)
     try:

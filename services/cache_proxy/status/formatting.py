@@ -6,15 +6,15 @@ import time
 _UNKNOWN, _NONE = "unknown", "\u2013"
 _THOUSAND = 1000
 _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
-_LONG = 10_000_000
+_ABBREVIATE_FROM = 10_000_000
 _SHORT_SECONDS, _AT_ONCE_SECONDS = 10, 0.05
 
 
-def count(value: int | None) -> str:
+def format_count(value: int | None) -> str:
     """1,256,110; from ten million on 12.6 M."""
     if value is None:
         return _UNKNOWN
-    if value < _LONG:
+    if value < _ABBREVIATE_FROM:
         return f"{value:,}"
     units = iter("MGTP")
     scaled, unit = value / _THOUSAND**2, next(units)
@@ -23,12 +23,12 @@ def count(value: int | None) -> str:
     return f"{scaled:.1f}\u00a0{unit}"
 
 
-def many(value: int, noun: str) -> str:
+def format_quantity(value: int, noun: str) -> str:
     """1 pair, 2 pairs."""
-    return f"{count(value)}\u00a0{noun}{'' if value == 1 else 's'}"
+    return f"{format_count(value)}\u00a0{noun}{'' if value == 1 else 's'}"
 
 
-def percent(share: float | None, *, digits: int = 1) -> str:
+def format_percent(share: float | None, *, digits: int = 1) -> str:
     """Rounded towards zero, so that 100 % are all; what is little and not nothing is <0.1."""
     if share is None:
         return _NONE
@@ -38,7 +38,7 @@ def percent(share: float | None, *, digits: int = 1) -> str:
     return f"{math.floor(share * 100 * step + 1e-6) / step:.{digits}f}"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """At once, 0.4 s, 12 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
     if seconds is None:
         return _UNKNOWN
@@ -48,19 +48,21 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f}\u00a0s"
     whole = round(seconds)
     for unit, name, less, less_name in (
-        (_DAY, "d", _HOUR, "h"), (_HOUR, "h", _MINUTE, "min"), (_MINUTE, "min", 1, "s"),
-    ):  # fmt: skip
+        (_DAY, "d", _HOUR, "h"),
+        (_HOUR, "h", _MINUTE, "min"),
+        (_MINUTE, "min", 1, "s"),
+    ):
         if whole >= unit:
             rest = whole % unit // less
             return f"{whole // unit:,}\u00a0{name}" + (f" {rest}\u00a0{less_name}" if rest else "")
     return f"{whole}\u00a0s"
 
 
-def about(seconds: float) -> str:
+def format_ago(seconds: float) -> str:
     """How long ago, when ten seconds make no difference."""
-    return "just now" if seconds < 2 * _SHORT_SECONDS else f"{duration(seconds)} ago"
+    return "just now" if seconds < 2 * _SHORT_SECONDS else f"{format_duration(seconds)} ago"
 
 
-def clock(at_seconds: float) -> str:
+def format_clock(at_seconds: float) -> str:
     """15:42:07, UTC."""
     return time.strftime("%H:%M:%S", time.gmtime(at_seconds))

@@ -13,20 +13,20 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from services.cache_proxy.cache.resilient_store import GuardedStore
+from services.cache_proxy.cache.resilient_store import ResilientStore
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.managed_queue import ProxyQueue
-from services.cache_proxy.queue.snapshot import Overview
+from services.cache_proxy.queue.managed_queue import ManagedQueue
+from services.cache_proxy.queue.snapshot import QueueSnapshot
 from services.cache_proxy.status import report as figures_of
 from services.cache_proxy.status.render import HEADERS, Renderer
-from services.cache_proxy.status.report import Figures, Scope, Self, Store
+from services.cache_proxy.status.report import ReplicaInfo, Scope, StatusReport, StoreStatus
 from services.cache_proxy.status.rolling_window import WINDOW_MINUTES
-from services.cache_proxy.status.sampler import Ledger
+from services.cache_proxy.status.sampler import MetricsSampler
 from services.common.http_server import HttpEndpoint
 
-_KEPT_SECONDS = 1.0
-_WAIT_SECONDS = 0.3  # for Redis; after that the page tells what this replica knows
+_MAX_REPORT_AGE_SECONDS = 1.0
+_READ_TIMEOUT_SECONDS = 0.3  # for Redis; after that the page tells what this replica knows
 
 
 class StatusPage:
@@ -37,86 +37,92 @@ class StatusPage:
     """
 
     def __init__(self, http: HttpEndpoint, *, metrics: ProxyMetrics, replica: str, cache_url: str) -> None:
-        http.add("/", self._page)
-        http.add("/status.json", self._json)
-        self.ledger = Ledger(metrics)
+        http.add_handler("/", self._handle_page)
+        http.add_handler("/status.json", self._handle_json)
+        self.sampler = MetricsSampler(metrics)
         self._replica = replica
         self._store_kind = cache_url.partition(":")[0]
-        self._began_at = time.monotonic()
-        self._render = Renderer()
-        self._store: GuardedStore | None = None
-        self._queue: ProxyQueue | None = None
-        self._figures: Figures | None = None
-        self._figures_at = -math.inf
-        self._reading: asyncio.Task[None] | None = None
-        self._made: dict[Callable[[Figures], bytes], bytes] = {}
+        self._started_at = time.monotonic()
+        self._renderer = Renderer()
+        self._store: ResilientStore | None = None
+        self._queue: ManagedQueue | None = None
+        self._report: StatusReport | None = None
+        self._report_at = -math.inf
+        self._refresh_task: asyncio.Task[None] | None = None
+        self._rendered: dict[Callable[[StatusReport], bytes], bytes] = {}
 
-    async def run(self, *, store: GuardedStore, queue: ProxyQueue) -> None:
+    async def run(self, *, store: ResilientStore, queue: ManagedQueue) -> None:
         """Count, until cancelled."""
         self._store, self._queue = store, queue
         try:
-            await self.ledger.run()
+            await self.sampler.run()
         finally:
             self._queue = None
-            if self._reading is not None:
-                self._reading.cancel()
+            if self._refresh_task is not None:
+                self._refresh_task.cancel()
 
-    async def _page(self, _request: web.Request) -> web.Response:
-        return await self._answer(self._render, "text/html")
+    async def _handle_page(self, _request: web.Request) -> web.Response:
+        return await self._respond(self._renderer, "text/html")
 
-    async def _json(self, _request: web.Request) -> web.Response:
-        return await self._answer(msgspec.json.encode, "application/json")
+    async def _handle_json(self, _request: web.Request) -> web.Response:
+        return await self._respond(msgspec.json.encode, "application/json")
 
-    async def _answer(self, make: Callable[[Figures], bytes], content_type: str) -> web.Response:
-        await self._look()
-        if self._figures is None:
+    async def _respond(self, render: Callable[[StatusReport], bytes], content_type: str) -> web.Response:
+        await self._refresh()
+        if self._report is None:
             return web.Response(text="the proxy starts\n", status=503, headers=HEADERS)
-        if make not in self._made:
-            self._made[make] = make(self._figures)
+        if render not in self._rendered:
+            self._rendered[render] = render(self._report)
         return web.Response(
-            body=self._made[make], content_type=content_type, charset="utf-8", headers=HEADERS
+            body=self._rendered[render], content_type=content_type, charset="utf-8", headers=HEADERS
         )
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         """Have figures that are no older than a second, if there can be any."""
         queue, store = self._queue, self._store
-        if queue is None or store is None or time.monotonic() - self._figures_at < _KEPT_SECONDS:
+        if queue is None or store is None or time.monotonic() - self._report_at < _MAX_REPORT_AGE_SECONDS:
             return
-        if self._reading is None or self._reading.done():
-            self._reading = asyncio.create_task(self._read(queue, store))
-        await asyncio.wait({self._reading}, timeout=_WAIT_SECONDS)
-        if time.monotonic() - self._figures_at >= _KEPT_SECONDS:
-            self._keep(self._alone("redis slow", None, store))
+        if self._refresh_task is None or self._refresh_task.done():
+            self._refresh_task = asyncio.create_task(self._read_report(queue, store))
+        await asyncio.wait({self._refresh_task}, timeout=_READ_TIMEOUT_SECONDS)
+        if time.monotonic() - self._report_at >= _MAX_REPORT_AGE_SECONDS:
+            self._set_report(self._replica_report("redis slow", None, store))
 
-    async def _read(self, queue: ProxyQueue, store: GuardedStore) -> None:
+    async def _read_report(self, queue: ManagedQueue, store: ResilientStore) -> None:
         try:
-            overview = await queue.overview(minutes=WINDOW_MINUTES)
+            overview = await queue.snapshot(minutes=WINDOW_MINUTES)
             if overview.reports is None:
-                scope: Scope = "redis lost" if queue.lost else "not shared"
-                self._keep(self._alone(scope, overview, store))
+                scope: Scope = "redis lost" if queue.is_redis_lost else "not shared"
+                self._set_report(self._replica_report(scope, overview, store))
             else:
-                self._keep(await figures_of.of_fleet(overview, self._self(store)))
+                self._set_report(await figures_of.fleet_report(overview, self._replica_info(store)))
         except StoreError:
-            self._keep(self._alone("redis slow", None, store))
+            self._set_report(self._replica_report("redis slow", None, store))
 
-    def _alone(self, scope: Scope, overview: Overview | None, store: GuardedStore) -> Figures:
-        return figures_of.of_replica(
-            scope, overview, self._self(store), self.ledger.minutes(), now_seconds=self.ledger.now_seconds
+    def _replica_report(
+        self, scope: Scope, overview: QueueSnapshot | None, store: ResilientStore
+    ) -> StatusReport:
+        return figures_of.replica_report(
+            scope,
+            overview,
+            self._replica_info(store),
+            self.sampler.minutes(),
+            now_seconds=self.sampler.now_seconds,
         )
 
-    def _self(self, store: GuardedStore) -> Self:
-        lost = self._queue is not None and self._queue.lost
-        state: Literal["ok", "refuses", "down"] = "refuses" if store.refusing else "ok"
-        if lost or not store.up:
+    def _replica_info(self, store: ResilientStore) -> ReplicaInfo:
+        lost = self._queue is not None and self._queue.is_redis_lost
+        state: Literal["ok", "refuses", "down"] = "refuses" if store.rejecting_writes else "ok"
+        if lost or not store.available:
             state = "down"
         failures = (store.last_failure, self._queue.last_loss if self._queue else None)
         last = max((failure for failure in failures if failure), key=lambda failure: failure[1], default=None)
-        return Self(
+        return ReplicaInfo(
             replica=self._replica,
-            store=Store(self._store_kind, state, figures_of.ago(last)),
-            up_seconds=time.monotonic() - self._began_at,
+            store=StoreStatus(self._store_kind, state, figures_of.failure_info(last)),
+            up_seconds=time.monotonic() - self._started_at,
         )
 
-    def _keep(self, figures: Figures) -> None:
-        self._figures, self._figures_at = figures, time.monotonic()
-        self._made.clear()
+    def _set_report(self, report: StatusReport) -> None:
+        self._report, self._report_at = report, time.monotonic()
+        self._rendered.clear()

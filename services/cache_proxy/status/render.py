@@ -13,16 +13,16 @@ import jinja2
 import msgspec
 
 from services.cache_proxy.status import formatting
-from services.cache_proxy.status.report import Figures, SlotUse
+from services.cache_proxy.status.report import ModelUtilization, StatusReport
 
 _FOLDER = Path(__file__).parent
 _STYLE = (_FOLDER / "page.css").read_text(encoding="utf-8")
 _SCRIPT = (_FOLDER / "page.js").read_text(encoding="utf-8")
 _BUILD = hashlib.sha256((_STYLE + _SCRIPT).encode()).hexdigest()[:12]
-BARS_HIGH = 100
+PLOT_HEIGHT = 100
 
 
-def _hash(text: str) -> str:
+def _csp_hash(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
@@ -30,8 +30,8 @@ HEADERS = {
     "Content-Security-Policy": "; ".join(
         [
             "default-src 'none'",
-            f"style-src {_hash(_STYLE)}",
-            f"script-src {_hash(_SCRIPT)}",
+            f"style-src {_csp_hash(_STYLE)}",
+            f"script-src {_csp_hash(_SCRIPT)}",
             "connect-src 'self'",
             "img-src data:",
             "base-uri 'none'",
@@ -60,27 +60,30 @@ class Renderer:
 
     def __init__(self) -> None:
         environment = jinja2.Environment(
-            autoescape=True, loader=jinja2.FileSystemLoader(_FOLDER), undefined=jinja2.StrictUndefined,
-            trim_blocks=True, lstrip_blocks=True,
-        )  # fmt: skip
+            autoescape=True,
+            loader=jinja2.FileSystemLoader(_FOLDER),
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
         environment.filters |= {
-            "count": formatting.count,
-            "percent": formatting.percent,
-            "whole_percent": partial(formatting.percent, digits=0),
-            "duration": formatting.duration,
-            "about": formatting.about,
-            "clock": formatting.clock,
-            "many": formatting.many,
+            "count": formatting.format_count,
+            "percent": formatting.format_percent,
+            "whole_percent": partial(formatting.format_percent, digits=0),
+            "duration": formatting.format_duration,
+            "about": formatting.format_ago,
+            "clock": formatting.format_clock,
+            "many": formatting.format_quantity,
         }
         self._template = environment.get_template("page.html")
 
-    def __call__(self, figures: Figures) -> bytes:
+    def __call__(self, report: StatusReport) -> bytes:
         """The document."""
-        bars, top = _bars(figures)
+        bars, top = _plot_bars(report)
         return self._template.render(
-            figures=figures,
+            figures=report,
             bars=bars,
-            bars_high=BARS_HIGH,
+            bars_high=PLOT_HEIGHT,
             top=top,
             style=_STYLE,
             script=_SCRIPT,
@@ -88,24 +91,27 @@ class Renderer:
         ).encode()
 
 
-def _bars(figures: Figures) -> tuple[list[Bar], str]:
+def _plot_bars(report: StatusReport) -> tuple[list[Bar], str]:
     """The plot, and what its upper end is. Without a limit that is the busiest span's number of calls."""
-    first_at = (figures.at_seconds // figures.span_seconds - len(figures.spans) + 1) * figures.span_seconds
-    use, top = figures.slot_use, "100\u00a0%"
+    first_at = (report.at_seconds // report.span_seconds - len(report.spans) + 1) * report.span_seconds
+    use, top = report.slot_use, "100\u00a0%"
     if use is None:
-        most = max(1, *(span.calls for span in figures.spans))
-        most_sent = max(1, *(span.sent for span in figures.spans))
-        top = formatting.many(most, "call")
+        most = max(1, *(span.calls for span in report.spans))
+        most_sent = max(1, *(span.sent for span in report.spans))
+        top = formatting.format_quantity(most, "call")
         use = [
-            SlotUse(taken=span.calls / most, filled=span.calls / most * span.sent / most_sent)
-            for span in figures.spans
+            ModelUtilization(taken=span.calls / most, filled=span.calls / most * span.sent / most_sent)
+            for span in report.spans
         ]
     bars = []
-    for at, (span, share) in enumerate(zip(figures.spans, use, strict=True)):
+    for at, (span, share) in enumerate(zip(report.spans, use, strict=True)):
         if span.calls or span.sent:
             text = (
-                f"{formatting.clock(first_at + at * figures.span_seconds)}: "
-                f"{formatting.many(span.calls, 'call')}, {formatting.many(span.sent, 'pair')}"
+                f"{formatting.format_clock(first_at + at * report.span_seconds)}: "
+                f"{formatting.format_quantity(span.calls, 'call')}, "
+                f"{formatting.format_quantity(span.sent, 'pair')}"
             )
-            bars.append(Bar(at, round(share.taken * BARS_HIGH, 2), round(share.filled * BARS_HIGH, 2), text))
+            bars.append(
+                Bar(at, round(share.taken * PLOT_HEIGHT, 2), round(share.filled * PLOT_HEIGHT, 2), text)
+            )
     return bars, top

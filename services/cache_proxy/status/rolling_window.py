@@ -11,24 +11,24 @@ from typing import Annotated
 import grpc
 import msgspec
 
-SPAN_SECONDS = 10
+INTERVAL_SECONDS = 10
 MINUTE_SECONDS = 60
 WINDOW_SECONDS = 600
-WINDOW_SPANS = WINDOW_SECONDS // SPAN_SECONDS
+WINDOW_INTERVALS = WINDOW_SECONDS // INTERVAL_SECONDS
 WINDOW_MINUTES = (
     WINDOW_SECONDS // MINUTE_SECONDS + 1
 )  # the one under way, and that in which the window begins
 TOP_CALLERS = 8
-_SPANS = MINUTE_SECONDS // SPAN_SECONDS
-_MAX_NAME = 64
+_MINUTE_INTERVALS = MINUTE_SECONDS // INTERVAL_SECONDS
+_MAX_NAME_LENGTH = 64
 _MAX_COUNT = 2**40
 _CODES = frozenset(code.name for code in grpc.StatusCode)
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX_COUNT)]
-Name = Annotated[str, msgspec.Meta(max_length=_MAX_NAME)]
+Name = Annotated[str, msgspec.Meta(max_length=_MAX_NAME_LENGTH)]
 
 
-class Span(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class Interval(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """Ten seconds. `requests` are RPCs that were answered; of pairs `failed` had no answer.
 
     `calls` are those to the model, `failed_calls` of them, and `sent` the pairs in them.
@@ -43,7 +43,7 @@ class Span(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     failed_calls: Count = 0
     sent: Count = 0
 
-    def add(self, other: "Span") -> None:
+    def add(self, other: "Interval") -> None:
         """Count the other's too: a fleet's page does it thousands of times, so field by field."""
         self.requests += other.requests
         self.hits += other.hits
@@ -60,7 +60,7 @@ class Span(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
         return self.hits + self.coalesced + self.inferred + self.failed
 
 
-class CallerCounts(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class CallerTotals(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A caller's pairs: `hits` from a cache, `misses` had to wait for the model, `failed` had no answer."""
 
     name: Name
@@ -74,36 +74,36 @@ class CallerCounts(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
         return self.hits + self.misses + self.failed
 
 
-class Minute(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class MinuteReport(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     """A replica's minute: its spans, its busiest callers, and the status of the last call that failed."""
 
-    spans: Annotated[list[Span], msgspec.Meta(min_length=_SPANS, max_length=_SPANS)] = msgspec.field(
-        default_factory=lambda: [Span() for _ in range(_SPANS)]
-    )
-    callers: Annotated[list[CallerCounts], msgspec.Meta(max_length=TOP_CALLERS)] = []
+    intervals: Annotated[
+        list[Interval], msgspec.Meta(min_length=_MINUTE_INTERVALS, max_length=_MINUTE_INTERVALS)
+    ] = msgspec.field(default_factory=lambda: [Interval() for _ in range(_MINUTE_INTERVALS)])
+    callers: Annotated[list[CallerTotals], msgspec.Meta(max_length=TOP_CALLERS)] = []
     last_failure: Name = ""
 
 
-class Sums(msgspec.Struct):
+class WindowTotals(msgspec.Struct):
     """The window's figures: of each of its spans, oldest first, and of all together."""
 
-    spans: list[Span]
-    total: Span
-    callers: list[CallerCounts]
+    intervals: list[Interval]
+    total: Interval
+    callers: list[CallerTotals]
     last_failure: str | None
     last_failure_seconds: float | None
     """How long ago, to ten seconds."""
 
 
-_decoder = msgspec.msgpack.Decoder(Minute)
+_decoder = msgspec.msgpack.Decoder(MinuteReport)
 
 
-def encode(minute: Minute) -> bytes:
+def encode_report(minute: MinuteReport) -> bytes:
     """As a report."""
     return msgspec.msgpack.encode(minute)
 
 
-def decode(report: bytes) -> Minute | None:
+def decode_report(report: bytes) -> MinuteReport | None:
     """The minute that was reported; None if that is none."""
     try:
         return _decoder.decode(report)
@@ -111,32 +111,32 @@ def decode(report: bytes) -> Minute | None:
         return None
 
 
-def top(callers: Iterable[CallerCounts]) -> list[CallerCounts]:
+def busiest(callers: Iterable[CallerTotals]) -> list[CallerTotals]:
     """The busiest, busiest first."""
     asked = [caller for caller in callers if caller.pairs]
     return sorted(asked, key=lambda caller: (-caller.pairs, caller.name))[:TOP_CALLERS]
 
 
-class Summing:
+class WindowAggregator:
     """The last ten minutes, of any number of replicas, added one minute of one replica at a time.
 
     Callers are counted by whole minutes, and of each minute of each replica only the busiest.
     """
 
     def __init__(self, *, now_seconds: float) -> None:
-        self._last = int(now_seconds // SPAN_SECONDS)
-        self._first = self._last - WINDOW_SPANS + 1
-        self._spans = [Span() for _ in range(WINDOW_SPANS)]
-        self._callers: dict[str, CallerCounts] = {}
+        self._last = int(now_seconds // INTERVAL_SECONDS)
+        self._first = self._last - WINDOW_INTERVALS + 1
+        self._intervals = [Interval() for _ in range(WINDOW_INTERVALS)]
+        self._callers: dict[str, CallerTotals] = {}
         self._failures: dict[int, str] = {}
 
-    def add(self, number: int, minute: Minute) -> None:
+    def add(self, number: int, minute: MinuteReport) -> None:
         """The minute of that number since 1970."""
-        if not self._first < (number + 1) * _SPANS <= self._last + _SPANS:
+        if not self._first < (number + 1) * _MINUTE_INTERVALS <= self._last + _MINUTE_INTERVALS:
             return
-        for at, span in enumerate(minute.spans, start=number * _SPANS):
+        for at, span in enumerate(minute.intervals, start=number * _MINUTE_INTERVALS):
             if self._first <= at <= self._last:
-                self._spans[at - self._first].add(span)
+                self._intervals[at - self._first].add(span)
                 if span.failed_calls and minute.last_failure:
                     known = minute.last_failure in _CODES
                     self._failures[at] = minute.last_failure if known else "unknown"
@@ -144,37 +144,37 @@ class Summing:
             name = part.name if part.name.isprintable() and part.name else "(unreadable)"
             caller = self._callers.get(name)
             if caller is None:
-                caller = self._callers[name] = CallerCounts(name)
+                caller = self._callers[name] = CallerTotals(name)
             caller.hits += part.hits
             caller.misses += part.misses
             caller.failed += part.failed
 
-    def sums(self) -> Sums:
+    def totals(self) -> WindowTotals:
         """Of what was added."""
-        total = Span()
-        for span in self._spans:
+        total = Interval()
+        for span in self._intervals:
             total.add(span)
         failed_at = max(self._failures, default=None)
-        return Sums(
-            spans=self._spans,
+        return WindowTotals(
+            intervals=self._intervals,
             total=total,
-            callers=top(self._callers.values()),
+            callers=busiest(self._callers.values()),
             last_failure=None if failed_at is None else self._failures[failed_at],
-            last_failure_seconds=None if failed_at is None else (self._last - failed_at) * SPAN_SECONDS,
+            last_failure_seconds=None if failed_at is None else (self._last - failed_at) * INTERVAL_SECONDS,
         )
 
 
-def sum_up(minutes: Iterable[tuple[int, Minute]], *, now_seconds: float) -> Sums:
+def aggregate(reports: Iterable[tuple[int, MinuteReport]], *, now_seconds: float) -> WindowTotals:
     """The sums of a few minutes."""
-    summing = Summing(now_seconds=now_seconds)
-    for number, minute in minutes:
+    summing = WindowAggregator(now_seconds=now_seconds)
+    for number, minute in reports:
         summing.add(number, minute)
-    return summing.sums()
+    return summing.totals()
 
 
-def callers_of(pairs: Mapping[str, Counter[str]]) -> list[CallerCounts]:
+def busiest_callers(counts_by_caller: Mapping[str, Counter[str]]) -> list[CallerTotals]:
     """The busiest of those that `RpcMetrics` counted."""
-    return top(
-        CallerCounts(name[:_MAX_NAME], counts["hit"], counts["miss"], counts["failed"])
-        for name, counts in pairs.items()
+    return busiest(
+        CallerTotals(name[:_MAX_NAME_LENGTH], counts["hit"], counts["miss"], counts["failed"])
+        for name, counts in counts_by_caller.items()
     )

@@ -12,46 +12,46 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Counter as Metric
 
-from services.cache_proxy.model.client import REFUSALS
+from services.cache_proxy.model.client import REJECTION_CODES
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, Report
 from services.cache_proxy.status.rolling_window import (
+    INTERVAL_SECONDS,
     MINUTE_SECONDS,
-    SPAN_SECONDS,
     WINDOW_MINUTES,
-    Minute,
-    Span,
-    callers_of,
-    encode,
+    Interval,
+    MinuteReport,
+    busiest_callers,
+    encode_report,
 )
 
 _log = logging.getLogger(__name__)
 
-_SAMPLE_SECONDS = 1.0
-_REPORT_SECONDS = 1.0
-_AT_ONCE = 3
-_NO_FAILURES = {"OK", "CANCELLED"} | {code.name for code in REFUSALS}
+_SAMPLE_INTERVAL_SECONDS = 1.0
+_REPORT_INTERVAL_SECONDS = 1.0
+_MAX_REPORTS = 3
+_SUCCESS_CODES = {"OK", "CANCELLED"} | {code.name for code in REJECTION_CODES}
 
 
 @dataclass(slots=True)
-class _Totals:
+class _Sample:
     """The metrics at a moment."""
 
-    span: Span = field(default_factory=Span)
+    interval: Interval = field(default_factory=Interval)
     callers: Mapping[str, Counter[str]] = field(default_factory=dict)
     failed_calls: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
-class _Counting:
+class _MinuteInProgress:
     """A minute under way, with all its callers, and as it is reported."""
 
-    minute: Minute = field(default_factory=Minute)
+    minute_report: MinuteReport = field(default_factory=MinuteReport)
     callers: dict[str, Counter[str]] = field(default_factory=dict)
-    report: bytes = b""
+    encoded_report: bytes = b""
 
 
-class Ledger:
+class MetricsSampler:
     """State: `_minutes`, those of the window; `_before`, the metrics as they were last read; `_reported`,
     what Redis has of each minute; `_looked_at`, when `due` last looked; the clock. Event loop only.
 
@@ -60,10 +60,10 @@ class Ledger:
 
     def __init__(self, metrics: ProxyMetrics) -> None:
         self._metrics = metrics
-        self._minutes: dict[int, _Counting] = {}
-        self._before = _Totals()
+        self._minutes: dict[int, _MinuteInProgress] = {}
+        self._last_sample = _Sample()
         self._reported: dict[int, bytes] = {}
-        self._looked_at = 0.0
+        self._last_pending_at = 0.0
         self._clock_offset_seconds = time.time() - time.monotonic()
 
     @property
@@ -78,77 +78,81 @@ class Ledger:
                 self.sample()
             except Exception:  # noqa: BLE001 - a defect costs figures, never an answer to a caller
                 _log.exception("the figures of the status page cannot be counted")
-            await asyncio.sleep(_SAMPLE_SECONDS)
+            await asyncio.sleep(_SAMPLE_INTERVAL_SECONDS)
 
     def sample(self) -> None:
         """Count what came since the last time to the ten seconds that are now."""
-        totals, before = self._totals(), self._before
-        self._before = totals
-        span = Span(
-            *(getattr(totals.span, name) - getattr(before.span, name) for name in Span.__struct_fields__)
+        totals, before = self._read_metrics(), self._last_sample
+        self._last_sample = totals
+        span = Interval(
+            *(
+                getattr(totals.interval, name) - getattr(before.interval, name)
+                for name in Interval.__struct_fields__
+            )
         )
-        if span == Span():
+        if span == Interval():
             return
         now = self.now_seconds
-        counting = self._minute(int(now // MINUTE_SECONDS))
-        counting.minute.spans[int(now % MINUTE_SECONDS // SPAN_SECONDS)].add(span)
+        counting = self._get_minute(int(now // MINUTE_SECONDS))
+        counting.minute_report.intervals[int(now % MINUTE_SECONDS // INTERVAL_SECONDS)].add(span)
         for name, counts in totals.callers.items():
             more = counts - before.callers.get(name, Counter())
             if more:
                 counting.callers.setdefault(name, Counter()).update(more)
-        counting.minute.callers = callers_of(counting.callers)
+        counting.minute_report.callers = busiest_callers(counting.callers)
         for code, count in totals.failed_calls.items():
             if count > before.failed_calls.get(code, 0):
-                counting.minute.last_failure = code
-        counting.report = encode(counting.minute)
+                counting.minute_report.last_failure = code
+        counting.encoded_report = encode_report(counting.minute_report)
 
-    def minutes(self) -> list[tuple[int, Minute]]:
+    def minutes(self) -> list[tuple[int, MinuteReport]]:
         """Those of the window, by their number."""
         self.sample()
-        return [(number, counting.minute) for number, counting in self._minutes.items()]
+        return [(number, counting.minute_report) for number, counting in self._minutes.items()]
 
-    def due(self) -> Sequence[Report]:
+    def pending_reports(self) -> Sequence[Report]:
         """See `Reporter.due`: the newest minutes first, once a second at the most."""
         now = time.monotonic()
-        if now - self._looked_at < _REPORT_SECONDS:
+        if now - self._last_pending_at < _REPORT_INTERVAL_SECONDS:
             return []
-        self._looked_at = now
-        self._forget_old()
+        self._last_pending_at = now
+        self._drop_expired()
         new = [
-            (number, counting.report)
+            (number, counting.encoded_report)
             for number, counting in sorted(self._minutes.items(), key=lambda item: -item[0])
-            if counting.report != self._reported.get(number) and len(counting.report) <= MAX_REPORT_BYTES
+            if counting.encoded_report != self._reported.get(number)
+            and len(counting.encoded_report) <= MAX_REPORT_BYTES
         ]
-        return new[:_AT_ONCE]
+        return new[:_MAX_REPORTS]
 
-    def reported(self, reports: Sequence[Report], *, clock_offset_seconds: float) -> None:
+    def mark_reported(self, reports: Sequence[Report], *, clock_offset_seconds: float) -> None:
         """See `Reporter.reported`."""
         self._reported.update(reports)
         self._clock_offset_seconds = clock_offset_seconds
 
-    def report_again(self) -> None:
+    def resend_all(self) -> None:
         """See `Reporter.report_again`."""
         self._reported.clear()
 
-    def _minute(self, number: int) -> _Counting:
+    def _get_minute(self, number: int) -> _MinuteInProgress:
         if number not in self._minutes:
-            self._minutes[number] = _Counting()
-            self._forget_old()
+            self._minutes[number] = _MinuteInProgress()
+            self._drop_expired()
         return self._minutes[number]
 
-    def _forget_old(self) -> None:
+    def _drop_expired(self) -> None:
         this = int(self.now_seconds // MINUTE_SECONDS)
         for number in [number for number in self._minutes if not this - WINDOW_MINUTES < number <= this]:
             del self._minutes[number]
             self._reported.pop(number, None)
 
-    def _totals(self) -> _Totals:
+    def _read_metrics(self) -> _Sample:
         rpcs, pairs = self._metrics.rpcs, self._metrics.rpcs.pairs
-        calls = _by_code(self._metrics.model_calls)
-        failed_calls = {code: count for code, count in calls.items() if code not in _NO_FAILURES}
-        [sent] = _values(self._metrics.model_pairs)
-        return _Totals(
-            Span(
+        calls = _counts_by_code(self._metrics.model_calls)
+        failed_calls = {code: count for code, count in calls.items() if code not in _SUCCESS_CODES}
+        [sent] = _counter_values(self._metrics.model_pairs)
+        return _Sample(
+            Interval(
                 requests=rpcs.requests["OK"],
                 hits=pairs["l1"] + pairs["l2"] + pairs["stale"],
                 coalesced=pairs["coalesced"],
@@ -163,10 +167,10 @@ class Ledger:
         )
 
 
-def _values(metric: Metric) -> list[tuple[dict[str, str], float]]:
+def _counter_values(metric: Metric) -> list[tuple[dict[str, str], float]]:
     [family] = metric.collect()
     return [(sample.labels, sample.value) for sample in family.samples if sample.name.endswith("_total")]
 
 
-def _by_code(metric: Metric) -> dict[str, int]:
-    return {labels["code"]: int(value) for labels, value in _values(metric)}
+def _counts_by_code(metric: Metric) -> dict[str, int]:
+    return {labels["code"]: int(value) for labels, value in _counter_values(metric)}

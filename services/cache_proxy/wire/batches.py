@@ -15,13 +15,13 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from protos import seniority_pb2
-from services.cache_proxy.errors import InvalidRequest
-from services.cache_proxy.wire.pair_limit import holds_more_than
+from services.cache_proxy.errors import InvalidRequestError
+from services.cache_proxy.wire.pair_limit import exceeds_pair_limit
 
 LEVELS = 7
 BATCH_TAG = 0x0A
 UUID_TAG = 0x08
-MORE = 0x80
+CONTINUATION_BIT = 0x80
 
 _LEVEL_TAG = 0x10
 
@@ -35,7 +35,7 @@ _UUID = re.compile(
 )
 
 
-class Unknown(NamedTuple):
+class ParsedPair(NamedTuple):
     """A pair that L1 does not know: its place in the request, what was asked, and its key."""
 
     position: int
@@ -45,7 +45,7 @@ class Unknown(NamedTuple):
     key: bytes
 
 
-def _raw_batch() -> Any:
+def _bytes_batch_class() -> Any:
     """The twin. In a pool of its own: what is in the default one, reflection tells the world."""
     file = descriptor_pb2.FileDescriptorProto(name="cache_proxy/wire.proto", syntax="proto3")
     kind = descriptor_pb2.FieldDescriptorProto
@@ -57,81 +57,81 @@ def _raw_batch() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("RawBatch"))
 
 
-_RawBatch = _raw_batch()
+_BytesBatch = _bytes_batch_class()
 
 
-def split(message: bytes, *, max_pairs: int) -> list[bytes] | InvalidRequest:
+def split(message: bytes, *, max_pairs: int) -> list[bytes] | InvalidRequestError:
     """The request's items, or why it has none: raised here, an error would read as the proxy's own failure.
 
     Pairs are counted before they are made: 64 MiB may hold 33 million empty ones, which take a gigabyte.
     """
     most = 2 * max_pairs  # what is not far above the limit is made, so that its pairs can be counted
     try:
-        if holds_more_than(message, most):
-            return too_many(f"over {most}", max_pairs)
-        return list(_RawBatch.FromString(message).batch)
+        if exceeds_pair_limit(message, most):
+            return pair_limit_error(f"over {most}", max_pairs)
+        return list(_BytesBatch.FromString(message).batch)
     except (DecodeError, IndexError):
-        return _unreadable()
+        return _parse_error()
 
 
 def join(items: Sequence[bytes]) -> bytes:
     """A batch of these."""
-    message: bytes = _RawBatch(batch=items).SerializeToString()
+    message: bytes = _BytesBatch(batch=items).SerializeToString()
     return message
 
 
-def uuid_end(item: bytes) -> int | None:
+def uuid_length(item: bytes) -> int | None:
     """Where an item's uuid ends, if that is spelled as it should be."""
     found = _UUID.match(item)
     return None if found is None else found.end()
 
 
-def answer(uuid: int, level: int) -> bytes:
+def response_item(uuid: int, level: int) -> bytes:
     """The item of an answer."""
     return seniority_pb2.SeniorityResponse(uuid=uuid, seniority=level).SerializeToString()
 
 
-def answer_tail(level: int) -> bytes:
+def level_suffix(level: int) -> bytes:
     """What follows the uuid in it: the uuid's own bytes are those of the request."""
     return bytes((_LEVEL_TAG, level))
 
 
-ANSWER_TAILS = [answer_tail(level) for level in range(LEVELS + 1)]
+LEVEL_SUFFIXES = [level_suffix(level) for level in range(LEVELS + 1)]
 
 
-def read(items: Sequence[bytes], positions: Sequence[int], *, max_field_bytes: int) -> list[Unknown]:
-    """The items at these positions. Raises `InvalidRequest`.
+def parse(items: Sequence[bytes], positions: Sequence[int], *, max_field_bytes: int) -> list[ParsedPair]:
+    """The items at these positions. Raises `InvalidRequestError`.
 
     They are read in a batch, as they came: alone, one could be nested a level deeper.
     """
     try:
         batch = seniority_pb2.SeniorityRequestBatch.FromString(join([items[at] for at in positions])).batch
     except DecodeError:
-        raise _unreadable() from None
+        raise _parse_error() from None
     found = []
     for position, item in zip(positions, batch, strict=True):
         company, title = item.company, item.title
         if len(company) + len(title) > max_field_bytes // 4:  # a character is at most four bytes
-            _check_field(f"batch[{position}].company", company, max_field_bytes)
-            _check_field(f"batch[{position}].title", title, max_field_bytes)
+            _check_field_size(f"batch[{position}].company", company, max_field_bytes)
+            _check_field_size(f"batch[{position}].title", title, max_field_bytes)
         key = seniority_pb2.SeniorityRequest(company=company, title=title).SerializeToString()
-        found.append(Unknown(position, item.uuid, company, title, key))
+        found.append(ParsedPair(position, item.uuid, company, title, key))
     return found
 
 
-def too_many(pairs: str, limit: int) -> InvalidRequest:
+def pair_limit_error(pairs: str, limit: int) -> InvalidRequestError:
     """There are `pairs` of them."""
     # The field is the batch itself: no pair of it is at fault, and without one it would still be refused.
     message = f"batch[{limit}]: the batch holds {pairs} pairs, the limit is {limit}"
-    return InvalidRequest(message, "batch")
+    return InvalidRequestError(message, "batch")
 
 
-def _unreadable() -> InvalidRequest:
-    return InvalidRequest("the request is not a SeniorityRequestBatch, or a text in it is not UTF-8")
+def _parse_error() -> InvalidRequestError:
+    return InvalidRequestError("the request is not a SeniorityRequestBatch, or a text in it is not UTF-8")
 
 
-def _check_field(field: str, text: str, limit: int) -> None:
+def _check_field_size(field: str, text: str, limit: int) -> None:
     size = len(text.encode())
     if size > limit:
         message = f"{field}: {size} bytes of text, the limit is {limit}"
-        raise InvalidRequest(message, field)
+        raise InvalidRequestError(message, field)

@@ -10,32 +10,32 @@ class InputChangedError(FileError):
         super().__init__("the input changed while it was read; run again")
 
 
-class DoneElsewhereError(FileError):
+class AlreadyDoneError(FileError):
     """Another process made the same output from the same input meanwhile: nothing is left to do."""
 
     def __init__(self) -> None:
         super().__init__("another process made this output meanwhile")
 
 
-class OutputTakenError(FileError):
+class OutputConflictError(FileError):
     """Another process wrote the output, or ended our upload of it, meanwhile."""
 
     def __init__(self) -> None:
         super().__init__("another process is writing the same output; run again")
 
 
-class StoreError(FileError):
+class StorageError(FileError):
     """A folder or bucket cannot be listed, read or written."""
 
-    def __init__(self, *, place: str, reason: str) -> None:
-        super().__init__(f"{place}: {reason}")
-        self.place = place
+    def __init__(self, *, uri: str, reason: str) -> None:
+        super().__init__(f"{uri}: {reason}")
+        self.uri = uri
         self.reason = reason
 
 
-class MissingError(StoreError):
+class FileMissingError(StorageError):
     """A file or an object is not there (any more)."""
 
 
-class ArchivedError(StoreError):
+class FileArchivedError(StorageError):
     """An object is in cold storage and not restored: it cannot be read now."""

@@ -10,17 +10,17 @@ _MAX_SUFFIX_CHARACTERS = 12
 _OTHER, _HIDDEN, _NONE = "other", "hidden", "no suffix"
 
 
-class InputListing:
+class NameCounts:
     """Counts names. State: `files`, those to augment, of every shard; `ignored`, the others by suffix."""
 
     def __init__(self) -> None:
         self.files = 0
         self.ignored: Counter[str] = Counter()
 
-    def ignore(self, name: str) -> None:
+    def count_ignored(self, name: str) -> None:
         """Count a name that is none of a file to augment. One that ends in "/" is no file at all."""
         if name and not name.endswith("/"):
-            suffix = suffix_of(name)
+            suffix = ignored_suffix(name)
             if suffix not in self.ignored and len(self.ignored) >= _MAX_SUFFIXES:
                 suffix = _OTHER
             self.ignored[suffix] += 1
@@ -31,7 +31,7 @@ class InputListing:
         return ", ".join(f"{count:,} {suffix}" for suffix, count in largest_first)
 
 
-def suffix_of(name: str) -> str:
+def ignored_suffix(name: str) -> str:
     """Return why a name is ignored: its suffix, in lower case, or the folder that it is in."""
     folders = name.split("/")
     if REJECTS_FOLDER in folders:

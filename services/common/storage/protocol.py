@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from services.common.storage.input_listing import InputListing
+from services.common.storage.input_listing import NameCounts
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class FileInfo:
     """A file as it was when it was looked at. `version` changes when the content does.
 
     `is_archived`: an object in cold storage that is not restored, so it cannot be read.
@@ -28,14 +28,14 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class ExistingOutput:
     """An output that is there: its own version, and whether it was made from the input in question."""
 
     version: str
-    from_this_input: bool
+    is_from_input: bool
 
 
-NOTHING = ""  # no version of an object
+ABSENT = ""  # no version of an object
 
 
 class Upload(Protocol):
@@ -56,39 +56,39 @@ class Upload(Protocol):
         """Forget it, unless it was completed."""
 
 
-class Store(Protocol):
+class Storage(Protocol):
     """A local folder, or a prefix of a bucket. Every failure is a StoreError that names the place."""
 
     @property
     def is_unordered(self) -> bool:
         """Whether a listing has shown another order than that of the names."""
 
-    def place(self, name: str) -> str:
+    def uri(self, name: str) -> str:
         """The full address of a name, for people."""
 
-    def list(self, *, after: str = "", listing: InputListing | None = None) -> AsyncIterator[Item]:
+    def list(self, *, after: str = "", listing: NameCounts | None = None) -> AsyncIterator[FileInfo]:
         """Every file to augment, whatever its depth, by name in the order of UTF-8; those behind `after`.
 
         Where the server has no order: in any, some perhaps twice. Names that are ignored are counted in
         `listing`.
         """
 
-    async def hint(self) -> str:
+    async def explain_empty(self) -> str:
         """Say why there is no file at all, or "". Raises UsageError if this is no folder but a file."""
 
-    async def find(self, name: str) -> Item:
+    async def get_info(self, name: str) -> FileInfo:
         """One file."""
 
-    def read(self, item: Item) -> AsyncGenerator[bytes]:
+    def read(self, item: FileInfo) -> AsyncGenerator[bytes]:
         """The file's bytes in pieces; InputChangedError if it is no longer what `item` says."""
 
-    async def prepare(self) -> None:
+    async def check_writable(self) -> None:
         """Fail now if files could not be written here."""
 
-    async def made(self, name: str, source: Item) -> Made | None:
+    async def existing_output(self, name: str, source: FileInfo) -> ExistingOutput | None:
         """The output `name`, if it is there."""
 
-    def create(self, name: str, source: Item, *, onto: str | None = None) -> Upload:
+    def create(self, name: str, source: FileInfo, *, expected_version: str | None = None) -> Upload:
         """Begin `name`, to be marked as made from `source`.
 
         `onto` is the version that it may replace, NOTHING if there was none: whoever comes second among

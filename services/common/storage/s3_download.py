@@ -12,14 +12,14 @@ from typing import Any
 
 from botocore.exceptions import ClientError, FlexibleChecksumError
 
-from services.common.aws_errors import reason_of
-from services.common.storage.errors import InputChangedError, StoreError
-from services.common.storage.protocol import Item
-from services.common.storage.s3_client import BROKEN, code_of, named
+from services.common.aws_errors import error_reason
+from services.common.storage.errors import InputChangedError, StorageError
+from services.common.storage.protocol import FileInfo
+from services.common.storage.s3_client import CONNECTION_ERRORS, error_code, translate_errors
 
 _READ_BYTES = 2**20
-_BREAKS_IN_A_ROW = 5
-_FIRST_WAIT_SECONDS = 0.2
+_MAX_CONSECUTIVE_BREAKS = 5
+_FIRST_RETRY_SECONDS = 0.2
 _PARTIAL_CONTENT = 206
 _log = logging.getLogger("augmenter")
 
@@ -33,9 +33,9 @@ class S3Download:
     State: `_position`, `_checksum` (of the bytes so far, and the server's of the object).
     """
 
-    def __init__(self, client: Any, *, place: str, target: dict[str, str], item: Item) -> None:
+    def __init__(self, client: Any, *, uri: str, target: dict[str, str], item: FileInfo) -> None:
         self._client = client
-        self._place = place
+        self._uri = uri
         self._target = target
         self._item = item
         self._position = 0
@@ -43,7 +43,7 @@ class S3Download:
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """Yield the bytes in pieces. Raises InputChangedError or StoreError."""
-        attempts = self._client.meta.config.retries.get("total_max_attempts", _BREAKS_IN_A_ROW + 1)
+        attempts = self._client.meta.config.retries.get("total_max_attempts", _MAX_CONSECUTIVE_BREAKS + 1)
         breaks = 0
         while True:
             reason = "the stream ended"
@@ -53,26 +53,26 @@ class S3Download:
                         breaks = 0
                         yield data
             except FlexibleChecksumError as error:
-                raise StoreError(place=self._place, reason=reason_of(error)) from error
-            except BROKEN as error:
-                reason = reason_of(error)
+                raise StorageError(uri=self._uri, reason=error_reason(error)) from error
+            except CONNECTION_ERRORS as error:
+                reason = error_reason(error)
             if self._position >= self._item.size_bytes:  # whatever broke behind the last byte
                 self._check_whole()
                 return
             breaks += 1
             message = f"the download broke at byte {self._position} of {self._item.size_bytes}: {reason}"
-            if breaks > min(_BREAKS_IN_A_ROW, attempts - 1):
-                raise StoreError(place=self._place, reason=message)
-            _log.debug("%s: %s", self._place, message)
-            await asyncio.sleep(_FIRST_WAIT_SECONDS * 2 ** (breaks - 1))
+            if breaks > min(_MAX_CONSECUTIVE_BREAKS, attempts - 1):
+                raise StorageError(uri=self._uri, reason=message)
+            _log.debug("%s: %s", self._uri, message)
+            await asyncio.sleep(_FIRST_RETRY_SECONDS * 2 ** (breaks - 1))
 
     async def _stream(self) -> AsyncGenerator[bytes]:
-        answer = await self._answer()
+        answer = await self._request()
         body = answer["Body"]
         try:
             if answer.get("ETag") != self._item.version:  # the server ignores conditions
                 raise InputChangedError
-            to_skip = self._note(answer)
+            to_skip = self._bytes_to_skip(answer)
             while data := await body.read(_READ_BYTES):
                 skipped = min(to_skip, len(data))
                 to_skip -= skipped
@@ -84,18 +84,18 @@ class S3Download:
         finally:
             body.close()
 
-    async def _answer(self) -> Any:
+    async def _request(self) -> Any:
         """Request what is missing; the client has retried what failed here."""
         wanted = {"Range": f"bytes={self._position}-"} if self._position else {}
-        with named(self._place):
+        with translate_errors(self._uri):
             try:
                 return await self._client.get_object(**self._target, **wanted, IfMatch=self._item.version)
             except ClientError as error:
-                if code_of(error) in {"PreconditionFailed", "412"}:
+                if error_code(error) in {"PreconditionFailed", "412"}:
                     raise InputChangedError from error
                 raise
 
-    def _note(self, answer: Any) -> int:
+    def _bytes_to_skip(self, answer: Any) -> int:
         """Note the object's checksum; return how many bytes of this stream are known already."""
         if not self._position:
             self._checksum = _Checksum(answer)
@@ -105,16 +105,16 @@ class S3Download:
         begins = f"bytes {self._position}-"
         if not answer.get("ContentRange", begins).startswith(begins):
             message = f"the server sent {answer['ContentRange']} when asked for {begins}"
-            raise StoreError(place=self._place, reason=message)
+            raise StorageError(uri=self._uri, reason=message)
         return 0
 
     def _check_whole(self) -> None:
         if self._position > self._item.size_bytes:
             message = f"the server sent {self._position} bytes of an object of {self._item.size_bytes}"
-            raise StoreError(place=self._place, reason=message)
+            raise StorageError(uri=self._uri, reason=message)
         if self._checksum.mismatch:
             message = f"checksum mismatch: {self._checksum.mismatch}"
-            raise StoreError(place=self._place, reason=message)
+            raise StorageError(uri=self._uri, reason=message)
 
 
 class _Crc32:

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from services.common.codec import NAMES, format_of
+from services.common.codec import SUFFIX_HELP, format_for_name
 from services.common.errors import UsageError
-from services.common.storage.errors import MissingError, StoreError
-from services.common.storage.s3_client import named
+from services.common.storage.errors import FileMissingError, StorageError
+from services.common.storage.s3_client import translate_errors
 
 _MAX_NAMES = 3
 
 
-async def hint(client: Any, *, bucket: str, prefix: str) -> str:
+async def explain_empty_prefix(client: Any, *, bucket: str, prefix: str) -> str:
     """Return what may have been meant, "" if that cannot be seen.
 
     Raises UsageError if the prefix is the key of an object whose name says no format.
@@ -19,43 +19,43 @@ async def hint(client: Any, *, bucket: str, prefix: str) -> str:
     try:
         if key and await _is_object(client, bucket, key):
             place = f"s3://{bucket}/{key}"
-            if format_of(key) is None:
-                message = f"{place}: the name must end in one of {NAMES}"
+            if format_for_name(key) is None:
+                message = f"{place}: the name must end in one of {SUFFIX_HELP}"
                 raise UsageError(message)
             return f"did you mean {place}?"
-        alike = await _names(client, bucket, key, but=prefix)
+        alike = await _list_names(client, bucket, key, exclude=prefix)
         if key and alike:
-            return f"did you mean {_joined(bucket, alike)}?"
+            return f"did you mean {_join_uris(bucket, alike)}?"
         parent = key.rpartition("/")[0]
         for folder in dict.fromkeys([f"{parent}/" if parent else "", ""]):
-            found = await _names(client, bucket, folder, but=prefix)
+            found = await _list_names(client, bucket, folder, exclude=prefix)
             if found:
-                return f"s3://{bucket}/{folder} has {_joined(bucket, found)}"
-    except StoreError:  # whoever may list INPUT need not be allowed to look elsewhere
+                return f"s3://{bucket}/{folder} has {_join_uris(bucket, found)}"
+    except StorageError:  # whoever may list INPUT need not be allowed to look elsewhere
         return ""
     return "the bucket is empty"
 
 
 async def _is_object(client: Any, bucket: str, key: str) -> bool:
     try:
-        with named(f"s3://{bucket}/{key}"):
+        with translate_errors(f"s3://{bucket}/{key}"):
             await client.head_object(Bucket=bucket, Key=key)
-    except MissingError:
+    except FileMissingError:
         return False
     return True
 
 
-async def _names(client: Any, bucket: str, prefix: str, *, but: str) -> list[str]:
+async def _list_names(client: Any, bucket: str, prefix: str, *, exclude: str) -> list[str]:
     """Return the first folders and objects whose names begin so."""
-    with named(f"s3://{bucket}/{prefix}"):
+    with translate_errors(f"s3://{bucket}/{prefix}"):
         page = await client.list_objects_v2(
             Bucket=bucket, Prefix=prefix, Delimiter="/", MaxKeys=2 * _MAX_NAMES + 2
         )
     folders = [entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
     keys = [entry["Key"] for entry in page.get("Contents", ())]
-    return [name for name in [*folders, *keys] if name != but]
+    return [name for name in [*folders, *keys] if name != exclude]
 
 
-def _joined(bucket: str, names: list[str]) -> str:
+def _join_uris(bucket: str, names: list[str]) -> str:
     shown = ", ".join(f"s3://{bucket}/{name}" for name in names[:_MAX_NAMES])
     return shown + (", …" if len(names) > _MAX_NAMES else "")

@@ -6,12 +6,12 @@ from typing import Any, TypeAlias
 
 from botocore.exceptions import ClientError
 
-_NO_START_AFTER = {400, 405, 501}
+_UNSUPPORTED_STATUSES = {400, 405, 501}
 _Page: TypeAlias = list[dict[str, Any]]
 _log = logging.getLogger("augmenter")
 
 
-class Listing:
+class KeyListing:
     """Lists the keys of one store.
 
     State: `is_unordered` (a page has shown it), `_starts_after` (until the server refuses that).
@@ -21,7 +21,7 @@ class Listing:
         self._client = client
         self._bucket = bucket
         self._prefix = prefix
-        self._starts_after = True
+        self._supports_start_after = True
         self.is_unordered = False
 
     async def entries(self, *, after: str = "") -> AsyncGenerator[dict[str, Any]]:
@@ -37,10 +37,10 @@ class Listing:
                     yield entry
 
     async def _pages(self, start: dict[str, str]) -> AsyncGenerator[_Page]:
-        start = start if self._starts_after else {}
+        start = start if self._supports_start_after else {}
         try:
             last = b""
-            async for page in self._listed(start):
+            async for page in self._request_pages(start):
                 keys = [entry["Key"].encode() for entry in page]
                 if keys != sorted(keys) or any(key < last for key in keys[:1]):
                     self.is_unordered = True
@@ -51,17 +51,17 @@ class Listing:
             else:
                 return
         except ClientError as error:
-            if not start or error.response["ResponseMetadata"]["HTTPStatusCode"] not in _NO_START_AFTER:
+            if not start or error.response["ResponseMetadata"]["HTTPStatusCode"] not in _UNSUPPORTED_STATUSES:
                 raise
             _log.info(
                 "s3://%s/%s: no StartAfter at this server; all keys are listed", self._bucket, self._prefix
             )
         # From the beginning: where there is no order, keys that are wanted may stand in front of `start`.
-        self._starts_after = False
+        self._supports_start_after = False
         async for page in self._pages({}):
             yield page
 
-    async def _listed(self, start: dict[str, str]) -> AsyncGenerator[_Page]:
+    async def _request_pages(self, start: dict[str, str]) -> AsyncGenerator[_Page]:
         pages = self._client.get_paginator("list_objects_v2")
         async for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix, **start):
             yield page.get("Contents", [])

@@ -14,8 +14,8 @@ from botocore.utils import get_environ_proxies
 
 from services.common.errors import UsageError
 from services.common.file_reload import read_file
-from services.common.grpc_target import is_on_this_machine
-from services.common.redaction import warn_of_readers
+from services.common.grpc_target import is_local_target
+from services.common.redaction import warn_if_world_readable
 
 _KEY_BYTES = 32  # AES-256
 _OPERATIONS = (
@@ -31,7 +31,7 @@ _OPERATIONS = (
 def read_key(path: str, *, flag_name: str) -> bytes:
     """Return the key in a file: its 32 bytes, or their base64. Raises UsageError, which never shows it."""
     content = read_file(path, flag_name=flag_name)
-    warn_of_readers(Path(path), flag_name=flag_name)
+    warn_if_world_readable(Path(path), flag_name=flag_name)
     if len(content) == _KEY_BYTES:
         return content
     try:
@@ -47,7 +47,7 @@ def read_key(path: str, *, flag_name: str) -> bytes:
 def send_key(client: Any, key: bytes, *, flag_name: str) -> None:
     """Have an S3 client send the key with every request about an object's content. Raises UsageError."""
     endpoint = urlsplit(client.meta.endpoint_url)
-    if endpoint.scheme != "https" and not is_on_this_machine(f"{endpoint.hostname}:0"):
+    if endpoint.scheme != "https" and not is_local_target(f"{endpoint.hostname}:0"):
         message = f"{flag_name}: {endpoint.hostname} would get the key in the clear; use an https endpoint"
         raise UsageError(message)
     proxies: Any = get_environ_proxies(client.meta.endpoint_url)  # type: ignore[no-untyped-call]

@@ -14,22 +14,22 @@ import pytest
 
 from services.augmenter.cli import cli
 from services.common import options
-from tests.support.processes import Service, model_stub
+from tests.support.processes import ServiceProcess, model_stub
 from tests.support.s3_bucket import Bucket
 from tests.support.s3_server import S3Server, s3_server
-from tests.support.sqs_server import Queue, SqsServer, sqs_server
+from tests.support.sqs_server import SqsQueue, SqsServer, sqs_server
 
 
 @dataclass(frozen=True)
-class Ended:
+class RunResult:
     """How a run ended."""
 
-    code: int
-    out: str
-    err: str
+    exit_code: int
+    stdout: str
+    stderr: str
 
 
-Augment: TypeAlias = Callable[..., Ended]
+RunAugmenter: TypeAlias = Callable[..., RunResult]
 
 
 @pytest.fixture(autouse=True)
@@ -43,56 +43,56 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def augment(capsys: pytest.CaptureFixture[str]) -> Augment:
+def augment(capsys: pytest.CaptureFixture[str]) -> RunAugmenter:
     """Run `augmenter run` with these arguments (a process takes a second to start; this does not)."""
 
-    def run(*args: object) -> Ended:
+    def run(*args: object) -> RunResult:
         capsys.readouterr()
         level = logging.root.level
         try:
             with pytest.raises(SystemExit) as end:
-                options.run(cli, program="augmenter", args=["run", *map(str, args)])
+                options.run_command(cli, program="augmenter", args=["run", *map(str, args)])
         finally:
             logging.root.setLevel(level)  # else a run with --log-level error hides what other tests look for
         out, err = capsys.readouterr()
         assert "Traceback" not in err
-        return Ended(int(end.value.code or 0), out, err)
+        return RunResult(int(end.value.code or 0), out, err)
 
     return run
 
 
 @dataclass(frozen=True)
-class Stub:
+class RunningStub:
     """A running model stub and the log of its calls."""
 
     target: str
-    log: Path
+    log_path: Path
 
 
-StubWith: TypeAlias = Callable[..., Stub]
+StartStub: TypeAlias = Callable[..., RunningStub]
 
 
 @pytest.fixture(scope="session")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStub]:
     """A model without a limit that answers in scrambled order; it refuses POISON, NAMED by its index."""
     log = tmp_path_factory.mktemp("stub") / "calls.jsonl"
-    with _stub(log, "--fail", "scramble,poison=POISON,poison-named=NAMED") as running:
-        yield Stub(running.target, log)
+    with _start_stub(log, "--fail", "scramble,poison=POISON,poison-named=NAMED") as running:
+        yield RunningStub(running.target, log)
 
 
 @pytest.fixture
-def stub_with(tmp_path: Path) -> Iterator[StubWith]:
+def stub_with(tmp_path: Path) -> Iterator[StartStub]:
     """Start a stub with these faults."""
     with ExitStack() as stack:
 
-        def start(*args: str) -> Stub:
+        def start(*args: str) -> RunningStub:
             log = tmp_path / f"calls-{len(args)}.log"
-            return Stub(stack.enter_context(_stub(log, *args)).target, log)
+            return RunningStub(stack.enter_context(_start_stub(log, *args)).target, log)
 
         yield start
 
 
-def _stub(log: Path, *args: str) -> AbstractContextManager[Service]:
+def _start_stub(log: Path, *args: str) -> AbstractContextManager[ServiceProcess]:
     return model_stub("--rate", "0", "--latency", "0s", "--log", str(log), *args)
 
 
@@ -118,7 +118,7 @@ def sqs(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqsS
         yield server
 
 
-MakeQueue: TypeAlias = Callable[..., Queue]
+MakeQueue: TypeAlias = Callable[..., SqsQueue]
 
 
 @pytest.fixture
@@ -126,26 +126,32 @@ def make_queue(sqs: SqsServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) 
     """Make a queue of the test's own, with its server in the environment."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
 
-    def make(**settings: Any) -> Queue:
-        return sqs.queue(f"test-{random.SystemRandom().randrange(2**40):x}", **settings)
+    def make(**settings: Any) -> SqsQueue:
+        return sqs.create_queue(f"test-{random.SystemRandom().randrange(2**40):x}", **settings)
 
     return make
 
 
-def queue_args(bucket: Bucket, queue: Queue, target: str) -> list[str]:
+def sqs_run_args(bucket: Bucket, queue: SqsQueue, target: str) -> list[str]:
     """The arguments of a run that takes the bucket's files from a queue."""
     return [
-        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--endpoint-url", bucket.endpoint_url,
-        "--sqs-queue-url", queue.url, "--target", target,
-    ]  # fmt: skip
+        f"s3://{bucket.name}/raw/",
+        f"s3://{bucket.name}/mod/",
+        "--endpoint-url",
+        bucket.endpoint_url,
+        "--sqs-queue-url",
+        queue.url,
+        "--target",
+        target,
+    ]
 
 
-def posting(company: str = "Acme", title: str = "Clerk", **more: object) -> bytes:
+def make_posting(company: str = "Acme", title: str = "Clerk", **more: object) -> bytes:
     """A line of input, without its end."""
     return json.dumps({"company": company, "title": title, **more}).encode()
 
 
-def reasons(folder: Path, name: str) -> list[dict[str, Any]]:
+def read_reasons(folder: Path, name: str) -> list[dict[str, Any]]:
     """The reasons beside rejected lines."""
     path = folder / f"{name}.reasons.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

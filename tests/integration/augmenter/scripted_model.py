@@ -83,7 +83,7 @@ def scripted_model(
         server.stop(grace=None).wait()
 
 
-def naming(*violations: tuple[str, str]) -> Trailers:
+def name_fields(*violations: tuple[str, str]) -> Trailers:
     """Status details that name fields and say why."""
     status = status_pb2.Status(code=3, message="refused")
     status.details.add().Pack(

@@ -10,10 +10,15 @@ import pytest
 
 from protos import seniority_pb2 as pb
 from services.common.bearer import Token
-from services.common.grpc_target import is_on_this_machine
-from tests.integration.augmenter.conftest import Augment, posting
+from services.common.grpc_target import is_local_target
+from tests.integration.augmenter.conftest import RunAugmenter, make_posting
 from tests.integration.augmenter.scripted_model import Answer, ScriptedModel, all_threes, scripted_model
-from tests.support.certificates import Authority, Mounted, Signed, self_signed
+from tests.support.certificates import (
+    CertificateAuthority,
+    MountedSecret,
+    SignedCertificate,
+    make_self_signed,
+)
 
 _SECRET = "s3cret-of-the-day"
 
@@ -30,11 +35,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a server's, a client's and a stranger's certificate, each its own CA."""
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("server", "client", "stranger"):
-        self_signed(folder, name)
+        make_self_signed(folder, name)
     subprocess.run(
         ["openssl", "pkcs8", "-topk8", "-in", "client.key", "-out", "locked.key", "-passout", "pass:x"],
-        cwd=folder, check=True,
-    )  # fmt: skip
+        cwd=folder,
+        check=True,
+    )
     (folder / "empty").touch(0o600)
     _keep(folder / "token", f"{_SECRET}\n")
     return folder
@@ -67,20 +73,25 @@ _RIGHT = {"tls_ca": "server.crt", "tls_cert": "client.crt", "tls_key": "client.k
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A file with one posting."""
-    (tmp_path / "a.jsonl").write_bytes(posting())
+    (tmp_path / "a.jsonl").write_bytes(make_posting())
     return tmp_path / "a.jsonl"
 
 
 def test_who_has_certificate_and_token_is_let_in(
-    augment: Augment, source: Path, certificates: Path, guarded: ScriptedModel
+    augment: RunAugmenter, source: Path, certificates: Path, guarded: ScriptedModel
 ) -> None:
     """By mutual TLS with the token of the file: augmented."""
     ended = augment(
-        source, f"{source.parent}/out/", "--target", guarded.target, "--retry-budget", "5s",
+        source,
+        f"{source.parent}/out/",
+        "--target",
+        guarded.target,
+        "--retry-budget",
+        "5s",
         *_flags(certificates, **_RIGHT),
-    )  # fmt: skip
-    assert (ended.code, ended.err) == (0, "")
-    assert (source.parent / "out" / "a.jsonl").read_bytes() == posting()[:-1] + b', "seniority": 3}\n'
+    )
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert (source.parent / "out" / "a.jsonl").read_bytes() == make_posting()[:-1] + b', "seniority": 3}\n'
 
 
 @pytest.mark.parametrize(
@@ -94,7 +105,7 @@ def test_who_has_certificate_and_token_is_let_in(
     ],
 )
 def test_who_lacks_one_of_them_is_not(
-    augment: Augment,
+    augment: RunAugmenter,
     source: Path,
     certificates: Path,
     guarded: ScriptedModel,
@@ -105,14 +116,21 @@ def test_who_lacks_one_of_them_is_not(
     _keep(certificates / "stranger.key.token", "not-the-secret")
     given = {name: file for name, file in (_RIGHT | wrong).items() if file}
     ended = augment(
-        source, f"{source.parent}/out/", "--target", guarded.target, "--retry-budget", "300ms",
-        "--log-level", "debug", *_flags(certificates, **given),
-    )  # fmt: skip
-    assert ended.code == 1
-    assert f"{guarded.target} answered {code}" in ended.err.splitlines()[-1]
+        source,
+        f"{source.parent}/out/",
+        "--target",
+        guarded.target,
+        "--retry-budget",
+        "300ms",
+        "--log-level",
+        "debug",
+        *_flags(certificates, **given),
+    )
+    assert ended.exit_code == 1
+    assert f"{guarded.target} answered {code}" in ended.stderr.splitlines()[-1]
     assert guarded.calls == []
-    assert _SECRET not in ended.err
-    assert "not-the-secret" not in ended.err
+    assert _SECRET not in ended.stderr
+    assert "not-the-secret" not in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -134,28 +152,35 @@ def test_who_lacks_one_of_them_is_not(
     ],
 )
 def test_files_that_cannot_be_meant_are_refused(
-    augment: Augment, source: Path, certificates: Path, given: dict[str, str | None], named: str
+    augment: RunAugmenter, source: Path, certificates: Path, given: dict[str, str | None], named: str
 ) -> None:
     """Exit code 2 and one line that names the flag, before anything is written."""
     flags = {name: file for name, file in (_RIGHT | given).items() if file}
     ended = augment(
-        source, f"{source.parent}/out/", "--target", "127.0.0.1:1", "--retry-budget", "0s",
+        source,
+        f"{source.parent}/out/",
+        "--target",
+        "127.0.0.1:1",
+        "--retry-budget",
+        "0s",
         *_flags(certificates, **flags),
-    )  # fmt: skip
-    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert named in ended.err
+    )
+    assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert named in ended.stderr
     assert not (source.parent / "out").exists()
 
 
-def test_token_in_the_clear_stays_on_this_machine(augment: Augment, source: Path, certificates: Path) -> None:
+def test_token_in_the_clear_stays_on_this_machine(
+    augment: RunAugmenter, source: Path, certificates: Path
+) -> None:
     """Without TLS the token is sent to this machine only: to any other it is a usage error."""
     flags = [*_flags(certificates, token_file="token"), "--retry-budget", "5s"]
     ended = augment(source, f"{source.parent}/out/", "--target", "proxy.example:50051", *flags)
-    assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert ended.err.startswith("augmenter: --token-file: proxy.example:50051 would get it in the clear")
+    assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1)
+    assert ended.stderr.startswith("augmenter: --token-file: proxy.example:50051 would get it in the clear")
     with scripted_model() as model:
         model.token = _SECRET
-        assert augment(source, f"{source.parent}/out/", "--target", model.target, *flags).code == 0
+        assert augment(source, f"{source.parent}/out/", "--target", model.target, *flags).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -182,16 +207,16 @@ def test_token_in_the_clear_stays_on_this_machine(augment: Augment, source: Path
 )
 def test_targets_on_this_machine_are_known(target: str, is_local: bool) -> None:
     """However a target is written: it is on this machine only if all of its addresses are."""
-    assert is_on_this_machine(target) is is_local
+    assert is_local_target(target) is is_local
 
 
-def test_token_that_changes_is_sent_from_then_on(augment: Augment, tmp_path: Path) -> None:
+def test_token_that_changes_is_sent_from_then_on(augment: RunAugmenter, tmp_path: Path) -> None:
     """A file that is written anew between two RPCs: the second goes with the new token."""
     token, source = tmp_path / "token", tmp_path / "in"
     _keep(token, "first")
     source.mkdir()
     for name in ("a", "b"):
-        (source / f"{name}.jsonl").write_bytes(posting(name))
+        (source / f"{name}.jsonl").write_bytes(make_posting(name))
 
     def rotate(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
         token.write_text("second")
@@ -203,27 +228,29 @@ def test_token_that_changes_is_sent_from_then_on(augment: Augment, tmp_path: Pat
         ended = augment(
             source, tmp_path / "out", "--target", model.target, "--concurrency", "1", "--token-file", token
         )
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.exit_code, ended.stderr) == (0, "")
     assert model.calls == [["a"], ["b"]]
 
 
-def _server(own: Signed) -> grpc.ServerCertificateConfiguration:
+def _server(own: SignedCertificate) -> grpc.ServerCertificateConfiguration:
     ca, key, certificate = own.pem
     return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
 
 
-def test_certificates_that_are_renewed_are_used_without_a_restart(augment: Augment, tmp_path: Path) -> None:
+def test_certificates_that_are_renewed_are_used_without_a_restart(
+    augment: RunAugmenter, tmp_path: Path
+) -> None:
     """CA, certificate and key are swapped for another authority's between two RPCs: a connection by them is
     made while the second is under way, and all files are done.
     """  # noqa: D205 - one thought
-    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
-    mounted, source = Mounted(tmp_path / "mounted"), tmp_path / "in"
+    old, new = CertificateAuthority(tmp_path, "old"), CertificateAuthority(tmp_path, "new")
+    mounted, source = MountedSecret(tmp_path / "mounted"), tmp_path / "in"
     before, after = old.sign("server"), new.sign("server")
-    mounted.put_pair(old.sign("client"))
+    mounted.replace_certificate(old.sign("client"))
     by_the_new = new.sign("client")
     source.mkdir()
     for name in ("a", "b", "c"):
-        (source / f"{name}.jsonl").write_bytes(posting(name))
+        (source / f"{name}.jsonl").write_bytes(make_posting(name))
     is_swapped, is_connected = threading.Event(), threading.Event()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
@@ -233,7 +260,7 @@ def test_certificates_that_are_renewed_are_used_without_a_restart(augment: Augme
         return _server(after)
 
     def swap(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
-        mounted.put_pair(by_the_new)
+        mounted.replace_certificate(by_the_new)
         is_swapped.set()
         return all_threes(request)
 
@@ -248,9 +275,9 @@ def test_certificates_that_are_renewed_are_used_without_a_restart(augment: Augme
     )
     with scripted_model(Answer(make=swap), Answer(make=wait), credentials=credentials) as model:
         ended = augment(
-            source, tmp_path / "out", "--target", model.target, "--concurrency", "1", *mounted.signed.flags()
+            source, tmp_path / "out", "--target", model.target, "--concurrency", "1", *mounted.paths.flags()
         )
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.exit_code, ended.stderr) == (0, "")
     assert model.calls == [["a"], ["b"], ["c"]]
 
 

@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 
 from services.common.storage.s3_archive import is_archived
-from tests.integration.augmenter.conftest import Augment, MakeQueue, Stub, posting, queue_args
-from tests.support.augmenter_process import running, summary
-from tests.support.model_server import Answers, Call, scripted_model, well
+from tests.integration.augmenter.conftest import (
+    MakeQueue,
+    RunAugmenter,
+    RunningStub,
+    make_posting,
+    sqs_run_args,
+)
+from tests.support.augmenter_process import augmenter_process, read_summary
+from tests.support.model_server import Answers, ReceivedCall, answer_all, scripted_model
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
 from tests.support.s3_server import S3Server
-from tests.support.sqs_server import SqsServer, made
-from tests.support.tcp_relay import refusal, relay
+from tests.support.sqs_server import SqsServer, object_created_event
+from tests.support.tcp_relay import error_response, tcp_relay
 
 
 @pytest.fixture
@@ -31,92 +37,106 @@ def cold(sqs: SqsServer, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Bucke
 
 def _args(bucket: Bucket, target: str) -> list[str]:
     return [
-        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--endpoint-url", bucket.endpoint_url,
-        "--target", target,
-    ]  # fmt: skip
+        f"s3://{bucket.name}/raw/",
+        f"s3://{bucket.name}/mod/",
+        "--endpoint-url",
+        bucket.endpoint_url,
+        "--target",
+        target,
+    ]
 
 
 def _outputs(bucket: Bucket) -> list[str]:
-    return [key for key in bucket.listed() if key.startswith("mod/")]
+    return [key for key in bucket.list_keys() if key.startswith("mod/")]
 
 
 def test_objects_in_cold_storage_are_skipped(
-    augment: Augment, stub: Stub, cold: Bucket, tmp_path: Path
+    augment: RunAugmenter, stub: RunningStub, cold: Bucket, tmp_path: Path
 ) -> None:
     """They are counted and end the run with 3, whatever else is tolerated; a restored one is done."""
     for name, storage_class in (
-        ("1", "STANDARD"), ("2", "GLACIER"), ("3", "DEEP_ARCHIVE"), ("4", "GLACIER_IR"), ("5", "GLACIER"),
-    ):  # fmt: skip
-        cold.put(f"raw/{name}.jsonl", posting(), StorageClass=storage_class)
-    cold.restore("raw/5.jsonl")
+        ("1", "STANDARD"),
+        ("2", "GLACIER"),
+        ("3", "DEEP_ARCHIVE"),
+        ("4", "GLACIER_IR"),
+        ("5", "GLACIER"),
+    ):
+        cold.put(f"raw/{name}.jsonl", make_posting(), StorageClass=storage_class)
+    cold.restore_object("raw/5.jsonl")
     args = [*_args(cold, stub.target), "--ok-rejects", "--summary-json", tmp_path / "s.json"]
     ended = augment(*args)
-    assert (ended.code, _outputs(cold)) == (3, ["mod/1.jsonl", "mod/4.jsonl", "mod/5.jsonl"])
-    assert [line.count("raw/2.jsonl: in cold storage") for line in ended.err.splitlines()] == [1]
-    assert "3 done, 2 skipped, 0 failed" in ended.out
-    assert "2 objects in cold storage were skipped" in ended.out
-    assert summary(tmp_path / "s.json")["archived"] == 2
+    assert (ended.exit_code, _outputs(cold)) == (3, ["mod/1.jsonl", "mod/4.jsonl", "mod/5.jsonl"])
+    assert [line.count("raw/2.jsonl: in cold storage") for line in ended.stderr.splitlines()] == [1]
+    assert "3 done, 2 skipped, 0 failed" in ended.stdout
+    assert "2 objects in cold storage were skipped" in ended.stdout
+    assert read_summary(tmp_path / "s.json")["archived"] == 2
     ended = augment(*args[:-2], "--dry-run")
-    assert (ended.code, "3 already done" in ended.out) == (0, True)
-    assert "2 objects in cold storage were skipped" in ended.out
+    assert (ended.exit_code, "3 already done" in ended.stdout) == (0, True)
+    assert "2 objects in cold storage were skipped" in ended.stdout
     for name in "23":
-        cold.restore(f"raw/{name}.jsonl")
+        cold.restore_object(f"raw/{name}.jsonl")
     ended = augment(*args)
-    assert (ended.code, "2 done, 3 skipped" in ended.out) == (0, True)
+    assert (ended.exit_code, "2 done, 3 skipped" in ended.stdout) == (0, True)
 
 
-_NOT_NOW = refusal(403, "InvalidObjectState")
+_INVALID_STATE = error_response(403, "InvalidObjectState")
 
 
-def test_archive_tier_that_only_reading_shows(augment: Augment, stub: Stub, bucket: Bucket) -> None:
+def test_archive_tier_that_only_reading_shows(
+    augment: RunAugmenter, stub: RunningStub, bucket: Bucket
+) -> None:
     """A listing does not tell the tiers of INTELLIGENT_TIERING apart; such an object is skipped, too."""
-    bucket.put("raw/1.jsonl", posting(), StorageClass="INTELLIGENT_TIERING")
+    bucket.put("raw/1.jsonl", make_posting(), StorageClass="INTELLIGENT_TIERING")
     read = f"GET /{bucket.name}/raw/1.jsonl".encode()
-    with relay(bucket.endpoint_url, refuse=lambda data: _NOT_NOW if data.startswith(read) else None) as way:
+    with tcp_relay(
+        bucket.endpoint_url, reject=lambda data: _INVALID_STATE if data.startswith(read) else None
+    ) as way:
         args = [*_args(bucket, stub.target), "--endpoint-url", way.url]
         ended = augment(*args)
-    assert (ended.code, _outputs(bucket)) == (3, [])
-    assert "0 done, 1 skipped, 0 failed" in ended.out
+    assert (ended.exit_code, _outputs(bucket)) == (3, [])
+    assert "0 done, 1 skipped, 0 failed" in ended.stdout
 
 
-def test_object_that_is_done_may_go_to_cold_storage(augment: Augment, stub: Stub, cold: Bucket) -> None:
+def test_object_that_is_done_may_go_to_cold_storage(
+    augment: RunAugmenter, stub: RunningStub, cold: Bucket
+) -> None:
     """Its output is there, so it does not have to be read any more."""
-    cold.put("raw/1.jsonl", posting(), StorageClass="GLACIER")
-    cold.restore("raw/1.jsonl")
-    assert augment(*_args(cold, stub.target)).code == 0
-    cold.put("raw/1.jsonl", posting(), StorageClass="GLACIER")  # as before, and not restored
+    cold.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")
+    cold.restore_object("raw/1.jsonl")
+    assert augment(*_args(cold, stub.target)).exit_code == 0
+    cold.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")  # as before, and not restored
     ended = augment(*_args(cold, stub.target))
-    assert (ended.code, ended.err) == (0, "")
-    assert augment(*_args(cold, stub.target), "--overwrite").code == 3
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert augment(*_args(cold, stub.target), "--overwrite").exit_code == 3
 
 
 @pytest.mark.slow
 def test_restore_event_starts_the_file(
-    augment: Augment, stub: Stub, cold: Bucket, make_queue: MakeQueue
+    augment: RunAugmenter, stub: RunningStub, cold: Bucket, make_queue: MakeQueue
 ) -> None:
     """The message about an object that was put into cold storage is deleted; the restore brings another."""
     queue = make_queue()
-    cold.put("raw/1.jsonl", posting(), StorageClass="DEEP_ARCHIVE")
-    queue.send(made(cold.name, "raw/1.jsonl"))
-    ended = augment(*queue_args(cold, queue, stub.target))
-    assert (ended.code, _outputs(cold), queue.count()) == (3, [], 0)
-    cold.restore("raw/1.jsonl")
-    restored = json.dumps(made(cold.name, "raw/1.jsonl"))
+    cold.put("raw/1.jsonl", make_posting(), StorageClass="DEEP_ARCHIVE")
+    queue.send(object_created_event(cold.name, "raw/1.jsonl"))
+    ended = augment(*sqs_run_args(cold, queue, stub.target))
+    assert (ended.exit_code, _outputs(cold), queue.count()) == (3, [], 0)
+    cold.restore_object("raw/1.jsonl")
+    restored = json.dumps(object_created_event(cold.name, "raw/1.jsonl"))
     queue.send(restored.replace("ObjectCreated:Put", "ObjectRestore:Completed"))
-    ended = augment(*queue_args(cold, queue, stub.target))
-    assert (ended.code, _outputs(cold), queue.count()) == (0, ["mod/1.jsonl"], 0)
+    ended = augment(*sqs_run_args(cold, queue, stub.target))
+    assert (ended.exit_code, _outputs(cold), queue.count()) == (0, ["mod/1.jsonl"], 0)
 
 
 @pytest.mark.slow
-def test_watch_notices_a_restore(stub: Stub, cold: Bucket) -> None:
+def test_watch_notices_a_restore(stub: RunningStub, cold: Bucket) -> None:
     """Although the object's ETag and time of modification stay the same."""
-    cold.put("raw/1.jsonl", posting(), StorageClass="GLACIER")
+    cold.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")
     args = [*_args(cold, stub.target), "--watch", "--poll-interval", "100ms"]
-    with running(*args, env=dict(os.environ)) as process:
+    with augmenter_process(*args, env=dict(os.environ)) as process:
         assert process.stderr
         assert "in cold storage" in process.stderr.readline()
-        cold.restore("raw/1.jsonl")
-        wait_for(lambda: _outputs(cold) == ["mod/1.jsonl"], what="the restored file is done")
+        cold.restore_object("raw/1.jsonl")
+        wait_for(lambda: _outputs(cold) == ["mod/1.jsonl"], description="the restored file is done")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
@@ -126,47 +146,55 @@ def test_watch_notices_a_restore(stub: Stub, cold: Bucket) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code", "left"), [("fail", 1, 1), ("skip", 0, 0)])
 def test_object_gone_before_its_message(
-    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue, how: str, code: int, left: int,
-) -> None:  # fmt: skip
+    augment: RunAugmenter,
+    stub: RunningStub,
+    bucket: Bucket,
+    make_queue: MakeQueue,
+    how: str,
+    code: int,
+    left: int,
+) -> None:
     """`--missing-input` decides whether it is a failed file or a message without work."""
     queue = make_queue()
-    bucket.put("raw/1.jsonl", posting())
-    queue.send(made(bucket.name, "raw/gone.jsonl"))
-    queue.send(made(bucket.name, "raw/1.jsonl"))
-    ended = augment(*queue_args(bucket, queue, stub.target), "--missing-input", how)
-    assert (ended.code, queue.count()) == (code, left)
-    assert "1 done" in ended.out
-    assert ("1 objects were gone" in ended.out) == (how == "skip")
+    bucket.put("raw/1.jsonl", make_posting())
+    queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
+    queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
+    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--missing-input", how)
+    assert (ended.exit_code, queue.count()) == (code, left)
+    assert "1 done" in ended.stdout
+    assert ("1 objects were gone" in ended.stdout) == (how == "skip")
 
 
 @pytest.mark.slow
 def test_no_bucket_is_no_missing_object(
-    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
+    augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
     """A wrong endpoint must not delete the messages of all files: it ends the run in one line."""
     queue = make_queue()
-    queue.send(made("no-such-bucket", "raw/1.jsonl"))
-    args = queue_args(bucket, queue, stub.target)[2:]
+    queue.send(object_created_event("no-such-bucket", "raw/1.jsonl"))
+    args = sqs_run_args(bucket, queue, stub.target)[2:]
     places = ("s3://no-such-bucket/raw/", f"s3://{bucket.name}/mod/")
     ended = augment(*places, *args, "--missing-input", "skip")
-    assert (ended.code, queue.count()) == (1, 1)
-    assert ended.err == "augmenter: s3://no-such-bucket/raw/: the bucket does not exist\n"
+    assert (ended.exit_code, queue.count()) == (1, 1)
+    assert ended.stderr == "augmenter: s3://no-such-bucket/raw/: the bucket does not exist\n"
 
 
 @pytest.mark.slow
 def test_bucket_that_goes_in_the_middle_of_a_run_is_no_missing_object(
-    stub: Stub, bucket: Bucket, cold: Bucket, make_queue: MakeQueue, tmp_path: Path
+    stub: RunningStub, bucket: Bucket, cold: Bucket, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
     """Its messages stay in the queue; a HEAD alone answers the same for either."""
     queue = make_queue(visible_seconds=600)
-    places = (f"s3://{cold.name}/raw/", str(tmp_path / "out"), *queue_args(cold, queue, stub.target)[2:])
+    places = (f"s3://{cold.name}/raw/", str(tmp_path / "out"), *sqs_run_args(cold, queue, stub.target)[2:])
     args = [*places, "--missing-input", "skip", "--watch"]
-    queue.send(made(cold.name, "raw/never.jsonl"))
-    with running(*args, env=dict(os.environ)) as process:
-        wait_for(lambda: queue.count() == 0, what="the missing object's message is deleted")
-        cold.remove()
-        queue.send(made(cold.name, "raw/1.jsonl"))
-        wait_for(lambda: queue.count() == 1 and not queue.visible, what="the message is received")
+    queue.send(object_created_event(cold.name, "raw/never.jsonl"))
+    with augmenter_process(*args, env=dict(os.environ)) as process:
+        wait_for(lambda: queue.count() == 0, description="the missing object's message is deleted")
+        cold.delete_bucket()
+        queue.send(object_created_event(cold.name, "raw/1.jsonl"))
+        wait_for(
+            lambda: queue.count() == 1 and not queue.visible_count, description="the message is received"
+        )
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, queue.count()) == (0, 1)
@@ -175,18 +203,18 @@ def test_bucket_that_goes_in_the_middle_of_a_run_is_no_missing_object(
 
 
 @pytest.mark.parametrize("how", ["fail", "skip"])
-def test_object_gone_after_it_was_listed(augment: Augment, bucket: Bucket, how: str) -> None:
+def test_object_gone_after_it_was_listed(augment: RunAugmenter, bucket: Bucket, how: str) -> None:
     """The same holds without a queue."""
-    bucket.put("raw/1.jsonl", posting())
-    bucket.put("raw/2.jsonl", posting())
+    bucket.put("raw/1.jsonl", make_posting())
+    bucket.put("raw/2.jsonl", make_posting())
 
-    def behave(call: Call) -> Answers:
-        bucket.delete("raw/2.jsonl")
-        return well(call)
+    def behave(call: ReceivedCall) -> Answers:
+        bucket.delete_object("raw/2.jsonl")
+        return answer_all(call)
 
     with scripted_model(behave) as model:
         ended = augment(*_args(bucket, model.target), "--concurrency", "1", "--missing-input", how)
-    assert (ended.code, _outputs(bucket)) == (0 if how == "skip" else 1, ["mod/1.jsonl"])
+    assert (ended.exit_code, _outputs(bucket)) == (0 if how == "skip" else 1, ["mod/1.jsonl"])
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import pytest
 import zstandard
 
 from services.model_stub.levels import infer_level
-from tests.integration.augmenter.conftest import Augment, Stub, posting, reasons
-from tests.support.augmenter_process import summary
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, make_posting, read_reasons
+from tests.support.augmenter_process import read_summary
 from tests.support.s3_bucket import Bucket
 
-_LINES = [posting("東京データ" if i % 3 else "Nordlicht GmbH", f"Engineer {i % 4}", id=i) for i in range(40)]
+_LINES = [
+    make_posting("東京データ" if i % 3 else "Nordlicht GmbH", f"Engineer {i % 4}", id=i) for i in range(40)
+]
 _TEXT = b"".join(line + b"\n" for line in _LINES)
 
 
@@ -46,7 +48,9 @@ _DECODED = {
 
 
 @pytest.mark.parametrize("kind", _DECODED)
-def test_what_is_certain_is_decoded(augment: Augment, stub: Stub, tmp_path: Path, kind: str) -> None:
+def test_what_is_certain_is_decoded(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, kind: str
+) -> None:
     """Every posting is augmented, in its own bytes and order, and each is a line of the summary."""
     (tmp_path / "a.jsonl").write_bytes(_DECODED[kind])
     ended = augment(
@@ -57,17 +61,19 @@ def test_what_is_certain_is_decoded(augment: Augment, stub: Stub, tmp_path: Path
         "--summary-json",
         tmp_path / "s.json",
     )
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.exit_code, ended.stderr) == (0, "")
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(_LINES)
-    lines = summary(tmp_path / "s.json")["lines"]
+    lines = read_summary(tmp_path / "s.json")["lines"]
     assert (lines["in"], lines["augmented"], lines["rejected"], lines["blank"]) == (40, 40, 0, 0)
 
 
-def test_output_is_in_the_format_that_its_name_says(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_output_is_in_the_format_that_its_name_says(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
     """Text under a name of gzip is read as text, and its output is gzip."""
     (tmp_path / "a.jsonl.gz").write_bytes(_TEXT)
     (tmp_path / "b.jsonl.zst").write_bytes(gzip.compress(_TEXT))
-    assert augment(tmp_path, f"{tmp_path}-out/", "--target", stub.target).code == 0
+    assert augment(tmp_path, f"{tmp_path}-out/", "--target", stub.target).exit_code == 0
     assert gzip.decompress(Path(f"{tmp_path}-out/a.jsonl.gz").read_bytes()) == _augmented(_LINES)
     made = Path(f"{tmp_path}-out/b.jsonl.zst").read_bytes()
     assert zstandard.ZstdDecompressor().decompressobj().decompress(made) == _augmented(_LINES)
@@ -88,7 +94,10 @@ _REFUSED = {
         b'{"a":1}\n\n{"a":2}\n',
         "no line can be augmented (2 rejected): line 1: company is missing",
     ),
-    "refused pairs": (posting("POISON") + b"\n" + posting("NAMED"), "no line can be augmented (2 rejected)"),
+    "refused pairs": (
+        make_posting("POISON") + b"\n" + make_posting("NAMED"),
+        "no line can be augmented (2 rejected)",
+    ),
     "one long line": (b"x" * 5 * 2**20, "no line can be augmented (1 rejected): line 1: longer than 4 MiB"),
 }
 
@@ -96,7 +105,7 @@ _REFUSED = {
 @pytest.mark.parametrize("kind", _REFUSED)
 @pytest.mark.parametrize("how", [[], ["--ok-rejects"], ["--dry-run"]])
 def test_what_cannot_be_augmented_fails(
-    augment: Augment, stub: Stub, tmp_path: Path, kind: str, how: list[str]
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, kind: str, how: list[str]
 ) -> None:
     """One line says what the file is; no output and no rejects are written, whatever is tolerated."""
     data, said = _REFUSED[kind]
@@ -104,14 +113,14 @@ def test_what_cannot_be_augmented_fails(
         return
     (tmp_path / "a.jsonl").write_bytes(data)
     ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target, *how)
-    assert (ended.code, ended.err.count("\n")) == (1, 1)
-    assert ended.err.startswith(f"augmenter: {tmp_path}/a.jsonl: ")
-    assert said in ended.err
+    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+    assert ended.stderr.startswith(f"augmenter: {tmp_path}/a.jsonl: ")
+    assert said in ended.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.jsonl"]
 
 
 def test_damaged_objects_on_one_line_cost_what_is_behind_them(
-    augment: Augment, stub: Stub, tmp_path: Path
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
     """Up to the first object that cannot be read each is a line; the rest of the line is rejected whole."""
     bad = b'{"company":"Ac' + _LINES[2] + _LINES[3]
@@ -119,70 +128,81 @@ def test_damaged_objects_on_one_line_cost_what_is_behind_them(
         _LINES[0] + b'{"company":"a"}' + _LINES[1] + bad + b"\n" + _LINES[4] + b"\nbad\n"
     )
     ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
-    assert ended.code == 3
+    assert ended.exit_code == 3
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented([_LINES[0], _LINES[1], _LINES[4]])
     rejects = tmp_path / "out" / "_rejects"
     assert (rejects / "a.jsonl").read_bytes() == b'{"company":"a"}\n' + bad + b"\nbad\n"
-    assert [one["line"] for one in reasons(rejects, "a.jsonl")] == [2, 4, 6]
-    assert "6 in = 3 augmented + 3 rejected" in ended.out
+    assert [one["line"] for one in read_reasons(rejects, "a.jsonl")] == [2, 4, 6]
+    assert "6 in = 3 augmented + 3 rejected" in ended.stdout
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_line_over_the_limit_is_rejected(augment: Augment, stub: Stub, tmp_path: Path, suffix: str) -> None:
+def test_line_over_the_limit_is_rejected(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, suffix: str
+) -> None:
     """It is in the rejects byte for byte, in its place and with its reason; the file goes on."""
-    long = [posting(text="x" * 5 * 2**20, id=i) for i in range(2)]
+    long = [make_posting(text="x" * 5 * 2**20, id=i) for i in range(2)]
     lines = [_LINES[0], long[0], b"bad", _LINES[1], long[1] + b"\r", _LINES[2]]
     text = b"\n".join(lines)
     packed = {".jsonl": text, ".gz": gzip.compress(text), ".zst": zstandard.compress(text)}
     (tmp_path / "a.jsonl").write_bytes(packed[Path(f"a{suffix}").suffix])  # so that the outputs are plain
     ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
-    assert (ended.code, ended.err) == (3, "")
+    assert (ended.exit_code, ended.stderr) == (3, "")
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(_LINES[:3])
     rejects = tmp_path / "out" / "_rejects"
     assert (rejects / "a.jsonl").read_bytes() == long[0] + b"\nbad\n" + long[1] + b"\r\n"
-    said = reasons(rejects, "a.jsonl")
+    said = read_reasons(rejects, "a.jsonl")
     assert [one["line"] for one in said] == [2, 3, 5]
     assert said[0]["reason"] == "longer than 4 MiB (--max-line-bytes)"
 
 
-def test_limits_are_settings(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_limits_are_settings(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """A line of exactly the limit is taken, a window over the limit is not."""
-    line = posting(text="x" * 2000)
-    (tmp_path / "a.jsonl").write_bytes(line + b"\n" + posting(text="x" * 2001))
+    line = make_posting(text="x" * 2000)
+    (tmp_path / "a.jsonl").write_bytes(line + b"\n" + make_posting(text="x" * 2001))
     args = ("--target", stub.target, "--max-line-bytes", str(len(line)), "--max-zstd-window", "1MiB")
     ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", *args)
-    assert (ended.code, "2 in = 1 augmented + 1 rejected" in ended.out) == (3, True)
-    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(b"\n".join([posting(text="x" * 2**20)] * 4)))
+    assert (ended.exit_code, "2 in = 1 augmented + 1 rejected" in ended.stdout) == (3, True)
+    (tmp_path / "b.jsonl.zst").write_bytes(
+        zstandard.compress(b"\n".join([make_posting(text="x" * 2**20)] * 4))
+    )
     ended = augment(tmp_path / "b.jsonl.zst", f"{tmp_path}/out/", *args)
-    assert ended.code == 1
-    assert "its zstd window is over 1 MiB" in ended.err
-    assert augment(tmp_path / "b.jsonl.zst", f"{tmp_path}/out/", "--target", stub.target).code == 0
+    assert ended.exit_code == 1
+    assert "its zstd window is over 1 MiB" in ended.stderr
+    assert augment(tmp_path / "b.jsonl.zst", f"{tmp_path}/out/", "--target", stub.target).exit_code == 0
 
 
-def test_a_delivery_stream_of_megabytes(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_a_delivery_stream_of_megabytes(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """Objects without line ends are augmented however many they are; one over the limit costs itself only."""
-    lines = [posting(f"C{i % 9}", "}{" if i % 7 else '"}{"', id=i, text="é}{" * 30) for i in range(8_000)]
-    long = posting(text="}{" * 3 * 2**20)
+    lines = [
+        make_posting(f"C{i % 9}", "}{" if i % 7 else '"}{"', id=i, text="é}{" * 30) for i in range(8_000)
+    ]
+    long = make_posting(text="}{" * 3 * 2**20)
     data = b"".join(lines[:5_000]) + long + b"".join(lines[5_000:])
     assert len(data) > 6 * 2**20
     (tmp_path / "a.jsonl").write_bytes(data)
     ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
-    assert (ended.code, ended.err) == (3, "")
+    assert (ended.exit_code, ended.stderr) == (3, "")
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(lines)
     assert (tmp_path / "out" / "_rejects" / "a.jsonl").read_bytes() == long + b"\n"
-    assert [one["line"] for one in reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [5_001]
+    assert [one["line"] for one in read_reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [5_001]
 
 
-def test_bucket_with_encodings(augment: Augment, stub: Stub, bucket: Bucket) -> None:
+def test_bucket_with_encodings(augment: RunAugmenter, stub: RunningStub, bucket: Bucket) -> None:
     """`Content-Encoding: gzip` under a plain name is decoded; of what fails there is no object."""
     bucket.put("raw/a.jsonl", gzip.compress(_TEXT), ContentEncoding="gzip")
     bucket.put("raw/b.jsonl", _PRETTY)
     ended = augment(
-        f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--endpoint-url", bucket.endpoint_url,
-        "--target", stub.target, "--ok-rejects",
-    )  # fmt: skip
-    assert (ended.code, ended.err.count("\n")) == (1, 1)
-    assert "pretty-printed" in ended.err
-    assert [key for key in bucket.listed() if key.startswith("mod")] == ["mod/a.jsonl"]
+        f"s3://{bucket.name}/raw/",
+        f"s3://{bucket.name}/mod/",
+        "--endpoint-url",
+        bucket.endpoint_url,
+        "--target",
+        stub.target,
+        "--ok-rejects",
+    )
+    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+    assert "pretty-printed" in ended.stderr
+    assert [key for key in bucket.list_keys() if key.startswith("mod")] == ["mod/a.jsonl"]
     assert bucket.get("mod/a.jsonl") == _augmented(_LINES)
-    assert bucket.unfinished() == 0
+    assert bucket.count_unfinished_uploads() == 0

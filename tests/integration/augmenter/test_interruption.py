@@ -18,9 +18,9 @@ import pytest
 from services.common.line_reader import MAX_LINE_BYTES
 from services.common.storage.errors import InputChangedError
 from services.common.storage.local import LocalStore
-from tests.integration.augmenter.conftest import StubWith, posting
-from tests.support.augmenter_process import running
-from tests.support.model_server import Answers, Call, scripted_model, well
+from tests.integration.augmenter.conftest import StartStub, make_posting
+from tests.support.augmenter_process import augmenter_process
+from tests.support.model_server import Answers, ReceivedCall, answer_all, scripted_model
 from tests.support.processes import ROOT, clean_environment
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
@@ -36,7 +36,7 @@ def source(tmp_path: Path) -> Path:
     folder.mkdir()
     with (folder / "a.jsonl").open("wb") as file:
         for i in range(60_000):
-            file.write(posting(f"C{i}", id=i) + b"\n")
+            file.write(make_posting(f"C{i}", id=i) + b"\n")
     return folder
 
 
@@ -46,11 +46,11 @@ def _files(folder: Path) -> list[str]:
 
 def _wait_for_bytes(sink: Path) -> None:
     """Until the run is in mid-file: its temporary file holds something."""
-    wait_for(lambda: any(path.stat().st_size for path in sink.glob(".*")), what="something is written")
+    wait_for(lambda: any(path.stat().st_size for path in sink.glob(".*")), description="something is written")
 
 
 @dataclass(frozen=True)
-class Slow:
+class SlowModel:
     """A model that answers a file's first window, and the rest when it is let."""
 
     target: str
@@ -58,33 +58,33 @@ class Slow:
 
 
 @pytest.fixture
-def slow() -> Iterator[Slow]:
+def slow() -> Iterator[SlowModel]:
     """One that is let at the latest when the test is over."""
     go = threading.Event()
 
-    def behave(call: Call) -> Answers:
+    def behave(call: ReceivedCall) -> Answers:
         if any(int(company[1:]) >= _FIRST_WINDOW_LINES for company, _ in call.pairs):
             go.wait(60)
-        return well(call)
+        return answer_all(call)
 
     with scripted_model(behave) as model:
-        yield Slow(model.target, go)
+        yield SlowModel(model.target, go)
         go.set()
 
 
 @pytest.mark.slow
 def test_kill_leaves_no_partial_output_and_the_next_run_clears_up(
-    source: Path, tmp_path: Path, slow: Slow
+    source: Path, tmp_path: Path, slow: SlowModel
 ) -> None:
     """A kill -9 in mid-file leaves at most a hidden file, which the next run of that file removes."""
     sink = tmp_path / "out"
-    with running(source, sink, "--target", slow.target) as process:
+    with augmenter_process(source, sink, "--target", slow.target) as process:
         _wait_for_bytes(sink)
         process.kill()
         process.wait()
     assert [name[0] for name in _files(sink)] == ["."]
     slow.go.set()
-    with running(source, sink, "--target", slow.target) as again:
+    with augmenter_process(source, sink, "--target", slow.target) as again:
         assert again.wait(60) == 0
     assert _files(sink) == ["a.jsonl"]
     assert (sink / "a.jsonl").read_bytes().count(b"\n") == 60_000
@@ -95,11 +95,11 @@ def test_kill_leaves_no_partial_output_and_the_next_run_clears_up(
     [(signal.SIGTERM, 143, "augmenter: stopped by SIGTERM"), (signal.SIGINT, 130, "augmenter: interrupted")],
 )
 def test_signals_leave_nothing_behind(
-    source: Path, tmp_path: Path, slow: Slow, number: signal.Signals, code: int, said: str
+    source: Path, tmp_path: Path, slow: SlowModel, number: signal.Signals, code: int, said: str
 ) -> None:
     """SIGTERM and SIGINT in mid-file end the run with one line and a code of their own, and leave no file."""
     sink = tmp_path / "out"
-    with running(source, sink, "--target", slow.target) as process:
+    with augmenter_process(source, sink, "--target", slow.target) as process:
         _wait_for_bytes(sink)
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
@@ -111,19 +111,19 @@ def test_signals_leave_nothing_behind(
 
 async def test_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     """An input that grows under the reader is no whole file: an error, not a shorter output."""
-    (tmp_path / "a.jsonl").write_bytes(posting())
+    (tmp_path / "a.jsonl").write_bytes(make_posting())
     store = LocalStore(tmp_path)
-    item = await store.find("a.jsonl")
+    item = await store.get_info("a.jsonl")
     with (tmp_path / "a.jsonl").open("ab") as file:
         file.write(b"more")
     with pytest.raises(InputChangedError):
         [data async for data in store.read(item)]
 
 
-async def test_metrics_while_it_runs(source: Path, tmp_path: Path, slow: Slow) -> None:
+async def test_metrics_while_it_runs(source: Path, tmp_path: Path, slow: SlowModel) -> None:
     """The HTTP endpoint answers during the run, with every metric of the augmenter."""
     args = (source, tmp_path / "out", "--target", slow.target, "--http-listen", "127.0.0.1:0")
-    with running(*args) as process:
+    with augmenter_process(*args) as process:
         assert process.stderr
         line = await asyncio.to_thread(process.stderr.readline)
         url = line.split()[-1]
@@ -156,16 +156,19 @@ sys.exit(code)
 def _peak_mib(*args: object, env: dict[str, str] | None = None) -> int:
     """The most memory that a run ever had, started by a small process: a child begins with its parent's."""
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, *map(str, args)], check=True, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", _PEAK, *map(str, args)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
         env=clean_environment() | {"PYTHONPATH": str(ROOT)} | (env or {}),
-    )  # fmt: skip
+    )
     return int(done.stdout.splitlines()[-1]) // 1024
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_file(stub_with: StubWith, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(stub_with: StartStub, tmp_path: Path) -> None:
     """A compressed file of 400 MB of text is augmented within 200 MiB."""
-    block = b"".join(posting(f"C{i % 500}", id=i, text="x" * 120) + b"\n" for i in range(20_000))
+    block = b"".join(make_posting(f"C{i % 500}", id=i, text="x" * 120) + b"\n" for i in range(20_000))
     with gzip.open(tmp_path / "many.jsonl.gz", "wb", compresslevel=1) as file:
         for _ in range(110):
             file.write(block)
@@ -180,11 +183,11 @@ def test_memory_is_bounded_while_the_target_is_slow(tmp_path: Path) -> None:
     """300 MB that are answered more slowly than they are read wait on the disk: all within 300 MiB."""
     with (tmp_path / "many.jsonl").open("wb") as file:
         for i in range(_MANY_LINES // 100):
-            file.write((posting(f"C{i}", text="x" * 500) + b"\n") * 100)
+            file.write((make_posting(f"C{i}", text="x" * 500) + b"\n") * 100)
 
-    def behave(call: Call) -> Answers:
+    def behave(call: ReceivedCall) -> Answers:
         time.sleep(1)
-        return well(call)
+        return answer_all(call)
 
     with scripted_model(behave) as model:
         peak = _peak_mib(tmp_path / "many.jsonl", f"{tmp_path}/out/", "--target", model.target)
@@ -201,10 +204,10 @@ def test_memory_holds_the_shortest_lines_while_the_target_is_slow(tmp_path: Path
             file.write(b'{"company":"%x","title":"b"}\n' % i)
     began: list[float] = []
 
-    def behave(call: Call) -> Answers:
-        began.append(call.at)
+    def behave(call: ReceivedCall) -> Answers:
+        began.append(call.monotonic_seconds)
         time.sleep(max(0.0, began[0] + 15 - time.monotonic()))
-        return well(call)
+        return answer_all(call)
 
     with scripted_model(behave) as model:
         peak = _peak_mib(tmp_path / "many.jsonl", f"{tmp_path}/out/", "--target", model.target)
@@ -212,11 +215,11 @@ def test_memory_holds_the_shortest_lines_while_the_target_is_slow(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StubWith, tmp_path: Path) -> None:
+def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StartStub, tmp_path: Path) -> None:
     """Four files of nothing but the longest lines that are taken are augmented within 300 MiB."""
     source = tmp_path / "in"
     source.mkdir()
-    line = posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
+    line = make_posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
     for name in "abcd":
         with (source / f"{name}.jsonl").open("wb") as file:
             for _ in range(24):
@@ -229,16 +232,16 @@ def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StubWith
 
 @pytest.mark.slow
 def test_memory_holds_uploads_of_rejected_lines_too(
-    stub_with: StubWith, bucket: Bucket, tmp_path: Path
+    stub_with: StartStub, bucket: Bucket, tmp_path: Path
 ) -> None:
     """Four files of the longest lines, every second one rejected, each with two uploads: in 300 MiB."""
     source = tmp_path / "in"
     source.mkdir()
-    good = posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
+    good = make_posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
     bad = good.replace(b'"company"', b'"nothing"')
     for name in "abcd":
         (source / f"{name}.jsonl").write_bytes((good + bad) * 8)
     args = ("--target", stub_with().target, "--endpoint-url", bucket.endpoint_url, "--ok-rejects")
     peak = _peak_mib(source, f"s3://{bucket.name}/mod/", *args, env=dict(os.environ))
     assert peak < 300
-    assert len(bucket.listed()) == 4 * 3
+    assert len(bucket.list_keys()) == 4 * 3

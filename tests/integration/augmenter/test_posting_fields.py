@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.augmenter.pipeline import line_blocks
-from services.augmenter.pipeline.line_blocks import Answers, PostingFormat, Window
+from services.augmenter.pipeline.line_blocks import PairLevels, ParsedBlock, PostingFormat
 from services.augmenter.stats import LineCounts
-from services.common.line_reader import Piece
+from services.common.line_reader import LineBlock
 from services.common.posting_fields import PostingFields
 from services.model_stub.levels import infer_level
-from tests.integration.augmenter.conftest import Augment, Stub, posting, reasons
-from tests.support.augmenter_process import summary
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, make_posting, read_reasons
+from tests.support.augmenter_process import read_summary
 
 _LEVEL = infer_level("Acme", "Clerk")
 
 
-def test_fields_have_other_names(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_fields_have_other_names(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """Company and title may be anywhere in the objects of a posting, and the level has its own name."""
     good = [
         b'{"id": 1, "content": {"company": "Acme", "role": "Clerk"}}',
@@ -41,27 +41,38 @@ def test_fields_have_other_names(augment: Augment, stub: Stub, tmp_path: Path) -
     lines = [*good, *(line for line, _ in bad)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ended = augment(
-        tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target,
-        "--company-field", "content.company", "--title-field", "content.role", "--level-field", "niveau",
-        "--summary-json", tmp_path / "s.json",
-    )  # fmt: skip
-    assert ended.code == 3
+        tmp_path / "a.jsonl",
+        f"{tmp_path}/out/",
+        "--target",
+        stub.target,
+        "--company-field",
+        "content.company",
+        "--title-field",
+        "content.role",
+        "--level-field",
+        "niveau",
+        "--summary-json",
+        tmp_path / "s.json",
+    )
+    assert ended.exit_code == 3
     good[2] = b'{"content":{"company":"Acme","role":"Clerk","niveau":2}}'
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == b"".join(
         line[:-1] + b', "niveau": %d}\n' % _LEVEL for line in good
     )
-    assert [one["reason"] for one in reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [
+    assert [one["reason"] for one in read_reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [
         why for _, why in bad
     ]
-    told = summary(tmp_path / "s.json")
+    told = read_summary(tmp_path / "s.json")
     assert (told["lines"]["replaced"], told["pairs"]["asked"]) == (1, 1)
 
 
-def test_existing_levels_are_replaced_and_counted(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_existing_levels_are_replaced_and_counted(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
     """A level of another vocabulary is replaced by the model's; the summary says of how many lines."""
-    lines = [posting(seniority="Lead/Director", id=i) for i in range(3)] + [
-        posting(id=3),
-        posting("POISON", seniority=1),
+    lines = [make_posting(seniority="Lead/Director", id=i) for i in range(3)] + [
+        make_posting(id=3),
+        make_posting("POISON", seniority=1),
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ended = augment(
@@ -72,30 +83,40 @@ def test_existing_levels_are_replaced_and_counted(augment: Augment, stub: Stub, 
         "--summary-json",
         tmp_path / "s.json",
     )
-    assert ended.code == 3
-    assert "3 levels replaced, 0 kept" in ended.out
-    assert summary(tmp_path / "s.json")["lines"] == {
-        "in": 5, "augmented": 4, "rejected": 1, "blank": 0, "replaced": 3, "kept": 0,
-    }  # fmt: skip
+    assert ended.exit_code == 3
+    assert "3 levels replaced, 0 kept" in ended.stdout
+    assert read_summary(tmp_path / "s.json")["lines"] == {
+        "in": 5,
+        "augmented": 4,
+        "rejected": 1,
+        "blank": 0,
+        "replaced": 3,
+        "kept": 0,
+    }
     made = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_bytes().splitlines()]
     assert [(one["id"], one["seniority"]) for one in made] == [(i, _LEVEL) for i in range(4)]
 
 
-def test_existing_levels_may_be_kept(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_existing_levels_may_be_kept(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """Such lines are written as they are, whatever else they lack, and nothing is asked for them."""
     kept = [
         b' {"company": "Never asked", "title": "x", "seniority" : null }\t\r',
         b'{"\\u0073eniority":"Lead/Director"}',
         b'{"company":"Never asked","title":"x","seniority":1,"x":"\\ud800"}',
     ]
-    asked = posting(x={"seniority": 1})
+    asked = make_posting(x={"seniority": 1})
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([kept[0], asked, kept[1], b'["seniority"]', kept[2]]))
     (tmp_path / "b.jsonl").write_bytes(kept[1])
     ended = augment(
-        tmp_path, f"{tmp_path}-out/", "--target", stub.target, "--keep-existing", "--summary-json",
+        tmp_path,
+        f"{tmp_path}-out/",
+        "--target",
+        stub.target,
+        "--keep-existing",
+        "--summary-json",
         f"{tmp_path}-s.json",
-    )  # fmt: skip
-    assert ended.code == 3
+    )
+    assert ended.exit_code == 3
     assert Path(f"{tmp_path}-out/a.jsonl").read_bytes() == (
         kept[0].strip()
         + b"\n"
@@ -107,26 +128,36 @@ def test_existing_levels_may_be_kept(augment: Augment, stub: Stub, tmp_path: Pat
         + b"\n"
     )
     assert Path(f"{tmp_path}-out/b.jsonl").read_bytes() == kept[1] + b"\n"
-    told = summary(Path(f"{tmp_path}-s.json"))
+    told = read_summary(Path(f"{tmp_path}-s.json"))
     assert told["lines"] == {
-        "in": 6, "augmented": 5, "rejected": 1, "blank": 0, "replaced": 0, "kept": 4,
-    }  # fmt: skip
+        "in": 6,
+        "augmented": 5,
+        "rejected": 1,
+        "blank": 0,
+        "replaced": 0,
+        "kept": 4,
+    }
     assert told["pairs"]["asked"] == 1
 
 
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("--company-field", ""), ("--title-field", "a..b"), ("--level-field", "a.b"),
-        ("--level-field", "company"), ("--max-line-bytes", "1"), ("--max-line-bytes", "2GiB"),
-        ("--max-zstd-window", "100"), ("--max-zstd-window", "x"),
+        ("--company-field", ""),
+        ("--title-field", "a..b"),
+        ("--level-field", "a.b"),
+        ("--level-field", "company"),
+        ("--max-line-bytes", "1"),
+        ("--max-line-bytes", "2GiB"),
+        ("--max-zstd-window", "100"),
+        ("--max-zstd-window", "x"),
     ],
-)  # fmt: skip
-def test_settings_that_cannot_be_meant(augment: Augment, tmp_path: Path, flag: str, value: str) -> None:
+)
+def test_settings_that_cannot_be_meant(augment: RunAugmenter, tmp_path: Path, flag: str, value: str) -> None:
     """Exit code 2 and one line that names the flag."""
     ended = augment(tmp_path, f"{tmp_path}-out/", "--target", "127.0.0.1:1", flag, value)
-    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert flag in ended.err
+    assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert flag in ended.stderr
 
 
 class _Members(list[tuple[str, Any]]):
@@ -188,12 +219,16 @@ def test_lines_become_what_json_says_of_them(
     """With any fields: asked for what `json` finds there, else rejected; the level alone is replaced."""
     form = PostingFormat(PostingFields(company, title, level), keep_existing=keep)
     for lines in [given_lines, *([line] for line in given_lines)]:
-        windows: list[Window] = []
-        block = [Piece(b"\n".join(lines), len(lines))]
-        pairs = [pair for some in line_blocks.parsed(block, into=windows, form=form) for pair in some]
+        windows: list[ParsedBlock] = []
+        block = [LineBlock(b"\n".join(lines), len(lines))]
+        pairs = [
+            pair
+            for some in line_blocks.parse_block(block, parsed_blocks=windows, posting_format=form)
+            for pair in some
+        ]
         counts = LineCounts(read=len(lines))
-        output, rejected = line_blocks.settled(windows, Answers(bytes([4]) * len(pairs)), counts)
-        assert counts.balanced
+        output, rejected = line_blocks.apply_levels(windows, PairLevels(bytes([4]) * len(pairs)), counts)
+        assert counts.is_balanced
         expected: list[tuple[str, str]] = []
         made = iter(output.splitlines())
         bad = iter(rejected)

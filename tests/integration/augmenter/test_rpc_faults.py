@@ -9,21 +9,27 @@ from pathlib import Path
 import pytest
 from grpc import StatusCode
 
-from tests.integration.augmenter.conftest import Augment, Ended, StubWith, posting, reasons
-from tests.integration.augmenter.scripted_model import Answer, Fail, all_threes, naming, scripted_model
-from tests.support.processes import stub_calls
+from tests.integration.augmenter.conftest import (
+    RunAugmenter,
+    RunResult,
+    StartStub,
+    make_posting,
+    read_reasons,
+)
+from tests.integration.augmenter.scripted_model import Answer, Fail, all_threes, name_fields, scripted_model
+from tests.support.processes import read_stub_log
 from tests.support.redis_server import wait_for
 
-Run = Callable[..., Ended]
+Run = Callable[..., RunResult]
 _PUSHBACK = "grpc-retry-pushback-ms"
 
 
 @pytest.fixture
-def run(augment: Augment, tmp_path: Path) -> Run:
+def run(augment: RunAugmenter, tmp_path: Path) -> Run:
     """Augment a file of five postings, C0 to C4, into out/a.jsonl."""
-    (tmp_path / "a.jsonl").write_bytes(b"".join(posting(f"C{i}") + b"\n" for i in range(5)))
+    (tmp_path / "a.jsonl").write_bytes(b"".join(make_posting(f"C{i}") + b"\n" for i in range(5)))
 
-    def run(target: str, *args: str) -> Ended:
+    def run(target: str, *args: str) -> RunResult:
         return augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", target, *args)
 
     return run
@@ -56,10 +62,10 @@ def test_passing_trouble_is_retried(run: Run, tmp_path: Path, step: Fail | Answe
     """What may pass, and an answer that makes no sense, is asked again; told once, and once when over."""
     with scripted_model(step, step) as model:
         ended = run(model.target)
-    assert ended.code == 0
+    assert ended.exit_code == 0
     assert model.calls == [[f"C{i}" for i in range(5)]] * 3
     assert b'"seniority": 3}' in (tmp_path / "out" / "a.jsonl").read_bytes()
-    assert [("retrying" in line, "answers again" in line) for line in ended.err.splitlines()] == [
+    assert [("retrying" in line, "answers again" in line) for line in ended.stderr.splitlines()] == [
         (True, False),
         (False, True),
     ]
@@ -85,12 +91,12 @@ def test_lasting_trouble_fails_the_file_at_once(run: Run, tmp_path: Path, step: 
     """
     with scripted_model(step) as model:
         ended = run(model.target)
-    assert ended.code == 1
+    assert ended.exit_code == 1
     assert len(model.calls) == 1
-    failure = ended.err.splitlines()[-1]
+    failure = ended.stderr.splitlines()[-1]
     place = f"augmenter: {tmp_path}/a.jsonl"
     assert failure.startswith(f"{place}: {model.target} answered {step.code.name}")
-    assert "scripted" not in ended.err
+    assert "scripted" not in ended.stderr
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -98,7 +104,7 @@ def test_pushback_is_honoured(run: Run) -> None:
     """A retry does not come before the server wants it."""
     with scripted_model(Fail(code=StatusCode.UNAVAILABLE, trailers=((_PUSHBACK, "600"),))) as model:
         started = time.monotonic()
-        assert run(model.target).code == 0
+        assert run(model.target).exit_code == 0
     assert time.monotonic() - started > 0.6
 
 
@@ -108,20 +114,20 @@ def test_budget_ends_retries(run: Run) -> None:
     with scripted_model(*steps) as model:
         started = time.monotonic()
         ended = run(model.target, "--retry-budget", "500ms")
-    assert ended.code == 1
+    assert ended.exit_code == 1
     assert 0.5 <= time.monotonic() - started < 30
-    [seconds] = re.findall(r"answered UNAVAILABLE \(retried for (\d+\.\d) s\)", ended.err)
+    [seconds] = re.findall(r"answered UNAVAILABLE \(retried for (\d+\.\d) s\)", ended.stderr)
     assert float(seconds) >= 0.5
 
 
 @pytest.mark.slow
-def test_slow_rpc_ends_at_its_deadline(run: Run, stub_with: StubWith) -> None:
+def test_slow_rpc_ends_at_its_deadline(run: Run, stub_with: StartStub) -> None:
     """An RPC that is never answered ends at --deadline, and is retried like one that failed."""
     stub = stub_with("--fail", "hang")
     ended = run(stub.target, "--deadline", "100ms", "--retry-budget", "2s")
-    assert ended.code == 1
-    assert "DEADLINE_EXCEEDED" in ended.err.splitlines()[-1]
-    wait_for(lambda: len(stub_calls(stub.log)) >= 2, what="two calls are logged")
+    assert ended.exit_code == 1
+    assert "DEADLINE_EXCEEDED" in ended.stderr.splitlines()[-1]
+    wait_for(lambda: len(read_stub_log(stub.log_path)) >= 2, description="two calls are logged")
 
 
 @pytest.mark.parametrize(
@@ -129,12 +135,12 @@ def test_slow_rpc_ends_at_its_deadline(run: Run, stub_with: StubWith) -> None:
 )
 def test_named_pairs_are_rejected_with_their_reasons(run: Run, tmp_path: Path, code: StatusCode) -> None:
     """Pairs that the refusal names become rejected lines with its words; the rest is asked again, once."""
-    first = naming(("batch[1]", "too odd"), ("batch[3].title", "too long"))
-    second = naming(("batch[0].company", ""))
+    first = name_fields(("batch[1]", "too odd"), ("batch[3].title", "too long"))
+    second = name_fields(("batch[0].company", ""))
     with scripted_model(Fail(code=code, trailers=first), Fail(code=code, trailers=second)) as model:
-        assert run(model.target).code == 3
+        assert run(model.target).exit_code == 3
     assert model.calls == [["C0", "C1", "C2", "C3", "C4"], ["C0", "C2", "C4"], ["C2", "C4"]]
-    assert reasons(tmp_path / "out" / "_rejects", "a.jsonl") == [
+    assert read_reasons(tmp_path / "out" / "_rejects", "a.jsonl") == [
         {"line": 1, "reason": "scripted"},
         {"line": 2, "reason": "too odd"},
         {"line": 4, "reason": "too long"},
@@ -146,8 +152,8 @@ def test_named_pairs_are_rejected_with_their_reasons(run: Run, tmp_path: Path, c
     [
         (),
         (("grpc-status-details-bin", b"\xff\xff"),),
-        naming(),
-        naming(("batch", "which?"), ("batch[5]", "none"), ("batch[-1]", "none"), ("x[1]", "none")),
+        name_fields(),
+        name_fields(("batch", "which?"), ("batch[5]", "none"), ("batch[-1]", "none"), ("x[1]", "none")),
     ],
 )
 def test_unnamed_refusal_is_halved(run: Run, tmp_path: Path, trailers: tuple[tuple[str, bytes], ...]) -> None:
@@ -155,10 +161,10 @@ def test_unnamed_refusal_is_halved(run: Run, tmp_path: Path, trailers: tuple[tup
     refused = Fail(code=StatusCode.INVALID_ARGUMENT, details="no", trailers=trailers)
     good = Answer(make=all_threes)
     with scripted_model(refused, good, refused, good, refused, refused, good) as model:
-        assert run(model.target).code == 3
+        assert run(model.target).exit_code == 3
     halves = [["C0", "C1", "C2", "C3", "C4"], ["C0", "C1"], ["C2", "C3", "C4"], ["C2"], ["C3", "C4"], ["C3"]]
     assert model.calls == [*halves, ["C4"]]
-    assert reasons(tmp_path / "out" / "_rejects", "a.jsonl") == [{"line": 4, "reason": "no"}]
+    assert read_reasons(tmp_path / "out" / "_rejects", "a.jsonl") == [{"line": 4, "reason": "no"}]
 
 
 def test_caller_priority_and_cache_trailers(run: Run, tmp_path: Path) -> None:
@@ -171,14 +177,14 @@ def test_caller_priority_and_cache_trailers(run: Run, tmp_path: Path) -> None:
         )
     assert (model.metadata[0]["x-caller"], model.metadata[0]["x-priority"]) == ("me", "interactive")
     assert json.loads(summary.read_text())["pairs"] == {"asked": 5, "hits": 4, "misses": 1}
-    assert "hit rate 80.0%" in ended.out
+    assert "hit rate 80.0%" in ended.stdout
 
 
 def test_hits_of_a_repeated_call_are_not_counted(run: Run, tmp_path: Path) -> None:
     """A failed call may have filled the cache: what its repetition hits says nothing of the cache before."""
     told = (("x-cache-hits", "4"), ("x-cache-misses", "0"))
-    refused = Fail(code=StatusCode.INVALID_ARGUMENT, trailers=naming(("batch[1]", "too odd")))
+    refused = Fail(code=StatusCode.INVALID_ARGUMENT, trailers=name_fields(("batch[1]", "too odd")))
     with scripted_model(refused, Answer(make=all_threes, trailers=told)) as model:
-        assert run(model.target, "--summary-json", str(tmp_path / "s.json")).code == 3
+        assert run(model.target, "--summary-json", str(tmp_path / "s.json")).exit_code == 3
     pairs = json.loads((tmp_path / "s.json").read_text())["pairs"]
     assert pairs == {"asked": 5, "hits": 0, "misses": 0}

@@ -9,23 +9,29 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from services.common.codec import format_of
+from services.common.codec import format_for_name
 from services.common.errors import FileError
-from services.common.storage.errors import DoneElsewhereError, OutputTakenError
+from services.common.storage.errors import AlreadyDoneError, OutputConflictError
 from services.common.storage.local import LocalStore
-from services.common.storage.protocol import NOTHING, Item
+from services.common.storage.protocol import ABSENT, FileInfo
 from services.model_stub.levels import infer_level
-from tests.integration.augmenter.conftest import Augment, Stub, StubWith, posting, reasons
-from tests.support.processes import stub_calls
+from tests.integration.augmenter.conftest import (
+    RunAugmenter,
+    RunningStub,
+    StartStub,
+    make_posting,
+    read_reasons,
+)
+from tests.support.processes import read_stub_log
 
 
 def _level(company: str = "Acme", title: str = "Clerk") -> bytes:
     return b', "seniority": %d}\n' % infer_level(company, title)
 
 
-def test_folder_keeps_names_order_and_bytes(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_folder_keeps_names_order_and_bytes(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """Files of a folder, at any depth and in every format, come out under their names, augmented."""
-    lines = [posting(f"C{i % 7}", f"Engineer {i % 3}", id=i) for i in range(50)]
+    lines = [make_posting(f"C{i % 7}", f"Engineer {i % 3}", id=i) for i in range(50)]
     text = b"".join(line + b"\n" for line in lines)
     source, sink = tmp_path / "in", tmp_path / "out"
     (source / "deep").mkdir(parents=True)
@@ -38,21 +44,21 @@ def test_folder_keeps_names_order_and_bytes(augment: Augment, stub: Stub, tmp_pa
     (source / ".git" / "4.jsonl").write_bytes(text)
     ended = augment(source, sink, "--target", stub.target)
     expected = b"".join(line[:-1] + _level(f"C{i % 7}", f"Engineer {i % 3}") for i, line in enumerate(lines))
-    assert ended.code == 0
+    assert ended.exit_code == 0
     made = sorted(path.relative_to(sink).as_posix() for path in sink.rglob("*") if path.is_file())
     assert made == ["1.jsonl", "3.jsonl.zst", "deep/2.jsonl.gz"]
     assert (sink / "1.jsonl").read_bytes() == expected
     assert gzip.decompress((sink / "deep" / "2.jsonl.gz").read_bytes()) == expected
     zst = zstandard.ZstdDecompressor().decompressobj().decompress((sink / "3.jsonl.zst").read_bytes())
     assert zst == expected
-    assert ended.err == ""
-    assert "3 done, 0 skipped, 0 failed" in ended.out
-    assert "150 in = 150 augmented + 0 rejected + 0 blank" in ended.out
+    assert ended.stderr == ""
+    assert "3 done, 0 skipped, 0 failed" in ended.stdout
+    assert "150 in = 150 augmented + 0 rejected + 0 blank" in ended.stdout
 
 
-def test_hostile_lines_are_kept_apart(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_hostile_lines_are_kept_apart(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """Bad lines land in the rejects byte for byte with number and reason; the good ones around them go on."""
-    good, big = posting(), posting(text="x" * 2**20)
+    good, big = make_posting(), make_posting(text="x" * 2**20)
     data = b"\n".join(
         [
             b"\xef\xbb\xbf  " + good + b" \t\r",
@@ -71,7 +77,7 @@ def test_hostile_lines_are_kept_apart(augment: Augment, stub: Stub, tmp_path: Pa
     source.write_bytes(data)
     sink = tmp_path / "out.jsonl"
     ended = augment(source, sink, "--target", stub.target, "--summary-json", tmp_path / "s.json")
-    assert ended.code == 3
+    assert ended.exit_code == 3
     assert sink.read_bytes() == b"".join(
         line[:-1] + _level()
         for line in (good, good, big, b'{"nested":{"company":"X","seniority":1},' + good[1:], good)
@@ -80,7 +86,7 @@ def test_hostile_lines_are_kept_apart(augment: Augment, stub: Stub, tmp_path: Pa
     assert (rejects / "a.jsonl").read_bytes() == (
         b'not JSON\r\n{"company":"Acme","title":null} \n{"company":"\xff","title":"Clerk"}\n'
     )
-    assert reasons(rejects, "a.jsonl") == [
+    assert read_reasons(rejects, "a.jsonl") == [
         {"line": 2, "reason": "not JSON: Expecting value (character 1)"},
         {"line": 5, "reason": "title is not a string"},
         {"line": 6, "reason": "not valid UTF-8 (byte 13)"},
@@ -95,89 +101,93 @@ def test_hostile_lines_are_kept_apart(augment: Augment, stub: Stub, tmp_path: Pa
     }
 
 
-def test_rejected_first_line_keeps_its_byte_order_mark(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_rejected_first_line_keeps_its_byte_order_mark(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
     """A rejected line is kept byte for byte, the mark in front of the file's first one included."""
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf[]\n" + posting())
-    assert augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target).code == 3
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf[]\n" + make_posting())
+    assert augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target).exit_code == 3
     assert (tmp_path / "_rejects" / "a.jsonl").read_bytes() == b"\xef\xbb\xbf[]\n"
-    assert (tmp_path / "b.jsonl").read_bytes() == posting()[:-1] + _level()
+    assert (tmp_path / "b.jsonl").read_bytes() == make_posting()[:-1] + _level()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 @pytest.mark.parametrize("text", [b"", b"\xef\xbb\xbf", b"\n \n"])
 def test_nothing_to_augment_is_an_empty_output(
-    augment: Augment, stub: Stub, tmp_path: Path, suffix: str, text: bytes
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, suffix: str, text: bytes
 ) -> None:
     """An empty file, and one of blank lines, give an empty text in the file's own format."""
-    known = format_of(f"a{suffix}")
+    known = format_for_name(f"a{suffix}")
     assert known
     encoder, decoder = known.encoder(), known.decoder()
     packed = encoder.compress(text) + encoder.flush() if text else b""
     (tmp_path / f"a{suffix}").write_bytes(packed)
-    assert augment(tmp_path / f"a{suffix}", f"{tmp_path}/out/", "--target", stub.target).code == 0
+    assert augment(tmp_path / f"a{suffix}", f"{tmp_path}/out/", "--target", stub.target).exit_code == 0
     assert b"".join(decoder.feed((tmp_path / "out" / f"a{suffix}").read_bytes())) == b""
     assert list(decoder.finish()) == []
     assert not (tmp_path / "out" / "_rejects").exists()
 
 
-def test_poison_pairs_become_rejected_lines(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_poison_pairs_become_rejected_lines(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """Pairs that the model refuses, whether it says which or not, are rejected; the rest goes on."""
     companies = [f"C{i}" for i in range(40)] + ["POISON", "NAMED one", "NAMED two"]
-    lines = [posting(company) for company in companies]
+    lines = [make_posting(company) for company in companies]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ended = augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target)
-    assert ended.code == 3
+    assert ended.exit_code == 3
     assert len((tmp_path / "b.jsonl").read_bytes().splitlines()) == 40
     assert (tmp_path / "_rejects" / "a.jsonl").read_bytes() == b"".join(line + b"\n" for line in lines[40:])
-    said = reasons(tmp_path / "_rejects", "a.jsonl")
+    said = read_reasons(tmp_path / "_rejects", "a.jsonl")
     assert [reason["line"] for reason in said] == [41, 42, 43]
     assert all("cannot judge" in reason["reason"] for reason in said)
 
 
-def test_done_is_skipped_and_changed_is_redone(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_done_is_skipped_and_changed_is_redone(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
     """What is there for the same input is left alone; a changed input and --overwrite make it anew."""
     source, sink = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    (source / "a.jsonl").write_bytes(b"bad\n" + posting())
-    assert augment(source, sink, "--target", stub.target).code == 3
+    (source / "a.jsonl").write_bytes(b"bad\n" + make_posting())
+    assert augment(source, sink, "--target", stub.target).exit_code == 3
     assert (sink / "a.jsonl").stat().st_mtime_ns == (source / "a.jsonl").stat().st_mtime_ns
     assert (sink / "_rejects" / "a.jsonl").exists()
     ended = augment(source, sink, "--target", "127.0.0.1:1")
-    assert (ended.code, "0 done, 1 skipped" in ended.out) == (0, True)
-    assert "1 done" in augment(source, sink, "--target", stub.target, "--overwrite", "--ok-rejects").out
-    (source / "a.jsonl").write_bytes(posting(title="Chief"))
+    assert (ended.exit_code, "0 done, 1 skipped" in ended.stdout) == (0, True)
+    assert "1 done" in augment(source, sink, "--target", stub.target, "--overwrite", "--ok-rejects").stdout
+    (source / "a.jsonl").write_bytes(make_posting(title="Chief"))
     os.utime(source / "a.jsonl", ns=(1, 1))
     ended = augment(source, sink, "--target", stub.target)
-    assert (ended.code, "1 done, 0 skipped" in ended.out) == (0, True)
-    assert (sink / "a.jsonl").read_bytes() == posting(title="Chief")[:-1] + _level(title="Chief")
+    assert (ended.exit_code, "1 done, 0 skipped" in ended.stdout) == (0, True)
+    assert (sink / "a.jsonl").read_bytes() == make_posting(title="Chief")[:-1] + _level(title="Chief")
     assert not list((sink / "_rejects").iterdir())
 
 
-def test_rejects_are_never_input(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_rejects_are_never_input(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """An output folder used as input gives its postings, not what was rejected on the way to it."""
     first, second = tmp_path / "first", tmp_path / "second"
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_bytes(b"bad\n" + posting())
-    assert augment(tmp_path / "in", first, "--target", stub.target).code == 3
-    assert augment(first, second, "--target", stub.target).code == 0
+    (tmp_path / "in" / "a.jsonl").write_bytes(b"bad\n" + make_posting())
+    assert augment(tmp_path / "in", first, "--target", stub.target).exit_code == 3
+    assert augment(first, second, "--target", stub.target).exit_code == 0
     assert [path.name for path in second.rglob("*")] == ["a.jsonl"]
-    (first / "_rejects" / "a.jsonl").write_bytes(posting())
-    assert augment(first / "_rejects", tmp_path / "third", "--target", stub.target).code == 0
+    (first / "_rejects" / "a.jsonl").write_bytes(make_posting())
+    assert augment(first / "_rejects", tmp_path / "third", "--target", stub.target).exit_code == 0
     assert not (tmp_path / "third" / "a.jsonl.reasons.jsonl").exists()
 
 
-def test_exit_codes_of_rejects_and_failures(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_exit_codes_of_rejects_and_failures(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """3 for rejected lines, 0 when they are fine, 1 as soon as a file failed; the failed one is named."""
     source = tmp_path / "in"
     source.mkdir()
-    (source / "a.jsonl").write_bytes(b"bad\n" + posting())
+    (source / "a.jsonl").write_bytes(b"bad\n" + make_posting())
     common = ("--target", stub.target, "--overwrite")
-    assert augment(source, tmp_path / "out", *common).code == 3
-    assert augment(source, tmp_path / "out", *common, "--ok-rejects").code == 0
-    (source / "b.jsonl.gz").write_bytes(gzip.compress(posting())[:-3])
+    assert augment(source, tmp_path / "out", *common).exit_code == 3
+    assert augment(source, tmp_path / "out", *common, "--ok-rejects").exit_code == 0
+    (source / "b.jsonl.gz").write_bytes(gzip.compress(make_posting())[:-3])
     ended = augment(source, tmp_path / "out", *common, "--summary-json", tmp_path / "s.json")
-    assert ended.code == 1
-    assert ended.err == f"augmenter: {source}/b.jsonl.gz: the compressed input is cut short\n"
+    assert ended.exit_code == 1
+    assert ended.stderr == f"augmenter: {source}/b.jsonl.gz: the compressed input is cut short\n"
     assert not (tmp_path / "out" / "b.jsonl.gz").exists()
     summary = json.loads((tmp_path / "s.json").read_text())
     assert summary["files"] == {"done": 1, "skipped": 0, "failed": 1}
@@ -185,68 +195,76 @@ def test_exit_codes_of_rejects_and_failures(augment: Augment, stub: Stub, tmp_pa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_rejects", "a.jsonl"]
 
 
-def test_pairs_are_asked_once_in_whole_batches(augment: Augment, stub_with: StubWith, tmp_path: Path) -> None:
+def test_pairs_are_asked_once_in_whole_batches(
+    augment: RunAugmenter, stub_with: StartStub, tmp_path: Path
+) -> None:
     """A window's distinct pairs go out once each, in batches of --batch-size."""
     stub = stub_with()
-    lines = [posting(f"C{i % 250}") for i in range(2_000)]
+    lines = [make_posting(f"C{i % 250}") for i in range(2_000)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ended = augment(
-        tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target, "--batch-size", "100",
-        "--summary-json", tmp_path / "s.json",
-    )  # fmt: skip
-    assert ended.code == 0
-    calls = stub_calls(stub.log)
+        tmp_path / "a.jsonl",
+        f"{tmp_path}/out/",
+        "--target",
+        stub.target,
+        "--batch-size",
+        "100",
+        "--summary-json",
+        tmp_path / "s.json",
+    )
+    assert ended.exit_code == 0
+    calls = read_stub_log(stub.log_path)
     assert sorted(len(call["pairs"]) for call in calls) == [50, 100, 100]
     assert len({tuple(pair) for call in calls for pair in call["pairs"]}) == 250
     summary = json.loads((tmp_path / "s.json").read_text())
     assert (summary["rpcs"], summary["pairs"]) == (3, {"asked": 250, "hits": 0, "misses": 0})
 
 
-def test_large_texts_close_a_batch(augment: Augment, stub_with: StubWith, tmp_path: Path) -> None:
+def test_large_texts_close_a_batch(augment: RunAugmenter, stub_with: StartStub, tmp_path: Path) -> None:
     """Batches stay under what a gRPC server takes by default, however long titles are."""
     stub = stub_with()
-    lines = [posting(title=f"{i}" + "x" * 2**18) for i in range(16)]
+    lines = [make_posting(title=f"{i}" + "x" * 2**18) for i in range(16)]
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(lines)))
-    assert augment(tmp_path / "a.jsonl.zst", f"{tmp_path}/out/", "--target", stub.target).code == 0
-    sizes = [len(call["pairs"]) for call in stub_calls(stub.log)]
+    assert augment(tmp_path / "a.jsonl.zst", f"{tmp_path}/out/", "--target", stub.target).exit_code == 0
+    sizes = [len(call["pairs"]) for call in read_stub_log(stub.log_path)]
     assert (sum(sizes), max(sizes) <= 12) == (16, True)  # 3 MiB
 
 
-def test_dry_run_counts_and_writes_nothing(augment: Augment, tmp_path: Path) -> None:
+def test_dry_run_counts_and_writes_nothing(augment: RunAugmenter, tmp_path: Path) -> None:
     """Lines, distinct pairs over all files, calls and time are told; nothing is asked or made."""
     source = tmp_path / "in"
     source.mkdir()
     for name in ("a", "b"):
-        lines = [posting(f"C{i}") for i in range(1_500)]
+        lines = [make_posting(f"C{i}") for i in range(1_500)]
         (source / f"{name}.jsonl").write_bytes(b"\n".join([*lines, b"bad", b""]))
     ended = augment(source, tmp_path / "out", "--dry-run")
-    assert ended.code == 0
-    assert "2 to do" in ended.out
-    assert "3,002, 2 of them to be rejected" in ended.out
-    assert "1,500 distinct" in ended.out
-    assert "at most 2 calls to the model, 2 s" in ended.out
+    assert ended.exit_code == 0
+    assert "2 to do" in ended.stdout
+    assert "3,002, 2 of them to be rejected" in ended.stdout
+    assert "1,500 distinct" in ended.stdout
+    assert "at most 2 calls to the model, 2 s" in ended.stdout
     assert not (tmp_path / "out").exists()
 
 
-def test_unreachable_target_fails_the_file_by_name(augment: Augment, tmp_path: Path) -> None:
+def test_unreachable_target_fails_the_file_by_name(augment: RunAugmenter, tmp_path: Path) -> None:
     """With nobody to ask, the retry budget ends the file: one warning, one line that names it."""
     source = tmp_path / "a.jsonl"
-    source.write_bytes(posting())
+    source.write_bytes(make_posting())
     ended = augment(source, tmp_path / "b.jsonl", "--target", "127.0.0.1:1", "--retry-budget", "1s")
-    assert ended.code == 1
-    warning, failure = ended.err.splitlines()
+    assert ended.exit_code == 1
+    warning, failure = ended.stderr.splitlines()
     assert "retrying" in warning
     assert failure.startswith(f"augmenter: {source}: 127.0.0.1:1 answered UNAVAILABLE: ")
     assert "retried for 1." in failure
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_unusable_places_are_one_line(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_unusable_places_are_one_line(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
     """A missing input and an output that cannot be made end with exit 1 and one line naming the place."""
     file = tmp_path / "a.jsonl"
-    file.write_bytes(posting())
+    file.write_bytes(make_posting())
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_bytes(posting())
+    (tmp_path / "in" / "a.jsonl").write_bytes(make_posting())
     missing, blocked = tmp_path / "missing", file / "out"
     for source, sink, named in (
         (missing, tmp_path / "out", missing),
@@ -254,40 +272,50 @@ def test_unusable_places_are_one_line(augment: Augment, stub: Stub, tmp_path: Pa
         (file, "/proc/nowhere/", "/proc/nowhere"),
     ):
         ended = augment(source, sink, "--target", stub.target)
-        assert ended.code == 1
-        assert ended.err.count("\n") == 1
-        assert ended.err.startswith(f"augmenter: {named}: ")
+        assert ended.exit_code == 1
+        assert ended.stderr.count("\n") == 1
+        assert ended.stderr.startswith(f"augmenter: {named}: ")
 
 
-def test_one_impossible_output_costs_one_file(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_one_impossible_output_costs_one_file(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
     """A folder that stands where an output should be fails that file only."""
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "in" / f"{name}.jsonl").write_bytes(posting())
+        (tmp_path / "in" / f"{name}.jsonl").write_bytes(make_posting())
     (tmp_path / "out" / "a.jsonl").mkdir(parents=True)
     ended = augment(tmp_path / "in", tmp_path / "out", "--target", stub.target)
-    assert ended.code == 1
-    assert ended.err.startswith(f"augmenter: {tmp_path}/in/a.jsonl: ")
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith(f"augmenter: {tmp_path}/in/a.jsonl: ")
     assert (tmp_path / "out" / "b.jsonl").is_file()
 
 
-def test_progress_and_metrics_can_be_asked_for(augment: Augment, stub: Stub, tmp_path: Path) -> None:
+def test_progress_and_metrics_can_be_asked_for(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
     """The bar is drawn on standard error when it is asked for, and the HTTP endpoint says where it is."""
-    (tmp_path / "a.jsonl").write_bytes(posting())
+    (tmp_path / "a.jsonl").write_bytes(make_posting())
     ended = augment(
-        tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target,
-        "--progress", "true", "--http-listen", "127.0.0.1:0",
-    )  # fmt: skip
-    assert ended.code == 0
-    assert "1/1 files" in ended.err
-    assert "metrics on http://127.0.0.1:" in ended.err
+        tmp_path / "a.jsonl",
+        f"{tmp_path}/out/",
+        "--target",
+        stub.target,
+        "--progress",
+        "true",
+        "--http-listen",
+        "127.0.0.1:0",
+    )
+    assert ended.exit_code == 0
+    assert "1/1 files" in ended.stderr
+    assert "metrics on http://127.0.0.1:" in ended.stderr
 
 
 def test_environment_twins(
-    augment: Augment, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """INPUT, OUTPUT and flags may come from the environment; a flag wins over its variable."""
-    (tmp_path / "a.jsonl").write_bytes(posting())
+    (tmp_path / "a.jsonl").write_bytes(make_posting())
     for name, value in (
         ("INPUT", str(tmp_path / "a.jsonl")),
         ("OUTPUT", f"{tmp_path}/out/"),
@@ -295,11 +323,11 @@ def test_environment_twins(
         ("UNKNOWN", "ignored"),
     ):
         monkeypatch.setenv(f"AUGMENTER_{name}", value)
-    assert augment("--target", stub.target).code == 0
-    assert (tmp_path / "out" / "a.jsonl").read_bytes() == posting()[:-1] + _level()
+    assert augment("--target", stub.target).exit_code == 0
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == make_posting()[:-1] + _level()
 
 
-@pytest.mark.parametrize(("modified_ns", "told"), [(1, DoneElsewhereError), (2, OutputTakenError)])
+@pytest.mark.parametrize(("modified_ns", "told"), [(1, AlreadyDoneError), (2, OutputConflictError)])
 async def test_two_writers_of_one_file_do_not_meet(
     tmp_path: Path, modified_ns: int, told: type[FileError]
 ) -> None:
@@ -307,11 +335,13 @@ async def test_two_writers_of_one_file_do_not_meet(
     abandoned = tmp_path / ".a.jsonl.00000000.augmenter-tmp"
     abandoned.touch()
     store = LocalStore(tmp_path)
-    slower = store.create("a.jsonl", Item("a.jsonl", 1, "v", modified_ns), onto=NOTHING)
+    slower = store.create("a.jsonl", FileInfo("a.jsonl", 1, "v", modified_ns), expected_version=ABSENT)
     with pytest.raises(told):  # noqa: PT012 - one writer inside the other
         async with slower:
             await slower.write(b"slower")
-            async with store.create("a.jsonl", Item("a.jsonl", 1, "v", 1), onto=NOTHING) as faster:
+            async with store.create(
+                "a.jsonl", FileInfo("a.jsonl", 1, "v", 1), expected_version=ABSENT
+            ) as faster:
                 await faster.write(b"faster")
                 await faster.complete()
             await slower.complete()

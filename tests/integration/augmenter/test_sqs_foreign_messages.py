@@ -6,65 +6,78 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.augmenter.conftest import Augment, MakeQueue, Stub, posting, queue_args
-from tests.support.augmenter_process import running, summary
+from tests.integration.augmenter.conftest import (
+    MakeQueue,
+    RunAugmenter,
+    RunningStub,
+    make_posting,
+    sqs_run_args,
+)
+from tests.support.augmenter_process import augmenter_process, read_summary
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
-from tests.support.sqs_server import made
+from tests.support.sqs_server import object_created_event
 from tests.unit.augmenter.sources.test_s3_events import cloudtrail, event_bridge, record
 
 
 @pytest.mark.slow
 def test_only_messages_about_input_are_deleted(
-    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
+    augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
     """Foreign and unknown messages stay in the queue, each counted and named once; the run ends."""
     queue = make_queue()
     for name in ("created", "trail a+b", "restored", "mixed"):
-        bucket.put(f"raw/{name}.jsonl", posting())
+        bucket.put(f"raw/{name}.jsonl", make_posting())
     in_place = {"bucket": {"name": bucket.name}}
     trail = cloudtrail("PutObject")
     trail["detail"]["requestParameters"] = {"bucketName": bucket.name, "key": "raw/trail a+b.jsonl"}
     restored = event_bridge("Object Restore Completed")
     restored["detail"] = {**in_place, "object": {"key": "raw/restored.jsonl"}}
     removed = {"Records": [record("ObjectRemoved:Delete", bucket.name, "raw/gone.jsonl")]}
-    for ours in (made(bucket.name, "raw/created.jsonl"), trail, restored, removed):
+    for ours in (object_created_event(bucket.name, "raw/created.jsonl"), trail, restored, removed):
         queue.send(ours)
     foreign = [
         {"Records": [record("ObjectRemoved:Delete", "other-team", "x/1.jsonl")]},
         {"Records": [record("ObjectRestore:Completed", bucket.name, "raw-old/1.jsonl")]},
-        made("another-bucket", "raw/created.jsonl"),
+        object_created_event("another-bucket", "raw/created.jsonl"),
         {"Event": "s3:TestEvent", "Bucket": "another-bucket"},
         {"source": "aws.ec2", "detail-type": "EC2 Instance State-change Notification", "detail": {}},
         event_bridge("Object Deleted"),
         cloudtrail("PutObject"),
-        {"Records": [*made(bucket.name, "raw/mixed.jsonl")["Records"], record("ObjectCreated:Put")]},
+        {
+            "Records": [
+                *object_created_event(bucket.name, "raw/mixed.jsonl")["Records"],
+                record("ObjectCreated:Put"),
+            ]
+        },
     ]
     unknown = ["what is this?", {"Records": [{}]}, [1]]
     for body in (*foreign, *unknown):
         queue.send(body)
-    ended = augment(*queue_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
-    assert ended.code == 0
-    assert {key for key in bucket.listed() if key.startswith("mod/")} == {
+    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
+    assert ended.exit_code == 0
+    assert {key for key in bucket.list_keys() if key.startswith("mod/")} == {
         f"mod/{name}.jsonl" for name in ("created", "trail a+b", "restored", "mixed")
     }
-    assert queue.visible == len(foreign) + len(unknown)
-    assert ended.err.count("not about INPUT") == len(foreign)
-    assert ended.err.count("is left in the queue") == len(foreign) + len(unknown)
-    assert summary(tmp_path / "s.json")["messages"] == {"left": 11, "not_understood": 3}
-    assert "11 messages left in the queue: 8 not about INPUT, 3 not understood" in ended.out
+    assert queue.visible_count == len(foreign) + len(unknown)
+    assert ended.stderr.count("not about INPUT") == len(foreign)
+    assert ended.stderr.count("is left in the queue") == len(foreign) + len(unknown)
+    assert read_summary(tmp_path / "s.json")["messages"] == {"left": 11, "not_understood": 3}
+    assert "11 messages left in the queue: 8 not about INPUT, 3 not understood" in ended.stdout
 
 
 @pytest.mark.slow
-def test_left_messages_keep_no_worker_busy(stub: Stub, bucket: Bucket, make_queue: MakeQueue) -> None:
+def test_left_messages_keep_no_worker_busy(stub: RunningStub, bucket: Bucket, make_queue: MakeQueue) -> None:
     """Without a visibility timeout a foreign message is received once in five seconds, not at once."""
     queue = make_queue(visible_seconds=0)
-    bucket.put("raw/1.jsonl", posting())
-    queue.send(made("another-bucket", "x/1.jsonl"))
-    with running(*queue_args(bucket, queue, stub.target), "--watch", env=dict(os.environ)) as process:
-        wait_for(lambda: queue.visible == 0, what="the foreign message is hidden")
-        queue.send(made(bucket.name, "raw/1.jsonl"))
-        wait_for(lambda: queue.count() == 1, what="ours is done and deleted")
+    bucket.put("raw/1.jsonl", make_posting())
+    queue.send(object_created_event("another-bucket", "x/1.jsonl"))
+    with augmenter_process(
+        *sqs_run_args(bucket, queue, stub.target), "--watch", env=dict(os.environ)
+    ) as process:
+        wait_for(lambda: queue.visible_count == 0, description="the foreign message is hidden")
+        queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
+        wait_for(lambda: queue.count() == 1, description="ours is done and deleted")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, err.count("is left in the queue")) == (0, 1)
@@ -73,23 +86,29 @@ def test_left_messages_keep_no_worker_busy(stub: Stub, bucket: Bucket, make_queu
 
 @pytest.mark.slow
 def test_once_tries_a_failing_file_once(
-    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
+    augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
     """A message that comes back while the run still waits for others does not keep `--once` from its end."""
     queue = make_queue(visible_seconds=1, receives=1000)
-    queue.send(made(bucket.name, "raw/gone.jsonl"))
-    ended = augment(*queue_args(bucket, queue, stub.target))
-    assert (ended.code, ended.err.count("does not exist")) == (1, 1)
+    queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
+    ended = augment(*sqs_run_args(bucket, queue, stub.target))
+    assert (ended.exit_code, ended.stderr.count("does not exist")) == (1, 1)
     assert queue.count() == 1
 
 
 @pytest.mark.slow
-def test_watch_names_a_failure_once(stub: Stub, bucket: Bucket, make_queue: MakeQueue) -> None:
+def test_watch_names_a_failure_once(stub: RunningStub, bucket: Bucket, make_queue: MakeQueue) -> None:
     """However often its message comes back, as long as the reason is the same."""
     queue = make_queue(visible_seconds=1, receives=4)
-    queue.send(made(bucket.name, "raw/gone.jsonl"))
-    with running(*queue_args(bucket, queue, stub.target), "--watch", env=dict(os.environ)) as process:
-        wait_for(lambda: queue.count(queue.dead_url) == 1, what="the queue gives the message up", seconds=30)
+    queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
+    with augmenter_process(
+        *sqs_run_args(bucket, queue, stub.target), "--watch", env=dict(os.environ)
+    ) as process:
+        wait_for(
+            lambda: queue.count(queue.dead_letter_url) == 1,
+            description="the queue gives the message up",
+            timeout_seconds=30,
+        )
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=20)
     assert err.count("WARNING augmenter") == 1
@@ -98,17 +117,17 @@ def test_watch_names_a_failure_once(stub: Stub, bucket: Bucket, make_queue: Make
 
 @pytest.mark.slow
 def test_message_of_a_file_without_a_good_line_stays(
-    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue
+    augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
     """A pretty-printed file has failed, also where rejects are tolerated: its message is not deleted."""
     queue = make_queue()
     bucket.put("raw/1.jsonl", b'{\n "company": "Acme",\n "title": "Clerk"\n}\n')
     bucket.put("raw/2.jsonl", b"company,title\nAcme,Clerk\n")
     for name in "12":
-        queue.send(made(bucket.name, f"raw/{name}.jsonl"))
-    ended = augment(*queue_args(bucket, queue, stub.target), "--ok-rejects")
-    assert ended.code == 1
-    assert "1.jsonl: it is JSON that spans several lines" in ended.err
-    assert "2.jsonl: no line can be augmented (2 rejected): line 1: not JSON" in ended.err
-    assert [key for key in bucket.listed() if key.startswith("mod/")] == []
+        queue.send(object_created_event(bucket.name, f"raw/{name}.jsonl"))
+    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--ok-rejects")
+    assert ended.exit_code == 1
+    assert "1.jsonl: it is JSON that spans several lines" in ended.stderr
+    assert "2.jsonl: no line can be augmented (2 rejected): line 1: not JSON" in ended.stderr
+    assert [key for key in bucket.list_keys() if key.startswith("mod/")] == []
     assert queue.count() == 2

@@ -5,12 +5,18 @@ import time
 import pytest
 
 from services.augmenter.sources.queue_url import QueueEndpoint, queue_endpoint
-from tests.integration.augmenter.conftest import Augment, MakeQueue, Stub, posting, queue_args
-from tests.support.model_server import Answers, Call, scripted_model, well
+from tests.integration.augmenter.conftest import (
+    MakeQueue,
+    RunAugmenter,
+    RunningStub,
+    make_posting,
+    sqs_run_args,
+)
+from tests.support.model_server import Answers, ReceivedCall, answer_all, scripted_model
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
 from tests.support.scripted_sqs import scripted_sqs
-from tests.support.sqs_server import made
+from tests.support.sqs_server import object_created_event
 
 _HOST = "vpce-0a1b-2c3d.sqs.us-east-1.vpce.amazonaws.com"
 
@@ -62,11 +68,11 @@ def test_region_and_endpoint_are_those_of_the_url(host: str, region: str | None,
         "https://sqs.us-east-1.amazonaws.com/1/q\n",
     ],
 )
-def test_what_is_no_queue_url_is_a_usage_error(augment: Augment, text: str) -> None:
+def test_what_is_no_queue_url_is_a_usage_error(augment: RunAugmenter, text: str) -> None:
     """A queue's name or its ARN would else be a queue that does not exist."""
     ended = augment("s3://b/raw/", "s3://b/mod/", "--target", "127.0.0.1:1", "--sqs-queue-url", text)
-    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
-    assert "not the URL of a queue" in ended.err
+    assert (ended.exit_code, len(ended.stderr.splitlines())) == (2, 1)
+    assert "not the URL of a queue" in ended.stderr
 
 
 def test_endpoint_of_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,55 +83,74 @@ def test_endpoint_of_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_queue_in_another_region_is_found(
-    augment: Augment, stub: Stub, bucket: Bucket, make_queue: MakeQueue, monkeypatch: pytest.MonkeyPatch
+    augment: RunAugmenter,
+    stub: RunningStub,
+    bucket: Bucket,
+    make_queue: MakeQueue,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Although the environment names the bucket's region."""
     queue = make_queue(region="eu-west-3")
-    bucket.put("raw/1.jsonl", posting())
-    queue.send(made(bucket.name, "raw/1.jsonl"))
+    bucket.put("raw/1.jsonl", make_posting())
+    queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
     queue.url = f"https://sqs.eu-west-3.amazonaws.com/123456789012/{queue.url.rpartition('/')[2]}"
-    ended = augment(*queue_args(bucket, queue, stub.target))
-    assert (ended.code, ended.err) == (0, "")
-    assert "1 done" in ended.out
+    ended = augment(*sqs_run_args(bucket, queue, stub.target))
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert "1 done" in ended.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", ["ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"])
 def test_message_that_is_gone_is_named_once(
-    augment: Augment, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, code: str
+    augment: RunAugmenter, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
     """It is not renewed any more, its file is done, and the run ends well."""
-    bucket.put("raw/1.jsonl", posting())
+    bucket.put("raw/1.jsonl", make_posting())
     failing = {"ChangeMessageVisibility": code, "DeleteMessage": code}
-    with scripted_sqs(made(bucket.name, "raw/1.jsonl"), visible_seconds=1, failing=failing) as sqs:
+    with scripted_sqs(
+        object_created_event(bucket.name, "raw/1.jsonl"), visible_seconds=1, failing=failing
+    ) as sqs:
 
-        def behave(call: Call) -> Answers:
-            wait_for(lambda: sqs.calls["ChangeMessageVisibility"], what="a renewal")
+        def behave(call: ReceivedCall) -> Answers:
+            wait_for(lambda: sqs.calls["ChangeMessageVisibility"], description="a renewal")
             time.sleep(1.5)  # four more would be due
-            return well(call)
+            return answer_all(call)
 
         monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
         with scripted_model(behave) as model:
             ended = augment(
-                f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--target", model.target,
-                "--endpoint-url", bucket.endpoint_url,
-                "--sqs-queue-url", "https://sqs.us-east-1.amazonaws.com/1/q",
-            )  # fmt: skip
-    assert (ended.code, "1 done" in ended.out) == (0, True)
+                f"s3://{bucket.name}/raw/",
+                f"s3://{bucket.name}/mod/",
+                "--target",
+                model.target,
+                "--endpoint-url",
+                bucket.endpoint_url,
+                "--sqs-queue-url",
+                "https://sqs.us-east-1.amazonaws.com/1/q",
+            )
+    assert (ended.exit_code, "1 done" in ended.stdout) == (0, True)
     assert sqs.calls["ChangeMessageVisibility"] == 1
-    assert [line.count("is not renewed any more") for line in ended.err.splitlines()] == [1]
+    assert [line.count("is not renewed any more") for line in ended.stderr.splitlines()] == [1]
 
 
 @pytest.mark.slow
 def test_queue_without_attributes_has_the_default_timeout(
-    augment: Augment, stub: Stub, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+    augment: RunAugmenter, stub: RunningStub, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As some servers answer that are compatible with SQS."""
-    bucket.put("raw/1.jsonl", posting())
-    with scripted_sqs(made(bucket.name, "raw/1.jsonl"), visible_seconds=None, failing={}) as sqs:
+    bucket.put("raw/1.jsonl", make_posting())
+    with scripted_sqs(
+        object_created_event(bucket.name, "raw/1.jsonl"), visible_seconds=None, failing={}
+    ) as sqs:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
         ended = augment(
-            f"s3://{bucket.name}/raw/", f"s3://{bucket.name}/mod/", "--target", stub.target,
-            "--endpoint-url", bucket.endpoint_url, "--sqs-queue-url", f"{sqs.endpoint_url}/1/q",
-        )  # fmt: skip
-    assert (ended.code, ended.err, sqs.calls["DeleteMessage"]) == (0, "", 1)
+            f"s3://{bucket.name}/raw/",
+            f"s3://{bucket.name}/mod/",
+            "--target",
+            stub.target,
+            "--endpoint-url",
+            bucket.endpoint_url,
+            "--sqs-queue-url",
+            f"{sqs.endpoint_url}/1/q",
+        )
+    assert (ended.exit_code, ended.stderr, sqs.calls["DeleteMessage"]) == (0, "", 1)

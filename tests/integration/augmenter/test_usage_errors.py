@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter.paths import LocalPlace, S3Place, plan
+from services.augmenter.paths import LocalPath, S3Uri, resolve_paths
 from services.common.errors import UsageError
-from services.common.storage.errors import StoreError
+from services.common.storage.errors import StorageError
 from services.common.storage.local import LocalStore
-from services.common.storage.protocol import NOTHING, Item
-from tests.integration.augmenter.conftest import Augment, posting
+from services.common.storage.protocol import ABSENT, FileInfo
+from tests.integration.augmenter.conftest import RunAugmenter, make_posting
 from tests.support.processes import run_command
 
 
@@ -21,7 +21,7 @@ def source(tmp_path: Path) -> Path:
     """A folder with one posting, and a link to it."""
     folder = tmp_path / "in"
     folder.mkdir()
-    (folder / "a.jsonl").write_bytes(posting())
+    (folder / "a.jsonl").write_bytes(make_posting())
     (tmp_path / "link").symlink_to(folder)
     return folder
 
@@ -78,7 +78,7 @@ def source(tmp_path: Path) -> Path:
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    augment: Augment,
+    augment: RunAugmenter,
     tmp_path: Path,
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -90,33 +90,33 @@ def test_what_cannot_be_meant_is_refused(
     (tmp_path / "plain.txt").touch()
     before = sorted(tmp_path.rglob("*"))
     ended = augment(*args, "--target", "127.0.0.1:1")
-    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "", 1)
-    assert named in ended.err
+    assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert named in ended.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_target_is_required(augment: Augment, source: Path, tmp_path: Path) -> None:
+def test_target_is_required(augment: RunAugmenter, source: Path, tmp_path: Path) -> None:
     """Without --target there is nobody to ask."""
     ended = augment(source, tmp_path / "out")
-    assert (ended.code, ended.err) == (2, "augmenter: --target is required (the proxy's HOST:PORT)\n")
+    assert (ended.exit_code, ended.stderr) == (2, "augmenter: --target is required (the proxy's HOST:PORT)\n")
 
 
 @pytest.mark.parametrize(
     ("source_text", "sink_text", "expected"),
     [
-        ("s3://b/raw/", "s3://b/mod/", (S3Place("b", "raw/"), S3Place("b", "mod/"), None)),
-        ("s3://b/raw", "s3://b/raw-mod", (S3Place("b", "raw/"), S3Place("b", "raw-mod/"), None)),
-        ("s3://b", "s3://c", (S3Place("b", ""), S3Place("c", ""), None)),
-        ("s3://b/raw/x.jsonl.gz", "s3://b/mod/", (S3Place("b", "raw/"), S3Place("b", "mod/"), "x.jsonl.gz")),
-        ("s3://b/x.jsonl", "/nowhere/y.jsonl", (S3Place("b", ""), LocalPlace(Path("/nowhere")), "y.jsonl")),
-        ("s3://b/raw.jsonl/", "s3://b/mod/", (S3Place("b", "raw.jsonl/"), S3Place("b", "mod/"), None)),
+        ("s3://b/raw/", "s3://b/mod/", (S3Uri("b", "raw/"), S3Uri("b", "mod/"), None)),
+        ("s3://b/raw", "s3://b/raw-mod", (S3Uri("b", "raw/"), S3Uri("b", "raw-mod/"), None)),
+        ("s3://b", "s3://c", (S3Uri("b", ""), S3Uri("c", ""), None)),
+        ("s3://b/raw/x.jsonl.gz", "s3://b/mod/", (S3Uri("b", "raw/"), S3Uri("b", "mod/"), "x.jsonl.gz")),
+        ("s3://b/x.jsonl", "/nowhere/y.jsonl", (S3Uri("b", ""), LocalPath(Path("/nowhere")), "y.jsonl")),
+        ("s3://b/raw.jsonl/", "s3://b/mod/", (S3Uri("b", "raw.jsonl/"), S3Uri("b", "mod/"), None)),
     ],
 )
 def test_places_are_read_as_written(source_text: str, sink_text: str, expected: tuple[object, ...]) -> None:
     """A prefix, a bucket or a key, by how it is written; neighbours with a common beginning are apart."""
-    made = plan(source_text, sink_text, None)
+    made = resolve_paths(source_text, sink_text, None)
     assert (made.source, made.sink, made.output_name) == expected
-    assert made.rejects == made.sink.joined("_rejects/")
+    assert made.rejects == made.sink.join("_rejects/")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_prefixes_within_each_other_are_refused(
 ) -> None:
     """Prefixes are compared by their segments, as folders are."""
     with pytest.raises(UsageError):
-        plan(source_text, sink_text, rejects)
+        resolve_paths(source_text, sink_text, rejects)
 
 
 @pytest.mark.parametrize(
@@ -144,36 +144,36 @@ def test_prefixes_within_each_other_are_refused(
 async def test_names_never_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
     """A name that a bucket gave, however odd, cannot make a file outside the output's folder."""
     store = LocalStore(tmp_path / "out")
-    await store.prepare()
-    with pytest.raises(StoreError):
-        await store.create(name, Item(name, 1, "v", 0)).__aenter__()
+    await store.check_writable()
+    with pytest.raises(StorageError):
+        await store.create(name, FileInfo(name, 1, "v", 0)).__aenter__()
     made = await asyncio.to_thread(lambda: [path for path in tmp_path.rglob("*") if path.is_file()])
     assert made == []
 
 
 async def test_folder_in_the_place_of_an_output_is_named(tmp_path: Path) -> None:
     """A key may go on behind another's name; the folder that it makes is no other process's output."""
-    item = Item("a.jsonl", 1, "1", 1)
-    async with LocalStore(tmp_path).create("a.jsonl", item, onto=NOTHING) as upload:
+    item = FileInfo("a.jsonl", 1, "1", 1)
+    async with LocalStore(tmp_path).create("a.jsonl", item, expected_version=ABSENT) as upload:
         (tmp_path / "a.jsonl").mkdir()
-        with pytest.raises(StoreError, match="a folder stands there"):
+        with pytest.raises(StorageError, match="a folder stands there"):
             await upload.complete()
 
 
-def test_failed_file_is_one_line_whatever_its_name(augment: Augment, tmp_path: Path) -> None:
+def test_failed_file_is_one_line_whatever_its_name(augment: RunAugmenter, tmp_path: Path) -> None:
     """Its control characters are escaped, so that no part of a name looks like a line of its own."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a\naugmenter: \x1b[31mb\r.jsonl").write_bytes(b"bad\n")
     ended = augment(tmp_path / "in", tmp_path / "out", "--target", "127.0.0.1:1")
-    assert (ended.code, len(ended.err.splitlines())) == (1, 1)
-    assert "in/a\\naugmenter: \\x1b[31mb\\r.jsonl: no line can be augmented" in ended.err
+    assert (ended.exit_code, len(ended.stderr.splitlines())) == (1, 1)
+    assert "in/a\\naugmenter: \\x1b[31mb\\r.jsonl: no line can be augmented" in ended.stderr
 
 
-def test_dangling_link_is_passed_over(augment: Augment, source: Path, tmp_path: Path) -> None:
+def test_dangling_link_is_passed_over(augment: RunAugmenter, source: Path, tmp_path: Path) -> None:
     """A dangling link among the files is passed over; the rest is found."""
     (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     ended = augment(source, tmp_path / "out", "--dry-run")
-    assert (ended.code, "1 to do" in ended.out) == (0, True)
+    assert (ended.exit_code, "1 to do" in ended.stdout) == (0, True)
 
 
 def test_help_and_module_entry() -> None:
@@ -193,14 +193,14 @@ def test_help_and_module_entry() -> None:
     ],
 )
 def test_settings_that_no_client_can_be_made_of_are_one_line(
-    augment: Augment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+    augment: RunAugmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
     """What AWS's own settings get wrong is one line and exit code 1, as a missing bucket is."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     ended = augment("s3://bucket/raw/", str(tmp_path / "out"), "--target", "127.0.0.1:1")
-    assert (ended.code, ended.err.count("\n")) == (1, 1)
-    assert "Traceback" not in ended.err
+    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+    assert "Traceback" not in ended.stderr
 
 
 def test_what_only_s3_or_a_terminal_needs_is_not_loaded_at_every_start() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cache_proxy.conftest import UNPACED
-from tests.support.caller import caller, metrics, pairs_of
-from tests.support.model_server import level_of, scripted_model
-from tests.support.processes import Service, cache_proxy
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
+from tests.support.caller import make_pairs, open_caller, read_metrics
+from tests.support.model_server import scripted_level, scripted_model
+from tests.support.processes import ServiceProcess, cache_proxy
 from tests.support.redis_cluster import redis_cluster, sentinel_servers
 from tests.support.redis_server import RedisServer, redis_process, wait_for
 
@@ -112,7 +112,9 @@ def _behind_sentinels(folder: Path) -> Iterator[_Servers]:
         master = stack.enter_context(redis_process(folder / "master"))
         of_master = ("--replicaof", f"127.0.0.1 {master.port}")
         replica = stack.enter_context(redis_process(folder / "replica", *of_master))
-        watching = stack.enter_context(sentinel_servers(folder, master_port=master.port, service=_SERVICE))
+        watching = stack.enter_context(
+            sentinel_servers(folder, master_port=master.port, master_name=_SERVICE)
+        )
         hosts = ",".join(f"127.0.0.1:{one.port}" for one in watching)
         yield _Servers(f"redis+sentinel://{hosts}/{_SERVICE}", [*watching, master, replica])
 
@@ -123,37 +125,37 @@ _WAYS = {"refused": _Servers.refuse, "frozen": _Servers.freeze, "black-holed": _
 
 @dataclass
 class _Start:
-    proxy: Service
+    proxy: ServiceProcess
     seconds: float
 
 
 @contextmanager
 def _started(url: str, model: str) -> Iterator[_Start]:
     began = time.monotonic()
-    flags = ("--cache-url", url, "--model-target", model, *UNPACED)
+    flags = ("--cache-url", url, "--model-target", model, *UNLIMITED_RATE_FLAGS)
     with cache_proxy(*flags) as proxy:
         yield _Start(proxy, time.monotonic() - began)
 
 
-def _miss_seconds(proxy: Service, name: str) -> float:
+def _miss_seconds(proxy: ServiceProcess, name: str) -> float:
     """How long new pairs take; they are answered as the model does."""
-    pairs = pairs_of(name, 20)
-    with caller(proxy.target) as asking:
+    pairs = make_pairs(name, 20)
+    with open_caller(proxy.target) as asking:
         began = time.monotonic()
-        reply = asking.ask(pairs, seconds=30)
+        reply = asking.infer(pairs, timeout_seconds=30)
         took = time.monotonic() - began
-    assert reply.levels == [level_of(*pair) for pair in pairs], (reply.code, reply.message)
+    assert reply.levels == [scripted_level(*pair) for pair in pairs], (reply.code, reply.message)
     assert reply.misses == len(pairs)
     return took
 
 
-def _stop_seconds(proxy: Service) -> float:
+def _stop_seconds(proxy: ServiceProcess) -> float:
     began = time.monotonic()
     assert proxy.stop() == 0
     return time.monotonic() - began
 
 
-def _warnings(proxy: Service) -> list[str]:
+def _warnings(proxy: ServiceProcess) -> list[str]:
     return [line for line in proxy.log.splitlines() if '"INFO"' not in line]
 
 
@@ -181,14 +183,17 @@ def test_servers_of_the_cache_that_are_gone_delay_no_miss_no_start_and_no_stop(
             figures["second miss"] = _miss_seconds(alone.proxy, "at start again")
             for proxy in (well.proxy, alone.proxy):
                 for line in (_DOWN, _LOST):
-                    wait_for(lambda: proxy.log.count(line), what=line)  # noqa: B023 - used at once
+                    wait_for(lambda: proxy.log.count(line), description=line)  # noqa: B023 - used at once
             for one in (well.proxy, alone.proxy):
                 assert len(_warnings(one)) == 2, _warnings(one)
             figures["stop"] = _stop_seconds(alone.proxy)
         behind.come_back()
         for line in (_UP, _BACK):
-            wait_for(lambda: well.proxy.log.count(line), what=line)  # noqa: B023 - used at once
-        wait_for(lambda: metrics(well.proxy.http)["cache_proxy_degraded",] == 0, what="it is well again")
+            wait_for(lambda: well.proxy.log.count(line), description=line)  # noqa: B023 - used at once
+        wait_for(
+            lambda: read_metrics(well.proxy.http_url)["cache_proxy_degraded",] == 0,
+            description="it is well again",
+        )
         _miss_seconds(well.proxy, "after")
         gone(behind)
         figures["stop at once"] = _stop_seconds(well.proxy)

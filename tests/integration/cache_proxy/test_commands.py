@@ -17,9 +17,9 @@ import pytest
 import redis
 import zstandard
 
-from tests.integration.cache_proxy.conftest import UNPACED, StageWith
-from tests.support.caller import pairs_of
-from tests.support.model_server import level_of
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS, StartProxyEnvironment
+from tests.support.caller import make_pairs
+from tests.support.model_server import scripted_level
 from tests.support.processes import ROOT, clean_environment, run_command
 from tests.support.redis_server import redis_process, wait_for
 from tests.support.s3_server import S3Server, s3_server
@@ -37,7 +37,7 @@ def _pair(pair: tuple[str, str]) -> tuple[str, ...]:
 
 @pytest.mark.slow
 def test_get_stats_and_invalidate_see_what_the_proxies_see(
-    stage_with: StageWith, shared_redis: str, tmp_path: Path
+    stage_with: StartProxyEnvironment, shared_redis: str, tmp_path: Path
 ) -> None:
     """A pair that was asked for is found in any spelling, with its level and day; once invalidated it is gone
     from the store, and the next proxy asks again; so is all of it after --all. The settings may come from the
@@ -46,13 +46,13 @@ def test_get_stats_and_invalidate_see_what_the_proxies_see(
     secret = tmp_path / "secret"
     secret.write_text("s3cret")
     flags = ("--cache-url", shared_redis, "--key-prefix", "admin", "--key-secret-file", str(secret))
-    stage = stage_with(*flags, *UNPACED)
-    pairs = pairs_of("admin", 500)
-    assert stage.caller.ask(pairs).misses == 500
+    stage = stage_with(*flags, *UNLIMITED_RATE_FLAGS)
+    pairs = make_pairs("admin", 500)
+    assert stage.caller.infer(pairs).misses == 500
     found = _run("get", *flags, "--company", " ADMIN  7", "--title", "title 0")
     assert (found.returncode, found.stderr) == (0, "")
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    assert found.stdout == f"{level_of(*pairs[7])}\tinferred on {today}\n"
+    assert found.stdout == f"{scripted_level(*pairs[7])}\tinferred on {today}\n"
     stats = json.loads(_run("stats", *flags, "--json").stdout)
     assert (stats["pairs"], stats["buckets_compact"], set(stats["encodings"])) == (500, True, {"listpack"})
     assert "pairs                 500" in _run("stats", *flags).stdout
@@ -66,11 +66,11 @@ def test_get_stats_and_invalidate_see_what_the_proxies_see(
     assert missing.returncode == 1
     assert json.loads(missing.stdout)["level"] is None
     assert _run("get", *flags, *_pair(pairs[8])).returncode == 0
-    assert stage_with(*flags, *UNPACED, model=stage.model).caller.ask(pairs).misses == 1
+    assert stage_with(*flags, *UNLIMITED_RATE_FLAGS, model=stage.model).caller.infer(pairs).misses == 1
 
     cleared = _run("invalidate", *flags, "--all", "--json")
     assert json.loads(cleared.stdout) == {"invalidated": 500}
-    assert stage_with(*flags, *UNPACED, model=stage.model).caller.ask(pairs).misses == 500
+    assert stage_with(*flags, *UNLIMITED_RATE_FLAGS, model=stage.model).caller.infer(pairs).misses == 500
     with redis.Redis.from_url(shared_redis) as client:
         keys = [key for key in client.scan_iter("admin:c2:*") if client.type(key) == b"hash"]
         assert len(keys) <= 64 + 256  # nothing is left of what was cleared
@@ -124,16 +124,16 @@ def test_a_redis_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_reach_an_embedded_store_while_its_proxy_runs_and_after(
-    stage_with: StageWith, tmp_path: Path
+    stage_with: StartProxyEnvironment, tmp_path: Path
 ) -> None:
     """They use the server that the proxy has started; when it has ended, one of their own."""
     folder = tmp_path / ("a long name " * 12).strip() / "store"
     flags = ("--cache-url", f"embedded:{folder}")
-    stage = stage_with(*flags, *UNPACED)
-    pairs = pairs_of("embedded", 5)
-    stage.caller.ask(pairs)
+    stage = stage_with(*flags, *UNLIMITED_RATE_FLAGS)
+    pairs = make_pairs("embedded", 5)
+    stage.caller.infer(pairs)
     for _ in range(2):
-        assert _run("get", *flags, *_pair(pairs[3])).stdout[0] == str(level_of(*pairs[3]))
+        assert _run("get", *flags, *_pair(pairs[3])).stdout[0] == str(scripted_level(*pairs[3]))
         assert json.loads(_run("stats", *flags, "--json").stdout)["pairs"] == 5
         stage.proxy.stop()
 
@@ -155,7 +155,7 @@ def _write(path: Path, lines: Sequence[str]) -> Path:
 
 
 def test_warm_fills_the_cache_from_files_of_every_format(
-    stage_with: StageWith, shared_redis: str, tmp_path: Path
+    stage_with: StartProxyEnvironment, shared_redis: str, tmp_path: Path
 ) -> None:
     """Plain, gzip and zstd, single or in a folder: a proxy answers them without a call to the model, lines
     without a level are counted and skipped, and an answer is as old as its file.
@@ -166,15 +166,22 @@ def test_warm_fills_the_cache_from_files_of_every_format(
     _write(tmp_path / "folder/b.jsonl.gz", [_line(number) for number in range(1000, 2000)])
     _write(tmp_path / "folder/deep/c.jsonl.zst", [_line(number) for number in range(2000, 3000)])
     _write(tmp_path / "folder/_rejects/d.jsonl", [_line(5, seniority=7)])
-    bad = ["", "{", '{"company": "c", "title": "t"}', _line(1, seniority=8), _line(1, seniority="3"),
-           _line(1, title=None), '{"company": "\\ud800", "title": "t", "seniority": 1}']  # fmt: skip
+    bad = [
+        "",
+        "{",
+        '{"company": "c", "title": "t"}',
+        _line(1, seniority=8),
+        _line(1, seniority="3"),
+        _line(1, title=None),
+        '{"company": "\\ud800", "title": "t", "seniority": 1}',
+    ]
     _write(tmp_path / "folder/e.jsonl", [*bad, _line(3000)])
     ended = _run("warm", *flags, "--json", str(plain), str(tmp_path / "folder"))
     assert ended.returncode == 3, ended.stderr
     told = json.loads(ended.stdout)
     assert (told["files"], told["pairs"], told["skipped"], told["failures"]) == (4, 3001, 6, [])
     stage = stage_with(*flags)
-    reply = stage.caller.ask([(f"warm {number}", "t") for number in range(3001)])
+    reply = stage.caller.infer([(f"warm {number}", "t") for number in range(3001)])
     assert reply.hits == 3001
     assert reply.levels == [number % 7 + 1 for number in range(3001)]
     assert not stage.model.calls
@@ -246,7 +253,9 @@ def test_a_warm_that_was_killed_goes_on_where_it_ended(shared_redis: str, tmp_pa
     path = _write(tmp_path / "big.jsonl", [_line(number) for number in range(400_000)])
     with redis.Redis.from_url(shared_redis) as client, _started("warm", *flags, str(path)) as process:
         key = "warm-killed:c2:fold1:1:warm"
-        wait_for(lambda: client.hvals(key) and int(client.hvals(key)[0]) > 50_000, what="it is under way")
+        wait_for(
+            lambda: client.hvals(key) and int(client.hvals(key)[0]) > 50_000, description="it is under way"
+        )
         process.send_signal(signal.SIGKILL)
         process.wait()
         done = int(client.hvals(key)[0])
@@ -263,8 +272,9 @@ def test_a_warm_that_was_killed_goes_on_where_it_ended(shared_redis: str, tmp_pa
 def _started(*args: str) -> Iterator["subprocess.Popen[bytes]"]:
     process = subprocess.Popen(
         [sys.executable, "-m", "services.cache_proxy", *args],
-        stdout=subprocess.DEVNULL, env=clean_environment() | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+    )
     try:
         yield process
     finally:
@@ -279,8 +289,8 @@ def test_a_redis_that_restarts_costs_warm_a_wait(tmp_path: Path) -> None:
     with redis_process(tmp_path) as server, ThreadPoolExecutor() as beside:
         ended = beside.submit(_run, "warm", "--cache-url", server.url, "--json", str(path))
         with server.client() as client:
-            wait_for(lambda: client.dbsize() > 100, what="it writes")
-        server.kill_and_start(seconds=2)
+            wait_for(lambda: client.dbsize() > 100, description="it writes")
+        server.restart_after_crash(downtime_seconds=2)
         assert ended.result().returncode == 0, ended.result().stderr
         assert json.loads(ended.result().stdout)["pairs"] == 150_000
         asked = _run("get", *_pair(("Warm 149999", "T")), "--cache-url", server.url, "--json")
@@ -289,7 +299,7 @@ def test_a_redis_that_restarts_costs_warm_a_wait(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_file_is_warmed_from_again_once_keys_are_made_in_another_way(
-    stage_with: StageWith, shared_redis: str, tmp_path: Path
+    stage_with: StartProxyEnvironment, shared_redis: str, tmp_path: Path
 ) -> None:
     """With another secret nothing that was written counts as done, whatever bytes a file's name has."""
     path = _write(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")), [_line(1)])
@@ -298,7 +308,7 @@ def test_a_file_is_warmed_from_again_once_keys_are_made_in_another_way(
         secret.write_text(secret.name)
         flags = ("--cache-url", shared_redis, "--key-prefix", "warm-keys", "--key-secret-file", str(secret))
         stage_with(*flags)
-        wait_for(lambda: _run("stats", *flags).returncode == 0, what="its note")  # noqa: B023
+        wait_for(lambda: _run("stats", *flags).returncode == 0, description="its note")  # noqa: B023
         assert json.loads(_run("warm", *flags, "--json", str(path)).stdout or "{}").get("lines") == 1
         assert _run("get", *flags, *_pair(("warm 1", "t"))).returncode == 0
 
@@ -327,9 +337,12 @@ def test_warm_reads_buckets(shared_redis: str, tmp_path: Path, s3: S3Server) -> 
 
     session: Any = Session()  # type: ignore[no-untyped-call]
     client = session.create_client(
-        "s3", endpoint_url=s3.endpoint_url, region_name="us-east-1", aws_access_key_id="test-key",
+        "s3",
+        endpoint_url=s3.endpoint_url,
+        region_name="us-east-1",
+        aws_access_key_id="test-key",
         aws_secret_access_key="test-secret",
-    )  # fmt: skip
+    )
     client.create_bucket(Bucket="warm")
     names = ("in/a.jsonl", "in/b.jsonl.gz", "in/_rejects/c.jsonl", "d.jsonl")
     for place, name in enumerate(names):

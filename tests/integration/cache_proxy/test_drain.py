@@ -11,8 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
-from tests.integration.cache_proxy.conftest import UNPACED, StageWith
-from tests.support.processes import Service
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS, StartProxyEnvironment
+from tests.support.processes import ServiceProcess
 
 _WORKERS = 64
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
@@ -67,7 +67,7 @@ class _Load:
             self.seen[error.code(), False] += 1
 
 
-async def _drained(proxy: Service) -> Counter[tuple[StatusCode, bool]]:
+async def _drained(proxy: ServiceProcess) -> Counter[tuple[StatusCode, bool]]:
     async with AsyncExitStack() as stack:
         load = _Load(proxy.target, stack)
         tasks = [asyncio.create_task(load.work(number)) for number in range(_WORKERS)]
@@ -82,9 +82,11 @@ async def _drained(proxy: Service) -> Counter[tuple[StatusCode, bool]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
-def test_a_drain_under_load_shows_answers_and_unavailable_alone(stage_with: StageWith, number: int) -> None:
+def test_a_drain_under_load_shows_answers_and_unavailable_alone(
+    stage_with: StartProxyEnvironment, number: int
+) -> None:
     """Of 64 workers on 33 connections none sees CANCELLED; who goes on is refused with a pushback."""
-    stage = stage_with(*UNPACED)
+    stage = stage_with(*UNLIMITED_RATE_FLAGS)
     seen = asyncio.run(_drained(stage.proxy))
     assert stage.proxy.process.wait(30) == 0
     assert {code for code, _ in seen} == {StatusCode.OK, StatusCode.UNAVAILABLE}

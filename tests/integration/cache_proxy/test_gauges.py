@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cache_proxy.conftest import StageWith
-from tests.support.caller import metrics
+from tests.integration.cache_proxy.conftest import StartProxyEnvironment
+from tests.support.caller import read_metrics
 from tests.support.redis_server import RedisServer, redis_process, wait_for
 
 
@@ -18,20 +18,22 @@ def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
 
 
 @pytest.mark.slow
-def test_an_idle_replica_tells_that_redis_is_gone(stage_with: StageWith, own_redis: RedisServer) -> None:
+def test_an_idle_replica_tells_that_redis_is_gone(
+    stage_with: StartProxyEnvironment, own_redis: RedisServer
+) -> None:
     """Nobody asks anything, yet it is degraded, alone, and its queue empty, until Redis is back."""
     flags = ("--cache-url", own_redis.url, "--model-calls-per-second", "1")
     first, second = stage_with(*flags), stage_with(*flags)
 
     def tells(live: int, degraded: int) -> bool:
-        found = [metrics(stage.proxy.http) for stage in (first, second)]
+        found = [read_metrics(stage.proxy.http_url) for stage in (first, second)]
         return all(
             one["cache_proxy_live_replicas",] == live and one["cache_proxy_degraded",] == degraded
             for one in found
         )
 
-    wait_for(lambda: tells(2, 0), what="both are known")
+    wait_for(lambda: tells(2, 0), description="both are known")
     own_redis.kill()
-    wait_for(lambda: tells(1, 1), what="each is alone")
+    wait_for(lambda: tells(1, 1), description="each is alone")
     own_redis.start()
-    wait_for(lambda: tells(2, 0), what="both are back")
+    wait_for(lambda: tells(2, 0), description="both are back")

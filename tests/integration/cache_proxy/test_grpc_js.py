@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from grpc_health.v1 import health_pb2
 
-from tests.integration.cache_proxy.conftest import UNPACED, StageWith
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS, StartProxyEnvironment
 from tests.support.processes import ROOT
 
 _WORKERS = 32
@@ -34,9 +34,11 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_grpc_js_sees_health_reflection_and_a_clean_drain(node: Path, stage_with: StageWith) -> None:
+def test_grpc_js_sees_health_reflection_and_a_clean_drain(
+    node: Path, stage_with: StartProxyEnvironment
+) -> None:
     """List, both versions of reflection, and of 32 workers through a drain: answers and UNAVAILABLE alone."""
-    stage = stage_with(*UNPACED)
+    stage = stage_with(*UNLIMITED_RATE_FLAGS)
     command = ["node", "client.js", stage.proxy.target, str(ROOT / "protos" / "seniority.proto")]
     with subprocess.Popen(command, cwd=node, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout

@@ -16,11 +16,11 @@ import grpc
 import pytest
 from grpc import StatusCode
 
-from services.common.listening import _FIRST_FREE_PORT
-from tests.integration.cache_proxy.conftest import UNPACED, StageWith
-from tests.support.caller import caller
-from tests.support.certificates import Authority
-from tests.support.processes import ROOT, clean_environment, run_command, service
+from services.common.listening import _UNPRIVILEGED_PORT_FILE
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS, StartProxyEnvironment
+from tests.support.caller import open_caller
+from tests.support.certificates import CertificateAuthority
+from tests.support.processes import ROOT, clean_environment, run_command, run_service
 from tests.unit.common.test_listening import SPELLINGS, has_ipv6
 
 _GROUP = 3000
@@ -34,15 +34,15 @@ def test_both_ports_mean_the_same_by_the_same_spelling() -> None:
         pytest.skip("this machine has no IPv6")
     for host, reached in SPELLINGS:
         listen = ("--listen", f"{host}:0", "--http-listen", f"{host}:0")
-        with service("services.cache_proxy", *_SERVE, *listen) as proxy:
+        with run_service("services.cache_proxy", *_SERVE, *listen) as proxy:
             for ready in (proxy.target, str(proxy.ready["http"])):
                 port = int(ready.rpartition(":")[2])
                 for to in ("127.0.0.1", "::1"):
                     with socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET) as one:
                         assert (one.connect_ex((to, port)) == 0) is (to in reached), (host, ready, to)
-            with caller(proxy.target) as asking:  # what it says of itself is a target
-                assert asking.ask([]).code is StatusCode.OK
-            with urlopen(f"{proxy.http}/readyz", timeout=30) as response:
+            with open_caller(proxy.target) as asking:  # what it says of itself is a target
+                assert asking.infer([]).code is StatusCode.OK
+            with urlopen(f"{proxy.http_url}/readyz", timeout=30) as response:
                 assert response.status == 200
 
 
@@ -85,8 +85,13 @@ def test_every_address_is_what_the_machine_has(commands: Sequence[str], to: str,
     listen = ("--listen", f"{host}:0", "--http-listen", f"{host}:0")
     ended = subprocess.run(
         [*inside, sys.executable, "-c", _PROBE, to, *_SERVE, *listen],
-        capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, env=clean_environment(),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=ROOT,
+        env=clean_environment(),
+    )
     assert ended.stdout == "reached\n", ended.stderr
 
 
@@ -116,7 +121,7 @@ def test_an_address_that_cannot_be_had_is_one_line_with_the_reason(flag_name: st
     unprivileged = ["setpriv", "--bounding-set=-net_bind_service"] if os.getuid() == 0 else []
     if unprivileged and shutil.which(unprivileged[0]) is None:
         pytest.skip("no setpriv is installed")
-    is_free = int(_FIRST_FREE_PORT.read_text()) <= 999
+    is_free = int(_UNPRIVILEGED_PORT_FILE.read_text()) <= 999
     with _taken("127.0.0.1") as port:
         for address, reason in (
             (f"0.0.0.0:{port}", f"port {port} is taken by another process"),
@@ -127,8 +132,13 @@ def test_an_address_that_cannot_be_had_is_one_line_with_the_reason(flag_name: st
             flags = [part for pair in (others | {flag_name: address}).items() for part in pair]
             ended = subprocess.run(
                 [*unprivileged, sys.executable, "-m", "services.cache_proxy", *_SERVE, *flags],
-                capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, env=clean_environment(),
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+                cwd=ROOT,
+                env=clean_environment(),
+            )
             assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
             lines = [line for line in ended.stderr.splitlines() if '"level"' not in line]
             [line] = [line for line in lines if flag_name in line]
@@ -146,13 +156,13 @@ def shared_folder() -> Iterator[Path]:
         yield path
 
 
-def test_a_unix_sockets_mode_is_as_set(stage_with: StageWith, shared_folder: Path) -> None:
+def test_a_unix_sockets_mode_is_as_set(stage_with: StartProxyEnvironment, shared_folder: Path) -> None:
     """Whatever the umask."""
     path = shared_folder / "p.sock"
-    stage = stage_with("--listen", f"unix:{path}", "--listen-mode", "0660", *UNPACED)
+    stage = stage_with("--listen", f"unix:{path}", "--listen-mode", "0660", *UNLIMITED_RATE_FLAGS)
     assert path.stat().st_mode & 0o777 == 0o660
-    with caller(f"unix:{path}") as asking:
-        assert asking.ask([("mode", "t")]).code is StatusCode.OK
+    with open_caller(f"unix:{path}") as asking:
+        assert asking.infer([("mode", "t")]).code is StatusCode.OK
     assert stage.proxy.process.poll() is None
 
 
@@ -180,7 +190,9 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can run processes of other users")
-def test_users_of_the_folders_group_share_a_unix_socket(stage_with: StageWith, shared_folder: Path) -> None:
+def test_users_of_the_folders_group_share_a_unix_socket(
+    stage_with: StartProxyEnvironment, shared_folder: Path
+) -> None:
     """Two images with their own users in one pod, in the group of the folder; no others."""
     python = shutil.which("python3", path="/usr/bin")  # the tests' own may lie where only its owner reads
     if python is None:
@@ -191,39 +203,47 @@ def test_users_of_the_folders_group_share_a_unix_socket(stage_with: StageWith, s
     for groups, said in (([_GROUP], "connected"), ([], "refused")):
         tried = subprocess.run(
             [python, "-c", _CONNECT, str(path)],
-            capture_output=True, text=True, check=True, user=1002, group=1002, extra_groups=groups, cwd="/",
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            user=1002,
+            group=1002,
+            extra_groups=groups,
+            cwd="/",
+        )
         assert tried.stdout == f"{said}\n"
 
 
 @pytest.mark.slow
-def test_plaintext_beside_mutual_tls_needs_no_certificate(stage_with: StageWith, tmp_path: Path) -> None:
+def test_plaintext_beside_mutual_tls_needs_no_certificate(
+    stage_with: StartProxyEnvironment, tmp_path: Path
+) -> None:
     """On its own address alone: the other one still wants a certificate."""
-    authority = Authority(tmp_path)
+    authority = CertificateAuthority(tmp_path)
     own, client = authority.sign("proxy"), authority.sign("client", "DNS:client")
-    stage = stage_with("--listen-plaintext", "127.0.0.1:0", *own.flags(ca="client-ca"), *UNPACED)
+    stage = stage_with("--listen-plaintext", "127.0.0.1:0", *own.flags(ca="client-ca"), *UNLIMITED_RATE_FLAGS)
     with_tls, plaintext = stage.proxy.ready["listen"]
-    with caller(plaintext) as asking:
-        assert asking.ask([("plain", "t")], metadata=[("x-caller", "probe")]).code is StatusCode.OK
-    with caller(with_tls) as asking:
-        assert asking.ask([("plain", "t")], seconds=5).code is not StatusCode.OK
+    with open_caller(plaintext) as asking:
+        assert asking.infer([("plain", "t")], metadata=[("x-caller", "probe")]).code is StatusCode.OK
+    with open_caller(with_tls) as asking:
+        assert asking.infer([("plain", "t")], timeout_seconds=5).code is not StatusCode.OK
     ca, _, _ = client.pem
     for credentials, is_let_in in (
         (grpc.ssl_channel_credentials(ca), False),
         (grpc.ssl_channel_credentials(*client.pem), True),
     ):
-        with caller(with_tls, credentials) as asking:
-            code = asking.ask([("tls", "t")], seconds=5).code
+        with open_caller(with_tls, credentials) as asking:
+            code = asking.infer([("tls", "t")], timeout_seconds=5).code
             assert (code is StatusCode.OK) is is_let_in
     assert "need no certificate" not in stage.proxy.log  # on a loopback address
 
 
 @pytest.mark.slow
 def test_plaintext_that_others_reach_obeys_tokens_and_is_warned_of(
-    stage_with: StageWith, tmp_path: Path
+    stage_with: StartProxyEnvironment, tmp_path: Path
 ) -> None:
     """The list of callers holds on it too; a warning says what is missing there."""
-    authority = Authority(tmp_path)
+    authority = CertificateAuthority(tmp_path)
     own = authority.sign("proxy")
     tokens = tmp_path / "callers"
     tokens.write_text("spiffe://x certificate\n")
@@ -232,8 +252,10 @@ def test_plaintext_that_others_reach_obeys_tokens_and_is_warned_of(
         (listed, r"bearer tokens are received without TLS on 0\.0\.0\.0:0"),
         ((), r"callers need no certificate on 0\.0\.0\.0:0"),
     ):
-        stage = stage_with("--listen-plaintext", "0.0.0.0:0", *own.flags(ca="client-ca"), *flags, *UNPACED)
-        with caller(stage.proxy.ready["listen"][1]) as asking:
-            code = asking.ask([("plain", "t")]).code
+        stage = stage_with(
+            "--listen-plaintext", "0.0.0.0:0", *own.flags(ca="client-ca"), *flags, *UNLIMITED_RATE_FLAGS
+        )
+        with open_caller(stage.proxy.ready["listen"][1]) as asking:
+            code = asking.infer([("plain", "t")]).code
         assert code is (StatusCode.UNAUTHENTICATED if flags else StatusCode.OK)
         assert len(re.findall(warning, stage.proxy.log)) == 1

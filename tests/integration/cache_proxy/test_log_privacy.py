@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 from grpc import StatusCode
 
-from tests.integration.cache_proxy.conftest import UNPACED
-from tests.support.caller import Reply, caller
-from tests.support.model_server import Abort, Answers, Call, naming, scripted_model, well
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
+from tests.support.caller import RpcResult, open_caller
+from tests.support.model_server import (
+    AbortCallError,
+    Answers,
+    ReceivedCall,
+    answer_all,
+    bad_request_details,
+    scripted_model,
+)
 from tests.support.processes import cache_proxy, run_command
 
 pytestmark = pytest.mark.slow  # two processes and what they go through
@@ -18,22 +25,24 @@ _WORDS = "cannot rate the Canary Chief of Canary & Co"
 _CALLER = "can-ary"
 
 
-def _by_company(call: Call) -> Answers:
+def _by_company(call: ReceivedCall) -> Answers:
     """Fail over a pair as its company says, in words that quote it."""
     kind = max({company.split()[-1] for company, _ in call.pairs}, key=lambda one: one != "well")
     if kind == "refused":
-        raise Abort(StatusCode.INVALID_ARGUMENT, _WORDS)
+        raise AbortCallError(StatusCode.INVALID_ARGUMENT, _WORDS)
     if kind == "named":
-        raise Abort(StatusCode.INVALID_ARGUMENT, _WORDS, naming(("batch[0].title", _WORDS)))
+        raise AbortCallError(
+            StatusCode.INVALID_ARGUMENT, _WORDS, bad_request_details(("batch[0].title", _WORDS))
+        )
     if kind == "broken":
         raise ValueError(_WORDS)
     if kind == "down":
-        raise Abort(StatusCode.UNAVAILABLE, _WORDS)
+        raise AbortCallError(StatusCode.UNAVAILABLE, _WORDS)
     if kind == "absurd":
         return [(uuid, 99) for uuid in call.ids]
     if kind == "mute":
         return []
-    return well(call)
+    return answer_all(call)
 
 
 def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
@@ -48,25 +57,43 @@ def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
         '{"company": "Canary & Co"}\n{"title": 7, "company": "Canary & Co"}\n["Canary"]\n'
     )
     (source / "down.jsonl").write_text('{"company": "Canary & Co down", "title": "Canary Chief"}\n')
-    replies: dict[str, Reply] = {}
+    replies: dict[str, RpcResult] = {}
     with (
         scripted_model(_by_company) as model,
         cache_proxy(
-            "--model-target", model.target, "--cache-url", "memory:", *UNPACED, "--max-field-bytes", "100",
-            "--model-retry-window", "500ms",
+            "--model-target",
+            model.target,
+            "--cache-url",
+            "memory:",
+            *UNLIMITED_RATE_FLAGS,
+            "--max-field-bytes",
+            "100",
+            "--model-retry-window",
+            "500ms",
         ) as proxy,
-        caller(proxy.target) as asking,
-    ):  # fmt: skip
+        open_caller(proxy.target) as asking,
+    ):
         for kind in ("refused", "named", "broken", "down", "absurd", "mute", "well", "long" * 30):
             pair = (f"Canary & Co {kind}", "Canary Chief")
-            replies[kind] = asking.start([pair], metadata=[("x-caller", _CALLER)]).reply()
+            replies[kind] = asking.start_infer([pair], metadata=[("x-caller", _CALLER)]).result()
             time.sleep((replies[kind].pushback_ms or 0) / 1000)  # until then the model counts as down
         for target, log_format in ((proxy.target, "text"), (model.target, "json")):
             ended = run_command(
-                "services.augmenter", "run", f"{source}/", f"{tmp_path}/out-{target[-5:]}/",
-                "--target", target, "--retry-budget", "300ms", "--concurrency", "1",
-                "--log-format", log_format, "--summary-json", str(tmp_path / "summary.json"),
-            )  # fmt: skip
+                "services.augmenter",
+                "run",
+                f"{source}/",
+                f"{tmp_path}/out-{target[-5:]}/",
+                "--target",
+                target,
+                "--retry-budget",
+                "300ms",
+                "--concurrency",
+                "1",
+                "--log-format",
+                log_format,
+                "--summary-json",
+                str(tmp_path / "summary.json"),
+            )
             assert ended.returncode == 1
             assert "answered UN" in ended.stderr
             assert "retrying" in ended.stderr
@@ -76,10 +103,15 @@ def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
         assert proxy.stop() == 0
     codes = {kind[:7]: reply.code.name for kind, reply in replies.items()}
     assert codes == {
-        "refused": "INVALID_ARGUMENT", "named": "INVALID_ARGUMENT", "broken": "UNAVAILABLE",
-        "down": "UNAVAILABLE", "absurd": "INTERNAL", "mute": "INTERNAL", "well": "OK",
+        "refused": "INVALID_ARGUMENT",
+        "named": "INVALID_ARGUMENT",
+        "broken": "UNAVAILABLE",
+        "down": "UNAVAILABLE",
+        "absurd": "INTERNAL",
+        "mute": "INTERNAL",
+        "well": "OK",
         "longlon": "INVALID_ARGUMENT",
-    }  # fmt: skip
+    }
     assert all(_WORDS in replies[kind].message for kind in ("refused", "named", "broken", "down"))
     assert "a call to the model failed, trying again" in proxy.log
     assert "the model answers again" in proxy.log

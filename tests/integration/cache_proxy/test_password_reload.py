@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.integration.cache_proxy.conftest import UNPACED
-from tests.support.caller import caller, metrics, pairs_of
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
+from tests.support.caller import make_pairs, open_caller, read_metrics
 from tests.support.model_server import scripted_model
-from tests.support.processes import Service, cache_proxy, run_command
-from tests.support.redis_cluster import redis_cluster, sentinel
+from tests.support.processes import ServiceProcess, cache_proxy, run_command
+from tests.support.redis_cluster import redis_cluster, single_sentinel
 from tests.support.redis_server import redis_process, wait_for
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,9 @@ def guarded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Servers
             (tmp_path / "replica").mkdir()
             replica = redis_process(tmp_path / "replica", "--replicaof", f"127.0.0.1 {servers.ports[0]}")
             stack.enter_context(replica)
-            port = stack.enter_context(sentinel(tmp_path, master_port=servers.ports[0], service="cache"))
+            port = stack.enter_context(
+                single_sentinel(tmp_path, master_port=servers.ports[0], master_name="cache")
+            )
             servers = _Servers(f"redis+sentinel://127.0.0.1:{port}/cache", servers.ports, [port])
         for port in (*servers.ports, *servers.sentinel_ports):
             with redis.Redis(port=port) as client:
@@ -92,8 +94,8 @@ def _flags(servers: _Servers, path: Path) -> tuple[str, ...]:
     return flags
 
 
-def _is_degraded(proxy: Service) -> bool:
-    return metrics(proxy.http)["cache_proxy_degraded",] == 1
+def _is_degraded(proxy: ServiceProcess) -> bool:
+    return read_metrics(proxy.http_url)["cache_proxy_degraded",] == 1
 
 
 def test_password_that_changes_is_followed_without_a_restart(guarded: _Servers, tmp_path: Path) -> None:
@@ -103,38 +105,42 @@ def test_password_that_changes_is_followed_without_a_restart(guarded: _Servers, 
     flags = _flags(guarded, path)
     with (
         scripted_model() as model,
-        cache_proxy("--model-target", model.target, "--l1-max-bytes", "0", *flags, *UNPACED) as proxy,
-        caller(proxy.target) as asking,
+        cache_proxy(
+            "--model-target", model.target, "--l1-max-bytes", "0", *flags, *UNLIMITED_RATE_FLAGS
+        ) as proxy,
+        open_caller(proxy.target) as asking,
     ):
-        pairs = pairs_of("password", 50)
+        pairs = make_pairs("password", 50)
 
         def is_served_by_redis() -> bool:
-            return not _is_degraded(proxy) and asking.ask(pairs).hits == len(pairs)
+            return not _is_degraded(proxy) and asking.infer(pairs).hits == len(pairs)
 
         def renewals(outcome: str) -> float:
             files = ["cache_password", *(["sentinel_password"] if guarded.sentinel_ports else [])]
-            shown = metrics(proxy.http)
+            shown = read_metrics(proxy.http_url)
             return min(shown["cache_proxy_renewals_total", one, outcome] for one in files)
 
-        assert asking.ask(pairs).misses == len(pairs)
-        wait_for(is_served_by_redis, what="the pairs are cached")
+        assert asking.infer(pairs).misses == len(pairs)
+        wait_for(is_served_by_redis, description="the pairs are cached")
 
         _write(path, "second\n")
-        wait_for(lambda: renewals("done") == 1, what="the new file is noticed")
+        wait_for(lambda: renewals("done") == 1, description="the new file is noticed")
         guarded.set_password("second")
-        wait_for(is_served_by_redis, what="the proxy is back with the password that the file had before")
+        wait_for(
+            is_served_by_redis, description="the proxy is back with the password that the file had before"
+        )
 
         guarded.set_password("third")
-        wait_for(lambda: _is_degraded(proxy), what="the old password is refused")
-        assert asking.ask([("while refused", "t")]).misses == 1
+        wait_for(lambda: _is_degraded(proxy), description="the old password is refused")
+        assert asking.infer([("while refused", "t")]).misses == 1
         _write(path, "third\n")
-        wait_for(is_served_by_redis, what="the proxy is back with the new password")
+        wait_for(is_served_by_redis, description="the proxy is back with the new password")
         assert renewals("done") == 2
 
         _write(path, "")
-        wait_for(lambda: renewals("failed") == 1, what="the empty file is noticed")
+        wait_for(lambda: renewals("failed") == 1, description="the empty file is noticed")
         guarded.set_password("third")
-        wait_for(is_served_by_redis, what="the proxy is back with the last password")
+        wait_for(is_served_by_redis, description="the proxy is back with the last password")
 
         _write(path, "third\n")
         ended = run_command("services.cache_proxy", "stats", *flags)

@@ -14,15 +14,15 @@ import grpc
 import pytest
 import redis
 
-from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
-from services.cache_proxy.redis_client.client_factory import Access, connect, servers
-from tests.integration.cache_proxy.conftest import UNPACED
-from tests.support.caller import caller, metrics, pairs_of
-from tests.support.certificates import Authority, Mounted, self_signed
+from services.cache_proxy.cache.invalidation import InvalidationFollower, InvalidationLog
+from services.cache_proxy.redis_client.client_factory import RedisCredentials, backend_for, create_client
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
+from tests.support.caller import make_pairs, open_caller, read_metrics
+from tests.support.certificates import CertificateAuthority, MountedSecret, make_self_signed
 from tests.support.model_server import scripted_model
-from tests.support.processes import ROOT, Service, cache_proxy, run_command
-from tests.support.redis_cluster import redis_cluster, sentinel
-from tests.support.redis_server import RedisServer, free_port, local_program, redis_process, wait_for
+from tests.support.processes import ROOT, ServiceProcess, cache_proxy, run_command
+from tests.support.redis_cluster import redis_cluster, single_sentinel
+from tests.support.redis_server import RedisServer, free_port, local_server_program, redis_process, wait_for
 
 _DEPLOY = ROOT / "deploy/redis"
 _ELSEWHERE = {"command", "cluster|slots", "cluster|shards", "asking", "select", "auth", "client|setname"}
@@ -48,8 +48,11 @@ def guarded_redis(tmp_path: Path) -> Iterator[RedisServer]:
     users = tmp_path / "users.acl"
     text = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
     users.write_text(text + "user tester on >tester ~* &* +@all\n")
-    settings = [line.split(" ", 1) for line in (_DEPLOY / "redis.conf").read_text().splitlines()
-                if line and not line.startswith("#")]  # fmt: skip
+    settings = [
+        line.split(" ", 1)
+        for line in (_DEPLOY / "redis.conf").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     arguments = [part for name, value in settings for part in (f"--{name}", value)]
     with _started(tmp_path, *arguments, "--aclfile", str(users), user="tester") as server:
         yield server
@@ -58,7 +61,7 @@ def guarded_redis(tmp_path: Path) -> Iterator[RedisServer]:
 @contextmanager
 def _started(folder: Path, *args: str, user: str) -> Iterator[RedisServer]:
     """`redis_process`, for a server that does not answer everybody."""
-    server = RedisServer(local_program(), folder, args=args)
+    server = RedisServer(local_server_program(), folder, args=args)
     server.client = lambda: redis.Redis(port=server.port, username=user, password=user)  # type: ignore[method-assign]
     server.start()
     try:
@@ -77,17 +80,26 @@ def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServ
     password.touch(0o600)
     password.write_text("s3cret\n")
     path.write_text('{"company": "c", "title": "t", "seniority": 1}\n')
-    flags = ("--cache-url", guarded_redis.url, "--cache-username", "seniority",
-             "--cache-password-file", str(password))  # fmt: skip
+    flags = (
+        "--cache-url",
+        guarded_redis.url,
+        "--cache-username",
+        "seniority",
+        "--cache-password-file",
+        str(password),
+    )
     with (
         scripted_model() as model,
-        cache_proxy("--model-target", model.target, *flags, *UNPACED) as proxy,
-        caller(proxy.target) as asking,
+        cache_proxy("--model-target", model.target, *flags, *UNLIMITED_RATE_FLAGS) as proxy,
+        open_caller(proxy.target) as asking,
     ):
-        pairs = pairs_of("access", 2000)
-        assert asking.ask(pairs).misses == 2000
-        wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 1, what="the replica is known")
-        assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+        pairs = make_pairs("access", 2000)
+        assert asking.infer(pairs).misses == 2000
+        wait_for(
+            lambda: read_metrics(proxy.http_url)["cache_proxy_live_replicas",] == 1,
+            description="the replica is known",
+        )
+        assert read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0
         for command in (
             ("stats",),
             ("get", "--company", "access 1", "--title", "Title 1"),
@@ -97,7 +109,7 @@ def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServ
         ):
             ended = run_command("services.cache_proxy", command[0], *flags, *command[1:])
             assert ended.returncode == 0, ended.stderr
-        with urlopen(f"{proxy.http}/status.json", timeout=10) as page:
+        with urlopen(f"{proxy.http_url}/status.json", timeout=10) as page:
             assert page.status == 200
         assert proxy.stop() == 0
     asyncio.run(_follow(guarded_redis.url))
@@ -116,10 +128,10 @@ def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServ
 
 async def _follow(url: str) -> None:
     """Read the log of invalidations once."""
-    access = Access(username="seniority", password=b"s3cret")
-    reached = servers(connect(url, timeout_seconds=5, access=access))
+    access = RedisCredentials(username="seniority", password=b"s3cret")
+    reached = backend_for(create_client(url, timeout_seconds=5, credentials=access))
     log = InvalidationLog(reached, "{seniority}:q1:fold1:1:log")
-    await Follower(log, remove=lambda _: None, clear=lambda: None).poll()
+    await InvalidationFollower(log, remove=lambda _: None, clear=lambda: None).poll()
     await reached.close()
 
 
@@ -132,20 +144,34 @@ def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) 
     if program is None or shutil.which("openssl") is None:
         pytest.skip("no redis-server (with TLS) and openssl are installed")
     tls_port = free_port()
-    certificate, key = self_signed(tmp_path, "good")
-    other, _ = self_signed(tmp_path, "other")
+    certificate, key = make_self_signed(tmp_path, "good")
+    other, _ = make_self_signed(tmp_path, "other")
     with (
         redis_process(
-            tmp_path, "--tls-port", str(tls_port), "--tls-cert-file", str(certificate), "--tls-key-file",
-            str(key), "--tls-auth-clients", "no", program=program,
+            tmp_path,
+            "--tls-port",
+            str(tls_port),
+            "--tls-cert-file",
+            str(certificate),
+            "--tls-key-file",
+            str(key),
+            "--tls-auth-clients",
+            "no",
+            program=program,
         ),
         scripted_model() as model,
-    ):  # fmt: skip
-        flags = ("--model-target", model.target, "--cache-url", f"rediss://127.0.0.1:{tls_port}", *UNPACED)
+    ):
+        flags = (
+            "--model-target",
+            model.target,
+            "--cache-url",
+            f"rediss://127.0.0.1:{tls_port}",
+            *UNLIMITED_RATE_FLAGS,
+        )
         for ca, hits in ((certificate, 0), (certificate, 5), (other, 0)):
-            with cache_proxy(*flags, "--cache-tls-ca", str(ca)) as proxy, caller(proxy.target) as asking:
-                assert asking.ask(pairs_of("tls", 5)).hits == hits
-                assert metrics(proxy.http)["cache_proxy_store_up",] == (ca is certificate)
+            with cache_proxy(*flags, "--cache-tls-ca", str(ca)) as proxy, open_caller(proxy.target) as asking:
+                assert asking.infer(make_pairs("tls", 5)).hits == hits
+                assert read_metrics(proxy.http_url)["cache_proxy_store_up",] == (ca is certificate)
                 proxy.stop()
 
 
@@ -158,56 +184,73 @@ def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("no redis-server (with TLS) is installed")
-    first, second = Authority(tmp_path, "first"), Authority(tmp_path, "second")
-    server, client = Mounted(tmp_path / "server"), Mounted(tmp_path / "client")
-    server.put_pair(first.sign("redis"))
-    client.put_pair(first.sign("proxy"))
-    own, shown, port = server.signed, client.signed, free_port()
+    first, second = CertificateAuthority(tmp_path, "first"), CertificateAuthority(tmp_path, "second")
+    server, client = MountedSecret(tmp_path / "server"), MountedSecret(tmp_path / "client")
+    server.replace_certificate(first.sign("redis"))
+    client.replace_certificate(first.sign("proxy"))
+    own, shown, port = server.paths, client.paths, free_port()
     static = first.sign("static")
     ca, key, certificate = static.pem
     with (
         redis_process(
-            tmp_path, "--tls-port", str(port), "--tls-cert-file", str(own.certificate), "--tls-key-file",
-            str(own.key), "--tls-ca-cert-file", str(own.ca), "--tls-auth-clients", "yes", program=program,
+            tmp_path,
+            "--tls-port",
+            str(port),
+            "--tls-cert-file",
+            str(own.certificate),
+            "--tls-key-file",
+            str(own.key),
+            "--tls-ca-cert-file",
+            str(own.ca),
+            "--tls-auth-clients",
+            "yes",
+            program=program,
         ) as redis_server,
         scripted_model(
             credentials=grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)
         ) as model,
-    ):  # fmt: skip
+    ):
 
-        def is_degraded(proxy: Service) -> float:
-            return metrics(proxy.http)["cache_proxy_degraded",]
+        def is_degraded(proxy: ServiceProcess) -> float:
+            return read_metrics(proxy.http_url)["cache_proxy_degraded",]
 
         url = f"rediss://127.0.0.1:{port}?ssl_certfile={{}}&ssl_keyfile={{}}"
         flags = (
-            "--model-target", model.target, *static.flags("--model-tls"), *static.flags(ca="client-ca"),
-            "--cache-tls-ca", str(shown.ca), *UNPACED, "--cache-url",
-        )  # fmt: skip
+            "--model-target",
+            model.target,
+            *static.flags("--model-tls"),
+            *static.flags(ca="client-ca"),
+            "--cache-tls-ca",
+            str(shown.ca),
+            *UNLIMITED_RATE_FLAGS,
+            "--cache-url",
+        )
         asker = grpc.ssl_channel_credentials(*static.pem)
         with (
             cache_proxy(*flags, url.format(shown.certificate, shown.key), "--l1-max-bytes", "0") as proxy,
-            caller(proxy.target, asker) as asking,
+            open_caller(proxy.target, asker) as asking,
         ):
-            pairs = pairs_of("mutual", 5)
-            assert asking.ask(pairs).misses == 5
-            wait_for(lambda: asking.ask(pairs).hits == 5, what="they are cached")
+            pairs = make_pairs("mutual", 5)
+            assert asking.infer(pairs).misses == 5
+            wait_for(lambda: asking.infer(pairs).hits == 5, description="they are cached")
             redis_server.kill()
-            wait_for(lambda: is_degraded(proxy) == 1, what="Redis is lost")
-            server.put_pair(second.sign("redis"))
-            client.put_pair(second.sign("proxy"))
+            wait_for(lambda: is_degraded(proxy) == 1, description="Redis is lost")
+            server.replace_certificate(second.sign("redis"))
+            client.replace_certificate(second.sign("proxy"))
             redis_server.start()
             wait_for(
-                lambda: asking.ask(pairs).hits and is_degraded(proxy) == 0, what="Redis is reached again"
+                lambda: asking.infer(pairs).hits and is_degraded(proxy) == 0,
+                description="Redis is reached again",
             )
-            assert metrics(proxy.http)["cache_proxy_renewals_total", "cache_tls", "done"] == 1
+            assert read_metrics(proxy.http_url)["cache_proxy_renewals_total", "cache_tls", "done"] == 1
             proxy.stop()
-        stranger, _ = self_signed(tmp_path, "stranger")
+        stranger, _ = make_self_signed(tmp_path, "stranger")
         with (
             cache_proxy(*flags, url.format(stranger, tmp_path / "stranger.key")) as proxy,
-            caller(proxy.target, asker) as asking,
+            open_caller(proxy.target, asker) as asking,
         ):
-            assert asking.ask(pairs).misses == 5
-            assert metrics(proxy.http)["cache_proxy_store_up",] == 0
+            assert asking.infer(pairs).misses == 5
+            assert read_metrics(proxy.http_url)["cache_proxy_store_up",] == 0
 
 
 @dataclass(frozen=True)
@@ -230,12 +273,15 @@ def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     users.write_text(rights.replace("user default off", "user default on nopass ~* &* +@all"))
     password.touch(0o600)
     password.write_text("s3cret\n")
-    certificate, key = self_signed(tmp_path, "good")
+    certificate, key = make_self_signed(tmp_path, "good")
     with ExitStack() as stack:
         tls = {
-            "tls-cert-file": str(certificate), "tls-key-file": str(key), "tls-ca-cert-file": str(certificate),
-            "tls-auth-clients": "yes", "tls-replication": "yes",
-        }  # fmt: skip
+            "tls-cert-file": str(certificate),
+            "tls-key-file": str(key),
+            "tls-ca-cert-file": str(certificate),
+            "tls-auth-clients": "yes",
+            "tls-replication": "yes",
+        }
         settings = [part for name, value in tls.items() for part in (f"--{name}", value)]
         settings += ["--aclfile", str(users)]
         if request.param == "cluster":
@@ -244,8 +290,14 @@ def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
             nodes = cluster.nodes
         else:
             url, nodes = _behind_a_sentinel(stack, tmp_path, settings, tls, program)
-        flags = ("--cache-username", "seniority", "--cache-password-file", str(password),
-                 "--cache-tls-ca", str(certificate))  # fmt: skip
+        flags = (
+            "--cache-username",
+            "seniority",
+            "--cache-password-file",
+            str(password),
+            "--cache-tls-ca",
+            str(certificate),
+        )
         url += f"?ssl_certfile={certificate}&ssl_keyfile={key}"
         yield _Guarded(url, flags, nodes)
 
@@ -262,7 +314,9 @@ def _behind_a_sentinel(
         nodes.append(stack.enter_context(server))
     lines = [f"{name} {value}" for name, value in tls.items()]
     stack.enter_context(
-        sentinel(folder, f"tls-port {ports[2]}", *lines, master_port=int(ports[0]), service="cache")
+        single_sentinel(
+            folder, f"tls-port {ports[2]}", *lines, master_port=int(ports[0]), master_name="cache"
+        )
     )
     return f"redis+sentinel://127.0.0.1:{ports[2]}/cache", nodes
 
@@ -273,18 +327,23 @@ def test_many_servers_are_reached_by_tls_and_with_the_least_rights(guarded_serve
     url, flags, nodes = guarded_servers.url, guarded_servers.flags, guarded_servers.nodes
     with (
         scripted_model() as model,
-        cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNPACED) as one,
-        cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNPACED) as other,
-        caller(one.target) as asking,
-        caller(other.target) as asking_too,
+        cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNLIMITED_RATE_FLAGS) as one,
+        cache_proxy(
+            "--model-target", model.target, "--cache-url", url, *flags, *UNLIMITED_RATE_FLAGS
+        ) as other,
+        open_caller(one.target) as asking,
+        open_caller(other.target) as asking_too,
     ):
         for proxy in (one, other):
-            wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 2, what="both are known")  # noqa: B023
-        pairs = pairs_of("guarded", 500)
-        assert asking.ask(pairs).misses == 500
-        wait_for(lambda: asking_too.ask(pairs).misses == 0, what="all are cached")
+            wait_for(
+                lambda: read_metrics(proxy.http_url)["cache_proxy_live_replicas",] == 2,  # noqa: B023
+                description="both are known",
+            )
+        pairs = make_pairs("guarded", 500)
+        assert asking.infer(pairs).misses == 500
+        wait_for(lambda: asking_too.infer(pairs).misses == 0, description="all are cached")
         for proxy in (one, other):
-            assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+            assert read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0
             assert "WARNING" not in proxy.log
             assert proxy.stop() == 0
         assert sum(len(call.pairs) for call in model.calls) == 500
@@ -319,11 +378,16 @@ def guarded_sentinel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator
             follow = ("--replicaof", f"127.0.0.1 {nodes[0].port}") if nodes else ()
             nodes.append(stack.enter_context(redis_process(tmp_path / name, *follow)))
         port = stack.enter_context(
-            sentinel(
-                tmp_path, *lines, master_port=nodes[0].port, service="cache", program=program,
-                username=username, password="s3cret",
+            single_sentinel(
+                tmp_path,
+                *lines,
+                master_port=nodes[0].port,
+                master_name="cache",
+                program=program,
+                username=username,
+                password="s3cret",
             )
-        )  # fmt: skip
+        )
         yield _Guarded(f"redis+sentinel://127.0.0.1:{port}/cache", tuple(flags), nodes)
 
 
@@ -337,21 +401,24 @@ def test_a_sentinel_with_user_and_password_is_asked_with_its_own_and_no_other(
     wrong.touch(0o600)
     wrong.write_text("something else\n")
     with scripted_model() as model:
-        common = ("--model-target", model.target, "--cache-url", url, *UNPACED)
-        with cache_proxy(*common, *flags) as proxy, caller(proxy.target) as asking:
-            assert asking.ask(pairs_of("sentinel", 20)).misses == 20
-            wait_for(lambda: metrics(proxy.http)["cache_proxy_live_replicas",] == 1, what="it is known")
-            assert metrics(proxy.http)["cache_proxy_degraded",] == 0
+        common = ("--model-target", model.target, "--cache-url", url, *UNLIMITED_RATE_FLAGS)
+        with cache_proxy(*common, *flags) as proxy, open_caller(proxy.target) as asking:
+            assert asking.infer(make_pairs("sentinel", 20)).misses == 20
+            wait_for(
+                lambda: read_metrics(proxy.http_url)["cache_proxy_live_replicas",] == 1,
+                description="it is known",
+            )
+            assert read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0
             assert "WARNING" not in proxy.log
             assert proxy.stop() == 0
         named = flags[-1] if "--sentinel-username" in flags else "default"
         for user, refused in (("default", ()), (named, ("--sentinel-password-file", str(wrong), *flags[2:]))):
-            with cache_proxy(*common, *refused) as proxy, caller(proxy.target) as asking:
-                assert len(asking.ask(pairs_of(f"refused {len(refused)}", 5)).levels) == 5
-                wait_for(lambda: "the store is down" in proxy.log, what="the store is down")
+            with cache_proxy(*common, *refused) as proxy, open_caller(proxy.target) as asking:
+                assert len(asking.infer(make_pairs(f"refused {len(refused)}", 5)).levels) == 5
+                wait_for(lambda: "the store is down" in proxy.log, description="the store is down")
                 assert "this replica leaves the shared queue until that is mended" in proxy.log
                 with pytest.raises(HTTPError):
-                    urlopen(f"{proxy.http}/readyz", timeout=10)
+                    urlopen(f"{proxy.http_url}/readyz", timeout=10)
                 warnings = [line for line in proxy.log.splitlines() if '"INFO"' not in line]
                 assert len(warnings) == 2, warnings
                 for line in warnings:

@@ -13,18 +13,22 @@ from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
 from services.cache_proxy.cache.key import fold
-from tests.integration.cache_proxy.conftest import UNPACED, Stage, StageWith
-from tests.support.caller import caller, metrics
-from tests.support.model_server import Answers, Call, level_of, scripted_model
-from tests.support.processes import Service, cache_proxy
+from tests.integration.cache_proxy.conftest import (
+    UNLIMITED_RATE_FLAGS,
+    ProxyEnvironment,
+    StartProxyEnvironment,
+)
+from tests.support.caller import open_caller, read_metrics
+from tests.support.model_server import Answers, ReceivedCall, scripted_level, scripted_model
+from tests.support.processes import ServiceProcess, cache_proxy
 
 _MAX_PAIRS, _MAX_FIELD_BYTES = 6, 40
 
 
-def _by_normal_form(call: Call) -> Answers:
+def _by_normal_form(call: ReceivedCall) -> Answers:
     """A model to which spellings are nothing: so an answer does not depend on who asked first."""
     return [
-        (uuid, level_of(fold(company), fold(title)))
+        (uuid, scripted_level(fold(company), fold(title)))
         for uuid, (company, title) in zip(call.ids, call.pairs, strict=True)
     ]
 
@@ -52,7 +56,7 @@ def _expected(message: bytes) -> Expected:
         for name, text in (("company", item.company), ("title", item.title)):
             if len(text.encode()) > _MAX_FIELD_BYTES:
                 return Expected(_REFUSED, field=f"batch[{index}].{name}")
-    levels = [(item.uuid, level_of(fold(item.company), fold(item.title))) for item in batch]
+    levels = [(item.uuid, scripted_level(fold(item.company), fold(item.title))) for item in batch]
     return Expected(grpc.StatusCode.OK, levels)
 
 
@@ -79,8 +83,11 @@ _BAD_TEXTS = st.sampled_from([b"\xc3\x28", b"\xff", b"\xed\xa0\x80", b"x" * 41, 
 def _number(field: st.SearchStrategy[int], value: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
     return st.builds(
         lambda tag, value, tag_padding, padding: _varint(tag << 3, tag_padding % 4) + _varint(value, padding),
-        field, value, _PADDING, _PADDING,
-    )  # fmt: skip
+        field,
+        value,
+        _PADDING,
+        _PADDING,
+    )
 
 
 def _bytes(field: st.SearchStrategy[int], value: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
@@ -88,8 +95,11 @@ def _bytes(field: st.SearchStrategy[int], value: st.SearchStrategy[bytes]) -> st
         lambda tag, value, tag_padding, padding: (
             _varint(tag << 3 | 2, tag_padding % 4) + _varint(len(value), padding % 4) + value
         ),
-        field, value, _PADDING, _PADDING,
-    )  # fmt: skip
+        field,
+        value,
+        _PADDING,
+        _PADDING,
+    )
 
 
 _UUID = _number(st.just(1), _INT32 | st.sampled_from([2**32, 2**32 + 7, 2**63, 2**31]))
@@ -109,8 +119,10 @@ _CANONICAL = st.builds(
     lambda uuid, company, title: pb.SeniorityRequest(
         uuid=uuid, company=company.decode(), title=title.decode()
     ).SerializeToString(),
-    _INT32, _TEXTS, _TEXTS,
-)  # fmt: skip
+    _INT32,
+    _TEXTS,
+    _TEXTS,
+)
 _FIELDS = st.one_of(
     _UUID,
     _bytes(st.just(2), _TEXTS),
@@ -135,18 +147,20 @@ _BATCH = st.builds(
 
 
 @pytest.fixture(scope="module")
-def encoded() -> Iterator[Stage]:
+def encoded() -> Iterator[ProxyEnvironment]:
     """A proxy with low limits."""
     limits = ("--max-request-pairs", str(_MAX_PAIRS), "--max-field-bytes", str(_MAX_FIELD_BYTES))
     with (
         scripted_model(_by_normal_form) as model,
-        cache_proxy("--model-target", model.target, "--cache-url", "memory:", *UNPACED, *limits) as proxy,
-        caller(proxy.target) as asking,
+        cache_proxy(
+            "--model-target", model.target, "--cache-url", "memory:", *UNLIMITED_RATE_FLAGS, *limits
+        ) as proxy,
+        open_caller(proxy.target) as asking,
     ):
-        yield Stage(asking, proxy, model)
+        yield ProxyEnvironment(asking, proxy, model)
 
 
-def _ask(stage: Stage, message: bytes) -> tuple[Expected, str, dict[str, str]]:
+def _ask(stage: ProxyEnvironment, message: bytes) -> tuple[Expected, str, dict[str, str]]:
     """What the proxy makes of a request's bytes, what it says, and its trailers."""
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = stage.caller.channel.unary_unary(
         "/SeniorityModel/InferSeniority"
@@ -170,7 +184,9 @@ def _ask(stage: Stage, message: bytes) -> tuple[Expected, str, dict[str, str]]:
 @example(b"\x0a\x06\x12\x04acme\x0a\x04\x12\x02\xc3\x28")
 @example(b"\x0a\x0a\x08\x05\x12\x04acme\x08\x09")
 @example(b"\x0a\x00" * 40)
-def test_any_encoding_is_answered_or_refused_as_by_messages(encoded: Stage, message: bytes) -> None:
+def test_any_encoding_is_answered_or_refused_as_by_messages(
+    encoded: ProxyEnvironment, message: bytes
+) -> None:
     """However fields are ordered, repeated, unknown, cut or spelled; twice, so that L1 knows what it may."""
     expected = _expected(message)
     for again in (False, True):
@@ -183,7 +199,7 @@ def test_any_encoding_is_answered_or_refused_as_by_messages(encoded: Stage, mess
             assert not (again and misses)
 
 
-def test_what_is_refused_is_counted_as_failed_and_what_is_answered_once(encoded: Stage) -> None:
+def test_what_is_refused_is_counted_as_failed_and_what_is_answered_once(encoded: ProxyEnvironment) -> None:
     """Each pair of a batch that is refused for one of them has failed, those that L1 knows too."""
     known, bad = b"\x0a\x06\x12\x04acme", b"\x0a\x04\x12\x02\xc3\x28"
     assert _ask(encoded, known)[0].code is grpc.StatusCode.OK
@@ -195,48 +211,55 @@ def test_what_is_refused_is_counted_as_failed_and_what_is_answered_once(encoded:
     assert {outcome: count for outcome, count in gained.items() if count} == {"failed": 3, "l1": 4}
 
 
-def _outcomes(proxy: Service) -> dict[str, float]:
+def _outcomes(proxy: ServiceProcess) -> dict[str, float]:
     return {
-        key[1]: value for key, value in metrics(proxy.http).items() if key[0] == "cache_proxy_pairs_total"
+        key[1]: value
+        for key, value in read_metrics(proxy.http_url).items()
+        if key[0] == "cache_proxy_pairs_total"
     }
 
 
-def test_without_l1_everything_is_answered_by_l2(stage_with: StageWith) -> None:
+def test_without_l1_everything_is_answered_by_l2(stage_with: StartProxyEnvironment) -> None:
     """`--l1-max-bytes 0` turns L1 off: no entry, no `l1` outcome, the same answers."""
-    stage = stage_with("--l1-max-bytes", "0", *UNPACED)
+    stage = stage_with("--l1-max-bytes", "0", *UNLIMITED_RATE_FLAGS)
     pairs = [(f"off {number}", "t") for number in range(50)]
     for _ in range(3):
-        assert stage.caller.ask(pairs).levels == [level_of(*pair) for pair in pairs]
+        assert stage.caller.infer(pairs).levels == [scripted_level(*pair) for pair in pairs]
     found = _outcomes(stage.proxy)
     assert (found["inferred"], found["l2"], found["l1"]) == (50, 100, 0)
-    assert metrics(stage.proxy.http)["cache_proxy_l1_entries",] == 0
+    assert read_metrics(stage.proxy.http_url)["cache_proxy_l1_entries",] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("known", [False, True])
-def test_a_million_empty_pairs_are_answered_in_bounded_memory(stage_with: StageWith, known: bool) -> None:
+def test_a_million_empty_pairs_are_answered_in_bounded_memory(
+    stage_with: StartProxyEnvironment, known: bool
+) -> None:
     """Where so many are allowed each is answered, the model hears of one pair, and others are not held up."""
-    stage = stage_with("--max-request-pairs", "1000000", *UNPACED)
+    stage = stage_with("--max-request-pairs", "1000000", *UNLIMITED_RATE_FLAGS)
     if known:
-        stage.caller.ask([("", "")])
+        stage.caller.infer([("", "")])
     done = threading.Event()
     waits: list[float] = []
 
     def ask_others() -> None:
-        with caller(stage.proxy.target) as other:
+        with open_caller(stage.proxy.target) as other:
             while not done.is_set():
-                waits.append(other.ask([("other", "t")]).levels[0])
+                waits.append(other.infer([("other", "t")]).levels[0])
 
     others = threading.Thread(target=ask_others)
     others.start()
     found, _, trailers = _ask(stage, b"\x0a\x00" * 1_000_000)
     done.set()
     others.join()
-    assert found.answers == [(0, level_of("", ""))] * 1_000_000
+    assert found.answers == [(0, scripted_level("", ""))] * 1_000_000
     assert trailers["x-cache-hits" if known else "x-cache-misses"] == "1000000"
-    assert set(waits) == {level_of("other", "t")}
-    assert stage.model.asked("") == [("", ""), ("other", "t")] or len(stage.model.asked("")) == 2
+    assert set(waits) == {scripted_level("other", "t")}
+    assert (
+        stage.model.received_pairs("") == [("", ""), ("other", "t")]
+        or len(stage.model.received_pairs("")) == 2
+    )
     status = Path(f"/proc/{stage.proxy.process.pid}/status").read_text()
     peak_kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
     assert peak_kib < (350 if known else 700) * 1024

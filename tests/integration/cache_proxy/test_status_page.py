@@ -14,10 +14,10 @@ import pytest
 from playwright.sync_api import Browser, Page, Request
 
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.queue_scripts import Keys, Scripts
-from tests.integration.cache_proxy.conftest import Stage
+from services.cache_proxy.queue.queue_scripts import QueueKeys, Scripts
+from tests.integration.cache_proxy.conftest import ProxyEnvironment
 from tests.support.browser import chromium
-from tests.support.caller import caller, pairs_of
+from tests.support.caller import make_pairs, open_caller
 from tests.support.fleet import Fleet, fleet
 from tests.support.redis_server import wait_for
 
@@ -49,7 +49,7 @@ class Scene:
     @property
     def http(self) -> str:
         """The first replica's page."""
-        return self.fleet.proxies[0].http
+        return self.fleet.proxies[0].http_url
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """Each of two callers has asked each of two replicas for 300 pairs, of which the two share the half."""
     with chromium() as browser, fleet(tmp_path_factory.mktemp("status")) as running:
         requests = hits = misses = 0
-        for proxy in running.start_all(2, *FAST):
-            with caller(proxy.target) as asking:
+        for proxy in running.start_replicas(2, *FAST):
+            with open_caller(proxy.target) as asking:
                 for name in CALLERS:
                     for prefix in ("all", name[:5]):
-                        reply = asking.ask(pairs_of(prefix, 150), metadata=[("x-caller", name)])
+                        reply = asking.infer(make_pairs(prefix, 150), metadata=[("x-caller", name)])
                         requests, hits, misses = requests + 1, hits + reply.hits, misses + reply.misses
         yield Scene(running, Asked(requests, hits, misses), browser)
 
@@ -92,7 +92,9 @@ def _wait_for_fleet(scene: Scene, http: str) -> dict[str, Any]:
         arrived = pairs >= scene.asked.hits + scene.asked.misses and told["total"]["calls"]
         return told if told["scope"] == "fleet" and arrived else None
 
-    found: dict[str, Any] = wait_for(complete, seconds=60, what="both replicas' figures are told")
+    found: dict[str, Any] = wait_for(
+        complete, timeout_seconds=60, description="both replicas' figures are told"
+    )
     return found
 
 
@@ -103,9 +105,9 @@ def _words(text: str) -> str:
 @pytest.mark.slow
 def test_every_replica_tells_the_fleets_figures(scene: Scene) -> None:
     """On both replicas pairs, hits, calls and callers are what trailers and the model's own log say."""
-    calls = scene.fleet.calls
+    calls = scene.fleet.model_calls
     for proxy in scene.fleet.proxies:
-        told = _wait_for_fleet(scene, proxy.http)
+        told = _wait_for_fleet(scene, proxy.http_url)
         total = told["total"]
         assert (total["requests"], total["hits"]) == (scene.asked.requests, scene.asked.hits)
         assert total["inferred"] + total["coalesced"] == scene.asked.misses
@@ -113,7 +115,7 @@ def test_every_replica_tells_the_fleets_figures(scene: Scene) -> None:
         assert {line["name"]: line["pairs"] for line in told["callers"]} == dict.fromkeys(CALLERS, 600)
         assert (told["live_replicas"], told["silent_replicas"]) == (2, 0)
         assert told["calls_saved"] == scene.asked.requests - len(calls)
-        with _page(scene, proxy.http) as page:
+        with _page(scene, proxy.http_url) as page:
             rate = scene.asked.hits / (scene.asked.hits + scene.asked.misses)
             assert _words(page.inner_text("#hit-rate")) == f"{int(rate * 1000) / 10} %"
             assert _words(page.inner_text("#calls-saved")) == str(told["calls_saved"])
@@ -129,18 +131,20 @@ def test_every_replica_tells_the_fleets_figures(scene: Scene) -> None:
 def test_what_a_dead_replica_counted_is_still_told(scene: Scene) -> None:
     """A third one answers, reports, and is killed: the others tell what it counted, and that they are two."""
     before = _wait_for_fleet(scene, scene.http)["total"]
-    third = scene.fleet.start(*FAST)
-    with caller(third.target) as asking:
-        asking.ask(pairs_of("all", 150), metadata=[("x-caller", CALLERS[0])])
+    third = scene.fleet.start_replica(*FAST)
+    with open_caller(third.target) as asking:
+        asking.infer(make_pairs("all", 150), metadata=[("x-caller", CALLERS[0])])
 
     def counted() -> bool:
         return bool(_told(scene.http)["total"]["hits"] == before["hits"] + 150)
 
-    wait_for(counted, seconds=60, what="the third replica has reported")
+    wait_for(counted, timeout_seconds=60, description="the third replica has reported")
     third.stop(signal.SIGKILL)
     scene.fleet.proxies.remove(third)
     told = wait_for(
-        lambda: (found := _told(scene.http))["live_replicas"] == 2 and found, seconds=60, what="it is missed"
+        lambda: (found := _told(scene.http))["live_replicas"] == 2 and found,
+        timeout_seconds=60,
+        description="it is missed",
     )
     assert told["total"]["hits"] == before["hits"] + 150
 
@@ -258,9 +262,9 @@ def test_any_number_of_viewers_cost_redis_one_read_a_second(scene: Scene) -> Non
     """One look after the other: Redis is read as often as seconds passed, and once more."""
     home: Any = SimpleNamespace(database=0)
     metrics: Any = ProxyMetrics
-    scripts = Scripts(home, Keys(prefix="p", namespace="n"), metrics=metrics)
+    scripts = Scripts(home, QueueKeys(prefix="p", namespace="n"), metrics=metrics)
     reading = scripts._scripts["overview"].sha
-    with scene.fleet.redis.commands_of_clients() as commands:
+    with scene.fleet.redis.record_client_commands() as commands:
         began_at = _told(scene.http)["at_seconds"]
         looks, seconds = 1, 0.0
         while seconds < LOOKING_SECONDS:
@@ -296,13 +300,17 @@ _LOOK_AGAIN_JS = "document.dispatchEvent(new Event('visibilitychange'))"
 
 
 def _wait_for_scope(scene: Scene, scope: str) -> None:
-    wait_for(lambda: _told(scene.http)["scope"] == scope, seconds=60, what=f"figures are told of: {scope}")
+    wait_for(
+        lambda: _told(scene.http)["scope"] == scope,
+        timeout_seconds=60,
+        description=f"figures are told of: {scope}",
+    )
 
 
-def test_the_page_and_its_data_of_one_process(stage: Stage) -> None:
+def test_the_page_and_its_data_of_one_process(stage: ProxyEnvironment) -> None:
     """With `memory:` they are there too, for GET alone, and say that the figures are of this replica."""
-    stage.caller.ask(pairs_of("status", 3), metadata=[("x-caller", "page")])
-    with urlopen(f"{stage.proxy.http}/", timeout=30) as response:
+    stage.caller.infer(make_pairs("status", 3), metadata=[("x-caller", "page")])
+    with urlopen(f"{stage.proxy.http_url}/", timeout=30) as response:
         page = response.read().decode()
         headers = dict(response.headers)
     assert "these figures are of this replica alone" in page
@@ -310,7 +318,7 @@ def test_the_page_and_its_data_of_one_process(stage: Stage) -> None:
     assert headers["Content-Type"] == "text/html; charset=utf-8"
 
     def counted() -> bool:
-        return any(line["name"] == "page" for line in _told(stage.proxy.http)["callers"])
+        return any(line["name"] == "page" for line in _told(stage.proxy.http_url)["callers"])
 
-    wait_for(counted, what="the page counts the request")
-    assert _told(stage.proxy.http)["scope"] == "not shared"
+    wait_for(counted, description="the page counts the request")
+    assert _told(stage.proxy.http_url)["scope"] == "not shared"

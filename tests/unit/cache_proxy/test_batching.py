@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.batching import Riders
+from services.cache_proxy.batching import MicroBatcher
 
 
 class Driver:
@@ -38,8 +38,8 @@ def test_each_gets_its_own_result_in_loads_within_the_bound(sizes: list[int], mo
 
     async def run() -> list[list[int]]:
         driver = Driver()
-        riders = Riders(driver.drive, size=lambda item: item, most=most)
-        assert await asyncio.gather(*map(riders.ride, sizes)) == [10 * size for size in sizes]
+        riders = MicroBatcher(driver.drive, size=lambda item: item, max_size=most)
+        assert await asyncio.gather(*map(riders.submit, sizes)) == [10 * size for size in sizes]
         return driver.loads
 
     loads = asyncio.run(run())
@@ -51,10 +51,10 @@ def test_each_gets_its_own_result_in_loads_within_the_bound(sizes: list[int], mo
 async def test_who_comes_while_one_is_under_way_goes_with_the_next() -> None:
     """The first goes alone, all that came meanwhile together."""
     driver = Driver(open_at_once=False)
-    riders = Riders(driver.drive, size=lambda _: 1, most=100)
-    first = asyncio.create_task(riders.ride(1))
+    riders = MicroBatcher(driver.drive, size=lambda _: 1, max_size=100)
+    first = asyncio.create_task(riders.submit(1))
     await driver.begun.wait()
-    others = [asyncio.create_task(riders.ride(number)) for number in (2, 3, 4)]
+    others = [asyncio.create_task(riders.submit(number)) for number in (2, 3, 4)]
     await asyncio.sleep(0)
     driver.gate.set()
     assert await asyncio.gather(first, *others) == [10, 20, 30, 40]
@@ -64,20 +64,20 @@ async def test_who_comes_while_one_is_under_way_goes_with_the_next() -> None:
 async def test_an_error_reaches_all_that_wait_and_none_that_come_later() -> None:
     """Those in the load and those behind it would wait for the same; the next call is tried anew."""
     driver = Driver(open_at_once=False)
-    riders = Riders(driver.drive, size=lambda _: 1, most=2)
-    waiting = [asyncio.create_task(riders.ride(number)) for number in (-1, 2, 3, 4, 5)]
+    riders = MicroBatcher(driver.drive, size=lambda _: 1, max_size=2)
+    waiting = [asyncio.create_task(riders.submit(number)) for number in (-1, 2, 3, 4, 5)]
     await driver.begun.wait()
     driver.gate.set()
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(result) for result in results] == [ValueError] * 5
-    assert await riders.ride(6) == 60
+    assert await riders.submit(6) == 60
 
 
 async def test_who_goes_away_takes_nobody_along() -> None:
     """Neither under way nor waiting: the others get theirs, and what nobody waits for is not carried."""
     driver = Driver(open_at_once=False)
-    riders = Riders(driver.drive, size=lambda _: 1, most=2)
-    tasks = [asyncio.create_task(riders.ride(number)) for number in range(6)]
+    riders = MicroBatcher(driver.drive, size=lambda _: 1, max_size=2)
+    tasks = [asyncio.create_task(riders.submit(number)) for number in range(6)]
     await driver.begun.wait()
     for gone in (0, 2, 3):
         tasks[gone].cancel()
@@ -91,14 +91,14 @@ async def test_who_goes_away_takes_nobody_along() -> None:
 async def test_all_that_wait_may_go_away() -> None:
     """Nothing is carried then, and who comes later is."""
     driver = Driver(open_at_once=False)
-    riders = Riders(driver.drive, size=lambda _: 1, most=1)
-    tasks = [asyncio.create_task(riders.ride(number)) for number in range(3)]
+    riders = MicroBatcher(driver.drive, size=lambda _: 1, max_size=1)
+    tasks = [asyncio.create_task(riders.submit(number)) for number in range(3)]
     await driver.begun.wait()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     driver.gate.set()
-    assert await riders.ride(7) == 70
+    assert await riders.submit(7) == 70
     assert driver.loads == [[0], [7]]
 
 
@@ -108,10 +108,10 @@ async def test_a_driver_that_loses_count_is_an_error_for_all_and_not_a_wait_for_
     async def short(items: Sequence[int]) -> list[int]:
         return list(items)[1:]
 
-    riders = Riders(short, size=lambda _: 1, most=10)
+    riders = MicroBatcher(short, size=lambda _: 1, max_size=10)
     with pytest.raises(ValueError, match="zip"):
-        await asyncio.wait_for(riders.ride(1), 30)
+        await asyncio.wait_for(riders.submit(1), 30)
     results = await asyncio.wait_for(
-        asyncio.gather(riders.ride(1), riders.ride(2), return_exceptions=True), 30
+        asyncio.gather(riders.submit(1), riders.submit(2), return_exceptions=True), 30
     )
     assert all(isinstance(result, ValueError) for result in results)

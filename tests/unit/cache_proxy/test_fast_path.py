@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
 from services.cache_proxy.cache.l1 import L1Cache
-from services.cache_proxy.fast_path import answer_known, answer_one
+from services.cache_proxy.fast_path import answer_batch, answer_single
 from services.cache_proxy.wire import batches
 
 _Result = TypeVar("_Result")
@@ -47,10 +47,10 @@ def test_every_uuid_comes_back_with_its_pairs_level(asked: list[tuple[int, str]]
     cache = _known(("a", "t"), ("b", "t"), ("", ""))
     levels = {"a": 1, "b": 2, "": 3}
     items = [_item(uuid, company, "t" if company else "") for uuid, company in asked]
-    answers, missing = _at_once(answer_known(items, cache))
+    answers, missing = _at_once(answer_batch(items, cache))
     assert missing == [at for at, (_, company) in enumerate(asked) if company == "new"]
     assert answers == [
-        batches.answer(uuid, levels[company]) if company in levels else b"" for uuid, company in asked
+        batches.response_item(uuid, levels[company]) if company in levels else b"" for uuid, company in asked
     ]
 
 
@@ -74,9 +74,9 @@ def test_one_pair_is_answered_as_in_a_batch(uuid: bytes, rest: bytes, frame: str
     items = batches.split(message, max_pairs=10)
     expected = None
     if isinstance(items, list) and len(items) == 1 and batches.join(items) == message:
-        answers, missing = _at_once(answer_known(items, cache))
+        answers, missing = _at_once(answer_batch(items, cache))
         expected = None if missing else batches.join(answers)
-    assert answer_one(message, cache) == expected
+    assert answer_single(message, cache) == expected
 
 
 def test_one_long_pair_takes_the_long_way() -> None:
@@ -84,16 +84,18 @@ def test_one_long_pair_takes_the_long_way() -> None:
     for length, known in ((120, True), (121, False)):
         cache = _known(("c" * length, "t"))
         message = batches.join([_item(7, "c" * length, "t")])
-        assert answer_one(message, cache) == (batches.join([batches.answer(7, 1)]) if known else None)
+        assert answer_single(message, cache) == (
+            batches.join([batches.response_item(7, 1)]) if known else None
+        )
 
 
 def test_a_forgotten_answer_to_one_pair_is_none() -> None:
     """An entry whose answer was taken from it is no hit by the short way either."""
     cache = _known(("a", "t"))
     message = batches.join([_item(1, "a", "t")])
-    assert answer_one(message, cache) == batches.join([batches.answer(1, 1)])
+    assert answer_single(message, cache) == batches.join([batches.response_item(1, 1)])
     cache.remove(bytes(16))
-    assert answer_one(message, cache) is None
+    assert answer_single(message, cache) is None
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_a_forgotten_answer_to_one_pair_is_none() -> None:
 async def test_a_batch_of_hits_awaits_only_if_it_is_large(pairs: int, awaits: bool) -> None:
     """As many as the model takes, and twice that, are answered without a turn for others; more breathe."""
     cache = _known(("a", "t"))
-    answering = asyncio.create_task(answer_known([_item(1, "a", "t")] * pairs, cache))
+    answering = asyncio.create_task(answer_batch([_item(1, "a", "t")] * pairs, cache))
     await asyncio.sleep(0)
     assert answering.done() is not awaits
     answers, missing = await answering
@@ -113,7 +115,7 @@ async def test_a_batch_of_hits_awaits_only_if_it_is_large(pairs: int, awaits: bo
 def test_what_ends_within_its_uuid_is_nobodys_answer(cut: bytes) -> None:
     """An item that is cut is left to protobuf."""
     cache = _known(("a", "t"))
-    assert _at_once(answer_known([cut], cache)) == ([b""], [0])
+    assert _at_once(answer_batch([cut], cache)) == ([b""], [0])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_what_ends_within_its_uuid_is_nobodys_answer(cut: bytes) -> None:
 def test_a_uuid_that_is_spelled_oddly_is_left_to_protobuf(uuid: bytes) -> None:
     """Before the very bytes of a known pair, what is no minimal uuid makes it none of L1's business."""
     cache = _known(("a", "t"))
-    assert _at_once(answer_known([uuid + _item(0, "a", "t")], cache)) == ([b""], [0])
+    assert _at_once(answer_batch([uuid + _item(0, "a", "t")], cache)) == ([b""], [0])
 
 
 def test_a_forgotten_answer_is_missing() -> None:
@@ -138,6 +140,6 @@ def test_a_forgotten_answer_is_missing() -> None:
     cache = _known(("a", "t"))
     cache.remove(bytes(16))
     items = [_item(1, "a", "t")]
-    assert _at_once(answer_known(items, cache)) == ([b""], [0])
+    assert _at_once(answer_batch(items, cache)) == ([b""], [0])
     cache.put(items[0][2:], 6, digest=bytes(16), epoch=cache.epoch)
-    assert _at_once(answer_known(items, cache)) == ([batches.answer(1, 6)], [])
+    assert _at_once(answer_batch(items, cache)) == ([batches.response_item(1, 6)], [])

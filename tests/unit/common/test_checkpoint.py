@@ -3,7 +3,7 @@
 import asyncio
 from contextlib import suppress
 
-from services.common.checkpoint import in_breaths, take_turn
+from services.common.checkpoint import checkpoint, iter_chunks
 
 
 async def test_many_take_one_breath_a_round() -> None:
@@ -12,7 +12,7 @@ async def test_many_take_one_breath_a_round() -> None:
     working = True
 
     async def work() -> None:
-        async for some in in_breaths(range(5), 1):
+        async for some in iter_chunks(range(5), 1):
             if some[0]:
                 rounds[-1] += 1
 
@@ -35,7 +35,7 @@ async def test_who_is_cancelled_holds_up_nobody() -> None:
     order: list[int] = []
 
     async def work(number: int) -> None:
-        await take_turn()
+        await checkpoint()
         order.append(number)
 
     tasks = [asyncio.create_task(work(number)) for number in range(6)]
@@ -46,16 +46,16 @@ async def test_who_is_cancelled_holds_up_nobody() -> None:
         with suppress(asyncio.CancelledError):
             await asyncio.wait_for(task, 30)
     assert order == [1, 2, 4]
-    await asyncio.wait_for(take_turn(), 30)
+    await asyncio.wait_for(checkpoint(), 30)
 
 
 def test_each_loop_has_turns_of_its_own() -> None:
     """A loop that ends while somebody waits leaves nothing behind."""
 
     async def leave() -> None:
-        asyncio.ensure_future(take_turn())  # noqa: RUF006 - abandoned on purpose
+        asyncio.ensure_future(checkpoint())  # noqa: RUF006 - abandoned on purpose
         await asyncio.sleep(0)
 
     for _ in range(2):
         asyncio.run(leave())
-    asyncio.run(asyncio.wait_for(take_turn(), 30))
+    asyncio.run(asyncio.wait_for(checkpoint(), 30))

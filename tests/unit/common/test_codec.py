@@ -6,14 +6,14 @@ import random
 import pytest
 import zstandard
 
-from services.common.codec import GZIP, PLAIN, SUFFIXES, ZSTD, Format, format_of
+from services.common.codec import GZIP, PLAIN, SUFFIXES, ZSTD, Format, format_for_name
 from services.common.errors import CorruptInputError, WindowTooLargeError
 
 _TEXT = b'{"company":"Acme","title":"Clerk"}\n' * 2_000
 
 
 def _decoded(name: str, data: bytes, *, piece: int) -> bytes:
-    known = format_of(name)
+    known = format_for_name(name)
     assert known
     decoder = known.decoder()
     decoded = b"".join(
@@ -24,7 +24,7 @@ def _decoded(name: str, data: bytes, *, piece: int) -> bytes:
 
 
 def _encoded(name: str, text: bytes) -> bytes:
-    known = format_of(name)
+    known = format_for_name(name)
     assert known
     encoder = known.encoder()
     half = len(text) // 2
@@ -72,7 +72,7 @@ def test_file_of_no_bytes_is_empty() -> None:
 
 def test_pieces_stay_small_whatever_the_ratio() -> None:
     """A small input that holds a large text comes out in pieces, never at once."""
-    known = format_of("x.jsonl.gz")
+    known = format_for_name("x.jsonl.gz")
     assert known
     pieces = [len(piece) for piece in known.decoder().feed(gzip.compress(bytes(64 * 2**20)))]
     assert sum(pieces) == 64 * 2**20
@@ -84,7 +84,7 @@ def test_pieces_stay_small_whatever_the_ratio() -> None:
 )
 def test_other_names_have_no_format(name: str) -> None:
     """Only names of lines of JSON, plain or compressed, have a format."""
-    assert format_of(name) is None
+    assert format_for_name(name) is None
 
 
 @pytest.mark.parametrize("base", [".jsonl", ".ndjson", ".jl", ".json", ".JSONL", ".Json"])
@@ -93,7 +93,7 @@ def test_other_names_have_no_format(name: str) -> None:
 )
 def test_names_of_lines_of_json(base: str, compression: str, known: Format) -> None:
     """Every usual suffix is known, in any case."""
-    assert format_of(f"a/b.c{base}{compression}") is known
+    assert format_for_name(f"a/b.c{base}{compression}") is known
 
 
 @pytest.mark.parametrize("behind", [b"x", b"\n", b"PK", b"\x1f", b"\x28\xb5"])
@@ -114,7 +114,7 @@ def test_skippable_zstd_frames_are_skipped() -> None:
 
 def test_file_of_zeros_is_no_gzip() -> None:
     """What a crashed disk leaves is corrupt, not empty; padding counts only behind a member."""
-    decoder = format_of("a.jsonl.gz")
+    decoder = format_for_name("a.jsonl.gz")
     assert decoder
     with pytest.raises(CorruptInputError):
         list(decoder.decoder().feed(b"\0" * 5000))
@@ -123,7 +123,7 @@ def test_file_of_zeros_is_no_gzip() -> None:
 def test_small_zstd_does_not_become_large_at_once() -> None:
     """128 MiB of line ends in 4 KiB come out in pieces that fit into memory."""
     bomb = zstandard.compress(b"\n" * 2**27)
-    decoder = format_of("a.jsonl.zst")
+    decoder = format_for_name("a.jsonl.zst")
     assert decoder
     assert max(map(len, decoder.decoder().feed(bomb))) <= 2**23 + 2**18
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common import codec
-from services.common.codec import format_of
+from services.common.codec import format_for_name
 from services.common.detection import DetectingDecoder
 from services.common.errors import CorruptInputError, FileError, UnreadableFormatError, WindowTooLargeError
 
@@ -26,7 +26,7 @@ _NAMES = ("a.jsonl", "a.JSON.gz", "a.ndjson.zst")
 
 
 def _decoded(data: bytes, *, name: str = "a.jsonl", piece: int = 2**20) -> bytes:
-    known = format_of(name)
+    known = format_for_name(name)
     assert known
     decoder = DetectingDecoder(known)
     found = b""

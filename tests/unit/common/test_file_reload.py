@@ -7,47 +7,59 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import UsageError
-from services.common.file_reload import MAX_FILE_BYTES, Look, Renewed, read_file
-from services.common.tls import Pem, PemFiles
-from tests.support.certificates import Authority, Mounted, self_signed
+from services.common.file_reload import MAX_FILE_BYTES, ReloadingFile, ReloadResult, read_file
+from services.common.tls import PemBundle, PemFiles
+from tests.support.certificates import CertificateAuthority, MountedSecret, make_self_signed
 
 
 @pytest.fixture(scope="module")
-def mounted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mounted, Authority, Authority]:
+def mounted(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[MountedSecret, CertificateAuthority, CertificateAuthority]:
     """A mounted Secret, and two CAs."""
     folder = tmp_path_factory.mktemp("renewal")
-    return Mounted(folder / "mounted"), Authority(folder, "one"), Authority(folder, "two")
+    return (
+        MountedSecret(folder / "mounted"),
+        CertificateAuthority(folder, "one"),
+        CertificateAuthority(folder, "two"),
+    )
 
 
-def _follow(mounted: Mounted, told: list[Look]) -> Renewed[Pem]:
-    files = mounted.signed
+def _watch(mounted: MountedSecret, results: list[ReloadResult]) -> ReloadingFile[PemBundle]:
+    files = mounted.paths
     paths = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key))
-    return paths.follow(tell=told.append)
+    return paths.watch(on_reload=results.append)
 
 
-def test_a_secret_that_is_swapped_is_read_again(mounted: tuple[Mounted, Authority, Authority]) -> None:
+def test_a_secret_that_is_swapped_is_read_again(
+    mounted: tuple[MountedSecret, CertificateAuthority, CertificateAuthority],
+) -> None:
     """Another pair by another CA, swapped as Kubernetes does: there at the next look, once."""
     place, one, two = mounted
-    place.put_pair(one.sign("a"))
-    told: list[Look] = []
-    renewed = _follow(place, told)
-    assert renewed.look() is Look.UNCHANGED
+    place.replace_certificate(one.sign("a"))
+    told: list[ReloadResult] = []
+    renewed = _watch(place, told)
+    assert renewed.reload_if_changed() is ReloadResult.UNCHANGED
     second = two.sign("b")
-    place.put_pair(second)
-    assert [renewed.look(), renewed.look()] == [Look.DONE, Look.UNCHANGED]
+    place.replace_certificate(second)
+    assert [renewed.reload_if_changed(), renewed.reload_if_changed()] == [
+        ReloadResult.RELOADED,
+        ReloadResult.UNCHANGED,
+    ]
     assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == second.pem
-    assert told == [Look.DONE]
+    assert told == [ReloadResult.RELOADED]
 
 
 def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
-    mounted: tuple[Mounted, Authority, Authority], caplog: pytest.LogCaptureFixture
+    mounted: tuple[MountedSecret, CertificateAuthority, CertificateAuthority],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A key of another certificate, a cut file, no file: the last whole pair stays, with one warning each."""
     place, one, _ = mounted
     good, other = one.sign("a"), one.sign("b")
-    place.put_pair(good)
-    told: list[Look] = []
-    renewed = _follow(place, told)
+    place.replace_certificate(good)
+    told: list[ReloadResult] = []
+    renewed = _watch(place, told)
     cut = good.certificate.read_bytes()[:300]
     for broken in (
         {"tls_crt": good.certificate, "tls_key": other.key, "ca_crt": good.ca},
@@ -55,12 +67,15 @@ def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
         {"tls_crt": good.certificate, "tls_key": good.key, "ca_crt": b""},
         {"tls_crt": good.certificate, "ca_crt": good.ca},
     ):
-        place.put(**broken)
-        assert [renewed.look(), renewed.look()] == [Look.FAILED, Look.UNCHANGED]
+        place.replace_files(**broken)
+        assert [renewed.reload_if_changed(), renewed.reload_if_changed()] == [
+            ReloadResult.FAILED,
+            ReloadResult.UNCHANGED,
+        ]
         assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == good.pem
-    place.put_pair(good)
-    assert renewed.look() is Look.DONE
-    assert told == [Look.FAILED] * 4 + [Look.DONE]
+    place.replace_certificate(good)
+    assert renewed.reload_if_changed() is ReloadResult.RELOADED
+    assert told == [ReloadResult.FAILED] * 4 + [ReloadResult.RELOADED]
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 4
     assert "not a pair" in warned[0]
@@ -69,20 +84,20 @@ def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
 
 @pytest.mark.parametrize("kind", ["ed25519", "ec -pkeyopt ec_paramgen_curve:secp256k1"])
 def test_a_kind_of_key_that_grpc_does_not_know_changes_nothing(
-    mounted: tuple[Mounted, Authority, Authority], tmp_path: Path, kind: str
+    mounted: tuple[MountedSecret, CertificateAuthority, CertificateAuthority], tmp_path: Path, kind: str
 ) -> None:
     """OpenSSL takes such a pair; with gRPC every handshake by it fails, so it is refused by name."""
     place, one, _ = mounted
     good = one.sign("a")
-    place.put_pair(good)
-    told: list[Look] = []
-    renewed = _follow(place, told)
-    certificate, key = self_signed(tmp_path, "odd", kind=kind)
-    place.put(tls_crt=certificate, tls_key=key, ca_crt=good.ca)
-    assert renewed.look() is Look.FAILED
+    place.replace_certificate(good)
+    told: list[ReloadResult] = []
+    renewed = _watch(place, told)
+    certificate, key = make_self_signed(tmp_path, "odd", kind=kind)
+    place.replace_files(tls_crt=certificate, tls_key=key, ca_crt=good.ca)
+    assert renewed.reload_if_changed() is ReloadResult.FAILED
     assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == good.pem
     with pytest.raises(UsageError, match=r"--tls-cert .*: gRPC knows RSA and ECDSA \(P-256, P-384, P-521\)"):
-        _follow(place, told)
+        _watch(place, told)
 
 
 def test_what_changes_while_it_is_read_is_read_once_more(tmp_path: Path) -> None:
@@ -97,17 +112,17 @@ def test_what_changes_while_it_is_read_is_read_once_more(tmp_path: Path) -> None
             path.write_bytes(meanwhile.pop())
         return content
 
-    renewed = Renewed([str(path)], read)
+    renewed = ReloadingFile([str(path)], read)
     path.write_bytes(b"four")
     meanwhile.append(b"seven")
-    assert (renewed.look(), renewed.value) == (Look.UNCHANGED, b"one")
-    assert (renewed.look(), renewed.value) == (Look.DONE, b"seven")
+    assert (renewed.reload_if_changed(), renewed.value) == (ReloadResult.UNCHANGED, b"one")
+    assert (renewed.reload_if_changed(), renewed.value) == (ReloadResult.RELOADED, b"seven")
 
 
 def test_a_start_with_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     """There is no last one to go on with; and no file may take all memory."""
     with pytest.raises(UsageError, match=r"--x .*gone: No such file"):
-        Renewed([str(tmp_path / "gone")], lambda: read_file(str(tmp_path / "gone"), flag_name="--x"))
+        ReloadingFile([str(tmp_path / "gone")], lambda: read_file(str(tmp_path / "gone"), flag_name="--x"))
     (tmp_path / "large").write_bytes(b"x" * (MAX_FILE_BYTES + 1))
     with pytest.raises(UsageError, match="more than 4 MiB"):
         read_file(str(tmp_path / "large"), flag_name="--x")
@@ -119,10 +134,14 @@ def test_a_file_that_becomes_a_fifo_is_waited_for_by_nobody(
     """Nobody writes to it: a look that waited would hold the loop for ever."""
     path = tmp_path / "token"
     path.write_bytes(b"one")
-    renewed = Renewed([str(path)], lambda: read_file(str(path), flag_name="--x"))
+    renewed = ReloadingFile([str(path)], lambda: read_file(str(path), flag_name="--x"))
     path.unlink()
     os.mkfifo(path)
-    assert (renewed.look(), renewed.look(), renewed.value) == (Look.FAILED, Look.UNCHANGED, b"one")
+    assert (renewed.reload_if_changed(), renewed.reload_if_changed(), renewed.value) == (
+        ReloadResult.FAILED,
+        ReloadResult.UNCHANGED,
+        b"one",
+    )
     assert "--x" in caplog.text
     with pytest.raises(UsageError, match="not a file"):
         read_file("/dev/zero", flag_name="--x")

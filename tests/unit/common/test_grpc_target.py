@@ -15,8 +15,8 @@ from services.cache_proxy.commands import infer
 from services.cache_proxy.commands.infer import InferSettings
 from services.common.errors import UsageError
 from services.common.grpc_target import check_target, http_proxy_options
-from services.common.reloading_channel import RenewedChannel
-from tests.support.model_server import scripted_model, well
+from services.common.reloading_channel import ReloadingChannel
+from tests.support.model_server import answer_all, scripted_model
 from tests.support.processes import run_command
 
 _NOTHING = pb.SeniorityRequestBatch()
@@ -49,9 +49,9 @@ def http_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "dns:///localhost", "ipv4:127.0.0.1"])
 async def test_channel_to_loopback_avoids_the_http_proxy(http_proxy: list[bytes], host: str) -> None:
     """The augmenter's and the proxy's channels connect directly."""
-    with scripted_model(well) as model:
+    with scripted_model(answer_all) as model:
         target = f"{host}:{model.target.rpartition(':')[2]}"
-        async with RenewedChannel(target, tls=None, options=[], longest_call_seconds=0) as channel:
+        async with ReloadingChannel(target, tls=None, options=[], max_call_seconds=0) as channel:
             stub = seniority_pb2_grpc.SeniorityModelStub(channel.current)
             assert await stub.InferSeniority(_NOTHING, timeout=20) == pb.SeniorityResponseBatch()
     assert http_proxy == []
@@ -59,7 +59,7 @@ async def test_channel_to_loopback_avoids_the_http_proxy(http_proxy: list[bytes]
 
 def test_infer_avoids_the_http_proxy(http_proxy: list[bytes], capsys: pytest.CaptureFixture[str]) -> None:
     """So does the command for people."""
-    with scripted_model(well) as model:
+    with scripted_model(answer_all) as model:
         infer.run(InferSettings(target=model.target, company="Acme", title="Clerk", deadline_seconds=20))
     assert (capsys.readouterr().out != "", http_proxy) == (True, [])
 
@@ -70,9 +70,7 @@ async def test_channel_to_another_machine_uses_the_http_proxy(
     """A target elsewhere may be out of reach without it; one line says so, without the proxy's URL."""
     caplog.set_level("INFO")
     options = [("grpc.initial_reconnect_backoff_ms", 100)]
-    async with RenewedChannel(
-        "192.0.2.1:50051", tls=None, options=options, longest_call_seconds=0
-    ) as channel:
+    async with ReloadingChannel("192.0.2.1:50051", tls=None, options=options, max_call_seconds=0) as channel:
         with pytest.raises(aio.AioRpcError, match="UNAVAILABLE"):
             await seniority_pb2_grpc.SeniorityModelStub(channel.current).InferSeniority(_NOTHING, timeout=20)
     [message] = caplog.messages
@@ -101,14 +99,34 @@ def test_only_this_machine_is_kept_from_the_http_proxy(target: str, options: lis
 @pytest.mark.parametrize(
     "target",
     [
-        "model:50051", "model.example.:1", "a_b-c:65535", "127.0.0.1:1", "[::1]:50051", "[fe80::1%25eth0]:1",
-        "dns:model:1", "dns:///model:1", "dns://10.0.0.53/model:1", "dns://10.0.0.53:53/model:1",
-        "dns:///[::1]:1", "DNS:///model:1", "ipv4:10.0.0.1:1", "ipv4:10.0.0.1:1,10.0.0.2:2",
-        "ipv4:///10.0.0.1:1", "ipv6:[::1]:1", "ipv6:[::1]:1,[::2]:2", "unix:path", "unix:/run/s",
-        "unix:///run/s", "unix-abstract:name", "xds:///model", "xds://authority/model", "google-c2p:///model",
-        "http:1", "localhost:443",
+        "model:50051",
+        "model.example.:1",
+        "a_b-c:65535",
+        "127.0.0.1:1",
+        "[::1]:50051",
+        "[fe80::1%25eth0]:1",
+        "dns:model:1",
+        "dns:///model:1",
+        "dns://10.0.0.53/model:1",
+        "dns://10.0.0.53:53/model:1",
+        "dns:///[::1]:1",
+        "DNS:///model:1",
+        "ipv4:10.0.0.1:1",
+        "ipv4:10.0.0.1:1,10.0.0.2:2",
+        "ipv4:///10.0.0.1:1",
+        "ipv6:[::1]:1",
+        "ipv6:[::1]:1,[::2]:2",
+        "unix:path",
+        "unix:/run/s",
+        "unix:///run/s",
+        "unix-abstract:name",
+        "xds:///model",
+        "xds://authority/model",
+        "google-c2p:///model",
+        "http:1",
+        "localhost:443",
     ],
-)  # fmt: skip
+)
 def test_target_that_grpc_understands_is_accepted(target: str) -> None:
     """Every resolver of the core."""
     check_target(target, flag_name="--target", tls_flag="--tls-ca")
@@ -120,8 +138,11 @@ def test_target_that_grpc_understands_is_accepted(target: str) -> None:
         *((f"{scheme}://model:50051", "not a URL") for scheme in ("http", "grpc", "tcp", "h2c", "HTTP")),
         ("https://model:50051", "--tls-ca encrypts"),
         ("grpcs://model", "--tls-ca encrypts"),
-        *((f"{prefix}{host}", "has no port") for prefix in ("", "dns:", "dns:///", "dns://server/", "ipv4:")
-          for host in ("model", "10.0.0.1")),
+        *(
+            (f"{prefix}{host}", "has no port")
+            for prefix in ("", "dns:", "dns:///", "dns://server/", "ipv4:")
+            for host in ("model", "10.0.0.1")
+        ),
         ("[::1]", "has no port"),
         ("::1", "in brackets"),
         ("::1:50051", "in brackets"),
@@ -148,7 +169,7 @@ def test_target_that_grpc_understands_is_accepted(target: str) -> None:
         ("xds:///", "no service"),
         ("", "must be HOST:PORT"),
     ],
-)  # fmt: skip
+)
 def test_target_that_grpc_would_misread_is_refused(target: str, words: str) -> None:
     """One line names the flag, the value and what to write."""
     with pytest.raises(UsageError) as refused:

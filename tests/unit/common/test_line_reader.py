@@ -12,20 +12,20 @@ from services.common import json_objects, line_reader
 _BOM = b"\xef\xbb\xbf"
 
 
-async def _pieces(data: bytes, size: int) -> AsyncIterator[bytes]:
+async def _chunked(data: bytes, size: int) -> AsyncIterator[bytes]:
     for start in range(0, len(data), size):
         yield data[start : start + size]
 
 
-async def _blocks(data: bytes, size: int) -> list[line_reader.Block]:
-    return [block async for block in line_reader.blocks(_pieces(data, size))]
+async def _read_chunks(data: bytes, size: int) -> list[line_reader.LineChunk]:
+    return [block async for block in line_reader.read_line_chunks(_chunked(data, size))]
 
 
-async def _lines(data: bytes, size: int) -> list[bytes]:
+async def _read_lines(data: bytes, size: int) -> list[bytes]:
     """Every line, those over the limit put together again and marked."""
     found: list[bytes] = []
     long = b""
-    for block in await _blocks(data, size):
+    for block in await _read_chunks(data, size):
         if isinstance(block, line_reader.LongLinePart):
             long += block.text
             if block.is_last:
@@ -42,10 +42,10 @@ async def _lines(data: bytes, size: int) -> list[bytes]:
 def small() -> object:
     """Windows of a few bytes and lines, so that small texts have many seams."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(line_reader, "WINDOW_BYTES", 8)
-        patch.setattr(line_reader, "WINDOW_LINES", 3)
+        patch.setattr(line_reader, "CHUNK_BYTES", 8)
+        patch.setattr(line_reader, "CHUNK_LINES", 3)
         patch.setattr(line_reader, "MAX_LINE_BYTES", 20)
-        patch.setattr(line_reader, "_PIECE_BYTES", 5)
+        patch.setattr(line_reader, "_BLOCK_BYTES", 5)
         yield
 
 
@@ -56,13 +56,15 @@ def small() -> object:
 async def test_every_line_comes_out_once(given_lines: list[bytes], size: int) -> None:
     """However the bytes arrive, blocks hold the text's lines in order, each of bounded length and counted."""
     data = b"".join(line + b"\n" for line in given_lines)
-    blocks = await _blocks(data, size)
+    blocks = await _read_chunks(data, size)
     pieces = [piece for block in blocks if isinstance(block, list) for piece in block]
     assert [line for piece in pieces for line in piece.text.split(b"\n")] == given_lines
-    assert all(piece.count == 1 + piece.text.count(b"\n") for piece in pieces)
-    assert all(piece.count == 1 or len(piece.text) <= 5 for piece in pieces)
+    assert all(piece.line_count == 1 + piece.text.count(b"\n") for piece in pieces)
+    assert all(piece.line_count == 1 or len(piece.text) <= 5 for piece in pieces)
     assert all(isinstance(block, list) for block in blocks)
-    assert all(0 < sum(piece.count for piece in block) <= 3 for block in blocks if isinstance(block, list))
+    assert all(
+        0 < sum(piece.line_count for piece in block) <= 3 for block in blocks if isinstance(block, list)
+    )
 
 
 @given(
@@ -75,15 +77,15 @@ async def test_line_over_the_limit_comes_in_parts(given_lines: list[bytes], size
     """However the bytes arrive, exactly the lines over the limit come in parts, in their places, whole."""
     data = b"".join(line + b"\n" for line in given_lines)
     expected = [b"long:" + line if len(line) > 20 else line for line in given_lines]
-    assert await _lines(data, size) == expected
+    assert await _read_lines(data, size) == expected
     if given_lines and given_lines[-1]:  # a last line without an end
-        assert await _lines(data[:-1], size) == expected
+        assert await _read_lines(data[:-1], size) == expected
 
 
 @given(st.integers(1, 9), st.integers(1, 200))
 async def test_parts_of_a_long_line_are_small(size: int, windows: int) -> None:
     """A line of any length is never held whole."""
-    blocks = await _blocks(b"x" * 8 * windows, size)
+    blocks = await _read_chunks(b"x" * 8 * windows, size)
     assert all(
         len(block.text) <= 20 + 2 * 8 for block in blocks if isinstance(block, line_reader.LongLinePart)
     )
@@ -103,8 +105,8 @@ async def test_objects_without_a_line_end_between_are_lines(
 ) -> None:
     """However the bytes arrive, whatever stands between: each object is a line, or in one to be split."""
     data = b"".join(json.dumps(value).encode() + between for value, between in given_objects)
-    found = [line.removeprefix(b"long:") for line in await _lines(data, size)]
-    parts = [part.replace(_BOM, b"").strip() for line in found for part in json_objects.split(line)]
+    found = [line.removeprefix(b"long:") for line in await _read_lines(data, size)]
+    parts = [part.replace(_BOM, b"").strip() for line in found for part in json_objects.split_objects(line)]
     assert [json.loads(part) for part in parts if part] == [value for value, _ in given_objects]
 
 
@@ -113,8 +115,8 @@ async def test_an_object_over_the_limit_ends_where_the_next_begins(
     given_objects: list[str], size: int
 ) -> None:
     """Of objects without line ends between them only those over the limit are long lines."""
-    found = await _lines("".join(given_objects).encode(), size)
-    parts = [[line] if line.startswith(b"long:") else json_objects.split(line) for line in found]
+    found = await _read_lines("".join(given_objects).encode(), size)
+    parts = [[line] if line.startswith(b"long:") else json_objects.split_objects(line) for line in found]
     assert [part.decode() for some in parts for part in some] == [
         f"long:{text}" if len(text) > 20 else text for text in given_objects
     ]
@@ -132,7 +134,7 @@ async def test_an_object_over_the_limit_ends_where_the_next_begins(
 )
 async def test_only_line_feeds_end_lines(text: bytes, expected: list[bytes]) -> None:
     """A last line needs no end; no other character of Unicode's many ends a line."""
-    assert await _lines(text, 4) == expected
+    assert await _read_lines(text, 4) == expected
 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 100])
@@ -140,13 +142,13 @@ async def test_only_line_feeds_end_lines(text: bytes, expected: list[bytes]) -> 
 async def test_a_line_of_the_limit_is_no_long_one(size: int, end: bytes) -> None:
     """One byte more makes the difference, wherever the bytes are cut."""
     after = end.split(b"\n")[1:-1]
-    assert await _lines(b"a\n" + b"x" * 20 + end, size) == [b"a", b"x" * 20, *after]
-    assert await _lines(b"a\n" + b"x" * 21 + end, size) == [b"a", b"long:" + b"x" * 21, *after]
+    assert await _read_lines(b"a\n" + b"x" * 20 + end, size) == [b"a", b"x" * 20, *after]
+    assert await _read_lines(b"a\n" + b"x" * 21 + end, size) == [b"a", b"long:" + b"x" * 21, *after]
 
 
 @given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), min_size=2, max_size=9))
 def test_halves_are_the_lines(given_lines: list[bytes]) -> None:
     """Both have lines, together the same in order, and are counted."""
-    halves = line_reader.Piece(b"\n".join(given_lines), len(given_lines)).halves()
+    halves = line_reader.LineBlock(b"\n".join(given_lines), len(given_lines)).split_in_half()
     assert [line for half in halves for line in half.text.split(b"\n")] == given_lines
-    assert [half.count for half in halves] == [1 + half.text.count(b"\n") for half in halves]
+    assert [half.line_count for half in halves] == [1 + half.text.count(b"\n") for half in halves]

@@ -8,26 +8,43 @@ from contextlib import ExitStack, nullcontext
 import pytest
 
 from services.common.errors import CommandError, UsageError
-from services.common.listening import ListenAddress, bind_sockets, check_address, usable
+from services.common.listening import ListenAddress, bind_sockets, check_address, resolve_bindable_hosts
 
 
 @pytest.mark.parametrize(
     ("text", "good"),
     [
-        ("h:0", True), ("0.0.0.0:65535", True), ("[::1]:80", True), ("unix:/a", True), ("unix:a", True),
-        (":80", True), ("[fe80::1%eth0]:80", True),
-        ("h", False), ("h:", False), ("h:65536", False), ("h:-1", False), ("h:+1", False), ("h:٣", False),
-        ("unix:", False), ("", False), ("h:8_0", False), ("h: 80", False), ("::1:80", False),
-        ("http://h:80", False), ("[::1:80", False), ("u@h:80", False), ("a b:80", False),
+        ("h:0", True),
+        ("0.0.0.0:65535", True),
+        ("[::1]:80", True),
+        ("unix:/a", True),
+        ("unix:a", True),
+        (":80", True),
+        ("[fe80::1%eth0]:80", True),
+        ("h", False),
+        ("h:", False),
+        ("h:65536", False),
+        ("h:-1", False),
+        ("h:+1", False),
+        ("h:٣", False),
+        ("unix:", False),
+        ("", False),
+        ("h:8_0", False),
+        ("h: 80", False),
+        ("::1:80", False),
+        ("http://h:80", False),
+        ("[::1:80", False),
+        ("u@h:80", False),
+        ("a b:80", False),
     ],
-)  # fmt: skip
+)
 def test_an_address_has_a_host_and_a_port_that_exists(text: str, good: bool) -> None:
     """A port beyond the last one is not quietly taken modulo 65536; an IPv6 address has brackets."""
     expected = (
         nullcontext() if good else pytest.raises(UsageError, match=re.escape(f"--listen {text!r} must "))
     )
     with expected:
-        check_address(text, flag_name="--listen", may_be_unix=True)
+        check_address(text, flag_name="--listen", allow_unix=True)
 
 
 def test_a_unix_socket_is_an_address_only_where_there_may_be_one() -> None:
@@ -86,7 +103,7 @@ def test_each_spelling_is_reached_on_its_addresses_and_no_others(
 )
 def test_an_address_is_shown_as_a_client_writes_it(text: str, ready: str) -> None:
     """With the port that it really has."""
-    assert ListenAddress.parse(text).at(7) == ready
+    assert ListenAddress.parse(text).with_port(7) == ready
 
 
 def test_a_taken_port_a_foreign_address_and_an_unknown_name_have_reasons_of_their_own(
@@ -104,6 +121,6 @@ def test_a_taken_port_a_foreign_address_and_an_unknown_name_have_reasons_of_thei
         ("192.0.2.77:0", "192.0.2.77 is not an address of this machine"),
         ("nowhere.invalid:0", "the name nowhere.invalid has no address"),
     ):
-        for attempt in (bind_sockets, usable):
+        for attempt in (bind_sockets, resolve_bindable_hosts):
             with pytest.raises(CommandError, match=re.escape(f"--http-listen {text}: {reason}")):
                 attempt(text, flag_name="--http-listen")

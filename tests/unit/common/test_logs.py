@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from services.common import logs
-from services.common.grpc_details import answered
+from services.common.grpc_details import format_status
 
 _log = logging.getLogger("services.test")
-_WORDS = "Canary & Co"  # a traceback shows the code that raised, so that has them by a name
+_SECRET = "Canary & Co"  # a traceback shows the code that raised, so that has them by a name
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def _own_logging() -> Iterator[None]:
 
 def _fail() -> None:
     try:
-        raise KeyError(_WORDS)  # noqa: TRY301 - to have one to chain
+        raise KeyError(_SECRET)  # noqa: TRY301 - to have one to chain
     except KeyError as error:
-        raise ValueError(_WORDS + " again") from error
+        raise ValueError(_SECRET + " again") from error
 
 
 def _log_a_failure() -> None:
@@ -82,7 +82,7 @@ async def test_a_task_that_failed_shows_no_words(capsys: pytest.CaptureFixture[s
     """What asyncio says of a failure that nobody looked at has the task in it, and that the exception."""
 
     async def fail() -> None:
-        raise ValueError(_WORDS)
+        raise ValueError(_SECRET)
 
     def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)
@@ -103,12 +103,12 @@ async def test_a_task_that_failed_shows_no_words(capsys: pytest.CaptureFixture[s
 
 def test_the_ids_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
     """While something is traced each line has its ids, as fields or behind the message; else none."""
-    logs.show_trace_ids(lambda: ("0af7", "b7ad"))
+    logs.set_trace_id_source(lambda: ("0af7", "b7ad"))
     logs.configure(log_format="json", level="info")
     _log.info("hello", extra={"pairs": 3})
     logs.configure(log_format="text", level="info")
     _log.info("hello")
-    logs.show_trace_ids(None)
+    logs.set_trace_id_source(None)
     _log.info("hello")
     as_json, as_text, without = capsys.readouterr().err.splitlines()
     line = json.loads(as_json)
@@ -120,8 +120,8 @@ def test_the_ids_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_grpc_s_own_words_are_told() -> None:
     """Why nothing could be reached is told; what a server says is not, whatever it begins with."""
     unreachable = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: refused"
-    assert answered("UNAVAILABLE", unreachable) == f"UNAVAILABLE: {unreachable}"
-    assert answered("DEADLINE_EXCEEDED", "Deadline Exceeded") == "DEADLINE_EXCEEDED: Deadline Exceeded"
+    assert format_status("UNAVAILABLE", unreachable) == f"UNAVAILABLE: {unreachable}"
+    assert format_status("DEADLINE_EXCEEDED", "Deadline Exceeded") == "DEADLINE_EXCEEDED: Deadline Exceeded"
     for words in ("bad title 'Canary'", "Deadline Exceeded for Canary", "", None):
-        assert answered("UNKNOWN", words) == "UNKNOWN"
-    assert len(answered("UNAVAILABLE", unreachable + "x" * 10_000)) < 400
+        assert format_status("UNKNOWN", words) == "UNKNOWN"
+    assert len(format_status("UNAVAILABLE", unreachable + "x" * 10_000)) < 400

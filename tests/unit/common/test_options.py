@@ -31,18 +31,18 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         read: list[object] = []
 
         def callback(place: str | None, **values: object) -> None:
-            thing = options.read(Thing, values)
+            thing = options.read_settings(Thing, values)
             read.append((thing, place))
             if body:
                 body(thing)
 
         command = options.SettingsCommand(
             "thing",
-            params=[*options.options(Thing, prefix="THING"), click.Argument(["place"], required=False)],
+            params=[*options.click_options(Thing, prefix="THING"), click.Argument(["place"], required=False)],
             callback=callback,
         )
         with pytest.raises(SystemExit) as end:
-            options.run(command, program="thing", args=args)
+            options.run_command(command, program="thing", args=args)
         return (read[0] if read else None, int(end.value.code or 0), capsys.readouterr().err)
 
     return run
@@ -51,12 +51,16 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.mark.parametrize(
     ("args", "watch", "place"),
     [
-        ([], False, None), (["--watch"], True, None), (["--watch", "true"], True, None),
-        (["--watch=false", "here"], False, "here"), (["--watch", "here"], True, "here"),
-        (["--watch", "FALSE", "here"], False, "here"), (["--", "--watch"], False, "--watch"),
+        ([], False, None),
+        (["--watch"], True, None),
+        (["--watch", "true"], True, None),
+        (["--watch=false", "here"], False, "here"),
+        (["--watch", "here"], True, "here"),
+        (["--watch", "FALSE", "here"], False, "here"),
+        (["--", "--watch"], False, "--watch"),
         (["--watch", "--rate", "3"], True, None),
     ],
-)  # fmt: skip
+)
 def test_a_boolean_may_be_bare_or_said(run: Run, args: list[str], watch: bool, place: str | None) -> None:
     """A bare one is true, and never swallows what stands behind it."""
     read, code, _ = run(*args)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.errors import UsageError
-from services.common.posting_fields import DEFAULT, PostingFields, text_at
+from services.common.posting_fields import DEFAULT_FIELDS, PostingFields, text_at
 
 
 def _fields(company: str = "company", title: str = "title", level: str = "seniority") -> PostingFields:
@@ -18,7 +18,7 @@ def _fields(company: str = "company", title: str = "title", level: str = "senior
 
 def test_paths_are_dotted() -> None:
     """A path is one name or several; the standard names are the default."""
-    assert _fields() == DEFAULT
+    assert _fields() == DEFAULT_FIELDS
     assert _fields("content.company", "content.role.name", "niveau") == PostingFields(
         ("content", "company"), ("content", "role", "name"), "niveau"
     )
@@ -76,17 +76,17 @@ def test_both_readers_find_what_is_at_the_paths(posting: dict[str, Any], company
     expected = (_at(posting, company), _at(posting, title))
     if not all(isinstance(text, str) for text in expected):
         with pytest.raises(ValueError, match=r"is missing|is not"):
-            fields.read(posting)
+            fields.read_pair(posting)
         with pytest.raises(msgspec.ValidationError):
             msgspec.json.decode(
-                json.dumps(posting), type=fields.struct("P", msgspec.UnsetType, msgspec.UNSET)
+                json.dumps(posting), type=fields.make_struct("P", msgspec.UnsetType, msgspec.UNSET)
             )
         return
-    assert fields.read(posting) == expected
+    assert fields.read_pair(posting) == expected
     found = msgspec.json.decode(
-        json.dumps(posting), type=fields.struct("P", msgspec.UnsetType, msgspec.UNSET)
+        json.dumps(posting), type=fields.make_struct("P", msgspec.UnsetType, msgspec.UNSET)
     )
-    assert fields.getter(found) == expected
+    assert fields.pair_getter(found) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import grpc
 import pytest
 from grpc import aio
 
-from services.common.reloading_channel import RenewedChannel
+from services.common.reloading_channel import ReloadingChannel
 from services.common.tls import PemFiles
-from tests.support.certificates import Authority, Mounted, Signed
+from tests.support.certificates import CertificateAuthority, MountedSecret, SignedCertificate
 
 _METHOD = "/Who/Am"
 
 
-class _Door:
+class _IdentityServer:
     """Answers who calls, by the certificate; a call that says `wait` is `held` until `opened`."""
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class _Door:
 
 
 @contextmanager
-def _door(own: Signed, *, clients: Signed) -> Iterator[_Door]:
-    door = _Door()
+def _identity_server(own: SignedCertificate, *, clients: SignedCertificate) -> Iterator[_IdentityServer]:
+    door = _IdentityServer()
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(door.answer)
     server = grpc.server(ThreadPoolExecutor(4))
     server.add_registered_method_handlers("Who", {"Am": handler})
@@ -56,24 +56,24 @@ def _door(own: Signed, *, clients: Signed) -> Iterator[_Door]:
 @pytest.mark.slow
 async def test_a_renewed_certificate_is_shown_from_then_on(tmp_path: Path) -> None:
     """New calls are made with it, the one under way ends well; a renewal that is broken changes nothing."""
-    authority, mounted = Authority(tmp_path), Mounted(tmp_path / "mounted")
+    authority, mounted = CertificateAuthority(tmp_path), MountedSecret(tmp_path / "mounted")
     first, second = authority.sign("first", "DNS:first"), authority.sign("second", "DNS:second")
-    mounted.put_pair(first)
-    files = mounted.signed
-    tls = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key)).follow()
-    with _door(authority.sign("server"), clients=first) as door:
-        async with RenewedChannel(door.target, tls=tls, options=(), longest_call_seconds=60) as channel:
+    mounted.replace_certificate(first)
+    files = mounted.paths
+    tls = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key)).watch()
+    with _identity_server(authority.sign("server"), clients=first) as door:
+        async with ReloadingChannel(door.target, tls=tls, options=(), max_call_seconds=60) as channel:
 
             async def who(request: bytes = b"") -> bytes:
-                channel.renew()
+                channel.refresh()
                 ask: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.current.unary_unary(_METHOD)
                 return await ask(request, timeout=60)
 
             under_way = asyncio.create_task(who(b"wait"))
             assert await asyncio.to_thread(door.held.wait, 60)
-            mounted.put(tls_crt=second.certificate, tls_key=first.key, ca_crt=first.ca)
+            mounted.replace_files(tls_crt=second.certificate, tls_key=first.key, ca_crt=first.ca)
             assert await who() == b"first"
-            mounted.put_pair(second)
+            mounted.replace_certificate(second)
             async with asyncio.timeout(60):
                 while await who() != b"second":
                     pass
@@ -84,13 +84,13 @@ async def test_a_renewed_certificate_is_shown_from_then_on(tmp_path: Path) -> No
 
 async def test_a_channel_is_closed_with_what_it_replaces(tmp_path: Path) -> None:
     """While a renewed certificate leads nowhere yet, closing neither waits for it nor leaves a task."""
-    authority, mounted = Authority(tmp_path), Mounted(tmp_path / "mounted")
-    mounted.put_pair(authority.sign("first"))
-    files = mounted.signed
-    tls = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key)).follow()
-    async with RenewedChannel("127.0.0.1:1", tls=tls, options=(), longest_call_seconds=60) as channel:
-        mounted.put_pair(authority.sign("second"))
-        channel.renew()
+    authority, mounted = CertificateAuthority(tmp_path), MountedSecret(tmp_path / "mounted")
+    mounted.replace_certificate(authority.sign("first"))
+    files = mounted.paths
+    tls = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key)).watch()
+    async with ReloadingChannel("127.0.0.1:1", tls=tls, options=(), max_call_seconds=60) as channel:
+        mounted.replace_certificate(authority.sign("second"))
+        channel.refresh()
         await asyncio.sleep(0)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert others

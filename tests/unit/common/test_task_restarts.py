@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from services.common.supervision import supervise
-from services.common.tasks import end
+from services.common.supervision import restart_on_failure
+from services.common.tasks import cancel_and_wait
 
 
 async def test_what_fails_unforeseen_is_told_and_begins_anew(caplog: pytest.LogCaptureFixture) -> None:
@@ -22,9 +22,9 @@ async def test_what_fails_unforeseen_is_told_and_begins_anew(caplog: pytest.LogC
         await asyncio.Event().wait()
 
     with caplog.at_level(logging.ERROR):
-        task = asyncio.create_task(supervise(work, what="the work", pause_seconds=0))
+        task = asyncio.create_task(restart_on_failure(work, name="the work", delay_seconds=0))
         await asyncio.wait_for(goes_on.wait(), 30)
     assert [record.message for record in caplog.records] == ["the work failed unexpectedly; it begins anew"]
-    await end([task])
+    await cancel_and_wait([task])
     assert begun == 2
     assert task.cancelled()

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from services.common.tasks import end
+from services.common.tasks import cancel_and_wait
 
 
 async def test_a_task_that_missed_a_cancellation_is_ended_all_the_same() -> None:
@@ -22,7 +22,7 @@ async def test_a_task_that_missed_a_cancellation_is_ended_all_the_same() -> None
     tasks = [asyncio.create_task(goes_on()), asyncio.create_task(fails())]
     await asyncio.sleep(0)
     async with asyncio.timeout(10):
-        await end(tasks)
+        await cancel_and_wait(tasks)
     assert missed.is_set()
     assert tasks[0].cancelled()
     assert isinstance(tasks[1].exception(), ValueError)
@@ -30,4 +30,4 @@ async def test_a_task_that_missed_a_cancellation_is_ended_all_the_same() -> None
 
 async def test_nothing_to_end() -> None:
     """No task, no wait."""
-    await end([])
+    await cancel_and_wait([])

@@ -23,4 +23,4 @@ def test_a_file_that_goes_as_it_is_read_is_an_error_like_any_other(
 
     monkeypatch.setattr(tls, "read_file", read_and_lose)
     with pytest.raises(UsageError, match=r"--tls-ca .*ca\.pem"):
-        tls.PemFiles(ca=str(path), cert=None, key=None).follow()
+        tls.PemFiles(ca=str(path), cert=None, key=None).watch()

@@ -8,7 +8,7 @@ import pytest
 
 from services.common import tracing
 from services.common.errors import UsageError
-from services.common.tracing import MAX_LINKS, NO_SPAN, OFF, Tracing
+from services.common.tracing import MAX_LINKS, NOOP_SPAN, OFF, Tracing
 
 _TRACE, _SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 _SAMPLED = (("traceparent", f"00-{_TRACE}-{_SPAN}-01"),)
@@ -37,7 +37,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_asks_for_traces(variables: dict[str, str], asking: str | None) -> None:
     """An endpoint or the exporter's name turns tracing on; none, and the SDK's own switch, win over them."""
-    assert tracing.is_asked_for(variables) == asking
+    assert tracing.requested_by(variables) == asking
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_asks_for_traces(variables: dict[str, str], asking: str | None) -> 
 def test_bad_variables_are_usage_errors(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that cannot be meant ends a command with exit code 2, and its line has the value in it."""
     monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=value), tracing.opened("test"):
+    with pytest.raises(UsageError, match=value), tracing.tracing_context("test"):
         pass
 
 
@@ -63,7 +63,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "services.common.otel", raising=False)
     monkeypatch.delattr("services.common.otel", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    with pytest.raises(UsageError) as error, tracing.opened("test"):
+    with pytest.raises(UsageError) as error, tracing.tracing_context("test"):
         pass
     assert error.value.exit_code == 2
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" in str(error.value)
@@ -74,22 +74,22 @@ def test_off_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody asks, a block's span notes nothing, and nobody who is called hears of it."""
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
     with (
-        tracing.opened("test") as off,
-        off.root("a"),
-        off.serve("b", _SAMPLED),
-        off.batch("c", [b""]) as span,
+        tracing.tracing_context("test") as off,
+        off.start_trace("a"),
+        off.server_span("b", _SAMPLED),
+        off.batch_span("c", [b""]) as span,
     ):
         assert off is OFF
-        assert span is NO_SPAN
-        assert (off.here(), off.headers(), off.is_on) == (b"", (), False)
+        assert span is NOOP_SPAN
+        assert (off.current_context(), off.headers(), off.is_enabled) == (b"", (), False)
 
 
 def test_a_caller_s_trace_goes_on() -> None:
     """What is served is in the caller's trace, its parts too, and whoever is called hears of the last one."""
-    with tracing.opened("test") as on, on.serve("rpc", _SAMPLED):
-        served = on.here()
-        with on.call("model"):
-            called = on.here()
+    with tracing.tracing_context("test") as on, on.server_span("rpc", _SAMPLED):
+        served = on.current_context()
+        with on.client_span("model"):
+            called = on.current_context()
             [(name, value)] = on.headers()
     assert (name, value) == ("traceparent", f"00-{_TRACE}-{called[16:].hex()}-01")
     assert served[:16].hex() == called[:16].hex() == _TRACE
@@ -99,32 +99,37 @@ def test_a_caller_s_trace_goes_on() -> None:
 @pytest.mark.parametrize(
     "traceparent",
     [
-        "", "00", f"00-{_TRACE}-{_SPAN}", f"00-{'0' * 32}-{_SPAN}-01", f"ff-{_TRACE}-{_SPAN}-01",
-        "\x00" * 55, "x" * 8000,
+        "",
+        "00",
+        f"00-{_TRACE}-{_SPAN}",
+        f"00-{'0' * 32}-{_SPAN}-01",
+        f"ff-{_TRACE}-{_SPAN}-01",
+        "\x00" * 55,
+        "x" * 8000,
     ],
-)  # fmt: skip
+)
 def test_a_nonsensical_traceparent_begins_a_trace(traceparent: str) -> None:
     """What is no W3C context is as good as none: a trace of the proxy's own."""
-    with tracing.opened("test") as on, on.serve("rpc", (("traceparent", traceparent),)):
-        assert on.here()[:16].hex() not in {_TRACE, ""}
+    with tracing.tracing_context("test") as on, on.server_span("rpc", (("traceparent", traceparent),)):
+        assert on.current_context()[:16].hex() not in {_TRACE, ""}
 
 
 def test_only_a_short_state_is_carried() -> None:
     """A caller's `tracestate` goes on to the model, but not eight kilobytes of it with every span."""
-    with tracing.opened("test") as on:
-        with on.serve("rpc", (*_SAMPLED, ("tracestate", "a=b"))):
+    with tracing.tracing_context("test") as on:
+        with on.server_span("rpc", (*_SAMPLED, ("tracestate", "a=b"))):
             assert dict(on.headers())["tracestate"] == "a=b"
         long = ",".join(f"{key}={'b' * 200}" for key in "abcd")
-        with on.serve("rpc", (*_SAMPLED, ("tracestate", long))):
+        with on.server_span("rpc", (*_SAMPLED, ("tracestate", long))):
             assert "tracestate" not in dict(on.headers())
 
 
 def test_what_is_not_sampled_costs_little() -> None:
     """Of a caller who is not sampled nothing is recorded or queued; whoever is called learns just that."""
     unsampled = (("traceparent", f"00-{_TRACE}-{_SPAN}-00"),)
-    with tracing.opened("test") as on, on.serve("rpc", unsampled), on.span("part") as part:
-        assert part is NO_SPAN
-        assert on.here() == b""
+    with tracing.tracing_context("test") as on, on.server_span("rpc", unsampled), on.span("part") as part:
+        assert part is NOOP_SPAN
+        assert on.current_context() == b""
         assert dict(on.headers())["traceparent"].endswith("-00")
 
 
@@ -132,7 +137,7 @@ def test_what_is_not_sampled_costs_little() -> None:
 def _batch(on: Tracing, contexts: list[object]) -> Iterator[list[tuple[int, int]]]:
     from opentelemetry import trace  # noqa: PLC0415 - as the code does
 
-    with on.batch("batch", contexts):  # type: ignore[arg-type] # whatever Redis gave
+    with on.batch_span("batch", contexts):  # type: ignore[arg-type] # whatever Redis gave
         links = getattr(trace.get_current_span(), "links", ())
         yield [(link.context.trace_id, link.context.span_id) for link in links]
 
@@ -144,23 +149,23 @@ def test_a_batch_links_to_those_it_serves(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     one, other = bytes(range(24)), bytes(range(1, 25))
     hostile: list[object] = [b"", b"short", bytes(24), bytes(16) + b"12345678", "text" * 6, None, 7, [one]]
-    with tracing.opened("test") as on:
+    with tracing.tracing_context("test") as on:
         with _batch(on, [one, *hostile, other, one]) as links:
             assert links == [
                 (int.from_bytes(context[:16], "big"), int.from_bytes(context[16:], "big"))
                 for context in (one, other)
             ]
-            assert len(on.here()) == 24
-            assert on.here()[:16] not in {one[:16], other[:16]}
+            assert len(on.current_context()) == 24
+            assert on.current_context()[:16] not in {one[:16], other[:16]}
         with _batch(on, hostile) as links:
-            assert (links, on.here()) == ([], b"")
-        with on.root("any"):
-            assert on.here() == b""
+            assert (links, on.current_context()) == ([], b"")
+        with on.start_trace("any"):
+            assert on.current_context() == b""
 
 
 def test_links_are_bounded() -> None:
     """A batch may serve a thousand callers; its span names as many as fit."""
-    with tracing.opened("test") as on:
+    with tracing.tracing_context("test") as on:
         contexts: list[object] = [number.to_bytes(16, "big") + b"12345678" for number in range(1, 1001)]
         with _batch(on, contexts) as links:
             assert len(links) == MAX_LINKS
@@ -170,8 +175,8 @@ def test_no_attribute_costs_the_other_spans() -> None:
     """A number that OTLP has no room for, or half a character (a file's name), is noted as near as can be."""
     from opentelemetry import trace  # noqa: PLC0415 - as the code does
 
-    with tracing.opened("test") as on, on.root("root", file="a\udcff") as span:
-        span.note(hits=10**30, misses=-(10**30), ok=True)
+    with tracing.tracing_context("test") as on, on.start_trace("root", file="a\udcff") as span:
+        span.set_attributes(hits=10**30, misses=-(10**30), ok=True)
         noted = dict(getattr(trace.get_current_span(), "attributes", {}))
     assert noted == {"file": "a?", "hits": 2**63 - 1, "misses": -(2**63), "ok": True}
 
@@ -181,12 +186,12 @@ def test_a_failure_tells_no_words() -> None:
     from opentelemetry import trace  # noqa: PLC0415 - as the code does
 
     def fail(on: Tracing) -> None:
-        with on.root("root"), on.span("part"):
+        with on.start_trace("root"), on.span("part"):
             seen.append(trace.get_current_span())
             raise ValueError("Acme, Clerk")
 
     seen: list[trace.Span] = []
-    with tracing.opened("test") as on, pytest.raises(ValueError, match="Acme"):
+    with tracing.tracing_context("test") as on, pytest.raises(ValueError, match="Acme"):
         fail(on)
     [span] = seen
     text = str(getattr(span, "to_json")())  # noqa: B009 - the SDK's, not the API's

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from services.cache_proxy.queue.interface import MAX_TRACES, Claim, Pair
+from services.cache_proxy.queue.interface import MAX_TRACES_PER_PAIR, Claim, Pair
 
 MAX_CALLERS = 100  # names are the callers' to choose: those beyond share one turn
-_OTHERS = ""
+_SHARED_FLOW = ""
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class QueuedPair:
     """A pair that has not ended: `attempts` and `refusals` count the failed calls it was in.
 
     `wanted` is false once nobody waits for it: in flight it may still be answered, but is not sent again.
@@ -30,108 +30,116 @@ class Entry:
     pair: Pair
     caller: str
     enqueued_at: float
-    wanted: bool = True
+    is_awaited: bool = True
     attempts: int = 0
-    refusals: int = 0
-    places: "list[Place]" = field(default_factory=list)
-    request: str = ""
-    paid_by: Claim | None = None
-    traces: list[bytes] = field(default_factory=list)
+    rejections: int = 0
+    positions: "list[QueuePosition]" = field(default_factory=list)
+    request_id: str = ""
+    charged_claim: Claim | None = None
+    trace_contexts: list[bytes] = field(default_factory=list)
 
-    def traced(self, trace: bytes) -> None:
+    def add_trace(self, trace_context: bytes) -> None:
         """One more waits, in this trace, if in any."""
-        if trace and len(self.traces) < MAX_TRACES and trace not in self.traces:
-            self.traces.append(trace)
+        if (
+            trace_context
+            and len(self.trace_contexts) < MAX_TRACES_PER_PAIR
+            and trace_context not in self.trace_contexts
+        ):
+            self.trace_contexts.append(trace_context)
 
 
 @dataclass(slots=True, eq=False)
-class Place:
+class QueuePosition:
     """Where an entry waits: in whose turn, in a priority's own lane or an account's.
 
     `start` is its place there.
     """
 
-    entry: Entry
+    entry: QueuedPair
     priority: str
     caller: str
     account: str | None = None
-    start: float = 0.0
-    traces: list[bytes] = field(default_factory=list)
+    start_tag: float = 0.0
+    trace_contexts: list[bytes] = field(default_factory=list)
 
-    def traced(self, trace: bytes) -> None:
+    def add_trace(self, trace_context: bytes) -> None:
         """One more waits, in this trace, if in any."""
-        if trace and len(self.traces) < MAX_TRACES and trace not in self.traces:
-            self.traces.append(trace)
+        if (
+            trace_context
+            and len(self.trace_contexts) < MAX_TRACES_PER_PAIR
+            and trace_context not in self.trace_contexts
+        ):
+            self.trace_contexts.append(trace_context)
 
 
-class FairLane:
+class FairQueue:
     """State: `_arrivals`, all that wait, oldest first; `_turns`, the same by caller; `_ends`, by caller.
 
     A lane that is empty begins to count anew, unless others count with it (`alone`).
     """
 
-    def __init__(self, *, alone: bool = True) -> None:
-        self._alone = alone
-        self._arrivals: OrderedDict[bytes, Place] = OrderedDict()
-        self._turns: dict[str, OrderedDict[bytes, Place]] = {}
-        self._ends: dict[str, float] = {}
-        self.virtual = 0.0
+    def __init__(self, *, standalone: bool = True) -> None:
+        self._standalone = standalone
+        self._by_arrival: OrderedDict[bytes, QueuePosition] = OrderedDict()
+        self._by_caller: dict[str, OrderedDict[bytes, QueuePosition]] = {}
+        self._finish_tags: dict[str, float] = {}
+        self.virtual_time = 0.0
 
     def __len__(self) -> int:
-        return len(self._arrivals)
+        return len(self._by_arrival)
 
-    def __contains__(self, place: Place) -> bool:
-        return self._arrivals.get(place.entry.pair.digest) is place
+    def __contains__(self, position: QueuePosition) -> bool:
+        return self._by_arrival.get(position.entry.pair.digest) is position
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[QueuePosition]:
         """All that wait, in the order in which they go out."""
-        return heapq.merge(*(turn.values() for turn in self._turns.values()), key=attrgetter("start"))
+        return heapq.merge(*(turn.values() for turn in self._by_caller.values()), key=attrgetter("start_tag"))
 
-    def start_of(self, caller: str) -> float:
+    def start_tag(self, caller: str) -> float:
         """Where the caller's next pair would start."""
-        return max(self.virtual, self._ends.get(caller, 0.0))
+        return max(self.virtual_time, self._finish_tags.get(caller, 0.0))
 
-    def until(self, start: float) -> int:
+    def count_through(self, start_tag: float) -> int:
         """How many go out no later than one that starts there: a caller's pairs start one after the other."""
         return sum(
-            min(len(turn), max(0, math.floor(start - next(iter(turn.values())).start) + 1))
-            for turn in self._turns.values()
+            min(len(turn), max(0, math.floor(start_tag - next(iter(turn.values())).start_tag) + 1))
+            for turn in self._by_caller.values()
         )
 
-    def oldest(self) -> Entry | None:
+    def oldest(self) -> QueuedPair | None:
         """The one that came first."""
-        return next((place.entry for place in self._arrivals.values()), None)
+        return next((place.entry for place in self._by_arrival.values()), None)
 
-    def add(self, place: Place, *, front: bool = False) -> None:
+    def add(self, position: QueuePosition, *, at_front: bool = False) -> None:
         """Have it wait: behind its caller's last, or, as before, in front of what came since."""
-        if place.caller not in self._turns and len(self._turns) >= MAX_CALLERS:
-            place.caller = _OTHERS
-        if front:  # the lane may have been empty meanwhile, and begun to count anew
-            place.start = min(place.start, self.virtual - 1)
+        if position.caller not in self._by_caller and len(self._by_caller) >= MAX_CALLERS:
+            position.caller = _SHARED_FLOW
+        if at_front:  # the lane may have been empty meanwhile, and begun to count anew
+            position.start_tag = min(position.start_tag, self.virtual_time - 1)
         else:
-            place.start = self.start_of(place.caller)
-            self._ends[place.caller] = place.start + 1
-        for waiting in (self._arrivals, self._turns.setdefault(place.caller, OrderedDict())):
-            waiting[place.entry.pair.digest] = place
-            waiting.move_to_end(place.entry.pair.digest, last=not front)
+            position.start_tag = self.start_tag(position.caller)
+            self._finish_tags[position.caller] = position.start_tag + 1
+        for waiting in (self._by_arrival, self._by_caller.setdefault(position.caller, OrderedDict())):
+            waiting[position.entry.pair.digest] = position
+            waiting.move_to_end(position.entry.pair.digest, last=not at_front)
 
-    def remove(self, place: Place) -> None:
+    def remove(self, position: QueuePosition) -> None:
         """Take one out that is there."""
-        del self._arrivals[place.entry.pair.digest]
-        turn = self._turns[place.caller]
-        del turn[place.entry.pair.digest]
+        del self._by_arrival[position.entry.pair.digest]
+        turn = self._by_caller[position.caller]
+        del turn[position.entry.pair.digest]
         if not turn:
-            del self._turns[place.caller]
-            if self._ends.get(place.caller, 0.0) <= self.virtual:
-                self._ends.pop(place.caller, None)
-        if not self._arrivals and self._alone:
-            self.begin_anew()
+            del self._by_caller[position.caller]
+            if self._finish_tags.get(position.caller, 0.0) <= self.virtual_time:
+                self._finish_tags.pop(position.caller, None)
+        if not self._by_arrival and self._standalone:
+            self.reset()
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Nobody waits: whoever comes next starts with the others."""
-        self._ends.clear()
-        self.virtual = 0.0
+        self._finish_tags.clear()
+        self.virtual_time = 0.0
 
-    def advance(self, start: float) -> None:
+    def advance(self, start_tag: float) -> None:
         """What starts there goes out: that is the lane's time."""
-        self.virtual = max(self.virtual, start)
+        self.virtual_time = max(self.virtual_time, start_tag)

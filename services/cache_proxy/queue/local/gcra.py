@@ -21,7 +21,7 @@ class Gcra:
     tat: float
 
     @classmethod
-    def begin(cls, *, rate_per_second: float, burst: float, now: float) -> "Gcra":
+    def fully_spent(cls, *, rate_per_second: float, burst: float, now: float) -> "Gcra":
         """A limit that knows nothing of the past, so assumes the worst: all was just spent."""
         limit = cls(rate_per_second * PACE, burst, now)
         limit.tat = now + limit._seconds(burst)
@@ -31,7 +31,7 @@ class Gcra:
         """How long until `cost` may be spent; 0 if now. A cost above the burst is taken as the burst."""
         return max(0.0, self.tat + self._seconds(min(cost, self.burst)) - self._seconds(self.burst) - now)
 
-    def spend(self, cost: float, *, now: float) -> None:
+    def consume(self, cost: float, *, now: float) -> None:
         """Spend it; the caller has seen that it may."""
         self.tat = max(self.tat, now) + self._seconds(cost)
 

@@ -23,19 +23,19 @@ def test_request_is_the_stubs(pairs: list[Pair], times: int) -> None:
             for uuid, pair in enumerate(batch, FIRST_UUID)
         ]
     )
-    assert pb.SeniorityRequestBatch.FromString(wire.request(batch)) == made
+    assert pb.SeniorityRequestBatch.FromString(wire.encode_request(batch)) == made
     if all(pair.company and pair.title for pair in pairs):
-        assert wire.request(batch) == made.SerializeToString()
+        assert wire.encode_request(batch) == made.SerializeToString()
 
 
 def test_longest_batch_and_longer() -> None:
     """Batches of more than 4096 pairs are the stub's."""
     most = 4096
     for count in (most, most + 1):
-        read = pb.SeniorityRequestBatch.FromString(wire.request([Pair("a", "b")] * count))
+        read = pb.SeniorityRequestBatch.FromString(wire.encode_request([Pair("a", "b")] * count))
         assert [one.uuid for one in read.batch] == list(range(FIRST_UUID, FIRST_UUID + count))
         answer = _answer([(uuid, 7) for uuid in range(FIRST_UUID, FIRST_UUID + count)])
-        assert wire.levels_in_order(answer, count) == (b"\7" * count if count == most else None)
+        assert wire.decode_ordered_levels(answer, count) == (b"\7" * count if count == most else None)
 
 
 def _answer(levels: list[tuple[int, int]]) -> bytes:
@@ -46,7 +46,9 @@ def _answer(levels: list[tuple[int, int]]) -> bytes:
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=300))
 def test_answer_in_order_is_read(levels: list[int]) -> None:
     """The levels of an answer in the order of the batch are read as they stand."""
-    assert wire.levels_in_order(_answer(list(enumerate(levels, FIRST_UUID))), len(levels)) == bytes(levels)
+    assert wire.decode_ordered_levels(_answer(list(enumerate(levels, FIRST_UUID))), len(levels)) == bytes(
+        levels
+    )
 
 
 @given(
@@ -56,7 +58,7 @@ def test_answer_in_order_is_read(levels: list[int]) -> None:
 )
 def test_any_other_answer_is_left_to_the_stub(answers: list[tuple[int, int]], count: int) -> None:
     """Another order, another count, a level that is none: never read by hand."""
-    read = wire.levels_in_order(_answer(answers), count)
+    read = wire.decode_ordered_levels(_answer(answers), count)
     if read is not None:
         assert answers == list(enumerate(read, FIRST_UUID))
         assert all(1 <= level <= 7 for level in read)

@@ -7,24 +7,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.augmenter.pipeline import jsonl, line_blocks
-from services.augmenter.pipeline.jsonl import Pair, Posting, Rejected
-from services.augmenter.pipeline.splice import spliced
-from services.common.line_reader import Piece
+from services.augmenter.pipeline.jsonl import Pair, Posting, RejectedLine
+from services.augmenter.pipeline.splice import splice_level
+from services.common.line_reader import LineBlock
 
 _GOOD = b'"company":"Acme","title":"Clerk"'
 
 
-def _entries(*texts: bytes) -> list[jsonl.Entry]:
+def _entries(*texts: bytes) -> list[jsonl.ParsedLine]:
     """What a window makes of lines, whichever way it takes."""
-    windows: list[line_blocks.Window] = []
-    (pairs,) = line_blocks.parsed([Piece(b"\n".join(texts), len(texts))], into=windows)
+    windows: list[line_blocks.ParsedBlock] = []
+    (pairs,) = line_blocks.parse_block([LineBlock(b"\n".join(texts), len(texts))], parsed_blocks=windows)
     (made,) = windows
-    if isinstance(made, line_blocks.MixedWindow):
-        return jsonl.parse([jsonl.strip(text) for text in texts])
+    if isinstance(made, line_blocks.MixedBlock):
+        return jsonl.parse([jsonl.strip_line(text) for text in texts])
     return [Posting(pair) for pair in pairs]
 
 
-def _one(text: bytes) -> jsonl.Entry:
+def _one(text: bytes) -> jsonl.ParsedLine:
     """The entry of a line; the same alone, among good ones, and among a good and a bad one."""
     good = b"{" + _GOOD + b"}"
     alone = _entries(text)[0]
@@ -76,7 +76,7 @@ def _one(text: bytes) -> jsonl.Entry:
 def test_bad_line_is_rejected_with_its_reason(text: bytes, reason: str) -> None:
     """A line that cannot be augmented is rejected, and the reason says what is wrong with it."""
     entry = _one(text)
-    assert isinstance(entry, Rejected)
+    assert isinstance(entry, RejectedLine)
     assert reason in entry.reason
 
 
@@ -101,7 +101,7 @@ def test_odd_but_lawful_line_is_asked(text: bytes, pair: tuple[str, str]) -> Non
     entry = _one(text)
     assert isinstance(entry, Posting)
     assert entry.pair == Pair(*pair)
-    assert spliced(text, 5, replace=entry.has_level) == text[:-1] + b', "seniority": 5}\n'
+    assert splice_level(text, 5, replace=entry.has_level) == text[:-1] + b', "seniority": 5}\n'
 
 
 @pytest.mark.parametrize("extra", [b"", b',"x":"\\ud800"'])
@@ -110,7 +110,7 @@ def test_existing_seniority_is_replaced(extra: bytes) -> None:
     text = b'{"\\u0073eniority":"high",' + _GOOD + extra + b"}"
     entry = _one(text)
     assert isinstance(entry, Posting)
-    assert spliced(text, 5, replace=entry.has_level) == b"{" + _GOOD + extra + b', "seniority": 5}\n'
+    assert splice_level(text, 5, replace=entry.has_level) == b"{" + _GOOD + extra + b', "seniority": 5}\n'
 
 
 def test_blank_line_is_no_posting() -> None:

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.augmenter.pipeline import line_blocks
-from services.augmenter.pipeline.line_blocks import Answers, Window
+from services.augmenter.pipeline.line_blocks import PairLevels, ParsedBlock
 from services.augmenter.stats import LineCounts
-from services.common.line_reader import Piece
-from tests.integration.augmenter.conftest import posting
+from services.common.line_reader import LineBlock
+from tests.integration.augmenter.conftest import make_posting
 
 _ODD = {b"": None, b"bad": "not JSON: Expecting value (character 1)", b"[]": "not a JSON object"}
 _Lines = st.lists(
     st.tuples(
-        st.sampled_from([*_ODD, *(posting(company) for company in "abc"), posting("d") + b" "]),
+        st.sampled_from([*_ODD, *(make_posting(company) for company in "abc"), make_posting("d") + b" "]),
         st.integers(0, 7),  # the level, or that it was refused
     ),
     min_size=1,
@@ -27,24 +27,24 @@ _Lines = st.lists(
 def few() -> object:
     """Pieces of more than two lines are halved if one is odd."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(line_blocks, "_FEW_LINES", 2)
+        patch.setattr(line_blocks, "_MAX_MIXED_LINES", 2)
         yield
 
 
 @given(_Lines, st.lists(st.integers(1, 5), min_size=20, max_size=20))
 def test_each_line_has_its_own_answer(given_lines: list[tuple[bytes, int]], sizes: list[int]) -> None:
     """Whatever the lines are and wherever they are cut: its level, its reason or nothing; all are counted."""
-    windows: list[Window] = []
+    windows: list[ParsedBlock] = []
     lines = iter([line for line, _ in given_lines])
     cut = [list(itertools.islice(lines, size)) for size in sizes]
-    block = [Piece(b"\n".join(some), len(some)) for some in cut if some]
-    asked = [pair for pairs in line_blocks.parsed(block, into=windows) for pair in pairs]
+    block = [LineBlock(b"\n".join(some), len(some)) for some in cut if some]
+    asked = [pair for pairs in line_blocks.parse_block(block, parsed_blocks=windows) for pair in pairs]
     assert block == []
     levels = [level for line, level in given_lines if line not in _ODD]
     assert len(asked) == len(levels)
     refused = {place: f"refused {place}" for place, level in enumerate(levels) if not level}
     counts = LineCounts(read=len(given_lines))
-    output, rejected = line_blocks.settled(windows, Answers(bytes(levels), refused), counts)
+    output, rejected = line_blocks.apply_levels(windows, PairLevels(bytes(levels), refused), counts)
 
     expected, reasons, place = b"", [], 0
     for number, (line, level) in enumerate(given_lines, 1):
@@ -58,4 +58,4 @@ def test_each_line_has_its_own_answer(given_lines: list[tuple[bytes, int]], size
             reasons.append((number, line, f"refused {place}"))
         place += 1
     assert (output, rejected) == (expected, reasons)
-    assert counts.balanced
+    assert counts.is_balanced

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.augmenter.pipeline.splice import spliced
+from services.augmenter.pipeline.splice import splice_level
 
 _TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 _VALUES = st.recursive(
@@ -51,14 +51,14 @@ def _members(text: bytes) -> list[tuple[str, Any]]:
 def test_result_is_the_object_with_one_seniority_at_its_end(text: bytes, level: int) -> None:
     """Parsed, the result is the input's other members in order, repeated ones too, and then the level."""
     others = [member for member in _members(text) if member[0] != "seniority"]
-    assert _members(spliced(text, level, replace=True)) == [*others, ("seniority", level)]
+    assert _members(splice_level(text, level, replace=True)) == [*others, ("seniority", level)]
 
 
 @given(_objects(), st.integers(1, 7), st.integers(1, 7))
 def test_splicing_again_only_replaces_the_level(text: bytes, first: int, second: int) -> None:
     """A result spliced once more is what the second level alone would have given."""
-    once = spliced(text, first, replace=True).rstrip(b"\n")
-    assert spliced(once, second, replace=True) == spliced(text, second, replace=True)
+    once = splice_level(text, first, replace=True).rstrip(b"\n")
+    assert splice_level(once, second, replace=True) == splice_level(text, second, replace=True)
 
 
 @given(_objects(), st.integers(1, 7))
@@ -67,7 +67,7 @@ def test_without_a_seniority_every_byte_is_kept(text: bytes, level: int) -> None
     if any(name == "seniority" for name, _ in _members(text)):
         return
     expected = text[:-1] + b', "seniority": %d}\n' % level
-    assert spliced(text, level, replace=True) == spliced(text, level, replace=False) == expected
+    assert splice_level(text, level, replace=True) == splice_level(text, level, replace=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,13 @@ def test_without_a_seniority_every_byte_is_kept(text: bytes, level: int) -> None
 )
 def test_existing_seniority_goes_with_one_comma(text: bytes, expected: bytes) -> None:
     """A member of the object itself is removed wherever it stands; nested ones and texts stay."""
-    assert spliced(text, 4, replace=True) == expected
+    assert splice_level(text, 4, replace=True) == expected
 
 
 def test_deep_nesting_is_skipped_without_recursion() -> None:
     """A value nested 100,000 deep in front of the member does not exhaust the stack."""
     deep = b"[" * 100_000 + b"]" * 100_000
     assert (
-        spliced(b'{"a":' + deep + b',"seniority":1}', 2, replace=True)
+        splice_level(b'{"a":' + deep + b',"seniority":1}', 2, replace=True)
         == b'{"a":' + deep + b', "seniority": 2}\n'
     )

@@ -9,14 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.augmenter.sources import s3_events
-from services.augmenter.sources.s3_events import Notice
-from tests.support.sqs_server import made
+from services.augmenter.sources.s3_events import ObjectEvent
+from tests.support.sqs_server import object_created_event
 
 
 def _seen(body: object) -> list[tuple[str, str, bool]]:
     """Bucket, key and whether the file is started, of each event."""
     text = body if isinstance(body, str) else json.dumps(body)
-    return [(notice.bucket, notice.key, notice.starts) for notice in s3_events.read(text).notices]
+    return [
+        (notice.bucket, notice.key, notice.is_readable) for notice in s3_events.parse_message(text).events
+    ]
 
 
 def record(name: str, bucket: str = "b", key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
@@ -92,9 +94,9 @@ def test_other_event_has_its_place_but_starts_nothing(event: object) -> None:
 @pytest.mark.parametrize(
     ("event", "key"),
     [
-        (made("b", "raw/a+b%2Fc%3D.jsonl"), "raw/a b/c=.jsonl"),
-        ({"Type": "Notification", "Message": json.dumps(made("b", "k%2B"))}, "k+"),
-        (made("b", "%C3%BC"), "ü"),
+        (object_created_event("b", "raw/a+b%2Fc%3D.jsonl"), "raw/a b/c=.jsonl"),
+        ({"Type": "Notification", "Message": json.dumps(object_created_event("b", "k%2B"))}, "k+"),
+        (object_created_event("b", "%C3%BC"), "ü"),
         (event_bridge("Object Created", "a+b%2F"), "a+b%2F"),
         (event_bridge("Object Restore Completed", "a+b%2F"), "a+b%2F"),
         (cloudtrail("PutObject", "a+b%2F ü"), "a+b%2F ü"),
@@ -130,30 +132,32 @@ def test_array_of_events_is_read_event_by_event() -> None:
         ([events], "one of its events: not a JSON object"),
         ({"Records": [record("ObjectCreated:Put"), {}]}, "a record has no eventName"),
     ):
-        message = s3_events.read(json.dumps([other, cloudtrail("PutObject", "3")]))
-        assert message.notices[-1].key == "3"
-        assert message.not_understood == f"not an S3 event notification: {reason}"
+        message = s3_events.parse_message(json.dumps([other, cloudtrail("PutObject", "3")]))
+        assert message.events[-1].key == "3"
+        assert message.unreadable_reason == f"not an S3 event notification: {reason}"
 
 
 def test_test_event_names_its_bucket() -> None:
     """The event that S3 sends when a notification is configured."""
     event = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}
-    expected = Notice("b", "", starts=False, is_test=True, kind="s3:TestEvent")
-    assert s3_events.read(json.dumps(event)).notices == [expected]
+    expected = ObjectEvent("b", "", is_readable=False, is_test=True, event_name="s3:TestEvent")
+    assert s3_events.parse_message(json.dumps(event)).events == [expected]
 
 
 def test_event_is_shown_in_a_short_line() -> None:
     """Its names come from somebody else."""
-    assert str(Notice("b", "k", kind="Object Deleted")) == "Object Deleted about s3://b/k"
-    assert len(str(Notice("b", "k" * 200_000, kind="x" * 200_000))) < 2_000
+    assert str(ObjectEvent("b", "k", event_name="Object Deleted")) == "Object Deleted about s3://b/k"
+    assert len(str(ObjectEvent("b", "k" * 200_000, event_name="x" * 200_000))) < 2_000
 
 
 def test_record_without_fields_does_not_hide_the_others() -> None:
     """The records that can be read are, and the message says that one could not."""
     records = [record("ObjectCreated:Put", key="1"), {"eventName": "ObjectCreated:Put"}, 7]
-    message = s3_events.read(json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]}))
-    assert [notice.key for notice in message.notices] == ["1", "2"]
-    assert message.not_understood == "not an S3 event notification: a record has no s3.object.key"
+    message = s3_events.parse_message(
+        json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]})
+    )
+    assert [notice.key for notice in message.events] == ["1", "2"]
+    assert message.unreadable_reason == "not an S3 event notification: a record has no s3.object.key"
 
 
 _JSON = st.recursive(
@@ -167,7 +171,7 @@ _JSON = st.recursive(
 def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> None:
     """Whatever stands where the formats have a member, nothing but UnreadableMessageError is raised."""
     events = [
-        made("b", "k"),
+        object_created_event("b", "k"),
         event_bridge("Object Created"),
         cloudtrail("PutObject"),
         {"Event": "s3:TestEvent"},
@@ -181,7 +185,9 @@ def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> Non
             break
         place = place[name]
     with suppress(s3_events.UnreadableMessageError):
-        assert all(isinstance(notice.key, str) for notice in s3_events.read(json.dumps(event)).notices)
+        assert all(
+            isinstance(notice.key, str) for notice in s3_events.parse_message(json.dumps(event)).events
+        )
 
 
 @pytest.mark.parametrize(
@@ -211,4 +217,4 @@ def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> Non
 def test_message_in_no_known_format_is_unreadable(body: object, reason: str) -> None:
     """With the true reason, in the format's own names; never a crash."""
     with pytest.raises(s3_events.UnreadableMessageError, match=reason):
-        s3_events.read(body if isinstance(body, str) else json.dumps(body))
+        s3_events.parse_message(body if isinstance(body, str) else json.dumps(body))

@@ -12,14 +12,14 @@ import pytest
 from grpc import aio
 
 from services.cache_proxy.auth import caller_list
-from services.cache_proxy.auth.authenticator import identification
-from services.cache_proxy.auth.caller import Context, Identify
+from services.cache_proxy.auth.authenticator import make_authenticator
+from services.cache_proxy.auth.caller import Authenticator, Context
 from services.cache_proxy.auth.server_tls import server_credentials
 from services.cache_proxy.errors import ProxyError
 from services.common.errors import UsageError
-from services.common.file_reload import Look
+from services.common.file_reload import ReloadResult
 from services.common.tls import PemFiles
-from tests.support.certificates import Authority, Signed
+from tests.support.certificates import CertificateAuthority, SignedCertificate
 from tests.support.processes import ROOT
 
 Ask = Callable[..., "aio.UnaryUnaryCall[bytes, bytes]"]
@@ -37,9 +37,9 @@ first.example denied
 
 
 @pytest.fixture(scope="module")
-def signed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Signed]:
+def signed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignedCertificate]:
     """Certificates by one authority: the server's, and callers' with names of every kind."""
-    authority = Authority(tmp_path_factory.mktemp("identify"))
+    authority = CertificateAuthority(tmp_path_factory.mktemp("identify"))
     spiffe = "URI:spiffe://example.org"
     return {
         "server": authority.sign("server"),
@@ -61,7 +61,9 @@ def listed(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def _answering(identify: Identify, own: Signed | None, shown: Signed | None) -> AsyncIterator[Ask]:
+async def _answering(
+    identify: Authenticator, own: SignedCertificate | None, shown: SignedCertificate | None
+) -> AsyncIterator[Ask]:
     """A server that says whom it takes its caller for, or how it is refused; with TLS if it has its `own`."""
 
     async def say(_: bytes, context: Context) -> bytes:
@@ -79,7 +81,7 @@ async def _answering(identify: Identify, own: Signed | None, shown: Signed | Non
         channel = aio.insecure_channel(f"127.0.0.1:{port}")
     else:
         files = PemFiles(ca=str(own.ca), cert=str(own.certificate), key=str(own.key))
-        port = server.add_secure_port("127.0.0.1:0", server_credentials(files.follow()))
+        port = server.add_secure_port("127.0.0.1:0", server_credentials(files.watch()))
         assert shown
         channel = aio.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(*shown.pem))
     await server.start()
@@ -104,16 +106,19 @@ _TOKEN = ("authorization", "Bearer of-pricing")
         ("nameless", (_CLAIM,), "claimed interactive"),
         ("nameless", (), "anonymous interactive"),
         ("endless", (), "anonymous interactive"),
-        ("listed", (("x-priority", "x"),), "InvalidRequest"),
+        ("listed", (("x-priority", "x"),), "InvalidRequestError"),
         (None, (_CLAIM, _TOKEN), "claimed interactive"),
         (None, (_TOKEN,), "anonymous interactive"),
     ],
 )
 async def test_without_a_list_nobody_is_refused_but_certificates_tell(
-    signed: dict[str, Signed], certificate: str | None, metadata: tuple[tuple[str, str], ...], taken_for: str
+    signed: dict[str, SignedCertificate],
+    certificate: str | None,
+    metadata: tuple[tuple[str, str], ...],
+    taken_for: str,
 ) -> None:
     """The first URI of a certificate, else its first DNS name; `x-caller` only where it has neither."""
-    identify = identification(certificates=certificate is not None, listed=None)
+    identify = make_authenticator(use_certificates=certificate is not None, caller_list=None)
     own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
     async with _answering(identify, own, shown) as ask:
         assert (await ask(*metadata)).decode().startswith(taken_for)
@@ -125,37 +130,39 @@ async def test_without_a_list_nobody_is_refused_but_certificates_tell(
         (None, (_TOKEN,), "pricing interactive"),
         (None, (_TOKEN, _CLAIM, ("x-priority", "bulk")), "pricing bulk"),
         (None, (("authorization", "bearer  the-next-of-pricing"),), "pricing interactive"),
-        (None, (), "Unauthenticated: a bearer token is needed"),
-        (None, (_CLAIM,), "Unauthenticated: a bearer token is needed"),
-        (None, (("authorization", "Bearer"),), "Unauthenticated: a bearer token is needed"),
-        (None, (("authorization", "Bearer of-nobody"),), "Unauthenticated: a bearer token is not known"),
-        (None, (("authorization", "Basic of-pricing"),), "Unauthenticated: a bearer token is not known"),
-        (None, (("authorization", "of-pricing"),), "Unauthenticated"),
-        (None, (("authorization", hashlib.sha256(b"of-pricing").hexdigest()),), "Unauthenticated"),
-        (None, (("authorization", "Bearer of-gone"),), "Forbidden: gone may not"),
-        (None, (_TOKEN, ("x-priority", "x")), "InvalidRequest"),
+        (None, (), "UnauthenticatedError: a bearer token is needed"),
+        (None, (_CLAIM,), "UnauthenticatedError: a bearer token is needed"),
+        (None, (("authorization", "Bearer"),), "UnauthenticatedError: a bearer token is needed"),
+        (None, (("authorization", "Bearer of-nobody"),), "UnauthenticatedError: a bearer token is not known"),
+        (None, (("authorization", "Basic of-pricing"),), "UnauthenticatedError: a bearer token is not known"),
+        (None, (("authorization", "of-pricing"),), "UnauthenticatedError"),
+        (None, (("authorization", hashlib.sha256(b"of-pricing").hexdigest()),), "UnauthenticatedError"),
+        (None, (("authorization", "Bearer of-gone"),), "PermissionDeniedError: gone may not"),
+        (None, (_TOKEN, ("x-priority", "x")), "InvalidRequestError"),
         ("listed", (), "spiffe://example.org/listed interactive"),
         ("listed", (_TOKEN, _CLAIM), "spiffe://example.org/listed interactive"),
-        ("other", (), "Forbidden: spiffe://example.org/other may not"),
-        ("other", (_CLAIM,), "Forbidden"),
-        ("other", (("authorization", "Bearer of-nobody"),), "Forbidden"),
+        ("other", (), "PermissionDeniedError: spiffe://example.org/other may not"),
+        ("other", (_CLAIM,), "PermissionDeniedError"),
+        ("other", (("authorization", "Bearer of-nobody"),), "PermissionDeniedError"),
         ("other", (_TOKEN,), "pricing interactive"),
-        ("barred", (), "Forbidden: spiffe://example.org/barred may not"),
-        ("barred", (_TOKEN,), "Forbidden: spiffe://example.org/barred may not"),
-        ("by dns", (_TOKEN,), "Forbidden: first.example may not"),
-        ("nameless", (_CLAIM,), "Unauthenticated"),
+        ("barred", (), "PermissionDeniedError: spiffe://example.org/barred may not"),
+        ("barred", (_TOKEN,), "PermissionDeniedError: spiffe://example.org/barred may not"),
+        ("by dns", (_TOKEN,), "PermissionDeniedError: first.example may not"),
+        ("nameless", (_CLAIM,), "UnauthenticatedError"),
         ("nameless", (_TOKEN,), "pricing interactive"),
     ],
 )
 async def test_with_a_list_only_those_on_it_come_in(
-    signed: dict[str, Signed],
+    signed: dict[str, SignedCertificate],
     listed: Path,
     certificate: str | None,
     metadata: tuple[tuple[str, str], ...],
     taken_for: str,
 ) -> None:
     """By a certificate that it names, else by a token; nobody's own word counts, and a refusal is one."""
-    identify = identification(certificates=certificate is not None, listed=caller_list.follow(str(listed)))
+    identify = make_authenticator(
+        use_certificates=certificate is not None, caller_list=caller_list.watch_caller_list(str(listed))
+    )
     own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
     async with _answering(identify, own, shown) as ask:
         assert (await ask(*metadata)).decode().startswith(taken_for)
@@ -181,7 +188,7 @@ def test_a_line_that_cannot_be_meant_is_refused_without_its_words(
     path = tmp_path / "callers"
     path.write_text(f"pricing sha256:{hashlib.sha256(b'of-pricing').hexdigest()}\n{line}\n")
     with pytest.raises(UsageError, match=why) as refused:
-        caller_list.follow(str(path))
+        caller_list.watch_caller_list(str(path))
     assert "s3cret" not in str(refused.value)
 
 
@@ -191,7 +198,7 @@ def test_a_list_of_nobody_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "callers"
     path.write_text(text)
     with pytest.raises(UsageError, match="lets nobody in"):
-        caller_list.follow(str(path))
+        caller_list.watch_caller_list(str(path))
 
 
 def _put(path: Path, text: str) -> None:
@@ -202,15 +209,15 @@ async def test_a_list_that_changes_holds_from_the_next_look(
     listed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A token that is gone from it is unknown, a new one known; a broken list changes nothing."""
-    followed = caller_list.follow(str(listed))
-    identify = identification(certificates=False, listed=followed)
+    followed = caller_list.watch_caller_list(str(listed))
+    identify = make_authenticator(use_certificates=False, caller_list=followed)
     async with _answering(identify, None, None) as ask:
         _put(listed, _LIST.replace("of-pricing", "") + "broken s3cret\n")
-        assert followed.look() is Look.FAILED
+        assert followed.reload_if_changed() is ReloadResult.FAILED
         assert await ask(_TOKEN) == b"pricing interactive"
         _put(listed, f"new sha256:{hashlib.sha256(b'of-new').hexdigest()}\n")
-        assert followed.look() is Look.DONE
-        assert (await ask(_TOKEN)).startswith(b"Unauthenticated")
+        assert followed.reload_if_changed() is ReloadResult.RELOADED
+        assert (await ask(_TOKEN)).startswith(b"UnauthenticatedError")
         assert await ask(("authorization", "Bearer of-new")) == b"new interactive"
     assert "s3cret" not in caplog.text
 
@@ -218,21 +225,21 @@ async def test_a_list_that_changes_holds_from_the_next_look(
 @pytest.mark.slow
 async def test_each_listener_follows_its_files(tmp_path: Path) -> None:
     """Two listeners on the same files: both show the renewed certificate, though gRPC asks each only once."""
-    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    old, new = CertificateAuthority(tmp_path, "old"), CertificateAuthority(tmp_path, "new")
     first, second, client = old.sign("a"), new.sign("a"), new.sign("client")
     paths = [tmp_path / name for name in ("ca", "crt", "key")]
 
-    def put(files: Signed) -> None:
+    def put(files: SignedCertificate) -> None:
         for path, file in zip(paths, (files.ca, files.certificate, files.key), strict=True):
             path.write_bytes(file.read_bytes())
 
     put(first)
-    pem = PemFiles(ca=str(paths[0]), cert=str(paths[1]), key=str(paths[2])).follow()
+    pem = PemFiles(ca=str(paths[0]), cert=str(paths[1]), key=str(paths[2])).watch()
     server = aio.server()
     ports = [server.add_secure_port("127.0.0.1:0", server_credentials(pem)) for _ in range(2)]
     await server.start()
 
-    async def fails(port: int, shown: Signed) -> bool:
+    async def fails(port: int, shown: SignedCertificate) -> bool:
         credentials = grpc.ssl_channel_credentials(*shown.pem)
         options = [("grpc.use_local_subchannel_pool", 1)]
         async with aio.secure_channel(f"127.0.0.1:{port}", credentials, options=options) as channel:
@@ -244,7 +251,7 @@ async def test_each_listener_follows_its_files(tmp_path: Path) -> None:
     try:
         assert [await fails(port, client) for port in ports] == [True, True]
         put(second)
-        assert pem.look() is Look.DONE
+        assert pem.reload_if_changed() is ReloadResult.RELOADED
         assert [await fails(port, client) for port in (*ports, *ports)] == [False] * 4
         assert [await fails(port, first) for port in ports] == [True, True]
     finally:
@@ -258,4 +265,6 @@ def test_the_documented_way_to_a_token_leads_to_one(tmp_path: Path) -> None:
     assert commands
     subprocess.run(["bash", "-euo", "pipefail", "-c", commands[1]], cwd=tmp_path, check=True)
     token = (tmp_path / "token").read_text().strip()
-    assert caller_list.follow(str(tmp_path / "callers")).value.of_token(token) == "pricing-team"
+    assert (
+        caller_list.watch_caller_list(str(tmp_path / "callers")).value.name_for_token(token) == "pricing-team"
+    )

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.cache.entry import NEVER
+from services.cache_proxy.cache.entry import NO_EXPIRY
 from services.cache_proxy.cache.l1 import L1Cache
-from services.cache_proxy.wire.batches import answer_tail
+from services.cache_proxy.wire.batches import level_suffix
 
 _MIB = 2**20
 
@@ -20,16 +20,21 @@ def _digest(number: int) -> bytes:
 
 def _level(cache: L1Cache, number: int) -> int:
     """What a look-up finds; 0 if nothing."""
-    cell = cache.get_proven(_key(number), None) or cache.prove(_key(number))
-    assert not cell or cell == answer_tail(cell[1])
+    cell = cache.get_protected(_key(number), None) or cache.promote(_key(number))
+    assert not cell or cell == level_suffix(cell[1])
     return cell[1] if cell else 0
 
 
-def _put(cache: L1Cache, number: int, level: int = 4, *, epoch: int | None = None, day: int = NEVER) -> None:
+def _put(
+    cache: L1Cache, number: int, level: int = 4, *, epoch: int | None = None, day: int = NO_EXPIRY
+) -> None:
     cache.put(
-        _key(number), level, digest=_digest(number), epoch=cache.epoch if epoch is None else epoch,
-        expires_day=day,
-    )  # fmt: skip
+        _key(number),
+        level,
+        digest=_digest(number),
+        epoch=cache.epoch if epoch is None else epoch,
+        expiry_day=day,
+    )
 
 
 def test_every_level_is_told_in_the_bytes_of_an_answer() -> None:
@@ -106,7 +111,7 @@ def test_a_day_that_goes_back_forgets_what_expires() -> None:
 def test_an_answer_is_remembered_until_its_day() -> None:
     """On the day of its expiry, and on later ones, an entry is gone; others of its bucket stay."""
     cache = L1Cache(max_bytes=_MIB)
-    for number, day in ((1, 100), (33, 101), (65, NEVER)):  # one bucket
+    for number, day in ((1, 100), (33, 101), (65, NO_EXPIRY)):  # one bucket
         _put(cache, number, day=day)
     cache.expire(99)
     assert [_level(cache, number) for number in (1, 33, 65)] == [4, 4, 4]
@@ -168,8 +173,8 @@ def test_every_first_byte_of_a_digest_and_every_level_have_a_cell_of_their_own()
 
 def test_cache_without_bytes_is_off() -> None:
     """`--l1-max-bytes 0`: nothing is remembered."""
-    assert not L1Cache(max_bytes=0).is_on
-    assert L1Cache(max_bytes=1).is_on
+    assert not L1Cache(max_bytes=0).enabled
+    assert L1Cache(max_bytes=1).enabled
 
 
 def test_size_counts_the_cells_of_each_day() -> None:

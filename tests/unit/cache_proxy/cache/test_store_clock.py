@@ -5,7 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.cache_proxy.cache.entry import DAY_0, DAY_SECONDS, Lifetime, dated, day_at
+from services.cache_proxy.cache.entry import (
+    DAY_SECONDS,
+    DAY_ZERO_SECONDS,
+    FreshnessPolicy,
+    day_at,
+    pack_entry,
+)
 from services.cache_proxy.cache.store_clock import StoreClock
 
 
@@ -13,7 +19,7 @@ class _Clocks:
     """This process's two clocks, moved by hand."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.wall = DAY_0 + 100.5 * DAY_SECONDS
+        self.wall = DAY_ZERO_SECONDS + 100.5 * DAY_SECONDS
         self.monotonic = 1000.0
         both = SimpleNamespace(time=lambda: self.wall, monotonic=lambda: self.monotonic)
         monkeypatch.setattr("services.cache_proxy.cache.store_clock.time", both)
@@ -37,7 +43,7 @@ def test_clock_follows_the_servers_time_halfway_between_request_and_reply(clocks
     """Sent at 990, received at 1000: the server's time was that of 995."""
     clock = StoreClock()
     server = clocks.wall - 40 * DAY_SECONDS
-    clock.note(server, sent_at=990.0, received_at=1000.0)
+    clock.synchronize(server, sent_at=990.0, received_at=1000.0)
     assert clock.now() == server + 5
     assert clock.today() == 60
     assert clock.difference_seconds() == 40 * DAY_SECONDS - 5
@@ -46,12 +52,12 @@ def test_clock_follows_the_servers_time_halfway_between_request_and_reply(clocks
 def test_clock_goes_on_without_replies_whatever_this_processs_wall_clock_does(clocks: _Clocks) -> None:
     """Redis is lost for a day: the next day comes; a wall clock that jumps changes only the difference."""
     clock = StoreClock()
-    clock.note(clocks.wall, sent_at=1000.0, received_at=1000.0)
+    clock.synchronize(clocks.wall, sent_at=1000.0, received_at=1000.0)
     clocks.monotonic += DAY_SECONDS
     clocks.wall += 8 * DAY_SECONDS
     assert clock.today() == 101
     assert clock.difference_seconds() == 7 * DAY_SECONDS
-    clock.note(clocks.wall, sent_at=clocks.monotonic, received_at=clocks.monotonic)
+    clock.synchronize(clocks.wall, sent_at=clocks.monotonic, received_at=clocks.monotonic)
     assert (clock.today(), clock.difference_seconds()) == (108, 0)
 
 
@@ -63,4 +69,4 @@ def test_days_count_from_the_start_of_2026_in_utc() -> None:
 
 def test_answer_without_a_lifetime_expires_after_every_day_that_can_be_stored() -> None:
     """A day has 13 bits."""
-    assert Lifetime().expires_day(dated(7, 2**13 - 1)) > 2**13
+    assert FreshnessPolicy().expiry_day(pack_entry(7, 2**13 - 1)) > 2**13

@@ -38,7 +38,9 @@ _SECRET = "hunter2"
         (
             "rediss://h?ssl_certfile=/c&ssl_keyfile=/k",
             CacheUrl(
-                scheme="rediss", hosts=(("h", 6379),), certificate={"ssl_certfile": "/c", "ssl_keyfile": "/k"}
+                scheme="rediss",
+                hosts=(("h", 6379),),
+                client_certificate={"ssl_certfile": "/c", "ssl_keyfile": "/k"},
             ),
         ),
     ],
@@ -86,12 +88,31 @@ def test_url_that_cannot_be_used_is_refused_with_its_reason(url: str, words: str
     assert "\n" not in str(refused.value)
 
 
-_KINDS = ("redis://{}@h:1/0", "rediss://{}@h", "valkey://{}@h", "unix://{}@/run/s", "redis+cluster://{}@a:1,b:2",
-          "redis+sentinel://{}@a:1,b:2/main")  # fmt: skip
+_KINDS = (
+    "redis://{}@h:1/0",
+    "rediss://{}@h",
+    "valkey://{}@h",
+    "unix://{}@/run/s",
+    "redis+cluster://{}@a:1,b:2",
+    "redis+sentinel://{}@a:1,b:2/main",
+)
 _LOGINS = (
-    "svc@corp:p@ss/w#rd{}", "svc@corp:{}", "u:{}#x", "u:x/{}", "u:{}/x", "u:x?{}", "u:{}?x=y", "u:x@{}",
-    "u:%zz{}", "u:{}%", "u:x y{}", "u:[{}", "u:{}]", "u:x\\{}", "u:\t{}",
-)  # fmt: skip
+    "svc@corp:p@ss/w#rd{}",
+    "svc@corp:{}",
+    "u:{}#x",
+    "u:x/{}",
+    "u:{}/x",
+    "u:x?{}",
+    "u:{}?x=y",
+    "u:x@{}",
+    "u:%zz{}",
+    "u:{}%",
+    "u:x y{}",
+    "u:[{}",
+    "u:{}]",
+    "u:x\\{}",
+    "u:\t{}",
+)
 
 
 @pytest.mark.parametrize("kind", _KINDS)

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - a value to a place, not a line
 """The proxy's flags: what they mean, which values are refused, and that no secret is ever shown."""
 
 from collections.abc import Callable, Mapping
@@ -7,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from services.cache_proxy.cli import cli
-from services.cache_proxy.config.auth_settings import CallerAccess, ModelAccess
+from services.cache_proxy.config.auth_settings import CallerAuthSettings, ModelAuthSettings
 from services.cache_proxy.config.settings import (
     AnswerSettings,
     CacheSettings,
     ModelSettings,
     ServerSettings,
     read_secret,
-    redact,
+    redact_url,
 )
 from services.common import options
 from services.common.errors import UsageError
@@ -30,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         for name, value in (env or {}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as end:
-            options.run(cli, program="cache-proxy", args=[command, *args])
+            options.run_command(cli, program="cache-proxy", args=[command, *args])
         out, err = capsys.readouterr()
         assert (end.value.code, out, err.count("\n")) == (2, "", 1), err
         return err
@@ -41,31 +40,66 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def _parsed(settings: type, *args: str) -> object:
     command = cli.commands["serve"]
     with command.make_context("serve", ["--model-target", "m:1", *args]) as context:
-        return options.read(settings, context.params)
+        return options.read_settings(settings, context.params)
 
 
 @pytest.mark.parametrize(
     "flag",
     [
-        *(f"--{name} {value}" for name in ("linger", "model-deadline", "max-wait", "drain-delay", "cache-timeout")
-          for value in ("5", "-1s", "inf", "nans", "1y", "1s2")),
-        *(f"--{name} {value}" for name in ("l1-max-bytes", "max-request-bytes", "model-batch-bytes")
-          for value in ("-1", "1mb", "1.5", "inf", "nan", "64 M iB")),
+        *(
+            f"--{name} {value}"
+            for name in ("linger", "model-deadline", "max-wait", "drain-delay", "cache-timeout")
+            for value in ("5", "-1s", "inf", "nans", "1y", "1s2")
+        ),
+        *(
+            f"--{name} {value}"
+            for name in ("l1-max-bytes", "max-request-bytes", "model-batch-bytes")
+            for value in ("-1", "1mb", "1.5", "inf", "nan", "64 M iB")
+        ),
         *(f"--model-rate {value}" for value in ("0", "-1", "inf", "nan", "1e10", "1e-7", "1e-320", "fast")),
         *(f"--model-calls-per-second {value}" for value in ("-1", "inf", "nan", "-0.1", "1e-320", "x")),
-        *(f"--{name} {value}" for name in ("model-batch-size", "max-request-pairs", "max-queued-pairs",
-                                           "expected-replicas") for value in ("0", "-1", "1.5", "1e3", "inf")),
-        "--model-batch-size 1001", "--normalize maybe", "--log-format xml", "--log-level loud",
-        "--cache-url http://h", "--cache-url redis", "--cache-url nothing:", "--cache-url embedded",
-        "--key-prefix ", "--max-wait 0", "--model-deadline 0s", "--cache-timeout 0ms", "--max-field-bytes 0",
-        "--max-request-bytes 0", "--listen nonsense", "--listen 127.0.0.1:65536", "--listen 127.0.0.1:",
-        "--listen 127.0.0.1:-1", "--http-listen 1:2:x", "--http-listen 127.0.0.1:99999", "--http-listen unix:/x",
-        "--cache-tls-ca /dev/null", "--cache-ttl 12h", "--cache-ttl 36h", "--cache-ttl 30", "--cache-ttl -1d",
-        "--cache-ttl 9999d", "--previous-model-version 1", "--no-such-flag x",
-        "--tls-cert c", "--tls-key k", "--tls-client-ca c", "--model-tls-cert c", "--model-tls-key k",
+        *(
+            f"--{name} {value}"
+            for name in ("model-batch-size", "max-request-pairs", "max-queued-pairs", "expected-replicas")
+            for value in ("0", "-1", "1.5", "1e3", "inf")
+        ),
+        "--model-batch-size 1001",
+        "--normalize maybe",
+        "--log-format xml",
+        "--log-level loud",
+        "--cache-url http://h",
+        "--cache-url redis",
+        "--cache-url nothing:",
+        "--cache-url embedded",
+        "--key-prefix ",
+        "--max-wait 0",
+        "--model-deadline 0s",
+        "--cache-timeout 0ms",
+        "--max-field-bytes 0",
+        "--max-request-bytes 0",
+        "--listen nonsense",
+        "--listen 127.0.0.1:65536",
+        "--listen 127.0.0.1:",
+        "--listen 127.0.0.1:-1",
+        "--http-listen 1:2:x",
+        "--http-listen 127.0.0.1:99999",
+        "--http-listen unix:/x",
+        "--cache-tls-ca /dev/null",
+        "--cache-ttl 12h",
+        "--cache-ttl 36h",
+        "--cache-ttl 30",
+        "--cache-ttl -1d",
+        "--cache-ttl 9999d",
+        "--previous-model-version 1",
+        "--no-such-flag x",
+        "--tls-cert c",
+        "--tls-key k",
+        "--tls-client-ca c",
+        "--model-tls-cert c",
+        "--model-tls-key k",
         "--model-token-file t",
     ],
-)  # fmt: skip
+)
 def test_a_bad_value_is_one_line_that_names_its_flag(refused: Refused, flag: str) -> None:
     """Exit code 2, nothing on standard output, and one line with the flag in it."""
     name, value = flag.split(" ", 1)
@@ -91,9 +125,9 @@ def test_a_token_for_the_model_goes_in_the_clear_to_this_machine_only(refused: R
     line = refused("--model-target", "dns:///model.example:1", "--model-token-file", "t")
     assert "model.example:1 would get it in the clear" in line
     for args in (("--model-tls-ca", "a"), ("--model-target", "127.0.0.1:1")):
-        parsed = _parsed(ModelAccess, "--model-token-file", "t", *args)
-        assert isinstance(parsed, ModelAccess)
-        parsed.check_way("m:1" if args[0] == "--model-tls-ca" else "127.0.0.1:1")
+        parsed = _parsed(ModelAuthSettings, "--model-token-file", "t", *args)
+        assert isinstance(parsed, ModelAuthSettings)
+        parsed.require_encrypted("m:1" if args[0] == "--model-tls-ca" else "127.0.0.1:1")
 
 
 def test_the_model_must_be_named(refused: Refused) -> None:
@@ -123,8 +157,13 @@ def test_a_flag_wins_over_its_variable_and_unknown_variables_are_ignored(
 
 @pytest.mark.parametrize(
     ("args", "variable"),
-    [(["--listen", "h:1,h:2"], ""), (["--listen", "h:1", "--listen", "h:2"], ""), ([], "h:1,h:2"), ([], " h:1 , h:2,")],
-)  # fmt: skip
+    [
+        (["--listen", "h:1,h:2"], ""),
+        (["--listen", "h:1", "--listen", "h:2"], ""),
+        ([], "h:1,h:2"),
+        ([], " h:1 , h:2,"),
+    ],
+)
 def test_lists_go_by_comma_or_by_repetition(
     args: list[str], variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,19 +180,34 @@ def test_the_defaults_are_the_contracts() -> None:
         _parsed(part) for part in (ServerSettings, ModelSettings, CacheSettings, AnswerSettings)
     )
     assert server == ServerSettings(
-        listen=("0.0.0.0:50051",), http_listen="0.0.0.0:9464", l1_max_bytes=256 * 2**20,
-        max_request_pairs=100_000, max_request_bytes=64 * 2**20, max_field_bytes=4096,
-        max_queued_pairs=1_000_000, max_queued_bytes=2**30, max_wait_seconds=300,
-        max_connection_age_seconds=1800, drain_delay_seconds=5, drain_timeout_seconds=30,
-        log_format="json", log_level="info",
-    )  # fmt: skip
+        listen=("0.0.0.0:50051",),
+        http_listen="0.0.0.0:9464",
+        l1_max_bytes=256 * 2**20,
+        max_request_pairs=100_000,
+        max_request_bytes=64 * 2**20,
+        max_field_bytes=4096,
+        max_queued_pairs=1_000_000,
+        max_queued_bytes=2**30,
+        max_wait_seconds=300,
+        max_connection_age_seconds=1800,
+        drain_delay_seconds=5,
+        drain_timeout_seconds=30,
+        log_format="json",
+        log_level="info",
+    )
     assert model == ModelSettings(
-        model_target="m:1", model_batch_size=1000, model_batch_bytes=3 * 2**20, model_rate=1000,
-        model_calls_per_second=1, expected_replicas=1, linger_seconds=0.02, model_deadline_seconds=30,
-    )  # fmt: skip
+        model_target="m:1",
+        model_batch_size=1000,
+        model_batch_bytes=3 * 2**20,
+        model_rate=1000,
+        model_calls_per_second=1,
+        expected_replicas=1,
+        linger_seconds=0.02,
+        model_deadline_seconds=30,
+    )
     assert cache == CacheSettings(cache_url="embedded:", cache_timeout_seconds=0.25)
-    assert _parsed(CallerAccess) == CallerAccess()
-    assert _parsed(ModelAccess) == ModelAccess()
+    assert _parsed(CallerAuthSettings) == CallerAuthSettings()
+    assert _parsed(ModelAuthSettings) == ModelAuthSettings()
     assert answers == AnswerSettings(cache_ttl_seconds=0, serve_stale=False, previous_model_version=None)
 
 
@@ -168,14 +222,23 @@ def test_an_age_is_in_whole_days() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "redis://:hunter2@h:1/0", "redis://user:hunter2@h", "rediss://u:hunter2@h:port", "redis://u:hun/hunter2@h:1",
-        "redis://u:hunter2@[h", "redis://u:a@hunter2@h", "redis://h?password=hunter2", "unix://u:hunter2@/s",
-        "unix:///s?db=0&password=hunter2", "redis://u:hunter2#x@h", "redis+cluster://u:hunter2@h:1,h:2", "redis+sentinel://:hunter2@h:x/s",
+        "redis://:hunter2@h:1/0",
+        "redis://user:hunter2@h",
+        "rediss://u:hunter2@h:port",
+        "redis://u:hun/hunter2@h:1",
+        "redis://u:hunter2@[h",
+        "redis://u:a@hunter2@h",
+        "redis://h?password=hunter2",
+        "unix://u:hunter2@/s",
+        "unix:///s?db=0&password=hunter2",
+        "redis://u:hunter2#x@h",
+        "redis+cluster://u:hunter2@h:1,h:2",
+        "redis+sentinel://:hunter2@h:x/s",
     ],
-)  # fmt: skip
+)
 def test_a_password_is_never_shown(refused: Refused, url: str) -> None:
     """Neither where the URL is logged nor in the line that refuses it, however it is written."""
-    assert "hunter2" not in redact(url)
+    assert "hunter2" not in redact_url(url)
     line = refused(
         "--model-target", "m:1", "--cache-url", url.replace("redis", "radish").replace("unix", "x")
     )
@@ -184,8 +247,8 @@ def test_a_password_is_never_shown(refused: Refused, url: str) -> None:
 
 def test_a_url_without_a_secret_is_shown_as_it_is() -> None:
     """An operator reads where the cache is."""
-    assert redact("redis://cache.internal:6379/2") == "redis://cache.internal:6379/2"
-    assert redact("redis://user:pw@cache.internal:6379/2") == "redis://***@cache.internal:6379/2"
+    assert redact_url("redis://cache.internal:6379/2") == "redis://cache.internal:6379/2"
+    assert redact_url("redis://user:pw@cache.internal:6379/2") == "redis://***@cache.internal:6379/2"
 
 
 def test_a_secret_is_a_files_content_less_its_final_newline(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from services.cache_proxy.errors import CallFailed
+from services.cache_proxy.errors import CallFailedError
 from services.cache_proxy.model.client import ModelClient
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from tests.support.model_server import Abort, Answers, Call, scripted_model
-from tests.support.replicas import pairs
+from tests.support.model_server import AbortCallError, Answers, ReceivedCall, scripted_model
+from tests.support.replicas import numbered_pairs
 
 
 @contextmanager
@@ -40,8 +40,8 @@ async def test_an_answer_that_is_no_message_is_a_failed_call(
     """It is tried again as any breakdown of the model's, and no traceback tells of it."""
     with _model_that_answers(answer) as target:
         model = ModelClient(target, deadline_seconds=5, metrics=ProxyMetrics(CollectorRegistry()))
-        answering = await model.send(model.prepare(pairs([1, 2])))
-        with pytest.raises(CallFailed) as failed:
+        answering = await model.send(model.prepare(numbered_pairs([1, 2])))
+        with pytest.raises(CallFailedError) as failed:
             await answering
         await model.close()
     assert failed.value.code is grpc.StatusCode.INTERNAL
@@ -54,12 +54,12 @@ async def test_an_answer_that_is_no_message_is_a_failed_call(
 async def test_a_pushback_is_at_most_an_hour(told: str, meant: float | None) -> None:
     """The queue believes no moment further off; what is no number of milliseconds says nothing."""
 
-    def busy(_call: Call) -> Answers:
-        raise Abort(grpc.StatusCode.UNAVAILABLE, trailers=(("grpc-retry-pushback-ms", told),))
+    def busy(_call: ReceivedCall) -> Answers:
+        raise AbortCallError(grpc.StatusCode.UNAVAILABLE, trailers=(("grpc-retry-pushback-ms", told),))
 
     with scripted_model(busy) as server:
         model = ModelClient(server.target, deadline_seconds=5, metrics=ProxyMetrics(CollectorRegistry()))
-        with pytest.raises(CallFailed) as failed:
-            await (await model.send(model.prepare(pairs([1]))))
+        with pytest.raises(CallFailedError) as failed:
+            await (await model.send(model.prepare(numbered_pairs([1]))))
         await model.close()
     assert failed.value.retry_after_seconds == meant

@@ -11,17 +11,30 @@ from typing import Any, cast
 import pytest
 from grpc import StatusCode
 
-from services.cache_proxy.cache.resilient_store import GuardedStore
-from services.cache_proxy.errors import BatchRefused, CallFailed, Nonsense, Refused, Unavailable
+from services.cache_proxy.cache.resilient_store import ResilientStore
+from services.cache_proxy.errors import (
+    BatchRejectedError,
+    CallFailedError,
+    InvalidModelResponseError,
+    ModelUnavailableError,
+    PairRejectedError,
+)
 from services.cache_proxy.model.client import ModelClient
 from services.cache_proxy.model.dispatcher import Dispatcher
-from services.cache_proxy.queue.interface import LATE_SECONDS, Claim, NotYet, Outcome, Pair, Queue
-from services.common.tasks import end
-from services.common.tracing import NO_SPAN, OFF, Span, Tracing
-from tests.support.replicas import pair, pairs
+from services.cache_proxy.queue.interface import (
+    SLOT_TOLERANCE_SECONDS,
+    Claim,
+    ClaimDeferred,
+    Outcome,
+    Pair,
+    Queue,
+)
+from services.common.tasks import cancel_and_wait
+from services.common.tracing import NOOP_SPAN, OFF, Span, Tracing
+from tests.support.replicas import numbered_pair, numbered_pairs
 
 PATIENCE_SECONDS = 20
-Answer = Callable[[Sequence[Pair]], list[int | Nonsense]]
+Answer = Callable[[Sequence[Pair]], list[int | InvalidModelResponseError]]
 
 
 def claim_of(
@@ -34,7 +47,7 @@ def claim_of(
 ) -> Claim:
     """A batch whose slot begins in so many seconds."""
     now = time.monotonic()
-    return Claim(name, pairs(numbers), now + send_in, now + slot_in, request=request)
+    return Claim(name, numbered_pairs(numbers), now + send_in, now + slot_in, request_id=request)
 
 
 class Script:
@@ -43,11 +56,11 @@ class Script:
     `decisions` are what `claim` returns, one after the other, then `NotYet(inf)` for ever.
     """
 
-    def __init__(self, *decisions: Claim | NotYet) -> None:
+    def __init__(self, *decisions: Claim | ClaimDeferred) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.decisions = list(decisions)
         self.claims = 0
-        self.answers_live_elsewhere = False
+        self.store_before_complete = False
         self.known: dict[bytes, int] = {}
         self.look = asyncio.Event()  # the store answers looks once it is set
         self.look.set()
@@ -81,61 +94,65 @@ class Script:
         return found[1:]
 
     # the queue
-    async def claim(self) -> Claim | NotYet:
+    async def claim(self) -> Claim | ClaimDeferred:
         """See `Queue.claim`."""
         self.claims += 1
         self.woken.set()
-        return self.decisions.pop(0) if self.decisions else NotYet(math.inf)
+        return self.decisions.pop(0) if self.decisions else ClaimDeferred(math.inf)
 
-    async def late(self, claim: Claim, *, seconds: float) -> bool:
+    async def postpone_slot(self, claim: Claim, *, seconds: float) -> bool:
         """See `Queue.late`."""
         self.note("late", claim.id, seconds)
         return self.may_be_late
 
-    async def put_back(self, claim: Claim) -> None:
+    async def release(self, claim: Claim) -> None:
         """See `Queue.put_back`."""
         self.note("put_back", claim.id)
 
-    async def fulfil(self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True) -> None:
+    async def complete(
+        self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True
+    ) -> None:
         """See `Queue.fulfil`."""
         self.note("fulfil", claim.id, dict(outcomes), inferred)
 
-    async def fail(self, claim: Claim, error: Unavailable, **how: Any) -> None:
+    async def fail(self, claim: Claim, error: ModelUnavailableError, **how: Any) -> None:
         """See `Queue.fail`."""
         self.note("fail", claim.id, error, how)
 
-    async def refuse(self, claim: Claim, error: Refused, named: Mapping[bytes, Refused]) -> None:
+    async def reject(
+        self, claim: Claim, error: PairRejectedError, errors_by_digest: Mapping[bytes, PairRejectedError]
+    ) -> None:
         """See `Queue.refuse`."""
-        self.note("refuse", claim.id, error, dict(named))
+        self.note("refuse", claim.id, error, dict(errors_by_digest))
 
-    async def changed(self) -> None:
+    async def wait_for_change(self) -> None:
         """See `Queue.changed`."""
         await self.changes.wait()
         self.changes.clear()
 
     # the store
-    async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
+    async def get_levels(self, digests: Sequence[bytes]) -> Sequence[int]:
         """See `GuardedStore.get`."""
         await self.look.wait()
         self.note("looked", len(digests))
         return [self.known.get(digest, 0) for digest in digests]
 
-    async def put(self, levels: Mapping[bytes, int], *, asked_at: float) -> None:
+    async def put(self, levels: Mapping[bytes, int], *, requested_at: float) -> None:
         """See `GuardedStore.put`."""
-        self.note("put", dict(levels), asked_at)
+        self.note("put", dict(levels), requested_at)
 
     # the model
     def prepare(self, wanted: Sequence[Pair]) -> Sequence[Pair]:
         """See `ModelClient.prepare`."""
         return wanted
 
-    async def send(self, batch: Sequence[Pair]) -> "asyncio.Task[list[int | Nonsense]]":
+    async def send(self, batch: Sequence[Pair]) -> "asyncio.Task[list[int | InvalidModelResponseError]]":
         """See `ModelClient.send`."""
         self.note("sent", [int.from_bytes(item.digest, "big") for item in batch], time.monotonic())
         await asyncio.sleep(self.leaving_seconds)
         return asyncio.create_task(self._answer(batch))
 
-    async def _answer(self, batch: Sequence[Pair]) -> list[int | Nonsense]:
+    async def _answer(self, batch: Sequence[Pair]) -> list[int | InvalidModelResponseError]:
         await self.answering.wait()
         return self.answer(batch)
 
@@ -144,15 +161,18 @@ class Script:
 async def running(script: Script, tracing: Tracing = OFF) -> AsyncIterator[Dispatcher]:
     """A dispatcher at work within the block."""
     dispatcher = Dispatcher(
-        queue=cast("Queue", script), model=cast("ModelClient", script), store=cast("GuardedStore", script),
-        replica="r", tracing=tracing,
-    )  # fmt: skip
+        queue=cast("Queue", script),
+        model=cast("ModelClient", script),
+        store=cast("ResilientStore", script),
+        replica="r",
+        tracing=tracing,
+    )
     loop = asyncio.create_task(dispatcher.run())
     try:
         yield dispatcher
     finally:
-        await end([loop])
-        await dispatcher.finish(within_seconds=PATIENCE_SECONDS)
+        await cancel_and_wait([loop])
+        await dispatcher.drain(timeout_seconds=PATIENCE_SECONDS)
 
 
 async def played(script: Script, last: str, tracing: Tracing = OFF) -> Script:
@@ -165,15 +185,15 @@ async def played(script: Script, last: str, tracing: Tracing = OFF) -> Script:
 def raising(error: Exception) -> Answer:
     """A model that ends each call so."""
 
-    def answer(_sent: Sequence[Pair]) -> list[int | Nonsense]:
+    def answer(_sent: Sequence[Pair]) -> list[int | InvalidModelResponseError]:
         raise error
 
     return answer
 
 
-def failed(code: StatusCode = StatusCode.UNAVAILABLE, **how: Any) -> CallFailed:
+def failed(code: StatusCode = StatusCode.UNAVAILABLE, **how: Any) -> CallFailedError:
     """A failed call whose message quotes pairs."""
-    return CallFailed(code, "words about a pair", how.pop("retry", None), told="no words", **how)
+    return CallFailedError(code, "words about a pair", how.pop("retry", None), safe_message="no words", **how)
 
 
 async def test_a_batch_is_looked_up_sent_answered_and_kept() -> None:
@@ -181,7 +201,7 @@ async def test_a_batch_is_looked_up_sent_answered_and_kept() -> None:
     before = time.monotonic()
     script = await played(Script(claim_of([1, 2])), "put")
     assert script.names() == ["looked", "sent", "fulfil", "put"]
-    levels = {pair(1).digest: 3, pair(2).digest: 3}
+    levels = {numbered_pair(1).digest: 3, numbered_pair(2).digest: 3}
     assert script.of("fulfil") == ("claim", levels, True)
     kept, asked_at = script.of("put")
     assert kept == levels
@@ -191,7 +211,7 @@ async def test_a_batch_is_looked_up_sent_answered_and_kept() -> None:
 async def test_on_a_cluster_answers_are_kept_before_they_are_told() -> None:
     """The queue may be lost alone, with what it remembers."""
     script = Script(claim_of([1]))
-    script.answers_live_elsewhere = True
+    script.store_before_complete = True
     assert (await played(script, "fulfil")).names() == ["looked", "sent", "put", "fulfil"]
 
 
@@ -200,34 +220,34 @@ async def test_what_the_store_knows_by_now_is_not_sent() -> None:
     model's.
     """  # noqa: D205 - one thought
     script = Script(claim_of([1, 2, 3]))
-    script.known = {pair(2).digest: 6}
+    script.known = {numbered_pair(2).digest: 6}
     await played(script, "put")
     assert script.names() == ["looked", "fulfil", "sent", "fulfil", "put"]
-    assert script.events[1] == ("fulfil", "claim", {pair(2).digest: 6}, False)
+    assert script.events[1] == ("fulfil", "claim", {numbered_pair(2).digest: 6}, False)
     assert script.of("sent")[0] == [1, 3]
-    assert script.of("put")[0] == {pair(1).digest: 3, pair(3).digest: 3}
+    assert script.of("put")[0] == {numbered_pair(1).digest: 3, numbered_pair(3).digest: 3}
 
 
 async def test_a_batch_that_the_store_knows_whole_gives_its_slot_back() -> None:
     """Nothing is sent, and the queue is not told that anything is late."""
     script = Script(claim_of([1], slot_in=-1.0))
-    script.known = {pair(1).digest: 6}
+    script.known = {numbered_pair(1).digest: 6}
     assert (await played(script, "put_back")).names() == ["looked", "fulfil", "put_back"]
 
 
 async def test_a_slow_look_holds_no_batch_up() -> None:
     """The slot is now: all pairs are sent, and the look that comes later harms nothing."""
     script = Script(claim_of([1, 2]))
-    script.known = {pair(1).digest: 6}
+    script.known = {numbered_pair(1).digest: 6}
     script.look.clear()
     async with running(script) as dispatcher:
         await script.until(lambda: "put" in script.names())
-        assert dispatcher._looks
+        assert dispatcher._lookups
         script.look.set()
         await script.until(lambda: "looked" in script.names())
         await asyncio.sleep(0)
     assert script.of("sent")[0] == [1, 2]
-    assert not dispatcher._looks
+    assert not dispatcher._lookups
 
 
 async def test_a_batch_does_not_leave_before_it_may() -> None:
@@ -253,7 +273,7 @@ async def test_a_batch_that_may_not_be_late_goes_back() -> None:
 
 async def test_a_batch_that_is_hardly_late_is_not_told() -> None:
     """Pacing makes up for it."""
-    script = await played(Script(claim_of([1], slot_in=LATE_SECONDS * 20)), "put")
+    script = await played(Script(claim_of([1], slot_in=SLOT_TOLERANCE_SECONDS * 20)), "put")
     assert "late" not in script.names()
 
 
@@ -270,28 +290,28 @@ async def test_what_leaves_later_than_was_told_is_told_again() -> None:
 
 async def test_nonsense_is_told_and_not_kept() -> None:
     """The levels of the others are."""
-    nonsense = Nonsense("none")
+    nonsense = InvalidModelResponseError("none")
     script = Script(claim_of([1, 2]))
     script.answer = lambda _sent: [5, nonsense]
     await played(script, "put")
-    assert script.of("fulfil")[1] == {pair(1).digest: 5, pair(2).digest: nonsense}
-    assert script.of("put")[0] == {pair(1).digest: 5}
+    assert script.of("fulfil")[1] == {numbered_pair(1).digest: 5, numbered_pair(2).digest: nonsense}
+    assert script.of("put")[0] == {numbered_pair(1).digest: 5}
 
 
 async def test_a_refused_batch_names_pairs_by_what_was_sent() -> None:
     """Positions are those of the message, not of the claim. The model's message is for its request alone."""
     script = Script(claim_of([1, 2, 3], request="rpc"))
-    script.known = {pair(1).digest: 6}
-    own = Refused(StatusCode.OUT_OF_RANGE, "own", ".title", "own")
-    script.answer = raising(BatchRefused(StatusCode.OUT_OF_RANGE, "words about both", {1: own}))
+    script.known = {numbered_pair(1).digest: 6}
+    own = PairRejectedError(StatusCode.OUT_OF_RANGE, "own", ".title", "own")
+    script.answer = raising(BatchRejectedError(StatusCode.OUT_OF_RANGE, "words about both", {1: own}))
     await played(script, "refuse")
     _, error, named = script.of("refuse")
-    assert list(named) == [pair(3).digest]
-    for refused, message in ((error, "the model refused the pair"), (named[pair(3).digest], "own")):
+    assert list(named) == [numbered_pair(3).digest]
+    for refused, message in ((error, "the model refused the pair"), (named[numbered_pair(3).digest], "own")):
         assert refused.code is StatusCode.OUT_OF_RANGE
-        assert refused.told_to("another").message == message
-        assert refused.told_to("rpc").message == "words about both"
-    assert (named[pair(3).digest].field, named[pair(3).digest].reason) == (".title", "own")
+        assert refused.redacted_for("another").message == message
+        assert refused.redacted_for("rpc").message == "words about both"
+    assert (named[numbered_pair(3).digest].field, named[numbered_pair(3).digest].reason) == (".title", "own")
     assert script.names() == ["looked", "fulfil", "sent", "refuse"]
 
 
@@ -299,10 +319,10 @@ async def test_a_refusal_of_a_lone_pair_is_in_the_models_words() -> None:
     """They can be about that pair alone; a batch of several requests has no words for anybody."""
     for numbers, message in (([1], "words"), ([1, 2], "the model refused the pair")):
         script = Script(claim_of(numbers))
-        script.answer = raising(BatchRefused(StatusCode.INVALID_ARGUMENT, "words", {}))
+        script.answer = raising(BatchRejectedError(StatusCode.INVALID_ARGUMENT, "words", {}))
         await played(script, "refuse")
         error = script.of("refuse")[1]
-        assert error.told_to("").message == error.told_to_anyone().message == message
+        assert error.redacted_for("").message == error.redacted().message == message
 
 
 @pytest.mark.parametrize("code", list(StatusCode))
@@ -315,9 +335,9 @@ async def test_a_failed_call_is_told_as_what_it_was(code: StatusCode) -> None:
     await played(script, "fail")
     _, error, how = script.of("fail")
     suspicious = code in {StatusCode.UNKNOWN, StatusCode.INTERNAL, StatusCode.DATA_LOSS}
-    assert how == {"retry_after_seconds": 7.0, "suspicious": suspicious, "unsent": True}
-    assert error.told_to("other").message == "no words"
-    assert error.told_to("rpc").message == "words about a pair"
+    assert how == {"retry_after_seconds": 7.0, "model_fault": suspicious, "unsent": True}
+    assert error.redacted_for("other").message == "no words"
+    assert error.redacted_for("rpc").message == "words about a pair"
     assert script.names() == ["looked", "sent", "fail"]
 
 
@@ -326,7 +346,7 @@ async def test_a_failed_call_with_a_lone_pair_is_told_in_the_models_words() -> N
     script = Script(claim_of([1]))
     script.answer = raising(failed())
     await played(script, "fail")
-    assert script.of("fail")[1].told_to_anyone().message == "words about a pair"
+    assert script.of("fail")[1].redacted().message == "words about a pair"
 
 
 async def test_a_defect_on_the_way_to_the_model_fails_the_call_alone() -> None:
@@ -343,7 +363,7 @@ async def test_a_defect_on_the_way_to_the_model_fails_the_call_alone() -> None:
     name, error, how = script.of("fail")
     assert name == "first"
     assert "ZeroDivisionError" in error.message
-    assert not how["suspicious"]
+    assert not how["model_fault"]
     assert script.of("fulfil")[0] == "second"
 
 
@@ -376,7 +396,7 @@ async def test_calls_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("wait_seconds", [0.02, math.inf])
 async def test_a_claim_is_tried_again_after_the_wait_or_a_change(wait_seconds: float) -> None:
     """Whichever comes first; with nothing waiting only a change."""
-    script = Script(NotYet(wait_seconds), claim_of([1]))
+    script = Script(ClaimDeferred(wait_seconds), claim_of([1]))
     async with running(script):
         await script.until(lambda: script.claims == 1)
         if math.isinf(wait_seconds):
@@ -393,7 +413,7 @@ async def test_the_end_waits_for_calls_in_flight_but_not_for_ever(*, answers: bo
     script.answering.clear()
     async with running(script) as dispatcher:
         await script.until(lambda: "sent" in script.names())
-        ending = asyncio.create_task(dispatcher.finish(within_seconds=PATIENCE_SECONDS if answers else 0.05))
+        ending = asyncio.create_task(dispatcher.drain(timeout_seconds=PATIENCE_SECONDS if answers else 0.05))
         await asyncio.sleep(0)
         if answers:
             script.answering.set()
@@ -406,9 +426,9 @@ class _Broken:
 
     def __init__(self, when: str) -> None:
         self._when = when
-        self.is_on = True
+        self.is_enabled = True
 
-    def batch(self, *_: object, **__: object) -> Any:
+    def batch_span(self, *_: object, **__: object) -> Any:
         """See `Tracing.batch`."""
         if self._when == "begin":
             raise RuntimeError(self._when)
@@ -416,11 +436,11 @@ class _Broken:
 
     @contextmanager
     def _span(self) -> Iterator[Span]:
-        yield cast("Span", self) if self._when == "note" else NO_SPAN
+        yield cast("Span", self) if self._when == "note" else NOOP_SPAN
         if self._when == "end":
             raise RuntimeError(self._when)
 
-    def note(self, **_: object) -> None:
+    def set_attributes(self, **_: object) -> None:
         """See `Span.note`."""
         raise RuntimeError(self._when)
 

@@ -12,21 +12,29 @@ import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
-from services.cache_proxy.errors import StoreError, Unavailable
+from services.cache_proxy.errors import ModelUnavailableError, StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.interface import Claim, NotYet, Outcome
-from services.cache_proxy.queue.managed_queue import ProxyQueue, SharedRedis, open_shared
-from services.cache_proxy.queue.waiters import Wait, Waiters
-from services.cache_proxy.redis_client.client_factory import connect
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred, Outcome
+from services.cache_proxy.queue.managed_queue import ManagedQueue, SharedQueueConfig, open_shared_queue
+from services.cache_proxy.queue.waiters import Waiter, WaiterRegistry
+from services.cache_proxy.redis_client.client_factory import create_client
 from tests.support.redis_server import RedisServer, redis_process
-from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
+from tests.support.replicas import (
+    QueueLocation,
+    Replica,
+    numbered_pairs,
+    pair_numbers,
+    queue_limits,
+    replicas,
+    request_context,
+)
 
 pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
 
-BOUNDS = limits(batch_pairs=4, calls_per_second=10)
+BOUNDS = queue_limits(batch_pairs=4, calls_per_second=10)
 LOST = StoreError("no answer")
-DOWN = Unavailable("down", retry_after_seconds=1.0)
+DOWN = ModelUnavailableError("down", retry_after_seconds=1.0)
 
 
 @pytest.fixture
@@ -36,12 +44,12 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
         yield running
 
 
-class Proxy:
+class ReplicaWithDispatcher:
     """A replica as the proxy opens it, with a dispatcher and a model that answers 1 + number % 7."""
 
-    def __init__(self, queue: ProxyQueue, waiters: Waiters) -> None:
+    def __init__(self, queue: ManagedQueue, waiters: WaiterRegistry) -> None:
         self.queue = queue
-        self.sent: Counter[int] = Counter()
+        self.sent_counts: Counter[int] = Counter()
         self._waiters = waiters
 
     async def dispatch(self) -> None:
@@ -49,67 +57,74 @@ class Proxy:
         while True:
             decision = await self.queue.claim()
             if isinstance(decision, Claim):
-                self.sent.update(numbers_of(decision))
+                self.sent_counts.update(pair_numbers(decision))
                 await asyncio.sleep(0.02)
                 outcomes: dict[bytes, Outcome] = {
                     item.digest: 1 + number % 7
-                    for number, item in zip(numbers_of(decision), decision.pairs, strict=True)
+                    for number, item in zip(pair_numbers(decision), decision.pairs, strict=True)
                 }
-                await self.queue.fulfil(decision, outcomes)
+                await self.queue.complete(decision, outcomes)
                 continue
             try:
                 async with asyncio.timeout(min(decision.wait_seconds, 60)):
-                    await self.queue.changed()
+                    await self.queue.wait_for_change()
             except TimeoutError:
                 continue
 
-    async def ask(self, numbers: list[int]) -> Wait:
+    async def enqueue(self, numbers: list[int]) -> Waiter:
         """Ask, as the resolver does."""
-        wanted = pairs(numbers)
-        wait = self._waiters.open([item.digest for item in wanted])
-        enqueued = await self.queue.enqueue(wanted, asker())
-        self._waiters.settle_one(wait, enqueued.ended.items())
+        wanted = numbered_pairs(numbers)
+        wait = self._waiters.register([item.digest for item in wanted])
+        enqueued = await self.queue.enqueue(wanted, request_context())
+        self._waiters.resolve_one(wait, enqueued.outcomes.items())
         return wait
 
 
 @asynccontextmanager
-async def _proxies(url: str, count: int) -> AsyncIterator[list[Proxy]]:
-    place = Place.new(url)
+async def _running_replicas(url: str, count: int) -> AsyncIterator[list[ReplicaWithDispatcher]]:
+    place = QueueLocation.create(url)
     async with AsyncExitStack() as stack:
         opened = []
         for number in range(count):
-            client = connect(url, timeout_seconds=1.5)  # a busy machine is no lost Redis
+            client = create_client(url, timeout_seconds=1.5)  # a busy machine is no lost Redis
             assert isinstance(client, Redis)
             stack.push_async_callback(client.aclose, close_connection_pool=True)
-            shared = SharedRedis(
-                client=client, url=url, keys=place.keys, expected_replicas=count, lease_seconds=5,
+            shared = SharedQueueConfig(
+                client=client,
+                url=url,
+                keys=place.keys,
+                expected_replicas=count,
+                lease_seconds=5,
                 http_bound="127.0.0.1:1",
-            )  # fmt: skip
-            waiters = Waiters()
+            )
+            waiters = WaiterRegistry()
             queue = await stack.enter_async_context(
-                open_shared(
-                    BOUNDS, shared, replica=f"{number:016x}", settle=waiters.settle,
+                open_shared_queue(
+                    BOUNDS,
+                    shared,
+                    replica=f"{number:016x}",
+                    on_outcome=waiters.resolve,
                     metrics=ProxyMetrics(CollectorRegistry()),
                 )
-            )  # fmt: skip
-            proxy = Proxy(queue, waiters)
+            )
+            proxy = ReplicaWithDispatcher(queue, waiters)
             task = asyncio.create_task(proxy.dispatch())
             stack.callback(task.cancel)
             opened.append(proxy)
         async with asyncio.timeout(30):
-            while not all(_knows(proxy.queue, count) for proxy in opened):  # noqa: ASYNC110 - nobody tells
+            while not all(_has_members(proxy.queue, count) for proxy in opened):  # noqa: ASYNC110 - nobody tells
                 await asyncio.sleep(0.01)
         yield opened
 
 
-def _knows(queue: ProxyQueue, members: int) -> bool:
+def _has_members(queue: ManagedQueue, members: int) -> bool:
     """Whether it has heard that so many have moments."""
     assert isinstance(queue, FailoverQueue)
     membership = queue._limiter._membership
     return membership is not None and len(membership.members) == members
 
 
-def _levels(wait: Wait) -> dict[int, Outcome]:
+def _levels(wait: Waiter) -> dict[int, Outcome]:
     return {int.from_bytes(digest, "big"): level for digest, level in wait.outcomes.items()}
 
 
@@ -121,22 +136,22 @@ async def test_every_waiter_is_answered_without_redis_and_after(
     answer that was given meanwhile is asked for again.
     """  # noqa: D205 - one thought
     caplog.set_level(logging.INFO, logger="services.cache_proxy.queue")
-    async with _proxies(server.url, 2) as (one, other):
-        first = await one.ask(list(range(40)))
+    async with _running_replicas(server.url, 2) as (one, other):
+        first = await one.enqueue(list(range(40)))
         if how == "kill":
             server.kill()
         else:
             server.pause()
-        second = await one.ask(list(range(30, 50)))
-        third = await other.ask(list(range(100, 110)))
+        second = await one.enqueue(list(range(30, 50)))
+        third = await other.enqueue(list(range(100, 110)))
         async with asyncio.timeout(30):
             for wait in (first, second, third):
-                await wait.done()
+                await wait.wait()
         assert _levels(first) == {number: 1 + number % 7 for number in range(40)}
-        assert max(one.sent.values()) <= 2  # twice, if Redis went while it was in flight
+        assert max(one.sent_counts.values()) <= 2  # twice, if Redis went while it was in flight
         lost = [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert len(lost) == 2, [record.getMessage() for record in lost]
-        sent = one.sent + other.sent
+        sent = one.sent_counts + other.sent_counts
         if how == "kill":
             server.start()
         else:
@@ -144,24 +159,24 @@ async def test_every_waiter_is_answered_without_redis_and_after(
         async with asyncio.timeout(30):
             while sum("is back" in record.getMessage() for record in caplog.records) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-            again = await other.ask([1, 2, 3, 40, 49])
-            await again.done()
-            fresh = await other.ask(list(range(200, 220)))
-            await fresh.done()
+            again = await other.enqueue([1, 2, 3, 40, 49])
+            await again.wait()
+            fresh = await other.enqueue(list(range(200, 220)))
+            await fresh.wait()
         assert _levels(again) == {number: 1 + number % 7 for number in (1, 2, 3, 40, 49)}
-        assert one.sent + other.sent - sent == Counter(range(200, 220))
+        assert one.sent_counts + other.sent_counts - sent == Counter(range(200, 220))
         assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 2
 
 
 async def test_redis_comes_and_goes(server: RedisServer) -> None:
     """Three times in a row under a steady stream: every question is answered right."""
-    async with _proxies(server.url, 2) as both:
+    async with _running_replicas(server.url, 2) as both:
         waits = []
         for turn in range(3):
             for step in range(12):
                 proxy = both[step % 2]
                 start = 1000 * turn + 5 * step
-                waits.append(await proxy.ask(list(range(start, start + 8))))
+                waits.append(await proxy.enqueue(list(range(start, start + 8))))
                 if step == 4:
                     server.kill()
                 if step == 8:
@@ -169,7 +184,7 @@ async def test_redis_comes_and_goes(server: RedisServer) -> None:
                 await asyncio.sleep(0.03)
         async with asyncio.timeout(60):
             for wait in waits:
-                await wait.done()
+                await wait.wait()
         for wait in waits:
             assert all(level == 1 + number % 7 for number, level in _levels(wait).items())
 
@@ -177,24 +192,24 @@ async def test_redis_comes_and_goes(server: RedisServer) -> None:
 @pytest.fixture
 async def replica(shared_redis: str) -> AsyncIterator[Replica]:
     """One whose loss and return a test plays by hand."""
-    async with replicas(Place.new(shared_redis)) as (opened,):
+    async with replicas(QueueLocation.create(shared_redis)) as (opened,):
         yield opened
 
 
-async def _lose(replica: Replica) -> None:
-    await replica.failover.lose(LOST)
-    replica.failover._limiter.begins_at = 0.0  # the others know at once
+async def _fail_over(replica: Replica) -> None:
+    await replica.failover.fail_over(LOST)
+    replica.failover._limiter.not_before = 0.0  # the others know at once
 
 
-async def _ask(replica: Replica, numbers: list[int]) -> Wait:
-    wanted = pairs(numbers)
-    wait = replica.waiters.open([item.digest for item in wanted])
-    enqueued = await replica.failover.enqueue(wanted, asker())
-    replica.waiters.settle_one(wait, enqueued.ended.items())
+async def _enqueue(replica: Replica, numbers: list[int]) -> Waiter:
+    wanted = numbered_pairs(numbers)
+    wait = replica.waiters.register([item.digest for item in wanted])
+    enqueued = await replica.failover.enqueue(wanted, request_context())
+    replica.waiters.resolve_one(wait, enqueued.outcomes.items())
     return wait
 
 
-async def _take(replica: Replica) -> Claim:
+async def _claim_batch(replica: Replica) -> Claim:
     for _ in range(100):
         claim = await replica.failover.claim()
         if isinstance(claim, Claim):
@@ -204,10 +219,10 @@ async def _take(replica: Replica) -> Claim:
     raise AssertionError("no batch")
 
 
-async def _nothing_is_left(replica: Replica) -> None:
-    assert replica.place.left() == {}
-    assert replica.queue.noted() == {}
-    assert replica.queue.held == []
+async def _assert_nothing_left(replica: Replica) -> None:
+    assert replica.location.leftover_keys() == {}
+    assert replica.queue.snapshot_waiting() == {}
+    assert replica.queue.claim_ids == []
     assert replica.failover._local._entries == {}
     assert not replica.failover._local_claims
 
@@ -217,202 +232,202 @@ async def test_a_local_batch_that_ends_unanswered_after_the_return_is_not_strand
     how: str, replica: Replica
 ) -> None:
     """Claimed without Redis, ended with it: its pairs wait in Redis, once, and are answered."""
-    await _lose(replica)
-    wait = await _ask(replica, [1, 2, 3])
-    claim = await _take(replica)
-    await replica.failover.regain()
+    await _fail_over(replica)
+    wait = await _enqueue(replica, [1, 2, 3])
+    claim = await _claim_batch(replica)
+    await replica.failover.fail_back()
     assert not isinstance(await replica.failover.claim(), Claim), "sent twice"
     if how == "fail":
         await replica.failover.fail(claim, DOWN, retry_after_seconds=0)
     elif how == "refuse":
-        await replica.failover.refuse(claim, DOWN, {})
+        await replica.failover.reject(claim, DOWN, {})
     else:
-        await replica.failover.put_back(claim)
-    claim = await _take(replica)
-    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+        await replica.failover.release(claim)
+    claim = await _claim_batch(replica)
+    await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs})
     assert sorted(_levels(wait)) == [1, 2, 3]
-    await _nothing_is_left(replica)
+    await _assert_nothing_left(replica)
 
 
 @pytest.mark.parametrize("how", ["fulfil", "fail", "put back", "in part"])
 async def test_a_shared_batch_that_ends_after_the_loss_is_not_stranded(how: str, replica: Replica) -> None:
     """Claimed with Redis, ended without it: whoever waits here is answered or asked again, locally."""
-    wait = await _ask(replica, [1, 2, 3])
-    claim = await _take(replica)
-    await _lose(replica)
+    wait = await _enqueue(replica, [1, 2, 3])
+    claim = await _claim_batch(replica)
+    await _fail_over(replica)
     assert not isinstance(await replica.failover.claim(), Claim), "sent twice"
     done: dict[bytes, Outcome] = {item.digest: 2 for item in claim.pairs}
     if how == "in part":
-        await replica.failover.fulfil(claim, {claim.pairs[0].digest: 2})
-        await replica.failover.put_back(claim)
+        await replica.failover.complete(claim, {claim.pairs[0].digest: 2})
+        await replica.failover.release(claim)
     elif how == "fail":
         await replica.failover.fail(claim, DOWN, retry_after_seconds=0)
     elif how == "put back":
-        await replica.failover.put_back(claim)
+        await replica.failover.release(claim)
     else:
-        await replica.failover.fulfil(claim, done)
+        await replica.failover.complete(claim, done)
     if how != "fulfil":
-        claim = await _take(replica)
+        claim = await _claim_batch(replica)
         assert len(claim.pairs) == (2 if how == "in part" else 3)
-        await replica.failover.fulfil(claim, done)
-    assert not wait.open
-    replica.place.age_claims(60_000)
-    await replica.failover.regain()
-    await replica.beat()
+        await replica.failover.complete(claim, done)
+    assert not wait.pending
+    replica.location.age_claims(60_000)
+    await replica.failover.fail_back()
+    await replica.heartbeat()
     assert not isinstance(await replica.failover.claim(), Claim), "sent twice"
-    await _nothing_is_left(replica)
+    await _assert_nothing_left(replica)
 
 
 async def test_what_is_asked_during_the_return_waits_in_redis(replica: Replica) -> None:
     """A question that comes between two steps of the return is neither lost nor left in the local queue."""
-    await _lose(replica)
-    waits = [await _ask(replica, [1])]
-    returning = asyncio.create_task(replica.failover.regain())
+    await _fail_over(replica)
+    waits = [await _enqueue(replica, [1])]
+    returning = asyncio.create_task(replica.failover.fail_back())
     number = 2
     while not returning.done():
-        waits.append(await _ask(replica, [number]))
+        waits.append(await _enqueue(replica, [number]))
         number += 1
         await asyncio.sleep(0)
     await returning
     assert replica.failover._local._entries == {}
-    while any(wait.open for wait in waits):
-        claim = await _take(replica)
-        await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
-    await _nothing_is_left(replica)
+    while any(wait.pending for wait in waits):
+        claim = await _claim_batch(replica)
+        await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs})
+    await _assert_nothing_left(replica)
 
 
 async def test_no_call_of_its_own_while_it_returns(replica: Replica) -> None:
     """The others count on its heartbeat: what comes during the return, or when that fails, waits."""
-    await replica.beat()
-    await _lose(replica)
-    waits = [await _ask(replica, [1])]
-    replica.client.slow = (0.0, 0.1)  # the heartbeat, and what follows from it
-    returning = asyncio.create_task(replica.listener._beat_once())
+    await replica.heartbeat()
+    await _fail_over(replica)
+    waits = [await _enqueue(replica, [1])]
+    replica.client.delays = (0.0, 0.1)  # the heartbeat, and what follows from it
+    returning = asyncio.create_task(replica.session._heartbeat())
     await asyncio.sleep(0.05)
-    waits.append(await _ask(replica, [2]))
+    waits.append(await _enqueue(replica, [2]))
     assert not isinstance(await replica.failover.claim(), Claim)
     await returning
-    while any(wait.open for wait in waits):
-        claim = await _take(replica)
-        await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
-    await _nothing_is_left(replica)
+    while any(wait.pending for wait in waits):
+        claim = await _claim_batch(replica)
+        await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs})
+    await _assert_nothing_left(replica)
 
 
 async def test_no_call_of_its_own_while_it_reads_what_was_invalidated(replica: Replica) -> None:
     """The log may be slow to read; the heartbeat before that has told the others that it is back."""
-    decisions: list[Claim | NotYet] = []
+    decisions: list[Claim | ClaimDeferred] = []
 
     async def hear(_last: bytes | None) -> None:
         for _ in range(30):
             decisions.append(await replica.failover.claim())
             await asyncio.sleep(0.01)
 
-    await replica.beat()
-    await _lose(replica)
-    wait = await _ask(replica, [1])
-    await asyncio.sleep(replica.failover._limiter.begins_at - time.monotonic())  # then it has its moments
-    replica.listener._logs = {replica.place.keys.log: hear}
-    await replica.listener._beat_once()
+    await replica.heartbeat()
+    await _fail_over(replica)
+    wait = await _enqueue(replica, [1])
+    await asyncio.sleep(replica.failover._limiter.not_before - time.monotonic())  # then it has its moments
+    replica.session._log_callbacks = {replica.location.keys.log: hear}
+    await replica.session._heartbeat()
     assert decisions
     assert not [decision for decision in decisions if isinstance(decision, Claim)]
-    claim = await _take(replica)
-    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
-    assert not wait.open
+    claim = await _claim_batch(replica)
+    await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs})
+    assert not wait.pending
 
 
 async def test_a_return_that_fails_again_and_again_leaves_it_its_moments(replica: Replica) -> None:
     """Heartbeats get through, questions do not: it is silent for a while each time, and calls meanwhile."""
-    replica.client.most_bytes = 2000
-    wait = await _ask(replica, list(range(100)))
-    beating = asyncio.create_task(replica.listener._beat())
+    replica.client.max_command_bytes = 2000
+    wait = await _enqueue(replica, list(range(100)))
+    beating = asyncio.create_task(replica.session._heartbeat_loop())
     async with asyncio.timeout(5):
-        while wait.open:
+        while wait.pending:
             claim = await replica.failover.claim()
             if isinstance(claim, Claim):
-                await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
+                await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs})
             else:
                 await asyncio.sleep(min(claim.wait_seconds, 0.1))
-    replica.client.most_bytes = 10**9
+    replica.client.max_command_bytes = 10**9
     beating.cancel()
-    assert replica.failover.lost
+    assert replica.failover.is_redis_lost
 
 
 async def test_a_pushback_outlives_the_loss_of_redis(replica: Replica) -> None:
     """The model wants no call for a while: going on alone does not make one."""
-    await replica.beat()
-    wait = await _ask(replica, [1])
-    await replica.failover.fail(await _take(replica), DOWN, retry_after_seconds=5)
-    await _lose(replica)
+    await replica.heartbeat()
+    wait = await _enqueue(replica, [1])
+    await replica.failover.fail(await _claim_batch(replica), DOWN, retry_after_seconds=5)
+    await _fail_over(replica)
     decision = await replica.failover.claim()
-    assert isinstance(decision, NotYet)
+    assert isinstance(decision, ClaimDeferred)
     assert decision.wait_seconds > 4
-    await replica.failover.leave(replica.waiters.close(wait))
+    await replica.failover.cancel(replica.waiters.unregister(wait))
 
 
 async def test_who_asks_again_is_not_forgotten_with_who_left(replica: Replica) -> None:
     """A pair in flight without Redis, wanted by nobody, is asked for with it; Redis goes, the call fails."""
-    await _lose(replica)
-    left = await _ask(replica, [1])
-    claim = await _take(replica)
-    await replica.failover.leave(replica.waiters.close(left))
-    await replica.failover.regain()
-    wait = await _ask(replica, [1])
-    await _lose(replica)
+    await _fail_over(replica)
+    left = await _enqueue(replica, [1])
+    claim = await _claim_batch(replica)
+    await replica.failover.cancel(replica.waiters.unregister(left))
+    await replica.failover.fail_back()
+    wait = await _enqueue(replica, [1])
+    await _fail_over(replica)
     await replica.failover.fail(claim, DOWN, retry_after_seconds=0)
-    claim = await _take(replica)
-    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
-    assert not wait.open
+    claim = await _claim_batch(replica)
+    await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs})
+    assert not wait.pending
 
 
 async def test_what_ended_without_redis_is_not_asked_again(replica: Replica) -> None:
     """Refused, failed for good or known already in the local queue: the return does not bring it back."""
-    await _lose(replica)
-    waits = [await _ask(replica, [1])]
+    await _fail_over(replica)
+    waits = [await _enqueue(replica, [1])]
     for _ in range(4):
-        await replica.failover.fail(await _take(replica), DOWN, retry_after_seconds=0)
-    waits.append(await _ask(replica, [2]))
-    claim = await _take(replica)
-    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs})
-    waits.append(await _ask(replica, [2]))
-    assert all(not wait.open for wait in waits)
-    assert replica.queue.noted() == {}
-    await replica.failover.regain()
-    await _nothing_is_left(replica)
+        await replica.failover.fail(await _claim_batch(replica), DOWN, retry_after_seconds=0)
+    waits.append(await _enqueue(replica, [2]))
+    claim = await _claim_batch(replica)
+    await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs})
+    waits.append(await _enqueue(replica, [2]))
+    assert all(not wait.pending for wait in waits)
+    assert replica.queue.snapshot_waiting() == {}
+    await replica.failover.fail_back()
+    await _assert_nothing_left(replica)
 
 
 async def test_answers_given_without_redis_are_published_on_return(shared_redis: str) -> None:
     """Another replica that waits for the same pair is told, and who asks later too."""
-    async with replicas(Place.new(shared_redis), 2) as (alone, other):
-        wait, _ = await other.ask(pairs([1]))
-        await _lose(alone)
-        await _ask(alone, [1, 2])
-        claim = await _take(alone)
-        await alone.failover.fulfil(claim, {item.digest: 4 for item in claim.pairs})
-        await alone.failover.regain()
-        await other.messages()
+    async with replicas(QueueLocation.create(shared_redis), 2) as (alone, other):
+        wait, _ = await other.enqueue(numbered_pairs([1]))
+        await _fail_over(alone)
+        await _enqueue(alone, [1, 2])
+        claim = await _claim_batch(alone)
+        await alone.failover.complete(claim, {item.digest: 4 for item in claim.pairs})
+        await alone.failover.fail_back()
+        await other.receive_messages()
         assert list(wait.outcomes.values()) == [4]
-        later, _ = await other.ask(pairs([2]))
+        later, _ = await other.enqueue(numbered_pairs([2]))
         assert list(later.outcomes.values()) == [4]
-        assert other.place.left() == {}
+        assert other.location.leftover_keys() == {}
 
 
 async def test_a_caller_that_leaves_without_redis_is_not_asked_for_on_return(replica: Replica) -> None:
     """Asked with Redis, gone without it: the return does not ask again."""
-    wait = await _ask(replica, [1])
-    await _lose(replica)
-    await replica.failover.leave(replica.waiters.close(wait))
+    wait = await _enqueue(replica, [1])
+    await _fail_over(replica)
+    await replica.failover.cancel(replica.waiters.unregister(wait))
     assert not isinstance(await replica.failover.claim(), Claim)
-    await replica.failover.regain()
-    assert replica.queue.noted() == {}
+    await replica.failover.fail_back()
+    assert replica.queue.snapshot_waiting() == {}
 
 
 async def test_local_claim_that_ends_in_parts_is_dropped(replica: Replica) -> None:
     """A part of its pairs was found in the cache before the call: nothing of the claim is kept."""
-    await _lose(replica)
-    wait = await _ask(replica, [1, 2, 3])
-    claim = await _take(replica)
-    await replica.failover.fulfil(claim, {claim.pairs[0].digest: 2})
+    await _fail_over(replica)
+    wait = await _enqueue(replica, [1, 2, 3])
+    claim = await _claim_batch(replica)
+    await replica.failover.complete(claim, {claim.pairs[0].digest: 2})
     assert claim in replica.failover._local_claims
-    await replica.failover.fulfil(claim, {item.digest: 2 for item in claim.pairs[1:]})
-    assert not wait.open
-    await _nothing_is_left(replica)
+    await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs[1:]})
+    assert not wait.pending
+    await _assert_nothing_left(replica)

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import pytest
 
-from services.cache_proxy.queue.peer_probe import PATH, Doors
+from services.cache_proxy.queue.peer_probe import REPLICA_ID_PATH, PeerProber
 
-_Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+_ConnectionHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @asynccontextmanager
-async def _door(talk: _Talk) -> AsyncIterator[str]:
+async def _http_peer(talk: _ConnectionHandler) -> AsyncIterator[str]:
     """Somebody who answers in a way of his own; his address."""
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     async with server:
@@ -23,16 +23,18 @@ async def _door(talk: _Talk) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _doors() -> AsyncIterator[Doors]:
+async def _peer_prober() -> AsyncIterator[PeerProber]:
     """Without Redis: what is found is looked at before it is told."""
-    doors = Doors(cast("Any", None))
+    doors = PeerProber(cast("Any", None))
     try:
         yield doors
     finally:
         await doors.close()
 
 
-def _answering(head: bytes, seen: list[bytes], *, drip: bytes = b"", every_seconds: float = 0) -> _Talk:
+def _responding(
+    head: bytes, seen: list[bytes], *, drip: bytes = b"", every_seconds: float = 0
+) -> _ConnectionHandler:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen.append(await reader.readuntil(b"\r\n\r\n"))
         writer.write(head)
@@ -52,11 +54,14 @@ async def test_a_redirect_is_not_followed() -> None:
     """It is another behind the door, and whom it points at hears nothing."""
     seen: list[bytes] = []
     redirect = b"HTTP/1.1 302 Found\r\nlocation: http://%s/admin\r\ncontent-length: 0\r\n\r\n"
-    async with _door(_answering(b"", seen)) as victim:
+    async with _http_peer(_responding(b"", seen)) as victim:
         here: list[bytes] = []
-        async with _door(_answering(redirect % victim.encode(), here)) as address, _doors() as doors:
-            assert await doors._find("replica", address) == "gone"
-        assert here[0].startswith(f"GET {PATH} HTTP/1.1\r\n".encode())
+        async with (
+            _http_peer(_responding(redirect % victim.encode(), here)) as address,
+            _peer_prober() as doors,
+        ):
+            assert await doors._probe_once("replica", address) == "gone"
+        assert here[0].startswith(f"GET {REPLICA_ID_PATH} HTTP/1.1\r\n".encode())
     assert seen == []
 
 
@@ -72,35 +77,35 @@ async def test_a_redirect_is_not_followed() -> None:
 async def test_an_answer_without_end_is_left(head: bytes, drip: bytes, every_seconds: float) -> None:
     """Within a second or so, and it proves nothing or that somebody else is there: never that it lives."""
     async with (
-        _door(_answering(head, [], drip=drip, every_seconds=every_seconds)) as address,
-        _doors() as doors,
+        _http_peer(_responding(head, [], drip=drip, every_seconds=every_seconds)) as address,
+        _peer_prober() as doors,
     ):
         started_at = time.monotonic()
-        assert await doors._find("replica", address) != "alive"
+        assert await doors._probe_once("replica", address) != "alive"
         assert time.monotonic() - started_at < 10
 
 
 async def test_only_so_much_of_a_body_is_read() -> None:
     """An endless one ends with its first bytes."""
-    talk = _answering(b"HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n", [], drip=b"y" * 65_536)
-    async with _door(talk) as address, _doors() as doors:
-        assert await doors._find("replica", address) == "gone"
+    talk = _responding(b"HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n", [], drip=b"y" * 65_536)
+    async with _http_peer(talk) as address, _peer_prober() as doors:
+        assert await doors._probe_once("replica", address) == "gone"
 
 
 @pytest.mark.parametrize(
     "address",
     ["", "h", "h:", "u:pw@h:1", "h:1/admin?x=", "h:1#", "h:80\r\nx: y", "[::1", "h:123456", "http://h:1"],
-)  # fmt: skip
+)
 async def test_what_is_no_address_is_not_knocked_at(address: str) -> None:
     """No other path, no login, no header: nothing is sent."""
-    async with _doors() as doors:
-        doors.knock("replica", address)
-        assert not doors._knocking
+    async with _peer_prober() as doors:
+        doors.probe("replica", address)
+        assert not doors._probes
 
 
 async def test_few_knocks_are_under_way() -> None:
     """Redis may name a thousand replicas."""
-    async with _doors() as doors:
+    async with _peer_prober() as doors:
         for number in range(1000):
-            doors.knock(f"replica {number}", "[::1]:9")
-        assert len(doors._knocking) == 16
+            doors.probe(f"replica {number}", "[::1]:9")
+        assert len(doors._probes) == 16

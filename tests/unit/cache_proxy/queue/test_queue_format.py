@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 
 from services.cache_proxy.errors import QueueFormatError
-from services.cache_proxy.queue.queue_scripts import FORMAT, Keys
+from services.cache_proxy.queue.queue_scripts import FORMAT, QueueKeys
 from services.cache_proxy.queue.serialization import pack
-from tests.support.replicas import Place, Replica, limits, numbers_of, pairs, replicas
+from tests.support.replicas import (
+    QueueLocation,
+    Replica,
+    numbered_pairs,
+    pair_numbers,
+    queue_limits,
+    replicas,
+)
 
 NEXT = FORMAT + 1
 FIRST, SECOND, OTHER, ANOTHER = "0" * 15 + "1", "0" * 15 + "2", "a" * 16, "b" * 16
@@ -32,23 +39,23 @@ ARGUMENTS: dict[str, Sequence[Any]] = {
 }
 
 
-def _place(url: str, *, queue_format: int = FORMAT, prefix: str | None = None) -> Place:
-    prefix = prefix or Place.new(url).keys.limit.partition("}")[0].removeprefix("{")
-    return Place(url, Keys(prefix=prefix, namespace="n", queue_format=queue_format))
+def _place(url: str, *, queue_format: int = FORMAT, prefix: str | None = None) -> QueueLocation:
+    prefix = prefix or QueueLocation.create(url).keys.limit.partition("}")[0].removeprefix("{")
+    return QueueLocation(url, QueueKeys(prefix=prefix, namespace="n", queue_format=queue_format))
 
 
-def _next_to(place: Place, queue_format: int = NEXT) -> Place:
+def _next_to(place: QueueLocation, queue_format: int = NEXT) -> QueueLocation:
     prefix = place.keys.limit.partition("}")[0].removeprefix("{")
     return _place(place.url, queue_format=queue_format, prefix=prefix)
 
 
-def _dump(place: Place) -> dict[bytes, Any]:
+def _dump(place: QueueLocation) -> dict[bytes, Any]:
     with place.client() as client:
         pattern = place.keys.limit.partition(":limit")[0].replace("{", "[{]").replace("}", "[}]")
         return {key: client.dump(key) for key in client.scan_iter(f"{pattern}*")}
 
 
-def _format(place: Place) -> bytes | None:
+def _format(place: QueueLocation) -> bytes | None:
     with place.client() as client:
         found: bytes | None = client.hget(place.keys.limit, "format")
         return found
@@ -59,14 +66,14 @@ async def _stand_by(*waiting: Replica, beside: Sequence[Replica] = (), seconds: 
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         for replica in beside:
-            await replica.beat()
+            await replica.heartbeat()
         for replica in waiting:
-            assert not await replica.listener._may_join()
+            assert not await replica.session._may_join()
         membership = [replica.failover._limiter._membership for replica in waiting]
         if all(
             found is not None
             and replica.name in found.members
-            and replica.failover._limiter.begins_at < time.monotonic()
+            and replica.failover._limiter.not_before < time.monotonic()
             for found, replica in zip(membership, waiting, strict=True)
         ):
             return
@@ -74,8 +81,8 @@ async def _stand_by(*waiting: Replica, beside: Sequence[Replica] = (), seconds: 
     raise AssertionError("never admitted")
 
 
-def _replica(place: Place, name: str) -> Replica:
-    return Replica(place, name, limits(pairs_per_second=40))
+def _replica(place: QueueLocation, name: str) -> Replica:
+    return Replica(place, name, queue_limits(pairs_per_second=40))
 
 
 async def test_every_script_of_another_format_writes_nothing(shared_redis: str) -> None:
@@ -83,8 +90,8 @@ async def test_every_script_of_another_format_writes_nothing(shared_redis: str) 
     place = _place(shared_redis)
     other = _replica(_next_to(place), OTHER)
     async with replicas(place) as (one,):
-        await one.ask(pairs(range(6)))
-        await one.take()
+        await one.enqueue(numbered_pairs(range(6)))
+        await one.claim_batch()
         before = _dump(place)
         assert set(ARGUMENTS) | {"standby"} == set(one.scripts._scripts)
         for name, arguments in ARGUMENTS.items():
@@ -92,7 +99,7 @@ async def test_every_script_of_another_format_writes_nothing(shared_redis: str) 
                 await other.scripts.run(name, arguments)
             assert (caught.value.found, caught.value.expected) == (FORMAT, NEXT)
             assert _dump(place) == before, name
-    await other.leave_for_good()
+    await other.close_connections()
 
 
 async def test_queue_without_the_field_has_the_first_format(shared_redis: str) -> None:
@@ -102,15 +109,15 @@ async def test_queue_without_the_field_has_the_first_format(shared_redis: str) -
     async with replicas(place) as (one,):
         with place.client() as client:
             client.hdel(place.keys.limit, "format")
-        await one.ask(pairs(range(3)))
-        assert numbers_of(await one.take()) == [0, 1, 2]
+        await one.enqueue(numbered_pairs(range(3)))
+        assert pair_numbers(await one.claim_batch()) == [0, 1, 2]
         with pytest.raises(
             QueueFormatError, match="format 1 use the shared queue, and this replica has format 2"
         ):
             await other.scripts.run("overview", ARGUMENTS["overview"])
-        await one.beat()
+        await one.heartbeat()
         assert _format(place) == b"1"
-    await other.leave_for_good()
+    await other.close_connections()
 
 
 async def test_first_replica_of_a_deployment_sets_its_format(shared_redis: str) -> None:
@@ -118,10 +125,10 @@ async def test_first_replica_of_a_deployment_sets_its_format(shared_redis: str) 
     place = _place(shared_redis, queue_format=NEXT)
     async with replicas(place) as (one,):
         assert _format(place) == str(NEXT).encode()
-        await one.ask(pairs(range(3)))
+        await one.enqueue(numbered_pairs(range(3)))
         place.flush()
-        await one.beat()
-        assert numbers_of(await one.take()) == [0, 1, 2]
+        await one.heartbeat()
+        assert pair_numbers(await one.claim_batch()) == [0, 1, 2]
         assert _format(place) == str(NEXT).encode()
 
 
@@ -132,7 +139,7 @@ async def test_garbage_in_the_field_is_replaced(shared_redis: str, garbage: byte
     async with replicas(place) as (one,):
         with place.client() as client:
             client.hset(place.keys.limit, "format", garbage)
-        await one.beat()
+        await one.heartbeat()
         assert _format(place) == str(FORMAT).encode()
 
 
@@ -143,20 +150,20 @@ async def test_format_that_no_replica_has_is_replaced(shared_redis: str) -> None
     with place.client() as client:
         client.hset(place.keys.limit, "format", "7")
     with pytest.raises(QueueFormatError):
-        await one.beat()
-    assert await one.listener._may_join()
-    await one.beat()
+        await one.heartbeat()
+    assert await one.session._may_join()
+    await one.heartbeat()
     assert _format(place) == str(FORMAT).encode()
-    await one.leave_for_good()
+    await one.close_connections()
 
 
 async def test_replica_that_stands_by_has_moments_that_others_leave_alone(shared_redis: str) -> None:
     """Be a silent member: claim nothing shared, call in moments of its own, and follow the membership."""
     place = _place(shared_redis)
     waiting = [_replica(_next_to(place), name) for name in (OTHER, ANOTHER)]
-    async with replicas(place, bounds=limits(pairs_per_second=40)) as (one,):
+    async with replicas(place, bounds=queue_limits(pairs_per_second=40)) as (one,):
         for replica in waiting:
-            await replica.failover.lose(QueueFormatError(found=FORMAT, expected=NEXT))
+            await replica.failover.fail_over(QueueFormatError(found=FORMAT, expected=NEXT))
             assert replica.failover._limiter.wait_seconds(1, now=time.monotonic()) > 1
         await _stand_by(waiting[0], beside=[one])
         await _stand_by(*waiting, beside=[one])  # the second is admitted though the first was silent
@@ -171,25 +178,25 @@ async def test_replica_that_stands_by_has_moments_that_others_leave_alone(shared
         assert all(0 <= wait <= 3.5 for wait in waits)
         assert abs(waits[0] - waits[1]) > 0.05
     for replica in waiting:
-        await replica.leave_for_good()
+        await replica.close_connections()
 
 
 async def test_last_replica_of_a_format_that_leaves_hands_the_queue_over(shared_redis: str) -> None:
     """Change the format with the first heartbeat of a replica that stands by."""
     place = _place(shared_redis)
     other = _replica(_next_to(place), OTHER)
-    async with replicas(place, 2, bounds=limits(pairs_per_second=40)) as (one, two):
+    async with replicas(place, 2, bounds=queue_limits(pairs_per_second=40)) as (one, two):
         await _stand_by(other, beside=[one, two])
         await one.scripts.run("verdict", [one.name, "gone", 0])
-        assert not await other.listener._may_join()
+        assert not await other.session._may_join()
         await two.scripts.run("verdict", [two.name, "gone", 0])
-        assert await other.listener._may_join()
-        await other.join()
+        assert await other.session._may_join()
+        await other.subscribe()
         assert _format(place) == str(NEXT).encode()
         with pytest.raises(QueueFormatError):
             await one.scripts.run("overview", ARGUMENTS["overview"])
-        assert not await one.listener._may_join()
-    await other.leave_for_good()
+        assert not await one.session._may_join()
+    await other.close_connections()
 
 
 @pytest.mark.slow
@@ -197,29 +204,29 @@ async def test_killed_replicas_hand_the_queue_over_after_three_seconds(shared_re
     """Take over only if the own heartbeats went on: after an outage all come back, in any order."""
     place = _place(shared_redis)
     other = _replica(_next_to(place), OTHER)
-    async with replicas(place, bounds=limits(pairs_per_second=40)) as (one,):
+    async with replicas(place, bounds=queue_limits(pairs_per_second=40)) as (one,):
         await _stand_by(other, beside=[one])
-        one.unheard()
+        one.expire_heartbeat()
         with place.client() as client:
             client.hset(f"{place.keys.limit}:standby", OTHER, f"{NEXT}:{(client.time()[0] - 5) * 1000}")
-        assert not await other.listener._may_join()
-        assert await other.listener._may_join()
+        assert not await other.session._may_join()
+        assert await other.session._may_join()
         assert _format(place) == str(NEXT).encode()
-    await other.leave_for_good()
+    await other.close_connections()
 
 
 async def test_replica_that_stands_by_and_ends_leaves_nothing(shared_redis: str) -> None:
     """Leave the membership at once."""
     place = _place(shared_redis)
     other = _replica(_next_to(place), OTHER)
-    async with replicas(place, bounds=limits(pairs_per_second=40)) as (one,):
+    async with replicas(place, bounds=queue_limits(pairs_per_second=40)) as (one,):
         await _stand_by(other, beside=[one])
-        await other.listener._run_standby(ends=True)
+        await other.session._run_standby(ends=True)
         with place.client() as client:
             kept = client.zrange(f"{place.keys.limit}:replicas", 0, -1)
             assert kept == [one.name.encode()]
             assert not client.exists(f"{place.keys.limit}:standby")
-    await other.leave_for_good()
+    await other.close_connections()
 
 
 async def test_other_format_is_logged_once(shared_redis: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -229,9 +236,9 @@ async def test_other_format_is_logged_once(shared_redis: str, caplog: pytest.Log
     queue = other.failover
     stood_by = []
     for _ in range(3):
-        await queue.lose(QueueFormatError(found=7, expected=FORMAT))
+        await queue.fail_over(QueueFormatError(found=7, expected=FORMAT))
         stood_by.append(queue.stands_by)
-    await other.join()
+    await other.subscribe()
     stood_by.append(queue.stands_by)
     assert stood_by == [True, True, True, False]
     lost, back = (record.getMessage() for record in caplog.records)
@@ -241,7 +248,7 @@ async def test_other_format_is_logged_once(shared_redis: str, caplog: pytest.Log
         "format 7 is left (finish the update, or roll it back)"
     )
     assert back == "the shared queue is back"
-    await other.leave_for_good()
+    await other.close_connections()
 
 
 async def test_replica_that_stands_by_follows_invalidations(shared_redis: str) -> None:
@@ -253,13 +260,13 @@ async def test_replica_that_stands_by_follows_invalidations(shared_redis: str) -
     async def hear(last: bytes | None) -> None:
         heard.append(last)
 
-    other.listener._logs = {other.place.keys.log: hear}
-    assert other.place.keys.log == place.keys.log
+    other.session._log_callbacks = {other.location.keys.log: hear}
+    assert other.location.keys.log == place.keys.log
     async with replicas(place) as (one,):
-        assert not await other.listener._may_join()
+        assert not await other.session._may_join()
         with place.client() as client:
             client.rpush(place.keys.log, b"entry")
-        assert not await other.listener._may_join()
-        await one.beat()
+        assert not await other.session._may_join()
+        await one.heartbeat()
     assert heard == [None, b"entry"]
-    await other.leave_for_good()
+    await other.close_connections()

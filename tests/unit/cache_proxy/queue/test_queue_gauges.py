@@ -5,34 +5,34 @@ import asyncio
 from prometheus_client import CollectorRegistry, Gauge
 
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.managed_queue import open_local
-from tests.support.replicas import Place, asker, limits, pairs, replicas
+from services.cache_proxy.queue.managed_queue import create_local_queue
+from tests.support.replicas import QueueLocation, numbered_pairs, queue_limits, replicas, request_context
 
 
 async def test_the_oldest_of_one_process_is_one_that_a_caller_waits_for() -> None:
     """A refresh may wait for hours by design; it makes nobody's wait look long."""
     metrics = ProxyMetrics(CollectorRegistry())
-    queue = open_local(limits(), settle=lambda *_: None, metrics=metrics)
-    await queue.enqueue(pairs([1]), asker(priority="refresh"))
+    queue = create_local_queue(queue_limits(), on_outcome=lambda *_: None, metrics=metrics)
+    await queue.enqueue(numbered_pairs([1]), request_context(priority="refresh"))
     await asyncio.sleep(0.005)
-    assert _value(metrics.queue_oldest) == 0
-    await queue.enqueue(pairs([2]), asker(priority="bulk"))
+    assert _value(metrics.queue_oldest_seconds) == 0
+    await queue.enqueue(numbered_pairs([2]), request_context(priority="bulk"))
     await asyncio.sleep(0.005)
-    assert _value(metrics.queue_oldest) > 0
+    assert _value(metrics.queue_oldest_seconds) > 0
 
 
 async def test_the_oldest_of_all_replicas_is_one_that_a_caller_waits_for(shared_redis: str) -> None:
     """The same in Redis: every replica tells it, also one where nobody asked."""
-    async with replicas(Place.new(shared_redis), 2) as (replica, other):
-        await replica.ask(pairs([1]), asker(priority="refresh"))
+    async with replicas(QueueLocation.create(shared_redis), 2) as (replica, other):
+        await replica.enqueue(numbered_pairs([1]), request_context(priority="refresh"))
         await asyncio.sleep(0.005)
-        await other.beat()
-        assert _value(other.metrics.queue_oldest) == 0
+        await other.heartbeat()
+        assert _value(other.metrics.queue_oldest_seconds) == 0
         assert _value(other.metrics.queue_global_pairs.labels("refresh")) == 1
-        await replica.ask(pairs([2]), asker(priority="bulk"))
+        await replica.enqueue(numbered_pairs([2]), request_context(priority="bulk"))
         await asyncio.sleep(0.005)
-        await other.beat()
-        assert _value(other.metrics.queue_oldest) > 0
+        await other.heartbeat()
+        assert _value(other.metrics.queue_oldest_seconds) > 0
 
 
 def _value(gauge: Gauge) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cache_proxy.queue.quotas import OTHERS, Quota, Quotas, read_quotas
+from services.cache_proxy.queue.quotas import DEFAULT_ACCOUNT, Quota, Quotas, read_quotas
 from services.common.errors import UsageError
 
 
@@ -26,9 +26,9 @@ def test_what_is_named_has_its_own_and_all_others_share_one(path: Path) -> None:
         )
     )
     quotas = read_quotas(str(path))
-    assert quotas.of("a") == Quota("a", 0.5, 7)
-    assert quotas.of("é b") == Quota("é b", 0.0, 0)
-    assert quotas.of("A") == quotas.of("anonymous") == Quota(OTHERS, 0.0, 9)
+    assert quotas.for_caller("a") == Quota("a", 0.5, 7)
+    assert quotas.for_caller("é b") == Quota("é b", 0.0, 0)
+    assert quotas.for_caller("A") == quotas.for_caller("anonymous") == Quota(DEFAULT_ACCOUNT, 0.0, 9)
 
 
 @pytest.mark.parametrize("text", ["{}", '{"callers": {}}', '{"others": null}'])
@@ -41,7 +41,10 @@ def test_without_others_who_is_not_named_is_free(path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "truncated"), ("[]", "object"), ("{", "truncated"), ("[" * 100_000, "array"),
+        ("", "truncated"),
+        ("[]", "object"),
+        ("{", "truncated"),
+        ("[" * 100_000, "array"),
         ('{"callers": {"a": {"pairs_per_second": 0}}}', "'a': .*pairs_per_second"),
         ('{"callers": {"a": {"pairs_per_second": -1}}}', "'a': .*pairs_per_second"),
         ('{"callers": {"a": {"pairs_per_second": 1e-300}}}', "'a': .*pairs_per_second"),
@@ -51,15 +54,19 @@ def test_without_others_who_is_not_named_is_free(path: Path, text: str) -> None:
         ('{"callers": {"a": {"queued_pairs": 1.5}}}', "'a': .*queued_pairs"),
         ('{"callers": {"a": {"queued_pairs": "9"}}}', "'a': .*queued_pairs"),
         ('{"callers": {"a": {"queued_pairs": 0}}}', "'a': .*queued_pairs"),
-        ('{"callers": {"a": {"queued": 1}}}', "'a': .*queued"), ('{"callers": {"a": []}}', "'a': "),
-        ('{"callers": {"": {}}}', "name"), ('{"callers": {"a\\nb": {}}}', "name"),
-        ('{"callers": {"' + "x" * 256 + '": {}}}', "name"), ('{"caller": {}}', "caller"),
-        ('{"others": 3}', "others: "), ('{"others": {"rate": 3}}', "others: .*rate"),
+        ('{"callers": {"a": {"queued": 1}}}', "'a': .*queued"),
+        ('{"callers": {"a": []}}', "'a': "),
+        ('{"callers": {"": {}}}', "name"),
+        ('{"callers": {"a\\nb": {}}}', "name"),
+        ('{"callers": {"' + "x" * 256 + '": {}}}', "name"),
+        ('{"caller": {}}', "caller"),
+        ('{"others": 3}', "others: "),
+        ('{"others": {"rate": 3}}', "others: .*rate"),
         ('{"callers": {' + ",".join(f'"{n}": {{}}' for n in range(1001)) + "}}", "1001"),
         ('{"callers": {"a": {"pairs_per_second": ' + "9" * 4_194_304 + "}}}", "MiB"),
         ("\ud800", "."),
     ],
-)  # fmt: skip
+)
 def test_a_bad_file_is_one_line_that_names_the_place(path: Path, text: str, words: str) -> None:
     """Flag, file and what of it cannot be meant, whatever is in it."""
     path.write_bytes(text.encode(errors="surrogatepass"))

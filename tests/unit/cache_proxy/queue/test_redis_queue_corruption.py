@@ -12,23 +12,49 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.cache_proxy.errors import AccessRefusedByStore, PairError, StoreDamaged, StoreError
-from services.cache_proxy.queue.interface import Asker, Claim, NotYet
+from services.cache_proxy.errors import PairError, StoreAccessDeniedError, StoreDamagedError, StoreError
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred, RequestContext
 from services.cache_proxy.queue.quotas import Quota, Quotas
 from tests.support.redis_server import redis_process
-from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs, replicas
+from tests.support.replicas import (
+    QueueLocation,
+    Replica,
+    numbered_pairs,
+    pair_numbers,
+    queue_limits,
+    replicas,
+    request_context,
+)
 
 pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
 
 KEYS = [
-    "pairs", "claims", "claimed", "suspects", "meta", "reserved", "lane:interactive", "lane:bulk",
-    "lane:refresh", "fair:interactive", "LIMIT", "LIMIT:replicas", "LIMIT:addresses", "LIMIT:paused",
-    "recent", "refused", "quotas", "lane:interactive:c", "fair:accounts:interactive", "LIMIT:spent", "MODEL",
-]  # fmt: skip
+    "pairs",
+    "claims",
+    "claimed",
+    "suspects",
+    "meta",
+    "reserved",
+    "lane:interactive",
+    "lane:bulk",
+    "lane:refresh",
+    "fair:interactive",
+    "LIMIT",
+    "LIMIT:replicas",
+    "LIMIT:addresses",
+    "LIMIT:paused",
+    "recent",
+    "refused",
+    "quotas",
+    "lane:interactive:c",
+    "fair:accounts:interactive",
+    "LIMIT:spent",
+    "MODEL",
+]
 QUOTAS = Quotas({"c": Quota("c", 1e6, 10**6)})  # c's pairs wait in lanes of its own, d's in all others'
 
 
-def _names(place: Place, key: str) -> list[str]:
+def _names(place: QueueLocation, key: str) -> list[str]:
     """The keys behind a name; those of what was remembered change with time."""
     if key == "MODEL":
         return [place.keys.model]
@@ -42,7 +68,7 @@ def _names(place: Place, key: str) -> list[str]:
     return [place.keys.base + key]
 
 
-def _of_another_type(client: "redis.Redis", name: str) -> None:
+def _change_type(client: "redis.Redis", name: str) -> None:
     kind = client.type(name)
     client.delete(name)
     if kind == b"string":
@@ -51,30 +77,30 @@ def _of_another_type(client: "redis.Redis", name: str) -> None:
         client.set(name, b"\xc1 what is this")
 
 
-def _who(replica: Replica) -> Asker:
+def _context_for(replica: Replica) -> RequestContext:
     """Each replica's callers: the first one's have a quota."""
-    return asker("c" if int(replica.name, 16) == 1 else "d")
+    return request_context("c" if int(replica.name, 16) == 1 else "d")
 
 
-async def _work(replica: Replica, numbers: range) -> None:
+async def _run_requests(replica: Replica, numbers: range) -> None:
     """Ask, send, refuse and answer, as if nothing were wrong, until all are answered with 1 + number % 7."""
     for attempt in range(60):
         try:
-            await replica.beat()
-            wait, _ = await replica.ask(pairs(numbers), _who(replica))
-            await replica.queue.ask_again()  # as the waiters' poll does every now and then
+            await replica.heartbeat()
+            wait, _ = await replica.enqueue(numbered_pairs(numbers), _context_for(replica))
+            await replica.queue.re_enqueue()  # as the waiters' poll does every now and then
             claim = await replica.queue.claim()
             if isinstance(claim, Claim):
                 levels = {
                     item.digest: 1 + number % 7
-                    for number, item in zip(numbers_of(claim), claim.pairs, strict=True)
+                    for number, item in zip(pair_numbers(claim), claim.pairs, strict=True)
                 }
                 if attempt == 0:
-                    await replica.queue.put_back(claim)
+                    await replica.queue.release(claim)
                 else:
-                    await replica.queue.fulfil(claim, levels)
-            await replica.close(wait)
-            if not wait.open:
+                    await replica.queue.complete(claim, levels)
+            await replica.cancel(wait)
+            if not wait.pending:
                 assert all(
                     isinstance(outcome, PairError) or outcome == 1 + int.from_bytes(digest, "big") % 7
                     for digest, outcome in wait.outcomes.items()
@@ -82,8 +108,8 @@ async def _work(replica: Replica, numbers: range) -> None:
                 return
         except StoreError:
             continue  # as if Redis were lost for a moment
-        if isinstance(claim, NotYet):
-            replica.place.age_claims(3000)
+        if isinstance(claim, ClaimDeferred):
+            replica.location.age_claims(3000)
             await asyncio.sleep(min(0.02, claim.wait_seconds))
     raise AssertionError("stuck")
 
@@ -91,16 +117,16 @@ async def _work(replica: Replica, numbers: range) -> None:
 @pytest.mark.parametrize("key", KEYS)
 async def test_a_key_of_another_type_stops_nobody(key: str, shared_redis: str) -> None:
     """Replaced while pairs wait and are in flight: they and new ones are answered by the model."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, quotas=lambda: QUOTAS) as (one, other):
-        await one.ask(pairs(range(8)))
-        await other.ask(pairs(range(12)), _who(other))
-        await one.take()
+        await one.enqueue(numbered_pairs(range(8)))
+        await other.enqueue(numbered_pairs(range(12)), _context_for(other))
+        await one.claim_batch()
         with place.client() as client:
             for name in _names(place, key):
-                _of_another_type(client, name)
-        await _work(one, range(12))
-        await _work(other, range(6, 20))
+                _change_type(client, name)
+        await _run_requests(one, range(12))
+        await _run_requests(other, range(6, 20))
 
 
 MSGPACK = st.recursive(
@@ -109,29 +135,74 @@ MSGPACK = st.recursive(
     max_leaves=10,
 ).map(lambda value: bytes(msgpack.packb(value, use_bin_type=False)))
 _JUNK: list[Any] = [
-    b"bulk", b"bulk:c", b"x:", {b"bulk:c": [1, b"c"]}, b"x", b"\xff", 0, -1, 1.5, float("nan"), 2**60, None,
-    True, [], {},
-]  # fmt: skip
+    b"bulk",
+    b"bulk:c",
+    b"x:",
+    {b"bulk:c": [1, b"c"]},
+    b"x",
+    b"\xff",
+    0,
+    -1,
+    1.5,
+    float("nan"),
+    2**60,
+    None,
+    True,
+    [],
+    {},
+]
 RECORD: st.SearchStrategy[dict[str, object]] = st.fixed_dictionaries(
     {},
     optional={
         name: st.sampled_from(_JUNK)
         for name in (
-            "lane", "tag", "caller", "at", "attempts", "deaths", "refusals", "company", "title", "size",
-            "claim", "suspect", "interest", "replica", "send_at", "slot_at", "lease_until", "also", "paid",
+            "lane",
+            "tag",
+            "caller",
+            "at",
+            "attempts",
+            "deaths",
+            "refusals",
+            "company",
+            "title",
+            "size",
+            "claim",
+            "suspect",
+            "interest",
+            "replica",
+            "send_at",
+            "slot_at",
+            "lease_until",
+            "also",
+            "paid",
         )
     },
-)  # fmt: skip
+)
 VALUES = st.one_of(
-    st.binary(max_size=30), MSGPACK, st.sampled_from([b"", b"0", b"3", b"9", b"17", b"1e999", b"nan"]),
+    st.binary(max_size=30),
+    MSGPACK,
+    st.sampled_from([b"", b"0", b"3", b"9", b"17", b"1e999", b"nan"]),
     RECORD.map(lambda value: bytes(msgpack.packb(value, use_bin_type=False))),
-)  # fmt: skip
+)
 
 
 _FIELDS = [
-    b"x", b"y" * 16, b"queue", b"calls_tat", b"not_before", b"failures", b"failed_at", b"backoff_until",
-    b"probe", b"down", b"failing_since", b"failing_at", b"reason", b"answered_at", b"answered_by",
-]  # fmt: skip
+    b"x",
+    b"y" * 16,
+    b"queue",
+    b"calls_tat",
+    b"not_before",
+    b"failures",
+    b"failed_at",
+    b"backoff_until",
+    b"probe",
+    b"down",
+    b"failing_since",
+    b"failing_at",
+    b"reason",
+    b"answered_at",
+    b"answered_by",
+]
 
 
 def _is_level(junk: bytes) -> bool:
@@ -152,7 +223,7 @@ def _merged(packed: bytes | str | None, junk: bytes) -> bytes:
         return junk
 
 
-def _spoil(client: "redis.Redis", name: str, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
+def _corrupt(client: "redis.Redis", name: str, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
     """Put something else into a key, of the right type."""
     kind = client.type(name)
     if kind == b"hash":
@@ -180,35 +251,35 @@ def test_hostile_values_stop_nobody_and_become_no_answers(data: st.DataObject, s
     """Any field of any key: in the end every question is answered by the model, or with an error."""
 
     async def run() -> None:
-        place = Place.new(shared_redis)
+        place = QueueLocation.create(shared_redis)
         async with replicas(place, 2, quotas=lambda: QUOTAS) as (one, other):
-            await one.ask(pairs(range(12)))
-            await other.ask(pairs(range(6, 16)), _who(other))
-            claim = await one.take()
-            await one.queue.fulfil(claim, {claim.pairs[0].digest: 1 + numbers_of(claim)[0] % 7})
+            await one.enqueue(numbered_pairs(range(12)))
+            await other.enqueue(numbered_pairs(range(6, 16)), _context_for(other))
+            claim = await one.claim_batch()
+            await one.queue.complete(claim, {claim.pairs[0].digest: 1 + pair_numbers(claim)[0] % 7})
             with place.client() as client:
                 for key in data.draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True)):
                     for name in _names(place, key):
-                        _spoil(client, name, data.draw)
+                        _corrupt(client, name, data.draw)
                 for setting in (
                     "pairs_per_second",
                     "calls_per_second",
                 ):  # a limit that somebody set is a limit
                     client.hset(place.keys.limit, setting, 0)
-            await _work(one, range(12))
-            await _work(other, range(20))
+            await _run_requests(one, range(12))
+            await _run_requests(other, range(20))
 
     asyncio.run(run())
 
 
 async def test_published_nonsense_is_passed_over(shared_redis: str) -> None:
     """Levels out of range, torn messages, other types: nobody is told a thing, and the answer arrives."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
-        wait, _ = await replica.ask(pairs([1]))
-        digest = pairs([1])[0].digest
+        wait, _ = await replica.enqueue(numbered_pairs([1]))
+        digest = numbered_pairs([1])[0].digest
         chance = random.Random(1)
-        queue_id = replica.listener._heard.queue_id
+        queue_id = replica.session._subscription.queue_id
         messages = [
             msgpack.packb([5, digest + bytes([level]), [], False, queue_id], use_bin_type=False)
             for level in (0, 8, 255)
@@ -222,106 +293,115 @@ async def test_published_nonsense_is_passed_over(shared_redis: str) -> None:
         with place.client() as client:
             for message in messages:
                 client.publish(replica.scripts.channel, message)
-        await replica.messages()
-        assert wait.open
-        assert not replica.settled
-        await replica.heal()
-        claim = await replica.take()
-        await replica.queue.fulfil(claim, {digest: 4})
+        await replica.receive_messages()
+        assert wait.pending
+        assert not replica.resolved
+        await replica.recover()
+        claim = await replica.claim_batch()
+        await replica.queue.complete(claim, {digest: 4})
         assert list(wait.outcomes.values()) == [4]
 
 
 async def test_a_pair_whose_text_cannot_be_read_is_not_sent(shared_redis: str) -> None:
     """Somebody changed its record: the rest of its batch is sent."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
-        await replica.ask(pairs([1, 2]))
+        await replica.enqueue(numbered_pairs([1, 2]))
         with place.client() as client:
-            digest = pairs([1])[0].digest
+            digest = numbered_pairs([1])[0].digest
             record = client.hget(f"{place.keys.base}pairs", digest)
             client.hset(
                 f"{place.keys.base}pairs", digest, _merged(record, msgpack.packb({"company": b"\xff\xfe"}))
             )
-        assert numbers_of(await replica.take()) == [2]
+        assert pair_numbers(await replica.claim_batch()) == [2]
 
 
 async def test_scripts_that_are_flushed_as_they_are_loaded_are_loaded_again(shared_redis: str) -> None:
     """Redis restarts, or an operator flushes, between load and call: that is no loss of the queue."""
-    async with replicas(Place.new(shared_redis)) as (replica,):
-        replica.client.forgotten = 3
-        await replica.ask(pairs([1]))
-        assert numbers_of(await replica.take()) == [1]
+    async with replicas(QueueLocation.create(shared_redis)) as (replica,):
+        replica.client.script_flushes = 3
+        await replica.enqueue(numbered_pairs([1]))
+        assert pair_numbers(await replica.claim_batch()) == [1]
 
 
 async def test_redis_out_of_memory_still_carries_the_queue(tmp_path: Path) -> None:
     """What the cache may not write, the queue still may: it is bounded, and what ends frees memory."""
     with redis_process(tmp_path) as server:
-        place = Place.new(server.url)
-        async with replicas(place, 1, limits(batch_pairs=50)) as (replica,):
+        place = QueueLocation.create(server.url)
+        async with replicas(place, 1, queue_limits(batch_pairs=50)) as (replica,):
             with place.client() as client:
                 client.config_set("maxmemory", 1)
                 with pytest.raises(redis.exceptions.OutOfMemoryError):
                     client.set("x", "y")
-            wait, _ = await replica.ask(pairs(range(100)))
-            await replica.beat()
-            claim = await replica.take()
-            await replica.queue.put_back(claim)
+            wait, _ = await replica.enqueue(numbered_pairs(range(100)))
+            await replica.heartbeat()
+            claim = await replica.claim_batch()
+            await replica.queue.release(claim)
             for _ in range(2):
-                claim = await replica.take()
-                await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
-            assert not wait.open
-            assert place.left() == {}
+                claim = await replica.claim_batch()
+                await replica.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
+            assert not wait.pending
+            assert place.leftover_keys() == {}
 
 
 @pytest.mark.parametrize(
     "key",
     [
-        "pairs", "claims", "claimed", "suspects", "meta", "lane:interactive", "LIMIT", "quotas",
+        "pairs",
+        "claims",
+        "claimed",
+        "suspects",
+        "meta",
+        "lane:interactive",
+        "LIMIT",
+        "quotas",
         "lane:interactive:c",
     ],
-)  # fmt: skip
+)
 async def test_a_key_that_is_gone_is_healed_by_the_next_poll(key: str, shared_redis: str) -> None:
     """Deleted or evicted: whoever waits asks again, and is answered."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, quotas=lambda: QUOTAS) as (replica,):
-        wait, _ = await replica.ask(pairs(range(8)), asker("c" if key.endswith((":c", "quotas")) else "d"))
-        await replica.take()
+        wait, _ = await replica.enqueue(
+            numbered_pairs(range(8)), request_context("c" if key.endswith((":c", "quotas")) else "d")
+        )
+        await replica.claim_batch()
         with place.client() as client:
             client.delete(*_names(place, key))
-        await replica.beat()
+        await replica.heartbeat()
         place.age_claims(60_000)
-        await replica.beat()
-        await replica.queue.ask_again()
+        await replica.heartbeat()
+        await replica.queue.re_enqueue()
         for _ in range(10):
-            if not wait.open:
+            if not wait.pending:
                 break
-            claim = await replica.take()
-            await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
-        assert not wait.open
+            claim = await replica.claim_batch()
+            await replica.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
+        assert not wait.pending
 
 
 async def test_tombstones_of_another_type_are_none(shared_redis: str) -> None:
     """Nothing was invalidated: the answer is remembered, and nobody's place in the queue is lost over it."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (one,):
-        await one.ask(pairs(range(3)))
-        claim = await one.take()
-        await one.ask(pairs(range(3, 5)))
+        await one.enqueue(numbered_pairs(range(3)))
+        claim = await one.claim_batch()
+        await one.enqueue(numbered_pairs(range(3, 5)))
         with place.client() as client:
             client.set(f"{place.keys.base}tombs", "garbage")
-            await one.queue.fulfil(claim, {pair.digest: 3 for pair in claim.pairs})
+            await one.queue.complete(claim, {pair.digest: 3 for pair in claim.pairs})
             assert client.hlen(f"{place.keys.base}pairs") == 2
-        _, enqueued = await one.ask(pairs([1]))
-        assert enqueued.ended == {pairs([1])[0].digest: 3}
+        _, enqueued = await one.enqueue(numbered_pairs([1]))
+        assert enqueued.outcomes == {numbered_pairs([1])[0].digest: 3}
 
 
 async def test_queue_is_made_anew_once_for_a_failure_that_this_does_not_mend(
     shared_redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A script that fails all the same leaves the queue as it is, until it has worked once."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
-        command, failing, repairs = replica.scripts._home.command, True, 0
+        command, failing, repairs = replica.scripts._node.command, True, 0
         claim_sha = replica.scripts._scripts["claim"].sha
         repair_sha = replica.scripts._scripts["repair"].sha
 
@@ -333,43 +413,43 @@ async def test_queue_is_made_anew_once_for_a_failure_that_this_does_not_mend(
                 raise StoreError(message) from redis.ResponseError(message)
             return await command(*words)
 
-        monkeypatch.setattr(replica.scripts._home, "command", fail)
-        await replica.ask(pairs(range(3)))
+        monkeypatch.setattr(replica.scripts._node, "command", fail)
+        await replica.enqueue(numbered_pairs(range(3)))
         for _ in range(5):
-            with pytest.raises(StoreDamaged):
+            with pytest.raises(StoreDamagedError):
                 await replica.queue.claim()
-            await replica.beat()
+            await replica.heartbeat()
         assert repairs == 1
         failing = False
-        await replica.queue.ask_again()
-        assert numbers_of(await replica.take()) == [0, 1, 2]
+        await replica.queue.re_enqueue()
+        assert pair_numbers(await replica.claim_batch()) == [0, 1, 2]
         failing = True
-        with pytest.raises(StoreDamaged):
+        with pytest.raises(StoreDamagedError):
             await replica.queue.claim()
         assert repairs == 2
 
 
 async def test_damage_that_many_scripts_find_at_once_is_repaired_once(shared_redis: str) -> None:
     """None of them fails: they wait for the one that repairs it, so the replica stays in the queue."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
-        await replica.ask(pairs(range(3)))
+        await replica.enqueue(numbered_pairs(range(3)))
         for turn in range(3):
             with place.client() as client:
                 client.set(f"{place.keys.base}meta", b"garbage")
-            await asyncio.gather(*(replica.listener._beat_once() for _ in range(4)))
+            await asyncio.gather(*(replica.session._heartbeat() for _ in range(4)))
             assert replica.metrics.store_garbage._value.get() == turn + 1
-        await replica.queue.ask_again()
-        assert numbers_of(await replica.take()) == [0, 1, 2]
+        await replica.queue.re_enqueue()
+        assert pair_numbers(await replica.claim_batch()) == [0, 1, 2]
 
 
 async def test_queue_is_repaired_for_one_script_while_another_fails_for_good(
     shared_redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A heartbeat that meets damage is not left to fail because claims do: without it nothing is claimed."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
-        command = replica.scripts._home.command
+        command = replica.scripts._node.command
         claim_sha = replica.scripts._scripts["claim"].sha
 
         async def fail(*words: Any) -> Any:
@@ -378,14 +458,14 @@ async def test_queue_is_repaired_for_one_script_while_another_fails_for_good(
                 raise StoreError(message) from redis.ResponseError(message)
             return await command(*words)
 
-        monkeypatch.setattr(replica.scripts._home, "command", fail)
-        await replica.ask(pairs(range(3)))
-        with pytest.raises(StoreDamaged):
+        monkeypatch.setattr(replica.scripts._node, "command", fail)
+        await replica.enqueue(numbered_pairs(range(3)))
+        with pytest.raises(StoreDamagedError):
             await replica.queue.claim()
-        await replica.beat()
+        await replica.heartbeat()
         with place.client() as client:
             client.set(f"{place.keys.base}meta", b"garbage")
-        await replica.beat()
+        await replica.heartbeat()
 
 
 @pytest.mark.parametrize(
@@ -406,23 +486,23 @@ async def test_server_state_never_makes_the_queue_anew(
     words: str, shared_redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only what data causes does: the fleet's queue is no one replica's to delete."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
-        await replica.ask(pairs(range(3)))
+        await replica.enqueue(numbered_pairs(range(3)))
         sent = []
 
         async def refuse(*command: Any) -> Any:
             sent.append(command[1])
             raise StoreError(words) from redis.ResponseError(words)
 
-        monkeypatch.setattr(replica.scripts._home, "command", refuse)
+        monkeypatch.setattr(replica.scripts._node, "command", refuse)
         with pytest.raises(StoreError) as raised:
             await replica.queue.claim()
         assert replica.scripts._scripts["repair"].sha not in sent
         refused = any(name in words for name in ("NOPERM", "ACL", "nknown"))
-        assert isinstance(raised.value, AccessRefusedByStore) is refused
+        assert isinstance(raised.value, StoreAccessDeniedError) is refused
         monkeypatch.undo()
-        assert numbers_of(await replica.take()) == [0, 1, 2]
+        assert pair_numbers(await replica.claim_batch()) == [0, 1, 2]
 
 
 JUNK_NUMBERS = [b"", b"garbage", b"\xff\x00", b"nan", b"inf", b"-inf", b"-1", b"9" * 400, b"1e308", b"1e12"]
@@ -433,7 +513,7 @@ async def test_limit_in_redis_that_cannot_be_read_is_replaced_by_the_settings(
     junk: bytes, shared_redis: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By the next heartbeat, which counts and logs it once; a replica without Redis keeps the limit."""
-    place, bounds = Place.new(shared_redis), limits(calls_per_second=2, pairs_per_second=8)
+    place, bounds = QueueLocation.create(shared_redis), queue_limits(calls_per_second=2, pairs_per_second=8)
     async with replicas(place, 1, bounds) as (replica,):
         with place.client() as client:
             names = [
@@ -448,15 +528,15 @@ async def test_limit_in_redis_that_cannot_be_read_is_replaced_by_the_settings(
             before = replica.metrics.store_garbage._value.get()
             caplog.clear()
             for _ in range(3):
-                await replica.beat()
+                await replica.heartbeat()
             stored = client.hmget(place.keys.limit, names[:3])
         assert [float(value or "nan") for value in stored] == [8 * 0.98, 2 * 0.98, 4]
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "calls_per_second" in caplog.records[0].message
         assert replica.metrics.store_garbage._value.get() > before
         assert replica.failover._limiter.slot_seconds > 0.5
-        await replica.ask(pairs([1]))
-        assert isinstance(await replica.queue.claim(), NotYet)  # all may just have been spent
+        await replica.enqueue(numbered_pairs([1]))
+        assert isinstance(await replica.queue.claim(), ClaimDeferred)  # all may just have been spent
 
 
 @pytest.mark.parametrize("junk", JUNK_NUMBERS)
@@ -464,15 +544,15 @@ async def test_limit_that_cannot_be_read_leaves_the_moments_of_a_silent_replica_
     junk: bytes, shared_redis: str
 ) -> None:
     """Before any heartbeat has replaced it: claims go by the replica's own settings."""
-    place, bounds = Place.new(shared_redis), limits(calls_per_second=1e-6)
+    place, bounds = QueueLocation.create(shared_redis), queue_limits(calls_per_second=1e-6)
     async with replicas(place, 2, bounds) as (one, other):
-        await one.ask(pairs([1]))
+        await one.enqueue(numbered_pairs([1]))
         await one.queue.claim()  # notes the server
-        other.unheard()
+        other.expire_heartbeat()
         with place.client() as client:
             client.hset(place.keys.limit, "calls_per_second", junk)
             client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
-        assert isinstance(await one.queue.claim(), NotYet)
+        assert isinstance(await one.queue.claim(), ClaimDeferred)
 
 
 @pytest.mark.parametrize(
@@ -483,13 +563,13 @@ async def test_replica_that_cannot_be_one_shares_nothing(
     name: bytes, score: float | None, shared_redis: str
 ) -> None:
     """It has no share of the limit and no moments: by its name, or heard of at a time yet to come."""
-    place = Place.new(shared_redis)
-    async with replicas(place, 1, limits(calls_per_second=2)) as (replica,):
+    place = QueueLocation.create(shared_redis)
+    async with replicas(place, 1, queue_limits(calls_per_second=2)) as (replica,):
         with place.client() as client:
             now_ms = client.time()[0] * 1000
             client.zadd(f"{place.keys.limit}:replicas", {name: now_ms if score is None else score})
             client.hset(f"{place.keys.limit}:paused", name, b"1e15")
-            await replica.beat()
+            await replica.heartbeat()
             assert client.zrange(f"{place.keys.limit}:replicas", 0, -1) == [replica.name.encode()]
             assert client.hlen(f"{place.keys.limit}:paused") == 0
         assert replica.failover._limiter.replicas == 1
@@ -497,12 +577,12 @@ async def test_replica_that_cannot_be_one_shares_nothing(
 
 async def test_verdict_on_a_replica_that_holds_for_years_is_none(shared_redis: str) -> None:
     """It may have lost Redis alone, and call the model at its own moments: those are left alone."""
-    place = Place.new(shared_redis)
-    async with replicas(place, 2, limits(calls_per_second=1e-6)) as (one, other):
-        await one.ask(pairs([1]))
+    place = QueueLocation.create(shared_redis)
+    async with replicas(place, 2, queue_limits(calls_per_second=1e-6)) as (one, other):
+        await one.enqueue(numbered_pairs([1]))
         await one.queue.claim()  # notes the server
         with place.client() as client:
             client.hset(f"{place.keys.limit}:paused", other.name, 2**52)
             client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
-        other.unheard()
-        assert isinstance(await one.queue.claim(), NotYet)
+        other.expire_heartbeat()
+        assert isinstance(await one.queue.claim(), ClaimDeferred)

@@ -9,24 +9,32 @@ from urllib.parse import urlsplit
 import msgpack
 import pytest
 
-from services.cache_proxy.queue.interface import Claim, NotYet
-from services.common.tasks import end
-from tests.support.faulty_link import wire_to
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred
+from services.common.tasks import cancel_and_wait
+from tests.support.faulty_link import faulty_link
 from tests.support.redis_server import wait_for
-from tests.support.replicas import Place, Replica, limits, numbers_of, pair, pairs, replicas
+from tests.support.replicas import (
+    QueueLocation,
+    Replica,
+    numbered_pair,
+    numbered_pairs,
+    pair_numbers,
+    queue_limits,
+    replicas,
+)
 
 pytestmark = pytest.mark.slow  # they wait for a replica to fall silent
 
 
 @pytest.fixture
-def place(shared_redis: str) -> Place:
+def place(shared_redis: str) -> QueueLocation:
     """A deployment of the test's own."""
-    return Place.new(shared_redis)
+    return QueueLocation.create(shared_redis)
 
 
 async def _lost_claim(replica: Replica) -> None:
     """A batch is granted, and the reply never arrives."""
-    bounds = replica.bounds
+    bounds = replica.limits
     await replica.scripts.run(
         "claim",
         [
@@ -39,118 +47,118 @@ async def _lost_claim(replica: Replica) -> None:
             0,
             30000,
             60,
-            replica.queue.run,
+            replica.queue.server_run_id,
             -1,
         ],
     )
 
 
-async def test_a_dead_sockets_pairs_go_back_at_once(place: Place) -> None:
+async def test_a_dead_sockets_pairs_go_back_at_once(place: QueueLocation) -> None:
     """Neither subscribed nor heard of: another's heartbeat frees what it held, and whoever waits is woken."""
     async with replicas(place, 2) as (dead, other):
-        await dead.ask(pairs([1, 2]))
-        await other.ask(pairs([1, 2]))
-        await dead.take()
-        assert await other.queue.claim() == NotYet(math.inf)
+        await dead.enqueue(numbered_pairs([1, 2]))
+        await other.enqueue(numbered_pairs([1, 2]))
+        await dead.claim_batch()
+        assert await other.queue.claim() == ClaimDeferred(math.inf)
         other.queue._changed.clear()
-        await dead.die()
-        await other.beat()
-        await other.messages()
-        await asyncio.wait_for(other.queue.changed(), 30)
-        assert sorted(numbers_of(await other.take())) == [1, 2]
+        await dead.crash()
+        await other.heartbeat()
+        await other.receive_messages()
+        await asyncio.wait_for(other.queue.wait_for_change(), 30)
+        assert sorted(pair_numbers(await other.claim_batch())) == [1, 2]
 
 
-async def test_a_paused_process_keeps_its_pairs_until_its_lease_is_over(place: Place) -> None:
+async def test_a_paused_process_keeps_its_pairs_until_its_lease_is_over(place: QueueLocation) -> None:
     """Subscribed but unheard of: its call may be under way, so its pairs are not sent again yet."""
     async with replicas(place, 2) as (paused, other):
-        await paused.ask(pairs([1]))
-        await other.ask(pairs([1]))
-        claim = await paused.take()
-        paused.unheard()
-        await other.beat()
+        await paused.enqueue(numbered_pairs([1]))
+        await other.enqueue(numbered_pairs([1]))
+        claim = await paused.claim_batch()
+        paused.expire_heartbeat()
+        await other.heartbeat()
         assert not isinstance(await other.queue.claim(), Claim)
         place.age_claims(36_000)
-        assert numbers_of(await other.take()) == [1]
-        await paused.queue.fulfil(claim, {item.digest: 4 for item in claim.pairs})  # it wakes up
-        await other.messages()
-        assert [level for _, level in other.settled] == [4]
-        assert await other.queue.claim() == NotYet(math.inf)
+        assert pair_numbers(await other.claim_batch()) == [1]
+        await paused.queue.complete(claim, {item.digest: 4 for item in claim.pairs})  # it wakes up
+        await other.receive_messages()
+        assert [level for _, level in other.resolved] == [4]
+        assert await other.queue.claim() == ClaimDeferred(math.inf)
 
 
-async def test_a_claim_that_its_owner_does_not_list_goes_back(place: Place) -> None:
+async def test_a_claim_that_its_owner_does_not_list_goes_back(place: QueueLocation) -> None:
     """Granted in a reply that never arrived; but not before that could have been asked for again."""
     async with replicas(place) as (replica,):
-        await replica.ask(pairs([1, 2]))
+        await replica.enqueue(numbered_pairs([1, 2]))
         await _lost_claim(replica)
-        await replica.beat()
+        await replica.heartbeat()
         assert not isinstance(await replica.queue.claim(), Claim)
         place.age_claims(2_500)
-        await replica.beat()
-        assert sorted(numbers_of(await replica.take())) == [1, 2]
+        await replica.heartbeat()
+        assert sorted(pair_numbers(await replica.claim_batch())) == [1, 2]
 
 
-async def test_a_claim_that_is_listed_stays(place: Place) -> None:
+async def test_a_claim_that_is_listed_stays(place: QueueLocation) -> None:
     """However long the call takes, within its lease; also when part of it was answered."""
     async with replicas(place) as (replica,):
-        await replica.ask(pairs([1, 2]))
-        claim = await replica.take()
-        await replica.queue.fulfil(claim, {claim.pairs[0].digest: 1})
+        await replica.enqueue(numbered_pairs([1, 2]))
+        claim = await replica.claim_batch()
+        await replica.queue.complete(claim, {claim.pairs[0].digest: 1})
         place.age_claims(20_000)
-        await replica.beat()
+        await replica.heartbeat()
         assert not isinstance(await replica.queue.claim(), Claim)
-        await replica.queue.fulfil(claim, {claim.pairs[1].digest: 1})
-        assert replica.queue.held == []
-        assert place.left() == {}
+        await replica.queue.complete(claim, {claim.pairs[1].digest: 1})
+        assert replica.queue.claim_ids == []
+        assert place.leftover_keys() == {}
 
 
-async def test_a_repeated_claim_is_the_same_batch(place: Place) -> None:
+async def test_a_repeated_claim_is_the_same_batch(place: QueueLocation) -> None:
     """The reply is lost, the script runs again, and what ended meanwhile is not in it."""
     async with replicas(place, 2) as (replica, other):
-        await replica.ask(pairs([1, 2, 3]))
-        replica.client.lose = 2
-        claim = await replica.take()
-        assert sorted(numbers_of(claim)) == [1, 2, 3]
-        assert replica.queue.held == [claim.id]
-        await other.ask(pairs([3]))
+        await replica.enqueue(numbered_pairs([1, 2, 3]))
+        replica.client.lost_replies = 2
+        claim = await replica.claim_batch()
+        assert sorted(pair_numbers(claim)) == [1, 2, 3]
+        assert replica.queue.claim_ids == [claim.id]
+        await other.enqueue(numbered_pairs([3]))
         assert not isinstance(await other.queue.claim(), Claim)
 
 
-async def test_pairs_whose_owners_died_twice_go_alone(place: Place) -> None:
+async def test_pairs_whose_owners_died_twice_go_alone(place: QueueLocation) -> None:
     """Each in a call of its own; but a batch full of them in halves, or they would take every slot."""
-    async with replicas(place, 1, limits(batch_pairs=100)) as (replica,):
-        await replica.ask(pairs(range(5)))
+    async with replicas(place, 1, queue_limits(batch_pairs=100)) as (replica,):
+        await replica.enqueue(numbered_pairs(range(5)))
         for _ in range(2):
-            await replica.take()
+            await replica.claim_batch()
             place.age_claims(60_000)
         sizes = []
         while isinstance(claim := await replica.queue.claim(), Claim):
             sizes.append(len(claim.pairs))
-            await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+            await replica.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
         assert sizes == [1] * 5
-        await replica.ask(pairs(range(100, 200)))
+        await replica.enqueue(numbered_pairs(range(100, 200)))
         for _ in range(2):
-            await replica.take()
+            await replica.claim_batch()
             place.age_claims(60_000)
         sizes = []
         while isinstance(claim := await replica.queue.claim(), Claim):
             sizes.append(len(claim.pairs))
-            await replica.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+            await replica.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
         assert sum(sizes) == 100
         assert len(sizes) <= 9
-        assert place.left() == {}
+        assert place.leftover_keys() == {}
 
 
-async def test_the_claims_of_many_go_back_a_part_at_a_time(place: Place) -> None:
+async def test_the_claims_of_many_go_back_a_part_at_a_time(place: QueueLocation) -> None:
     """A replica that dies with 10000 pairs in flight stops Redis for no longer than 2000 of them take."""
-    async with replicas(place, 2, limits(batch_pairs=1000)) as (dead, other):
-        await dead.ask(pairs(range(10_000)))
-        await other.ask(pairs(range(10_000)))
+    async with replicas(place, 2, queue_limits(batch_pairs=1000)) as (dead, other):
+        await dead.enqueue(numbered_pairs(range(10_000)))
+        await other.enqueue(numbered_pairs(range(10_000)))
         for _ in range(10):
-            await dead.take()
-        await dead.die()
+            await dead.claim_batch()
+        await dead.crash()
         waiting = []
         for _ in range(5):
-            await other.beat()
+            await other.heartbeat()
             with place.client() as client:
                 waiting.append(client.zcard(f"{place.keys.base}lane:interactive"))
         assert waiting[0] <= 3000
@@ -159,34 +167,34 @@ async def test_the_claims_of_many_go_back_a_part_at_a_time(place: Place) -> None
 
 @pytest.mark.parametrize(("verdict", "free"), [("alive", True), ("paused", False), (None, False)])
 async def test_the_claims_of_one_that_lost_redis_alone_go_back(
-    verdict: str | None, free: bool, place: Place
+    verdict: str | None, free: bool, place: QueueLocation
 ) -> None:
     """It lives, still subscribed, and is silent for seconds: whoever else waits for its pairs need not wait
     for the lease. Of a paused one, or one of which nobody knows, they stay.
     """  # noqa: D205 - one thought
     async with replicas(place, 2) as (silent, other):
-        await silent.ask(pairs([1]))
-        await other.ask(pairs([1]))
-        await silent.take()
-        silent.unheard()
+        await silent.enqueue(numbered_pairs([1]))
+        await other.enqueue(numbered_pairs([1]))
+        await silent.claim_batch()
+        silent.expire_heartbeat()
         if verdict:
             await other.scripts.run("verdict", [silent.name, verdict, 3000])
-        await other.listener._beat_once()
+        await other.session._heartbeat()
         assert isinstance(await other.queue.claim(), Claim) == free
-        await other.listener._doors.close()
+        await other.session._peer_prober.close()
 
 
 @pytest.mark.parametrize(
     ("verdict", "free"), [("gone", True), ("paused", True), ("alive", False), (None, False)]
 )
 async def test_the_silents_moments_are_left_alone_unless_it_is_known_to_call_nobody(
-    verdict: str | None, free: bool, place: Place
+    verdict: str | None, free: bool, place: QueueLocation
 ) -> None:
     """Who may have lost Redis alone keeps its moments; the dead and the paused have none."""
-    bounds = limits(batch_pairs=1, calls_per_second=20)
+    bounds = queue_limits(batch_pairs=1, calls_per_second=20)
     async with replicas(place, 2, bounds) as (silent, other):
-        await other.beat()
-        await other.ask(pairs(range(200)))
+        await other.heartbeat()
+        await other.enqueue(numbered_pairs(range(200)))
         moments: set[int] = set()
         with place.client() as client:
             members = (client.hget(place.keys.limit, "members") or b"").decode().split(",")
@@ -195,41 +203,41 @@ async def test_the_silents_moments_are_left_alone_unless_it_is_known_to_call_nob
         loop = asyncio.get_running_loop()
         until = loop.time() + 2.3
         while loop.time() < until:
-            silent.unheard()
+            silent.expire_heartbeat()
             if verdict == "gone":
                 await other.scripts.run("verdict", [silent.name, "gone", 0])
             elif verdict:
                 await other.scripts.run("verdict", [silent.name, verdict, 3000])
-            await other.listener._beat_once()
+            await other.session._heartbeat()
             claim = await other.queue.claim()
-            if isinstance(claim, NotYet):
+            if isinstance(claim, ClaimDeferred):
                 await asyncio.sleep(min(claim.wait_seconds, 0.02))
                 continue
             with place.client() as client:
                 spent = float(client.hget(place.keys.limit, "calls_tat") or 0)
                 rate = float(client.hget(place.keys.limit, "calls_per_second") or 0)
             moments.add(round((spent - 1000 / rate - 7) / moment_ms))
-            await other.queue.fulfil(claim, {item.digest: 1 for item in claim.pairs})
+            await other.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
         owners = {members[moment // block % 2] for moment in moments}
         assert owners == ({silent.name, other.name} if free else {other.name})
-        await other.listener._doors.close()
+        await other.session._peer_prober.close()
 
 
-async def test_members_stay_as_the_silent_one_knows_them(place: Place) -> None:
+async def test_members_stay_as_the_silent_one_knows_them(place: QueueLocation) -> None:
     """Who comes while somebody is silent has no moments yet, and gets them when all are heard of."""
     async with replicas(place, 2) as (silent, other):
-        await other.beat()
-        silent.unheard()
+        await other.heartbeat()
+        silent.expire_heartbeat()
         with place.client() as client:
             client.zadd(f"{place.keys.limit}:replicas", {"f" * 16: (client.time()[0] + 60) * 1000})
-            await other.beat()
+            await other.heartbeat()
             assert b"f" not in (client.hget(place.keys.limit, "members") or b"")
-            await silent.beat()
+            await silent.heartbeat()
             assert b"f" * 16 in (client.hget(place.keys.limit, "members") or b"")
-        await other.listener._doors.close()
+        await other.session._peer_prober.close()
 
 
-async def test_a_slow_heartbeat_does_not_move_the_moments(place: Place) -> None:
+async def test_a_slow_heartbeat_does_not_move_the_moments(place: QueueLocation) -> None:
     """Redis is slow before it is lost: the clock is then still known as well as a quick reply told it."""
     async with replicas(place) as (replica,):
 
@@ -240,107 +248,109 @@ async def test_a_slow_heartbeat_does_not_move_the_moments(place: Place) -> None:
 
         async def beat() -> float:
             began = time.monotonic()
-            await replica.beat()
+            await replica.heartbeat()
             return time.monotonic() - began + 0.001  # as exactly as Redis tells its time
 
         quick = await beat()  # which bounds how well the clock is known
         known = offset()
-        replica.client.slow = (0.2,)
-        await replica.beat()
+        replica.client.delays = (0.2,)
+        await replica.heartbeat()
         assert abs(offset() - known) < max(quick, 0.01)
-        replica.listener._heard.clock_offset_seconds = known - 3600  # as before a failover to another clock
+        replica.session._subscription.clock_offset_seconds = (
+            known - 3600
+        )  # as before a failover to another clock
         quick += await beat()
         assert abs(offset() - known) < max(quick, 0.01)
 
 
-async def test_a_lost_message_is_noticed_by_the_next_but_one_heartbeat(place: Place) -> None:
+async def test_a_lost_message_is_noticed_by_the_next_but_one_heartbeat(place: QueueLocation) -> None:
     """The number of what was published tells; what was missed is asked for again."""
     async with replicas(place, 2) as (one, other):
-        wait, _ = await other.ask(pairs([1]))
-        await one.ask(pairs([1]))
-        claim = await one.take()
-        await one.queue.fulfil(claim, {item.digest: 6 for item in claim.pairs})
-        await other.messages(lost=True)
+        wait, _ = await other.enqueue(numbered_pairs([1]))
+        await one.enqueue(numbered_pairs([1]))
+        claim = await one.claim_batch()
+        await one.queue.complete(claim, {item.digest: 6 for item in claim.pairs})
+        await other.receive_messages(lost=True)
         for _ in range(2):
-            await other.beat()
-        assert not wait.open
+            await other.heartbeat()
+        assert not wait.pending
         assert list(wait.outcomes.values()) == [6]
 
 
-async def test_a_gap_between_messages_is_noticed_by_the_next_message(place: Place) -> None:
+async def test_a_gap_between_messages_is_noticed_by_the_next_message(place: QueueLocation) -> None:
     """A number that was skipped is asked for at once."""
     async with replicas(place, 2) as (one, other):
-        wait, _ = await other.ask(pairs([1]))
-        await one.ask(pairs([1]))
-        claim = await one.take()
-        await other.beat()
-        await one.queue.publish({pairs([8])[0].digest: 1})
-        await other.messages()
-        await one.queue.fulfil(claim, {item.digest: 6 for item in claim.pairs})
-        await other.messages(lost=True)
-        await one.queue.publish({pairs([9])[0].digest: 1})
-        await other.messages()
-        await other.heal()
-        assert not wait.open
+        wait, _ = await other.enqueue(numbered_pairs([1]))
+        await one.enqueue(numbered_pairs([1]))
+        claim = await one.claim_batch()
+        await other.heartbeat()
+        await one.queue.publish({numbered_pairs([8])[0].digest: 1})
+        await other.receive_messages()
+        await one.queue.complete(claim, {item.digest: 6 for item in claim.pairs})
+        await other.receive_messages(lost=True)
+        await one.queue.publish({numbered_pairs([9])[0].digest: 1})
+        await other.receive_messages()
+        await other.recover()
+        assert not wait.pending
 
 
-async def test_a_failover_that_lost_the_last_writes_is_noticed(place: Place) -> None:
+async def test_a_failover_that_lost_the_last_writes_is_noticed(place: QueueLocation) -> None:
     """The new master has published less than the old one: what waits is asked for again."""
     async with replicas(place) as (replica,):
         for number in range(5):
-            await replica.queue.publish({pairs([100 + number])[0].digest: 1})
-        await replica.messages()
-        await replica.beat()
-        await replica.ask(pairs([1]))
+            await replica.queue.publish({numbered_pairs([100 + number])[0].digest: 1})
+        await replica.receive_messages()
+        await replica.heartbeat()
+        await replica.enqueue(numbered_pairs([1]))
         with place.client() as client:
             client.delete(f"{place.keys.base}pairs", f"{place.keys.base}lane:interactive")
             client.hincrby(f"{place.keys.base}meta", "published", -2)
-        await replica.beat()
-        assert numbers_of(await replica.take()) == [1]
+        await replica.heartbeat()
+        assert pair_numbers(await replica.claim_batch()) == [1]
 
 
 async def test_a_subscription_that_fell_silent_is_made_anew(shared_redis: str) -> None:
     """Its connection is dead and nobody said so: heartbeats tell that messages are missed."""
     port = urlsplit(shared_redis).port
     assert port
-    with wire_to(port) as wire:
-        async with replicas(Place.new(wire.url)) as (replica,):
-            listening = asyncio.create_task(replica.listener._listen())
-            while not replica.listener._missed.is_set():  # noqa: ASYNC110 - set when it has subscribed
+    with faulty_link(port) as wire:
+        async with replicas(QueueLocation.create(wire.url)) as (replica,):
+            listening = asyncio.create_task(replica.session._subscribe_loop())
+            while not replica.session._messages_missed.is_set():  # noqa: ASYNC110 - set when it has subscribed
                 await asyncio.sleep(0.01)
-            wire.deafen()
-            wait, _ = await replica.ask(pairs([1]))
+            wire.mute_subscriptions()
+            wait, _ = await replica.enqueue(numbered_pairs([1]))
             async with asyncio.timeout(10):
-                while wait.open:
-                    await replica.listener._beat_once()
-                    await replica.queue.publish({pairs([1])[0].digest: 3})
+                while wait.pending:
+                    await replica.session._heartbeat()
+                    await replica.queue.publish({numbered_pairs([1])[0].digest: 3})
                     await asyncio.sleep(0.2)
-            await end([listening])
+            await cancel_and_wait([listening])
 
 
-async def test_who_asked_before_is_told_what_the_next_one_learns(place: Place) -> None:
+async def test_who_asked_before_is_told_what_the_next_one_learns(place: QueueLocation) -> None:
     """The message was lost, and the next question finds the outcome: it ends the first one's wait too."""
     async with replicas(place, 2) as (one, other):
-        first, _ = await other.ask(pairs([1]))
-        await one.ask(pairs([1]))
-        claim = await one.take()
-        await one.queue.fulfil(claim, {item.digest: 6 for item in claim.pairs})
-        await other.messages(lost=True)
-        second, enqueued = await other.ask(pairs([1]))
-        assert list(enqueued.ended.values()) == [6]
-        assert not first.open
-        assert not second.open
+        first, _ = await other.enqueue(numbered_pairs([1]))
+        await one.enqueue(numbered_pairs([1]))
+        claim = await one.claim_batch()
+        await one.queue.complete(claim, {item.digest: 6 for item in claim.pairs})
+        await other.receive_messages(lost=True)
+        second, enqueued = await other.enqueue(numbered_pairs([1]))
+        assert list(enqueued.outcomes.values()) == [6]
+        assert not first.pending
+        assert not second.pending
 
 
 @pytest.mark.parametrize("ahead_seconds", [-60, 60])
 async def test_failover_to_a_server_with_another_clock_ends_no_lease(
-    place: Place, ahead_seconds: int
+    place: QueueLocation, ahead_seconds: int
 ) -> None:
     """The new server's clock is a minute off, the owner is not there yet: it keeps its pairs."""
     async with replicas(place, 2) as (one, two):
-        await one.ask(pairs([1]))
-        await two.ask(pairs([1]))
-        claim = await one.take()
+        await one.enqueue(numbered_pairs([1]))
+        await two.enqueue(numbered_pairs([1]))
+        claim = await one.claim_batch()
         place.age_claims(ahead_seconds * 1000)  # as the other clock has them
         _granted_by_another_server(place)
         with place.client() as client:  # nor has the new server heard of it yet
@@ -348,24 +358,24 @@ async def test_failover_to_a_server_with_another_clock_ends_no_lease(
         await one._pubsub.unsubscribe()
         with place.client() as client:
             channel = f"{one.scripts.channel}:{one.name}"
-            wait_for(lambda: client.pubsub_numsub(channel)[0][1] == 0, what="the subscription ends")
-        await two.beat()
-        assert isinstance(await two.queue.claim(), NotYet)
-        await one.beat()
-        await two.beat()
-        assert isinstance(await two.queue.claim(), NotYet)
-        await one.queue.fulfil(claim, {pair(1).digest: 3})
-        assert place.left() == {}
+            wait_for(lambda: client.pubsub_numsub(channel)[0][1] == 0, description="the subscription ends")
+        await two.heartbeat()
+        assert isinstance(await two.queue.claim(), ClaimDeferred)
+        await one.heartbeat()
+        await two.heartbeat()
+        assert isinstance(await two.queue.claim(), ClaimDeferred)
+        await one.queue.complete(claim, {numbered_pair(1).digest: 3})
+        assert place.leftover_keys() == {}
 
 
-async def test_lease_of_a_claim_that_a_failover_moved_ends_in_time(place: Place) -> None:
+async def test_lease_of_a_claim_that_a_failover_moved_ends_in_time(place: QueueLocation) -> None:
     """It begins again with the failover, and is over as late as it was to be."""
     async with replicas(place, 2) as (one, two):
-        await one.ask(pairs([1]))
-        await two.ask(pairs([1]))
-        await one.take()
+        await one.enqueue(numbered_pairs([1]))
+        await two.enqueue(numbered_pairs([1]))
+        await one.claim_batch()
         _granted_by_another_server(place)
-        await two.beat()
+        await two.heartbeat()
         with place.client() as client:
             [packed] = client.hvals(f"{place.keys.base}claims")
         moved = msgpack.unpackb(packed, raw=True)
@@ -374,18 +384,18 @@ async def test_lease_of_a_claim_that_a_failover_moved_ends_in_time(place: Place)
             [claim_id] = client.hkeys(f"{place.keys.base}claims")
             moved |= {b"lease_until": moved[b"since"] - 10_000, b"since": moved[b"since"] - 10_000}
             client.hset(f"{place.keys.base}claims", claim_id, msgpack.packb(moved, use_bin_type=False))
-        await two.beat()
-        assert numbers_of(await two.take()) == [1]
+        await two.heartbeat()
+        assert pair_numbers(await two.claim_batch()) == [1]
 
 
-def _granted_by_another_server(place: Place) -> None:
+def _granted_by_another_server(place: QueueLocation) -> None:
     with place.client() as client:
         for claim_id, packed in client.hgetall(f"{place.keys.base}claims").items():
             claim = msgpack.unpackb(packed, raw=True) | {b"run": b"another"}
             client.hset(f"{place.keys.base}claims", claim_id, msgpack.packb(claim, use_bin_type=False))
 
 
-async def test_copy_of_a_claim_that_arrives_after_its_end_takes_nothing(place: Place) -> None:
+async def test_copy_of_a_claim_that_arrives_after_its_end_takes_nothing(place: QueueLocation) -> None:
     """Its reply was lost, a second copy was granted and answered: what came since is not taken for nobody."""
     async with replicas(place) as (replica,):
         sent: list[list[Any]] = []
@@ -397,9 +407,9 @@ async def test_copy_of_a_claim_that_arrives_after_its_end_takes_nothing(place: P
             return await run(name, arguments)
 
         replica.scripts.run = recording  # type: ignore[method-assign,assignment]
-        await replica.ask(pairs([1]))
-        claim = await replica.take()
-        await replica.queue.fulfil(claim, {pair(1).digest: 3})
-        await replica.ask(pairs([2]))
+        await replica.enqueue(numbered_pairs([1]))
+        claim = await replica.claim_batch()
+        await replica.queue.complete(claim, {numbered_pair(1).digest: 3})
+        await replica.enqueue(numbered_pairs([2]))
         assert (await run("claim", sent[-1]))[0] == b"wait"
-        assert numbers_of(await replica.take()) == [2]
+        assert pair_numbers(await replica.claim_batch()) == [2]

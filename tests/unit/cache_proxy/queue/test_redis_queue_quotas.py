@@ -9,29 +9,37 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.cache_proxy.errors import OverQuota
-from services.cache_proxy.queue.interface import Claim, NotYet
+from services.cache_proxy.errors import QuotaExceededError
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred
 from services.cache_proxy.queue.local.gcra import PACE
-from services.cache_proxy.queue.quotas import OTHERS, Quota, Quotas, none
-from tests.support.replicas import Place, Replica, asker, limits, pair, pairs, replicas
+from services.cache_proxy.queue.quotas import DEFAULT_ACCOUNT, Quota, Quotas, no_quotas
+from tests.support.replicas import (
+    QueueLocation,
+    Replica,
+    numbered_pair,
+    numbered_pairs,
+    queue_limits,
+    replicas,
+    request_context,
+)
 
-BOUNDS = limits(batch_pairs=100)
+BOUNDS = queue_limits(batch_pairs=100)
 HOUR_MS = 3_600_000
 BURST_MS, LEAD_MS, PAIRS_A_MS = 1000, 15, 50  # where nothing limits calls; see `claim.lua`
 
 
-async def _begun(place: Place, replica: Replica) -> None:
+async def _start_quotas(place: QueueLocation, replica: Replica) -> None:
     """The first claim on a server takes all quotas for spent: let that be long ago."""
-    await replica.ask(pairs([10**9]), asker(priority="refresh"))
-    await replica.queue.fulfil(await replica.take(), {pair(10**9).digest: 1})
+    await replica.enqueue(numbered_pairs([10**9]), request_context(priority="refresh"))
+    await replica.queue.complete(await replica.claim_batch(), {numbered_pair(10**9).digest: 1})
     place.age_quotas(HOUR_MS)
 
 
-async def _sent(replica: Replica) -> int:
+async def _send_all(replica: Replica) -> int:
     decision = await replica.queue.claim()
-    if isinstance(decision, NotYet):
+    if isinstance(decision, ClaimDeferred):
         return 0
-    await replica.queue.fulfil(decision, {item.digest: 1 for item in decision.pairs})
+    await replica.queue.complete(decision, {item.digest: 1 for item in decision.pairs})
     return len(decision.pairs)
 
 
@@ -43,78 +51,82 @@ def held() -> Quotas:
 
 async def test_replicas_keep_one_quota_together(held: Quotas, shared_redis: str) -> None:
     """In the queue and to the model: what one has let in or sent, the other counts."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, BOUNDS, lambda: held) as (one, other):
-        await _begun(place, one)
-        await one.ask(pairs(range(60)))
-        with pytest.raises(OverQuota):
-            await other.ask(pairs(range(100, 141)))
-        await other.ask(pairs(range(100, 140)))
-        assert await _sent(one) + await _sent(other) in {9, 10}
-        assert await _sent(one) + await _sent(other) == 0
+        await _start_quotas(place, one)
+        await one.enqueue(numbered_pairs(range(60)))
+        with pytest.raises(QuotaExceededError):
+            await other.enqueue(numbered_pairs(range(100, 141)))
+        await other.enqueue(numbered_pairs(range(100, 140)))
+        assert await _send_all(one) + await _send_all(other) in {9, 10}
+        assert await _send_all(one) + await _send_all(other) == 0
 
 
 async def test_a_server_that_forgot_gives_nothing_away(held: Quotas, shared_redis: str) -> None:
     """After a flush, or on a server that took over, all may just have been spent."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, BOUNDS, lambda: held) as (replica,):
-        await _begun(place, replica)
-        await replica.ask(pairs(range(50)))
+        await _start_quotas(place, replica)
+        await replica.enqueue(numbered_pairs(range(50)))
         place.flush()
-        await replica.beat()
-        await replica.queue.ask_again()
-        assert await _sent(replica) == 0
+        await replica.heartbeat()
+        await replica.queue.re_enqueue()
+        assert await _send_all(replica) == 0
         with place.client() as client:
             client.hset(place.keys.limit, "run", "another")
         place.age_quotas(HOUR_MS)
-        assert await _sent(replica) == 0
+        assert await _send_all(replica) == 0
 
 
 async def test_who_may_have_lost_redis_has_its_part(held: Quotas, shared_redis: str) -> None:
     """Of two replicas the silent one is left half of every quota."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, BOUNDS, lambda: held) as (one, other):
-        await _begun(place, one)
-        await one.beat()
-        other.unheard()
-        await one.ask(pairs(range(50)))
-        assert await _sent(one) == 4
+        await _start_quotas(place, one)
+        await one.heartbeat()
+        other.expire_heartbeat()
+        await one.enqueue(numbered_pairs(range(50)))
+        assert await _send_all(one) == 4
 
 
 async def test_a_replica_without_the_file_sends_what_others_let_in(held: Quotas, shared_redis: str) -> None:
     """As their file has it: a quota is kept by whoever was asked."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, BOUNDS, lambda: held) as (one, other):
-        other.queue._quotas = none
-        await _begun(place, one)
-        await one.ask(pairs(range(50)))
-        await other.ask(pairs(range(100, 105)))
-        assert await _sent(other) in {9 + 5, 10 + 5}
+        other.queue._quotas = no_quotas
+        await _start_quotas(place, one)
+        await one.enqueue(numbered_pairs(range(50)))
+        await other.enqueue(numbered_pairs(range(100, 105)))
+        assert await _send_all(other) in {9 + 5, 10 + 5}
 
 
 async def test_quotas_leave_nothing_behind(shared_redis: str) -> None:
     """Names that nobody has, fifty that the file has: when all is sent, Redis holds no lane of theirs."""
-    quotas = Quotas({f"n{number}": Quota(f"n{number}", 1e6) for number in range(50)}, Quota(OTHERS, 1e6))
-    place = Place.new(shared_redis)
-    async with replicas(place, bounds=limits(batch_pairs=1000), quotas=lambda: quotas) as (replica,):
-        await _begun(place, replica)
-        asks = [replica.ask(pairs([number]), asker(f"n{number}")) for number in range(300)]
+    quotas = Quotas(
+        {f"n{number}": Quota(f"n{number}", 1e6) for number in range(50)}, Quota(DEFAULT_ACCOUNT, 1e6)
+    )
+    place = QueueLocation.create(shared_redis)
+    async with replicas(place, bounds=queue_limits(batch_pairs=1000), quotas=lambda: quotas) as (replica,):
+        await _start_quotas(place, replica)
+        asks = [
+            replica.enqueue(numbered_pairs([number]), request_context(f"n{number}")) for number in range(300)
+        ]
         await asyncio.gather(*asks)
-        assert await _sent(replica) == 300
+        assert await _send_all(replica) == 300
         with place.client() as client:
             keys = [key.decode() for key in client.scan_iter(f"{place.keys.base}*".replace("{", "[{]"))]
             assert client.hlen(f"{place.keys.base}quotas") == 51
             assert client.zcard(f"{place.keys.limit}:spent") == 51
             client.hset(f"{place.keys.base}quotas", "n1", "5:0")  # last seen long ago
         assert not [key for key in keys if "lane:" in key or "fair:" in key]
-        await replica.ask(pairs([500]), asker("n2"))
-        await _sent(replica)
+        await replica.enqueue(numbered_pairs([500]), request_context("n2"))
+        await _send_all(replica)
         with place.client() as client:
             assert client.hlen(f"{place.keys.base}quotas") == 50
 
 
 @dataclass
-class _Model:
+class _QuotaModel:
     """A GCRA in Python. A claim's moment is known within some ms, so `least` and `most` bound its state."""
 
     rate: float  # pairs a ms
@@ -154,13 +166,13 @@ def test_the_script_is_the_gcra_that_it_is_thought_to_be(
     """Whatever the pauses, sent or put back: as many pairs go as a GCRA in Python allows."""
 
     async def run() -> None:
-        place = Place.new(shared_redis)
+        place = QueueLocation.create(shared_redis)
         quotas = Quotas({"c": Quota("c", pairs_per_second)})
-        bounds = limits(batch_pairs=1000)
+        bounds = queue_limits(batch_pairs=1000)
         async with replicas(place, bounds=bounds, quotas=lambda: quotas) as (replica,):
-            await _begun(place, replica)
-            model = _Model(pairs_per_second * PACE / 1000)
-            await replica.ask(pairs(range(800)), asker("c", patience=80_000))
+            await _start_quotas(place, replica)
+            model = _QuotaModel(pairs_per_second * PACE / 1000)
+            await replica.enqueue(numbered_pairs(range(800)), request_context("c", timeout=80_000))
             with place.client() as client:
                 for pause_ms, put_back in steps:
                     place.age_quotas(pause_ms)
@@ -173,9 +185,9 @@ def test_the_script_is_the_gcra_that_it_is_thought_to_be(
                     most = model.allows(after + LEAD_MS, model.least)
                     assert least <= count <= most
                     if isinstance(decision, Claim) and put_back:
-                        await replica.queue.put_back(decision)
+                        await replica.queue.release(decision)
                     elif isinstance(decision, Claim):
-                        await replica.queue.fulfil(decision, {item.digest: 1 for item in decision.pairs})
+                        await replica.queue.complete(decision, {item.digest: 1 for item in decision.pairs})
                         model.spend(count, before, after)
 
     asyncio.run(run())

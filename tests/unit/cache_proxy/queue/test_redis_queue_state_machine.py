@@ -10,17 +10,30 @@ from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.cache_proxy.errors import Nonsense, PairError, Refused, StoreError, Unavailable
-from services.cache_proxy.queue.interface import Claim, NotYet, Outcome
+from services.cache_proxy.errors import (
+    InvalidModelResponseError,
+    ModelUnavailableError,
+    PairError,
+    PairRejectedError,
+    StoreError,
+)
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred, Outcome
 from services.cache_proxy.queue.quotas import Quota, Quotas
-from services.cache_proxy.queue.waiters import Wait
-from tests.support.replicas import Place, Replica, asker, limits, numbers_of, pairs
+from services.cache_proxy.queue.waiters import Waiter
+from tests.support.replicas import (
+    QueueLocation,
+    Replica,
+    numbered_pairs,
+    pair_numbers,
+    queue_limits,
+    request_context,
+)
 
 pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
 
-BOUNDS = limits(batch_pairs=4)
-REFUSED = Refused(StatusCode.INVALID_ARGUMENT, "bad")
-DOWN = Unavailable("down", retry_after_seconds=1.0)
+BOUNDS = queue_limits(batch_pairs=4)
+REFUSED = PairRejectedError(StatusCode.INVALID_ARGUMENT, "bad")
+DOWN = ModelUnavailableError("down", retry_after_seconds=1.0)
 NUMBERS = range(1, 11)
 QUOTAS = Quotas(
     {"a": Quota("a", pairs_per_second=1e6)}
@@ -28,27 +41,27 @@ QUOTAS = Quotas(
 
 
 @dataclass
-class _Here:
+class _LiveReplica:
     """A replica, its open waits and the claims in work at it."""
 
     replica: Replica
-    waits: list[Wait] = field(default_factory=list)
+    waits: list[Waiter] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
 
 
-class Play:
+class QueueStateMachine:
     """A simple account of who waits for what and what the model answered; one step at a time."""
 
     def __init__(self, data: st.DataObject, url: str) -> None:
         self._draw = data.draw
-        self._place = Place.new(url)
+        self._place = QueueLocation.create(url)
         self._names = (f"{number:016x}" for number in itertools.count(1))
-        self._here: list[_Here] = []
-        self._dead: list[_Here] = []
+        self._here: list[_LiveReplica] = []
+        self._dead: list[_LiveReplica] = []
         self._given: dict[int, set[Outcome]] = {number: set() for number in NUMBERS}
         self._excused: set[str] = set()  # claims whose pairs others may have by now
 
-    async def begin(self) -> None:
+    async def start(self) -> None:
         """Three replicas."""
         for _ in range(3):
             await self.join()
@@ -57,120 +70,124 @@ class Play:
         """A replica starts."""
         if len(self._here) < 4:
             self._here.append(
-                _Here(await Replica(self._place, next(self._names), BOUNDS, lambda: QUOTAS).join())
+                _LiveReplica(
+                    await Replica(self._place, next(self._names), BOUNDS, lambda: QUOTAS).subscribe()
+                )
             )
 
-    def _one(self) -> _Here:
+    def _draw_replica(self) -> _LiveReplica:
         return self._draw(st.sampled_from(self._here))
 
-    async def ask(self) -> None:
+    async def enqueue(self) -> None:
         """A caller asks; perhaps a reply is lost on the way, and asked for again."""
-        here = self._one()
+        here = self._draw_replica()
         numbers = self._draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=6, unique=True))
-        who = asker(
+        who = request_context(
             self._draw(st.sampled_from("ab")), self._draw(st.sampled_from(["interactive", "bulk", "refresh"]))
         )
-        here.replica.client.lose = self._draw(st.sampled_from([0, 0, 0, 1, 3]))
-        wait, _ = await here.replica.ask(pairs(numbers), who)
+        here.replica.client.lost_replies = self._draw(st.sampled_from([0, 0, 0, 1, 3]))
+        wait, _ = await here.replica.enqueue(numbered_pairs(numbers), who)
         here.waits.append(wait)
 
-    async def leave(self) -> None:
+    async def cancel(self) -> None:
         """A caller goes, answered or not."""
-        here = self._one()
+        here = self._draw_replica()
         if here.waits:
             wait = here.waits.pop(self._draw(st.integers(0, len(here.waits) - 1)))
-            here.replica.client.lose = self._draw(st.sampled_from([0, 0, 1]))
-            await here.replica.close(wait)
+            here.replica.client.lost_replies = self._draw(st.sampled_from([0, 0, 1]))
+            await here.replica.cancel(wait)
 
     async def claim(self) -> None:
         """A dispatcher takes a batch; the first replies may be lost, or all of them."""
-        here = self._one()
+        here = self._draw_replica()
         lost = self._draw(st.sampled_from([0, 0, 0, 0, 1, 4]))
-        here.replica.client.lose = lost
+        here.replica.client.lost_replies = lost
         try:
             claim = await here.replica.queue.claim()
         except StoreError:  # granted perhaps, and nobody knows
             assert lost == 4
             return
         finally:
-            here.replica.client.lose = 0
-        if isinstance(claim, NotYet):
+            here.replica.client.lost_replies = 0
+        if isinstance(claim, ClaimDeferred):
             return
-        taken = set(numbers_of(claim))
+        taken = set(pair_numbers(claim))
         assert 0 < len(taken) == len(claim.pairs) <= BOUNDS.batch_pairs
         for other in self._here + self._dead:
             for held in other.claims:
                 if held.id not in self._excused:
-                    assert not taken & set(numbers_of(held)), "in two batches at once"
+                    assert not taken & set(pair_numbers(held)), "in two batches at once"
         here.claims.append(claim)
 
-    async def end(self) -> None:
+    async def finish_claim(self) -> None:
         """A batch ends in one of the ways in which batches end, told twice if the reply is lost."""
-        here = self._one()
+        here = self._draw_replica()
         if not here.claims:
             return
         claim = here.claims.pop(self._draw(st.integers(0, len(here.claims) - 1)))
         queue = here.replica.queue
-        here.replica.client.lose = self._draw(st.sampled_from([0, 0, 1, 2]))
+        here.replica.client.lost_replies = self._draw(st.sampled_from([0, 0, 1, 2]))
         how = self._draw(
             st.sampled_from(["fulfil", "fulfil", "put back", "fail", "refuse", "name", "in part"])
         )
         if how in {"fulfil", "in part"}:
-            outcomes = self._answers(claim)
+            outcomes = self._draw_outcomes(claim)
             if how == "in part":
                 outcomes = dict(list(outcomes.items())[: len(outcomes) // 2])
-            await queue.fulfil(claim, outcomes)
+            await queue.complete(claim, outcomes)
             if how == "in part" and len(outcomes) < len(claim.pairs):
                 rest = [item for item in claim.pairs if item.digest not in outcomes]
                 here.claims.append(Claim(claim.id, rest, claim.send_at, claim.slot_at))
         elif how == "put back":
-            await queue.put_back(claim)
+            await queue.release(claim)
         elif how == "fail":
             await queue.fail(claim, DOWN, retry_after_seconds=0)
             queue._not_before = 0
         else:
             named = {claim.pairs[0].digest: REFUSED} if how == "name" else {}
-            await queue.refuse(claim, REFUSED, named)
+            await queue.reject(claim, REFUSED, named)
 
-    def _answers(self, claim: Claim) -> dict[bytes, Outcome]:
+    def _draw_outcomes(self, claim: Claim) -> dict[bytes, Outcome]:
         outcomes: dict[bytes, Outcome] = {}
-        for number, item in zip(numbers_of(claim), claim.pairs, strict=True):
+        for number, item in zip(pair_numbers(claim), claim.pairs, strict=True):
             level = self._draw(st.integers(0, 7))
-            outcomes[item.digest] = level or Nonsense("none")
+            outcomes[item.digest] = level or InvalidModelResponseError("none")
             self._given[number].add(level)
         return outcomes
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         """A heartbeat, with what it heals."""
-        await self._one().replica.beat()
+        await self._draw_replica().replica.heartbeat()
 
-    async def deliver(self) -> None:
+    async def receive_messages(self) -> None:
         """Messages arrive, or are lost."""
-        await self._one().replica.messages(lost=self._draw(st.sampled_from([False, False, True])))
+        await self._draw_replica().replica.receive_messages(
+            lost=self._draw(st.sampled_from([False, False, True]))
+        )
 
-    async def die(self) -> None:
+    async def crash(self) -> None:
         """A replica ends without a goodbye; its callers are gone with it, its claims go back."""
         if len(self._here) > 1:
             here = self._here.pop(self._draw(st.integers(0, len(self._here) - 1)))
-            await here.replica.die()
+            await here.replica.crash()
             self._excused.update(claim.id for claim in here.claims)
             self._dead.append(here)
 
-    async def answer_late(self) -> None:
+    async def complete_late(self) -> None:
         """The answer of a claim that was given away arrives after all, through another's hands."""
         if self._dead and self._dead[-1].claims:
             claim = self._dead[-1].claims.pop()
-            await self._one().replica.queue.fulfil(claim, self._answers(claim))
+            await self._draw_replica().replica.queue.complete(claim, self._draw_outcomes(claim))
 
-    async def run_out(self) -> None:
+    async def expire_leases(self) -> None:
         """Every lease is over."""
         self._place.age_claims(60_000)
         self._excused.update(claim.id for here in self._here for claim in here.claims)
 
-    async def forget_unheld(self) -> None:
+    async def release_unlisted_claims(self) -> None:
         """Time passes, so a heartbeat gives back what its replica does not list."""
         self._place.age_claims(3_000)
-        await self._one().replica.beat()
+        await self._draw_replica().replica.heartbeat()
 
     async def flush(self) -> None:
         """Redis loses everything."""
@@ -180,54 +197,54 @@ class Play:
     async def check(self) -> None:
         """Nobody was told what the model did not say."""
         for here in self._here:
-            for digest, outcome in here.replica.settled:
+            for digest, outcome in here.replica.resolved:
                 number = int.from_bytes(digest, "big")
                 assert isinstance(outcome, PairError) or outcome in self._given[number], (number, outcome)
             held = {claim.id for claim in here.claims}
-            assert set(here.replica.queue.held) <= held
+            assert set(here.replica.queue.claim_ids) <= held
 
     async def finish(self) -> None:
         """Messages are healed, claims end, and the model answers whatever is asked from now on."""
         for here in self._here:
             for claim in here.claims:
-                await here.replica.queue.put_back(claim)
+                await here.replica.queue.release(claim)
             here.claims.clear()
         self._place.age_claims(3_000)
-        await self._heal()
+        await self._recover()
         first = self._here[0].replica
-        last, _ = await first.ask(pairs([99]), asker())
+        last, _ = await first.enqueue(numbered_pairs([99]), request_context())
         self._given[99] = set()
         for _ in range(100):
             for here in self._here:
                 here.replica.queue._not_before = 0
                 while isinstance(taken := await here.replica.queue.claim(), Claim):
-                    for number in numbers_of(taken):
+                    for number in pair_numbers(taken):
                         self._given[number].add(3)
-                    await here.replica.queue.fulfil(taken, {item.digest: 3 for item in taken.pairs})
-                await here.replica.messages(lost=True)
-                await here.replica.beat()
-            if not self._place.left():
+                    await here.replica.queue.complete(taken, {item.digest: 3 for item in taken.pairs})
+                await here.replica.receive_messages(lost=True)
+                await here.replica.heartbeat()
+            if not self._place.leftover_keys():
                 break
-            if not last.open:  # only who waits claims: another caller comes
-                last, _ = await first.ask(pairs([next(self._more)]), asker())
-        await self._heal()
-        assert not last.open
+            if not last.pending:  # only who waits claims: another caller comes
+                last, _ = await first.enqueue(numbered_pairs([next(self._fresh_numbers)]), request_context())
+        await self._recover()
+        assert not last.pending
         for here in self._here:
-            assert all(not wait.open for wait in here.waits), "a caller waits for ever"
-            assert not here.replica.queue._asked
-            assert not here.replica.queue.held
-        assert self._place.left() == {}, "something is stuck"
+            assert all(not wait.pending for wait in here.waits), "a caller waits for ever"
+            assert not here.replica.queue._waiting_pairs
+            assert not here.replica.queue.claim_ids
+        assert self._place.leftover_keys() == {}, "something is stuck"
         await self.check()
 
-    async def _heal(self) -> None:
+    async def _recover(self) -> None:
         """Every message of now is lost; two heartbeats tell."""
         for here in self._here:
-            await here.replica.messages(lost=True)
-            await here.replica.beat()
-            await here.replica.beat()
+            await here.replica.receive_messages(lost=True)
+            await here.replica.heartbeat()
+            await here.replica.heartbeat()
 
     @property
-    def _more(self) -> "itertools.count[int]":
+    def _fresh_numbers(self) -> "itertools.count[int]":
         number = max(self._given) + 1
         self._given[number] = set()
         return itertools.count(number)
@@ -235,17 +252,33 @@ class Play:
     async def close(self) -> None:
         """Close what is open."""
         for here in self._here:
-            await here.replica.leave_for_good()
+            await here.replica.close_connections()
 
 
-async def _play(data: st.DataObject, url: str) -> None:
-    play = Play(data, url)
-    await play.begin()
+async def _run_state_machine(data: st.DataObject, url: str) -> None:
+    play = QueueStateMachine(data, url)
+    await play.start()
     steps: list[Callable[[], Awaitable[None]]] = [
-        play.ask, play.ask, play.ask, play.claim, play.claim, play.claim, play.end, play.end, play.end,
-        play.leave, play.deliver, play.deliver, play.beat, play.die, play.join, play.answer_late,
-        play.run_out, play.forget_unheld, play.flush,
-    ]  # fmt: skip
+        play.enqueue,
+        play.enqueue,
+        play.enqueue,
+        play.claim,
+        play.claim,
+        play.claim,
+        play.finish_claim,
+        play.finish_claim,
+        play.finish_claim,
+        play.cancel,
+        play.receive_messages,
+        play.receive_messages,
+        play.heartbeat,
+        play.crash,
+        play.join,
+        play.complete_late,
+        play.expire_leases,
+        play.release_unlisted_claims,
+        play.flush,
+    ]
     try:
         for step in data.draw(st.lists(st.sampled_from(steps), max_size=50)):
             await step()
@@ -263,4 +296,4 @@ def test_every_wait_ends_and_nothing_is_stuck_whatever_is_lost(
     """Through any order of asking, leaving, sending and ending, of deaths and of losses: no pair in two
     batches at once, no answer that the model did not give, no wait without an end, nothing left behind.
     """  # noqa: D205 - one thought
-    asyncio.run(_play(data, shared_redis))
+    asyncio.run(_run_state_machine(data, shared_redis))

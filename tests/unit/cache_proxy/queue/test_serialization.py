@@ -7,22 +7,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.errors import Nonsense, PairError, Refused, StoreError, Unavailable
+from services.cache_proxy.errors import (
+    InvalidModelResponseError,
+    ModelUnavailableError,
+    PairError,
+    PairRejectedError,
+    StoreError,
+)
 from services.cache_proxy.queue.serialization import pack, pack_error, unpack, unpack_error
 
 TEXT = st.text(max_size=50).filter(lambda text: text.isprintable())
 CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 WORDS = st.tuples(TEXT, TEXT.filter(bool)) | st.just(("", ""))  # without a request there are none
 KINDS: dict[type[PairError], st.SearchStrategy[PairError]] = {
-    Refused: st.builds(
-        lambda code, message, field, reason, words: Refused(code, message, field, reason, *words),
-        st.sampled_from(CODES), TEXT, st.sampled_from(["", ".title"]), TEXT, WORDS,
+    PairRejectedError: st.builds(
+        lambda code, message, field, reason, words: PairRejectedError(code, message, field, reason, *words),
+        st.sampled_from(CODES),
+        TEXT,
+        st.sampled_from(["", ".title"]),
+        TEXT,
+        WORDS,
     ),
-    Nonsense: st.builds(Nonsense, TEXT),
-    Unavailable: st.builds(
-        lambda message, seconds, words: Unavailable(message, seconds, *words), TEXT, st.floats(0, 3600), WORDS
+    InvalidModelResponseError: st.builds(InvalidModelResponseError, TEXT),
+    ModelUnavailableError: st.builds(
+        lambda message, seconds, words: ModelUnavailableError(message, seconds, *words),
+        TEXT,
+        st.floats(0, 3600),
+        WORDS,
     ),
-}  # fmt: skip
+}
 ERRORS = st.one_of(*KINDS.values())
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(max_size=20),
@@ -84,13 +97,15 @@ def test_bytes_that_are_no_message_are_a_broken_reply(junk: bytes) -> None:
 
 def test_a_long_message_is_cut() -> None:
     """A model that answers with a book does not fill Redis with it."""
-    packed = pack(pack_error(Refused(grpc.StatusCode.INVALID_ARGUMENT, "x" * 10**6, "", "y" * 10**6)))
+    packed = pack(
+        pack_error(PairRejectedError(grpc.StatusCode.INVALID_ARGUMENT, "x" * 10**6, "", "y" * 10**6))
+    )
     assert len(packed) < 2100
 
 
 def test_text_that_is_no_utf_8_can_be_packed() -> None:
     """Half a surrogate pair in a message stops no script."""
-    assert unpack_error(pack_error(Nonsense("\ud800!"))).message == "?!"  # type: ignore[attr-defined]
+    assert unpack_error(pack_error(InvalidModelResponseError("\ud800!"))).message == "?!"  # type: ignore[attr-defined]
 
 
 def test_an_unknown_error_is_a_mistake_here() -> None:

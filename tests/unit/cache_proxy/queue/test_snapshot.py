@@ -8,50 +8,59 @@ from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.managed_queue import open_local
-from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, MAX_REPORTS, Overview, Report, read_overview
-from tests.support.replicas import Place, asker, limits, pairs, replicas
+from services.cache_proxy.queue.managed_queue import create_local_queue
+from services.cache_proxy.queue.snapshot import (
+    MAX_REPORT_BYTES,
+    MAX_REPORTS,
+    QueueSnapshot,
+    Report,
+    decode_snapshot,
+)
+from tests.support.replicas import QueueLocation, numbered_pairs, queue_limits, replicas, request_context
 
 MINUTES = 3
 
 
-class Told:
+class FixedReportSource:
     """A replica that reports the same few bytes, until it hears that they arrived."""
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
 
-    def due(self) -> list[Report]:
+    def pending_reports(self) -> list[Report]:
         """See `Reporter`."""
         return self.reports
 
-    def reported(self, reports: list[Report], *, clock_offset_seconds: float) -> None:
+    def mark_reported(self, reports: list[Report], *, clock_offset_seconds: float) -> None:
         """See `Reporter`."""
 
-    def report_again(self) -> None:
+    def resend_all(self) -> None:
         """See `Reporter`."""
 
 
 async def test_reports_ride_on_heartbeats_and_are_read_by_all(shared_redis: str) -> None:
     """A replica's report of a minute is there once, however often its heartbeat said it, until it changes."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 2) as (one, other):
-        this = int((await one.queue.overview(minutes=MINUTES)).now_seconds // 60)
+        this = int((await one.queue.snapshot(minutes=MINUTES)).now_seconds // 60)
         for replica, text in ((one, b"one"), (other, b"other")):
-            told = Told()
+            told = FixedReportSource()
             told.reports = [(this, text), (this - 1, text), (this - 1000, b"too old")]
-            replica.listener._reporter = told  # type: ignore[assignment]
-            await replica.beat()
+            replica.session._report_source = told  # type: ignore[assignment]
+            await replica.heartbeat()
             told.reports[0] = (this, text + b" again")
             for _ in range(2):
-                await replica.beat()
-        overview = await other.queue.overview(minutes=MINUTES)
+                await replica.heartbeat()
+        overview = await other.queue.snapshot(minutes=MINUTES)
         assert sorted(overview.reports or ()) == [
-            (this - 1, b"one"), (this - 1, b"other"), (this, b"one again"), (this, b"other again"),
-        ]  # fmt: skip
+            (this - 1, b"one"),
+            (this - 1, b"other"),
+            (this, b"one again"),
+            (this, b"other again"),
+        ]
         assert (overview.live_replicas, overview.silent_replicas) == (2, 0)
-        other.unheard()
-        overview = await one.queue.overview(minutes=MINUTES)
+        other.expire_heartbeat()
+        overview = await one.queue.snapshot(minutes=MINUTES)
         assert (overview.live_replicas, overview.silent_replicas) == (1, 1)
         with place.client() as client:
             assert not client.exists(f"{place.keys.limit}:reports:{this - 1000}")
@@ -60,42 +69,51 @@ async def test_reports_ride_on_heartbeats_and_are_read_by_all(shared_redis: str)
 
 async def test_what_others_wrote_among_the_reports_is_left_out(shared_redis: str) -> None:
     """A key of another type, too many fields, a report that is too long: the rest is told."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (replica,):
-        this = int((await replica.queue.overview(minutes=MINUTES)).now_seconds // 60)
+        this = int((await replica.queue.snapshot(minutes=MINUTES)).now_seconds // 60)
         key = f"{place.keys.limit}:reports:%d"
         with place.client() as client:
             client.set(key % (this - 1), "text")
             client.hset(key % (this - 2), mapping={f"{n}": "x" for n in range(MAX_REPORTS + 1)})
             client.hset(key % this, mapping={"long": "x" * (MAX_REPORT_BYTES + 1), "fine": "x"})
-        overview = await replica.queue.overview(minutes=MINUTES)
+        overview = await replica.queue.snapshot(minutes=MINUTES)
         assert list(overview.reports or ()) == [(this, b"x")]
-        told = Told()
+        told = FixedReportSource()
         told.reports = [(this - 1, b"mine"), (this - 2, b"mine")]
-        replica.listener._reporter = told  # type: ignore[assignment]
-        await replica.beat()
-        overview = await replica.queue.overview(minutes=MINUTES)
+        replica.session._report_source = told  # type: ignore[assignment]
+        await replica.heartbeat()
+        overview = await replica.queue.snapshot(minutes=MINUTES)
         assert sorted(overview.reports or ()) == [(this - 1, b"mine"), (this, b"x")]
 
 
 @pytest.mark.parametrize("value", ["text", "-1", "1e400", "nan", str(2**60), ""])
 async def test_figures_in_redis_that_are_none_are_unknown(shared_redis: str, value: str) -> None:
     """The limit and its state in Redis are anybody's: no figure is negative, endless or no number."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (replica,):
         with place.client() as client:
             fields = (
-                "pairs_per_second", "calls_per_second", "pairs_tat", "calls_tat", "not_before", "batch_pairs",
-            )  # fmt: skip
+                "pairs_per_second",
+                "calls_per_second",
+                "pairs_tat",
+                "calls_tat",
+                "not_before",
+                "batch_pairs",
+            )
             client.hset(place.keys.limit, mapping=dict.fromkeys(fields, value))
             fields = ("failures", "failed_at", "backoff_until", "pushback_until", "breaking", "probe")
             client.hset(place.keys.model, mapping=dict.fromkeys(fields, value))
-        overview = await replica.queue.overview(minutes=MINUTES)
+        overview = await replica.queue.snapshot(minutes=MINUTES)
         for figure in (
-            overview.pairs_per_second, overview.calls_per_second, overview.failures_in_a_row,
-            overview.batch_pairs, overview.batch_seconds, overview.next_call_seconds,
+            overview.pairs_per_second,
+            overview.calls_per_second,
+            overview.failures_in_a_row,
+            overview.batch_pairs,
+            overview.batch_interval_seconds,
+            overview.next_call_seconds,
             *map(overview.wait_seconds, overview.waiting),
-        ):  # fmt: skip
+        ):
             assert figure is None or (figure >= 0 and math.isfinite(figure))
         assert overview.batch_pairs is None
         assert overview.wait_seconds("bulk") is None
@@ -107,7 +125,7 @@ async def test_figures_in_redis_that_are_none_are_unknown(shared_redis: str, val
 def test_a_reply_that_is_none_is_an_error_of_the_store(reply: object) -> None:
     """Never any other: the page then tells what this replica knows."""
     with pytest.raises(StoreError):
-        read_overview(reply)
+        decode_snapshot(reply)
 
 
 @pytest.mark.parametrize("kind", ["local", "shared"])
@@ -115,27 +133,29 @@ async def test_the_expected_wait_is_that_of_the_lanes_end(kind: str, shared_redi
     """Four pairs a call, one of them kept for bulk; 40 interactive pairs wait and one of bulk: who comes now
     goes with the 14th call if it is interactive, with the second as bulk, with the eleventh behind all.
     """  # noqa: D205 - one thought
-    bounds = limits(batch_pairs=4, calls_per_second=1 / 60)
+    bounds = queue_limits(batch_pairs=4, calls_per_second=1 / 60)
 
-    def judge(overview: Overview) -> None:
+    def judge(overview: QueueSnapshot) -> None:
         assert dict(overview.waiting) == {"interactive": 40, "bulk": 1, "refresh": 0}
-        assert overview.batch_seconds
+        assert overview.batch_interval_seconds
         assert overview.next_call_seconds is not None
-        assert overview.batch_seconds == pytest.approx(60 / 0.98, rel=0.01)
-        assert 0 <= overview.next_call_seconds <= overview.batch_seconds + 1
+        assert overview.batch_interval_seconds == pytest.approx(60 / 0.98, rel=0.01)
+        assert 0 <= overview.next_call_seconds <= overview.batch_interval_seconds + 1
         for lane, calls in (("interactive", 14), ("bulk", 2), ("refresh", 11)):
             waits = overview.wait_seconds(lane)
-            assert waits == pytest.approx(overview.next_call_seconds + (calls - 1) * overview.batch_seconds)
+            assert waits == pytest.approx(
+                overview.next_call_seconds + (calls - 1) * overview.batch_interval_seconds
+            )
         assert overview.calls_per_second == pytest.approx(1 / 60)
 
     if kind == "local":
         metrics = ProxyMetrics(CollectorRegistry())
-        queue = open_local(bounds, settle=lambda *_: None, metrics=metrics)
-        await queue.enqueue(pairs(range(40)), asker(patience=9999))
-        await queue.enqueue(pairs([40]), asker(priority="bulk", patience=9999))
-        judge(await queue.overview(minutes=MINUTES))
+        queue = create_local_queue(bounds, on_outcome=lambda *_: None, metrics=metrics)
+        await queue.enqueue(numbered_pairs(range(40)), request_context(timeout=9999))
+        await queue.enqueue(numbered_pairs([40]), request_context(priority="bulk", timeout=9999))
+        judge(await queue.snapshot(minutes=MINUTES))
         return
-    async with replicas(Place.new(shared_redis), 1, bounds) as (replica,):
-        await replica.queue.enqueue(pairs(range(40)), asker(patience=9999))
-        await replica.queue.enqueue(pairs([40]), asker(priority="bulk", patience=9999))
-        judge(await replica.queue.overview(minutes=MINUTES))
+    async with replicas(QueueLocation.create(shared_redis), 1, bounds) as (replica,):
+        await replica.queue.enqueue(numbered_pairs(range(40)), request_context(timeout=9999))
+        await replica.queue.enqueue(numbered_pairs([40]), request_context(priority="bulk", timeout=9999))
+        judge(await replica.queue.snapshot(minutes=MINUTES))

@@ -6,23 +6,23 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.queue.local.call_limiter import Limiter
-from services.cache_proxy.queue.time_slots import Membership, SlotLimiter
+from services.cache_proxy.queue.local.call_limiter import RateLimiter
+from services.cache_proxy.queue.time_slots import Membership, TimeSlotLimiter
 
 LATE_SECONDS = 0.010
 
 
-def _share() -> Limiter:
-    return Limiter(pairs_per_second=0, calls_per_second=2, burst=1, now=0.0)
+def _share() -> RateLimiter:
+    return RateLimiter(pairs_per_second=0, calls_per_second=2, burst=1, now=0.0)
 
 
-def _limiter(replica: str, members: tuple[str, ...], apart: float, offset: float) -> SlotLimiter:
-    limiter = SlotLimiter(_share())
-    limiter.know(Membership(replica, members, apart, offset))
+def _limiter(replica: str, members: tuple[str, ...], apart: float, offset: float) -> TimeSlotLimiter:
+    limiter = TimeSlotLimiter(_share())
+    limiter.update_membership(Membership(replica, members, apart, offset))
     return limiter
 
 
-def _calls(limiter: SlotLimiter, *, begin: float, seconds: float, delays: list[float]) -> list[float]:
+def _calls(limiter: TimeSlotLimiter, *, begin: float, seconds: float, delays: list[float]) -> list[float]:
     """When a dispatcher with a backlog calls that wakes up a little late every time."""
     now = begin
     made: list[float] = []
@@ -32,7 +32,7 @@ def _calls(limiter: SlotLimiter, *, begin: float, seconds: float, delays: list[f
             now += wait + delays[len(made) % len(delays)]
             if limiter.wait_seconds(1, now=now) > 0:
                 continue
-        limiter.spend(1, now=now)
+        limiter.consume(1, now=now)
         made.append(now)
     return made
 
@@ -102,26 +102,26 @@ def test_a_replica_that_nobody_knows_has_no_moments() -> None:
 
 def test_a_replica_that_never_saw_redis_keeps_to_its_share() -> None:
     """Its limiter is that of its share of the rate."""
-    limiter, share = SlotLimiter(_share()), _share()
+    limiter, share = TimeSlotLimiter(_share()), _share()
     assert limiter.slot_seconds == share.slot_seconds
     assert limiter.wait_seconds(1, now=0.0) == share.wait_seconds(1, now=0.0)
-    limiter.spend(1, now=2.0)
-    share.spend(1, now=2.0)
+    limiter.consume(1, now=2.0)
+    share.consume(1, now=2.0)
     assert limiter.wait_seconds(1, now=2.0) == share.wait_seconds(1, now=2.0) > 0
 
 
 def test_no_call_before_the_others_know_or_the_model_wants_one() -> None:
     """For a while after the loss, and after the model's pushback, even an own moment is left out."""
     limiter = _limiter("a", ("a",), 0.1, 0.0)
-    limiter.begins_at = 100.0
+    limiter.not_before = 100.0
     assert limiter.wait_seconds(1, now=98.0) >= 2.0
-    limiter.hold_until(105.0)
+    limiter.block_until(105.0)
     assert limiter.wait_seconds(1, now=98.0) >= 7.0
     limiter = _limiter("a", ("a",), 0.0, 0.0)  # no limit at all
-    limiter.hold_until(105.0)
+    limiter.block_until(105.0)
     assert limiter.wait_seconds(1, now=98.0) == 7.0
     assert limiter.wait_seconds(1, now=106.0) == 0
-    limiter.spend(1, now=106.0)
+    limiter.consume(1, now=106.0)
     limiter.refund(1)
     assert limiter.wait_seconds(1, now=106.0) == 0
 
@@ -129,11 +129,11 @@ def test_no_call_before_the_others_know_or_the_model_wants_one() -> None:
 def test_moments_that_became_fewer_or_another_clocks_do_not_stop_it() -> None:
     """Lost a second time, under another limit or after a failover to a clock that is behind: it goes on."""
     limiter = _limiter("a", ("a",), 0.05, 1e9)
-    limiter.spend(1, now=10.0)
-    limiter.know(Membership("a", ("a",), 1.0, 1e9))
+    limiter.consume(1, now=10.0)
+    limiter.update_membership(Membership("a", ("a",), 1.0, 1e9))
     assert limiter.wait_seconds(1, now=20.0) <= 1.0
-    limiter.spend(1, now=20.0)
-    limiter.know(Membership("a", ("a",), 1.0, 1e9 - 3600))
+    limiter.consume(1, now=20.0)
+    limiter.update_membership(Membership("a", ("a",), 1.0, 1e9 - 3600))
     assert limiter.wait_seconds(1, now=30.0) <= 1.0
 
 

@@ -8,68 +8,78 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.interface import MAX_TRACES, Asker, Claim
-from services.cache_proxy.queue.managed_queue import open_local
+from services.cache_proxy.queue.interface import MAX_TRACES_PER_PAIR, Claim, RequestContext
+from services.cache_proxy.queue.managed_queue import create_local_queue
 from services.common.tracing import CONTEXT_BYTES, MAX_LINKS
-from tests.support.replicas import Place, asker, limits, numbers_of, pairs, replicas
+from tests.support.replicas import (
+    QueueLocation,
+    numbered_pairs,
+    pair_numbers,
+    queue_limits,
+    replicas,
+    request_context,
+)
 
 ONE, OTHER = b"1" * CONTEXT_BYTES, b"2" * CONTEXT_BYTES
 
 
-def _traced(context: bytes, caller: str = "c") -> Asker:
-    return replace(asker(caller), trace=context)
+def _traced(context: bytes, caller: str = "c") -> RequestContext:
+    return replace(request_context(caller), trace_context=context)
 
 
 async def test_another_replica_claims_with_the_traces(shared_redis: str) -> None:
     """What callers of one replica are traced by, another learns with the batch, also of a pair that two
     share; who is not traced adds nothing, and a batch that was put back keeps it.
     """  # noqa: D205 - one thought
-    async with replicas(Place.new(shared_redis), 2, limits(batch_pairs=10)) as (asked, claimer):
-        await claimer.ask(pairs([9]))
-        await asked.ask(pairs([1, 2]), _traced(ONE))
-        await asked.ask(pairs([2, 3]), _traced(OTHER, "d"))
-        await asked.ask(pairs([4]))
-        claim = await claimer.take()
-        assert sorted(claim.traces) == [ONE, OTHER]
-        await claimer.queue.put_back(claim)
-        assert sorted((await claimer.take()).traces) == [ONE, OTHER]
+    async with replicas(QueueLocation.create(shared_redis), 2, queue_limits(batch_pairs=10)) as (
+        asked,
+        claimer,
+    ):
+        await claimer.enqueue(numbered_pairs([9]))
+        await asked.enqueue(numbered_pairs([1, 2]), _traced(ONE))
+        await asked.enqueue(numbered_pairs([2, 3]), _traced(OTHER, "d"))
+        await asked.enqueue(numbered_pairs([4]))
+        claim = await claimer.claim_batch()
+        assert sorted(claim.trace_contexts) == [ONE, OTHER]
+        await claimer.queue.release(claim)
+        assert sorted((await claimer.claim_batch()).trace_contexts) == [ONE, OTHER]
 
 
 async def test_what_redis_lost_is_asked_again_with_its_trace(shared_redis: str) -> None:
     """After a flush the waiters' poll brings the contexts back with the pairs."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as [replica]:
-        await replica.ask(pairs([1]), _traced(ONE))
-        await replica.ask(pairs([2]), _traced(OTHER))
+        await replica.enqueue(numbered_pairs([1]), _traced(ONE))
+        await replica.enqueue(numbered_pairs([2]), _traced(OTHER))
         place.flush()
-        await replica.queue.ask_again()
-        await replica.beat()
-        assert sorted((await replica.take()).traces) == [ONE, OTHER]
+        await replica.queue.re_enqueue()
+        await replica.heartbeat()
+        assert sorted((await replica.claim_batch()).trace_contexts) == [ONE, OTHER]
 
 
 async def test_who_is_not_traced_costs_redis_nothing(shared_redis: str) -> None:
     """A pair's record has no field for a trace unless a caller is traced."""
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as [replica]:
-        await replica.ask(pairs([1]))
+        await replica.enqueue(numbered_pairs([1]))
         assert _records(place)[0].keys().isdisjoint({b"trace"})
-        assert list((await replica.take()).traces) == []
+        assert list((await replica.claim_batch()).trace_contexts) == []
 
 
 async def test_traces_are_bounded(shared_redis: str) -> None:
     """Of many callers that wait for one pair, a few are named; of a batch not many more than a span takes."""
-    place = Place.new(shared_redis)
-    async with replicas(place, 1, limits(batch_pairs=100)) as [replica]:
+    place = QueueLocation.create(shared_redis)
+    async with replicas(place, 1, queue_limits(batch_pairs=100)) as [replica]:
         contexts = [number.to_bytes(CONTEXT_BYTES, "big") for number in range(1, 401)]
-        for context in contexts[: 2 * MAX_TRACES]:
-            await replica.ask(pairs([0]), _traced(context))
+        for context in contexts[: 2 * MAX_TRACES_PER_PAIR]:
+            await replica.enqueue(numbered_pairs([0]), _traced(context))
         [record] = _records(place)
-        assert record[b"trace"] == b"".join(contexts[:MAX_TRACES])
+        assert record[b"trace"] == b"".join(contexts[:MAX_TRACES_PER_PAIR])
         for number in range(1, 100):
-            await replica.ask(pairs([number]), _traced(contexts[4 * number]))
-        claim = await replica.take()
+            await replica.enqueue(numbered_pairs([number]), _traced(contexts[4 * number]))
+        claim = await replica.claim_batch()
         assert len(claim.pairs) == 100
-        assert MAX_LINKS <= len(claim.traces) < MAX_LINKS + MAX_TRACES
+        assert MAX_LINKS <= len(claim.trace_contexts) < MAX_LINKS + MAX_TRACES_PER_PAIR
 
 
 @pytest.mark.parametrize(
@@ -79,40 +89,40 @@ async def test_whatever_stands_where_traces_do(shared_redis: str, trace: Any) ->
     """Hostile bytes in a record's trace cost no pair its call, and come out as a few strings or not at all;
     whoever joins the pair then, too.
     """  # noqa: D205 - one thought
-    place = Place.new(shared_redis)
+    place = QueueLocation.create(shared_redis)
     async with replicas(place) as [replica]:
-        await replica.ask(pairs([1]))
+        await replica.enqueue(numbered_pairs([1]))
         with place.client() as client:
             for digest, packed in client.hgetall(f"{place.keys.base}pairs").items():
                 record = msgpack.unpackb(packed, raw=True, strict_map_key=False) | {b"trace": trace}
                 client.hset(f"{place.keys.base}pairs", digest, msgpack.packb(record, use_bin_type=False))
-        await replica.ask(pairs([1]), _traced(ONE))
-        claim = await replica.take()
-        assert numbers_of(claim) == [1]
-        assert len(claim.traces) <= MAX_TRACES
-        assert all(len(context) == CONTEXT_BYTES for context in claim.traces)
+        await replica.enqueue(numbered_pairs([1]), _traced(ONE))
+        claim = await replica.claim_batch()
+        assert pair_numbers(claim) == [1]
+        assert len(claim.trace_contexts) <= MAX_TRACES_PER_PAIR
+        assert all(len(context) == CONTEXT_BYTES for context in claim.trace_contexts)
         assert replica.metrics.store_garbage._value.get() == 0  # the queue was not made anew for it
 
 
 async def test_one_process_claims_with_the_traces() -> None:
     """The same of the queue that is in no Redis."""
     ignored: list[tuple[bytes, object]] = []
-    queue = open_local(
-        limits(batch_pairs=10),
-        settle=lambda digest, outcome: ignored.append((digest, outcome)),
+    queue = create_local_queue(
+        queue_limits(batch_pairs=10),
+        on_outcome=lambda digest, outcome: ignored.append((digest, outcome)),
         metrics=ProxyMetrics(CollectorRegistry()),
     )
-    await queue.enqueue(pairs([1, 2]), _traced(ONE))
-    await queue.enqueue(pairs([2, 3]), _traced(OTHER, "d"))
-    for number in range(2 * MAX_TRACES):
-        await queue.enqueue(pairs([4]), _traced(bytes([9, number]) * 12))
+    await queue.enqueue(numbered_pairs([1, 2]), _traced(ONE))
+    await queue.enqueue(numbered_pairs([2, 3]), _traced(OTHER, "d"))
+    for number in range(2 * MAX_TRACES_PER_PAIR):
+        await queue.enqueue(numbered_pairs([4]), _traced(bytes([9, number]) * 12))
     claim = await queue.claim()
     assert isinstance(claim, Claim)
-    assert {ONE, OTHER} < set(claim.traces)
-    assert len(set(claim.traces)) == 2 + MAX_TRACES
+    assert {ONE, OTHER} < set(claim.trace_contexts)
+    assert len(set(claim.trace_contexts)) == 2 + MAX_TRACES_PER_PAIR
 
 
-def _records(place: Place) -> list[dict[bytes, Any]]:
+def _records(place: QueueLocation) -> list[dict[bytes, Any]]:
     with place.client() as client:
         found = client.hvals(f"{place.keys.base}pairs")
     return [msgpack.unpackb(packed, raw=True, strict_map_key=False) for packed in found]

@@ -7,7 +7,7 @@ from redis.exceptions import AuthenticationError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.redis_client.client_factory import Access, connect, servers
+from services.cache_proxy.redis_client.client_factory import RedisCredentials, backend_for, create_client
 from tests.support.redis_server import RedisServer, redis_process
 
 
@@ -17,21 +17,23 @@ async def test_a_timeout_and_a_refused_login_keep_their_kind(tmp_path: Path, *, 
     path = tmp_path / "redis.sock"
     with redis_process(tmp_path, "--unixsocket", str(path)) as server:
         url = f"unix://{path}" if by_socket else server.url
-        stranger = servers(
-            connect(url, timeout_seconds=5, access=Access(username="nobody", password=b"wrong"))
+        stranger = backend_for(
+            create_client(
+                url, timeout_seconds=5, credentials=RedisCredentials(username="nobody", password=b"wrong")
+            )
         )
         with pytest.raises(StoreError) as refused:
-            await stranger.command("key", "GET", "key")
+            await stranger.execute("key", "GET", "key")
         assert isinstance(refused.value.__cause__, AuthenticationError)
         await stranger.close()
         await _times_out(url, server)
 
 
 async def _times_out(url: str, server: RedisServer) -> None:
-    known = servers(connect(url, timeout_seconds=0.1))
+    known = backend_for(create_client(url, timeout_seconds=0.1))
     server.pause()
     with pytest.raises(StoreError) as silent:
-        await known.command("key", "GET", "key")
+        await known.execute("key", "GET", "key")
     server.resume()
     assert isinstance(silent.value.__cause__, RedisTimeoutError)
     await known.close()

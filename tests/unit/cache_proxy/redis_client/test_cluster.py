@@ -12,17 +12,17 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio.cluster import RedisCluster
 from redis.crc import key_slot
 
-from services.cache_proxy.cache.buckets import TAGS, state_key, tag_of
-from services.cache_proxy.cache.entry import level_of
-from services.cache_proxy.cache.invalidation import Follower, InvalidationLog
+from services.cache_proxy.cache.buckets import TAGS, tag_for_digest, tag_state_key
+from services.cache_proxy.cache.entry import entry_level
+from services.cache_proxy.cache.invalidation import InvalidationFollower, InvalidationLog
 from services.cache_proxy.cache.redis_store import RedisStore
-from services.cache_proxy.cache.resilient_store import GuardedStore
+from services.cache_proxy.cache.resilient_store import ResilientStore
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.redis_client.backend import FAILURES, Servers
-from services.cache_proxy.redis_client.client_factory import connect, servers
-from services.cache_proxy.redis_client.node import Home
-from tests.support.redis_cluster import Cluster, redis_cluster, sentinel
+from services.cache_proxy.redis_client.backend import CLIENT_ERRORS, RedisBackend
+from services.cache_proxy.redis_client.client_factory import backend_for, create_client
+from services.cache_proxy.redis_client.node import QueueNode
+from tests.support.redis_cluster import Cluster, redis_cluster, single_sentinel
 from tests.support.redis_server import redis_process, wait_for
 
 pytestmark = pytest.mark.slow  # six servers, and failovers take seconds
@@ -44,17 +44,17 @@ def base() -> str:
 
 
 @pytest.fixture
-async def reached(cluster: Cluster) -> AsyncIterator[Servers]:
+async def reached(cluster: Cluster) -> AsyncIterator[RedisBackend]:
     """The cluster, as the store sees it."""
-    opened = servers(connect(cluster.url, timeout_seconds=1))
+    opened = backend_for(create_client(cluster.url, timeout_seconds=1))
     yield opened
     await opened.close()
 
 
 @pytest.fixture
-def store(reached: Servers, base: str) -> RedisStore:
+def store(reached: RedisBackend, base: str) -> RedisStore:
     """A store on the cluster."""
-    return RedisStore(reached, base=base, metrics=ProxyMetrics(CollectorRegistry()))
+    return RedisStore(reached, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))
 
 
 def _pairs(count: int, *, tag: int | None = None) -> dict[bytes, int]:
@@ -67,11 +67,11 @@ def _pairs(count: int, *, tag: int | None = None) -> dict[bytes, int]:
 
 
 async def _levels(store: RedisStore, pairs: dict[bytes, int]) -> list[int]:
-    return [level_of(entry) for entry in await store.get(list(pairs))]
+    return [entry_level(entry) for entry in await store.get(list(pairs))]
 
 
 async def test_the_store_is_spread_over_the_nodes_and_answers_as_one(
-    cluster: Cluster, store: RedisStore, reached: Servers, base: str
+    cluster: Cluster, store: RedisStore, reached: RedisBackend, base: str
 ) -> None:
     """Look-ups, writes, growth, sweep, forgetting and clearing do what they do elsewhere, and every master
     has its part.
@@ -86,17 +86,17 @@ async def test_the_store_is_spread_over_the_nodes_and_answers_as_one(
     assert sum(tag.pairs for tag in found) == 20_000
     assert {name for tag in found for name, _, _ in tag.samples} == {"listpack"}
     gone, kept = list(pairs)[:10], dict(list(pairs.items())[10:])
-    assert await store.forget(gone) == 10
+    assert await store.delete(gone) == 10
     assert await _levels(store, kept) == list(kept.values())
     log = InvalidationLog(reached, f"{base}log")
     told: list[bytes] = []
     await log.add(gone)
-    await Follower(log, remove=told.append, clear=lambda: told.append(b"all")).poll()
+    await InvalidationFollower(log, remove=told.append, clear=lambda: told.append(b"all")).poll()
     assert told == [b"all"]
     assert await store.clear() == 20_000 - 10
     assert not any(await store.get(list(pairs)))
     for tag in range(TAGS):
-        while (await store.sweep(tag, buckets=500)).more:
+        while (await store.sweep(tag, buckets=500)).has_leftovers:
             pass
     for node in cluster.masters:
         with node.client() as client:
@@ -113,22 +113,22 @@ async def test_a_slot_on_its_way_loses_no_answer(
     tag = 5
     pairs, others = _pairs(2000, tag=tag), _pairs(500, tag=6)
     await store.put(pairs | others)
-    guarded = GuardedStore(store, metrics=ProxyMetrics(CollectorRegistry()))
-    slot = key_slot(state_key(base, tag).encode())
-    source, target = cluster.begin_to_move(slot)
+    guarded = ResilientStore(store, metrics=ProxyMetrics(CollectorRegistry()))
+    slot = key_slot(tag_state_key(base, tag).encode())
+    source, target = cluster.begin_slot_migration(slot)
     with source.client() as client:
         count = client.execute_command("CLUSTER", "COUNTKEYSINSLOT", slot)
         if moved == "the state":
-            client.execute_command("MIGRATE", "127.0.0.1", target.port, state_key(base, tag), 0, 5000)
-    cluster.move_keys(slot, source, target, count={"half": count // 2, "everything": count}.get(moved, 0))
+            client.execute_command("MIGRATE", "127.0.0.1", target.port, tag_state_key(base, tag), 0, 5000)
+    cluster.migrate_keys(slot, source, target, count={"half": count // 2, "everything": count}.get(moved, 0))
     assert await _levels(store, pairs | others) == [*pairs.values(), *others.values()]
     new = _pairs(200, tag=tag) | _pairs(200)
     await guarded.put(new)
-    assert guarded.up
-    assert list(await guarded.get(list(new))) == list(new.values())
-    while cluster.move_keys(slot, source, target, count=50):
+    assert guarded.available
+    assert list(await guarded.get_levels(list(new))) == list(new.values())
+    while cluster.migrate_keys(slot, source, target, count=50):
         assert await _levels(store, pairs) == list(pairs.values())
-    cluster.end_move(slot, source, target)
+    cluster.end_slot_migration(slot, source, target)
     await _until_known(store, new)
     assert await _levels(store, pairs | others) == [*pairs.values(), *others.values()]
     await guarded.close()
@@ -144,7 +144,7 @@ async def test_a_node_that_dies_under_load_costs_no_answer_that_was_saved(
     caplog.set_level("INFO", logger="services.cache_proxy.cache.redis_store")
     known = _pairs(5000)
     await store.put(known)
-    guarded = GuardedStore(store, metrics=ProxyMetrics(CollectorRegistry()))
+    guarded = ResilientStore(store, metrics=ProxyMetrics(CollectorRegistry()))
     with cluster.masters[1].client() as client:
         assert client.wait(1, 5000) == 1
     written: dict[bytes, int] = {}
@@ -154,7 +154,7 @@ async def test_a_node_that_dies_under_load_costs_no_answer_that_was_saved(
     async def load() -> None:
         nonlocal least
         while not stop.is_set():
-            found = await guarded.get(list(known))
+            found = await guarded.get_levels(list(known))
             assert all(level in (0, known[digest]) for digest, level in zip(known, found, strict=True))
             least = min(least, sum(map(bool, found)))
             new = _pairs(20)
@@ -171,14 +171,14 @@ async def test_a_node_that_dies_under_load_costs_no_answer_that_was_saved(
     stop.set()
     await asyncio.gather(*loads)
     assert least > len(known) // 2
-    assert guarded.up
-    assert store._metrics.store_unread._value.get() >= len(known) - least
+    assert guarded.available
+    assert store._metrics.store_unread_pairs._value.get() >= len(known) - least
     told = [record.message.partition(";")[0] for record in caplog.records if "Cluster" in record.message]
     assert told == ["a part of the Cluster does not reply", "all of the Cluster replies again"]
     await _until_known(store, written)
     await guarded.close()
     cluster.masters[1].start()
-    wait_for(lambda: _is_replica(cluster, 1), what="the old master is a replica", seconds=30)
+    wait_for(lambda: _is_replica(cluster, 1), description="the old master is a replica", timeout_seconds=30)
 
 
 async def _until_known(store: RedisStore, pairs: dict[bytes, int]) -> None:
@@ -201,22 +201,22 @@ async def test_a_connection_that_is_dropped_at_any_moment_is_a_node_that_was_los
     """As redis-py drops those of a node that left: a command is answered or a store's failure, at whatever
     step of it that comes, and a subscription fails by what its reader is ready for.
     """  # noqa: D205 - one thought
-    client = connect(cluster.url, timeout_seconds=1)
+    client = create_client(cluster.url, timeout_seconds=1)
     assert isinstance(client, RedisCluster)
-    reached, home = servers(client), Home(client, key="dropped")
-    await reached.command("dropped", "GET", "dropped")
+    reached, home = backend_for(client), QueueNode(client, key="dropped")
+    await reached.execute("dropped", "GET", "dropped")
 
     async def subscribe() -> None:
-        async with await home.subscription() as pubsub:
+        async with await home.create_pubsub() as pubsub:
             await pubsub.subscribe("channel")
-            await home.memory()
+            await home.memory_info()
 
     outcomes: list[BaseException | None] = []
     # Every step, and again until the moment that this is about was met: that is a matter of luck.
     while not any(isinstance(error, AttributeError) for error in outcomes):
         for steps in range(120):
             working = [
-                asyncio.create_task(reached.command("dropped", "GET", "dropped")),
+                asyncio.create_task(reached.execute("dropped", "GET", "dropped")),
                 asyncio.create_task(subscribe()),
             ]
             for _ in range(steps):
@@ -225,15 +225,18 @@ async def test_a_connection_that_is_dropped_at_any_moment_is_a_node_that_was_los
             outcomes += await asyncio.gather(*working, return_exceptions=True)
     await reached.close()
     assert None in outcomes
-    assert [error for error in outcomes if error and not isinstance(error, (StoreError, *FAILURES))] == []
+    assert [
+        error for error in outcomes if error and not isinstance(error, (StoreError, *CLIENT_ERRORS))
+    ] == []
 
 
 async def test_a_cluster_that_cannot_be_reached_is_a_store_that_is_down(base: str) -> None:
     """Errors of the store, and nothing else, and soon."""
     store = RedisStore(
-        servers(connect("redis+cluster://127.0.0.1:1,127.0.0.1:2", timeout_seconds=0.5)),
-        base=base, metrics=ProxyMetrics(CollectorRegistry()),
-    )  # fmt: skip
+        backend_for(create_client("redis+cluster://127.0.0.1:1,127.0.0.1:2", timeout_seconds=0.5)),
+        base_key=base,
+        metrics=ProxyMetrics(CollectorRegistry()),
+    )
     for operation in (store.get([bytes(16)]), store.put({bytes(16): 1}), store.clear()):
         with pytest.raises(StoreError):
             await asyncio.wait_for(operation, 5)
@@ -249,11 +252,11 @@ async def test_behind_a_sentinel_the_store_follows_the_master(tmp_path: Path, ba
         replica_of = ("--replicaof", f"127.0.0.1 {master.port}", "--repl-diskless-sync-delay", "0")
         with (
             redis_process(folders[1], *replica_of) as replica,
-            sentinel(folders[2], master_port=master.port, service="cache") as port,
+            single_sentinel(folders[2], master_port=master.port, master_name="cache") as port,
         ):
             url = f"redis+sentinel://127.0.0.1:1,127.0.0.1:{port}/cache"
-            opened = servers(connect(url, timeout_seconds=1))
-            store = RedisStore(opened, base=base, metrics=ProxyMetrics(CollectorRegistry()))
+            opened = backend_for(create_client(url, timeout_seconds=1))
+            store = RedisStore(opened, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))
             pairs = _pairs(500)
             await store.put(pairs)
             with master.client() as client:
@@ -263,7 +266,7 @@ async def test_behind_a_sentinel_the_store_follows_the_master(tmp_path: Path, ba
             more = _pairs(500)
             await store.put(more)
             assert await _levels(store, more) == list(more.values())
-            assert all(tag_of(digest) < TAGS for digest in more)
+            assert all(tag_for_digest(digest) < TAGS for digest in more)
             with replica.client() as client:
                 assert client.info("replication")["role"] == "master"
             await store.close()
@@ -284,8 +287,8 @@ async def test_a_cluster_whose_nodes_all_come_back_elsewhere_is_found_by_its_nam
 
     named = await asyncio.start_server(pass_on, "127.0.0.1", 0)
     port = named.sockets[0].getsockname()[1]
-    opened = servers(connect(f"redis+cluster://127.0.0.1:{port}", timeout_seconds=1))
-    store = RedisStore(opened, base=base, metrics=ProxyMetrics(CollectorRegistry()))
+    opened = backend_for(create_client(f"redis+cluster://127.0.0.1:{port}", timeout_seconds=1))
+    store = RedisStore(opened, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         with redis_cluster(tmp_path / name) as made:

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from services.cache_proxy.rpc.connections import Connections
+from services.cache_proxy.rpc.connections import ServerConnections
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def test_connections_of_a_listener_are_closed_and_no_others(
     """Those of a listener that was there before stay."""
     other = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
     staying = _connect(stack, other, socket.AF_INET, other.getsockname())
-    connections = Connections()
-    with connections.found():
+    connections = ServerConnections()
+    with connections.track_listeners():
         ours = _listen(stack, family, (host, 0))
     assert connections.count() == 0
     ending = _connect(stack, ours, socket.AF_INET, (to, ours.getsockname()[1]))
     assert connections.count() == 1
-    connections.shut()
+    connections.close_all()
     assert ending.recv(1) == b""
     staying.settimeout(0.1)
     with pytest.raises(TimeoutError):
@@ -68,21 +68,21 @@ def test_connections_of_a_unix_socket_are_closed(stack: ExitStack) -> None:
     """Where the listener's path is all that there is of an address."""
     folder = stack.enter_context(TemporaryDirectory(prefix="s"))
     path = str(Path(folder) / "s")
-    connections = Connections()
-    with connections.found():
+    connections = ServerConnections()
+    with connections.track_listeners():
         listener = _listen(stack, socket.AF_UNIX, path)
     ending = _connect(stack, listener, socket.AF_UNIX, path)
     assert connections.count() == 1
-    connections.shut()
+    connections.close_all()
     assert ending.recv(1) == b""
 
 
 def test_listeners_that_are_opened_again_stay_known(stack: ExitStack) -> None:
     """Also where the one before was not yet closed, so that nothing new is found."""
-    connections = Connections()
-    with connections.found():
+    connections = ServerConnections()
+    with connections.track_listeners():
         listener = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
-    with connections.found():
+    with connections.track_listeners():
         pass
     _connect(stack, listener, socket.AF_INET, listener.getsockname())
     assert connections.count() == 1
@@ -93,13 +93,13 @@ def test_nobody_connects_once_new_connections_are_refused(stack: ExitStack, host
     """The connections that were there go on; other listeners are not touched."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     other = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
-    connections = Connections()
-    with connections.found():
+    connections = ServerConnections()
+    with connections.track_listeners():
         ours = _listen(stack, family, (host, 0))
     address = ("127.0.0.1", ours.getsockname()[1])
     staying = stack.enter_context(socket.create_connection(address, timeout=10))
     accepted = stack.enter_context(ours.accept()[0])
-    connections.refuse_new()
+    connections.stop_accepting()
     with pytest.raises(TimeoutError):
         socket.create_connection(address, timeout=0.3)
     accepted.sendall(b"x")
@@ -113,10 +113,10 @@ def test_nobody_connects_to_a_unix_socket_that_refuses(stack: ExitStack) -> None
     """Its path is gone."""
     with TemporaryDirectory() as folder:
         path = str(Path(folder) / "s")
-        connections = Connections()
-        with connections.found():
+        connections = ServerConnections()
+        with connections.track_listeners():
             _listen(stack, socket.AF_UNIX, path)
-        connections.refuse_new()
+        connections.stop_accepting()
         caller = stack.enter_context(socket.socket(socket.AF_UNIX))
         with pytest.raises(FileNotFoundError):
             caller.connect(path)

@@ -16,8 +16,8 @@ from services.cache_proxy.config.settings import ServerSettings
 from services.cache_proxy.rpc.health import Health
 from services.cache_proxy.rpc.server import GrpcServer, Listeners
 from services.common.errors import CommandError
-from services.common.tasks import end
-from tests.support.http2_peer import grpc_message, peer
+from services.common.tasks import cancel_and_wait
+from tests.support.http2_peer import frame_grpc_message, open_peer
 
 
 def _public(health: Health) -> aio.Server:
@@ -40,10 +40,10 @@ async def _started(*listen: str) -> AsyncIterator[GrpcServer]:
 
 
 def _break(target: str) -> None:
-    with peer(target) as hostile:
-        stream = hostile.headers(path=b"/S\xff/\xfe")
-        hostile.send(stream, grpc_message(b""))
-        hostile.read(1)
+    with open_peer(target) as hostile:
+        stream = hostile.send_headers(path=b"/S\xff/\xfe")
+        hostile.send_data(stream, frame_grpc_message(b""))
+        hostile.receive(1)
 
 
 async def _is_serving(target: str) -> bool:
@@ -58,7 +58,7 @@ async def test_a_server_that_ended_by_itself_is_started_again_on_its_addresses(
 ) -> None:
     """TCP and Unix sockets, as often as it ends, each end logged once."""
     async with _started("127.0.0.1:0", f"unix:{tmp_path}/s") as server:
-        await server.become_healthy()
+        await server.set_serving()
         tcp, unix = server.addresses
         running = asyncio.create_task(server.run())
         for times in (1, 2):
@@ -111,5 +111,5 @@ async def test_cancelling_the_wait_leaves_a_server_that_can_be_closed() -> None:
     async with _started("127.0.0.1:0") as server:
         running = asyncio.create_task(server.run())
         await asyncio.sleep(0)
-        await end([running])
+        await cancel_and_wait([running])
         await asyncio.wait_for(server.close(), 30)

@@ -13,47 +13,66 @@ from grpc import StatusCode, aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # it has no types
 
 from services.cache_proxy.rpc import unknown_methods
-from tests.support.caller import caller
-from tests.support.http2_peer import grpc_message, peer, statuses
-from tests.support.processes import ROOT, Service, service
+from tests.support.caller import open_caller
+from tests.support.http2_peer import frame_grpc_message, grpc_statuses, open_peer
+from tests.support.processes import ROOT, ServiceProcess, run_service
 from tests.support.redis_server import wait_for
 
 _SERVE = (
-    "serve", "--model-target", "127.0.0.1:1", "--cache-url", "memory:", "--listen", "127.0.0.1:0",
-    "--http-listen", "127.0.0.1:0", "--drain-delay", "0s",
-)  # fmt: skip
+    "serve",
+    "--model-target",
+    "127.0.0.1:1",
+    "--cache-url",
+    "memory:",
+    "--listen",
+    "127.0.0.1:0",
+    "--http-listen",
+    "127.0.0.1:0",
+    "--drain-delay",
+    "0s",
+)
 
 
-def _is_refused(proxy: Service) -> bool:
+def _is_refused(proxy: ServiceProcess) -> bool:
     """False: the connection was closed instead, after a GOAWAY."""
-    with peer(proxy.target) as hostile, suppress(ConnectionError, h2.exceptions.ProtocolError):
-        stream = hostile.headers(path=b"/S\xff/\xfe")
-        hostile.send(stream, grpc_message(b""))
-        wait_for(lambda: hostile.read(1) and statuses(hostile), what="an answer, or the end")
-        return statuses(hostile) == {stream: StatusCode.UNIMPLEMENTED.value[0]}
+    with open_peer(proxy.target) as hostile, suppress(ConnectionError, h2.exceptions.ProtocolError):
+        stream = hostile.send_headers(path=b"/S\xff/\xfe")
+        hostile.send_data(stream, frame_grpc_message(b""))
+        wait_for(lambda: hostile.receive(1) and grpc_statuses(hostile), description="an answer, or the end")
+        return grpc_statuses(hostile) == {stream: StatusCode.UNIMPLEMENTED.value[0]}
     return False
 
 
-def _is_serving(proxy: Service) -> bool:
-    with caller(proxy.target) as asking:
-        return asking.ask([], seconds=10).code is StatusCode.OK
+def _is_serving(proxy: ServiceProcess) -> bool:
+    with open_caller(proxy.target) as asking:
+        return asking.infer([], timeout_seconds=10).code is StatusCode.OK
 
 
 @pytest.mark.slow
 def test_the_newest_release_serves_on_after_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     """Installed from the index, beside the one that is locked."""
     install = [
-        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:",
-        "--disable-pip-version-check", "--target", str(tmp_path), "grpcio",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--disable-pip-version-check",
+        "--target",
+        str(tmp_path),
+        "grpcio",
+    ]
     installed = subprocess.run(install, capture_output=True, text=True, check=False)
     if installed.returncode:
         pytest.skip(f"grpcio cannot be installed from an index: {installed.stderr[-200:]}")
-    with service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
+    with run_service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
         is_known = "is not known inside" not in proxy.log
         for _ in range(3):
             assert _is_refused(proxy) is is_known
-            wait_for(lambda: _is_serving(proxy), what="it serves again")
+            wait_for(lambda: _is_serving(proxy), description="it serves again")
         assert ("is started again" in proxy.log) is not is_known
         assert proxy.stop() == 0
 
@@ -74,10 +93,10 @@ known_methods._guarded_class = missing
 def test_a_process_that_does_not_know_grpcio_serves_on(tmp_path: Path) -> None:
     """The server is started again each time, on the same port; why, is said once."""
     (tmp_path / "sitecustomize.py").write_text(_WITHOUT_THE_INSIDE)
-    with service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
+    with run_service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
         for _ in range(3):
             assert not _is_refused(proxy)
-            wait_for(lambda: _is_serving(proxy), what="it serves again")
+            wait_for(lambda: _is_serving(proxy), description="it serves again")
         assert proxy.log.count("is not known inside") == 1
         assert proxy.log.count("is started again") == 3
         assert proxy.stop() == 0
@@ -106,7 +125,7 @@ async def test_an_unknown_inside_leaves_the_public_server(
     unknown_methods._warn_once.cache_clear()
     inside = made._server  # type: ignore[attr-defined]
     try:
-        assert unknown_methods.server([]) is made
+        assert unknown_methods.create_server([]) is made
     finally:
         unknown_methods._guarded_class.cache_clear()
     assert made._server is inside  # type: ignore[attr-defined]

@@ -11,27 +11,27 @@ from prometheus_client import CollectorRegistry
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES
 from services.cache_proxy.status.rolling_window import (
+    INTERVAL_SECONDS,
     MINUTE_SECONDS,
-    SPAN_SECONDS,
     TOP_CALLERS,
-    WINDOW_SPANS,
-    CallerCounts,
-    Minute,
-    Span,
-    callers_of,
-    decode,
-    encode,
-    sum_up,
+    WINDOW_INTERVALS,
+    CallerTotals,
+    Interval,
+    MinuteReport,
+    aggregate,
+    busiest_callers,
+    decode_report,
+    encode_report,
 )
-from services.cache_proxy.status.sampler import Ledger
+from services.cache_proxy.status.sampler import MetricsSampler
 
 NOW = 1_800_000_000.0 + 25  # in the third span of a minute
 THIS = int(NOW // MINUTE_SECONDS)
 
 
-def _minute(**counts: int) -> Minute:
-    minute = Minute()
-    minute.spans[0] = Span(**counts)
+def _minute(**counts: int) -> MinuteReport:
+    minute = MinuteReport()
+    minute.intervals[0] = Interval(**counts)
     return minute
 
 
@@ -44,26 +44,26 @@ def test_the_window_holds_ten_minutes_of_every_replica() -> None:
         (THIS - 10, _minute(hits=1000)),  # its first ten seconds are over ten minutes ago
         (THIS + 1, _minute(hits=10_000)),
     ]
-    sums = sum_up(minutes, now_seconds=NOW)
+    sums = aggregate(minutes, now_seconds=NOW)
     assert sums.total.hits == 111
-    assert len(sums.spans) == WINDOW_SPANS
-    assert sums.spans[-3].hits == 11  # two spans of this minute came since
+    assert len(sums.intervals) == WINDOW_INTERVALS
+    assert sums.intervals[-3].hits == 11  # two spans of this minute came since
 
 
 def test_the_last_failure_is_the_newest() -> None:
     """Its kind and its age are of the newest ten seconds in which a call failed, whichever replica's."""
     older, newer = _minute(failed_calls=1), _minute(failed_calls=1)
     older.last_failure, newer.last_failure = "UNAVAILABLE", "DEADLINE_EXCEEDED"
-    sums = sum_up([(THIS, newer), (THIS - 3, older)], now_seconds=NOW)
-    assert (sums.last_failure, sums.last_failure_seconds) == ("DEADLINE_EXCEEDED", 2 * SPAN_SECONDS)
+    sums = aggregate([(THIS, newer), (THIS - 3, older)], now_seconds=NOW)
+    assert (sums.last_failure, sums.last_failure_seconds) == ("DEADLINE_EXCEEDED", 2 * INTERVAL_SECONDS)
 
 
 def test_callers_of_all_replicas_are_one_list() -> None:
     """A caller at two replicas is one line, the busiest are first, and no more than a few are listed."""
-    one, other = Minute(), Minute()
-    one.callers = [CallerCounts("a", hits=5), CallerCounts("b", misses=7)]
-    other.callers = [CallerCounts("a", hits=5, failed=1), *(CallerCounts(f"c{n}", hits=1) for n in range(7))]
-    listed = sum_up([(THIS, one), (THIS, other)], now_seconds=NOW).callers
+    one, other = MinuteReport(), MinuteReport()
+    one.callers = [CallerTotals("a", hits=5), CallerTotals("b", misses=7)]
+    other.callers = [CallerTotals("a", hits=5, failed=1), *(CallerTotals(f"c{n}", hits=1) for n in range(7))]
+    listed = aggregate([(THIS, one), (THIS, other)], now_seconds=NOW).callers
     assert [(caller.name, caller.pairs) for caller in listed[:2]] == [("a", 11), ("b", 7)]
     assert len(listed) == TOP_CALLERS
 
@@ -88,21 +88,21 @@ def test_callers_of_all_replicas_are_one_list() -> None:
 )
 def test_a_report_that_is_none_is_not_believed(report: bytes) -> None:
     """Wrong types, negative, huge, too many and too long: none of it becomes a figure."""
-    assert decode(report) is None
+    assert decode_report(report) is None
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_report_or_none(report: bytes) -> None:
     """Whatever stands in Redis, it never breaks the page."""
-    found = decode(report)
+    found = decode_report(report)
     if found is not None:
-        sum_up([(THIS, found)], now_seconds=NOW)
+        aggregate([(THIS, found)], now_seconds=NOW)
 
 
 def test_a_name_that_nobody_could_read_is_not_shown() -> None:
     """From Redis may come what no caller may send: control characters, or letters that turn the line."""
-    minute = Minute(callers=[CallerCounts("\u202egnp.exe", hits=1), CallerCounts("\x00", hits=1)])
-    [caller] = sum_up([(THIS, minute)], now_seconds=NOW).callers
+    minute = MinuteReport(callers=[CallerTotals("\u202egnp.exe", hits=1), CallerTotals("\x00", hits=1)])
+    [caller] = aggregate([(THIS, minute)], now_seconds=NOW).callers
     assert (caller.name, caller.pairs) == ("(unreadable)", 2)
 
 
@@ -110,7 +110,7 @@ def test_a_code_that_is_none_is_not_shown() -> None:
     """The kind of a failure is a gRPC status or unknown, never somebody's text."""
     minute = _minute(failed_calls=1)
     minute.last_failure = "<b>"
-    assert sum_up([(THIS, minute)], now_seconds=NOW).last_failure == "unknown"
+    assert aggregate([(THIS, minute)], now_seconds=NOW).last_failure == "unknown"
 
 
 def test_the_largest_report_fits() -> None:
@@ -120,39 +120,41 @@ def test_the_largest_report_fits() -> None:
         f"{number}" + "\U0001f600" * 63: Counter(hit=most, miss=most, failed=most)
         for number in range(TOP_CALLERS)
     }
-    minute = Minute(spans=[Span(*[most] * 8)] * 6, callers=callers_of(pairs), last_failure="UNAVAILABLE")
-    report = encode(minute)
+    minute = MinuteReport(
+        intervals=[Interval(*[most] * 8)] * 6, callers=busiest_callers(pairs), last_failure="UNAVAILABLE"
+    )
+    report = encode_report(minute)
     assert len(report) <= MAX_REPORT_BYTES
-    assert decode(report) == minute
+    assert decode_report(report) == minute
 
 
 def test_a_replica_reports_what_it_counted_until_that_arrived() -> None:
     """Metrics become a minute; a report that was lost is due again, one that arrived is not."""
     metrics = ProxyMetrics(CollectorRegistry())
-    ledger = Ledger(metrics)
+    ledger = MetricsSampler(metrics)
     metrics.rpcs.count(code="OK", seconds=0.1, caller="a", outcomes={"l1": 3, "inferred": 2, "failed": 1})
     metrics.model_calls.labels("UNAVAILABLE").inc()
     metrics.model_pairs.inc(2)
     ledger.sample()
     [report] = _due(ledger)
     assert _due(ledger) == [report]
-    ledger.reported([report], clock_offset_seconds=ledger.now_seconds - _monotonic(ledger))
+    ledger.mark_reported([report], clock_offset_seconds=ledger.now_seconds - _monotonic(ledger))
     assert not _due(ledger)
-    ledger.report_again()
+    ledger.resend_all()
     assert _due(ledger) == [report]
-    minute = decode(report[1])
+    minute = decode_report(report[1])
     assert minute
-    total = sum_up([(report[0], minute)], now_seconds=ledger.now_seconds).total
-    assert total == Span(requests=1, hits=3, inferred=2, failed=1, calls=1, failed_calls=1, sent=2)
-    assert minute.callers == [CallerCounts("a", hits=3, misses=2, failed=1)]
+    total = aggregate([(report[0], minute)], now_seconds=ledger.now_seconds).total
+    assert total == Interval(requests=1, hits=3, inferred=2, failed=1, calls=1, failed_calls=1, sent=2)
+    assert minute.callers == [CallerTotals("a", hits=3, misses=2, failed=1)]
     assert minute.last_failure == "UNAVAILABLE"
 
 
-def _due(ledger: Ledger) -> list[tuple[int, bytes]]:
+def _due(ledger: MetricsSampler) -> list[tuple[int, bytes]]:
     """As if the last look were long ago."""
-    ledger._looked_at = 0.0
-    return list(ledger.due())
+    ledger._last_pending_at = 0.0
+    return list(ledger.pending_reports())
 
 
-def _monotonic(ledger: Ledger) -> float:
+def _monotonic(ledger: MetricsSampler) -> float:
     return ledger.now_seconds - ledger._clock_offset_seconds

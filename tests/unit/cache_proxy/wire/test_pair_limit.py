@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy.wire.pair_limit import holds_more_than
+from services.cache_proxy.wire.pair_limit import exceeds_pair_limit
 
 _ITEMS = st.builds(
     pb.SeniorityRequest, uuid=st.integers(-(2**31), 2**31 - 1), company=st.text(max_size=200), title=st.text()
@@ -16,7 +16,7 @@ _ITEMS = st.builds(
 def test_pairs_are_counted_as_protobuf_counts_them(items: list[pb.SeniorityRequest], limit: int) -> None:
     """For any batch, however its pairs are spelled."""
     message = pb.SeniorityRequestBatch(batch=items).SerializeToString()
-    assert holds_more_than(message, limit) is (len(items) > limit)
+    assert exceeds_pair_limit(message, limit) is (len(items) > limit)
 
 
 @given(st.binary(max_size=300), st.integers(0, 20))
@@ -27,7 +27,7 @@ def test_any_bytes_are_counted_or_refused(message: bytes, limit: int) -> None:
     except Exception:  # noqa: BLE001 - protobuf has its own say
         parsed = None
     try:
-        more = holds_more_than(message, limit)
+        more = exceeds_pair_limit(message, limit)
     except IndexError:
         assert parsed is None
         return
@@ -38,17 +38,17 @@ def test_any_bytes_are_counted_or_refused(message: bytes, limit: int) -> None:
 def test_what_ends_too_early_is_refused(message: bytes) -> None:
     """A cut tag, a cut length, a wire type that is none, an endless varint."""
     with pytest.raises(IndexError):
-        holds_more_than(message, 0)
+        exceeds_pair_limit(message, 0)
 
 
 def test_groups_are_passed_over() -> None:
     """A group that nobody knows is no reason to refuse what protobuf reads."""
     message = b"\x7b\x10\x01\x7c" + b"\x0a\x00" * 3  # group 15 { 2: 1 }
     assert len(pb.SeniorityRequestBatch.FromString(message).batch) == 3
-    assert [holds_more_than(message, limit) for limit in (2, 6)] == [True, False]
+    assert [exceeds_pair_limit(message, limit) for limit in (2, 6)] == [True, False]
 
 
 def test_tags_that_are_not_minimal_are_tags() -> None:
     """A pair's tag may be spelled in more bytes than it needs."""
-    assert holds_more_than(b"\x8a\x00\x00" * 9, 8)
-    assert not holds_more_than(b"\x8a\x00\x00" * 8, 8)
+    assert exceeds_pair_limit(b"\x8a\x00\x00" * 9, 8)
+    assert not exceeds_pair_limit(b"\x8a\x00\x00" * 8, 8)

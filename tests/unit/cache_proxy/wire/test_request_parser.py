@@ -9,10 +9,10 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from protos import seniority_pb2 as pb
-from services.cache_proxy.errors import InvalidRequest
+from services.cache_proxy.errors import InvalidRequestError
 from services.cache_proxy.wire import batches
-from services.cache_proxy.wire.request_parser import BREATH_BYTES, BREATH_PAIRS, Asked, read
-from services.common.checkpoint import in_breaths
+from services.cache_proxy.wire.request_parser import CHUNK_BYTES, CHUNK_PAIRS, PairColumns, parse
+from services.common.checkpoint import iter_chunks
 
 _LIMITS = st.sampled_from([2, 40, 126, 127, 128, 4096])
 _TEXTS = st.one_of(
@@ -23,28 +23,44 @@ _PLAIN = st.builds(
     lambda uuid, company, title: pb.SeniorityRequest(
         uuid=uuid, company=company, title=title
     ).SerializeToString(),
-    st.integers(-(2**31), 2**31 - 1) | st.sampled_from([0, 1, 127, 128, 16384]), _TEXTS, _TEXTS,
-)  # fmt: skip
+    st.integers(-(2**31), 2**31 - 1) | st.sampled_from([0, 1, 127, 128, 16384]),
+    _TEXTS,
+    _TEXTS,
+)
 _PIECES = st.sampled_from(
-    [b"\x08\x00", b"\x08\x05", b"\x08\x85\x00", b"\x12\x00", b"\x12\x01c", b"\x12\x02\xc3\xa9",
-     b"\x12\x01\xc3",
-     b"\x1a\x00", b"\x1a\x01t", b"\x1a\x03\xed\xa0\x80", b"\x12\x81\x00c", b"\x92\x00\x01c", b"\x20\x01",
-     b"\x7b\x7c"]
-)  # fmt: skip
+    [
+        b"\x08\x00",
+        b"\x08\x05",
+        b"\x08\x85\x00",
+        b"\x12\x00",
+        b"\x12\x01c",
+        b"\x12\x02\xc3\xa9",
+        b"\x12\x01\xc3",
+        b"\x1a\x00",
+        b"\x1a\x01t",
+        b"\x1a\x03\xed\xa0\x80",
+        b"\x12\x81\x00c",
+        b"\x92\x00\x01c",
+        b"\x20\x01",
+        b"\x7b\x7c",
+    ]
+)
 _ITEM = st.one_of(
     _PLAIN,
     st.lists(_PIECES, max_size=4).map(b"".join),
     st.builds(lambda item, cut: item[: cut % (len(item) + 1)], _PLAIN, st.integers(0, 300)),
     st.builds(
         lambda item, at, byte: item[:at] + bytes([byte]) + item[at + 1 :],
-        _PLAIN, st.integers(0, 40), st.integers(0, 255),
+        _PLAIN,
+        st.integers(0, 40),
+        st.integers(0, 255),
     ),
     st.binary(max_size=12),
-)  # fmt: skip
+)
 
 
-async def _read(items: Sequence[bytes], limit: int) -> Asked:
-    return await read(items, range(len(items)), max_field_bytes=limit)
+async def _read(items: Sequence[bytes], limit: int) -> PairColumns:
+    return await parse(items, range(len(items)), max_field_bytes=limit)
 
 
 @settings(max_examples=500)
@@ -57,28 +73,28 @@ async def _read(items: Sequence[bytes], limit: int) -> Asked:
 def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
     """Any bytes are read or refused as by `wire.read`: same texts, same canonical key, the answer's uuid."""
     try:
-        expected = batches.read(items, range(len(items)), max_field_bytes=limit)
-    except InvalidRequest as error:
+        expected = batches.parse(items, range(len(items)), max_field_bytes=limit)
+    except InvalidRequestError as error:
         event("refused")
-        with pytest.raises(InvalidRequest, match=f"^{re.escape(str(error))}$"):
+        with pytest.raises(InvalidRequestError, match=f"^{re.escape(str(error))}$"):
             asyncio.run(_read(items, limit))
         return
     event(f"read {len(expected)}")
     found = asyncio.run(_read(items, limit))
-    assert [found.key(place) for place in range(len(found))] == [one.key for one in expected]
+    assert [found.l1_key(place) for place in range(len(found))] == [one.key for one in expected]
     pairs = [found.pair(place, b"") for place in range(len(found))]
     assert [(pair.company, pair.title) for pair in pairs] == [(one.company, one.title) for one in expected]
-    for item, start, one in zip(found.items, found.starts, expected, strict=True):
-        answer = pb.SeniorityResponse.FromString(item[:start] + batches.ANSWER_TAILS[5])
+    for item, start, one in zip(found.items, found.key_offsets, expected, strict=True):
+        answer = pb.SeniorityResponse.FromString(item[:start] + batches.LEVEL_SUFFIXES[5])
         assert (answer.uuid, answer.seniority) == (one.uuid, 5)
 
 
 async def test_a_breath_is_short_whatever_the_texts() -> None:
     """Pairs of long texts that fold slowly go few at a time, usual ones many, one over the bound alone."""
-    long, usual, over = b"\xc3\xa9" * 4096, bytes(40), bytes(BREATH_BYTES + 1)
+    long, usual, over = b"\xc3\xa9" * 4096, bytes(40), bytes(CHUNK_BYTES + 1)
     items = [long] * 6 + [usual] * 1000 + [over] * 2
-    breaths = [some async for some in in_breaths(items, BREATH_PAIRS, size=len, most_size=BREATH_BYTES)]
+    breaths = [some async for some in iter_chunks(items, CHUNK_PAIRS, size=len, max_size=CHUNK_BYTES)]
     assert [item for some in breaths for item in some] == items
-    assert all(len(some) == 1 or sum(map(len, some)) <= BREATH_BYTES for some in breaths)
-    assert all(len(some) <= BREATH_PAIRS for some in breaths)
+    assert all(len(some) == 1 or sum(map(len, some)) <= CHUNK_BYTES for some in breaths)
+    assert all(len(some) <= CHUNK_PAIRS for some in breaths)
     assert len(breaths) < 16

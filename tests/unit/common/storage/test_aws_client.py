@@ -36,7 +36,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 async def test_checksums_are_sent_to_aws_only(endpoint_url: str | None, is_aws: bool) -> None:
     """Any other server may keep their framing as content, or refuse the header."""
-    async with open_client("s3", endpoint_url=endpoint_url, connections=1) as client:
+    async with open_client("s3", endpoint_url=endpoint_url, max_connections=1) as client:
         assert declares_checksums(client) is is_aws
 
 
@@ -47,5 +47,5 @@ async def test_checksums_are_as_the_environment_says(
 ) -> None:
     """Wherever the client goes."""
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", value)
-    async with open_client("s3", endpoint_url=endpoint_url, connections=1) as client:
+    async with open_client("s3", endpoint_url=endpoint_url, max_connections=1) as client:
         assert declares_checksums(client) is (value.lower() == "when_supported")

@@ -27,7 +27,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedS3]:
 @pytest.fixture
 async def store(s3: ScriptedS3) -> AsyncIterator[S3Store]:
     """INPUT on that server."""
-    async with open_client("s3", endpoint_url=s3.url, connections=1) as client:
+    async with open_client("s3", endpoint_url=s3.url, max_connections=1) as client:
         yield S3Store(client, bucket=s3.bucket, prefix="in/")
 
 
@@ -36,7 +36,7 @@ async def _listed(store: S3Store, after: str) -> list[str]:
 
 
 def _starts(s3: ScriptedS3) -> list[str | None]:
-    return [call.query.get("start-after") for call in s3.calls if "continuation-token" not in call.query]
+    return [call.query.get("start-after") for call in s3.requests if "continuation-token" not in call.query]
 
 
 async def test_server_that_refuses_start_after_is_listed_from_the_beginning(
@@ -52,7 +52,7 @@ async def test_server_that_refuses_start_after_is_listed_from_the_beginning(
 
 async def test_server_without_an_order_is_listed_from_the_beginning(s3: ScriptedS3, store: S3Store) -> None:
     """What stands in front of the name in such a listing may be behind it by its name."""
-    s3.order = lambda keys: random.Random(3).sample(keys, len(keys))
+    s3.sort_keys = lambda keys: random.Random(3).sample(keys, len(keys))
     assert set(await _listed(store, "25")) == set(_NAMES[15:])
     assert store.is_unordered
     assert sorted(await _listed(store, "25")) == _NAMES[15:]

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from services.cache_proxy.errors import Refused
+from services.cache_proxy.errors import PairRejectedError
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.interface import Asker, Claim, Outcome, Pair, QueueLimits
-from services.cache_proxy.queue.managed_queue import open_local
+from services.cache_proxy.queue.interface import Claim, Outcome, Pair, QueueLimits, RequestContext
+from services.cache_proxy.queue.managed_queue import create_local_queue
 
-ASKER = Asker("anonymous", "interactive", math.inf)
+ASKER = RequestContext("anonymous", "interactive", math.inf)
 
 
 def _pair(number: int) -> Pair:
@@ -36,25 +36,30 @@ class Run:
 
     async def play(self) -> "Run":
         """Ask for all pairs, and be the model until nothing waits."""
-        queue = open_local(
+        queue = create_local_queue(
             QueueLimits(
-                batch_pairs=self._batch, batch_bytes=10**9, pairs_per_second=0, calls_per_second=0,
-                linger_seconds=0, max_pairs=10**9, max_bytes=10**12,
+                batch_pairs=self._batch,
+                batch_bytes=10**9,
+                pairs_per_second=0,
+                calls_per_second=0,
+                linger_seconds=0,
+                max_pairs=10**9,
+                max_bytes=10**12,
             ),
-            settle=self._settle,
+            on_outcome=self._settle,
             metrics=ProxyMetrics(CollectorRegistry()),
-        )  # fmt: skip
+        )
         await queue.enqueue(self._pairs, ASKER)
         while isinstance(claim := await queue.claim(), Claim):
             self.calls += 1
-            self.probes += claim in queue._suspects._held
-            if queue._lanes:
+            self.probes += claim in queue._bisector._unsent_halves
+            if queue._scheduler:
                 self.worst_share = max(self.worst_share, (self.probes - 1) / self.calls)
             if any(int.from_bytes(pair.digest, "big") in self._bad for pair in claim.pairs):
-                await queue.refuse(claim, Refused(StatusCode.INVALID_ARGUMENT, "bad"), {})
+                await queue.reject(claim, PairRejectedError(StatusCode.INVALID_ARGUMENT, "bad"), {})
             else:
-                await queue.fulfil(claim, {pair.digest: 3 for pair in claim.pairs})
-        assert (queue._held_bytes, len(queue._entries)) == (0, 0)
+                await queue.complete(claim, {pair.digest: 3 for pair in claim.pairs})
+        assert (queue._total_bytes, len(queue._entries)) == (0, 0)
         return self
 
     def _settle(self, digest: bytes, outcome: Outcome) -> None:
@@ -64,7 +69,7 @@ class Run:
 
 
 def _judge(run: Run, *, pairs: int, bad: AbstractSet[int]) -> None:
-    refused = {number for number, outcome in run.outcomes.items() if isinstance(outcome, Refused)}
+    refused = {number for number, outcome in run.outcomes.items() if isinstance(outcome, PairRejectedError)}
     assert len(run.outcomes) == pairs
     assert refused == bad
 
@@ -110,19 +115,26 @@ async def test_new_suspects_do_not_starve_older_ones() -> None:
     """While a new bad pair comes with every call, a batch that was refused first is sorted out first."""
     ended: dict[bytes, Outcome] = {}
     limits = QueueLimits(
-        batch_pairs=16, batch_bytes=10**9, pairs_per_second=0, calls_per_second=0,
-        linger_seconds=0, max_pairs=10**9, max_bytes=10**12,
-    )  # fmt: skip
-    queue = open_local(limits, settle=ended.__setitem__, metrics=ProxyMetrics(CollectorRegistry()))
+        batch_pairs=16,
+        batch_bytes=10**9,
+        pairs_per_second=0,
+        calls_per_second=0,
+        linger_seconds=0,
+        max_pairs=10**9,
+        max_bytes=10**12,
+    )
+    queue = create_local_queue(
+        limits, on_outcome=ended.__setitem__, metrics=ProxyMetrics(CollectorRegistry())
+    )
     victims = [_pair(number) for number in range(15)]
     await queue.enqueue([*victims, _pair(1000)], ASKER)
     for number in range(1001, 1200):
         claim = await queue.claim()
         assert isinstance(claim, Claim)
         if any(int.from_bytes(pair.digest, "big") >= 1000 for pair in claim.pairs):
-            await queue.refuse(claim, Refused(StatusCode.INVALID_ARGUMENT, "bad"), {})
+            await queue.reject(claim, PairRejectedError(StatusCode.INVALID_ARGUMENT, "bad"), {})
         else:
-            await queue.fulfil(claim, {pair.digest: 3 for pair in claim.pairs})
+            await queue.complete(claim, {pair.digest: 3 for pair in claim.pairs})
         await queue.enqueue([_pair(number), _pair(number + 10_000)], ASKER)
         if all(ended.get(pair.digest) == 3 for pair in victims):
             return

@@ -4,19 +4,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.queue.interface import Pair
-from services.cache_proxy.queue.local.fair_queue import Entry, FairLane, Place
+from services.cache_proxy.queue.local.fair_queue import FairQueue, QueuedPair, QueuePosition
 
 
-def _entry(number: int, caller: str) -> Place:
-    entry = Entry(Pair(number.to_bytes(16, "big"), "c", "t"), caller, 0.0)
-    return Place(entry, "interactive", caller)
+def _entry(number: int, caller: str) -> QueuePosition:
+    entry = QueuedPair(Pair(number.to_bytes(16, "big"), "c", "t"), caller, 0.0)
+    return QueuePosition(entry, "interactive", caller)
 
 
-def _take(lane: FairLane, count: int) -> list[Place]:
+def _take(lane: FairQueue, count: int) -> list[QueuePosition]:
     """As a batch is taken: the first so many, the lane's time being the last one's start."""
     taken = [entry for entry, _ in zip(lane, range(count), strict=False)]
     for entry in taken:
-        lane.advance(entry.start)
+        lane.advance(entry.start_tag)
     for entry in taken:
         lane.remove(entry)
     return taken
@@ -25,7 +25,7 @@ def _take(lane: FairLane, count: int) -> list[Place]:
 @given(st.dictionaries(st.sampled_from("abcde"), st.integers(1, 30), min_size=1), st.integers(1, 20))
 def test_nobody_gets_a_second_more_than_another_that_waits(counts: dict[str, int], batch: int) -> None:
     """As long as two callers have a backlog, what they got differs by one at most, in each caller's order."""
-    lane = FairLane()
+    lane = FairQueue()
     numbers = iter(range(1000))
     for caller, count in counts.items():
         for _ in range(count):
@@ -46,9 +46,9 @@ def test_nobody_gets_a_second_more_than_another_that_waits(counts: dict[str, int
 @given(st.lists(st.sampled_from(["add a", "add b", "take", "put back", "remove"]), max_size=60))
 def test_what_goes_out_is_in_the_order_of_its_starts_and_none_is_lost(steps: list[str]) -> None:
     """Through coming, going and coming back; what comes back is in front of all that came since."""
-    lane, numbers = FairLane(), iter(range(1000))
-    inside: list[Place] = []
-    out: list[Place] = []
+    lane, numbers = FairQueue(), iter(range(1000))
+    inside: list[QueuePosition] = []
+    out: list[QueuePosition] = []
     for step in steps:
         if step.startswith("add"):
             inside.append(_entry(next(numbers), step[-1]))
@@ -58,14 +58,14 @@ def test_what_goes_out_is_in_the_order_of_its_starts_and_none_is_lost(steps: lis
             inside = [entry for entry in inside if entry not in out]
         elif step == "put back" and out:
             for entry in reversed(out):
-                lane.add(entry, front=True)
+                lane.add(entry, at_front=True)
             front = set(map(id, list(lane)[: len(out)]))
             assert front == set(map(id, out))
             inside += out
             out = []
         elif step == "remove" and inside:
             lane.remove(inside.pop())
-        starts = [entry.start for entry in lane]
+        starts = [entry.start_tag for entry in lane]
         assert starts == sorted(starts)
         assert sorted(map(id, lane)) == sorted(map(id, inside))
         assert len(lane) == len(inside)
@@ -73,7 +73,7 @@ def test_what_goes_out_is_in_the_order_of_its_starts_and_none_is_lost(steps: lis
 
 def test_who_comes_late_starts_with_the_others_and_not_before_them() -> None:
     """A caller that was idle has saved nothing up."""
-    lane = FairLane()
+    lane = FairQueue()
     for number in range(100):
         lane.add(_entry(number, "busy"))
     _take(lane, 50)
@@ -85,9 +85,9 @@ def test_who_comes_late_starts_with_the_others_and_not_before_them() -> None:
 
 def test_names_beyond_a_hundred_share_a_turn_and_memory_is_given_back() -> None:
     """Nothing stays of callers that are gone."""
-    lane = FairLane()
+    lane = FairQueue()
     for number in range(3000):
         lane.add(_entry(number, f"caller {number}"))
-    assert len(lane._turns) <= 101
+    assert len(lane._by_caller) <= 101
     assert len(_take(lane, 3000)) == 3000
-    assert (lane._turns, lane._ends, lane.virtual, len(lane)) == ({}, {}, 0.0, 0)
+    assert (lane._by_caller, lane._finish_tags, lane.virtual_time, len(lane)) == ({}, {}, 0.0, 0)

@@ -5,36 +5,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.queue.interface import Pair
-from services.cache_proxy.queue.local.fair_queue import Entry, Place
-from services.cache_proxy.queue.local.quota_limiter import Accounts
-from services.cache_proxy.queue.local.scheduler import Lanes
+from services.cache_proxy.queue.local.fair_queue import QueuedPair, QueuePosition
+from services.cache_proxy.queue.local.quota_limiter import QuotaLimiter
+from services.cache_proxy.queue.local.scheduler import BatchScheduler
 
 
-def _lanes(interactive: int, bulk: int, *, text: str = "") -> Lanes:
-    lanes = Lanes(Accounts(slot_seconds=1.0, replicas=lambda: 1, now=0.0))
+def _lanes(interactive: int, bulk: int, *, text: str = "") -> BatchScheduler:
+    lanes = BatchScheduler(QuotaLimiter(slot_seconds=1.0, replicas=lambda: 1, now=0.0))
     for priority, count in (("interactive", interactive), ("bulk", bulk)):
         for number in range(count):
             name = f"{priority}{number}"
-            entry = Entry(Pair(name.encode(), name, text), "caller", float(number))
-            entry.places.append(Place(entry, priority, "caller"))
+            entry = QueuedPair(Pair(name.encode(), name, text), "caller", float(number))
+            entry.positions.append(QueuePosition(entry, priority, "caller"))
             lanes.add(entry)
     return lanes
 
 
-def _composed(lanes: Lanes, *, batch_pairs: int, batch_bytes: int = 10**9) -> dict[str, int]:
-    chosen, _ = lanes.take(batch_pairs=batch_pairs, batch_bytes=batch_bytes, now=0.0)
+def _composed(lanes: BatchScheduler, *, batch_pairs: int, batch_bytes: int = 10**9) -> dict[str, int]:
+    chosen, _ = lanes.take_batch(batch_pairs=batch_pairs, batch_bytes=batch_bytes, now=0.0)
     return {
-        name: sum(entry.places[0].priority == name for entry in chosen) for name in ("interactive", "bulk")
+        name: sum(entry.positions[0].priority == name for entry in chosen) for name in ("interactive", "bulk")
     }
 
 
 @pytest.mark.parametrize(
     ("interactive", "bulk", "expected"),
     [
-        (5, 5, (5, 5)), (2000, 0, (1000, 0)), (0, 2000, (0, 1000)), (2000, 2000, (900, 100)),
-        (2000, 30, (970, 30)), (400, 2000, (400, 600)), (950, 2000, (900, 100)),
+        (5, 5, (5, 5)),
+        (2000, 0, (1000, 0)),
+        (0, 2000, (0, 1000)),
+        (2000, 2000, (900, 100)),
+        (2000, 30, (970, 30)),
+        (400, 2000, (400, 600)),
+        (950, 2000, (900, 100)),
     ],
-)  # fmt: skip
+)
 def test_interactive_goes_first_and_bulk_keeps_a_tenth(
     interactive: int, bulk: int, expected: tuple[int, int]
 ) -> None:
@@ -56,7 +61,7 @@ def test_a_batch_is_full_and_within_its_bounds(
 ) -> None:
     """Never over either bound (but a pair that is too large alone goes alone), never short of both."""
     lanes = _lanes(interactive, bulk, text="x" * length)
-    chosen, _ = lanes.take(batch_pairs=batch_pairs, batch_bytes=batch_bytes, now=0.0)
+    chosen, _ = lanes.take_batch(batch_pairs=batch_pairs, batch_bytes=batch_bytes, now=0.0)
     sizes = [entry.pair.size_bytes for entry in chosen]
     assert len(set(map(id, chosen))) == len(chosen) <= batch_pairs
     assert sum(sizes) <= batch_bytes or len(chosen) == 1
@@ -72,9 +77,9 @@ def test_a_promoted_entry_waits_in_the_better_lane_alone() -> None:
     lanes = _lanes(1, 2)
     entry = lanes.entries()[1]
     for priority in ("interactive", "bulk"):
-        place = lanes.place_for(entry, priority=priority, account=None, caller="caller")
+        place = lanes.position_for(entry, priority=priority, account=None, caller="caller")
         if place is not None:
-            lanes.join(entry, place)
+            lanes.add_position(entry, place)
     assert (lanes.count("interactive"), lanes.count("bulk"), len(lanes)) == (2, 1, 3)
     size = lanes.size_bytes
     assert lanes.discard(entry)

@@ -7,8 +7,9 @@ import asyncio
 from collections.abc import Sequence
 from contextvars import Context
 
+from services.cache_proxy.domain import Pair
 from services.cache_proxy.errors import ModelUnavailableError, QueueFullError
-from services.cache_proxy.queue.interface import Pair, Queue, RequestContext
+from services.cache_proxy.queue.interface import Queue, RequestContext
 from services.cache_proxy.queue.waiters import WaiterRegistry
 from services.common.tasks import cancel_and_wait
 

@@ -11,6 +11,7 @@ from services.cache_proxy.cache.key import BatchDigester
 from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.cache.resilient_store import ResilientStore
 from services.cache_proxy.cache.store_clock import StoreClock
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import (
     DeadlineExceededError,
     ModelUnavailableError,
@@ -18,7 +19,7 @@ from services.cache_proxy.errors import (
     PairsFailedError,
 )
 from services.cache_proxy.observability.rpc_metrics import outcome_kind
-from services.cache_proxy.queue.interface import Outcome, Pair, Queue, RequestContext
+from services.cache_proxy.queue.interface import Queue, RequestContext
 from services.cache_proxy.queue.waiters import WaiterRegistry
 from services.cache_proxy.refresher import Refresher
 from services.cache_proxy.wire.request_parser import CHUNK_BYTES, CHUNK_PAIRS, PairColumns

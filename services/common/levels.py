@@ -1,4 +1,8 @@
-"""The levels that the model gives."""
+"""The seniority levels that the model answers with."""
 
-MIN_LEVEL = 1  # entry
-MAX_LEVEL = 7  # senior executive
+# Entry level.
+MIN_LEVEL = 1
+# Senior executive.
+MAX_LEVEL = 7
+LEVELS = range(MIN_LEVEL, MAX_LEVEL + 1)
+LEVEL_COUNT = len(LEVELS)

@@ -3,8 +3,7 @@
 import hashlib
 import unicodedata
 
-MIN_LEVEL = 1
-MAX_LEVEL = 7
+from services.common.levels import MAX_LEVEL, MIN_LEVEL
 
 _DEFAULT_BASE = 3
 _BASE_BY_WORD = {

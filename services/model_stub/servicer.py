@@ -10,10 +10,11 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc import aio
 
 from protos import seniority_pb2, seniority_pb2_grpc
+from services.common.levels import MAX_LEVEL
 from services.model_stub.call_log import CallLog
 from services.model_stub.capacity import Capacity
 from services.model_stub.faults import Faults
-from services.model_stub.levels import MAX_LEVEL, fold, infer_level
+from services.model_stub.levels import fold, infer_level
 
 _POISON_MESSAGE = "the model cannot judge a pair of this batch"
 

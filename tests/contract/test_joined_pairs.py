@@ -9,8 +9,8 @@ from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.cache_proxy.domain import PRIORITY_CLASSES
 from services.cache_proxy.errors import ModelUnavailableError, PairRejectedError, QueueFullError, StoreError
-from services.cache_proxy.observability.metrics import PRIORITY_CLASSES
 from services.cache_proxy.queue.interface import Claim
 from services.cache_proxy.queue.quotas import Quota, Quotas
 from services.cache_proxy.queue.waiters import Waiter

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from grpc import StatusCode
 
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import (
     InvalidModelResponseError,
     ModelUnavailableError,
@@ -15,7 +16,7 @@ from services.cache_proxy.errors import (
     PairRejectedError,
     QueueFullError,
 )
-from services.cache_proxy.queue.interface import Claim, ClaimDeferred, Outcome, Pair
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred
 from services.cache_proxy.queue.local.gcra import PACE
 from tests.support.queue_subjects import QueueFactory, QueueSubject
 from tests.support.replicas import numbered_pair, numbered_pairs, pair_numbers, queue_limits, request_context

@@ -6,8 +6,9 @@ import time
 import pytest
 from grpc import StatusCode
 
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import ModelUnavailableError, PairRejectedError
-from services.cache_proxy.queue.interface import Claim, ClaimDeferred, Outcome, Pair
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred
 from services.cache_proxy.queue.outage import MAX_MODEL_FAULTS, PROBE_PAIRS
 from tests.support.queue_subjects import QueueFactory, QueueSubject
 from tests.support.replicas import numbered_pair, numbered_pairs, pair_numbers, queue_limits, request_context

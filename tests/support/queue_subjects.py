@@ -8,13 +8,12 @@ from math import inf
 
 from prometheus_client import CollectorRegistry
 
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import (
     Claim,
     ClaimDeferred,
     EnqueueResult,
-    Outcome,
-    Pair,
     Queue,
     QueueLimits,
     RequestContext,

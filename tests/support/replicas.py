@@ -14,17 +14,11 @@ import redis.asyncio
 from prometheus_client import CollectorRegistry
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import ModelUnavailableError, QueueFullError, StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.interface import (
-    Claim,
-    EnqueueResult,
-    Outcome,
-    Pair,
-    QueueLimits,
-    RequestContext,
-)
+from services.cache_proxy.queue.interface import Claim, EnqueueResult, QueueLimits, RequestContext
 from services.cache_proxy.queue.local.call_limiter import RateLimiter
 from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.queue_scripts import QueueKeys, Scripts

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from grpc import aio
 
+from services.cache_proxy.domain import PRIORITIES
 from services.cache_proxy.errors import InvalidRequestError
-from services.cache_proxy.observability.metrics import PRIORITIES
 
 ANONYMOUS = "anonymous"
 _MAX_NAME_LENGTH = 64

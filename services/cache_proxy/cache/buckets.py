@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from services.cache_proxy.cache.entry import pack_entry
+from services.common.levels import LEVEL_COUNT
 
 COLUMNS = 4
 TAGS = 64
 FIELD_BYTES = slice(1, 12)  # of a digest
 MIN_VALUE = -4096
-_LEVELS = 7
 
 
 def tag_state_key(base: str, tag: int) -> str:
@@ -45,5 +45,5 @@ def entry_from_value(value: bytes | None, *, today: int) -> int | None:
     digits = value.removeprefix(b"-")
     if not digits.isdigit() or len(digits) > len("999999"):
         return None
-    day, level = divmod(int(value) - MIN_VALUE, _LEVELS)
+    day, level = divmod(int(value) - MIN_VALUE, LEVEL_COUNT)
     return pack_entry(level + 1, day) if 0 <= day <= today + 1 else None

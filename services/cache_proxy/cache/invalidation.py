@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.cache_proxy.cache.cache_scripts import TOMBSTONE_AGES
-from services.cache_proxy.cache.key import DIGEST_BYTES
+from services.cache_proxy.domain import DIGEST_BYTES
 from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.redis_client.backend import (
     RedisBackend,

@@ -8,7 +8,8 @@ import hashlib
 import unicodedata
 from collections.abc import Callable, Sequence
 
-DIGEST_BYTES = 16
+from services.cache_proxy.domain import DIGEST_BYTES
+
 _MAX_HASH_KEY_BYTES = 64
 
 Digester = Callable[[str, str], bytes]

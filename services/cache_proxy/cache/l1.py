@@ -2,7 +2,8 @@
 
 from services.cache_proxy.cache.entry import NO_EXPIRY
 from services.cache_proxy.cache.slru import SegmentedLru
-from services.cache_proxy.wire.batches import LEVELS, level_suffix
+from services.cache_proxy.wire.batches import level_suffix
+from services.common.levels import LEVEL_COUNT
 
 _BUCKETS = 32
 _CELL_BYTES = 96  # measured: a bytearray, its buffer and its place in a list
@@ -38,8 +39,8 @@ class L1Cache:
             return
         cells = self._cells_by_day.get(expiry_day)
         if cells is None:
-            cells = self._cells_by_day[expiry_day] = [bytearray() for _ in range(_BUCKETS * LEVELS)]
-        place = digest[0] % _BUCKETS * LEVELS + level - 1
+            cells = self._cells_by_day[expiry_day] = [bytearray() for _ in range(_BUCKETS * LEVEL_COUNT)]
+        place = digest[0] % _BUCKETS * LEVEL_COUNT + level - 1
         if not cells[place]:  # emptied cells stay so: entries that were forgotten refer to them
             cells[place] = bytearray(level_suffix(level))
         self._lru.put(key, cells[place])
@@ -47,9 +48,9 @@ class L1Cache:
     def remove(self, digest: bytes) -> None:
         """Forget the answer for a digest, in all its spellings."""
         self.epoch += 1
-        first = digest[0] % _BUCKETS * LEVELS
+        first = digest[0] % _BUCKETS * LEVEL_COUNT
         for cells in self._cells_by_day.values():
-            for cell in cells[first : first + LEVELS]:
+            for cell in cells[first : first + LEVEL_COUNT]:
                 cell.clear()
 
     def expire(self, today: int) -> None:
@@ -79,4 +80,4 @@ class L1Cache:
     @property
     def size_bytes(self) -> int:
         """What they take."""
-        return self._lru.size_bytes + len(self._cells_by_day) * _BUCKETS * LEVELS * _CELL_BYTES
+        return self._lru.size_bytes + len(self._cells_by_day) * _BUCKETS * LEVEL_COUNT * _CELL_BYTES

@@ -10,9 +10,9 @@ from contextvars import Context
 
 from services.cache_proxy.cache.entry import FreshnessPolicy, entry_level, pack_entry
 from services.cache_proxy.cache.invalidation import InvalidationLog
-from services.cache_proxy.cache.key import DIGEST_BYTES
 from services.cache_proxy.cache.store import AnswerStore
 from services.cache_proxy.cache.store_clock import StoreClock
+from services.cache_proxy.domain import DIGEST_BYTES
 from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.common.tasks import cancel_and_wait

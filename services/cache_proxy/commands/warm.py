@@ -28,6 +28,7 @@ from services.cache_proxy.redis_client.values import read_integer
 from services.common import json_objects
 from services.common.detection import DetectingDecoder
 from services.common.errors import CommandError
+from services.common.levels import MAX_LEVEL, MIN_LEVEL
 from services.common.line_reader import LongLinePart, read_line_chunks
 from services.common.posting_fields import DEFAULT_FIELDS
 
@@ -39,7 +40,7 @@ _MAX_LINES = 2**53
 _EXIT_FAILED, _EXIT_SKIPPED = 1, 3
 
 
-_Level = Annotated[int, msgspec.Meta(ge=1, le=7)]
+_Level = Annotated[int, msgspec.Meta(ge=MIN_LEVEL, le=MAX_LEVEL)]
 
 
 @dataclass(slots=True)

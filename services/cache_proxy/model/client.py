@@ -14,6 +14,7 @@ from grpc import aio
 
 from protos import seniority_pb2
 from services.cache_proxy.auth.model_credentials import PLAINTEXT, ModelCredentials
+from services.cache_proxy.domain import Pair
 from services.cache_proxy.errors import (
     BatchRejectedError,
     CallFailedError,
@@ -21,12 +22,11 @@ from services.cache_proxy.errors import (
     PairRejectedError,
 )
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.interface import Pair
 from services.common.grpc_details import format_status, is_connection_failure
+from services.common.levels import MAX_LEVEL, MIN_LEVEL
 from services.common.reloading_channel import ReloadingChannel
 from services.common.tracing import OFF, Tracing
 
-MIN_LEVEL, MAX_LEVEL = 1, 7
 PAIR_REJECTED_MESSAGE = "the model refused the pair"
 REJECTION_CODES = frozenset(
     {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.FAILED_PRECONDITION}

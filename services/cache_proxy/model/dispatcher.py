@@ -11,6 +11,7 @@ from dataclasses import replace
 import grpc
 
 from services.cache_proxy.cache.resilient_store import ResilientStore
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import (
     BatchRejectedError,
     CallFailedError,
@@ -18,7 +19,7 @@ from services.cache_proxy.errors import (
     PairRejectedError,
 )
 from services.cache_proxy.model.client import PAIR_REJECTED_MESSAGE, ModelClient
-from services.cache_proxy.queue.interface import SLOT_TOLERANCE_SECONDS, Claim, Outcome, Pair, Queue
+from services.cache_proxy.queue.interface import SLOT_TOLERANCE_SECONDS, Claim, Queue
 from services.common.tasks import cancel_and_wait
 from services.common.tracing import NOOP_SPAN, OFF, Span, Tracing
 

@@ -9,10 +9,9 @@ from importlib.metadata import version
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.cache_proxy.domain import PRIORITY_CLASSES
 from services.cache_proxy.observability.rpc_metrics import RpcMetrics
 
-PRIORITIES = ("interactive", "bulk")  # what a caller may ask for
-PRIORITY_CLASSES = (*PRIORITIES, "refresh")  # and below both, what nobody waits for
 RELOADABLE_FILES = (  # files that may be
     "listen_tls",
     "caller_tokens",

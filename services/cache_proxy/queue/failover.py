@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import (
     ModelUnavailableError,
     PairError,
@@ -15,14 +16,7 @@ from services.cache_proxy.errors import (
     StoreDamagedError,
     StoreError,
 )
-from services.cache_proxy.queue.interface import (
-    Claim,
-    ClaimDeferred,
-    EnqueueResult,
-    Outcome,
-    Pair,
-    RequestContext,
-)
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred, EnqueueResult, RequestContext
 from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.outage import MIN_BACKOFF_SECONDS
 from services.cache_proxy.queue.redis_queue import RedisQueue

@@ -8,23 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import ModelUnavailableError, PairError
 from services.cache_proxy.queue.local.gcra import PACE
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A pair to be inferred: its key, and its text as the caller spelled it."""
-
-    digest: bytes
-    company: str
-    title: str
-
-    @property
-    def size_bytes(self) -> int:
-        """What it takes in a call to the model, rounded up."""
-        return len(self.company.encode()) + len(self.title.encode()) + _PAIR_OVERHEAD_BYTES
-
 
 SLOT_TOLERANCE_SECONDS = 0.010
 """How long after its slot began a batch may leave: half of what pacing makes up for."""
@@ -37,13 +23,6 @@ MAX_REJECTIONS = 32  # refused batches that one pair may have been in before it 
 INVALID_RESPONSE_TTL_SECONDS = (
     5.0  # for which nonsense is remembered when it comes twice; doubled each time it comes again
 )
-
-_PAIR_OVERHEAD_BYTES = (
-    24  # tags and lengths of message and fields (10), and the longest uuid (11), rounded up
-)
-
-Outcome = int | PairError
-"""How a pair ended: its level, or why it has none."""
 
 OutcomeCallback = Callable[[bytes, Outcome], None]
 """Told of every pair that ends, by its digest."""

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 from services.cache_proxy.batching import MicroBatcher
+from services.cache_proxy.domain import DIGEST_BYTES, PRIORITY_CLASSES, Outcome, Pair
 from services.cache_proxy.errors import ModelUnavailableError, PairError, QueueFullError, StoreError
-from services.cache_proxy.observability.metrics import PRIORITY_CLASSES, ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue import rejections
 from services.cache_proxy.queue.interface import (
     INVALID_RESPONSE_TTL_SECONDS,
@@ -22,9 +23,7 @@ from services.cache_proxy.queue.interface import (
     ClaimDeferred,
     EnqueueResult,
     ModelBackoffCallback,
-    Outcome,
     OutcomeCallback,
-    Pair,
     QueueLimits,
     RequestContext,
 )
@@ -42,6 +41,7 @@ from services.cache_proxy.queue.quotas import Quota, QuotaProvider, no_quotas
 from services.cache_proxy.queue.serialization import pack, pack_error, unpack, unpack_error
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, MAX_REPORTS, QueueSnapshot, decode_snapshot
 from services.cache_proxy.queue.waiting_pairs import Requester, WaitingPair, WaitingSnapshot
+from services.common.levels import LEVELS
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +61,6 @@ _DEFER_SECONDS = 0.2  # whose calls just failed lets another replica have the ne
 _PARTIAL_PUBLISH_SECONDS = 0.06  # for two parts of 500 to be published, on a machine with little time
 _JOINER_CLAIM_DELAY_SECONDS = 0.5  # whoever queued a pair claims it; whose replica is gone or paused does not
 _LEVEL_BYTES = 17
-_DIGEST_BYTES = 16
-_LEVELS = range(1, 8)
 _REQUEST_PAIRS_INDEX = 7  # the place of a request's pairs in it
 _MAX_TIMEOUT_SECONDS = 86_400.0
 _UNREADABLE_RETRY_SECONDS = 1.0
@@ -487,10 +485,10 @@ class RedisQueue:
             # The call that another replica cannot make may have taken a slot: the next one is as far away.
             self._assist_until = time.monotonic() + self._limits.slot_seconds + _HELP_SECONDS
             self._changed.set()
-        for at in range(0, len(levels) - _DIGEST_BYTES, _LEVEL_BYTES):
-            level = levels[at + _DIGEST_BYTES]
-            if level in _LEVELS:
-                self._resolve_one(levels[at : at + _DIGEST_BYTES], level)
+        for at in range(0, len(levels) - DIGEST_BYTES, _LEVEL_BYTES):
+            level = levels[at + DIGEST_BYTES]
+            if level in LEVELS:
+                self._resolve_one(levels[at : at + DIGEST_BYTES], level)
         for digest, error in errors:
             self._resolve_one(digest, self._decode_error(error))
         if error_for_all:
@@ -625,7 +623,7 @@ class RedisQueue:
         for pair, state in zip(pairs, states, strict=True):
             if state == _STATE_FAILED:
                 outcomes[pair.digest] = self._decode_error(next(failed, None))
-            elif state in _LEVELS:
+            elif state in LEVELS:
                 outcomes[pair.digest] = state
             elif state == _STATE_QUEUED:
                 queued.add(pair.digest)

@@ -11,8 +11,9 @@ from typing import Any
 
 from redis.asyncio.client import PubSub
 
+from services.cache_proxy.domain import PRIORITY_CLASSES
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.observability.metrics import PRIORITY_CLASSES, ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.interface import QueueLimits
 from services.cache_proxy.queue.peer_probe import PeerProber

@@ -4,8 +4,8 @@ import asyncio
 import math
 from collections.abc import Iterable, Sequence
 
+from services.cache_proxy.domain import Outcome
 from services.cache_proxy.errors import PairError
-from services.cache_proxy.queue.interface import Outcome
 
 
 class Waiter:

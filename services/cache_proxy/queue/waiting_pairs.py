@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from services.cache_proxy.observability.metrics import PRIORITY_CLASSES
-from services.cache_proxy.queue.interface import Pair, RequestContext
+from services.cache_proxy.domain import PRIORITY_CLASSES, Pair
+from services.cache_proxy.queue.interface import RequestContext
 
 _MAX_REQUESTERS = 8  # of one pair, as it has places in Redis (MAX_PLACES)
 

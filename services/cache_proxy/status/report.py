@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from services.cache_proxy.observability.metrics import PRIORITY_CLASSES
+from services.cache_proxy.domain import PRIORITY_CLASSES
 from services.cache_proxy.queue.snapshot import QueueSnapshot
 from services.cache_proxy.status.rolling_window import (
     INTERVAL_SECONDS,

@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError
 from protos import seniority_pb2
 from services.cache_proxy.errors import InvalidRequestError
 from services.cache_proxy.wire.pair_limit import exceeds_pair_limit
+from services.common.levels import MAX_LEVEL
 
-LEVELS = 7
 BATCH_TAG = 0x0A
 UUID_TAG = 0x08
 CONTINUATION_BIT = 0x80
@@ -96,7 +96,7 @@ def level_suffix(level: int) -> bytes:
     return bytes((_LEVEL_TAG, level))
 
 
-LEVEL_SUFFIXES = [level_suffix(level) for level in range(LEVELS + 1)]
+LEVEL_SUFFIXES = [level_suffix(level) for level in range(MAX_LEVEL + 1)]
 
 
 def parse(items: Sequence[bytes], positions: Sequence[int], *, max_field_bytes: int) -> list[ParsedPair]:

@@ -8,7 +8,7 @@ one byte). What follows the uuid is then canonical. All other items go by way of
 from collections.abc import Sequence
 
 from protos import seniority_pb2
-from services.cache_proxy.queue.interface import Pair
+from services.cache_proxy.domain import Pair
 from services.cache_proxy.wire import batches
 from services.cache_proxy.wire.batches import CONTINUATION_BIT, UUID_TAG, uuid_length
 from services.common.checkpoint import iter_chunks

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.model_stub.levels import MAX_LEVEL, MIN_LEVEL, fold, infer_level
+from services.common.levels import MAX_LEVEL, MIN_LEVEL
+from services.model_stub.levels import fold, infer_level
 from tests.support.processes import ROOT
 
 texts = st.text(max_size=20)

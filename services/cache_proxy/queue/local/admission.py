@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
+from services.cache_proxy.domain import Pair
 from services.cache_proxy.queue import rejections
-from services.cache_proxy.queue.interface import Pair, QueueLimits, RequestContext
+from services.cache_proxy.queue.interface import QueueLimits, RequestContext
 from services.cache_proxy.queue.local.call_limiter import CallLimiter
 from services.cache_proxy.queue.local.fair_queue import QueuedPair, QueuePosition
 from services.cache_proxy.queue.local.quota_limiter import QuotaLimiter

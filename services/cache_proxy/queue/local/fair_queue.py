@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from services.cache_proxy.queue.interface import MAX_TRACES_PER_PAIR, Claim, Pair
+from services.cache_proxy.domain import Pair
+from services.cache_proxy.queue.interface import MAX_TRACES_PER_PAIR, Claim
 
 MAX_CALLERS = 100  # names are the callers' to choose: those beyond share one turn
 _SHARED_FLOW = ""

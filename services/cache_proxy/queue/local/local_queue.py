@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 
+from services.cache_proxy.domain import PRIORITIES, PRIORITY_CLASSES, Outcome, Pair
 from services.cache_proxy.errors import ModelUnavailableError, PairError, StoreError
-from services.cache_proxy.observability.metrics import PRIORITIES, PRIORITY_CLASSES, ProxyMetrics
+from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.interface import (
     MAX_FAILED_BATCHES,
     MAX_REJECTIONS,
@@ -18,9 +19,7 @@ from services.cache_proxy.queue.interface import (
     ClaimDeferred,
     EnqueueResult,
     ModelBackoffCallback,
-    Outcome,
     OutcomeCallback,
-    Pair,
     QueueLimits,
     RequestContext,
 )

@@ -2,8 +2,9 @@
 
 from collections import OrderedDict
 
+from services.cache_proxy.domain import Outcome
 from services.cache_proxy.errors import InvalidModelResponseError, PairRejectedError
-from services.cache_proxy.queue.interface import INVALID_RESPONSE_TTL_SECONDS, Outcome
+from services.cache_proxy.queue.interface import INVALID_RESPONSE_TTL_SECONDS
 
 _ANSWER_SECONDS = 60.0
 _REJECTION_SECONDS = 600.0  # each time a refused pair is asked again, it costs the batch that it is in

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.cache_proxy.observability.metrics import PRIORITIES, PRIORITY_CLASSES
+from services.cache_proxy.domain import PRIORITIES, PRIORITY_CLASSES
 from services.cache_proxy.queue.local.fair_queue import QueuedPair, QueuePosition
 from services.cache_proxy.queue.local.priority_class import CandidateHeap, PriorityClass
 from services.cache_proxy.queue.local.quota_limiter import QuotaLimiter

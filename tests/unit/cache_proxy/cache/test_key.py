@@ -7,13 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.cache_proxy.cache.key import (
-    DIGEST_BYTES,
-    NORMALIZERS,
-    fold,
-    make_batch_digester,
-    make_digester,
-)
+from services.cache_proxy.cache.key import NORMALIZERS, fold, make_batch_digester, make_digester
+from services.cache_proxy.domain import DIGEST_BYTES
 
 texts = st.text(max_size=12)
 odd = st.text(alphabet="aAßẞſK Kﬁ\u0345\u0130ıǅµ·\u00a0\u3000\u00a8\u0301ａ１①Ω\t\u200b\u2028", max_size=8)

@@ -12,6 +12,7 @@ import pytest
 from grpc import StatusCode
 
 from services.cache_proxy.cache.resilient_store import ResilientStore
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import (
     BatchRejectedError,
     CallFailedError,
@@ -21,14 +22,7 @@ from services.cache_proxy.errors import (
 )
 from services.cache_proxy.model.client import ModelClient
 from services.cache_proxy.model.dispatcher import Dispatcher
-from services.cache_proxy.queue.interface import (
-    SLOT_TOLERANCE_SECONDS,
-    Claim,
-    ClaimDeferred,
-    Outcome,
-    Pair,
-    Queue,
-)
+from services.cache_proxy.queue.interface import SLOT_TOLERANCE_SECONDS, Claim, ClaimDeferred, Queue
 from services.common.tasks import cancel_and_wait
 from services.common.tracing import NOOP_SPAN, OFF, Span, Tracing
 from tests.support.replicas import numbered_pair, numbered_pairs

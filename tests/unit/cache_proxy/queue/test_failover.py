@@ -12,10 +12,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
+from services.cache_proxy.domain import Outcome
 from services.cache_proxy.errors import ModelUnavailableError, StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
-from services.cache_proxy.queue.interface import Claim, ClaimDeferred, Outcome
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred
 from services.cache_proxy.queue.managed_queue import ManagedQueue, SharedQueueConfig, open_shared_queue
 from services.cache_proxy.queue.waiters import Waiter, WaiterRegistry
 from services.cache_proxy.redis_client.client_factory import create_client

@@ -8,13 +8,14 @@ from grpc import StatusCode
 
 from services.cache_proxy.cache.cache_scripts import ADD_TOMBSTONES
 from services.cache_proxy.cache.invalidation import InvalidationFollower, InvalidationLog
+from services.cache_proxy.domain import Pair
 from services.cache_proxy.errors import (
     InvalidModelResponseError,
     ModelUnavailableError,
     PairRejectedError,
     QueueFullError,
 )
-from services.cache_proxy.queue.interface import Claim, ClaimDeferred, Pair
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred
 from services.cache_proxy.redis_client.client_factory import backend_for, create_client
 from tests.support.replicas import (
     QueueLocation,

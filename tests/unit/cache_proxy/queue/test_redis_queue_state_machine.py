@@ -10,6 +10,7 @@ from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.cache_proxy.domain import Outcome
 from services.cache_proxy.errors import (
     InvalidModelResponseError,
     ModelUnavailableError,
@@ -17,7 +18,7 @@ from services.cache_proxy.errors import (
     PairRejectedError,
     StoreError,
 )
-from services.cache_proxy.queue.interface import Claim, ClaimDeferred, Outcome
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred
 from services.cache_proxy.queue.quotas import Quota, Quotas
 from services.cache_proxy.queue.waiters import Waiter
 from tests.support.replicas import (

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import PairRejectedError
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.interface import Claim, Outcome, Pair, QueueLimits, RequestContext
+from services.cache_proxy.queue.interface import Claim, QueueLimits, RequestContext
 from services.cache_proxy.queue.managed_queue import create_local_queue
 
 ASKER = RequestContext("anonymous", "interactive", math.inf)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.queue.interface import Pair
+from services.cache_proxy.domain import Pair
 from services.cache_proxy.queue.local.fair_queue import FairQueue, QueuedPair, QueuePosition
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import (
     InvalidModelResponseError,
     ModelUnavailableError,
@@ -17,14 +18,7 @@ from services.cache_proxy.errors import (
     QueueFullError,
 )
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.interface import (
-    Claim,
-    ClaimDeferred,
-    Outcome,
-    Pair,
-    QueueLimits,
-    RequestContext,
-)
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred, QueueLimits, RequestContext
 from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.managed_queue import create_local_queue
 from services.cache_proxy.queue.waiters import Waiter, WaiterRegistry

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cache_proxy.queue.interface import Pair
+from services.cache_proxy.domain import Pair
 from services.cache_proxy.queue.local.fair_queue import QueuedPair, QueuePosition
 from services.cache_proxy.queue.local.quota_limiter import QuotaLimiter
 from services.cache_proxy.queue.local.scheduler import BatchScheduler

@@ -9,11 +9,10 @@ from functools import partial
 from services.augmenter.metrics import Metrics
 from services.augmenter.sources.listing import FileTask
 from services.augmenter.stats import LineCounts, RunStats
-from services.augmenter.tasks import gather_or_cancel
 from services.common.errors import FileError
 from services.common.storage.errors import AlreadyDoneError, FileArchivedError, FileMissingError, StorageError
 from services.common.storage.protocol import Storage
-from services.common.tasks import cancel_and_wait
+from services.common.tasks import cancel_and_wait, gather_or_cancel
 
 _log = logging.getLogger("augmenter")
 _MAX_QUEUED_FILES = 10_000

@@ -13,7 +13,7 @@ from services.augmenter.client.rpc import PairsRejectedError, SeniorityClient
 from services.augmenter.pipeline.jsonl import Pair
 from services.augmenter.pipeline.line_blocks import PairLevels
 from services.augmenter.stats import RunStats
-from services.augmenter.tasks import gather_or_cancel
+from services.common.tasks import gather_or_cancel
 
 _MAX_CONCURRENT_RPCS = 32
 # A gRPC server takes 4 MiB unless it was told otherwise. In JSON a text is at least as long as in a message.

@@ -13,12 +13,12 @@ from services.augmenter.pipeline.file_reader import FileReader, ReadLimits
 from services.augmenter.pipeline.line_blocks import DEFAULT_FORMAT, PairLevels, ParsedBlock, PostingFormat
 from services.augmenter.pipeline.writers import OutputWriter, RejectsWriter
 from services.augmenter.stats import LineCounts, RunStats
-from services.augmenter.tasks import map_ordered
 from services.common.codec import PLAIN, Format
 from services.common.line_reader import LineBlock, LineChunk, LongLinePart
 from services.common.memory_budget import MemoryBudget
 from services.common.storage.errors import AlreadyDoneError
 from services.common.storage.protocol import FileInfo, Storage
+from services.common.tasks import map_ordered
 from services.common.tracing import OFF, Tracing
 
 TEXT_BUDGET_BYTES = 24 * 2**20

@@ -5,11 +5,11 @@ import json
 from types import TracebackType
 from typing import Self
 
-from services.augmenter.tasks import gather_or_cancel
 from services.common.codec import PLAIN, Format
 from services.common.file_names import REASONS_SUFFIX
 from services.common.line_reader import LongLinePart
 from services.common.storage.protocol import FileInfo, Storage, Upload
+from services.common.tasks import gather_or_cancel
 
 
 class OutputWriter:

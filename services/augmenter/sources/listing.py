@@ -7,11 +7,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from services.augmenter.tasks import gather_or_cancel
 from services.common.codec import Format, format_for_name
 from services.common.storage.errors import StorageError
 from services.common.storage.input_listing import NameCounts
 from services.common.storage.protocol import ABSENT, FileInfo, Storage
+from services.common.tasks import gather_or_cancel
 
 _HEAD_CONCURRENCY = 32
 _SHARD_PATTERN = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)

@@ -20,10 +20,10 @@ from services.augmenter.sources.lru_set import LruSet
 from services.augmenter.sources.message_lease import MessageLease, MessageLeaseLostError
 from services.augmenter.sources.s3_events import EventMessage, ObjectEvent, UnreadableMessageError
 from services.augmenter.stats import RunStats
-from services.augmenter.tasks import gather_or_cancel
 from services.common.file_names import is_input
 from services.common.storage.errors import StorageError
 from services.common.storage.s3_client import translate_errors
+from services.common.tasks import gather_or_cancel
 
 _LONG_POLL_SECONDS, _SHORT_POLL_SECONDS = 10, 2
 _RETRY_SECONDS = 5.0

@@ -37,8 +37,7 @@ from services.cache_proxy.redis_client.client_factory import (
     backend_for,
     create_client,
 )
-from services.common.supervision import restart_on_failure
-from services.common.tasks import cancel_and_wait
+from services.common.tasks import cancel_and_wait, restart_on_failure
 
 _log = logging.getLogger(__name__)
 

@@ -25,8 +25,7 @@ from services.cache_proxy.queue.time_slots import Membership
 from services.cache_proxy.redis_client.backend import CLIENT_ERRORS
 from services.cache_proxy.redis_client.eviction_policy import EvictionPolicyCheck
 from services.cache_proxy.redis_client.node import QueueNode
-from services.common.supervision import restart_on_failure
-from services.common.tasks import cancel_and_wait
+from services.common.tasks import cancel_and_wait, restart_on_failure
 
 _log = logging.getLogger(__name__)
 

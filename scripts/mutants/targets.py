@@ -122,19 +122,19 @@ LUA = (
             "configure",
             "enqueue",
             "fail",
-            "fulfil",
+            "complete",
             "heartbeat",
-            "late",
-            "leave",
+            "postpone_slot",
+            "cancel",
             "prelude",
-            "put_back",
-            "refuse",
-            "repair",
-            "verdict",
+            "release",
+            "reject",
+            "reset",
+            "set_peer_state",
         )
     ),
     *(
         Target(path=f"services/cache_proxy/cache/lua/{name}.lua", tests=_STORE_TESTS)
-        for name in ("get", "put", "forget", "sweep", "clear", "layout", "writing")
+        for name in ("get", "put", "delete", "sweep", "clear", "layout", "bucket_writes")
     ),
 )

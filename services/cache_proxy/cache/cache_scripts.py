@@ -25,11 +25,11 @@ def _load_script(*names: str) -> Script:
 
 
 GET = _load_script("layout", "get")
-PUT = _load_script("layout", "writing", "put")
-DELETE = _load_script("layout", "writing", "forget")
-CLEAR = _load_script("layout", "writing", "clear")
-SWEEP = _load_script("layout", "writing", "sweep")
+PUT = _load_script("layout", "bucket_writes", "put")
+DELETE = _load_script("layout", "bucket_writes", "delete")
+CLEAR = _load_script("layout", "bucket_writes", "clear")
+SWEEP = _load_script("layout", "bucket_writes", "sweep")
 INSPECT = _load_script("layout", "inspect")
-ADD_TOMBSTONES = _load_script("bury")
-TOMBSTONE_AGES = _load_script("buried")
+ADD_TOMBSTONES = _load_script("add_tombstones")
+TOMBSTONE_AGES = _load_script("tombstone_ages")
 CHECK_ACCESS = _load_script("check_access")

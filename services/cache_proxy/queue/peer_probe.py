@@ -55,7 +55,7 @@ class PeerProber:
         found = await self._probe_once(replica, address)
         if found:
             try:
-                await self._scripts.run("verdict", [replica, found, _STATE_TTL_MS])
+                await self._scripts.run("set_peer_state", [replica, found, _STATE_TTL_MS])
             except StoreError:
                 return  # the heartbeat finds out about Redis
 

@@ -30,20 +30,31 @@ _log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "lua"
 _NAMES = (
     "enqueue",
-    "leave",
+    "cancel",
     "claim",
-    "late",
-    "put_back",
-    "fulfil",
+    "postpone_slot",
+    "release",
+    "complete",
     "fail",
-    "refuse",
+    "reject",
     "heartbeat",
-    "verdict",
-    "overview",
+    "set_peer_state",
+    "snapshot",
     "configure",
-    "repair",
+    "reset",
     "standby",
 )
+_OPERATIONS = {
+    "cancel": "leave",
+    "postpone_slot": "late",
+    "release": "put_back",
+    "complete": "fulfil",
+    "reject": "refuse",
+    "set_peer_state": "verdict",
+    "snapshot": "overview",
+    "reset": "repair",
+}
+"""Values of the metric label `op`, which dashboards rely on, of scripts that have another name."""
 _MAX_ATTEMPTS = 4
 _MAX_CONCURRENT_CALLS = 8
 _SLOT_MIGRATION_SECONDS, _SLOT_MIGRATION_RETRY_SECONDS = (
@@ -117,7 +128,7 @@ class QueueKeys:
         self.log = f"{self.invalidations}log"
         """Of what was invalidated: see `cache/invalidation.py`."""
         self.tombstones = f"{self.invalidations}tombs"
-        """When pairs were invalidated: see `cache/lua/bury.lua`."""
+        """When pairs were invalidated: see `cache/lua/add_tombstones.lua`."""
 
     def channel(self, database: int) -> str:
         """Return the channel for messages of this queue. A server has one set for all databases."""
@@ -185,7 +196,7 @@ class Scripts:
             self._reset_for, self._has_script_succeeded = name, False
             _log.warning("the queue in Redis is damaged and made anew: %s", error)
             self._metrics.store_garbage.inc()
-            await self._run("repair", [])
+            await self._run("reset", [])
             self._resets += 1
 
     async def _run(self, name: str, args: Sequence[Any]) -> Any:
@@ -194,7 +205,7 @@ class Scripts:
         moving_until = time.monotonic() + _SLOT_MIGRATION_SECONDS
         for attempt in itertools.count(1):
             try:
-                with self._metrics.store_duration.labels(name).time():
+                with self._metrics.store_duration.labels(_OPERATIONS.get(name, name)).time():
                     reply = await self._node.command(*how, len(self._keys), *self._keys, *args)
             except StoreError as error:
                 how = await self._next_attempt(
@@ -203,7 +214,7 @@ class Scripts:
             else:
                 if self._reset_for == name:
                     self._reset_for = None
-                self._has_script_succeeded = self._has_script_succeeded or name != "repair"
+                self._has_script_succeeded = self._has_script_succeeded or name != "reset"
                 return reply
         raise AssertionError
 

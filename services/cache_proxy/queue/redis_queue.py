@@ -285,7 +285,9 @@ class RedisQueue:
                 digest for digest in digests if digest not in self._waiting_pairs
             ]  # nor asked for again meanwhile
             if gone:
-                await self._scripts.run("leave", [self.replica, b"".join(gone), int(not self._waiting_pairs)])
+                await self._scripts.run(
+                    "cancel", [self.replica, b"".join(gone), int(not self._waiting_pairs)]
+                )
 
     def unclaimed_pairs(self) -> list[tuple[Pair, RequestContext]]:
         """Return all pairs that wait here, once for each turn, but those in a call of this replica's."""
@@ -386,12 +388,12 @@ class RedisQueue:
 
     async def postpone_slot(self, claim: Claim, *, seconds: float) -> bool:
         """See `Queue.late`."""
-        moved: int = await self._scripts.run("late", [claim.id, math.ceil(seconds * 1000)])
+        moved: int = await self._scripts.run("postpone_slot", [claim.id, math.ceil(seconds * 1000)])
         return moved == 1
 
     async def release(self, claim: Claim) -> None:
         """See `Queue.put_back`."""
-        await self._finish_claim(claim, "put_back", [])
+        await self._finish_claim(claim, "release", [])
 
     async def complete(
         self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True
@@ -454,13 +456,13 @@ class RedisQueue:
         reasons = [[digest, pack_error(reason)] for digest, reason in errors_by_digest.items()]
         self._own_outage.reset()
         await self._finish_claim(
-            claim, "refuse", [pack(pack_error(error)), pack(reasons), MAX_REJECTIONS, self.replica]
+            claim, "reject", [pack(pack_error(error)), pack(reasons), MAX_REJECTIONS, self.replica]
         )
 
     async def snapshot(self, *, minutes: int) -> QueueSnapshot:
         """See `ProxyQueue.overview`."""
         arguments = [minutes, MAX_REPORTS, MAX_REPORT_BYTES]
-        return decode_snapshot(await self._scripts.run("overview", arguments))
+        return decode_snapshot(await self._scripts.run("snapshot", arguments))
 
     async def wait_for_change(self) -> None:
         """See `Queue.changed`."""
@@ -530,7 +532,7 @@ class RedisQueue:
             levels = b"".join(key + bytes((level,)) for key, level in chunk if isinstance(level, int))
             errors = [[key, pack_error(error)] for key, error in chunk if isinstance(error, PairError)]
             await self._scripts.run(
-                "fulfil",
+                "complete",
                 [
                     claim_id,
                     levels,

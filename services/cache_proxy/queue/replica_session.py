@@ -218,7 +218,7 @@ class ReplicaSession:
             if self._queue.stands_by:
                 await self._run_standby(ends=True)
             else:
-                await self._scripts.run("verdict", [self._replica, "gone", 0])
+                await self._scripts.run("set_peer_state", [self._replica, "gone", 0])
 
     async def _subscribe_loop(self) -> None:
         while True:

@@ -77,7 +77,7 @@ class QueueSnapshot:
 
 
 def decode_snapshot(reply: Any) -> QueueSnapshot:
-    """What `overview.lua` returned. Raises `StoreError` if it is no reply at all."""
+    """What `snapshot.lua` returned. Raises `StoreError` if it is no reply at all."""
     try:
         (
             now_ms,

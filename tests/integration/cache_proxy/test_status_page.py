@@ -263,7 +263,7 @@ def test_any_number_of_viewers_cost_redis_one_read_a_second(scene: Scene) -> Non
     home: Any = SimpleNamespace(database=0)
     metrics: Any = ProxyMetrics
     scripts = Scripts(home, QueueKeys(prefix="p", namespace="n"), metrics=metrics)
-    reading = scripts._scripts["overview"].sha
+    reading = scripts._scripts["snapshot"].sha
     with scene.fleet.redis.record_client_commands() as commands:
         began_at = _told(scene.http)["at_seconds"]
         looks, seconds = 1, 0.0

@@ -6,7 +6,7 @@
 --          before is then looked for, as in a batch that was refused
 -- ARGV[9]  1 if the model never got the call: its slot is free again
 -- ARGV[10] failed batches that a pair may have been in, with others answered in between, before it is looked for
--- ARGV[11] breakdowns in a row that the search for a pair may take   ARGV[12]  see refuse.lua, ARGV[4]
+-- ARGV[11] breakdowns in a row that the search for a pair may take   ARGV[12]  see reject.lua, ARGV[4]
 local id, pushback, error, window = ARGV[1], tonumber(ARGV[2]), unpack_safely(ARGV[3]), tonumber(ARGV[4])
 local SLACK_MS = 20 -- a call may be claimed a little before it is due
 local suspicious, most_breakdowns = ARGV[8] == '1', tonumber(ARGV[11])

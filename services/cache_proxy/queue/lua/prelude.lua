@@ -19,7 +19,7 @@
 -- flight in a claim. Lanes are a priority's own, and those of accounts (`interactive:NAME`): callers that the file of
 -- quotas names, and `interactive:`, all others together. A pair that several accounts want waits in a lane of each. Times are milliseconds of Redis's own clock, the only one that all replicas share.
 -- What is read from Redis may be anything: what is not what it should be is treated as not there, and a key of
--- another type is an error, after which the queue is made anew (`repair.lua`).
+-- another type is an error, after which the queue is made anew (`reset.lua`).
 local LIMIT, BASE, ENDED, MODEL, INVALIDATIONS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local PAIRS, GROUPS, META = BASE .. 'pairs', BASE .. 'suspects', BASE .. 'meta'
 local CLAIMS, CLAIMED = BASE .. 'claims', BASE .. 'claimed' -- who has it until when; its pairs, which are many
@@ -784,7 +784,7 @@ local function recall(digests)
   look('refused', REFUSED_MS, unpack_safely)
   look('broke', RECENT_MS, unpack_safely)
   look('nonsense', RECENT_MS, function(value)
-    local seen = unpack_safely(value) -- {times, until, error, claim}, see fulfil.lua
+    local seen = unpack_safely(value) -- {times, until, error, claim}, see complete.lua
     return seen and number(seen[2]) and seen[2] > now and type(seen[3]) == 'table' and seen[3] or nil
   end)
   return outcomes

@@ -24,18 +24,18 @@ NEXT = FORMAT + 1
 FIRST, SECOND, OTHER, ANOTHER = "0" * 15 + "1", "0" * 15 + "2", "a" * 16, "b" * 16
 ARGUMENTS: dict[str, Sequence[Any]] = {
     "enqueue": [OTHER, 10, 10**6, 4, 1000, pack([])],
-    "leave": [OTHER, b"x" * 16, 0],
+    "cancel": [OTHER, b"x" * 16, 0],
     "claim": [OTHER, f"{OTHER}.1", 0, 0, 4, 10**6, 0, 1000, 60, "", -1],
-    "late": [f"{FIRST}.1", 1],
-    "put_back": [f"{FIRST}.1"],
-    "fulfil": [f"{FIRST}.1", b"x" * 16 + b"\x01", pack([]), 1000, 1, OTHER],
+    "postpone_slot": [f"{FIRST}.1", 1],
+    "release": [f"{FIRST}.1"],
+    "complete": [f"{FIRST}.1", b"x" * 16 + b"\x01", pack([]), 1000, 1, OTHER],
     "fail": [f"{FIRST}.1", -1, pack([b"unavailable", b"", 1]), 1000, 1, 2, 2, 0, 0, 3, 3, 3],
-    "refuse": [f"{FIRST}.1", pack([b"nonsense", b""]), pack([]), 3, OTHER],
+    "reject": [f"{FIRST}.1", pack([b"nonsense", b""]), pack([]), 3, OTHER],
     "heartbeat": [OTHER, pack([]), "", 0, 1, 1, 4, pack([]), "", pack([])],
-    "verdict": [FIRST, "gone", 0],
-    "overview": [1, 10, 100],
+    "set_peer_state": [FIRST, "gone", 0],
+    "snapshot": [1, 10, 100],
     "configure": [1, 1, 1],
-    "repair": [],
+    "reset": [],
 }
 
 
@@ -114,7 +114,7 @@ async def test_queue_without_the_field_has_the_first_format(shared_redis: str) -
         with pytest.raises(
             QueueFormatError, match="format 1 use the shared queue, and this replica has format 2"
         ):
-            await other.scripts.run("overview", ARGUMENTS["overview"])
+            await other.scripts.run("snapshot", ARGUMENTS["snapshot"])
         await one.heartbeat()
         assert _format(place) == b"1"
     await other.close_connections()
@@ -187,14 +187,14 @@ async def test_last_replica_of_a_format_that_leaves_hands_the_queue_over(shared_
     other = _replica(_next_to(place), OTHER)
     async with replicas(place, 2, bounds=queue_limits(pairs_per_second=40)) as (one, two):
         await _stand_by(other, beside=[one, two])
-        await one.scripts.run("verdict", [one.name, "gone", 0])
+        await one.scripts.run("set_peer_state", [one.name, "gone", 0])
         assert not await other.session._may_join()
-        await two.scripts.run("verdict", [two.name, "gone", 0])
+        await two.scripts.run("set_peer_state", [two.name, "gone", 0])
         assert await other.session._may_join()
         await other.subscribe()
         assert _format(place) == str(NEXT).encode()
         with pytest.raises(QueueFormatError):
-            await one.scripts.run("overview", ARGUMENTS["overview"])
+            await one.scripts.run("snapshot", ARGUMENTS["snapshot"])
         assert not await one.session._may_join()
     await other.close_connections()
 

@@ -403,11 +403,11 @@ async def test_queue_is_made_anew_once_for_a_failure_that_this_does_not_mend(
     async with replicas(place) as (replica,):
         command, failing, repairs = replica.scripts._node.command, True, 0
         claim_sha = replica.scripts._scripts["claim"].sha
-        repair_sha = replica.scripts._scripts["repair"].sha
+        reset_sha = replica.scripts._scripts["reset"].sha
 
         async def fail(*words: Any) -> Any:
             nonlocal repairs
-            repairs += words[1] == repair_sha
+            repairs += words[1] == reset_sha
             if failing and words[1] == claim_sha:
                 message = "WRONGTYPE Operation against a key holding the wrong kind of value"
                 raise StoreError(message) from redis.ResponseError(message)
@@ -498,7 +498,7 @@ async def test_server_state_never_makes_the_queue_anew(
         monkeypatch.setattr(replica.scripts._node, "command", refuse)
         with pytest.raises(StoreError) as raised:
             await replica.queue.claim()
-        assert replica.scripts._scripts["repair"].sha not in sent
+        assert replica.scripts._scripts["reset"].sha not in sent
         refused = any(name in words for name in ("NOPERM", "ACL", "nknown"))
         assert isinstance(raised.value, StoreAccessDeniedError) is refused
         monkeypatch.undo()

@@ -178,7 +178,7 @@ async def test_the_claims_of_one_that_lost_redis_alone_go_back(
         await silent.claim_batch()
         silent.expire_heartbeat()
         if verdict:
-            await other.scripts.run("verdict", [silent.name, verdict, 3000])
+            await other.scripts.run("set_peer_state", [silent.name, verdict, 3000])
         await other.session._heartbeat()
         assert isinstance(await other.queue.claim(), Claim) == free
         await other.session._peer_prober.close()
@@ -205,9 +205,9 @@ async def test_the_silents_moments_are_left_alone_unless_it_is_known_to_call_nob
         while loop.time() < until:
             silent.expire_heartbeat()
             if verdict == "gone":
-                await other.scripts.run("verdict", [silent.name, "gone", 0])
+                await other.scripts.run("set_peer_state", [silent.name, "gone", 0])
             elif verdict:
-                await other.scripts.run("verdict", [silent.name, verdict, 3000])
+                await other.scripts.run("set_peer_state", [silent.name, verdict, 3000])
             await other.session._heartbeat()
             claim = await other.queue.claim()
             if isinstance(claim, ClaimDeferred):

@@ -1,5 +1,5 @@
 -- How long ago pairs were invalidated: whoever asked the model before that must not have its answer remembered.
--- KEYS[1]  the tombstones (see bury.lua)   ARGV[1]  digests, 16 bytes each
+-- KEYS[1]  the tombstones (see add_tombstones.lua)   ARGV[1]  digests, 16 bytes each
 -- Returns  milliseconds for each digest, -1 where it was not; nothing at all if there are no tombstones
 local TOMBS, digests, ages = KEYS[1], ARGV[1], {}
 if redis.call('TYPE', TOMBS).ok ~= 'zset' then
@@ -8,7 +8,7 @@ end
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) * 1000 + math.floor(tonumber(clock[2]) / 1000)
 
-local KEPT_MS = 86400000 -- see bury.lua: what is further in the future than that is garbage
+local KEPT_MS = 86400000 -- see add_tombstones.lua: what is further in the future than that is garbage
 local function buried_at(member)
   local found = tonumber(redis.call('ZSCORE', TOMBS, member) or -1)
   return found and found <= now + KEPT_MS and found or -1

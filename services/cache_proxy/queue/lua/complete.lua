@@ -4,7 +4,7 @@
 -- ARGV[4]  ms for which nonsense is remembered when it comes twice; twice as long each time it comes again
 -- ARGV[5]  1 if the model answered, 0 if the answers were found elsewhere   ARGV[6]  replica
 -- INVALIDATIONS .. 'log' is the log of invalidations: see store/invalidation.py. The tombstones of what was invalidated
--- are `cache-proxy invalidate`'s (store/lua/bury.lua): digest, or `*`, and when.
+-- are `cache-proxy invalidate`'s (cache/lua/add_tombstones.lua): digest, or `*`, and when.
 local id, levels, errors = ARGV[1], ARGV[2], cmsgpack.unpack(ARGV[3])
 publish(levels, errors)
 local digests, answers = {}, {}
@@ -50,7 +50,7 @@ write()
 -- over, nobody knows when that was.
 local TOMBS, since = INVALIDATIONS .. 'tombs', claim and claim.at or 0
 if redis.call('TYPE', TOMBS).ok == 'zset' then
-  local KEPT_MS = 86400000 -- see bury.lua: what is further in the future than that is garbage
+  local KEPT_MS = 86400000 -- see add_tombstones.lua: what is further in the future than that is garbage
   local function buried_at(member)
     local found = number(redis.call('ZSCORE', TOMBS, member)) or -1
     return found <= now + KEPT_MS and found or -1

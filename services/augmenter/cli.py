@@ -9,10 +9,11 @@ import uvloop
 from services.augmenter import app, paths
 from services.augmenter.config import DEFAULT_INPUT, DEFAULT_OUTPUT, RunSettings
 from services.augmenter.sources.queue_url import check_queue_url
-from services.common import logs, options, tracing
+from services.common import logs, options
 from services.common.codec import SUFFIX_HELP
 from services.common.errors import UsageError
 from services.common.file_names import REJECTS_FOLDER
+from services.common.tracing_setup import tracing_context
 
 
 def _run(**values: Any) -> int:
@@ -33,7 +34,7 @@ def _run(**values: Any) -> int:
     if settings.watch and plan.input_name:
         raise UsageError("--watch waits for new files: INPUT must be a folder or a prefix")
     with (
-        tracing.tracing_context("augmenter") as traces,
+        tracing_context("augmenter") as traces,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         return runner.run(app.run(settings, plan, traces))

@@ -25,7 +25,8 @@ from services.cache_proxy.config.settings import (
     ServerSettings,
     Settings,
 )
-from services.common import logs, options, tracing
+from services.common import logs, options
+from services.common.tracing_setup import tracing_context
 
 _SERVE_SETTINGS = (
     ServerSettings,
@@ -54,7 +55,7 @@ def _run_serve(**values: Any) -> None:
 
     logs.configure(log_format=settings.server.log_format, level=settings.server.log_level)
     with (
-        tracing.tracing_context("cache-proxy") as traces,
+        tracing_context("cache-proxy") as traces,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         runner.run(app.serve(settings, traces))

@@ -1,132 +1,126 @@
-"""Traces, if the standard variables of OpenTelemetry ask for them; else nothing of it is even imported.
+"""The interface that the services use to trace their work, and the implementation that does nothing.
 
-What the services know of tracing is `Tracing`; `otel.py` does it, and `OFF` does nothing.
+`otel.py` implements it with OpenTelemetry. `tracing_setup.py` chooses between the two by the environment.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from services.common.errors import UsageError
+from services.common.compat import override
 
 AttributeValue = str | int | float | bool
 Headers = tuple[tuple[str, str], ...]
 
 CONTEXT_BYTES = 24
-"""Of a span's context as bytes: the trace's id (16), the span's (8)."""
+"""Size of a span context in bytes: trace id (16), span id (8)."""
 
 MAX_LINKS = 64
-"""Callers that a batch's span names, of up to as many as it has pairs."""
-
-_ENABLING_VARIABLES = (
-    "OTEL_TRACES_EXPORTER",
-    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_ENDPOINT",
-)
+"""Maximum number of caller spans that the span of a batch links to. A batch may serve a caller a pair."""
 
 
 class Span(Protocol):
-    """A piece of work that is traced."""
+    """A traced piece of work."""
 
     def set_attributes(self, **attributes: AttributeValue) -> None:
-        """Add counts, sizes, outcomes: never a company or a title."""
+        """Add counts, sizes and outcomes. A company or a title must never be among them."""
 
     def set_status(self, code: str) -> None:
-        """Note the status, by its name, of the RPC that this is."""
+        """Record the gRPC status, by its name, of the RPC that this span stands for."""
 
 
 class Tracing(Protocol):
-    """What is told of the work that goes on. A block's span is the one that others begun in it are under."""
+    """Creates spans. Each method that returns a context manager makes its span current inside the block.
+
+    Spans that are started inside the block become children of the current span.
+    """
 
     @property
     def is_enabled(self) -> bool:
-        """Whether anything is told at all."""
+        """Whether spans are recorded at all."""
 
     def start_trace(
         self, name: str, /, *, link: bytes = b"", **attributes: AttributeValue
     ) -> AbstractContextManager[Span]:
-        """A trace of its own, which names the span whose context is `beside`."""
+        """Start a new trace whose root span links to the span context `link`, unless that is empty."""
 
     def server_span(
         self, name: str, metadata: Sequence[tuple[str, str | bytes]], /
     ) -> AbstractContextManager[Span]:
-        """An RPC of somebody's, in the caller's trace if its metadata (`traceparent`) says which."""
+        """Start the span of a received RPC, in the trace that `traceparent` in its metadata names, if any."""
 
     def span(self, name: str, /, **attributes: AttributeValue) -> AbstractContextManager[Span]:
-        """A part of what goes on; nothing where that is not traced."""
+        """Start a child of the current span. Do nothing if no sampled span is current."""
 
     def client_span(self, name: str, /, **attributes: AttributeValue) -> AbstractContextManager[Span]:
-        """An RPC to somebody; nothing where that is not traced."""
+        """Start the span of a sent RPC. Do nothing if no sampled span is current."""
 
     def batch_span(
         self, name: str, contexts: Sequence[bytes], /, **attributes: AttributeValue
     ) -> AbstractContextManager[Span]:
-        """Work for many at once: a trace of its own, which names theirs; nothing if nobody's is traced.
+        """Start a trace for a batch that serves many callers, with a link to the span of each of them.
 
-        `contexts` are as `here` gave them, and come from anywhere: what is no context is passed over.
+        `contexts` holds values of `current_context`. They come from Redis and may hold anything: invalid ones
+        are ignored. Do nothing if none is valid.
         """
 
     def current_span(self) -> Span:
-        """The span of what goes on."""
+        """Return the current span."""
 
     def current_context(self) -> bytes:
-        """The context of what goes on, in CONTEXT_BYTES; empty where that is not traced."""
+        """Return the context of the current span (CONTEXT_BYTES long), or b"" if it is not sampled."""
 
     def headers(self) -> Headers:
-        """Metadata with which whoever is called goes on with the trace."""
+        """Return the metadata with which the receiver of an RPC continues this trace."""
 
 
-class _NoopTracing:
-    """Tells nothing: one object for all that needs none."""
+class _NoopTracing(Span, Tracing):
+    """Records nothing. One object serves as tracing and as every span."""
 
     is_enabled = False
 
+    @override
     def set_attributes(self, **attributes: AttributeValue) -> None:
-        """See `Span.note`."""
+        pass
 
+    @override
     def set_status(self, code: str) -> None:
-        """See `Span.ended_as`."""
+        pass
 
+    @override
     def start_trace(
-        self,
-        _name: str,
-        /,
-        *,
-        link: bytes = b"",  # noqa: ARG002 - by its name
-        **_attributes: AttributeValue,
+        self, name: str, /, *, link: bytes = b"", **attributes: AttributeValue
     ) -> AbstractContextManager[Span]:
-        """See `Tracing.root`."""
         return _NOOP_CONTEXT
 
+    @override
     def server_span(
-        self, _name: str, _metadata: Sequence[tuple[str, str | bytes]], /
+        self, name: str, metadata: Sequence[tuple[str, str | bytes]], /
     ) -> AbstractContextManager[Span]:
-        """See `Tracing.serve`."""
         return _NOOP_CONTEXT
 
-    def span(self, _name: str, /, **_attributes: AttributeValue) -> AbstractContextManager[Span]:
-        """See `Tracing.span`."""
+    @override
+    def span(self, name: str, /, **attributes: AttributeValue) -> AbstractContextManager[Span]:
         return _NOOP_CONTEXT
 
     client_span = span
 
+    @override
     def batch_span(
-        self, _name: str, _contexts: Sequence[bytes], /, **_attributes: AttributeValue
+        self, name: str, contexts: Sequence[bytes], /, **attributes: AttributeValue
     ) -> AbstractContextManager[Span]:
-        """See `Tracing.batch`."""
         return _NOOP_CONTEXT
 
+    @override
     def current_span(self) -> Span:
-        """See `Tracing.current`."""
         return NOOP_SPAN
 
+    @override
     def current_context(self) -> bytes:
-        """See `Tracing.here`."""
         return b""
 
+    @override
     def headers(self) -> Headers:
-        """See `Tracing.headers`."""
         return ()
 
 
@@ -134,47 +128,3 @@ _noop = _NoopTracing()
 NOOP_SPAN: Span = _noop
 OFF: Tracing = _noop
 _NOOP_CONTEXT = nullcontext(NOOP_SPAN)
-
-
-def requested_by(environment: Mapping[str, str]) -> str | None:
-    """The variable that asks for traces. Raises UsageError: for an exporter that we do not have."""
-    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return None
-    exporters = [
-        name.strip().lower()
-        for name in environment.get(_ENABLING_VARIABLES[0], "").split(",")
-        if name.strip()
-    ]
-    if unknown := sorted(set(exporters) - {"otlp", "none"}):
-        message = f"OTEL_TRACES_EXPORTER {unknown[0]!r}: traces go by otlp, or none"
-        raise UsageError(message)
-    if "none" in exporters:
-        return None
-    return next((name for name in _ENABLING_VARIABLES if environment.get(name, "").strip()), None)
-
-
-@contextmanager
-def tracing_context(service: str) -> Iterator[Tracing]:
-    """Traces of this process for as long as the block lasts, sent in bounded time at its end.
-
-    `service` is its name where OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES give none. Raises UsageError.
-    """
-    asking = requested_by(os.environ)
-    if asking is None:
-        yield OFF
-        return
-    try:
-        from services.common import otel  # noqa: PLC0415 - not where nobody asks for it
-
-        tracing, close = otel.start_tracing(service)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("services"):
-            raise
-        message = (
-            f"{asking} asks for traces, but {error.name} is not installed; run: pip install '.[tracing]'"
-        )
-        raise UsageError(message) from error
-    try:
-        yield tracing
-    finally:
-        close()

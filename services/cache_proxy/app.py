@@ -12,7 +12,8 @@ from functools import partial
 from aiohttp import web
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from services.cache_proxy.auth.model_credentials import load_caller_auth, load_model_credentials
+from services.cache_proxy.auth.authenticator import load_caller_auth
+from services.cache_proxy.auth.model_credentials import load_model_credentials
 from services.cache_proxy.auth.reloader import FileReloader
 from services.cache_proxy.cache.entry import FreshnessPolicy
 from services.cache_proxy.cache.invalidation import InvalidationFollower

@@ -1,4 +1,4 @@
-"""Long work in short breaths: a call to the model must leave on time, whatever a caller sent meanwhile."""
+"""Split long work into chunks that yield to the event loop, so that a call to the model leaves on time."""
 
 import asyncio
 from collections import deque
@@ -9,28 +9,35 @@ _Item = TypeVar("_Item")
 
 
 class _CheckpointQueue:
-    """One breath in each round of the event loop, whoever works: else many large requests make every round as
-    long as all their breaths together, and a small one takes several rounds.
+    """Run one chunk of long work in each iteration of the event loop, whichever request it belongs to.
 
-    State: `_waiting`, in the order in which they came; event loop only, one loop at a time.
-    """  # noqa: D205 - one thought
+    Without it, each of many large requests would run a chunk in every iteration. An iteration would then last
+    as long as all these chunks together, and a small request takes several iterations.
+
+    State: `_waiting`, the tasks that wait for the next chunk, in the order in which they came. It belongs to
+    `_loop`, the event loop that runs now, and is used by one loop at a time.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def wait(self) -> None:
+        """Return in a later iteration of the event loop, after the tasks that waited before."""
         loop = asyncio.get_running_loop()
-        if self._loop is not loop:  # the one before is closed, and nobody in it waits any more
-            self._loop, self._waiting = loop, deque()
-        mine = loop.create_future()
-        self._waiting.append(mine)
+        # After another loop, which is closed by now: none of its tasks waits any longer.
+        if self._loop is not loop:
+            self._loop = loop
+            self._waiting = deque()
+        turn = loop.create_future()
+        self._waiting.append(turn)
         if len(self._waiting) == 1:
             loop.call_soon(self._release_next)
-        await mine
+        await turn
 
     def _release_next(self) -> None:
-        while self._waiting and self._waiting[0].done():  # cancelled
+        # Skip tasks that were cancelled while they waited.
+        while self._waiting and self._waiting[0].done():
             self._waiting.popleft()
         if self._waiting:
             self._waiting.popleft().set_result(None)
@@ -39,19 +46,23 @@ class _CheckpointQueue:
 
 
 checkpoint = _CheckpointQueue().wait
-"""Let others have turns, and come back when it is one's own."""
+"""Let other tasks run; return in a later iteration of the event loop."""
 
 
 async def iter_chunks(
     items: Sequence[_Item], max_items: int, *, size: Callable[[_Item], int] | None = None, max_size: int = 0
 ) -> AsyncIterator[Sequence[_Item]]:
-    """So many at a time, of `most_size` in all at most, but at least one; others have turns between."""
+    """Yield the items in chunks, with a checkpoint between two chunks.
+
+    A chunk has at most `max_items` items. If `size` is given, it also has at most `max_size` in all, unless
+    it is a single item.
+    """
     start = 0
     while start < len(items):
         if start:
             await checkpoint()
-        some = items[start : start + max_items]
-        while size is not None and len(some) > 1 and sum(map(size, some)) > max_size:
-            some = some[: len(some) // 2]
-        yield some
-        start += len(some)
+        chunk = items[start : start + max_items]
+        while size is not None and len(chunk) > 1 and sum(map(size, chunk)) > max_size:
+            chunk = chunk[: len(chunk) // 2]
+        yield chunk
+        start += len(chunk)

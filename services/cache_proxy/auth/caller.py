@@ -1,4 +1,4 @@
-"""Who calls, and with what priority: an interface, and its answer where everybody is believed."""
+"""Identify the caller of an RPC and the priority of the call: the protocol, and the variant without proof."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,15 +26,19 @@ class Caller:
 
 
 class Authenticator(Protocol):
-    """Says who calls. Raises `AccessDeniedError`, or `InvalidRequestError`."""
+    """Identify the caller of an RPC."""
 
     def __call__(self, context: Context) -> Caller:
-        """The caller of an RPC with this context."""
+        """Return the caller of the RPC. Raise `AccessDeniedError` or `InvalidRequestError`."""
 
 
 def caller_from_metadata(context: Context) -> Caller:
-    """Believe `x-caller`; a name that is empty, too long or not printable is `anonymous`."""
-    name, priority = ANONYMOUS, PRIORITIES[0]
+    """Return the caller that `x-caller` names, `anonymous` if it is empty, too long or not printable.
+
+    Raise `InvalidRequestError` if `x-priority` is unknown.
+    """
+    name = ANONYMOUS
+    priority = PRIORITIES[0]
     for key, value in context.invocation_metadata() or ():
         if key == "x-caller":
             name = str(value)
@@ -44,14 +48,14 @@ def caller_from_metadata(context: Context) -> Caller:
 
 
 def authenticated_caller(name: str, priority: str | None) -> Caller:
-    """A caller whose name somebody vouches for. Raises `InvalidRequestError`."""
+    """Return a caller whose name was proved. Raise `InvalidRequestError` if the priority is unknown."""
     return _validated_caller(name, PRIORITIES[0] if priority is None else priority)
 
 
 @lru_cache(_CACHED_CALLERS)
 def _unauthenticated_caller(name: str, priority: str) -> Caller:
-    usable = name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
-    return _validated_caller(name if usable else ANONYMOUS, priority)
+    is_usable = name.isprintable() and 0 < len(name) <= _MAX_NAME_LENGTH
+    return _validated_caller(name if is_usable else ANONYMOUS, priority)
 
 
 def _validated_caller(name: str, priority: str) -> Caller:

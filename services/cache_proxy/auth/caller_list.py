@@ -1,10 +1,10 @@
-"""The list of who may call: names, and how each is known. Tokens are in it as hashes only.
+"""Read the allow-list of callers: their names, and how each is identified. It holds tokens as hashes only.
 
-One line each, `#` begins a comment:
+The file has one entry a line, and `#` begins a comment:
 
-    NAME sha256:HEX     by a bearer token with this SHA-256; several lines give a name several tokens
-    NAME certificate    by a certificate with this name
-    NAME denied         by no means, whatever other lines say
+    NAME sha256:HEX     by a bearer token with this SHA-256; a name may have several tokens, one a line
+    NAME certificate    by a client certificate with this name
+    NAME denied         never, whatever other lines say
 """
 
 import hashlib
@@ -20,29 +20,29 @@ _FLAG = "--caller-tokens-file"
 MAX_NAME_LENGTH = 255
 _NAME_PATTERN = re.compile(rf"[\x21-\x7e]{{1,{MAX_NAME_LENGTH}}}")
 _TOKEN_HASH_PATTERN = re.compile(r"sha256:([0-9a-f]{64})")
-# Looked up under a key of this process alone: how long a look-up takes tells nobody how near a guess was.
+# Tokens are looked up by a hash with a key of this process, so that the time of a lookup reveals nothing
+# about how close a guess is.
 _LOOKUP_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
 class CallerList:
-    """Names by their token's keyed hash; those known by a certificate; those that are denied."""
+    """Names by the keyed hash of a token, names identified by a certificate, and names that are denied."""
 
     by_token: dict[bytes, str]
     by_certificate: frozenset[str]
     denied: frozenset[str]
 
     def name_for_token(self, token: str) -> str | None:
-        """The name of whoever has it."""
-        return self.by_token.get(
-            _keyed_digest(hashlib.sha256(token.encode(errors="backslashreplace")).digest())
-        )
+        """Return the name that this token identifies, None if it is unknown."""
+        digest = hashlib.sha256(token.encode(errors="backslashreplace")).digest()
+        return self.by_token.get(_keyed_digest(digest))
 
 
 def watch_caller_list(
     path: str, *, on_reload: Callable[[ReloadResult], None] = lambda _: None
 ) -> ReloadingFile[CallerList]:
-    """The list, now and later. Raises UsageError."""
+    """Read the list, and reload it when the file changes. Raise UsageError if the file is invalid."""
     return ReloadingFile([path], lambda: _parse(path), on_reload=on_reload)
 
 
@@ -54,11 +54,12 @@ def _parse(path: str) -> CallerList:
         words = line.partition(b"#")[0].decode(errors="replace").split()
         if not words:
             continue
-        name, how = words if len(words) == 2 else ("", "")  # noqa: PLR2004 - a name and how it is known
+        # A line has a name and how the name is identified.
+        name, how = words if len(words) == 2 else ("", "")  # noqa: PLR2004
         found = _TOKEN_HASH_PATTERN.fullmatch(how)
         token = _keyed_digest(bytes.fromhex(found[1])) if found else b""
         if not _NAME_PATTERN.fullmatch(name) or not (found or how in {"certificate", "denied"}):
-            # Without the line itself: it may hold a token that was not hashed.
+            # The message does not quote the line, which may hold a token that was not hashed.
             message = f"{_FLAG} {path}: line {number} is not NAME sha256:HEX, NAME certificate or NAME denied"
             raise UsageError(message)
         if how == "certificate":

@@ -1,4 +1,4 @@
-"""Looks after files that may be renewed: every second, told in the metrics and the log."""
+"""Reload changed files once a second, and record the outcome in the metrics and the log."""
 
 import asyncio
 import logging
@@ -13,29 +13,32 @@ _log = logging.getLogger(__name__)
 
 
 class FileReloader:
-    """State: `_looks`, what is done every second; filled before `run`."""
+    """Call every check for changed files once a second.
+
+    State: `_checks`, complete before `run` starts.
+    """
 
     def __init__(self, metrics: ProxyMetrics) -> None:
         self._metrics = metrics
         self._checks: list[Callable[[], object]] = []
 
-    def add(self, look: Callable[[], object]) -> None:
-        """Have it called from then on."""
-        self._checks.append(look)
+    def add(self, check: Callable[[], object]) -> None:
+        """Call `check` once a second while `run` runs."""
+        self._checks.append(check)
 
     def on_reload(self, files: str) -> Callable[[ReloadResult], None]:
-        """Who is to hear what came of looking at these files: one of `metrics.RENEWED`."""
+        """Return a callback that records the outcome of reloading these files, one of `metrics.RENEWED`."""
         return partial(self._record, files)
 
     async def run(self) -> None:
-        """Look, until cancelled."""
+        """Run all checks once a second until cancelled."""
         while True:
             await asyncio.sleep(_INTERVAL_SECONDS)
-            for look in self._checks:
-                look()
+            for check in self._checks:
+                check()
 
-    def _record(self, files: str, found: ReloadResult) -> None:
-        self._metrics.reloads.labels(files, found.value).inc()
-        self._metrics.reload_failing.labels(files).set(found is ReloadResult.FAILED)
-        if found is ReloadResult.RELOADED:
+    def _record(self, files: str, result: ReloadResult) -> None:
+        self._metrics.reloads.labels(files, result.value).inc()
+        self._metrics.reload_failing.labels(files).set(result is ReloadResult.FAILED)
+        if result is ReloadResult.RELOADED:
             _log.info("renewed: %s", files)

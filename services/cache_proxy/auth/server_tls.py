@@ -1,4 +1,4 @@
-"""The listeners' TLS: each handshake goes by the certificate, key and CA that the files hold by then."""
+"""TLS of the gRPC listeners: each handshake uses the certificate, key and CA that the files hold by then."""
 
 import grpc
 
@@ -7,7 +7,7 @@ from services.common.tls import PemBundle
 
 
 def server_credentials(pem: ReloadingFile[PemBundle]) -> grpc.ServerCredentials:
-    """For one listener: gRPC keeps what it was given last for each by itself."""
+    """Return credentials for one listener. gRPC keeps the last configuration of each listener separately."""
     first = pem.value
     return grpc.dynamic_ssl_server_credentials(
         _certificate_configuration(first),
@@ -17,24 +17,26 @@ def server_credentials(pem: ReloadingFile[PemBundle]) -> grpc.ServerCredentials:
 
 
 class _CertificateProvider:
-    """What gRPC asks before each handshake, from threads of its own; None: it is as before.
+    """Callback that gRPC calls before each handshake, from its threads. None means that nothing has changed.
 
-    State: `_given`. Two handshakes at once may be given the same, which changes nothing.
+    State: `_last_served`. Two handshakes at once may both get the new configuration, which is harmless.
     """
 
-    def __init__(self, pem: ReloadingFile[PemBundle], given: PemBundle) -> None:
+    def __init__(self, pem: ReloadingFile[PemBundle], last_served: PemBundle) -> None:
         self._pem = pem
-        self._last_served = given
+        self._last_served = last_served
 
     def __call__(self) -> grpc.ServerCertificateConfiguration:
         value = self._pem.value
         if value is self._last_served:
-            return None  # type: ignore[return-value]  # what gRPC documents, and its types forget
+            # gRPC documents None for "no change", but its type stubs do not allow it.
+            return None  # type: ignore[return-value]
         self._last_served = value
         return _certificate_configuration(value)
 
 
 def _certificate_configuration(pem: PemBundle) -> grpc.ServerCertificateConfiguration:
-    assert pem.key is not None  # noqa: S101 - the settings let no listener do without
+    # The settings require a certificate and a key wherever a listener has TLS.
+    assert pem.key is not None  # noqa: S101
     assert pem.chain is not None  # noqa: S101
     return grpc.ssl_server_certificate_configuration([(pem.key, pem.chain)], root_certificates=pem.roots)

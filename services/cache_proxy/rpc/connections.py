@@ -1,8 +1,8 @@
 """Close the gRPC server's connections, which are found among the process's open files.
 
-Core ends a server by GOAWAY, and cancels every RPC that arrives before the caller has read that
-(https://github.com/grpc/grpc/issues/41785): its caller gets CANCELLED, which no retry policy repeats. A
-connection that is closed gives the caller UNAVAILABLE, but gRPC has no function for it.
+gRPC's core ends a server by GOAWAY, and cancels every RPC that arrives before the caller has read that
+(https://github.com/grpc/grpc/issues/41785). The caller gets CANCELLED, which no retry policy retries. Closing
+the connection gives the caller UNAVAILABLE instead, but gRPC has no function for it.
 """
 
 import ctypes
@@ -15,19 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_Address = tuple[int, object, object]  # family, host or path, port
-_WILDCARD_HOSTS = ("::", "0.0.0.0")  # noqa: S104 - what the kernel says of a listener on all addresses
-_SO_ATTACH_FILTER = 26  # of Linux; Python's socket module does not name it
-# A classic BPF program (linux/filter.h) of one instruction: return 0 bytes of the packet.
+# Family, host or path, port.
+_Address = tuple[int, object, object]
+# How the kernel reports a listener on all addresses.
+_WILDCARD_HOSTS = ("::", "0.0.0.0")  # noqa: S104
+# From Linux; Python's socket module does not define it.
+_SO_ATTACH_FILTER = 26
+# A classic BPF program (linux/filter.h) of one instruction: keep 0 bytes of the packet.
 _RETURN_ZERO = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
 _DROP_ALL = struct.pack("HL", 1, ctypes.addressof(_RETURN_ZERO))
 _OPEN_FILE_FOLDERS = tuple(map(Path, ("/proc/self/fd", "/dev/fd")))
+_STREAM_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
 
 class ServerConnections:
-    """The connections to listeners that were opened within `found`. Where open files cannot be listed: none.
+    """The connections to the listeners that were opened within `track_listeners`.
 
-    State: `_listeners`, the addresses of these listeners.
+    Where the system cannot list open files, there are none.
+
+    State: `_listener_addresses`, the addresses of these listeners.
     """
 
     def __init__(self) -> None:
@@ -35,76 +41,75 @@ class ServerConnections:
 
     @contextmanager
     def track_listeners(self) -> Iterator[None]:
-        """Note which listeners are opened meanwhile, besides those found before."""
+        """Add the listeners that are opened within this context."""
         before = _listeners()
         yield
-        self._listener_addresses |= (
-            _listeners() - before
-        )  # of a server made again, some may not be closed yet
+        # Earlier ones are kept: when a server is restarted, its previous listeners may still be open.
+        self._listener_addresses |= _listeners() - before
 
     def stop_accepting(self) -> None:
-        """Let nobody connect any more, though the listeners stay open.
+        """Accept no more connections, though the listeners stay open.
 
-        TCP listeners get a socket filter that drops every packet, as core closes no listener by itself. The
-        path of a Unix socket is removed. Where the system has no such filter, new connections go on.
+        Core does not close a listener on request. A TCP listener therefore gets a socket filter that drops
+        every packet, and the path of a Unix socket is removed. Where the system has no such filter, new
+        connections are still accepted.
         """
-        for one in _sockets():
-            if not _is_listening(one) or _address(one) not in self._listener_addresses:
+        for sock in _sockets():
+            if not _is_listening(sock) or _address(sock) not in self._listener_addresses:
                 continue
             with suppress(OSError):
-                if one.family == socket.AF_UNIX:
-                    Path(one.getsockname()).unlink()
+                if sock.family == socket.AF_UNIX:
+                    Path(sock.getsockname()).unlink()
                 elif sys.platform == "linux":
-                    one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _DROP_ALL)
+                    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _DROP_ALL)
 
     def count(self) -> int:
-        """Return how many are open."""
-        return sum(1 for one in _sockets() if self._is_tracked(one))
+        """Return how many connections are open."""
+        return sum(1 for sock in _sockets() if self._is_tracked(sock))
 
     def close_all(self) -> None:
-        """Close them all. Each caller reads what was sent, then that the connection is closed."""
-        for one in _sockets():
-            if self._is_tracked(one):
-                with suppress(OSError):  # the caller was faster
-                    one.shutdown(socket.SHUT_RDWR)
+        """Close every connection. A caller reads what was already sent, then the end of the connection."""
+        for sock in _sockets():
+            if self._is_tracked(sock):
+                # The caller may have closed it first.
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
 
-    def _is_tracked(self, one: socket.socket) -> bool:
-        if _is_listening(one):
+    def _is_tracked(self, sock: socket.socket) -> bool:
+        if _is_listening(sock):
             return False
         try:
-            family, host, port = _address(one)
-            one.getpeername()
-        except OSError:  # it is closed, or was never connected
+            family, host, port = _address(sock)
+            sock.getpeername()
+        except OSError:
+            # The socket is closed, or was never connected.
             return False
         return any((family, either, port) in self._listener_addresses for either in (host, *_WILDCARD_HOSTS))
 
 
 def _listeners() -> frozenset[_Address]:
-    return frozenset(_address(one) for one in _sockets() if _is_listening(one))
+    return frozenset(_address(sock) for sock in _sockets() if _is_listening(sock))
 
 
 def _sockets() -> Iterator[socket.socket]:
-    """Yield each open socket of a stream as a copy, so that its number cannot become another's meanwhile."""
-    folder = next((one for one in _OPEN_FILE_FOLDERS if one.is_dir()), None)
+    """Yield a duplicate of each open stream socket, whose descriptor cannot be reused by another thread."""
+    folder = next((folder for folder in _OPEN_FILE_FOLDERS if folder.is_dir()), None)
     for file in [] if folder is None else folder.iterdir():
-        with suppress(OSError):  # it is closed by now
-            copy = os.dup(int(file.name))
-            if not stat.S_ISSOCK(os.fstat(copy).st_mode):
-                os.close(copy)
+        # The file may be closed by now.
+        with suppress(OSError):
+            duplicate = os.dup(int(file.name))
+            if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
+                os.close(duplicate)
                 continue
-            with socket.socket(fileno=copy) as one:
-                if one.type == socket.SOCK_STREAM and one.family in (
-                    socket.AF_INET,
-                    socket.AF_INET6,
-                    socket.AF_UNIX,
-                ):
-                    yield one
+            with socket.socket(fileno=duplicate) as sock:
+                if sock.type == socket.SOCK_STREAM and sock.family in _STREAM_FAMILIES:
+                    yield sock
 
 
-def _is_listening(one: socket.socket) -> bool:
-    return bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+def _is_listening(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def _address(one: socket.socket) -> _Address:
-    name = one.getsockname()
-    return (one.family, name, None) if one.family == socket.AF_UNIX else (one.family, name[0], name[1])
+def _address(sock: socket.socket) -> _Address:
+    name = sock.getsockname()
+    return (sock.family, name, None) if sock.family == socket.AF_UNIX else (sock.family, name[0], name[1])

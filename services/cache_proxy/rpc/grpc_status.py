@@ -1,4 +1,4 @@
-"""Every error as a gRPC status: code, message, trailers. The table of the contract, and nothing else."""
+"""Convert errors to gRPC statuses: code, message and trailers, as the table in the contract says."""
 
 import itertools
 from collections.abc import Mapping
@@ -22,10 +22,11 @@ from services.cache_proxy.errors import (
     UnauthenticatedError,
 )
 
-# Metadata is small: 8 KiB by default. There, a message is percent-encoded, and details are in base 64.
+# Metadata is limited to 8 KiB by default. In it, the message is percent-encoded and details are base64.
 _MAX_METADATA_BYTES = 7_600
 _MAX_VIOLATIONS = 50
-_VIOLATION_OVERHEAD_BYTES = 32  # tags, lengths, and the longest field
+# Tags, lengths, and the longest field name.
+_VIOLATION_OVERHEAD_BYTES = 32
 _MAX_MESSAGE_BYTES = 600
 _MAX_DESCRIPTION_BYTES = 200
 
@@ -38,7 +39,7 @@ Trailers = tuple[tuple[str, str | bytes], ...]
 
 
 class GrpcStatus(NamedTuple):
-    """What the caller gets."""
+    """The status that the caller receives."""
 
     code: grpc.StatusCode
     message: str
@@ -46,7 +47,7 @@ class GrpcStatus(NamedTuple):
 
 
 def to_grpc_status(error: ProxyError) -> GrpcStatus:
-    """The status of an error."""
+    """Return the status for an error."""
     if isinstance(error, InvalidRequestError | UnauthenticatedError | PermissionDeniedError):
         field = error.field if isinstance(error, InvalidRequestError) else None
         return _with_details(_CODES[type(error)], error.message, {field: error.message} if field else {})
@@ -68,51 +69,52 @@ def to_grpc_status(error: ProxyError) -> GrpcStatus:
 
 
 def _pairs_failed_status(failures: Mapping[int, PairError]) -> GrpcStatus:
-    """One status for pairs that may have failed in different ways.
+    """Return one status for pairs that may have failed for different reasons, keyed by their index.
 
-    Refused pairs come first: they are named, and without them the rest may be asked again; then pairs that
-    the model answered with nonsense; then those that it could not be asked for.
+    Rejected pairs come first: the status names them, and the caller can retry the request without them. Next
+    come pairs with an invalid response of the model, then pairs that the model was not available for.
     """
-    refused = {index: error for index, error in failures.items() if isinstance(error, PairRejectedError)}
-    if refused:
-        first = next(iter(refused.values()))
-        same = {index: error for index, error in refused.items() if error.code is first.code}
+    rejected = {index: error for index, error in failures.items() if isinstance(error, PairRejectedError)}
+    if rejected:
+        first = next(iter(rejected.values()))
+        with_same_code = {index: error for index, error in rejected.items() if error.code is first.code}
         violations = {
             f"batch[{index}]{error.field}": error.reason or error.message
-            for index, error in sorted(same.items())
+            for index, error in sorted(with_same_code.items())
         }
         return _with_details(first.code, first.message, violations)
-    nonsense = {
+    invalid = {
         index: error for index, error in failures.items() if isinstance(error, InvalidModelResponseError)
     }
-    if nonsense:
-        index, first_nonsense = next(iter(sorted(nonsense.items())))
-        message = f"batch[{index}]: {first_nonsense.message}"
-        violations = {f"batch[{index}]": error.message for index, error in sorted(nonsense.items())}
+    if invalid:
+        index, first_invalid = next(iter(sorted(invalid.items())))
+        message = f"batch[{index}]: {first_invalid.message}"
+        violations = {f"batch[{index}]": error.message for index, error in sorted(invalid.items())}
         return _with_details(grpc.StatusCode.INTERNAL, message, violations)
-    down = [error for error in failures.values() if isinstance(error, ModelUnavailableError)]
-    retry_after_seconds = max((error.retry_after_seconds for error in down), default=1.0)
-    message = down[0].message if down else "the model cannot be asked"
+    unavailable = [error for error in failures.values() if isinstance(error, ModelUnavailableError)]
+    retry_after_seconds = max((error.retry_after_seconds for error in unavailable), default=1.0)
+    message = unavailable[0].message if unavailable else "the model cannot be asked"
     violations = {f"batch[{index}]": "not answered" for index in sorted(failures)}
     status = _with_details(grpc.StatusCode.UNAVAILABLE, message, violations)
     return status._replace(trailers=status.trailers + _pushback(retry_after_seconds))
 
 
 def _with_details(code: grpc.StatusCode, message: str, violations: Mapping[str, str]) -> GrpcStatus:
+    """Return a status that lists the violations by field, truncated so that it fits the metadata."""
     message = _truncate(message, _MAX_MESSAGE_BYTES)
     if not violations:
         return GrpcStatus(code, message, ())
+    # The message is in the metadata twice: percent-encoded, which may triple it, and within the details.
+    # These are base64, which adds a third. What is left is divided among the violations.
     size_bytes = len(message.encode())
-    sent_bytes = size_bytes if message.isascii() and message.isprintable() else 3 * size_bytes
-    room_bytes = (_MAX_METADATA_BYTES - sent_bytes) * 3 // 4 - size_bytes
-    most_bytes = min(
-        _MAX_DESCRIPTION_BYTES,
-        room_bytes // min(len(violations), _MAX_VIOLATIONS) - _VIOLATION_OVERHEAD_BYTES,
-    )
+    encoded_bytes = size_bytes if message.isascii() and message.isprintable() else 3 * size_bytes
+    available_bytes = (_MAX_METADATA_BYTES - encoded_bytes) * 3 // 4 - size_bytes
+    listed_count = min(len(violations), _MAX_VIOLATIONS)
+    max_bytes = min(_MAX_DESCRIPTION_BYTES, available_bytes // listed_count - _VIOLATION_OVERHEAD_BYTES)
     listed = error_details_pb2.BadRequest(
         field_violations=[
             error_details_pb2.BadRequest.FieldViolation(
-                field=field, description=_truncate(description, most_bytes)
+                field=field, description=_truncate(description, max_bytes)
             )
             for field, description in itertools.islice(violations.items(), _MAX_VIOLATIONS)
         ]
@@ -122,8 +124,8 @@ def _with_details(code: grpc.StatusCode, message: str, violations: Mapping[str, 
     return GrpcStatus(code, message, (("grpc-status-details-bin", status.SerializeToString()),))
 
 
-def _truncate(text: str, most_bytes: int) -> str:
-    return text.encode()[:most_bytes].decode(errors="ignore")
+def _truncate(text: str, max_bytes: int) -> str:
+    return text.encode()[:max_bytes].decode(errors="ignore")
 
 
 def _pushback(seconds: float) -> Trailers:

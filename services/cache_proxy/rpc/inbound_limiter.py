@@ -1,9 +1,10 @@
-"""How much of what callers sent, and do not read, is held at once.
+"""Limit how many bytes of requests and unread responses are held at once.
 
-gRPC bounds one message, not how many are on their way in, worked on, or waiting for a caller that does not
-read them; and a connection cannot be closed from here. So every message is read by the servicer itself, and
-what it brings is counted by connection until its answer is gone. A caller is told to come back before it may
-hold more than its share; one that holds little is let in whatever others hold.
+gRPC limits the size of one message. It does not limit how many messages are arriving, being processed, or
+waiting for a caller that does not read its responses, and a connection cannot be closed from here. The
+servicer therefore reads every message itself, and the limiter counts by connection what a message takes until
+its response was read. A request over the limit is rejected with pushback. A connection that holds little is
+served whatever the others hold.
 """
 
 import asyncio
@@ -12,27 +13,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpc import aio
-
+from services.cache_proxy.auth.caller import Context
 from services.cache_proxy.errors import QueueFullError
 
-_WORKING_BYTES_PER_PAIR = (
-    600  # what the proxy itself makes of a pair while it looks for its level, at most (measured)
-)
+# What the proxy allocates for a pair while it looks for its level, at most (measured).
+_WORKING_BYTES_PER_PAIR = 600
 _CHECK_INTERVAL_SECONDS = 0.25
-_SLOW_AFTER_CHECKS = 3  # more than half a second; a loop that was busy reads what has come between two looks
-_MAX_CHECKS = 240  # a minute: 64 MiB in it are 9 Mbit/s
+# More than half a second. After a long block, the event loop reads what has arrived between two checks.
+_SLOW_AFTER_CHECKS = 3
+# A minute. To send 64 MiB in it takes 9 Mbit/s.
+_MAX_CHECKS = 240
 _MAX_SLOW_READS = 8
 _MAX_SLOW_READS_PER_CONNECTION = 4
 _SMALL_RESPONSE_BYTES = 1024
 _RETRY_AFTER_SECONDS = 1.0
 
-Context = aio.ServicerContext[bytes, bytes]
-
 
 @dataclass(frozen=True, slots=True)
 class InboundLimits:
-    """Bytes held of all connections, of one, and what each may hold whatever others do."""
+    """Limits of the bytes held by all connections, by one, and what each may hold whatever the others do."""
 
     total_bytes: int
     connection_bytes: int
@@ -40,13 +39,13 @@ class InboundLimits:
 
     @classmethod
     def for_max_request(cls, max_request_bytes: int) -> "InboundLimits":
-        """By the largest request: two of them fit a connection with all that is made of them."""
+        """Return limits that let a connection hold two requests of the maximum size during processing."""
         return cls(16 * max_request_bytes, 8 * max_request_bytes, max_request_bytes // 4)
 
 
 @dataclass(slots=True)
 class _Connection:
-    """What one has under way; it is forgotten when that is nothing."""
+    """What a connection holds. Connections that hold nothing are forgotten."""
 
     held_bytes: int = 0
     slow_reads: int = 0
@@ -54,7 +53,7 @@ class _Connection:
 
 @dataclass(slots=True, eq=False)
 class _PendingRead:
-    """A message that has not come yet: how often it was looked for, and why it is not waited for any more."""
+    """A message that has not arrived yet: how often it was checked, and why it was rejected, if it was."""
 
     context: Context
     task: "asyncio.Task[Any] | None"
@@ -65,9 +64,11 @@ class _PendingRead:
 
 @dataclass(slots=True)
 class InboundLimiter:
-    """State: `_connections` by peer and the sums over them; `_reading`, and whether somebody looks after it;
-    event loop only.
-    """  # noqa: D205 - one thought
+    """Reads messages, and counts what each connection holds.
+
+    State, used by the event loop only: `_connections` by peer, and the sums `_held_bytes` and `_slow_reads`
+    over them; `_pending`, the messages that have not arrived; `_is_check_scheduled`.
+    """
 
     limits: InboundLimits
     _connections: dict[str, _Connection] = field(default_factory=dict)
@@ -77,65 +78,78 @@ class InboundLimiter:
     _is_check_scheduled: bool = False
 
     async def read(self, context: Context) -> bytes | None:
-        """The message of an RPC; None if there is none. Raises `QueueFullError`.
+        """Return the message of an RPC, None if the caller sent none.
 
-        Nearly all are there at once. Of those that are not, few may be on their way, and not for long.
+        Nearly all messages have arrived already. Only a few may be arriving slowly, and not for long: raise
+        `QueueFullError` for the others.
         """
-        reading = _PendingRead(context, asyncio.current_task())
-        self._pending.add(reading)
+        pending = _PendingRead(context, asyncio.current_task())
+        self._pending.add(pending)
         if not self._is_check_scheduled:
             self._is_check_scheduled = True
             asyncio.get_running_loop().call_later(_CHECK_INTERVAL_SECONDS, self._check_pending)
         try:
             message: object = await context.read()
         except asyncio.CancelledError:
-            if not reading.rejection or (reading.task and reading.task.uncancel()):
-                raise  # the caller went away
-            raise QueueFullError(reading.rejection, _RETRY_AFTER_SECONDS) from None
+            # Without a rejection, or with a second cancellation, it is the caller that has gone away.
+            if not pending.rejection or (pending.task and pending.task.uncancel()):
+                raise
+            raise QueueFullError(pending.rejection, _RETRY_AFTER_SECONDS) from None
         finally:
-            self._pending.discard(reading)
-            if reading.is_slow:
+            self._pending.discard(pending)
+            if pending.is_slow:
                 self._adjust(context.peer(), slow_reads=-1)
-        return message if isinstance(message, bytes) else None  # else it is `aio.EOF`
+        # Anything else is `aio.EOF`.
+        return message if isinstance(message, bytes) else None
 
     def _check_pending(self) -> None:
+        """Reject messages that take too long to arrive, and check again later if any is left."""
         self._is_check_scheduled = bool(self._pending)
-        for reading in self._pending:
-            reading.checks += 1
-            if reading.checks == _SLOW_AFTER_CHECKS:
-                self._classify_slow(reading)
-            elif reading.checks == _MAX_CHECKS:
-                self._reject(reading, "the request took too long to arrive")
+        for pending in self._pending:
+            pending.checks += 1
+            if pending.checks == _SLOW_AFTER_CHECKS:
+                self._classify_slow(pending)
+            elif pending.checks == _MAX_CHECKS:
+                self._reject(pending, "the request took too long to arrive")
         if self._is_check_scheduled:
             asyncio.get_running_loop().call_later(_CHECK_INTERVAL_SECONDS, self._check_pending)
 
-    def _classify_slow(self, reading: _PendingRead) -> None:
-        peer = reading.context.peer()
+    def _classify_slow(self, pending: _PendingRead) -> None:
+        """Count a message as slow, or reject it if there are too many slow ones."""
+        peer = pending.context.peer()
         known = self._connections.get(peer)
         if self._slow_reads >= _MAX_SLOW_READS or (
             known and known.slow_reads >= _MAX_SLOW_READS_PER_CONNECTION
         ):
-            self._reject(reading, "the request arrives slowly, and too many others do")
+            self._reject(pending, "the request arrives slowly, and too many others do")
         else:
-            reading.is_slow = True
+            pending.is_slow = True
             self._adjust(peer, slow_reads=1)
 
     @staticmethod
-    def _reject(reading: _PendingRead, refusal: str) -> None:
-        reading.rejection = refusal
-        if reading.task is not None:
-            reading.task.cancel()
+    def _reject(pending: _PendingRead, rejection: str) -> None:
+        pending.rejection = rejection
+        if pending.task is not None:
+            pending.task.cancel()
 
     @contextmanager
     def track_request(self, context: Context, size_bytes: int, *, pairs: int) -> Iterator[None]:
-        """Count a request while it is worked on. Raises `QueueFullError`; never for one that is alone."""
-        size, peer = size_bytes + _WORKING_BYTES_PER_PAIR * pairs, context.peer()
+        """Count a request while it is processed.
+
+        Raise `QueueFullError` if it exceeds a limit. While nothing else is held, no request is rejected.
+        """
+        size = size_bytes + _WORKING_BYTES_PER_PAIR * pairs
+        peer = context.peer()
         known = self._connections.get(peer)
-        of_one, of_all = (known.held_bytes if known else 0) + size, self._held_bytes + size
-        if (of_one > max(size, self.limits.connection_bytes)) or (
-            of_all > max(size, self.limits.total_bytes) and of_one > self.limits.guaranteed_bytes
+        connection_bytes = (known.held_bytes if known else 0) + size
+        total_bytes = self._held_bytes + size
+        if (connection_bytes > max(size, self.limits.connection_bytes)) or (
+            total_bytes > max(size, self.limits.total_bytes)
+            and connection_bytes > self.limits.guaranteed_bytes
         ):
-            text = f"{of_one - size} bytes of requests and unread answers are held for this connection"
+            text = (
+                f"{connection_bytes - size} bytes of requests and unread answers are held for this connection"
+            )
             raise QueueFullError(text, _RETRY_AFTER_SECONDS)
         self._adjust(peer, held_bytes=size)
         try:
@@ -144,7 +158,10 @@ class InboundLimiter:
             self._adjust(peer, held_bytes=-size)
 
     def track_response(self, context: Context, size_bytes: int) -> None:
-        """Count an answer until its caller has read it, or is gone. Of small ones, streams are the bound."""
+        """Count a response until its caller has read it or is gone.
+
+        Small responses are not counted: the limit of concurrent streams bounds them.
+        """
         if size_bytes <= _SMALL_RESPONSE_BYTES:
             return
         peer = context.peer()
@@ -154,10 +171,10 @@ class InboundLimiter:
         )
 
     def _adjust(self, peer: str, *, held_bytes: int = 0, slow_reads: int = 0) -> None:
-        one = self._connections.setdefault(peer, _Connection())
-        one.held_bytes += held_bytes
-        one.slow_reads += slow_reads
+        connection = self._connections.setdefault(peer, _Connection())
+        connection.held_bytes += held_bytes
+        connection.slow_reads += slow_reads
         self._held_bytes += held_bytes
         self._slow_reads += slow_reads
-        if not one.held_bytes and not one.slow_reads:
+        if not connection.held_bytes and not connection.slow_reads:
             del self._connections[peer]

@@ -1,7 +1,7 @@
-"""Server reflection, v1 and v1alpha: the public protos and nothing else that the process has loaded.
+"""Server reflection, v1 and v1alpha, for the public protos and no other file that the process has loaded.
 
-`grpcio-reflection` knows v1alpha only. v1 has the same messages in another package, so the servicer of the
-one answers for the other; its descriptor is made from v1alpha's.
+`grpcio-reflection` supports v1alpha only. The messages of v1 are the same in another package, so one servicer
+serves both, and v1's descriptor is derived from v1alpha's.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _METHOD = "ServerReflectionInfo"
 
 
 def add_to(server: Any) -> None:
-    """Serve both on `server`, or on what generated code takes for one."""
+    """Add both versions to `server`, which may be a `BoundedServiceRegistrar`."""
     files = (seniority_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
     pool = DescriptorPool()
     for file in files:
@@ -39,22 +39,22 @@ def add_to(server: Any) -> None:
 
 
 def _file_proto(file: Any) -> descriptor_pb2.FileDescriptorProto:
-    described = descriptor_pb2.FileDescriptorProto()
-    file.CopyToProto(described)
-    return described
+    proto = descriptor_pb2.FileDescriptorProto()
+    file.CopyToProto(proto)
+    return proto
 
 
 def _v1_file_proto() -> descriptor_pb2.FileDescriptorProto:
-    """Return v1alpha's file, renamed: name, package and every reference to a type of its own."""
-    described = _file_proto(reflection_pb2.DESCRIPTOR)
-    described.name = "grpc/reflection/v1/reflection.proto"
-    described.package = _V1
-    for message in described.message_type:
+    """Return v1alpha's file with its name, its package and all references to its types renamed."""
+    proto = _file_proto(reflection_pb2.DESCRIPTOR)
+    proto.name = "grpc/reflection/v1/reflection.proto"
+    proto.package = _V1
+    for message in proto.message_type:
         for field in message.field:
             if field.type_name:
                 field.type_name = field.type_name.replace(_V1ALPHA, _V1)
-    for service in described.service:
+    for service in proto.service:
         for method in service.method:
             method.input_type = method.input_type.replace(_V1ALPHA, _V1)
             method.output_type = method.output_type.replace(_V1ALPHA, _V1)
-    return described
+    return proto

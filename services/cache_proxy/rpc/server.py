@@ -21,27 +21,29 @@ from services.cache_proxy.rpc.unix_socket import UnixSocketLock
 from services.common.grpc_ports import add_ports
 
 _TERMINATION_WAIT_SECONDS = 3600.0
-_INT_MAX = 2**31 - 1  # of a channel argument; as a number of milliseconds, 24 days
+# The largest channel argument. As milliseconds it is 24 days.
+_INT_MAX = 2**31 - 1
 _DISCONNECT_GRACE_SECONDS = 1.0
 _CONNECTION_POLL_SECONDS = 0.1
-_CLOSE_ROUNDS, _CLOSE_INTERVAL_SECONDS = 4, 0.005
+_CLOSE_ROUNDS = 4
+_CLOSE_INTERVAL_SECONDS = 0.005
 _log = logging.getLogger(__name__)
 
 CredentialsFactory = Callable[[], grpc.ServerCredentials]
 
 
 class GrpcService(Protocol):
-    """What answers on the model's interface."""
+    """Implements the model's interface."""
 
     def add_to(self, server: aio.Server) -> None:
-        """Serve on `server`."""
+        """Register the methods on `server`."""
 
 
 class Listeners:
-    """The addresses of `--listen`, with TLS if there are `credentials`, and of `--listen-plaintext`.
+    """The addresses of `--listen`, with TLS if there are `credentials`, and those of `--listen-plaintext`.
 
-    State: `addresses`, those that the server really has, in this order; `connections` to them. `_paths` of
-    Unix sockets are held for as long as this is.
+    State: `addresses`, in the same order, with the ports that the server really has; `connections` to them;
+    `_socket_locks`, which keep the paths of Unix sockets for as long as this object lives.
     """
 
     def __init__(self, settings: ServerSettings, credentials: CredentialsFactory | None) -> None:
@@ -59,27 +61,37 @@ class Listeners:
         self.connections = ServerConnections()
 
     def add_to(self, server: aio.Server) -> None:
-        """Have `server` listen; again on the same ports if there was one before. Raises CommandError."""
+        """Make `server` listen, on the ports of the previous server if there was one.
+
+        Raise CommandError if an address cannot be bound.
+        """
         addresses = self.addresses or [address for _, address, _ in self._configured]
         with self.connections.track_listeners():
             self.addresses = [
                 add_ports(
-                    server, address, flag_name=flag_name, credentials=credentials, mode=self._unix_socket_mode
+                    server,
+                    address,
+                    flag_name=flag_name,
+                    credentials=credentials,
+                    mode=self._unix_socket_mode,
                 )
                 for (flag_name, _, credentials), address in zip(self._configured, addresses, strict=True)
             ]
 
 
 class GrpcServer:
-    """A server that is bound but not yet started, and its health.
+    """A server that is bound but not started, and its health.
 
-    gRPC's own loop may end by a defect (see `known_methods.py`). The server is then made again in place.
+    gRPC's accept loop can end because of a defect (see `unknown_methods.py`). A new server then replaces it
+    on the same addresses.
 
-    State: `_server`, replaced then; `_is_closing`, set once it is to end.
+    State: `_server`, which a restart replaces; `_is_closing`, set once the server is to end.
     """
 
-    def __init__(self, make: Callable[[], aio.Server], *, listeners: Listeners, health: Health) -> None:
-        self._make = make
+    def __init__(
+        self, make_server: Callable[[], aio.Server], *, listeners: Listeners, health: Health
+    ) -> None:
+        self._make_server = make_server
         self._listeners = listeners
         self.health = health
         self._is_closing = False
@@ -87,28 +99,32 @@ class GrpcServer:
 
     @property
     def addresses(self) -> list[str]:
-        """Those that it really has."""
+        """Return the addresses that the server listens on, with their real ports."""
         return self._listeners.addresses
 
     async def start(self) -> None:
-        """Begin to answer, as NOT_SERVING."""
+        """Begin to serve, with the health status NOT_SERVING."""
         for name in ("", SERVICE_NAME):
             await self.health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.start()
 
     async def set_serving(self) -> None:
-        """Report SERVING from now on."""
+        """Change the health status to SERVING."""
         for name in ("", SERVICE_NAME):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def run(self) -> None:
-        """Return when it was closed. Raises CommandError if it ended by itself and its address is gone."""
+        """Return when the server was closed, and restart it if it ends before.
+
+        Raise CommandError if it cannot be restarted because its address is taken.
+        """
         while True:
             try:
                 # Without a timeout, a cancellation here would also cancel what `stop` waits for.
                 while await self._server.wait_for_termination(_TERMINATION_WAIT_SECONDS):
                     pass
-            except Exception as error:  # noqa: BLE001 - whatever gRPC's loop ended of
+            # Any exception may have ended gRPC's loop.
+            except Exception as error:  # noqa: BLE001
                 if not self._is_closing:
                     _log.error(
                         "the gRPC server ended by itself and is started again: %s", type(error).__name__
@@ -118,15 +134,20 @@ class GrpcServer:
             return
 
     async def close_gracefully(self) -> None:
-        """Close it once every caller has left, or after a second. The service refuses RPCs meanwhile."""
+        """Close the server once every caller has disconnected, or after a second.
+
+        The servicer must refuse RPCs meanwhile.
+        """
+        connections = self._listeners.connections
         with suppress(TimeoutError):
             async with asyncio.timeout(_DISCONNECT_GRACE_SECONDS):
-                while await asyncio.to_thread(self._listeners.connections.count):  # noqa: ASYNC110 - no event says it
+                # No event reports the end of a connection.
+                while await asyncio.to_thread(connections.count):  # noqa: ASYNC110
                     await asyncio.sleep(_CONNECTION_POLL_SECONDS)
         await self.close()
 
     async def close(self) -> None:
-        """Close it at once: RPCs under way end as UNAVAILABLE, because their connection is closed."""
+        """Close the server at once. RPCs in progress end with UNAVAILABLE, as their connection is closed."""
         self._is_closing = True
         await self._terminate()
 
@@ -138,7 +159,8 @@ class GrpcServer:
     async def _terminate(self) -> None:
         connections = self._listeners.connections
         connections.stop_accepting()
-        # What the kernel had accepted by then becomes a connection of the server's only now.
+        # A connection that the kernel had already accepted becomes one of the server's only now, so that one
+        # round is not enough.
         for _ in range(_CLOSE_ROUNDS):
             connections.close_all()
             await asyncio.sleep(_CLOSE_INTERVAL_SECONDS)
@@ -146,7 +168,7 @@ class GrpcServer:
         await self._server.stop(0)
 
     def _bind_new_server(self) -> aio.Server:
-        server = self._make()
+        server = self._make_server()
         self._listeners.add_to(server)
         return server
 
@@ -154,33 +176,34 @@ class GrpcServer:
 def bind_server(
     settings: ServerSettings, service: GrpcService, *, credentials: CredentialsFactory | None = None
 ) -> GrpcServer:
-    """Bind every address. Raises CommandError naming the address that cannot be had, and why."""
-    options = _channel_args(settings)
+    """Bind every address. Raise CommandError that names an address that cannot be bound, and the reason."""
+    args = _channel_args(settings)
     health = Health()
-    intake = InboundLimiter(InboundLimits.for_max_request(settings.max_request_bytes))
+    limiter = InboundLimiter(InboundLimits.for_max_request(settings.max_request_bytes))
 
-    def make() -> aio.Server:
-        server = unknown_methods.create_server(options)
+    def make_server() -> aio.Server:
+        server = unknown_methods.create_server(args)
         service.add_to(server)
-        open_services: Any = BoundedServiceRegistrar(server, intake)
-        health_pb2_grpc.add_HealthServicer_to_server(health, open_services)
-        reflection.add_to(open_services)
+        registrar: Any = BoundedServiceRegistrar(server, limiter)
+        health_pb2_grpc.add_HealthServicer_to_server(health, registrar)
+        reflection.add_to(registrar)
         return server
 
-    return GrpcServer(make, listeners=Listeners(settings, credentials), health=health)
+    return GrpcServer(make_server, listeners=Listeners(settings, credentials), health=health)
 
 
 def _channel_args(settings: ServerSettings) -> list[tuple[str, int]]:
     age_ms = _to_milliseconds(settings.max_connection_age_seconds)
-    listeners = len(settings.listen) + len(settings.listen_plaintext)
+    listener_count = len(settings.listen) + len(settings.listen_plaintext)
     return [
-        ("grpc.so_reuseport", 0),  # a second proxy on the port is a mistake, not a helper
+        # A second proxy on the same port is a mistake, and must not share its connections.
+        ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", min(settings.max_request_bytes, _INT_MAX)),
         ("grpc.max_send_message_length", -1),
         *((("grpc.max_connection_age_ms", age_ms),) if age_ms else ()),
-        # No shorter than the longest RPC: a connection that is of age still answers what it was asked.
+        # As long as the longest RPC, so that a connection that reaches its age still completes its RPCs.
         ("grpc.max_connection_age_grace_ms", _to_milliseconds(settings.max_wait_seconds)),
-        *channel_args.server_args(listener_count=listeners),
+        *channel_args.server_args(listener_count=listener_count),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The RPC: from the wire to the resolver and back, each pair counted once."""
+"""The InferSeniority RPC: parse the request, resolve its pairs, return levels, count each pair once."""
 
 import asyncio
 import logging
@@ -41,18 +41,18 @@ SplitRequest = list[bytes] | InvalidRequestError
 
 
 class RpcRecorder(Protocol):
-    """Where RPCs that ended are counted: see `RpcMetrics`."""
+    """Records finished RPCs, as `RpcMetrics` does."""
 
     def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
-        """Count one, and its pairs by outcome."""
+        """Count one RPC, and its pairs by outcome."""
 
     def count_quota_rejection(self, *, account: str, quota: str) -> None:
-        """Count one that was refused for a quota."""
+        """Count one RPC that was rejected because of a quota."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestLimits:
-    """What one request may hold, and how long a caller without a deadline waits."""
+    """Limits of one request, and how long a caller without a deadline waits."""
 
     max_pairs: int
     max_field_bytes: int
@@ -60,9 +60,10 @@ class RequestLimits:
 
 
 class SeniorityServicer:
-    """Answers as the model would. The only place where errors become statuses.
+    """Implements the model's interface. It alone converts errors to gRPC statuses.
 
-    State: `_draining`, `_in_flight`, and `_idle`, set when it is 0 while draining.
+    State: `_draining`; `_in_flight`, the number of RPCs that are being processed; `_idle`, set when that
+    number reaches 0 while draining.
     """
 
     def __init__(
@@ -86,34 +87,37 @@ class SeniorityServicer:
         self._idle = asyncio.Event()
 
     async def drain(self) -> None:
-        """Take no more requests: each is refused with a status. Returns when none is in flight."""
+        """Reject every further request with a status. Return when none is in progress."""
         self._draining = True
         if self._in_flight:
             await self._idle.wait()
 
     def add_to(self, server: aio.Server) -> None:
-        """Serve on `server`."""
+        """Register the method on `server`."""
         register_infer(server, self.infer)
 
     async def infer(self, _messages: object, context: Context) -> bytes:
-        """Answer a batch in its order, with its uuids."""
+        """Return the levels of a batch, in its order and with its uuids."""
         caller: Caller | InvalidRequestError
-        answer = None
+        response = None
         try:
             caller = self._authenticate(context)
-        except AccessDeniedError as error:  # before anything is read of theirs
+        except AccessDeniedError as error:
+            # Nothing of the request was read yet.
             await self._reject(error, context)
-        except InvalidRequestError as error:  # which counts with its pairs
+        except InvalidRequestError as error:
+            # The request is read all the same, so that its pairs can be counted as failed.
             caller = error
         message = await self._read_message(context)
         if isinstance(caller, Caller) and not self._draining:
-            answer = self._answer_single(message, caller, context)
-        if answer is not None:
-            return answer
+            response = self._answer_single(message, caller, context)
+        if response is not None:
+            return response
         self._in_flight += 1
         try:
             request, size_bytes = batches.split(message, max_pairs=self._limits.max_pairs), len(message)
-            del message  # it may be large, and all that matters of it is in the request
+            # The message may be large, and the request has all that is needed of it.
+            del message
             return await self._handle(request, size_bytes, caller, context)
         finally:
             self._in_flight -= 1
@@ -121,10 +125,13 @@ class SeniorityServicer:
                 self._idle.set()
 
     def _answer_single(self, message: bytes, caller: Caller, context: Context) -> bytes | None:
-        """The answer to one pair that L1 knows, with the other way's bookkeeping in its fewest steps."""
+        """Return the response to a request of one pair that L1 knows, None for any other.
+
+        It records the same as `_handle`, in as few steps as possible.
+        """
         started_at = time.perf_counter()
-        answer = self._resolver.answer_one(message)
-        if answer is not None:
+        response = self._resolver.answer_one(message)
+        if response is not None:
             context.set_trailing_metadata(_SINGLE_HIT_TRAILERS)
             self._recorder.count(
                 code="OK",
@@ -132,7 +139,7 @@ class SeniorityServicer:
                 caller=caller.name,
                 outcomes=_SINGLE_L1_OUTCOME,
             )
-        return answer
+        return response
 
     async def _read_message(self, context: Context) -> bytes:
         try:
@@ -144,44 +151,53 @@ class SeniorityServicer:
         return message
 
     async def _reject(self, error: AccessDeniedError | QueueFullError, context: Context) -> NoReturn:
+        """End an RPC whose request was not read, so that it has no pairs to count."""
         status = to_grpc_status(error)
         self._recorder.count(code=status.code.name, seconds=0.0, caller=ANONYMOUS, outcomes={})
         await _abort(context, status)
 
     async def _handle(
-        self, request: SplitRequest, size_bytes: int, caller: Caller | InvalidRequestError, context: Context
+        self,
+        request: SplitRequest,
+        size_bytes: int,
+        caller: Caller | InvalidRequestError,
+        context: Context,
     ) -> bytes:
-        answers = ResolveResult(0 if isinstance(request, InvalidRequestError) else len(request))
-        code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
+        """Resolve a request and record it. Errors end the RPC with their status."""
+        result = ResolveResult(0 if isinstance(request, InvalidRequestError) else len(request))
+        # The code that is recorded if the RPC is cancelled.
+        code = grpc.StatusCode.CANCELLED
         failure: GrpcStatus | None = None
         response = b""
         started_at = time.perf_counter()
         try:
-            with self._limiter.track_request(context, size_bytes, pairs=answers.size):
-                response = await self._resolve(request, caller, context, answers)
+            with self._limiter.track_request(context, size_bytes, pairs=result.size):
+                response = await self._resolve(request, caller, context, result)
             code = grpc.StatusCode.OK
         except ProxyError as error:
             failure = to_grpc_status(error)
             code = failure.code
             if isinstance(error, QuotaExceededError):
                 self._recorder.count_quota_rejection(account=error.account, quota=error.quota)
-        except Exception:  # noqa: BLE001 - a defect costs this request a clear status, and no other anything
+        # An unexpected exception fails this request with a clear status, and no other request.
+        except Exception:  # noqa: BLE001
             _log.exception("a request failed unexpectedly")
             failure = GrpcStatus(grpc.StatusCode.INTERNAL, "the proxy failed", ())
             code = failure.code
-        finally:  # before the answer is on its way: who has it may look at the metrics
+        finally:
+            # Recorded before the response is sent: a caller that has its response may read the metrics.
             self._recorder.count(
                 code=code.name,
                 seconds=time.perf_counter() - started_at,
                 caller=_caller_name(caller),
-                outcomes=answers.outcome_counts(),
+                outcomes=result.outcome_counts(),
             )
         if failure is not None:
             await _abort(context, failure)
         self._limiter.track_response(context, len(response))
-        hits = answers.hits
+        hits = result.hits
         context.set_trailing_metadata(
-            (("x-cache-hits", str(hits)), ("x-cache-misses", str(answers.size - hits)))
+            (("x-cache-hits", str(hits)), ("x-cache-misses", str(result.size - hits)))
         )
         return response
 
@@ -190,23 +206,25 @@ class SeniorityServicer:
         request: SplitRequest,
         caller: Caller | InvalidRequestError,
         context: Context,
-        answers: ResolveResult,
+        result: ResolveResult,
     ) -> bytes:
+        """Return the response, and record the outcome of each pair in `result`. Raise `ProxyError`."""
         if isinstance(caller, InvalidRequestError):
             raise caller
         items = self._validate(request)
-        replies, missing = await self._resolver.answer_known(items)
+        answers, missing = await self._resolver.answer_known(items)
         if missing:
-            pairs = await request_parser.parse(items, missing, max_field_bytes=self._limits.max_field_bytes)
-            answers.record("l1", len(items) - len(missing))  # of a request that is refused, all failed
-            await self._resolver.resolve(pairs, self._request_context(caller, context), answers)
-            columns = zip(pairs.positions, pairs.items, pairs.key_offsets, answers.levels, strict=True)
-            async for some in iter_chunks(range(len(pairs)), _RESPONSE_CHUNK_PAIRS):
-                for position, item, start, level in islice(columns, len(some)):
-                    replies[position] = item[:start] + batches.LEVEL_SUFFIXES[level]
+            columns = await request_parser.parse(items, missing, max_field_bytes=self._limits.max_field_bytes)
+            # Recorded only now: in a request that is rejected, every pair counts as failed.
+            result.record("l1", len(items) - len(missing))
+            await self._resolver.resolve(columns, self._request_context(caller, context), result)
+            rows = zip(columns.positions, columns.items, columns.key_offsets, result.levels, strict=True)
+            async for chunk in iter_chunks(range(len(columns)), _RESPONSE_CHUNK_PAIRS):
+                for position, item, offset, level in islice(rows, len(chunk)):
+                    answers[position] = item[:offset] + batches.LEVEL_SUFFIXES[level]
         else:
-            answers.record("l1", len(items))
-        return batches.join(replies)
+            result.record("l1", len(items))
+        return batches.join(answers)
 
     def _validate(self, request: SplitRequest) -> Sequence[bytes]:
         if self._draining:
@@ -218,8 +236,8 @@ class SeniorityServicer:
         return request
 
     def _request_context(self, caller: Caller, context: Context) -> RequestContext:
-        left = context.time_remaining()
-        wait_seconds = self._limits.max_wait_seconds if left is None else left
+        remaining = context.time_remaining()
+        wait_seconds = self._limits.max_wait_seconds if remaining is None else remaining
         deadline = asyncio.get_running_loop().time() + wait_seconds
         return RequestContext(
             caller.name,
@@ -231,9 +249,10 @@ class SeniorityServicer:
 
 
 def register_infer(server: aio.Server, infer: Callable[[object, Context], Awaitable[bytes]]) -> None:
-    """Have `infer` answer on `server`: as the generated code would, but from bytes to bytes.
+    """Register `infer` as the handler of InferSeniority, like generated code does but from bytes to bytes.
 
-    As to a stream of requests, which is the same on the wire, so that `Intake` decides what is read.
+    It is registered with a stream of requests, which looks the same on the wire. `InboundLimiter` then
+    decides what is read.
     """
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(infer)
     server.add_registered_method_handlers(SERVICE_NAME, {"InferSeniority": handler})
@@ -245,4 +264,5 @@ def _caller_name(caller: Caller | InvalidRequestError) -> str:
 
 async def _abort(context: Context, status: GrpcStatus) -> NoReturn:
     await context.abort(status.code, status.message, trailing_metadata=status.trailers)
-    raise AssertionError  # abort never returns
+    # gRPC's abort always raises.
+    raise AssertionError

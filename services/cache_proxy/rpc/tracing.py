@@ -1,4 +1,4 @@
-"""The RPC as it is told: a span of its own, and a line in the log. Built only where one of them is wanted."""
+"""Record each RPC in a span and in a debug log line. Used only where tracing or the debug log is on."""
 
 import logging
 from collections.abc import Mapping
@@ -8,25 +8,26 @@ from grpc import aio
 from services.cache_proxy.auth.caller import Context
 from services.cache_proxy.observability.rpc_metrics import outcome_kind
 from services.cache_proxy.rpc.servicer import RpcRecorder, SeniorityServicer, register_infer
+from services.common.compat import override
 from services.common.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
 
-class TracingRecorder:
-    """Books that also note in the RPC's span what they count, and tell it at debug, a line an RPC."""
+class TracingRecorder(RpcRecorder):
+    """A recorder that also sets the attributes of the RPC's span, and logs a line for each RPC at debug."""
 
-    def __init__(self, books: RpcRecorder, *, tracing: Tracing, replica: str) -> None:
-        self._recorder = books
+    def __init__(self, recorder: RpcRecorder, *, tracing: Tracing, replica: str) -> None:
+        self._recorder = recorder
         self._tracing = tracing
         self._replica = replica
 
+    @override
     def count_quota_rejection(self, *, account: str, quota: str) -> None:
-        """See `RpcBooks`."""
         self._recorder.count_quota_rejection(account=account, quota=quota)
 
+    @override
     def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
-        """See `RpcBooks.count`."""
         self._recorder.count(code=code, seconds=seconds, caller=caller, outcomes=outcomes)
         hits, misses, failed = (
             sum(count for outcome, count in outcomes.items() if outcome_kind(outcome) == kind)
@@ -62,14 +63,14 @@ class TracingRecorder:
 
 
 class TracedServicer:
-    """A service each of whose RPCs is a span, in the caller's trace if the caller says which."""
+    """A servicer each of whose RPCs is a span, in the caller's trace if the metadata names one."""
 
-    def __init__(self, service: SeniorityServicer, *, tracing: Tracing) -> None:
-        self._servicer = service
+    def __init__(self, servicer: SeniorityServicer, *, tracing: Tracing) -> None:
+        self._servicer = servicer
         self._tracing = tracing
 
     def add_to(self, server: aio.Server) -> None:
-        """Serve on `server`."""
+        """Register the method on `server`."""
         register_infer(server, self._infer)
 
     async def _infer(self, messages: object, context: Context) -> bytes:

@@ -1,4 +1,4 @@
-"""A Unix socket's path is one process's alone, for as long as that lives."""
+"""Keep the path of a Unix socket for one process, for as long as that process lives."""
 
 import fcntl
 import os
@@ -13,13 +13,15 @@ _PROBE_TIMEOUT_SECONDS = 1.0
 
 
 class UnixSocketLock:
-    """A path that nobody else listens on. gRPC removes whatever socket it finds there, in use or not.
+    """Exclusive use of a path. Without it, gRPC removes any socket that it finds there, in use or not.
 
-    `lock` is the descriptor of a lock on a file beside it. It ends with the process, however that ends: so of
-    two that start at once one is refused, and what a dead one left is taken over. Raises CommandError.
+    The lock is on a file beside the socket, with the descriptor `lock_fd`. It ends with the process, however
+    that ends. So of two proxies that start at once one is refused, and the socket of a dead process is taken
+    over.
     """
 
     def __init__(self, address: str, *, flag_name: str = "--listen") -> None:
+        """Lock the path, and check that nothing uses it. Raise CommandError otherwise."""
         self._address = address
         self._flag_name = flag_name
         path = address.removeprefix("unix:")
@@ -33,18 +35,18 @@ class UnixSocketLock:
 
     def _acquire_lock(self, path: str) -> int:
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise self._error(path + f": {error.strerror}") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(lock)
+            os.close(lock_fd)
             raise self._error("another proxy listens there already") from error
-        return lock
+        return lock_fd
 
     def _check_unused(self, path: str) -> None:
-        """Who else listens there: not all that do know of the lock."""
+        """Raise if a program listens on the path that does not use the lock, or if it is not a socket."""
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(Path(path).lstat().st_mode):
                 raise self._error("what is there is no socket")
@@ -54,11 +56,12 @@ class UnixSocketLock:
                 probe.connect(path)
             except (FileNotFoundError, ConnectionRefusedError):
                 return
-            except TimeoutError:  # it listens, and does not get to it
+            except TimeoutError:
+                # The other program listens, but is too busy to accept.
                 pass
             except OSError as error:
                 raise self._error(error.strerror or str(error)) from error
         raise self._error("somebody listens there already")
 
-    def _error(self, why: str) -> CommandError:
-        return CommandError(f"{self._flag_name} {self._address}: {why}")
+    def _error(self, reason: str) -> CommandError:
+        return CommandError(f"{self._flag_name} {self._address}: {reason}")

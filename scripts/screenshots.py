@@ -19,7 +19,7 @@ from PIL import Image
 from playwright.async_api import async_playwright
 
 from protos import seniority_pb2, seniority_pb2_grpc
-from services.cache_proxy.queue.queue_scripts import QueueKeys
+from services.cache_proxy.redis_keys import QueueKeys
 from services.cache_proxy.status.rolling_window import (
     INTERVAL_SECONDS,
     MINUTE_SECONDS,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from services.cache_proxy.cache import cache_scripts
-from services.cache_proxy.cache.buckets import FIELD_BYTES, TAGS, TagState, tag_for_digest, tag_state_key
+from services.cache_proxy.cache.buckets import FIELD_BYTES, TAGS, TagState, tag_for_digest
 from services.cache_proxy.cache.cache_scripts import ADD_TOMBSTONES
 from services.cache_proxy.cache.entry import FreshnessPolicy, entry_day, entry_level, pack_entry, today
 from services.cache_proxy.cache.invalidation import InvalidationLog
@@ -31,6 +31,7 @@ from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import RedisBackend, ScriptCall
 from services.cache_proxy.redis_client.client_factory import backend_for, create_client
+from services.cache_proxy.redis_keys import tag_state_key
 from tests.support.redis_server import RedisServer, redis_process
 
 _prefixes = (f"store{number}" for number in itertools.count())

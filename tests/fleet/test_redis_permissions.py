@@ -12,11 +12,11 @@ import pytest
 import redis
 
 from services.cache_proxy.errors import ModelUnavailableError, StoreAccessDeniedError, StoreError
-from services.cache_proxy.queue.queue_scripts import QueueKeys
 from services.cache_proxy.redis_client.access_check import AccessCheck
 from services.cache_proxy.redis_client.backend import is_access_denied
 from services.cache_proxy.redis_client.client_factory import RedisCredentials, backend_for, create_client
 from services.cache_proxy.redis_client.node import QueueNode
+from services.cache_proxy.redis_keys import QueueKeys
 from services.model_stub.levels import infer_level
 from tests.support.caller import open_caller, read_metrics
 from tests.support.fleet import Fleet

@@ -12,13 +12,13 @@ import redis.asyncio
 from prometheus_client import CollectorRegistry
 from redis.crc import key_slot
 
-from services.cache_proxy.cache.namespace import base_key
+from services.cache_proxy.cache.namespace import cache_keys
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.config.settings import KeySettings
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.queue_scripts import QueueKeys
 from services.cache_proxy.queue.serialization import unpack
 from services.cache_proxy.redis_client.client_factory import backend_for, create_client
+from services.cache_proxy.redis_keys import QueueKeys
 from tests.fleet.scenarios import load_callers, send_same_pairs
 from tests.fleet.test_faults import BATCH_PAIRS, CALLS_PER_SECOND, FLAGS, SEEN_LATE_SECONDS, load
 from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
@@ -166,7 +166,7 @@ async def test_what_a_cluster_publishes_it_has_kept_already(on_cluster: ProxyGro
     heard: list[bytes] = []
     missing: list[bytes] = []
     reached = backend_for(create_client(cluster.url, timeout_seconds=5))
-    base = base_key(KeySettings(key_prefix=on_cluster.key_prefix))
+    base = cache_keys(KeySettings(key_prefix=on_cluster.key_prefix)).base
     store = RedisStore(reached, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))
     await store.get([bytes(16)])  # connects
     async with (

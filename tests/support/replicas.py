@@ -21,13 +21,14 @@ from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.interface import Claim, EnqueueResult, QueueLimits, RequestContext
 from services.cache_proxy.queue.local.call_limiter import RateLimiter
 from services.cache_proxy.queue.local.local_queue import LocalQueue
-from services.cache_proxy.queue.queue_scripts import QueueKeys, Scripts
+from services.cache_proxy.queue.queue_scripts import Scripts
 from services.cache_proxy.queue.quotas import QuotaProvider, no_quotas
 from services.cache_proxy.queue.redis_queue import RedisQueue
 from services.cache_proxy.queue.replica_session import ReplicaSession
 from services.cache_proxy.queue.time_slots import TimeSlotLimiter
 from services.cache_proxy.queue.waiters import Waiter, WaiterRegistry
 from services.cache_proxy.redis_client.node import QueueNode
+from services.cache_proxy.redis_keys import QueueKeys
 from tests.support.redis_server import wait_for
 
 TIMEOUT_SECONDS = 60.0

@@ -3,17 +3,13 @@
 from dataclasses import dataclass
 
 from services.cache_proxy.cache.entry import pack_entry
+from services.cache_proxy.redis_keys import bucket_key
 from services.common.levels import LEVEL_COUNT
 
 COLUMNS = 4
 TAGS = 64
 FIELD_BYTES = slice(1, 12)  # of a digest
 MIN_VALUE = -4096
-
-
-def tag_state_key(base: str, tag: int) -> str:
-    """The key of a tag's state; the tag is also its hash tag on a Cluster."""
-    return f"{base}{{{tag:02x}}}"
 
 
 def tag_for_digest(digest: bytes) -> int:
@@ -35,7 +31,8 @@ class TagState:
         h = int.from_bytes(digest[1:4], "big") / 2**24
         place = (1 + h * (0.6565 + 0.3435 * h)) * (1 << first.bit_length() - 1)
         number = int(place) if int(place) >= first else int(place * 2)
-        return f"{tag_state_key(base, tag_for_digest(digest))}{self.generation}:{number * COLUMNS + column:x}"
+        tag = tag_for_digest(digest)
+        return bucket_key(base, tag, generation=self.generation, number=number * COLUMNS + column)
 
 
 def entry_from_value(value: bytes | None, *, today: int) -> int | None:

@@ -1,23 +1,10 @@
-"""The store's Lua scripts: each one decision, behind a prelude that they share."""
+"""The Lua scripts of the store; each makes one decision."""
 
-import hashlib
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from services.cache_proxy.redis_client.lua_script import Script
+
 _FOLDER = Path(__file__).parent / "lua"
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """A script's text, and the name by which Redis knows it once it has run."""
-
-    text: str
-    sha: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Name it."""
-        sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-        object.__setattr__(self, "sha", sha)
 
 
 def _load_script(*names: str) -> Script:
@@ -32,4 +19,3 @@ SWEEP = _load_script("layout", "bucket_writes", "sweep")
 INSPECT = _load_script("layout", "inspect")
 ADD_TOMBSTONES = _load_script("add_tombstones")
 TOMBSTONE_AGES = _load_script("tombstone_ages")
-CHECK_ACCESS = _load_script("check_access")

@@ -27,6 +27,7 @@ from services.cache_proxy.redis_client.backend import (
     is_wrong_type,
     run_replacing_wrong_type,
 )
+from services.cache_proxy.redis_keys import tombstones_key
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class InvalidationLog:
         By their tombstones, which stand before anything is forgotten; an entry of the log comes last.
         """
         found = []
-        tombs = f"{self.key.removesuffix('log')}tombs"
+        tombs = tombstones_key(self.key)
         for start in range(0, len(digests), _MAX_READ_ENTRIES):
             some = digests[start : start + _MAX_READ_ENTRIES]
             [ages_ms] = await self.backend.run_script(TOMBSTONE_AGES, [ScriptCall(tombs, [b"".join(some)])])

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 from services.cache_proxy.cache.key import NORMAL_FORM_VERSION, secret_fingerprint
 from services.cache_proxy.config.settings import NORMAL_FORMS, KeySettings, read_secret
-from services.cache_proxy.queue.queue_scripts import QueueKeys
 from services.cache_proxy.redis_client.backend import RedisBackend, run_replacing_wrong_type
 from services.cache_proxy.redis_client.values import read_integer
+from services.cache_proxy.redis_keys import CacheKeys, QueueKeys
 from services.common.errors import UsageError
 
 _log = logging.getLogger(__name__)
 
-_LAYOUT_VERSION = "c2"
 _MAX_NORMAL_FORM_VERSION = 1_000_000
 _FINGERPRINT_PATTERN = re.compile(r"none|[0-9a-f]{1,64}")
 _DAMAGED_MESSAGE = (
@@ -37,19 +36,14 @@ class KeySchema:
         return f"{self.normalize} {self.normal_form_version} {self.secret_fingerprint}"
 
 
-def base_key(key_settings: KeySettings) -> str:
-    """What every key of a namespace in the store begins with."""
-    return f"{key_settings.key_prefix}:{_LAYOUT_VERSION}:{key_settings.namespace}:"
+def cache_keys(key_settings: KeySettings) -> CacheKeys:
+    """Return the keys of the answer cache that these settings name."""
+    return CacheKeys(prefix=key_settings.key_prefix, namespace=key_settings.namespace)
 
 
-def invalidation_log_key(key_settings: KeySettings) -> str:
-    """Where the log of invalidations is: beside the miss queue, whose heartbeats tell of it."""
-    return QueueKeys(prefix=key_settings.key_prefix, namespace=key_settings.namespace).log
-
-
-def warm_checkpoints_key(key_settings: KeySettings) -> str:
-    """Where `warm` notes how far it came: a hash, file -> lines."""
-    return f"{base_key(key_settings)}warm"
+def queue_keys(key_settings: KeySettings) -> QueueKeys:
+    """Return the keys of the shared queue and of the invalidations beside it that these settings name."""
+    return QueueKeys(prefix=key_settings.key_prefix, namespace=key_settings.namespace)
 
 
 def key_schema(key_settings: KeySettings) -> KeySchema:
@@ -62,7 +56,7 @@ async def register(
     backend: RedisBackend, key_settings: KeySettings, schema: KeySchema | None = None
 ) -> KeySchema | None:
     """Leave the note; the newest start's is what counts. What it was before, if that differs."""
-    made = _schemas_key(key_settings)
+    made = cache_keys(key_settings).schemas
     schema = schema or key_schema(key_settings)
     before = await run_replacing_wrong_type(backend, made, "HGET", made, key_settings.model_version)
     if before is not None and before.decode("utf-8", "replace") == str(schema):
@@ -78,13 +72,13 @@ async def register(
 
 async def ensure_registered(backend: RedisBackend, key_settings: KeySettings, schema: KeySchema) -> None:
     """Leave the note if there is none any more: after a flush, commands still find the deployment."""
-    made = _schemas_key(key_settings)
+    made = cache_keys(key_settings).schemas
     await run_replacing_wrong_type(backend, made, "HSETNX", made, key_settings.model_version, str(schema))
 
 
 async def verify(backend: RedisBackend, key_settings: KeySettings, *, allow_new: bool = False) -> None:
     """Raises UsageError when the deployment's proxies make their keys in another way than these settings."""
-    made = _schemas_key(key_settings)
+    made = cache_keys(key_settings).schemas
     stored = await run_replacing_wrong_type(backend, made, "HGET", made, key_settings.model_version)
     if stored is None:
         if allow_new:
@@ -109,10 +103,6 @@ async def verify(backend: RedisBackend, key_settings: KeySettings, *, allow_new:
         raise UsageError(message)
     if theirs.secret_fingerprint != mine.secret_fingerprint:
         raise UsageError("--key-secret-file: this deployment's keys are made with another secret")
-
-
-def _schemas_key(key_settings: KeySettings) -> str:
-    return f"{key_settings.key_prefix}:made"
 
 
 def _parse_schema(stored: bytes) -> KeySchema | None:

@@ -19,14 +19,15 @@ from services.cache_proxy.cache.buckets import (
     TagState,
     entry_from_value,
     tag_for_digest,
-    tag_state_key,
 )
-from services.cache_proxy.cache.cache_scripts import CLEAR, DELETE, GET, INSPECT, PUT, SWEEP, Script
+from services.cache_proxy.cache.cache_scripts import CLEAR, DELETE, GET, INSPECT, PUT, SWEEP
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import RedisBackend, ScriptCall, SlotMovingError
+from services.cache_proxy.redis_client.lua_script import Script
 from services.cache_proxy.redis_client.values import read_integer
+from services.cache_proxy.redis_keys import tag_state_key
 
 _log = logging.getLogger(__name__)
 

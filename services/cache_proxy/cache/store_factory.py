@@ -17,7 +17,7 @@ from services.cache_proxy.cache.embedded import EmbeddedServer
 from services.cache_proxy.cache.entry import FreshnessPolicy
 from services.cache_proxy.cache.invalidation import InvalidationLog
 from services.cache_proxy.cache.memory_store import MemoryStore
-from services.cache_proxy.cache.namespace import base_key, invalidation_log_key
+from services.cache_proxy.cache.namespace import cache_keys, queue_keys
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.cache.store import AnswerStore
 from services.cache_proxy.cache.store_clock import StoreClock
@@ -74,15 +74,15 @@ async def open_store(
         reached = backend_for(client)
         clock = StoreClock()
         metrics.clock_difference_seconds.set_function(clock.difference_seconds)
-        current = RedisStore(reached, base_key=base_key(key_settings), metrics=metrics, clock=clock)
+        current = RedisStore(reached, base_key=cache_keys(key_settings).base, metrics=metrics, clock=clock)
         store: AnswerStore = current
-        logs = [InvalidationLog(reached, invalidation_log_key(key_settings))]
+        logs = [InvalidationLog(reached, queue_keys(key_settings).invalidation_log)]
         if answers.previous_model_version is not None:
             previous = dataclasses.replace(key_settings, model_version=answers.previous_model_version)
             store = VersionedStore(
-                current, RedisStore(reached, base_key=base_key(previous), metrics=metrics, clock=clock)
+                current, RedisStore(reached, base_key=cache_keys(previous).base, metrics=metrics, clock=clock)
             )
-            logs.append(InvalidationLog(reached, invalidation_log_key(previous)))
+            logs.append(InvalidationLog(reached, queue_keys(previous).invalidation_log))
         lifetime = FreshnessPolicy(answers.ttl_days, answers.serve_stale)
         try:
             async with _run_sweeper(Sweeper(reached, current, key_settings=key_settings, freshness=lifetime)):

@@ -9,7 +9,6 @@ from services.cache_proxy.cache.cache_scripts import ADD_TOMBSTONES
 from services.cache_proxy.commands.session import CacheSession, for_model_version, open_session
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings, ScopeSettings
 from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
-from services.cache_proxy.queue.queue_scripts import QueueKeys
 from services.cache_proxy.redis_client.backend import ScriptCall
 from services.common.errors import UsageError
 
@@ -60,9 +59,8 @@ async def _invalidate_all(cache: CacheSession) -> int:
     await _add_tombstones(cache, b"")
     count = await cache.store.clear()
     await cache.invalidation_log.add_all()
-    bookmarks = namespace.warm_checkpoints_key(
-        cache.key_settings
-    )  # files that were warmed from are not in the cache any more
+    # Files that were warmed from are not in the cache any more.
+    bookmarks = namespace.cache_keys(cache.key_settings).warm_checkpoints
     await cache.backend.execute(bookmarks, "UNLINK", bookmarks)
     for tag in range(TAGS):
         while (await cache.store.sweep(tag, buckets=_SWEEP_BUCKETS)).has_leftovers:
@@ -71,7 +69,7 @@ async def _invalidate_all(cache: CacheSession) -> int:
 
 
 async def _add_tombstones(cache: CacheSession, digests: bytes) -> None:
-    queue = QueueKeys(prefix=cache.key_settings.key_prefix, namespace=cache.key_settings.namespace)
+    queue = namespace.queue_keys(cache.key_settings)
     [reply] = await cache.backend.run_script(
         ADD_TOMBSTONES, [ScriptCall(queue.tombstones, [digests, *queue.bases[1:]])]
     )

@@ -63,13 +63,13 @@ def for_model_version(session: CacheSession, model_version: str) -> CacheSession
 
 
 def _make_session(backend: RedisBackend, key_settings: KeySettings) -> CacheSession:
-    base = namespace.base_key(key_settings)
+    base = namespace.cache_keys(key_settings).base
     secret = read_secret(key_settings.key_secret_file, flag_name="--key-secret-file")
     return CacheSession(
         backend=backend,
         key_settings=key_settings,
         store=RedisStore(backend, base_key=base, metrics=ProxyMetrics(CollectorRegistry())),
-        invalidation_log=InvalidationLog(backend, namespace.invalidation_log_key(key_settings)),
+        invalidation_log=InvalidationLog(backend, namespace.queue_keys(key_settings).invalidation_log),
         digest=make_digester(normalize=key_settings.normalize, secret=secret),
     )
 

@@ -125,7 +125,7 @@ class _FileWarmer:
             0, int(file.modified_at - DAY_ZERO_SECONDS) // DAY_SECONDS
         )  # no answer in it is younger
         self._pending_writes: deque[tuple[asyncio.Task[None], int]] = deque()
-        self._checkpoints_key = namespace.warm_checkpoints_key(session.key_settings)
+        self._checkpoints_key = namespace.cache_keys(session.key_settings).warm_checkpoints
         # With how keys are made: what was written under others is not there for these.
         name = f"{file.uri}\0{file.version}\0{namespace.key_schema(session.key_settings)}"
         fields = settings.fields

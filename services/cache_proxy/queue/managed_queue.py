@@ -16,7 +16,7 @@ from services.cache_proxy.queue.interface import ModelBackoffCallback, OutcomeCa
 from services.cache_proxy.queue.local.call_limiter import RateLimiter
 from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.local.local_queue import LocalQueue
-from services.cache_proxy.queue.queue_scripts import QueueKeys, Scripts
+from services.cache_proxy.queue.queue_scripts import Scripts
 from services.cache_proxy.queue.quotas import QuotaProvider, no_quotas
 from services.cache_proxy.queue.redis_queue import RedisQueue
 from services.cache_proxy.queue.replica_session import LogTailCallback, ReplicaSession
@@ -26,6 +26,7 @@ from services.cache_proxy.redis_client.access_check import AccessCheck
 from services.cache_proxy.redis_client.client_factory import RedisClient
 from services.cache_proxy.redis_client.node import QueueNode
 from services.cache_proxy.redis_client.values import read_number
+from services.cache_proxy.redis_keys import QueueKeys
 
 _log = logging.getLogger(__name__)
 

@@ -7,8 +7,6 @@ from functools import partial
 import redis.asyncio
 
 from services.cache_proxy.auth.reloader import FileReloader
-from services.cache_proxy.cache.buckets import tag_state_key
-from services.cache_proxy.cache.namespace import base_key
 from services.cache_proxy.config.settings import Settings
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue import quotas
@@ -19,11 +17,11 @@ from services.cache_proxy.queue.managed_queue import (
     create_local_queue,
     open_shared_queue,
 )
-from services.cache_proxy.queue.queue_scripts import QueueKeys
 from services.cache_proxy.queue.quotas import QuotaProvider
 from services.cache_proxy.queue.replica_session import LogTailCallback
 from services.cache_proxy.queue.snapshot import ReportSource
 from services.cache_proxy.redis_client.client_factory import acl_user
+from services.cache_proxy.redis_keys import CacheKeys, QueueKeys
 from services.common.file_reload import ReloadingFile
 
 
@@ -71,7 +69,7 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
         lease_seconds=settings.model.model_deadline_seconds,
         http_bound=http_bound,
         user=acl_user(settings.cache),
-        store_key=tag_state_key(base_key(settings.key), 0),
+        store_key=CacheKeys(prefix=settings.key.key_prefix, namespace=settings.key.namespace).tag_state(0),
         log_callbacks=log_callbacks,
         report_source=report_source,
     )

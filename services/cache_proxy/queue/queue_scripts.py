@@ -1,4 +1,4 @@
-"""The queue's Lua scripts, each one decision, and the keys that they share."""
+"""The queue's Lua scripts, each one decision."""
 
 import asyncio
 import itertools
@@ -6,7 +6,6 @@ import logging
 import re
 import time
 from collections.abc import Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from redis.exceptions import AskError, NoScriptError, ReadOnlyError, ResponseErr
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.cache_proxy.cache.cache_scripts import Script
 from services.cache_proxy.errors import (
     QueueFormatError,
     StoreAccessDeniedError,
@@ -23,7 +21,9 @@ from services.cache_proxy.errors import (
 )
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import is_access_denied
+from services.cache_proxy.redis_client.lua_script import Script
 from services.cache_proxy.redis_client.node import QueueNode
+from services.cache_proxy.redis_keys import QueueKeys
 
 _log = logging.getLogger(__name__)
 
@@ -77,62 +77,6 @@ _DATA_ERRORS = (
 )
 _OTHER_FORMAT = re.compile(r"QUEUEFORMAT (\d{1,4})")
 _DENIED_COMMAND = re.compile(r"the '([^']{1,60})' command")
-
-
-FORMAT = 1
-"""The format of what replicas leave each other in the shared queue.
-
-It covers all keys under `Keys.base` (records of pairs, lanes, claims, remembered outcomes, the queue's
-metadata) and the messages on the channel. It is part of `Keys.base`, and so of the channel's name: a replica
-never reads what another format wrote. Field `format` of the deployment's hash `Keys.limit` is the format of
-the replicas that use the shared queue; a deployment without the field has format 1. Every script compares it.
-
-Three things have no format. Replicas of all formats share them, so their meaning must never change:
-
-- `Keys.limit` and the keys that begin with it: the limit, the membership and its heartbeats. New fields may
-  be added. So there is one limit, and a replica of another format has its share (see `lua/standby.lua`).
-- The log and the tombstones of invalidations. An entry of the log that cannot be read counts as "all".
-- Reports for the status page. One that cannot be read is left out.
-
-The cache has a format in its own keys: `c2` in `namespace.py`, for entries and for the checkpoints of `warm`.
-It is not checked: another format has other keys, and an entry that cannot be read is a miss. `PREFIX:made`
-notes how keys are made from pairs, which the commands check.
-
-Raise this number when a replica of the last release could misread what this one writes, or the other way
-round (CONTRIBUTING.md, "Rolling upgrades").
-"""
-
-
-class QueueKeys:
-    """Every key of the queue, on one hash tag.
-
-    They are one limit for a deployment, one queue for a namespace, and the failures of each model target.
-
-    `base` itself is never a key. So while a Cluster moves the slot, a script, which declares both, is refused
-    (TRYAGAIN) instead of run on what of the queue is still there.
-    """
-
-    def __init__(
-        self, *, prefix: str, namespace: str, model_target: str = "", queue_format: int = FORMAT
-    ) -> None:
-        self.format = queue_format
-        self.limit = f"{{{prefix}}}:limit"
-        target = blake2b(model_target.encode(), digest_size=8).hexdigest()
-        self.model = f"{self.limit}:model:{target}"
-        """The failures of a model target: of all namespaces that call it."""
-        self.bases = [f"{{{prefix}}}:q{number}:{namespace}:" for number in range(1, queue_format + 1)]
-        """The base of the queue's keys in each format up to this build's."""
-        self.base = self.bases[-1]
-        self.invalidations = self.bases[0]
-        """The base of the log and tombstones of invalidations, the same in every format."""
-        self.log = f"{self.invalidations}log"
-        """Of what was invalidated: see `cache/invalidation.py`."""
-        self.tombstones = f"{self.invalidations}tombs"
-        """When pairs were invalidated: see `cache/lua/add_tombstones.lua`."""
-
-    def channel(self, database: int) -> str:
-        """Return the channel for messages of this queue. A server has one set for all databases."""
-        return f"{self.base}ended@{database}" if database else f"{self.base}ended"
 
 
 class Scripts:

@@ -8,13 +8,15 @@ after a command was refused.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from services.cache_proxy.cache.cache_scripts import CHECK_ACCESS
 from services.cache_proxy.errors import StoreAccessDeniedError, StoreError
 from services.cache_proxy.redis_client.backend import CLIENT_ERRORS, is_access_denied, to_store_error
+from services.cache_proxy.redis_client.lua_script import load_script
 from services.cache_proxy.redis_client.node import QueueNode
 from services.cache_proxy.redis_client.sentinels import SentinelAccessDeniedError
 
+_CHECK_ACCESS = load_script(Path(__file__).parent / "lua/check_access.lua")
 _SUBSCRIBE_TIMEOUT_SECONDS = 1.0
 
 
@@ -41,7 +43,7 @@ class AccessCheck:
     async def _check_scripts(self, key_prefix: str, channel: str) -> None:
         replies = [
             await self._run_command(key_prefix, how, script, 1, f"{key_prefix}:check", channel)
-            for how, script in (("EVAL", CHECK_ACCESS.text), ("EVALSHA", CHECK_ACCESS.sha))
+            for how, script in (("EVAL", _CHECK_ACCESS.text), ("EVALSHA", _CHECK_ACCESS.sha))
         ]
         for command, message in replies[-1]:
             text = message.decode("utf-8", "replace")

@@ -17,8 +17,8 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.cache_proxy.cache.cache_scripts import Script
 from services.cache_proxy.errors import StoreError, StoreRejectedError
+from services.cache_proxy.redis_client.lua_script import Script
 
 CLIENT_ERRORS = (RedisError, RedisClusterException, OSError, AttributeError)
 """What redis-py raises when a server cannot be asked. The second is not of the first's kind. The last

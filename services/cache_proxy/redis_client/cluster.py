@@ -24,7 +24,6 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from services.cache_proxy.cache.cache_scripts import Script
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.redis_client.backend import (
     CLIENT_ERRORS,
@@ -32,6 +31,7 @@ from services.cache_proxy.redis_client.backend import (
     SlotMovingError,
     to_store_error,
 )
+from services.cache_proxy.redis_client.lua_script import Script
 from services.cache_proxy.redis_client.shared_attempt import SharedAttempt, first_success
 from services.common.tasks import cancel_and_wait
 

@@ -14,7 +14,8 @@ import pytest
 from playwright.sync_api import Browser, Page, Request
 
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.queue_scripts import QueueKeys, Scripts
+from services.cache_proxy.queue.queue_scripts import Scripts
+from services.cache_proxy.redis_keys import QueueKeys
 from tests.integration.cache_proxy.conftest import ProxyEnvironment
 from tests.support.browser import chromium
 from tests.support.caller import make_pairs, open_caller

@@ -327,7 +327,7 @@ async def test_no_call_of_its_own_while_it_reads_what_was_invalidated(replica: R
     await _fail_over(replica)
     wait = await _enqueue(replica, [1])
     await asyncio.sleep(replica.failover._limiter.not_before - time.monotonic())  # then it has its moments
-    replica.session._log_callbacks = {replica.location.keys.log: hear}
+    replica.session._log_callbacks = {replica.location.keys.invalidation_log: hear}
     await replica.session._heartbeat()
     assert decisions
     assert not [decision for decision in decisions if isinstance(decision, Claim)]

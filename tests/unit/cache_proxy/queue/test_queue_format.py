@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from services.cache_proxy.errors import QueueFormatError
-from services.cache_proxy.queue.queue_scripts import FORMAT, QueueKeys
 from services.cache_proxy.queue.serialization import pack
+from services.cache_proxy.redis_keys import FORMAT, QueueKeys
 from tests.support.replicas import (
     QueueLocation,
     Replica,
@@ -260,12 +260,12 @@ async def test_replica_that_stands_by_follows_invalidations(shared_redis: str) -
     async def hear(last: bytes | None) -> None:
         heard.append(last)
 
-    other.session._log_callbacks = {other.location.keys.log: hear}
-    assert other.location.keys.log == place.keys.log
+    other.session._log_callbacks = {other.location.keys.invalidation_log: hear}
+    assert other.location.keys.invalidation_log == place.keys.invalidation_log
     async with replicas(place) as (one,):
         assert not await other.session._may_join()
         with place.client() as client:
-            client.rpush(place.keys.log, b"entry")
+            client.rpush(place.keys.invalidation_log, b"entry")
         assert not await other.session._may_join()
         await one.heartbeat()
     assert heard == [None, b"entry"]

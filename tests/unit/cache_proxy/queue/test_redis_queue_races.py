@@ -400,7 +400,7 @@ async def test_answer_invalidated_in_flight_is_logged_as_its_pair_ends(shared_re
         reached = backend_for(create_client(shared_redis, timeout_seconds=5))
         forgotten: list[bytes] = []
         follower = InvalidationFollower(
-            InvalidationLog(reached, place.keys.log), remove=forgotten.append, clear=lambda: None
+            InvalidationLog(reached, place.keys.invalidation_log), remove=forgotten.append, clear=lambda: None
         )
         await follower.poll()
         await one.enqueue(numbered_pairs([1, 2]))

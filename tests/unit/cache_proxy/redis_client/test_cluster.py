@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio.cluster import RedisCluster
 from redis.crc import key_slot
 
-from services.cache_proxy.cache.buckets import TAGS, tag_for_digest, tag_state_key
+from services.cache_proxy.cache.buckets import TAGS, tag_for_digest
 from services.cache_proxy.cache.entry import entry_level
 from services.cache_proxy.cache.invalidation import InvalidationFollower, InvalidationLog
 from services.cache_proxy.cache.redis_store import RedisStore
@@ -22,6 +22,7 @@ from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import CLIENT_ERRORS, RedisBackend
 from services.cache_proxy.redis_client.client_factory import backend_for, create_client
 from services.cache_proxy.redis_client.node import QueueNode
+from services.cache_proxy.redis_keys import tag_state_key
 from tests.support.redis_cluster import Cluster, redis_cluster, single_sentinel
 from tests.support.redis_server import redis_process, wait_for
 

@@ -1,4 +1,4 @@
-"""The command as a process, which a test may signal and kill."""
+"""The augmenter as a process, which a test can signal and kill."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from tests.support.processes import ROOT, clean_environment
 
 @contextmanager
 def augmenter_process(*args: object, env: dict[str, str] | None = None) -> Iterator["subprocess.Popen[str]"]:
-    """`augmenter run`, killed at the end if it still runs."""
+    """Run `augmenter run`. It is killed at the end of the block if it is still running."""
     process = subprocess.Popen(
         [sys.executable, "-m", "services.augmenter", "run", *map(str, args)],
         stdout=subprocess.PIPE,
@@ -29,6 +29,6 @@ def augmenter_process(*args: object, env: dict[str, str] | None = None) -> Itera
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What `--summary-json` wrote."""
-    read: dict[str, Any] = json.loads(path.read_text())
-    return read
+    """Read the file that `--summary-json` wrote."""
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary

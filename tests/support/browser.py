@@ -1,4 +1,4 @@
-"""A real Chromium, headless, that talks to nobody but the pages it is given."""
+"""A headless Chromium that contacts no server but the pages under test."""
 
 import os
 import shutil
@@ -20,13 +20,16 @@ FLAGS = [
 
 
 def chromium_program() -> str | None:
-    """Where it is installed; None where it is not."""
+    """Return the path of the installed Chromium, or None if there is none."""
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """One browser, with a new and empty profile. Skips the test where there is none, but never in CI."""
+    """Run one browser with a new, empty profile.
+
+    Skip the test if no Chromium is installed. In CI fail instead.
+    """
     program = chromium_program()
     if program is None:
         assert not os.environ.get("CI"), "chromium is not installed: .ci/run installs it"

@@ -1,4 +1,4 @@
-"""What a log of calls proves: how often each pair was inferred, how full the calls were, and how paced."""
+"""Analysis of the model stub's call log: repeated inferences, how full calls are, and rate limits."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class LoggedCall:
-    """A call as the model saw it; `at` is unix seconds."""
+    """A call that the model received."""
 
     unix_seconds: float
     code: str
@@ -17,7 +17,7 @@ class LoggedCall:
 
 
 def read_calls(log: Path) -> list[LoggedCall]:
-    """The calls in the order in which they came; a line that is being written is none yet."""
+    """Return the calls in the order in which they arrived. An incomplete last line is ignored."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
     lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())
     calls = [LoggedCall(line["at"], line["code"], tuple(map(tuple, line["pairs"]))) for line in lines]
@@ -25,42 +25,43 @@ def read_calls(log: Path) -> list[LoggedCall]:
 
 
 def count_inferences(calls: Sequence[LoggedCall]) -> Counter[tuple[str, str]]:
-    """How often each pair was sent."""
+    """Return how often each pair was sent."""
     return Counter(pair for call in calls for pair in call.pairs)
 
 
 def inferences_per_pair(calls: Sequence[LoggedCall]) -> float:
-    """Inferences for each pair that was sent at all: 1.0 is what no system can be better than."""
-    sent = count_inferences(calls)
-    return sent.total() / len(sent) if sent else 0.0
+    """Return the average number of inferences of a pair. 1.0 is the optimum."""
+    counts = count_inferences(calls)
+    return counts.total() / len(counts) if counts else 0.0
 
 
 def fill_ratio(calls: Sequence[LoggedCall], batch_pairs: int) -> float:
-    """The share of the places in these calls that held a pair."""
+    """Return the average size of a call as a fraction of the batch size."""
     return sum(len(call.pairs) for call in calls) / (len(calls) * batch_pairs) if calls else 0.0
 
 
 def max_limit_excess_seconds(
     calls: Sequence[LoggedCall], *, pairs_per_second: float, calls_per_second: float
 ) -> tuple[float, float]:
-    """The most seconds by which any window of the log is too short: for its calls, and for its pairs.
+    """Return by how many seconds calls came too early, at most: by the call limit and by the pair limit.
 
-    A window may hold `calls * T + 1` calls and `rate * T + one batch` pairs, where `rate` is the lesser of
-    rate and calls x batch; so n calls after a first may come n intervals after it at the earliest.
+    A window of T seconds may hold `calls * T + 1` calls and `rate * T + one batch` pairs, where `rate` is the
+    lower of the pair rate and calls x batch. Hence the n-th call after another one may come n intervals after
+    it at the earliest.
     """
-    late_calls, late_pairs = 0.0, 0.0
+    calls_excess, pairs_excess = 0.0, 0.0
     for first, opening in enumerate(calls):
         pairs = 0
         for further, call in enumerate(calls[first + 1 :], start=1):
             pairs += len(call.pairs)
-            lasts = call.unix_seconds - opening.unix_seconds
+            window_seconds = call.unix_seconds - opening.unix_seconds
             if calls_per_second:
-                late_calls = max(late_calls, further / calls_per_second - lasts)
-            late_pairs = max(late_pairs, pairs / pairs_per_second - lasts)
-    return late_calls, late_pairs
+                calls_excess = max(calls_excess, further / calls_per_second - window_seconds)
+            pairs_excess = max(pairs_excess, pairs / pairs_per_second - window_seconds)
+    return calls_excess, pairs_excess
 
 
 def rate_utilization(calls: Sequence[LoggedCall], *, pairs_per_second: float) -> float:
-    """The share of the rate that a backlog used: pairs after the first call, over the time they had."""
-    lasts = calls[-1].unix_seconds - calls[0].unix_seconds
-    return sum(len(call.pairs) for call in calls[1:]) / (lasts * pairs_per_second)
+    """Return the fraction of the rate limit that was used between the first and the last call."""
+    window_seconds = calls[-1].unix_seconds - calls[0].unix_seconds
+    return sum(len(call.pairs) for call in calls[1:]) / (window_seconds * pairs_per_second)

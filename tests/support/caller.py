@@ -1,4 +1,4 @@
-"""A caller of the proxy (or of the model): its own channel, and what came back in a form to compare."""
+"""A synchronous gRPC caller of the proxy or of the model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ _MAX_MESSAGE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class RpcResult:
-    """How an RPC ended; `levels` and `uuids` by position, empty if it failed."""
+    """The outcome of an RPC. `levels` and `uuids` are in the order of the response; empty if it failed."""
 
     code: grpc.StatusCode
     message: str
@@ -29,23 +29,23 @@ class RpcResult:
 
     @property
     def hits(self) -> int:
-        """Trailer `x-cache-hits`."""
+        """Return the trailer `x-cache-hits`."""
         return int(self.trailers["x-cache-hits"])
 
     @property
     def misses(self) -> int:
-        """Trailer `x-cache-misses`."""
+        """Return the trailer `x-cache-misses`."""
         return int(self.trailers["x-cache-misses"])
 
     @property
     def pushback_ms(self) -> int | None:
-        """Trailer `grpc-retry-pushback-ms`."""
+        """Return the trailer `grpc-retry-pushback-ms`, or None if it is absent."""
         text = self.trailers.get("grpc-retry-pushback-ms")
         return None if text is None else int(text)
 
     @property
     def violations(self) -> dict[str, str]:
-        """What `google.rpc.BadRequest` names, with the reasons."""
+        """Return the field violations of `google.rpc.BadRequest`: the description of each field."""
         status = status_pb2.Status()
         details = self.trailers.get("grpc-status-details-bin", b"")
         assert isinstance(details, bytes)
@@ -59,13 +59,13 @@ class RpcResult:
 
 
 class PendingRpc:
-    """An RPC under way."""
+    """An RPC that was started."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
 
     def result(self) -> RpcResult:
-        """Wait for its end."""
+        """Wait for the RPC to end and return its outcome."""
         try:
             error = self._call.exception()
         except grpc.FutureCancelledError:
@@ -84,16 +84,16 @@ class PendingRpc:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended."""
+        """Return whether the RPC has ended."""
         return bool(self._call.done())
 
     def cancel(self) -> None:
-        """Go away, as a caller that lost interest."""
+        """Cancel the RPC, as a caller does that lost interest."""
         self._call.cancel()
 
 
 class Caller:
-    """One caller, one connection."""
+    """A caller on one channel."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.channel = channel
@@ -107,7 +107,10 @@ class Caller:
         timeout_seconds: float | None = 60,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> PendingRpc:
-        """Ask, and do not wait."""
+        """Start an RPC without waiting for its response.
+
+        The ids of the pairs default to 0, 1, 2, and so on.
+        """
         request = pb.SeniorityRequestBatch(
             batch=[
                 pb.SeniorityRequest(uuid=uuid, company=company, title=title)
@@ -128,7 +131,7 @@ class Caller:
         timeout_seconds: float | None = 60,
         metadata: Sequence[tuple[str, str]] = (),
     ) -> RpcResult:
-        """Ask, and wait for the end."""
+        """Run an RPC and return its outcome."""
         return self.start_infer(
             pairs, uuids=uuids, timeout_seconds=timeout_seconds, metadata=metadata
         ).result()
@@ -136,28 +139,31 @@ class Caller:
 
 @contextmanager
 def open_caller(target: str, credentials: grpc.ChannelCredentials | None = None) -> Iterator[Caller]:
-    """A caller with a connection that it shares with no other; without credentials, in the clear."""
+    """Open a caller whose connection is shared with no other; without credentials it uses no TLS."""
     options = [
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.enable_retries", 0),
     ]
-    opened = (
+    channel = (
         grpc.secure_channel(target, credentials, options=options)
         if credentials
         else grpc.insecure_channel(target, options=options)
     )
-    with opened as channel:
+    with channel:
         yield Caller(channel)
 
 
 def make_pairs(company: str, count: int) -> list[tuple[str, str]]:
-    """So many distinct pairs whose companies begin so."""
+    """Return `count` distinct pairs; `company` is the prefix of their companies."""
     return [(f"{company} {number}", f"Title {number % 7}") for number in range(count)]
 
 
 def read_metrics(http_url: str) -> dict[tuple[str, ...], float]:
-    """What `/metrics` says: by name, then the labels' values in the order of their names."""
+    """Read `/metrics`.
+
+    The key of a sample is its name, followed by the values of its labels in the order of their names.
+    """
     with urlopen(f"{http_url}/metrics", timeout=10) as response:
         text = response.read().decode()
     return {

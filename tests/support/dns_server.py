@@ -1,4 +1,4 @@
-"""A DNS server that gives one name whatever address a test wants at the moment."""
+"""A DNS server that resolves every name to one address, which the test can change."""
 
 import socket
 import struct
@@ -8,13 +8,15 @@ from contextlib import contextmanager
 
 _TYPE_A = 1
 _HEADER_BYTES = 12
+# The name in the question ends with a zero byte, after which its type and its class follow (two bytes each).
+_AFTER_NAME_BYTES = 5
 _NOT_FOUND = 3
 
 
 class DnsServer:
-    """Answers on UDP, with a lifetime of no time at all.
+    """A DNS server on UDP. Its records have a TTL of zero.
 
-    State: `address`, what A records hold; None: the name does not exist.
+    State: `address`, the address in A records. None means that the name does not exist.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -25,11 +27,14 @@ class DnsServer:
         self._thread.start()
 
     def grpc_target(self, port: int) -> str:
-        """A gRPC target that asks this server: for C-ares the resolver's address is the authority."""
+        """Return a gRPC target that is resolved by this server.
+
+        C-ares takes the resolver's address from the authority of the target.
+        """
         return f"dns://127.0.0.1:{self._socket.getsockname()[1]}/model.test:{port}"
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server. An empty datagram ends its thread."""
         self._socket.sendto(b"", self._socket.getsockname())
         self._thread.join(10)
         self._socket.close()
@@ -42,7 +47,7 @@ class DnsServer:
             self._socket.sendto(self._response(query), sender)
 
     def _response(self, query: bytes) -> bytes:
-        end = query.index(b"\0", _HEADER_BYTES) + 5  # of the name, the type and the class
+        end = query.index(b"\0", _HEADER_BYTES) + _AFTER_NAME_BYTES
         (kind,) = struct.unpack_from(">H", query, end - 4)
         address = self.address
         records = b""
@@ -55,9 +60,9 @@ class DnsServer:
 
 @contextmanager
 def dns_server(address: str | None) -> Iterator[DnsServer]:
-    """A server for as long as the block lasts."""
-    made = DnsServer(address)
+    """Run a DNS server."""
+    server = DnsServer(address)
     try:
-        yield made
+        yield server
     finally:
-        made.close()
+        server.close()

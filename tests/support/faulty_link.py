@@ -1,4 +1,4 @@
-"""A wire between a replica and Redis that can be cut and can lose replies: faults only at the wire."""
+"""A TCP link between a replica and Redis that drops traffic and loses replies. It runs in its own thread."""
 
 import asyncio
 import random
@@ -6,11 +6,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_CHUNK = 2**16
+_CHUNK_BYTES = 2**16
 
 
 class FaultyLink:
-    """State: `lose_share` and `_whole`, set by the test's thread and read by the wire's own."""
+    """A link to the server on one port.
+
+    State: `reply_loss_ratio`, `_forwarding` and `_port`, set by the test's thread and read by the link's;
+    `_connections`, for each connection two events: it has subscribed, and its subscription is muted.
+    """
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -18,111 +22,116 @@ class FaultyLink:
         self._forwarding.set()
         self._rng = random.Random(1)
         self._writers: set[asyncio.StreamWriter] = set()
-        self._connections: list[tuple[asyncio.Event, asyncio.Event]] = []  # subscribed, deaf
+        self._connections: list[tuple[asyncio.Event, asyncio.Event]] = []
         self.reply_loss_ratio = 0.0
         self.lost_replies = 0
         self.url = ""
 
     def drop_traffic(self) -> None:
-        """What is sent from now on arrives nowhere, and nobody hears of it."""
+        """Drop all data from now on, without an error at either end."""
         self._forwarding.clear()
 
     def mute_subscriptions(self) -> None:
-        """Subscriptions made until now hear nothing any more, as behind a router that forgot them."""
-        for subscribed, deaf in self._connections:
+        """Drop all messages to present subscriptions, as a router does that lost its connection table."""
+        for subscribed, muted in self._connections:
             if subscribed.is_set():
-                deaf.set()
+                muted.set()
 
     def redirect(self, port: int) -> None:
-        """New connections go to another server; the others stay with theirs."""
+        """Send new connections to another server. Present connections stay with theirs."""
         self._port = port
 
     def restore(self) -> None:
-        """It leads somewhere again."""
+        """Forward data again."""
         self._forwarding.set()
 
-    async def serve(self, started: threading.Event, over: asyncio.Event) -> None:
-        """Until `over`."""
+    async def serve(self, started: threading.Event, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set."""
         server = await asyncio.start_server(self._on_connection, "127.0.0.1", 0)
         self.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
         started.set()
-        await over.wait()
+        await stop.wait()
         server.close()
         for writer in self._writers:
             writer.transport.abort()
         await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
-        await asyncio.sleep(0)  # what was aborted closes in the next turn
+        # Aborted transports close in the next iteration of the event loop.
+        await asyncio.sleep(0)
 
-    async def _on_connection(self, near: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
+    async def _on_connection(
+        self, client_reader: asyncio.StreamReader, client_writer: asyncio.StreamWriter
+    ) -> None:
         try:
-            far, far_out = await asyncio.open_connection("127.0.0.1", self._port)
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
         except OSError:
-            near_out.close()
+            client_writer.close()
             return
-        ran_script, subscribed, deaf = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._connections.append((subscribed, deaf))
-        ways = [
-            asyncio.create_task(self._forward_requests(near, far_out, ran_script, subscribed)),
-            asyncio.create_task(self._forward_replies(far, near_out, ran_script, deaf)),
+        ran_script, subscribed, muted = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._connections.append((subscribed, muted))
+        directions = [
+            asyncio.create_task(self._forward_requests(client_reader, server_writer, ran_script, subscribed)),
+            asyncio.create_task(self._forward_replies(server_reader, client_writer, ran_script, muted)),
         ]
-        self._writers |= {near_out, far_out}
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
-        for writer in (near_out, far_out):
+        self._writers |= {client_writer, server_writer}
+        await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+        for direction in directions:
+            direction.cancel()
+        await asyncio.gather(*directions, return_exceptions=True)
+        for writer in (client_writer, server_writer):
             writer.transport.abort()
-        self._writers -= {near_out, far_out}
+        self._writers -= {client_writer, server_writer}
 
     async def _forward_requests(
         self,
-        near: asyncio.StreamReader,
-        far: asyncio.StreamWriter,
+        client: asyncio.StreamReader,
+        server: asyncio.StreamWriter,
         ran_script: asyncio.Event,
         subscribed: asyncio.Event,
     ) -> None:
-        while data := await near.read(_CHUNK):
+        while data := await client.read(_CHUNK_BYTES):
             if b"SUBSCRIBE" in data:
                 subscribed.set()
             if b"EVALSHA" in data:
                 ran_script.set()
             if self._forwarding.is_set():
-                far.write(data)
-                await far.drain()
+                server.write(data)
+                await server.drain()
 
     async def _forward_replies(
         self,
-        far: asyncio.StreamReader,
-        near: asyncio.StreamWriter,
+        server: asyncio.StreamReader,
+        client: asyncio.StreamWriter,
         ran_script: asyncio.Event,
-        deaf: asyncio.Event,
+        muted: asyncio.Event,
     ) -> None:
-        while data := await far.read(_CHUNK):
+        while data := await server.read(_CHUNK_BYTES):
+            # A lost reply: the script ran, and the connection breaks before its reply arrives.
             if ran_script.is_set() and self._rng.random() < self.reply_loss_ratio:
                 self.lost_replies += 1
-                return  # it ran, and nobody hears so: the connection breaks
+                return
             ran_script.clear()
-            if self._forwarding.is_set() and not deaf.is_set():
-                near.write(data)
-                await near.drain()
+            if self._forwarding.is_set() and not muted.is_set():
+                client.write(data)
+                await client.drain()
 
 
 @contextmanager
 def faulty_link(port: int) -> Iterator[FaultyLink]:
-    """A wire to the server on this port, in a thread of its own, for as long as the block lasts."""
-    wire, started = FaultyLink(port), threading.Event()
+    """Run a link to the server on this port in its own thread."""
+    link = FaultyLink(port)
+    started = threading.Event()
     loop = asyncio.new_event_loop()
-    over = asyncio.Event()
+    stop = asyncio.Event()
 
     def run() -> None:
-        loop.run_until_complete(wire.serve(started, over))
+        loop.run_until_complete(link.serve(started, stop))
         loop.close()
 
     thread = threading.Thread(target=run)
     thread.start()
     started.wait(10)
     try:
-        yield wire
+        yield link
     finally:
-        loop.call_soon_threadsafe(over.set)
+        loop.call_soon_threadsafe(stop.set)
         thread.join(10)

@@ -1,4 +1,4 @@
-"""A fleet: replicas as processes over one Redis (or a Cluster), before one stub whose log is the judge."""
+"""A fleet: replica processes that share one Redis (or a Cluster) and one model stub, whose log is checked."""
 
 import itertools
 import secrets
@@ -13,7 +13,11 @@ from tests.support.redis_server import RedisServer, redis_process
 
 
 class ProxyGroup:
-    """State: `proxies`, those that a scenario started, also the dead; `flags` of those that start later."""
+    """Replicas over one Redis.
+
+    State: `proxies`, all replicas that were started, dead ones included; `default_flags`, the flags of
+    replicas that a scenario starts later.
+    """
 
     def __init__(self, stack: ExitStack, url: str, stub: ServiceProcess, log: Path) -> None:
         self.url = url
@@ -26,24 +30,21 @@ class ProxyGroup:
 
     @property
     def model_target(self) -> str:
-        """Where the stub itself listens."""
+        """Return the address of the model stub."""
         return self._stub.target
 
     @property
     def model_calls(self) -> list[LoggedCall]:
-        """What the model saw so far."""
+        """Return the calls that the model has received so far."""
         return read_calls(self.log)
 
     def start_replica(self, *flags: str, link: FaultyLink | None = None) -> ServiceProcess:
-        """One replica more, which reaches Redis directly or by a wire."""
+        """Start one replica, which reaches Redis directly or through a link."""
         proxy = self._stack.enter_context(
             cache_proxy(
-                "--model-target",
-                self._stub.target,
-                "--cache-url",
-                link.url if link else self.url,
-                "--key-prefix",
-                self.key_prefix,
+                *("--model-target", self._stub.target),
+                *("--cache-url", link.url if link else self.url),
+                *("--key-prefix", self.key_prefix),
                 *flags,
             )
         )
@@ -51,20 +52,20 @@ class ProxyGroup:
         return proxy
 
     def start_replicas(self, count: int, *flags: str) -> list[ServiceProcess]:
-        """So many, and with these flags those that come later."""
+        """Start `count` replicas. Replicas that are started later get the same flags."""
         self.default_flags = flags
         return [self.start_replica(*flags) for _ in range(count)]
 
 
 class Fleet(ProxyGroup):
-    """With a Redis of its own."""
+    """Replicas over a Redis process of the test."""
 
     def __init__(self, stack: ExitStack, redis: RedisServer, stub: ServiceProcess, log: Path) -> None:
         super().__init__(stack, redis.url, stub, log)
         self.redis = redis
 
     def open_link(self) -> FaultyLink:
-        """A wire to Redis."""
+        """Open a link to Redis that can fail."""
         return self._stack.enter_context(faulty_link(self.redis.port))
 
 
@@ -73,22 +74,22 @@ _folder_numbers = itertools.count()
 
 @contextmanager
 def fleet(folder: Path, *stub_flags: str, program: str | None = None) -> Iterator[Fleet]:
-    """A Redis (of this program), a stub without a limit of its own, and no replica yet."""
-    place = folder / f"fleet{next(_folder_numbers)}"
-    place.mkdir()
+    """Run Redis (this program) and a model stub without a rate limit. No replica is started."""
+    own_folder = folder / f"fleet{next(_folder_numbers)}"
+    own_folder.mkdir()
     with ExitStack() as stack:
-        redis = stack.enter_context(redis_process(place, "--appendfsync", "everysec", program=program))
-        yield Fleet(stack, redis, *_start_stub(stack, place, stub_flags))
+        redis = stack.enter_context(redis_process(own_folder, "--appendfsync", "everysec", program=program))
+        yield Fleet(stack, redis, *_start_stub(stack, own_folder, stub_flags))
 
 
 @contextmanager
 def proxy_group(url: str, folder: Path, *stub_flags: str) -> Iterator[ProxyGroup]:
-    """The same, over what is there already."""
+    """Run a model stub without a rate limit, for replicas over the Redis at this URL."""
     with ExitStack() as stack:
         yield ProxyGroup(stack, url, *_start_stub(stack, folder, stub_flags))
 
 
 def _start_stub(stack: ExitStack, folder: Path, flags: Sequence[str]) -> tuple[ServiceProcess, Path]:
     log = folder / "calls.jsonl"
-    started = model_stub("--rate", "0", "--latency", "50ms", "--log", str(log), *flags)
-    return stack.enter_context(started), log
+    stub = model_stub("--rate", "0", "--latency", "50ms", "--log", str(log), *flags)
+    return stack.enter_context(stub), log

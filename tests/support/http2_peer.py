@@ -1,4 +1,4 @@
-"""A peer that speaks HTTP/2 frame by frame, as badly as a test wants."""
+"""A client that sends HTTP/2 frame by frame, including what a well-behaved client never sends."""
 
 import socket
 import struct
@@ -15,22 +15,27 @@ from protos import seniority_pb2 as pb
 INFER_PATH = "/SeniorityModel/InferSeniority"
 Headers = Sequence[tuple[str, str | bytes]]
 
+_DEFAULT_WINDOW_BYTES = 65_535
+_SETTINGS_INITIAL_WINDOW_SIZE = 0x4
+
 
 def frame_grpc_message(message: bytes) -> bytes:
-    """A message with gRPC's own five bytes in front."""
+    """Return a message behind the five bytes of gRPC's length prefix."""
     return struct.pack(">BI", 0, len(message)) + message
 
 
 def encode_request(company: str, count: int, *, uuid: int = 1) -> bytes:
-    """A request for so many pairs of one company."""
+    """Return a serialized request with `count` distinct pairs of one company."""
     items = [pb.SeniorityRequest(uuid=uuid, company=company, title=str(number)) for number in range(count)]
     return pb.SeniorityRequestBatch(batch=items).SerializeToString()
 
 
 class Http2Peer:
-    """One connection. What h2 would refuse to send, a test sends by `raw`."""
+    """One connection. Tests send what h2 refuses to send through `socket`."""
 
-    def __init__(self, target: str, *, window: int = 65_535, receive_buffer: int | None = None) -> None:
+    def __init__(
+        self, target: str, *, window: int = _DEFAULT_WINDOW_BYTES, receive_buffer: int | None = None
+    ) -> None:
         host, _, port = target.rpartition(":")
         self.socket = socket.socket()
         if receive_buffer is not None:
@@ -43,19 +48,19 @@ class Http2Peer:
             )
         )
         self.h2.initiate_connection()
-        if window != 65_535:
-            self.h2.update_settings({0x4: window})  # SETTINGS_INITIAL_WINDOW_SIZE
+        if window != _DEFAULT_WINDOW_BYTES:
+            self.h2.update_settings({_SETTINGS_INITIAL_WINDOW_SIZE: window})
         self.events: list[h2.events.Event] = []
         self.flush()
 
     def flush(self) -> None:
-        """Send what h2 has made."""
+        """Send the frames that h2 has prepared."""
         data = self.h2.data_to_send()
         if data:
             self.socket.sendall(data)
 
     def send_headers(self, extra: Headers = (), *, path: str | bytes = INFER_PATH, end: bool = False) -> int:
-        """Begin an RPC; the stream's number."""
+        """Start an RPC and return the number of its stream."""
         stream = self.h2.get_next_available_stream_id()
         self.h2.send_headers(
             stream,
@@ -73,27 +78,30 @@ class Http2Peer:
         return stream
 
     def send_data(self, stream: int, data: bytes, *, end: bool = True) -> None:
-        """Send data as far as the other side's windows let it, and wait for them to open."""
-        at = 0
-        while at < len(data):
-            room = min(self.h2.local_flow_control_window(stream), self.h2.max_outbound_frame_size)
-            if room <= 0:
+        """Send data within the server's flow-control windows, waiting for them to open."""
+        position = 0
+        while position < len(data):
+            window = min(self.h2.local_flow_control_window(stream), self.h2.max_outbound_frame_size)
+            if window <= 0:
                 self.flush()
                 self.receive()
                 continue
-            part = data[at : at + room]
-            at += len(part)
-            self.h2.send_data(stream, part, end_stream=end and at == len(data))
+            part = data[position : position + window]
+            position += len(part)
+            self.h2.send_data(stream, part, end_stream=end and position == len(data))
         self.flush()
 
     def send_request(self, message: bytes, extra: Headers = ()) -> int:
-        """A whole RPC, its answer not waited for."""
+        """Send a complete request without waiting for its response; return the number of its stream."""
         stream = self.send_headers(extra)
         self.send_data(stream, frame_grpc_message(message))
         return stream
 
     def receive(self, timeout_seconds: float = 30) -> list[h2.events.Event]:
-        """What comes next; empty: nothing within the time. Raises ConnectionError once it is closed."""
+        """Return the next events, or an empty list after the timeout.
+
+        Raise `ConnectionError` when the server has closed the connection.
+        """
         self.socket.settimeout(timeout_seconds)
         try:
             data = self.socket.recv(2**16)
@@ -101,32 +109,34 @@ class Http2Peer:
             return []
         if not data:
             raise ConnectionResetError("closed")
-        found = self.h2.receive_data(data)
+        events = self.h2.receive_data(data)
         self.flush()
-        self.events.extend(found)
-        return found
+        self.events.extend(events)
+        return events
 
     def close(self) -> None:
-        """Go away without a word."""
+        """Close the socket without sending GOAWAY."""
         self.socket.close()
 
 
 @contextmanager
-def open_peer(target: str, *, window: int = 65_535, receive_buffer: int | None = None) -> Iterator[Http2Peer]:
-    """A connection for as long as the block lasts."""
-    made = Http2Peer(target, window=window, receive_buffer=receive_buffer)
+def open_peer(
+    target: str, *, window: int = _DEFAULT_WINDOW_BYTES, receive_buffer: int | None = None
+) -> Iterator[Http2Peer]:
+    """Open a connection and close it at the end of the block."""
+    opened = Http2Peer(target, window=window, receive_buffer=receive_buffer)
     try:
-        yield made
+        yield opened
     finally:
-        made.close()
+        opened.close()
 
 
 def grpc_statuses(http2_peer: Http2Peer) -> dict[int, int]:
-    """The gRPC status of each stream that has ended with one."""
-    found = {}
+    """Return the gRPC status of each stream that has ended with one."""
+    statuses = {}
     for event in http2_peer.events:
         if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
             for name, value in event.headers or ():
                 if name == b"grpc-status":
-                    found[event.stream_id or 0] = int(value)
-    return found
+                    statuses[event.stream_id or 0] = int(value)
+    return statuses

@@ -1,4 +1,4 @@
-"""Load: callers of their own connections, which come back as a pushback says, and check every answer."""
+"""Load: asynchronous callers that retry as the server's pushback demands and check every answer."""
 
 import asyncio
 import random
@@ -15,7 +15,7 @@ from services.model_stub.levels import infer_level
 
 Pairs = Sequence[tuple[str, str]]
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
-# gRPC ends some RPCs as CANCELLED, not UNAVAILABLE, when the server's process is killed under them.
+# gRPC ends some RPCs as CANCELLED, not UNAVAILABLE, when the server's process is killed during them.
 _RETRYABLE_CODES = (
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNAVAILABLE,
@@ -25,7 +25,7 @@ _RETRYABLE_CODES = (
 
 @dataclass
 class LoadStats:
-    """What callers saw. `seconds` has one entry for each RPC that was answered, its retries in it."""
+    """What all callers observed. `rpc_seconds` has one entry for each answered RPC, its retries included."""
 
     answered_pairs: int = 0
     wrong_pairs: list[tuple[str, str]] = field(default_factory=list)
@@ -36,12 +36,12 @@ class LoadStats:
     rpc_seconds: list[float] = field(default_factory=list)
 
     def percentile(self, fraction: float) -> float:
-        """Seconds within which that share of the RPCs was answered."""
+        """Return the seconds within which this fraction of the RPCs was answered."""
         return sorted(self.rpc_seconds)[min(len(self.rpc_seconds) - 1, int(fraction * len(self.rpc_seconds)))]
 
 
 class LoadCaller:
-    """One caller. It goes round the replicas when one is gone, as a balanced channel would."""
+    """A caller that turns to the next target after a failure, as a load-balanced channel would."""
 
     def __init__(self, targets: Sequence[str], name: str, stats: LoadStats) -> None:
         self._channels = [aio.insecure_channel(target, options=_OPTIONS) for target in targets]
@@ -58,7 +58,7 @@ class LoadCaller:
         priority: str = "interactive",
         max_attempts: int = 60,
     ) -> None:
-        """Ask until answered; what no retry helped is noted as failed."""
+        """Send pairs until they are answered. After the last attempt record the error."""
         request = pb.SeniorityRequestBatch(
             batch=[
                 pb.SeniorityRequest(uuid=number, company=company, title=title)
@@ -66,7 +66,7 @@ class LoadCaller:
             ]
         )
         metadata = (("x-caller", self._name), ("x-priority", priority))
-        began = time.monotonic()
+        started_at = time.monotonic()
         for attempt in range(1, max_attempts + 1):
             stub = self._stubs[self._target_index % len(self._stubs)]
             call = stub.InferSeniority(request, timeout=timeout_seconds, metadata=metadata)
@@ -81,21 +81,21 @@ class LoadCaller:
                 trailers = dict(error.trailing_metadata() or ())
                 await asyncio.sleep(int(trailers.get("grpc-retry-pushback-ms", 100)) / 1000)
             else:
-                self._record(pairs, response, dict(await call.trailing_metadata()), began)
+                self._record(pairs, response, dict(await call.trailing_metadata()), started_at)
                 return
 
     def _record(
-        self, pairs: Pairs, response: pb.SeniorityResponseBatch, trailers: object, began: float
+        self, pairs: Pairs, response: pb.SeniorityResponseBatch, trailers: object, started_at: float
     ) -> None:
-        tally = self._stats
-        tally.rpc_seconds.append(time.monotonic() - began)
-        tally.answered_pairs += len(pairs)
+        stats = self._stats
+        stats.rpc_seconds.append(time.monotonic() - started_at)
+        stats.answered_pairs += len(pairs)
         if isinstance(trailers, dict):
-            tally.hits += int(trailers.get("x-cache-hits", 0))
-            tally.misses += int(trailers.get("x-cache-misses", 0))
+            stats.hits += int(trailers.get("x-cache-hits", 0))
+            stats.misses += int(trailers.get("x-cache-misses", 0))
         answers = [(answer.uuid, answer.seniority) for answer in response.batch]
         if answers != [(number, infer_level(*pair)) for number, pair in enumerate(pairs)]:
-            tally.wrong_pairs += pairs
+            stats.wrong_pairs += pairs
 
     async def close(self) -> None:
         """Close the connections."""
@@ -104,9 +104,9 @@ class LoadCaller:
 
 
 def split_randomly(pairs: Pairs, sizes: tuple[int, int], rng: random.Random) -> Iterable[Pairs]:
-    """The pairs in requests of random sizes between these two."""
-    at = 0
-    while at < len(pairs):
+    """Split pairs into requests whose sizes are drawn between the two given ones."""
+    position = 0
+    while position < len(pairs):
         size = rng.randint(*sizes)
-        yield pairs[at : at + size]
-        at += size
+        yield pairs[position : position + size]
+        position += size

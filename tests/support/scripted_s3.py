@@ -1,4 +1,7 @@
-"""An S3 server in memory that fails as the test says: any kind of call, before or after it is applied."""
+"""A scripted S3 server in memory. Requests of any kind fail as the test sets, before or after their effect.
+
+It is longer than 250 lines, since it implements one HTTP handler whose operations share their state.
+"""
 
 import base64
 import hashlib
@@ -40,7 +43,8 @@ OPERATIONS = (
     "DeleteObject",
 )
 ALWAYS = 10**9
-_Response: TypeAlias = tuple[int, dict[str, str], bytes]  # status, headers, body
+# Status, headers, body.
+_Response: TypeAlias = tuple[int, dict[str, str], bytes]
 _CODES = {
     403: "AccessDenied",
     404: "NoSuchKey",
@@ -55,11 +59,20 @@ _CODES = {
 
 @dataclass
 class Fault:
-    """How `times` calls of an operation fail, whose key holds `key`; the first `skip` of them do not.
+    """A fault of one operation, for requests whose key contains `key`.
 
-    `kind`: a status, `reset`, `stall` (no answer before the test is over), `cut` (the connection ends in the
-    middle of a body), `end` (it is reset behind a whole body that had no length), `200` (an error, in an
-    answer of status 200, as of CompleteMultipartUpload). `applied`: the call has its effect all the same.
+    The first `skip` requests succeed, the next `times` fail.
+
+    `kind` is one of:
+
+    - an HTTP status;
+    - `reset`: the connection is reset;
+    - `stall`: there is no response until the end of the test;
+    - `cut`: the connection ends in the middle of the body;
+    - `end`: the connection is reset after a complete body without a length;
+    - `200`: an error in a response of status 200, as CompleteMultipartUpload may send it.
+
+    `applied`: the request has its effect all the same. `matched` counts the requests that it applies to.
     """
 
     operation: str
@@ -73,7 +86,7 @@ class Fault:
 
 @dataclass
 class StoredObject:
-    """An object."""
+    """A stored object."""
 
     data: bytes
     headers: dict[str, str]
@@ -83,7 +96,7 @@ class StoredObject:
 
 @dataclass
 class RecordedRequest:
-    """A request that came."""
+    """A request that the server received."""
 
     operation: str
     key: str
@@ -93,7 +106,11 @@ class RecordedRequest:
 
 @dataclass
 class ScriptedS3:
-    """One bucket. State: all of it, guarded by `lock`."""
+    """A server with one bucket.
+
+    State: all attributes, guarded by `lock`. Those from `page_size` on select the kind of server.
+    `checksum` is the name of a hashlib algorithm; empty for CRC32.
+    """
 
     url: str = ""
     bucket: str = "b"
@@ -103,7 +120,6 @@ class ScriptedS3:
     uploads: dict[str, dict[str, Any]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
     closing: threading.Event = field(default_factory=threading.Event)
-    # What kind of server it is.
     page_size: int = 1000
     sort_keys: Callable[[list[str]], list[str]] = sorted
     refuses_start_after: bool = False
@@ -113,27 +129,27 @@ class ScriptedS3:
     sends_checksums: bool = False
     sends_checksums_with_ranges: bool = False
     wrong_checksums: bool = False
-    checksum: str = ""  # of hashlib; else CRC32
+    checksum: str = ""
     ignores_ranges: bool = False
 
     def put(
         self, key: str, data: bytes, *, age_seconds: float = 0, headers: dict[str, str] | None = None
     ) -> str:
-        """Store an object; its ETag."""
+        """Store an object and return its ETag."""
         etag = f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
         self.objects[key] = StoredObject(data, headers or {}, etag, time.time() - age_seconds)
         return etag
 
     def keys(self, prefix: str = "") -> list[str]:
-        """What is stored."""
+        """Return the keys of the stored objects."""
         return sorted(key for key in self.objects if key.startswith(prefix))
 
     def count_requests(self, operation: str, key: str = "") -> int:
-        """How many calls there were."""
+        """Return the number of requests of an operation whose key contains `key`."""
         return sum(call.operation == operation and key in call.key for call in self.requests)
 
     def match_fault(self, operation: str, key: str) -> Fault | None:
-        """The fault that is this call's."""
+        """Count the request and return the fault that applies to it, if any."""
         for fault in self.faults:
             if fault.operation == operation and fault.key in key:
                 fault.matched += 1
@@ -144,7 +160,7 @@ class ScriptedS3:
 
 @contextmanager
 def scripted_s3(tls: SignedCertificate | None = None) -> Iterator[ScriptedS3]:
-    """A running server, by https with a certificate."""
+    """Run a server. With a certificate it uses HTTPS."""
     s3 = ScriptedS3()
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"s3": s3}))
     if tls:
@@ -165,10 +181,11 @@ def scripted_s3(tls: SignedCertificate | None = None) -> Iterator[ScriptedS3]:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # with the library's 5, every sixth connection waits for a second
+    # With the default of 5, every sixth connection waits for a second.
+    request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is gone is none."""
+        """Ignore errors of connections that the client closed."""
 
 
 class _S3Error(Exception):
@@ -406,7 +423,8 @@ class _Handler(BaseHTTPRequestHandler):
                     status, headers | {"Transfer-Encoding": "chunked"}, _encode_unfinished_chunks(body)
                 )
             self.wfile.flush()
-            time.sleep(0.05)  # what was sent has to be read first: a reset would overtake it
+            # The client must read the sent data first: a reset would overtake it.
+            time.sleep(0.05)
             self._reset()
         elif fault.kind == "200":
             self._send(200, {}, self._error_response(_S3Error(500))[2])
@@ -434,7 +452,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _encode_unfinished_chunks(body: bytes) -> bytes:
-    """All of the body, without the chunk that says so."""
+    """Return the body in chunked encoding without the final chunk."""
     return b"%x\r\n%s\r\n" % (len(body), body) if body else b""
 
 

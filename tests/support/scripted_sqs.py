@@ -1,4 +1,4 @@
-"""SQS at the wire, for faults that no stand-in shows: it has one message, and the test's own answers."""
+"""A scripted SQS server for faults that other stand-ins cannot produce. It has a single message."""
 
 import json
 import threading
@@ -12,7 +12,11 @@ from typing import Any
 
 @dataclass
 class ScriptedSqs:
-    """State: `calls`, by operation, and `received`, that the message was handed out; both under `_lock`."""
+    """A running server.
+
+    State: `calls`, the number of requests by operation, and `received`, whether the message was delivered;
+    both guarded by `_lock`.
+    """
 
     body: str
     visible_seconds: int | None
@@ -23,7 +27,7 @@ class ScriptedSqs:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, operation: str) -> tuple[int, dict[str, Any]]:
-        """Return the status and the body for one call."""
+        """Return the HTTP status and the body of the response to one request."""
         with self._lock:
             self.calls[operation] += 1
             if operation in self.failing:
@@ -42,9 +46,10 @@ class ScriptedSqs:
 def scripted_sqs(
     body: object, *, visible_seconds: int | None, failing: Mapping[str, str]
 ) -> Iterator[ScriptedSqs]:
-    """A running server. `failing`: the error code for each operation that fails, always.
+    """Run a server whose message has this body.
 
-    `visible_seconds`: None where the server has no attributes of its queues.
+    `failing` has the error code of each operation that always fails. `visible_seconds` is None for a server
+    without queue attributes.
     """
     script = ScriptedSqs(json.dumps(body), visible_seconds, failing)
 
@@ -54,7 +59,8 @@ def scripted_sqs(
             status, answer = script.answer(self.headers["X-Amz-Target"].rpartition(".")[2])
             data = json.dumps(answer).encode()
             self.send_response(status)
-            if status != 200:  # as AWS does: the code that the older protocol had
+            if status != 200:
+                # AWS also sends the error code of the older query protocol.
                 code = answer["__type"].rpartition("#")[2]
                 self.send_header("x-amzn-query-error", f"AWS.SimpleQueueService.{code};Sender")
             self.send_header("Content-Type", "application/x-amz-json-1.0")
@@ -63,7 +69,7 @@ def scripted_sqs(
             self.wfile.write(data)
 
         def log_message(self, *_: object) -> None:
-            """Nothing: the test looks at `calls`."""
+            """Log nothing: tests read `calls`."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     script.endpoint_url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -17,7 +17,7 @@ _READY_SECONDS = 30
 
 
 class SqsQueue:
-    """A queue as the test sees it, with a dead-letter queue behind it."""
+    """A queue and its dead-letter queue."""
 
     def __init__(self, client: Any, name: str, *, visible_seconds: int, receives: int = 10) -> None:
         self._client = client
@@ -30,27 +30,27 @@ class SqsQueue:
         )["QueueUrl"]
 
     def send(self, body: object) -> None:
-        """Send a message: text as it is, all else as JSON."""
+        """Send a message: a string unchanged, anything else as JSON."""
         self._client.send_message(
             QueueUrl=self.url, MessageBody=body if isinstance(body, str) else json.dumps(body)
         )
 
     def count(self, url: str | None = None) -> int:
-        """How many messages there are, seen and unseen."""
+        """Return the number of messages in this or another queue, visible and invisible."""
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
         got = self._client.get_queue_attributes(QueueUrl=url or self.url, AttributeNames=names)
         return sum(int(got["Attributes"][name]) for name in names)
 
     @property
     def visible_count(self) -> int:
-        """How many messages a worker could have now."""
+        """Return the number of visible messages."""
         name = "ApproximateNumberOfMessages"
         got = self._client.get_queue_attributes(QueueUrl=self.url, AttributeNames=[name])
         return int(got["Attributes"][name])
 
 
 def object_created_event(bucket: str, *keys: str) -> dict[str, Any]:
-    """What S3 sends of objects that were made, their keys encoded as it does."""
+    """Return the event notification that S3 sends for created objects. Keys are given as S3 encodes them."""
     return {
         "Records": [
             {
@@ -64,7 +64,7 @@ def object_created_event(bucket: str, *keys: str) -> dict[str, Any]:
 
 
 class SqsServer:
-    """Where it answers."""
+    """The server's URL and its credentials."""
 
     def __init__(self, endpoint_url: str, environment: dict[str, str]) -> None:
         self.endpoint_url = endpoint_url
@@ -73,7 +73,7 @@ class SqsServer:
     def create_queue(
         self, name: str, *, visible_seconds: int = 30, receives: int = 10, region: str | None = None
     ) -> SqsQueue:
-        """Make a queue, in the environment's region or another one."""
+        """Create a queue in the environment's region or in another one."""
         client: Any = boto3.client(  # type: ignore[no-untyped-call]
             "sqs",
             endpoint_url=self.endpoint_url,
@@ -86,7 +86,7 @@ class SqsServer:
 
 @contextmanager
 def sqs_server(folder: Path, environment: dict[str, str]) -> Iterator[SqsServer]:
-    """A running server, which knows these credentials."""
+    """Run a server that accepts the credentials in `environment`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -99,8 +99,8 @@ def sqs_server(folder: Path, environment: dict[str, str]) -> Iterator[SqsServer]
             cwd=folder,
         )
     try:
-        give_up_at = time.monotonic() + _READY_SECONDS
-        while time.monotonic() < give_up_at and process.poll() is None:
+        deadline = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
                 break

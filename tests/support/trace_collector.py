@@ -1,4 +1,4 @@
-"""A collector of traces as a process (rotel), and behind it what it passes on, for a test to look at."""
+"""An OpenTelemetry collector process (rotel) and a gRPC server that records the spans it exports."""
 
 import socket
 import subprocess
@@ -23,7 +23,7 @@ AttributeValue = str | int | float | bool
 
 @dataclass(frozen=True)
 class ReceivedSpan:
-    """A span as it came out of the collector; ids in hex, `parent` empty for a root."""
+    """A span that the collector exported. Ids are in hex; `parent_id` is empty for a root span."""
 
     service: str
     name: str
@@ -39,7 +39,10 @@ class ReceivedSpan:
 
 @dataclass
 class TraceCollector(trace_service_pb2_grpc.TraceServiceServicer):
-    """State: `_spans`, added to by the server's threads under the lock."""
+    """Receive spans from the collector process.
+
+    State: `_spans`, appended to by the server's threads and guarded by `_lock`.
+    """
 
     grpc_port: int = 0
     http_port: int = 0
@@ -48,7 +51,7 @@ class TraceCollector(trace_service_pb2_grpc.TraceServiceServicer):
 
     @property
     def grpc_environment(self) -> dict[str, str]:
-        """The variables that have a process send its traces here."""
+        """Return the environment variables by which a process exports its traces here over gRPC."""
         return {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.grpc_port}",
             "OTEL_BSP_SCHEDULE_DELAY": "100",
@@ -56,32 +59,34 @@ class TraceCollector(trace_service_pb2_grpc.TraceServiceServicer):
 
     @property
     def http_environment(self) -> dict[str, str]:
-        """The same by OTLP's other protocol."""
+        """Return the environment variables by which a process exports its traces here over HTTP."""
         return self.grpc_environment | {
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.http_port}",
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
         }
 
     def spans(self, name: str | None = None) -> list[ReceivedSpan]:
-        """Those that came so far."""
+        """Return the spans received so far, of this name or of all."""
         with self._lock:
             return [span for span in self._spans if name in {None, span.name}]
 
     def wait_for_spans(self, name: str, *, count: int = 1) -> list[ReceivedSpan]:
-        """So many spans of this name, or more."""
+        """Wait for at least `count` spans of this name and return them."""
 
-        def found() -> list[ReceivedSpan]:
+        def find_spans() -> list[ReceivedSpan]:
             spans = self.spans(name)
             return spans if len(spans) >= count else []
 
-        spans: list[ReceivedSpan] = wait_for(found, description=f"{count} spans {name!r} at the collector")
+        spans: list[ReceivedSpan] = wait_for(
+            find_spans, description=f"{count} spans {name!r} at the collector"
+        )
         return spans
 
     def Export(  # noqa: N802 - OTLP's name
         self, request: pb.ExportTraceServiceRequest, _context: grpc.ServicerContext
     ) -> pb.ExportTraceServiceResponse:
-        """Keep what comes."""
-        seen = [
+        """Record the spans of an export request."""
+        received = [
             ReceivedSpan(
                 service=str(_attribute_values(resource.resource.attributes).get("service.name")),
                 name=span.name,
@@ -99,7 +104,7 @@ class TraceCollector(trace_service_pb2_grpc.TraceServiceServicer):
             for span in scope.spans
         ]
         with self._lock:
-            self._spans += seen
+            self._spans += received
         return pb.ExportTraceServiceResponse()
 
 
@@ -109,39 +114,32 @@ def _attribute_values(attributes: Iterable[common_pb2.KeyValue]) -> dict[str, At
 
 @contextmanager
 def trace_collector(folder: Path) -> Iterator[TraceCollector]:
-    """A collector that takes OTLP by gRPC and HTTP."""
-    seen = TraceCollector(free_port(), free_port())
+    """Run a collector that accepts OTLP over gRPC and over HTTP."""
+    collector = TraceCollector(free_port(), free_port())
     pool = ThreadPoolExecutor(4)
     server = grpc.server(pool)
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(seen, server)  # type: ignore[no-untyped-call]
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(  # type: ignore[no-untyped-call]
+        collector, server
+    )
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     with (folder / "collector.log").open("wb") as log:
         process = subprocess.Popen(
             [
-                str(files("rotel") / "rotel-agent"),
-                "start",
-                "--otlp-grpc-endpoint",
-                f"127.0.0.1:{seen.grpc_port}",
-                "--otlp-http-endpoint",
-                f"127.0.0.1:{seen.http_port}",
-                "--exporter",
-                "otlp",
-                "--otlp-exporter-protocol",
-                "grpc",
-                "--otlp-exporter-endpoint",
-                f"http://127.0.0.1:{port}",
-                "--batch-timeout",
-                "50ms",
+                *(str(files("rotel") / "rotel-agent"), "start"),
+                *("--otlp-grpc-endpoint", f"127.0.0.1:{collector.grpc_port}"),
+                *("--otlp-http-endpoint", f"127.0.0.1:{collector.http_port}"),
+                *("--exporter", "otlp", "--otlp-exporter-protocol", "grpc"),
+                *("--otlp-exporter-endpoint", f"http://127.0.0.1:{port}", "--batch-timeout", "50ms"),
             ],
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
         )
     try:
-        for own in (seen.grpc_port, seen.http_port):
-            wait_for(partial(_is_listening, own), description="the collector listens")
-        yield seen
+        for own_port in (collector.grpc_port, collector.http_port):
+            wait_for(partial(_is_listening, own_port), description="the collector listens")
+        yield collector
     finally:
         process.kill()
         process.wait()

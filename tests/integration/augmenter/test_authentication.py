@@ -8,17 +8,16 @@ from pathlib import Path
 import grpc
 import pytest
 
-from protos import seniority_pb2 as pb
 from services.common.bearer import Token
 from services.common.grpc_target import is_local_target
 from tests.integration.augmenter.conftest import RunAugmenter, make_posting
-from tests.integration.augmenter.scripted_model import Answer, ScriptedModel, all_threes, scripted_model
 from tests.support.certificates import (
     CertificateAuthority,
     MountedSecret,
     SignedCertificate,
     make_self_signed,
 )
+from tests.support.model_server import ReceivedCall, ScriptedModel, answer_threes, in_sequence, scripted_model
 
 _SECRET = "s3cret-of-the-day"
 
@@ -55,8 +54,8 @@ def guarded(certificates: Path) -> Iterator[ScriptedModel]:
         root_certificates=read["client.crt"],
         require_client_auth=True,
     )
-    with scripted_model(credentials=credentials) as model:
-        model.token = _SECRET
+    with scripted_model(answer_threes, credentials=credentials) as model:
+        model.required_token = _SECRET
         yield model
 
 
@@ -178,8 +177,8 @@ def test_token_in_the_clear_stays_on_this_machine(
     ended = augment(source, f"{source.parent}/out/", "--target", "proxy.example:50051", *flags)
     assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith("augmenter: --token-file: proxy.example:50051 would get it in the clear")
-    with scripted_model() as model:
-        model.token = _SECRET
+    with scripted_model(answer_threes) as model:
+        model.required_token = _SECRET
         assert augment(source, f"{source.parent}/out/", "--target", model.target, *flags).exit_code == 0
 
 
@@ -218,18 +217,18 @@ def test_token_that_changes_is_sent_from_then_on(augment: RunAugmenter, tmp_path
     for name in ("a", "b"):
         (source / f"{name}.jsonl").write_bytes(make_posting(name))
 
-    def rotate(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
+    def rotate(call: ReceivedCall) -> list[tuple[int, int]]:
         token.write_text("second")
-        model.token = "second"
-        return all_threes(request)
+        model.required_token = "second"
+        return answer_threes(call)
 
-    with scripted_model(Answer(make=rotate)) as model:
-        model.token = "first"
+    with scripted_model(in_sequence(rotate)) as model:
+        model.required_token = "first"
         ended = augment(
             source, tmp_path / "out", "--target", model.target, "--concurrency", "1", "--token-file", token
         )
     assert (ended.exit_code, ended.stderr) == (0, "")
-    assert model.calls == [["a"], ["b"]]
+    assert [call.companies for call in model.calls] == [["a"], ["b"]]
 
 
 def _server(own: SignedCertificate) -> grpc.ServerCertificateConfiguration:
@@ -259,26 +258,26 @@ def test_certificates_that_are_renewed_are_used_without_a_restart(
         is_connected.set()
         return _server(after)
 
-    def swap(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
+    def swap(call: ReceivedCall) -> list[tuple[int, int]]:
         mounted.replace_certificate(by_the_new)
         is_swapped.set()
-        return all_threes(request)
+        return answer_threes(call)
 
-    def wait(request: pb.SeniorityRequestBatch) -> list[tuple[int, int]]:
+    def wait(call: ReceivedCall) -> list[tuple[int, int]]:
         assert is_connected.wait(60)
-        return all_threes(request)
+        return answer_threes(call)
 
     credentials = grpc.dynamic_ssl_server_credentials(
         _server(before),
         fetch,  # type: ignore[arg-type]  # None means no change, which the stubs do not know
         require_client_authentication=True,
     )
-    with scripted_model(Answer(make=swap), Answer(make=wait), credentials=credentials) as model:
+    with scripted_model(in_sequence(swap, wait), credentials=credentials) as model:
         ended = augment(
             source, tmp_path / "out", "--target", model.target, "--concurrency", "1", *mounted.paths.flags()
         )
     assert (ended.exit_code, ended.stderr) == (0, "")
-    assert model.calls == [["a"], ["b"], ["c"]]
+    assert [call.companies for call in model.calls] == [["a"], ["b"], ["c"]]
 
 
 def test_token_is_kept_while_its_file_cannot_be_read(

@@ -1,1 +1,1 @@
-"""The client that adds a seniority level to job postings: files in, the same files with levels out."""
+"""The augmenter: reads files of job postings and writes them back with a seniority level on each line."""

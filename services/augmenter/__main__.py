@@ -1,4 +1,4 @@
-"""`augmenter` and `python -m services.augmenter`."""
+"""Entry point of `augmenter` and `python -m services.augmenter`."""
 
 from services.common.entrypoint import run_main
 

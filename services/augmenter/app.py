@@ -1,4 +1,4 @@
-"""The composition root: builds what a run needs, runs it, tells what came out."""
+"""Composition root of `augmenter run`: builds the components, runs them and reports the outcome."""
 
 import asyncio
 import logging
@@ -34,23 +34,26 @@ from services.common.signals import ShutdownSignal
 from services.common.tracing import OFF, Span, Tracing
 
 PROGRAM = "augmenter"
-GRACE_SECONDS = 20.0  # of the 30 that Kubernetes gives
-_EXIT_FAILED, _EXIT_INCOMPLETE = 1, 3
+# Kubernetes gives 30 seconds between SIGTERM and SIGKILL.
+GRACE_SECONDS = 20.0
+_EXIT_FAILED = 1
+_EXIT_INCOMPLETE = 3
 _log = logging.getLogger(PROGRAM)
 
 
 async def run(settings: RunSettings, run_paths: RunPaths, tracing: Tracing = OFF) -> int:
-    """Do what INPUT has now, or go on for what comes; the exit code. Raises CommandError."""
-    access = ProxyCredentials.load(settings.tls_files, token_file=settings.token_file)
+    """Process INPUT, with --watch until SIGTERM, and return the exit code. Raises CommandError."""
+    credentials = ProxyCredentials.load(settings.tls_files, token_file=settings.token_file)
     allocator.tune_allocator()
-    signals = ShutdownSignal(grace_seconds=GRACE_SECONDS if settings.watch else 0)
+    shutdown = ShutdownSignal(grace_seconds=GRACE_SECONDS if settings.watch else 0)
     try:
         with tracing.start_trace("augmenter.run", watch=settings.watch) as span:
-            return await _run(settings, run_paths, access, signals.stopping, tracing, span)
+            return await _run(settings, run_paths, credentials, shutdown.stopping, tracing, span)
     except asyncio.CancelledError:
-        if not signals.stopping.is_set():
+        if not shutdown.stopping.is_set():
             raise
-        if settings.watch:  # what was in work is abandoned, whole: it will be found again
+        # With --watch, files that were cancelled have no output, so the next run finds and processes them.
+        if settings.watch:
             return 0
         raise TerminatedError("stopped by SIGTERM; run again to go on") from None
 
@@ -63,61 +66,62 @@ async def _run(
     tracing: Tracing,
     span: Span,
 ) -> int:
-    totals, registry = RunStats(), CollectorRegistry()
+    stats = RunStats()
+    registry = CollectorRegistry()
     metrics = Metrics(registry)
     started = time.monotonic()
     async with AsyncExitStack() as stack:
         if settings.http_listen:
-            from services.common.http_server import HttpEndpoint  # noqa: PLC0415 - see stores.py
+            from services.common.http_server import HttpEndpoint  # noqa: PLC0415 - see run_storage.py
 
             http = HttpEndpoint(registry=registry)
             stack.push_async_callback(http.close)
             _log.info("metrics on http://%s/metrics", await http.start(settings.http_listen))
-        stores = await open_run_storage(settings, run_paths, stack)
-        shown = sys.stderr.isatty() if settings.progress is None else settings.progress
-        if shown:
-            from services.augmenter.progress import progress_bar  # noqa: PLC0415 - see stores.py
+        storage = await open_run_storage(settings, run_paths, stack)
+        show_progress = sys.stderr.isatty() if settings.progress is None else settings.progress
+        if show_progress:
+            from services.augmenter.progress import progress_bar  # noqa: PLC0415 - see run_storage.py
 
-            await stack.enter_async_context(progress_bar(totals))
-        counting = DryRunCounter(
-            source=stores.source,
-            stats=totals,
+            await stack.enter_async_context(progress_bar(stats))
+        dry_run = DryRunCounter(
+            source=storage.source,
+            stats=stats,
             limits=settings.read_limits,
             posting_format=settings.posting_format,
         )
-        work: Callable[[FileTask], Awaitable[LineCounts]] = counting.count_file
+        process_file: Callable[[FileTask], Awaitable[LineCounts]] = dry_run.count_file
         if not settings.dry_run:
-            await stores.sink.check_writable()
-            work = await _build_augment_file(settings, credentials, stores, stack, totals, metrics, tracing)
+            await storage.sink.check_writable()
+            process_file = await _build_augment_file(
+                settings, credentials, storage, stack, stats, metrics, tracing
+            )
         runner = Runner(
-            source=stores.source,
-            process_file=work,
-            stats=totals,
+            source=storage.source,
+            process_file=process_file,
+            stats=stats,
             metrics=metrics,
             log_failures=settings.watch,
             skip_missing=settings.missing_input == "skip",
         )
-        await _process_files(settings, run_paths, stores, runner, totals, metrics, stopping, stack)
+        await _process_files(settings, run_paths, storage, runner, stats, metrics, stopping, stack)
         was_listed = not (
             settings.watch or settings.sqs_queue_url or run_paths.input_name or stopping.is_set()
         )
-        nothing = (
-            ""
-            if settings.ok_empty or not was_listed
-            else await empty_input.explain_empty_input(stores.source, totals)
-        )
-    totals.seconds = time.monotonic() - started
-    span.set_attributes(done=totals.files_done, skipped=totals.files_skipped, failed=totals.failures.count)
-    summary.write_failures(totals, program=PROGRAM)
+        empty_reason = ""
+        if was_listed and not settings.ok_empty:
+            empty_reason = await empty_input.explain_empty_input(storage.source, stats)
+    stats.seconds = time.monotonic() - started
+    span.set_attributes(done=stats.files_done, skipped=stats.files_skipped, failed=stats.failures.count)
+    summary.write_failures(stats, program=PROGRAM)
     if settings.dry_run:
-        sys.stdout.write(summary.format_dry_run_summary(totals, distinct_pairs=counting.distinct_pairs))
+        sys.stdout.write(summary.format_dry_run_summary(stats, distinct_pairs=dry_run.distinct_pairs))
     else:
-        sys.stdout.write(summary.format_summary(totals, rejects_uri=stores.rejects.uri("")))
+        sys.stdout.write(summary.format_summary(stats, rejects_uri=storage.rejects.uri("")))
     if settings.summary_json:
-        summary.write_summary_json(totals, settings.summary_json)
-    if nothing:
-        sys.stderr.write(f"{PROGRAM}: {nothing}\n")
-    return 0 if settings.watch else _exit_code(settings, totals, is_empty=nothing != "")
+        summary.write_summary_json(stats, settings.summary_json)
+    if empty_reason:
+        sys.stderr.write(f"{PROGRAM}: {empty_reason}\n")
+    return 0 if settings.watch else _exit_code(settings, stats, is_empty=empty_reason != "")
 
 
 async def _process_files(
@@ -130,8 +134,8 @@ async def _process_files(
     stopping: asyncio.Event,
     stack: AsyncExitStack,
 ) -> None:
-    """Every file, wherever its name comes from."""
-    jobs = FileLister(
+    """Process every file, whether a listing, --watch or a queue's messages name it."""
+    lister = FileLister(
         storage.source,
         storage.sink,
         shard=Shard(*settings.shard),
@@ -142,7 +146,7 @@ async def _process_files(
     concurrency = settings.concurrency
     if settings.sqs_queue_url:
         from services.augmenter.sources.sqs import SqsWorkers  # noqa: PLC0415
-        from services.common.storage.s3_client import aws_client  # noqa: PLC0415 - see stores.py
+        from services.common.storage.s3_client import aws_client  # noqa: PLC0415 - see run_storage.py
 
         assert isinstance(run_paths.source, S3Uri)  # noqa: S101 - checked with the places
         endpoint = queue_endpoint(settings.sqs_queue_url)
@@ -155,30 +159,30 @@ async def _process_files(
             client,
             queue_url=settings.sqs_queue_url,
             source=run_paths.source,
-            lister=jobs,
+            lister=lister,
             runner=runner,
             stats=stats,
             metrics=metrics,
         )
-        if settings.missing_input == "skip":  # else a wrong endpoint would make every object a missing one
+        # Check that INPUT can be listed: with a wrong endpoint, every object would pass for a missing one.
+        if settings.missing_input == "skip":
             await anext(storage.source.list(), None)
         await workers.run(concurrency=concurrency, follow=settings.watch, stopping=stopping)
     elif settings.watch:
         watcher = Watcher(
-            lambda after: jobs.list_tasks(after=after),
-            jobs.find_task,
+            lambda after: lister.list_tasks(after=after),
+            lister.find_task,
             poll_interval_seconds=settings.poll_interval_seconds,
             lookback_seconds=settings.lookback_seconds,
             on_first_listing=partial(empty_input.warn_if_empty, storage.source, stats),
         )
         await runner.run(watcher.tasks(), concurrency=concurrency, stopping=stopping, on_end=watcher.on_end)
     else:
-        found = (
-            jobs.list_tasks()
-            if run_paths.input_name is None
-            else _list_single_file(jobs, run_paths.input_name)
-        )
-        await runner.run(found, concurrency=concurrency, stopping=stopping)
+        if run_paths.input_name is None:
+            tasks: AsyncIterator[FileTask] = lister.list_tasks()
+        else:
+            tasks = _list_single_file(lister, run_paths.input_name)
+        await runner.run(tasks, concurrency=concurrency, stopping=stopping)
 
 
 async def _list_single_file(lister: FileLister, name: str) -> AsyncIterator[FileTask]:
@@ -203,14 +207,17 @@ async def _build_augment_file(
     metrics: Metrics,
     tracing: Tracing,
 ) -> Callable[[FileTask], Awaitable[LineCounts]]:
-    """The work to be done on each file, with a channel that the stack closes.
+    """Return the function that augments one file. The stack closes its channel to the target.
 
-    A file is a trace of its own beside the run's: a run may have any number of them, and with --watch no end.
+    Each file has a separate trace that links to the trace of the run: a run may have any number of files,
+    and with --watch it does not end.
     """
-    stamina.instrumentation.set_on_retry_hooks([])  # a line a retry is too many: RetryBudget tells
-    health = OutageLogger(str(settings.target))  # there is one, but in a dry run
+    # Stamina would log each retry. OutageLogger logs an outage once.
+    stamina.instrumentation.set_on_retry_hooks([])
+    # Without --dry-run, the settings ensure that there is a target.
+    outage_logger = OutageLogger(str(settings.target))
     channel = await stack.enter_async_context(
-        open_channel(health.target, credentials, max_call_seconds=settings.deadline_seconds)
+        open_channel(outage_logger.target, credentials, max_call_seconds=settings.deadline_seconds)
     )
     rpc = SeniorityClient(
         channel,
@@ -232,18 +239,18 @@ async def _build_augment_file(
         limits=settings.read_limits,
         posting_format=settings.posting_format,
     )
-    run = tracing.current_context()
+    run_context = tracing.current_context()
 
-    async def augment(job: FileTask) -> LineCounts:
-        budget = RetryBudget(seconds=settings.retry_budget_seconds, outage_logger=health)
-        place = storage.source.uri(job.file.name)
-        with tracing.start_trace("file", link=run, file=place, bytes=job.file.size_bytes) as span:
+    async def augment(task: FileTask) -> LineCounts:
+        retry_budget = RetryBudget(seconds=settings.retry_budget_seconds, outage_logger=outage_logger)
+        uri = storage.source.uri(task.file.name)
+        with tracing.start_trace("file", link=run_context, file=uri, bytes=task.file.size_bytes) as span:
             counts = await pipeline.augment(
-                job.file,
-                output_name=job.output_name,
-                expected_version=job.expected_version,
-                lines_format=job.lines_format,
-                retry_budget=budget,
+                task.file,
+                output_name=task.output_name,
+                expected_version=task.expected_version,
+                lines_format=task.lines_format,
+                retry_budget=retry_budget,
             )
             span.set_attributes(lines=counts.read, augmented=counts.augmented, rejected=counts.rejected)
             return counts

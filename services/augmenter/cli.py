@@ -1,4 +1,4 @@
-"""`augmenter run`: its arguments and flags."""
+"""Command line of `augmenter run`: its arguments and flags."""
 
 import asyncio
 from typing import Any
@@ -23,25 +23,26 @@ def _run(**values: Any) -> int:
         for name in ("input", "output")
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     }
-    if typed == {"input"}:  # else local postings would go to the default bucket by a slip
+    # With INPUT alone, local postings would go to the default bucket by mistake.
+    if typed == {"input"}:
         raise UsageError("run takes INPUT and OUTPUT, or neither")
     settings = options.read_settings(RunSettings, values)
     logs.configure(log_format=settings.log_format, level=settings.log_level)
-    plan = paths.resolve_paths(values["input"], values["output"], settings.rejects)
+    run_paths = paths.resolve_paths(values["input"], values["output"], settings.rejects)
     if settings.sqs_queue_url:
-        _check_queue_input(settings.sqs_queue_url, plan)
-    _check_sse_keys(settings, plan)
-    if settings.watch and plan.input_name:
+        _check_queue_input(settings.sqs_queue_url, run_paths)
+    _check_sse_keys(settings, run_paths)
+    if settings.watch and run_paths.input_name:
         raise UsageError("--watch waits for new files: INPUT must be a folder or a prefix")
     with (
         tracing_context("augmenter") as traces,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(app.run(settings, plan, traces))
+        return runner.run(app.run(settings, run_paths, traces))
 
 
 def _check_queue_input(queue_url: str, run_paths: paths.RunPaths) -> None:
-    """Refuse a queue that cannot have INPUT's events. Raises UsageError."""
+    """Check that a queue of S3 events can name files of INPUT. Raises UsageError."""
     check_queue_url(queue_url)
     if run_paths.input_name or not isinstance(run_paths.source, paths.S3Uri):
         raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
@@ -52,7 +53,7 @@ def _check_queue_input(queue_url: str, run_paths: paths.RunPaths) -> None:
 
 
 def _check_sse_keys(settings: RunSettings, run_paths: paths.RunPaths) -> None:
-    """Refuse a key for places that cannot use it. Raises UsageError."""
+    """Reject an SSE-C key for a location that is not in S3. Raises UsageError."""
     if settings.sse_c_key_file and not isinstance(run_paths.source, paths.S3Uri):
         raise UsageError("--sse-c-key-file is for objects: INPUT must be s3://BUCKET/PREFIX/")
     if settings.output_sse_c_key_file and not isinstance(run_paths.sink, paths.S3Uri):

@@ -1,4 +1,4 @@
-"""What `augmenter run` is told: flags, their environment twins, and what goes together."""
+"""Settings of `augmenter run`: flags, their environment variables, and which of them exclude each other."""
 
 import string
 from dataclasses import dataclass
@@ -22,7 +22,10 @@ _HEADER_CHARACTERS = frozenset(string.ascii_letters + string.digits + string.pun
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSettings:
-    """Times in seconds; `progress` is None where the terminal decides."""
+    """Settings of one run.
+
+    Times are in seconds. `progress` is None when the terminal decides whether a progress bar is shown.
+    """
 
     target: str | None = flag(
         "--target",
@@ -152,7 +155,7 @@ class RunSettings:
     )
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant, in one line that names it."""
+        """Reject invalid values and combinations. Raises UsageError that names the flag."""
         if self.once is not None and self.once is self.watch:
             raise UsageError("--once and --watch: one of the two")
         if self.watch and self.poll_interval_seconds == 0:
@@ -184,20 +187,20 @@ class RunSettings:
 
     @property
     def posting_fields(self) -> PostingFields:
-        """The members of a posting. Raises UsageError."""
+        """Return which members of a posting hold company, title and level. Raises UsageError."""
         return PostingFields.parse(company=self.company_field, title=self.title_field, level=self.level_field)
 
     @property
     def posting_format(self) -> PostingFormat:
-        """How lines are read and written."""
+        """Return how lines are parsed and written."""
         return PostingFormat(self.posting_fields, keep_existing=self.keep_existing)
 
     @property
     def read_limits(self) -> ReadLimits:
-        """What one file may cost of memory."""
+        """Return the limits on line and zstd window size, which bound the memory of one file."""
         return ReadLimits(self.max_line_bytes, self.max_zstd_window_bytes)
 
     @property
     def tls_files(self) -> PemFiles:
-        """The files of the way to the proxy."""
+        """Return the certificate files for the connection to the proxy."""
         return PemFiles(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key)

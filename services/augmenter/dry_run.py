@@ -1,4 +1,4 @@
-"""What a run would read, counted without asking or writing anything."""
+"""Counts what a run would read, without sending or writing anything."""
 
 from contextlib import aclosing
 
@@ -15,7 +15,10 @@ from services.common.storage.protocol import Storage
 class DryRunCounter:
     """Counts lines, and the distinct pairs of the whole input.
 
-    A pair is remembered by its 64-bit hash: 20M pairs in about 1.5 GB, off by one in ten million runs.
+    A pair is stored as its 64-bit hash: 20M pairs take about 1.5 GB, and the count is off by one in one of
+    ten million runs.
+
+    State: `_pair_hashes`, of all files so far.
     """
 
     def __init__(
@@ -34,36 +37,40 @@ class DryRunCounter:
 
     @property
     def distinct_pairs(self) -> int:
-        """Distinct pairs so far."""
+        """Return the number of distinct pairs so far."""
         return len(self._pair_hashes)
 
     async def count_file(self, task: FileTask) -> LineCounts:
-        """Count one file. Raises FileError."""
+        """Count the lines and pairs of one file. Raises FileError."""
         counts = LineCounts()
         reader = FileReader(self._source, task.file, task.lines_format, self._stats, self._limits)
-        first: tuple[int, str] | None = None
+        first_rejected: tuple[int, str] | None = None
         async with aclosing(reader.blocks()) as all_blocks:
             async for block in all_blocks:
                 if isinstance(block, LongLinePart):
-                    first = first or (counts.read + 1, self._limits.long_line_reason)
+                    first_rejected = first_rejected or (counts.read + 1, self._limits.long_line_reason)
                     self._add_counts(counts, LineCounts(read=block.is_last, rejected=block.is_last))
                     continue
-                windows: list[ParsedBlock] = []
-                for pairs in line_blocks.parse_block(
-                    block, parsed_blocks=windows, posting_format=self._posting_format
+                parsed_blocks: list[ParsedBlock] = []
+                for pairs in line_blocks.parse_blocks(
+                    block, parsed_blocks=parsed_blocks, posting_format=self._posting_format
                 ):
                     self._pair_hashes.update(map(hash, pairs))
-                for one in windows:
-                    if first is None and (bad := one.first_rejected()):
-                        first = (counts.read + 1 + bad[0], bad[1])
+                for parsed_block in parsed_blocks:
+                    if first_rejected is None and (bad := parsed_block.first_rejected()):
+                        first_rejected = (counts.read + 1 + bad[0], bad[1])
                     self._add_counts(
                         counts,
-                        LineCounts(read=one.line_count, rejected=one.rejected_count, blank=one.blank_count),
+                        LineCounts(
+                            read=parsed_block.line_count,
+                            rejected=parsed_block.rejected_count,
+                            blank=parsed_block.blank_count,
+                        ),
                     )
         counts.augmented = counts.read - counts.rejected - counts.blank
-        if first and not counts.augmented:
+        if first_rejected and not counts.augmented:
             raise NoLineAugmentedError(
-                rejected=counts.rejected, first_rejected=first, format_hint=reader.format_hint
+                rejected=counts.rejected, first_rejected=first_rejected, format_hint=reader.format_hint
             )
         return counts
 

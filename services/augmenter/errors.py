@@ -1,11 +1,11 @@
-"""What can go wrong in an augmenting run. Each error is one sentence that a person can act on."""
+"""Errors of a run. The message of each is one sentence that a user can act on."""
 
 from services.common.errors import CommandError, FileError
 from services.common.grpc_details import format_status
 
 
 class AccountingError(FileError):
-    """Lines in are not augmented + rejected + blank: a defect, and the output is not completed."""
+    """Lines read differ from augmented + rejected + blank: a defect. The output is not completed."""
 
     def __init__(self, *, lines_in: int, augmented: int, rejected: int, blank: int) -> None:
         super().__init__(
@@ -14,23 +14,24 @@ class AccountingError(FileError):
 
 
 class NoLineAugmentedError(FileError):
-    """Every line of the file was rejected: it is no output that anybody wants, whatever is tolerated.
+    """Every line of the file was rejected. The file fails, even when rejected lines are tolerated.
 
-    `hint` is what the file seems to be instead; else the first line's reason stands for all.
+    `format_hint` names the format that the file seems to have instead. Without one, the message gives the
+    reason of the first rejected line.
     """
 
     def __init__(
         self, *, rejected: int, first_rejected: tuple[int, str], format_hint: str | None = None
     ) -> None:
         number, reason = first_rejected
-        why = f"it is {format_hint}" if format_hint else f"line {number}: {reason}"
-        super().__init__(f"no line can be augmented ({rejected:,} rejected): {why}")
+        cause = f"it is {format_hint}" if format_hint else f"line {number}: {reason}"
+        super().__init__(f"no line can be augmented ({rejected:,} rejected): {cause}")
 
 
 class RpcFailedError(FileError):
-    """The answers for a file could not be had: its last status, and what was tried.
+    """The levels of a file's pairs could not be obtained. Gives the last status and how long it was retried.
 
-    Of what the server said in words only the log at debug tells: it may quote what was asked.
+    The text that came with the status is logged at debug only, since it may quote the request.
     """
 
     def __init__(self, *, target: str, code: str, details: str, tried_seconds: float | None = None) -> None:
@@ -40,6 +41,6 @@ class RpcFailedError(FileError):
 
 
 class TerminatedError(CommandError):
-    """SIGTERM ended the run; nothing half-written is left."""
+    """SIGTERM ended the run. No partial output is left."""
 
     exit_code = 143

@@ -1,7 +1,7 @@
-"""What the augmenter counts.
+"""Prometheus metrics of the augmenter.
 
-The first sentence of a help text says what is told, what follows how to read it: `docs/metrics.md` is made of
-both.
+The first sentence of a help text says what is counted, the rest how to read it. `docs/metrics.md` is
+generated from both.
 """
 
 from importlib import metadata
@@ -89,5 +89,6 @@ class Metrics:
 def _version() -> str:
     try:
         return metadata.version("seniority-cache")
-    except metadata.PackageNotFoundError:  # run from a tree that is not installed
+    # The service runs from a source tree that is not installed.
+    except metadata.PackageNotFoundError:
         return "unknown"

@@ -1,4 +1,4 @@
-"""INPUT and OUTPUT as the user wrote them, and whether they go together. No network."""
+"""Parses INPUT, OUTPUT and --rejects, and checks that they do not overlap. No network access."""
 
 import os
 import re
@@ -21,26 +21,26 @@ _TENANT = re.compile(r"\w*:[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class LocalPath:
-    """A local folder or file; absolute."""
+    """A local folder or file, as an absolute path."""
 
     path: Path
 
     def parts(self) -> tuple[str, ...]:
-        """What says where it is, symbolic links resolved."""
+        """Return the path's segments with symbolic links resolved, for comparisons."""
         return ("local", *Path(os.path.realpath(self.path)).parts)
 
     def join(self, name: str) -> "LocalPath":
-        """The place of `name` in this folder."""
+        """Return the path of `name` in this folder."""
         return LocalPath(self.path / name)
 
     def split(self) -> tuple["LocalPath", str]:
-        """The folder that it is in, and its name."""
+        """Return the parent folder and the name in it."""
         return LocalPath(self.path.parent), self.path.name
 
 
 @dataclass(frozen=True, slots=True)
 class S3Uri:
-    """A prefix of a bucket ("" or ending in "/"), or one key.
+    """A prefix of a bucket (empty, or ending in "/"), or one key.
 
     `bucket` may also be the ARN of an access point, or Ceph's `tenant:bucket`.
     """
@@ -50,24 +50,24 @@ class S3Uri:
 
     @property
     def is_access_point(self) -> bool:
-        """Whether the bucket is behind an access point (or its alias), and its own name is not known."""
+        """Return whether this is an access point or its alias, so that the bucket's own name is unknown."""
         return self.bucket.startswith("arn:") or self.bucket.endswith("-s3alias")
 
     @property
     def has_tenant(self) -> bool:
-        """Whether the bucket is one of Ceph's, named with its tenant."""
+        """Return whether the bucket is one of Ceph's, named with its tenant."""
         return ":" in self.bucket and not self.is_access_point
 
     def parts(self) -> tuple[str, ...]:
-        """What says where it is."""
+        """Return the segments of bucket and key, for comparisons."""
         return ("s3", self.bucket, *self.key.rstrip("/").split("/")) if self.key else ("s3", self.bucket)
 
     def join(self, name: str) -> "S3Uri":
-        """The place of `name` under this prefix."""
+        """Return the URI of `name` under this prefix."""
         return S3Uri(self.bucket, self.key + name)
 
     def split(self) -> tuple["S3Uri", str]:
-        """The prefix that it is under, and its name."""
+        """Return the prefix that contains the key, and the name under it."""
         folder, slash, name = self.key.rpartition("/")
         return S3Uri(self.bucket, folder + slash), name
 
@@ -77,7 +77,7 @@ StoragePath: TypeAlias = LocalPath | S3Uri
 
 @dataclass(frozen=True, slots=True)
 class RunPaths:
-    """Folders, and the two names when INPUT is one file (`output_name` is then where it goes)."""
+    """The folders of a run. Both names are set when INPUT is one file, and `output_name` is its output's."""
 
     source: StoragePath
     sink: StoragePath
@@ -87,17 +87,20 @@ class RunPaths:
 
 
 def resolve_paths(input_text: str, output_text: str, rejects_text: str | None) -> RunPaths:
-    """What INPUT, OUTPUT and --rejects mean together. Raises UsageError, or StoreError for no INPUT."""
+    """Resolve INPUT, OUTPUT and --rejects together.
+
+    Raises UsageError, or StorageError if INPUT does not exist.
+    """
     source, input_name = _resolve_source(input_text)
     sink, output_name = _resolve_sink(output_text, input_name)
     rejects = _parse_folder(rejects_text) if rejects_text else sink.join(f"{REJECTS_FOLDER}/")
-    made = RunPaths(source, sink, rejects, input_name, output_name)
-    _check_disjoint(made, input_text, output_text)
-    return made
+    run_paths = RunPaths(source, sink, rejects, input_name, output_name)
+    _check_disjoint(run_paths, input_text, output_text)
+    return run_paths
 
 
 def is_inside(inner: StoragePath, outer: StoragePath) -> bool:
-    """Whether `inner` is `outer` or in it."""
+    """Return whether `inner` is `outer` or lies in it."""
     return inner.parts()[: len(outer.parts())] == outer.parts()
 
 
@@ -131,36 +134,36 @@ def _parse_access_point(text: str, rest: str) -> S3Uri:
 
 
 def _parse_folder(text: str) -> StoragePath:
-    place = _parse(text)
-    if isinstance(place, S3Uri) and place.key and not place.key.endswith("/"):
-        return S3Uri(place.bucket, place.key + "/")
-    return place
+    location = _parse(text)
+    if isinstance(location, S3Uri) and location.key and not location.key.endswith("/"):
+        return S3Uri(location.bucket, location.key + "/")
+    return location
 
 
 def _resolve_source(text: str) -> tuple[StoragePath, str | None]:
-    place = _parse(text)
-    if isinstance(place, S3Uri):
-        if place.key.endswith("/") or format_for_name(place.key) is None:
+    location = _parse(text)
+    if isinstance(location, S3Uri):
+        if location.key.endswith("/") or format_for_name(location.key) is None:
             return _parse_folder(text), None
-        return place.split()
-    if place.path.is_dir():
-        return place, None
-    if not place.path.is_file():
+        return location.split()
+    if location.path.is_dir():
+        return location, None
+    if not location.path.is_file():
         raise StorageError(uri=text, reason="no such file or folder")
-    if format_for_name(place.path.name) is None:
+    if format_for_name(location.path.name) is None:
         message = f"{text}: the name must end in one of {SUFFIX_HELP}"
         raise UsageError(message)
-    return place.split()
+    return location.split()
 
 
 def _resolve_sink(text: str, input_name: str | None) -> tuple[StoragePath, str | None]:
-    place = _parse(text)
-    if text.endswith("/") or (isinstance(place, S3Uri) and not place.key):
-        return place, input_name
-    if isinstance(place, LocalPath) and place.path.is_dir():
-        return place, input_name
+    location = _parse(text)
+    if text.endswith("/") or (isinstance(location, S3Uri) and not location.key):
+        return location, input_name
+    if isinstance(location, LocalPath) and location.path.is_dir():
+        return location, input_name
     if input_name is None:
-        if isinstance(place, LocalPath) and place.path.exists():
+        if isinstance(location, LocalPath) and location.path.exists():
             message = f"{text}: a file, but INPUT is a folder"
             raise UsageError(message)
         if format_for_name(text):
@@ -172,11 +175,11 @@ def _resolve_sink(text: str, input_name: str | None) -> tuple[StoragePath, str |
         names = wanted.suffix_help if wanted else SUFFIX_HELP
         message = f"{text}: must end in one of {names} as INPUT does, or in / for a folder"
         raise UsageError(message)
-    return place.split()
+    return location.split()
 
 
 def _check_disjoint(run_paths: RunPaths, input_text: str, output_text: str) -> None:
-    """Nothing that is written may be, or be found as, something that is read."""
+    """Check that no file that is written can replace, or be listed as, a file that is read."""
     if run_paths.input_name is None or run_paths.output_name is None:
         if is_inside(run_paths.sink, run_paths.source):
             message = f"OUTPUT {output_text} is inside INPUT {input_text}"
@@ -190,10 +193,10 @@ def _check_disjoint(run_paths: RunPaths, input_text: str, output_text: str) -> N
         if run_paths.rejects.parts() == run_paths.sink.parts():
             raise UsageError("--rejects is OUTPUT: a file would overwrite its own rejects")
         return
-    read = run_paths.source.join(run_paths.input_name).parts()
-    written = run_paths.sink.join(run_paths.output_name).parts()
-    if written == read:
+    read_parts = run_paths.source.join(run_paths.input_name).parts()
+    written_parts = run_paths.sink.join(run_paths.output_name).parts()
+    if written_parts == read_parts:
         message = f"OUTPUT {output_text} is INPUT {input_text}"
         raise UsageError(message)
-    if run_paths.rejects.join(run_paths.input_name).parts() in {read, written}:
+    if run_paths.rejects.join(run_paths.input_name).parts() in {read_parts, written_parts}:
         raise UsageError("--rejects is the folder of INPUT or OUTPUT: a file would be overwritten")

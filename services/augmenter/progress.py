@@ -14,7 +14,7 @@ _REFRESH_SECONDS = 0.2
 
 @asynccontextmanager
 async def progress_bar(stats: RunStats) -> AsyncIterator[None]:
-    """Show `totals` moving, by the bytes of the input, for as long as the block lasts."""
+    """Show a progress bar of the input's bytes, updated from `stats`, while the block runs."""
     columns = (
         TextColumn("{task.fields[files]}"),
         BarColumn(),
@@ -26,12 +26,12 @@ async def progress_bar(stats: RunStats) -> AsyncIterator[None]:
 
         def update() -> None:
             elapsed = progress.tasks[0].elapsed or 0.0
-            ended = stats.files_done + stats.files_skipped + stats.failures.count
+            finished_files = stats.files_done + stats.files_skipped + stats.failures.count
             progress.update(
                 bar,
                 completed=stats.bytes_read,
                 total=stats.bytes_found or None,
-                files=f"{ended:,}/{stats.files_found:,} files",
+                files=f"{finished_files:,}/{stats.files_found:,} files",
                 rate=f"{stats.lines_read / elapsed:,.0f} lines/s" if elapsed else "",
                 hits="" if stats.hit_rate is None else f"{stats.hit_rate:.1%} hits",
             )

@@ -1,4 +1,4 @@
-"""All files: several in work at a time, each ended as done, skipped or failed."""
+"""Processes all files, several at a time; each ends as done, skipped or failed."""
 
 import asyncio
 import logging
@@ -19,7 +19,7 @@ _MAX_QUEUED_FILES = 10_000
 
 
 class Runner:
-    """Gives each job to `work`, unless its output is there already."""
+    """Passes each file to `process_file`, unless its output exists already, and records the outcome."""
 
     def __init__(
         self,
@@ -46,74 +46,76 @@ class Runner:
         stopping: asyncio.Event,
         on_end: Callable[[FileTask, str], None] | None = None,
     ) -> None:
-        """Do all jobs; once `stopping` is set, only those in work. StoreError: INPUT cannot be listed."""
-        known: asyncio.Queue[FileTask | None] = asyncio.Queue(_MAX_QUEUED_FILES)
+        """Process all tasks. Once `stopping` is set, only those in progress. Raises StorageError."""
+        queue: asyncio.Queue[FileTask | None] = asyncio.Queue(_MAX_QUEUED_FILES)
 
         async def worker() -> None:
-            while job := await known.get():
+            while task := await queue.get():
                 if not stopping.is_set():
-                    outcome = await self.process(job.file.name, partial(_return_task, job))
+                    outcome = await self.process(task.file.name, partial(_return_task, task))
                     if on_end:
-                        on_end(job, outcome)
+                        on_end(task, outcome)
                 self._metrics.backlog.dec()
 
-        async def find() -> None:
-            finding = asyncio.create_task(self._enqueue_tasks(tasks, known))
-            stop = asyncio.create_task(stopping.wait())
+        async def enqueue() -> None:
+            enqueuing = asyncio.create_task(self._enqueue_tasks(tasks, queue))
+            stop_waiter = asyncio.create_task(stopping.wait())
             try:
-                await asyncio.wait({finding, stop}, return_when=asyncio.FIRST_COMPLETED)
-                if finding.done():
-                    finding.result()
+                await asyncio.wait({enqueuing, stop_waiter}, return_when=asyncio.FIRST_COMPLETED)
+                if enqueuing.done():
+                    enqueuing.result()
             finally:
-                await cancel_and_wait([finding, stop])
+                await cancel_and_wait([enqueuing, stop_waiter])
             for _ in range(concurrency):
-                await known.put(None)
+                await queue.put(None)
 
-        await gather_or_cancel([find(), *(worker() for _ in range(concurrency))])
+        await gather_or_cancel([enqueue(), *(worker() for _ in range(concurrency))])
 
     async def _enqueue_tasks(
         self, tasks: AsyncIterator[FileTask], queue: asyncio.Queue[FileTask | None]
     ) -> None:
-        async for job in tasks:
-            self.on_found(job)
-            await queue.put(job)
+        async for task in tasks:
+            self.on_found(task)
+            await queue.put(task)
 
     def on_found(self, task: FileTask) -> None:
-        """Count a job that is going to be done."""
+        """Count a file that is going to be processed."""
         self._stats.files_found += 1
         self._stats.bytes_found += task.file.size_bytes
         self._metrics.backlog.inc()
 
     async def process(self, name: str, find_task: Callable[[], Awaitable[FileTask]]) -> str:
-        """Do one file; how it ended. A failure is noted."""
-        place = self._source.uri(name)
+        """Process one file, record any failure and return the outcome: done, skipped or failed."""
+        uri = self._source.uri(name)
         started = time.monotonic()
         outcome = "failed"
         try:
-            outcome = await self._process(place, await find_task())
+            outcome = await self._process(uri, await find_task())
         except AlreadyDoneError:
             self._stats.files_skipped += 1
             outcome = "skipped"
         except FileArchivedError:
-            self._skip_archived(place)
+            self._skip_archived(uri)
             outcome = "skipped"
         except FileMissingError as error:
-            if self._skip_missing and error.uri == place:  # not if it is OUTPUT that is gone
+            # Only INPUT's object counts as missing, not one of OUTPUT.
+            if self._skip_missing and error.uri == uri:
                 self._stats.files_missing += 1
                 self._stats.files_skipped += 1
                 outcome = "skipped"
-                _log.info("%s: gone before it was read; skipped", place)
+                _log.info("%s: gone before it was read; skipped", uri)
             else:
-                self._record_failure(place, _reason_without_uri(error, place))
+                self._record_failure(uri, _reason_without_uri(error, uri))
         except StorageError as error:
-            self._record_failure(place, _reason_without_uri(error, place))
+            self._record_failure(uri, _reason_without_uri(error, uri))
         except FileError as error:
-            self._record_failure(place, str(error))
+            self._record_failure(uri, str(error))
+        # A defect that shows in one file must not fail the others.
         except Exception as error:  # noqa: BLE001 - a defect met in one file must not cost the others
-            _log.exception("%s: unexpected failure", place)
-            self._record_failure(place, f"unexpected {type(error).__name__}; the log says where")
+            _log.exception("%s: unexpected failure", uri)
+            self._record_failure(uri, f"unexpected {type(error).__name__}; the log says where")
         else:
-            self._stats.failures.mark_resolved(place)
+            self._stats.failures.mark_resolved(uri)
         self._metrics.file_seconds.observe(time.monotonic() - started)
         self._metrics.files.labels(outcome=outcome).inc()
         return outcome
@@ -146,7 +148,7 @@ class Runner:
         self._metrics.archived_files.inc()
 
     def _record_failure(self, uri: str, reason: str) -> None:
-        """Note a failure. A file that fails again as it did before is logged at debug."""
+        """Record and log a failure. A file that fails again for the same reason is logged at debug."""
         is_known = self._stats.failures.reasons_by_file.get(uri) == reason
         named_at_the_end = self._stats.failures.add(uri, reason)
         if self._log_failures or not named_at_the_end:
@@ -158,5 +160,5 @@ async def _return_task(task: FileTask) -> FileTask:
 
 
 def _reason_without_uri(error: StorageError, uri: str) -> str:
-    """Return why the file failed, which is named beside it: its own place only once."""
+    """Return why the file failed. The message names the file already, so its URI is not repeated."""
     return error.reason if error.uri == uri else str(error)

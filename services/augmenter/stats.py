@@ -1,19 +1,20 @@
-"""What a run has done so far: one mutable object, changed only on the event loop, never across an await."""
+"""Counters of a run: one mutable object, changed only on the event loop and never across an await."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from services.common.storage.input_listing import NameCounts
 
+# A run with --watch may go on for months, so the number of failed files that it remembers is bounded.
 MAX_NAMED_FAILURES = 1000
-"""A run that goes on for months remembers so many of those that were never mended."""
 
 
 @dataclass(slots=True)
 class LineCounts:
-    """What became of lines. `read` is counted where lines are read, the others where they are written.
+    """Counts of lines by outcome.
 
-    Of the augmented ones, `replaced` had a level before, and `kept` still have it: they are as they were.
+    `read` is counted where lines are read, the others where they are written. Both `replaced` and `kept`
+    lines are among the augmented ones: the former had a level that was replaced, the latter keep theirs.
     """
 
     read: int = 0
@@ -25,16 +26,16 @@ class LineCounts:
 
     @property
     def accounted(self) -> int:
-        """How many lines it is known of what became of them."""
+        """Return the number of lines whose outcome is known."""
         return self.augmented + self.rejected + self.blank
 
     @property
     def is_balanced(self) -> bool:
-        """Whether nothing was lost."""
+        """Return whether every line that was read is accounted for."""
         return self.read == self.accounted
 
     def add(self, other: "LineCounts") -> None:
-        """Add another file's."""
+        """Add the counts of another file."""
         self.read += other.read
         self.augmented += other.augmented
         self.rejected += other.rejected
@@ -45,9 +46,10 @@ class LineCounts:
 
 @dataclass(slots=True)
 class Failures:
-    """Files that failed. Of the first, `named`, by their places, why; of the others only how many times.
+    """Failed files.
 
-    A file that is not among the named counts as often as it fails, also when it is done at last.
+    `reasons_by_file` holds the reasons of the first MAX_NAMED_FAILURES of them. The others are only counted,
+    in `unnamed_count`: each time they fail, and even if they are processed at last.
     """
 
     reasons_by_file: dict[str, str] = field(default_factory=dict)
@@ -55,11 +57,11 @@ class Failures:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Return the number of failures."""
         return len(self.reasons_by_file) + self.unnamed_count
 
     def add(self, file: str, reason: str) -> bool:
-        """Note a failure; whether it will be named at the end."""
+        """Record a failure, and return whether it will be named at the end."""
         if file not in self.reasons_by_file and len(self.reasons_by_file) >= MAX_NAMED_FAILURES:
             self.unnamed_count += 1
             return False
@@ -67,22 +69,26 @@ class Failures:
         return True
 
     def mark_resolved(self, file: str) -> None:
-        """It is done, whether or not an earlier try failed."""
+        """Forget an earlier failure of a file that is now processed."""
         self.reasons_by_file.pop(file, None)
 
 
 @dataclass(slots=True)
 class RunStats:
-    """The run's figures. `lines` are those of files that are done."""
+    """Counters of one run. `lines` covers files that are done."""
 
     files_done: int = 0
     files_skipped: int = 0
-    files_archived: int = 0  # of the skipped: in cold storage, not restored
-    files_missing: int = 0  # of the skipped: gone before they were read
+    # Among the skipped files: in cold storage and not restored.
+    files_archived: int = 0
+    # Among the skipped files: gone before they were read.
+    files_missing: int = 0
     failures: Failures = field(default_factory=Failures)
     input_names: NameCounts = field(default_factory=NameCounts)
-    foreign_keys: int = 0  # keys outside INPUT in messages of the queue
-    messages_left: int = 0  # in the queue: not about INPUT, or not understood
+    # Keys outside INPUT in messages of the queue.
+    foreign_keys: int = 0
+    # Messages left in the queue: not about INPUT, or not understood.
+    messages_left: int = 0
     messages_not_understood: int = 0
     lines: LineCounts = field(default_factory=LineCounts)
     pairs_sent: int = 0
@@ -90,7 +96,7 @@ class RunStats:
     cache_misses: int = 0
     rpcs: int = 0
     seconds: float = 0.0
-    # Live figures, for the progress bar.
+    # Live counters for the progress bar.
     files_found: int = 0
     bytes_found: int = 0
     bytes_read: int = 0
@@ -98,17 +104,17 @@ class RunStats:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the pairs that the proxy had; None where nobody said (the model itself does not)."""
+        """Return the share of pairs found in the proxy's cache. None if the target did not report it."""
         counted = self.cache_hits + self.cache_misses
         return self.cache_hits / counted if counted else None
 
     @property
     def lines_per_second(self) -> float:
-        """Over the whole run."""
+        """Return the average rate over the whole run."""
         return self.lines.read / self.seconds if self.seconds else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """The shape of `--summary-json`."""
+        """Return the content of `--summary-json`."""
         return {
             "files": {"done": self.files_done, "skipped": self.files_skipped, "failed": self.failures.count},
             "archived": self.files_archived,

@@ -1,4 +1,4 @@
-"""What a run tells people at its end."""
+"""Texts that a run prints at its end."""
 
 import json
 import sys
@@ -8,19 +8,20 @@ from services.augmenter.stats import RunStats
 from services.common.errors import CommandError
 from services.common.printable import escape_unprintable
 
-_MODEL_BATCH_PAIRS = 1000  # what the model takes in one call, one call a second
+# The model takes this many pairs in one call, and one call a second.
+_MODEL_BATCH_PAIRS = 1000
 
 
 def format_summary(stats: RunStats, *, rejects_uri: str) -> str:
-    """The totals in people's words."""
+    """Return the summary of a run as text."""
     lines = stats.lines
-    fates = f"{lines.augmented:,} augmented + {lines.rejected:,} rejected + {lines.blank:,} blank"
+    breakdown = f"{lines.augmented:,} augmented + {lines.rejected:,} rejected + {lines.blank:,} blank"
     rows = [
         (
             "Files",
             f"{stats.files_done:,} done, {stats.files_skipped:,} skipped, {stats.failures.count:,} failed",
         ),
-        ("Lines", f"{lines.read:,} in = {fates}"),
+        ("Lines", f"{lines.read:,} in = {breakdown}"),
         (
             "Pairs",
             f"{stats.pairs_sent:,} distinct pairs asked in {stats.rpcs:,} RPCs; {_format_hit_rate(stats)}",
@@ -41,7 +42,7 @@ def format_summary(stats: RunStats, *, rejects_uri: str) -> str:
 
 
 def format_dry_run_summary(stats: RunStats, *, distinct_pairs: int) -> str:
-    """What a run could cost at most, in people's words."""
+    """Return the summary of a dry run as text: an upper bound on what a run would cost."""
     already_done = stats.files_skipped - stats.files_archived - stats.files_missing
     calls = -(-distinct_pairs // _MODEL_BATCH_PAIRS)
     rows = [
@@ -59,7 +60,7 @@ def format_dry_run_summary(stats: RunStats, *, distinct_pairs: int) -> str:
 
 
 def write_failures(stats: RunStats, *, program: str) -> None:
-    """One line on standard error for each file that failed, as far as they are remembered."""
+    """Write one line to standard error for each failed file that is still remembered."""
     for name, error in stats.failures.reasons_by_file.items():
         sys.stderr.write(escape_unprintable(f"{program}: {name}: {' '.join(error.split())}") + "\n")
     if stats.failures.unnamed_count:
@@ -67,7 +68,7 @@ def write_failures(stats: RunStats, *, program: str) -> None:
 
 
 def write_summary_json(stats: RunStats, path: str) -> None:
-    """The totals for machines. Raises CommandError."""
+    """Write the summary as JSON. Raises CommandError."""
     try:
         Path(path).write_text(json.dumps(stats.as_json(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -82,7 +83,7 @@ def _format_hit_rate(stats: RunStats) -> str:
 
 
 def _skipped_rows(stats: RunStats) -> list[tuple[str, str]]:
-    """Rows for what was skipped though its output is not there."""
+    """Return rows for files that were skipped although they have no output."""
     rows = []
     if stats.files_archived:
         rows.append(
@@ -104,6 +105,10 @@ def _ignored_rows(stats: RunStats) -> list[tuple[str, str]]:
 
 
 def _format_duration(seconds: int) -> str:
-    hours, rest = divmod(seconds, 3600)
-    minutes, rest = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    hours, seconds = divmod(seconds, 3600)
+    minutes, seconds = divmod(seconds, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {seconds} s"
+    return f"{seconds} s"

@@ -92,7 +92,7 @@ def check_line(case: bytes) -> None:
     bad = [jsonl.strip_line(part) for part, pair in wanted if pair is None and jsonl.strip_line(part)]
     for lines, place in ((line, 0), (_GOOD + b"\n" + line, 1)):
         windows: list[line_blocks.ParsedBlock] = []
-        (pairs,) = line_blocks.parse_block([LineBlock(lines, place + 1)], parsed_blocks=windows)
+        (pairs,) = line_blocks.parse_blocks([LineBlock(lines, place + 1)], parsed_blocks=windows)
         counts = LineCounts(read=place + 1 + sum(one.extra_lines for one in windows))
         output, rejected = line_blocks.apply_levels(
             windows, line_blocks.PairLevels(bytes([_LEVEL]) * len(pairs)), counts

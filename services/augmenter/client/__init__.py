@@ -1,1 +1,1 @@
-"""The client of the proxy: batches, retries, and the wire format."""
+"""The client of the proxy: batches, deduplicates, retries and encodes requests for levels."""

@@ -1,4 +1,4 @@
-"""Asks for levels: pairs in batches, together, with retries, and refused pairs told from the others."""
+"""Obtains the levels of pairs: in batches, without duplicates, with retries, and pair by pair if rejected."""
 
 import asyncio
 import itertools
@@ -16,13 +16,19 @@ from services.augmenter.stats import RunStats
 from services.common.tasks import gather_or_cancel
 
 _MAX_CONCURRENT_RPCS = 32
-# A gRPC server takes 4 MiB unless it was told otherwise. In JSON a text is at least as long as in a message.
+# The default limit of a gRPC server is 4 MiB. Text takes at least as many bytes in JSON as in a message, so
+# input of this size fits into one message.
 _MAX_MESSAGE_BYTES = 3 * 2**20
-_MAX_CHARACTER_BYTES = 4  # at most
+# The longest UTF-8 encoding of a character.
+_MAX_CHARACTER_BYTES = 4
 
 
 class ProxyClient:
-    """Shared by all files: bounds the RPCs that are under way, and asks no pair of the text in hand twice."""
+    """Client that all files share.
+
+    It bounds the number of concurrent RPCs, and does not send a pair again that another file, or an earlier
+    part of the same file, has just sent.
+    """
 
     def __init__(self, rpc: SeniorityClient, *, batch_size: int, stats: RunStats) -> None:
         self._rpc = rpc
@@ -32,34 +38,34 @@ class ProxyClient:
         self._deduplicator = PairDeduplicator()
 
     def track_file(self) -> AbstractContextManager[None]:
-        """Around all that is asked for one file."""
+        """Return a context manager around all requests of one file."""
         return self._deduplicator.track_file()
 
     async def get_levels(
         self, pairs: Iterable[list[Pair]], budget: RetryBudget, *, text_bytes: int
     ) -> PairLevels:
-        """The levels of pairs that were read from so many bytes. Raises RpcFailedError.
+        """Return the levels of pairs that were parsed from `text_bytes` of text. Raises RpcFailedError.
 
-        Each list is looked at before the next is made, and forgotten.
+        Each list of pairs is looked up before the next is requested, and not kept.
         """
-        book = self._deduplicator.table_for(text_bytes)
-        which, flight = book.assign_ids(itertools.chain.from_iterable(pairs))
+        table = self._deduplicator.table_for(text_bytes)
+        ids, batch = table.assign_ids(itertools.chain.from_iterable(pairs))
         try:
-            self._stats.pairs_sent += len(flight.pairs)
-            batches = self._split_batches(flight.pairs, text_bytes)
-            await gather_or_cancel(self._resolve_batch(flight, batch, budget) for batch in batches)
+            self._stats.pairs_sent += len(batch.pairs)
+            parts = self._split_batches(batch.pairs, text_bytes)
+            await gather_or_cancel(self._resolve_batch(batch, part, budget) for part in parts)
         finally:
-            flight.finish()
-        levels = book.get_levels(which)
+            batch.finish()
+        levels = table.get_levels(ids)
         if 0 not in levels:
             return PairLevels(levels)
-        reasons = await self._wait_for_missing(book, which, levels, budget, text_bytes)
-        levels = book.get_levels(which)
+        reasons = await self._wait_for_missing(table, ids, levels, budget, text_bytes)
+        levels = table.get_levels(ids)
         return PairLevels(
             levels,
             {
-                place: reasons[number]
-                for place, (number, level) in enumerate(zip(which, levels, strict=True))
+                index: reasons[pair_id]
+                for index, (pair_id, level) in enumerate(zip(ids, levels, strict=True))
                 if not level
             },
         )
@@ -67,23 +73,28 @@ class ProxyClient:
     async def _wait_for_missing(
         self, table: PairTable, ids: "array[int]", levels: bytes, budget: RetryBudget, text_bytes: int
     ) -> dict[int, str]:
-        """Wait until each number has its level, or its reason for none, which is returned."""
-        missing = {number for number, level in zip(ids, levels, strict=True) if not level}
+        """Wait until each pair without a level has one, or a reason for none. Return the reasons by id.
+
+        Such a pair was sent by an earlier call of `get_levels`, or was rejected.
+        """
+        missing = {pair_id for pair_id, level in zip(ids, levels, strict=True) if not level}
         reasons: dict[int, str] = {}
-        left: dict[int, Pair] = {}
-        for number in missing:
-            flight, place = table.find_batch(number)
-            await flight.finished.wait()
-            if place in flight.rejected:
-                reasons[number] = flight.rejected[place]
-            elif not flight.levels[place]:
-                left[number] = flight.pairs[place]
-        if left:  # whoever asked got no answer; what it cost them is no reason for us not to try
-            more = await self.get_levels([list(left.values())], budget, text_bytes=text_bytes)
-            for place, number in enumerate(left):
-                table.levels[number] = more.levels[place]
-                if place in more.rejected:
-                    reasons[number] = more.rejected[place]
+        unresolved: dict[int, Pair] = {}
+        for pair_id in missing:
+            batch, index = table.find_batch(pair_id)
+            await batch.finished.wait()
+            if index in batch.rejected:
+                reasons[pair_id] = batch.rejected[index]
+            elif not batch.levels[index]:
+                unresolved[pair_id] = batch.pairs[index]
+        # The call that sent these pairs failed, at the cost of its own file's retry budget. This file still
+        # has its budget, so the pairs are sent again.
+        if unresolved:
+            resolved = await self.get_levels([list(unresolved.values())], budget, text_bytes=text_bytes)
+            for index, pair_id in enumerate(unresolved):
+                table.levels[pair_id] = resolved.levels[index]
+                if index in resolved.rejected:
+                    reasons[pair_id] = resolved.rejected[index]
         return reasons
 
     def _split_batches(self, pairs: list[Pair], text_bytes: int) -> Iterator[Sequence[int]]:
@@ -97,49 +108,53 @@ class ProxyClient:
     async def _resolve_batch(
         self, in_flight: InFlightBatch, batch: Sequence[int], budget: RetryBudget
     ) -> None:
-        """Ask, and ask again without the pairs that were refused, until each pair is settled."""
+        """Send a batch until each pair has a level or a reason, without the pairs that were rejected."""
         waiting = [batch]
-        tries = itertools.count(1)
+        attempts = itertools.count(1)
         while waiting:
-            places = waiting.pop()
+            indices = waiting.pop()
             try:
-                levels = await budget.call(partial(self._infer, in_flight.select(places), tries))
-            except PairsRejectedError as refusal:
-                waiting += _record_rejection(places, refusal, in_flight.rejected)
+                levels = await budget.call(partial(self._infer, in_flight.select(indices), attempts))
+            except PairsRejectedError as rejection:
+                waiting += _record_rejection(indices, rejection, in_flight.rejected)
             else:
-                in_flight.set_levels(places, levels)
+                in_flight.set_levels(indices, levels)
 
     async def _infer(self, batch: Sequence[Pair], attempts: Iterator[int]) -> bytes:
-        # A failed call tells no hits, yet fills the cache: counting the hits of the next would flatter it.
+        # A failed call reports no cache hits, yet it fills the cache. Counting the hits of its retry would
+        # make the hit rate look too good.
         first = next(attempts) == 1
-        async with self._rpc_slots:  # held for one RPC, never while waiting to retry
+        # The slot is held for one RPC, not while waiting for a retry.
+        async with self._rpc_slots:
             return await self._rpc.infer(batch, count_hits=first)
 
 
 def _split_by_size(pairs: list[Pair], indices: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Batches that a server takes, but for a pair that is too long by itself."""
+    """Yield batches within a server's message limit. A pair that exceeds it alone is its own batch."""
     batch: list[int] = []
-    size = 0
-    for place in indices:
-        more = _MAX_CHARACTER_BYTES * (len(pairs[place].company) + len(pairs[place].title))
-        if batch and size + more > _MAX_MESSAGE_BYTES:
+    batch_bytes = 0
+    for index in indices:
+        pair_bytes = _MAX_CHARACTER_BYTES * (len(pairs[index].company) + len(pairs[index].title))
+        if batch and batch_bytes + pair_bytes > _MAX_MESSAGE_BYTES:
             yield batch
-            batch, size = [], 0
-        batch.append(place)
-        size += more
+            batch = []
+            batch_bytes = 0
+        batch.append(index)
+        batch_bytes += pair_bytes
     yield batch
 
 
 def _record_rejection(
     indices: Sequence[int], rejection: PairsRejectedError, rejected: dict[int, str]
 ) -> list[Sequence[int]]:
-    """Note the refused pairs; what is left is to be asked again."""
+    """Record the reasons of rejected pairs, and return the batches that are still to be sent."""
     if rejection.reasons:
         rejected.update((indices[index], reason) for index, reason in rejection.reasons.items())
-        rest = [place for index, place in enumerate(indices) if index not in rejection.reasons]
+        rest = [pair_index for index, pair_index in enumerate(indices) if index not in rejection.reasons]
         return [rest] if rest else []
     if len(indices) == 1:
         rejected[indices[0]] = rejection.message
         return []
-    middle = len(indices) // 2  # the server does not say which: halve until it is plain
+    # The server does not name the invalid pair: bisect.
+    middle = len(indices) // 2
     return [indices[middle:], indices[:middle]]

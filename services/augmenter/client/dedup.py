@@ -1,4 +1,4 @@
-"""What is asked for the text in hand, and its answers: a pair is asked by the first window that has it."""
+"""Deduplicates pairs across files: each pair is sent by the first block of lines that contains it."""
 
 import asyncio
 import itertools
@@ -12,16 +12,19 @@ from contextlib import contextmanager
 
 from services.augmenter.pipeline.jsonl import Pair
 
-_MAX_TABLE_TEXT_BYTES = 6 * 2**20  # of text: with more, fewer pairs are new, but every look-up takes longer
+# With more text a table, fewer pairs are sent again, but each look-up takes longer.
+_MAX_TABLE_TEXT_BYTES = 6 * 2**20
 _MAX_TABLE_PAIRS = 60_000
-_MAX_TABLE_SECONDS = 5.0  # an answer that others may have forgotten by then
+# A level is not kept for longer, since the proxy may have replaced it by then.
+_MAX_TABLE_SECONDS = 5.0
 
 
 class InFlightBatch:
-    """The pairs that one window is the first to have, on their way.
+    """Pairs that one block of lines is the first to contain, while they are being resolved.
 
-    State: `levels` (0: none) and `refused` (why), by the pair's place; nothing of it changes once it is
-    `over`. What is left without either then, those who wait for it ask for themselves.
+    State: `levels` (0: none yet) and `rejected` (reasons), by the pair's index. Neither changes once
+    `finished` is set. A pair that then has neither level nor reason failed, and each block that waits for it
+    sends it again.
     """
 
     def __init__(self, pairs: list[Pair]) -> None:
@@ -29,44 +32,48 @@ class InFlightBatch:
         self.levels = bytearray(len(pairs))
         self.rejected: dict[int, str] = {}
         self.finished = asyncio.Event()
-        # Not held: of those that nobody waits in any more there may be hundreds before it is over.
-        self._first_ids: weakref.WeakKeyDictionary[PairTable, int] = weakref.WeakKeyDictionary()
+        # Weak references: while one slow batch is unfinished, hundreds of tables may come and go around it.
+        self._first_id_by_table: weakref.WeakKeyDictionary[PairTable, int] = weakref.WeakKeyDictionary()
 
     def add_table(self, table: "PairTable", first_id: int) -> None:
-        """The pairs have the numbers from `first` in that book."""
-        self._first_ids[table] = first_id
+        """Register a table in which the pairs have consecutive ids, beginning with `first_id`."""
+        self._first_id_by_table[table] = first_id
 
     def select(self, indices: Sequence[int]) -> list[Pair]:
-        """The pairs at these places."""
-        if isinstance(indices, range):  # as nearly all are: a hundredth of a run's time is saved
+        """Return the pairs at these indices."""
+        # Nearly all indices are ranges. A slice saves a hundredth of a run's time.
+        if isinstance(indices, range):
             return self.pairs[indices.start : indices.stop]
-        return [self.pairs[place] for place in indices]
+        return [self.pairs[index] for index in indices]
 
     def set_levels(self, indices: Sequence[int], levels: bytes) -> None:
-        """These are theirs."""
+        """Set the levels of the pairs at these indices."""
         if isinstance(indices, range):
             self.levels[indices.start : indices.stop] = levels
             return
-        for place, level in zip(indices, levels, strict=True):
-            self.levels[place] = level
+        for index, level in zip(indices, levels, strict=True):
+            self.levels[index] = level
 
     def finish(self) -> None:
-        """Whoever began it ends it, however that went."""
-        for book, first in self._first_ids.items():
-            book.levels[first : first + len(self.levels)] = self.levels
+        """Finish the batch, resolved or not: publish its levels to the tables and wake the waiters.
+
+        A pair without a level or a reason is removed from the tables, so that it is sent again.
+        """
+        for table, first_id in self._first_id_by_table.items():
+            table.levels[first_id : first_id + len(self.levels)] = self.levels
         if 0 in self.levels:
-            for place, level in enumerate(self.levels):
-                if not level and place not in self.rejected:
-                    for book in self._first_ids:
-                        book.forget(self.pairs[place])
+            for index, level in enumerate(self.levels):
+                if not level and index not in self.rejected:
+                    for table in self._first_id_by_table:
+                        table.forget(self.pairs[index])
         self.finished.set()
 
 
 class PairTable:
-    """Pairs by number, each with the flight that asks it.
+    """Assigns an id to each distinct pair, and records which batch resolves it.
 
-    State: `_numbers` (of a pair that was left without an answer no longer; none once it is over), `levels`
-    (by number; 0: not yet, or never), `_flights` and `_firsts` (the first number of each), in their order.
+    State: `_ids` (without pairs whose batch failed; empty once closed), `levels` (by id; 0: none yet, or
+    rejected), `_batches` and `_first_ids` (the first id of each batch), in the same order.
     """
 
     def __init__(self, inherited: Iterable[InFlightBatch] = ()) -> None:
@@ -74,67 +81,70 @@ class PairTable:
         self._ids: defaultdict[Pair, int] = defaultdict(itertools.count().__next__)
         self._batches: list[InFlightBatch] = []
         self._first_ids: list[int] = []
-        for flight in inherited:
-            self._lookup_ids(flight.pairs)
-            self._append(flight)
+        for batch in inherited:
+            self._lookup_ids(batch.pairs)
+            self._append(batch)
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def assign_ids(self, pairs: Iterable[Pair]) -> tuple["array[int]", InFlightBatch]:
-        """The number of each pair; and the flight of those that are new, for the caller to make and end."""
-        known = len(self._ids)
+        """Return the id of each pair, and a batch of the new ones, which the caller must finish."""
+        known_count = len(self._ids)
         try:
-            which = self._lookup_ids(pairs)
-        except BaseException:  # of what makes the pairs as they are looked at
-            self._start_batch(known).finish()
+            ids = self._lookup_ids(pairs)
+        # The iterable may fail while it yields. Pairs that have an id by then must not be waited for.
+        except BaseException:
+            self._start_batch(known_count).finish()
             raise
-        return which, self._start_batch(known)
+        return ids, self._start_batch(known_count)
 
     def _start_batch(self, known_count: int) -> InFlightBatch:
-        new = list(itertools.islice(reversed(self._ids), len(self._ids) - known_count))
-        new.reverse()
-        flight = InFlightBatch(new)
-        self._append(flight)
-        return flight
+        new_pairs = list(itertools.islice(reversed(self._ids), len(self._ids) - known_count))
+        new_pairs.reverse()
+        batch = InFlightBatch(new_pairs)
+        self._append(batch)
+        return batch
 
     def _lookup_ids(self, pairs: Iterable[Pair]) -> "array[int]":
-        return array("I", map(self._ids.__getitem__, pairs))  # a list would be pointers all over the heap
+        # An array is compact. A list would hold pointers to integers all over the heap.
+        return array("I", map(self._ids.__getitem__, pairs))
 
     def _append(self, batch: InFlightBatch) -> None:
-        first = len(self.levels)
-        batch.add_table(self, first)
+        first_id = len(self.levels)
+        batch.add_table(self, first_id)
         self.levels += batch.levels
         self._batches.append(batch)
-        self._first_ids.append(first)
+        self._first_ids.append(first_id)
 
     def get_levels(self, ids: "array[int]") -> bytes:
-        """The level of each number, or 0."""
+        """Return the level of each id, or 0."""
         return bytes(map(self.levels.__getitem__, ids))
 
     def find_batch(self, pair_id: int) -> tuple[InFlightBatch, int]:
-        """Who asks it, and its place there."""
-        at = bisect_right(self._first_ids, pair_id) - 1
-        return self._batches[at], pair_id - self._first_ids[at]
+        """Return the batch that resolves the id, and the pair's index in it."""
+        position = bisect_right(self._first_ids, pair_id) - 1
+        return self._batches[position], pair_id - self._first_ids[position]
 
     def forget(self, pair: Pair) -> None:
-        """Whoever has it next asks it."""
-        self._ids.pop(pair, None)  # of a book that is over there is none
+        """Remove a pair whose batch failed, so that the next block that contains it sends it again."""
+        # A closed table has no pairs.
+        self._ids.pop(pair, None)
 
     def close(self) -> None:
-        """Nothing more is numbered in it; whoever waits for answers has what that takes."""
+        """Drop the ids of the pairs, most of the table's memory. Levels can still be read by id."""
         self._ids.clear()
 
     def pending(self) -> Sequence[InFlightBatch]:
-        """The flights that are not over."""
-        return [flight for flight in self._batches if not flight.finished.is_set()]
+        """Return the batches that are not finished."""
+        return [batch for batch in self._batches if not batch.finished.is_set()]
 
 
 class PairDeduplicator:
-    """The book of what is in hand; begun anew when that is nothing, and so often that it stays small.
+    """Provides the current table, and replaces it when it is full, too old, or when no file is in progress.
 
-    State: `_book`, with the bytes of text that went into it, how many pairs it began with and when; `_files`
-    in work.
+    State: `_table`, with the bytes of text looked up in it (`_text_bytes`), how many pairs it inherited
+    (`_inherited_count`) and when it was started (`_started_at`); `_files_in_progress`.
     """
 
     def __init__(self) -> None:
@@ -146,7 +156,7 @@ class PairDeduplicator:
 
     @contextmanager
     def track_file(self) -> Iterator[None]:
-        """Around all that is asked for one file."""
+        """Mark a file as in progress while the block runs."""
         self._files_in_progress += 1
         try:
             yield
@@ -156,17 +166,20 @@ class PairDeduplicator:
                 self._start_table()
 
     def table_for(self, text_bytes: int) -> PairTable:
-        """The book for so much more text."""
-        new = len(self._table) - self._inherited_count
-        full = self._text_bytes + text_bytes > _MAX_TABLE_TEXT_BYTES or new > _MAX_TABLE_PAIRS
-        if full or time.monotonic() > self._started_at + _MAX_TABLE_SECONDS:
+        """Return the table for the pairs of `text_bytes` more text."""
+        new_count = len(self._table) - self._inherited_count
+        is_full = self._text_bytes + text_bytes > _MAX_TABLE_TEXT_BYTES or new_count > _MAX_TABLE_PAIRS
+        if is_full or time.monotonic() > self._started_at + _MAX_TABLE_SECONDS:
             self._start_table()
         self._text_bytes += text_bytes
         return self._table
 
     def _start_table(self) -> None:
-        self._table.close()  # who waits in it, and there may be one for each block in hand, needs no look-up
-        self._table = PairTable(self._table.pending())  # which nobody asks a second time
+        # Blocks that wait in the old table have their ids already, so its look-up can go. The new table
+        # inherits the unfinished batches, so that their pairs are not sent twice.
+        self._table.close()
+        self._table = PairTable(self._table.pending())
+
         self._text_bytes = 0
         self._inherited_count = len(self._table)
         self._started_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""How long a file's RPCs are retried in all, and what is said about it."""
+"""Retries the RPCs of a file within its budget, and logs when the target fails and recovers."""
 
 import logging
 import random
@@ -19,9 +19,9 @@ _MAX_WAIT_SECONDS = 10.0
 
 
 class OutageLogger:
-    """Says once that the target is in trouble, and once that it is well again, whatever the files.
+    """Logs once when the target fails, and once when it has recovered, over all files.
 
-    State: `_failing` (RPCs that failed and have not yet ended), `_said` (that there is trouble).
+    State: `_failing_calls` (RPCs that failed and have not yet ended), `_outage_logged`.
     """
 
     def __init__(self, target: str) -> None:
@@ -30,14 +30,14 @@ class OutageLogger:
         self._outage_logged = False
 
     def on_failure(self, error: CallFailedError) -> None:
-        """An RPC failed for the first time, and is retried."""
+        """Record the first failure of an RPC that is retried."""
         if not self._outage_logged:
             _log.warning("%s answered %s; retrying", self.target, format_status(error.code, error.details))
         self._failing_calls += 1
         self._outage_logged = True
 
     def on_end(self, *, recovered: bool) -> None:
-        """That RPC succeeded, or was given up."""
+        """Record the end of that RPC, by success or by giving up."""
         self._failing_calls -= 1
         if recovered and self._failing_calls == 0:
             _log.warning("%s answers again", self.target)
@@ -45,10 +45,10 @@ class OutageLogger:
 
 
 class RetryBudget:
-    """One file's. It is spent while at least one of the file's RPCs is failing.
+    """The time for retries of one file. It is spent while at least one of the file's RPCs is failing.
 
-    State: `_failing` (RPCs that failed and have not yet ended), `_since` (when the first of them failed),
-    `_spent_seconds` (by earlier troubles that passed).
+    State: `_failing_calls` (RPCs that failed and have not yet ended), `_failing_since` (when the first of
+    them failed), `_earlier_seconds` (spent on earlier outages).
     """
 
     def __init__(self, *, seconds: float, outage_logger: OutageLogger) -> None:
@@ -59,7 +59,7 @@ class RetryBudget:
         self._earlier_seconds = 0.0
 
     async def call(self, rpc: Callable[[], Awaitable[_T]]) -> _T:
-        """Call until it succeeds. Raises RpcFailedError; whatever is no CallFailedError passes."""
+        """Call `rpc` until it succeeds. Raises RpcFailedError. Errors but CallFailedError are passed on."""
         failures = 0
         recovered = False
 
@@ -70,13 +70,14 @@ class RetryBudget:
             failures += 1
             if failures == 1:
                 self._on_failure(error)
-            left = self._seconds - self._get_spent_seconds()
-            if left <= 0:
+            remaining = self._seconds - self._get_spent_seconds()
+            if remaining <= 0:
                 return False
-            if error.pushback_seconds is not None:  # to ask earlier than told would be rude, later useless
-                return error.pushback_seconds if error.pushback_seconds <= left else False
-            longest = min(_MAX_WAIT_SECONDS, _INITIAL_WAIT_SECONDS * 2.0 ** min(failures, 10))
-            return min(left, longest * random.uniform(0.5, 1))  # noqa: S311 - jitter needs no secrecy
+            # The server set the delay of the retry, so there is no backoff of our own.
+            if error.pushback_seconds is not None:
+                return error.pushback_seconds if error.pushback_seconds <= remaining else False
+            max_wait = min(_MAX_WAIT_SECONDS, _INITIAL_WAIT_SECONDS * 2.0 ** min(failures, 10))
+            return min(remaining, max_wait * random.uniform(0.5, 1))  # noqa: S311 - jitter needs no secrecy
 
         try:
             async for attempt in stamina.retry_context(on=wait_or_stop, attempts=None, timeout=None):

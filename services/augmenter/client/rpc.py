@@ -1,4 +1,4 @@
-"""One RPC to the proxy (or the model): pairs out, levels in the same order, or a typed failure."""
+"""One RPC to the proxy or the model: sends pairs and returns their levels, or raises a typed error."""
 
 import logging
 import re
@@ -33,7 +33,8 @@ _RETRYABLE_CODES = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.CANCELLED,  # by the server: our own cancellation is an asyncio.CancelledError
+    # Cancelled by the server: our own cancellation is an asyncio.CancelledError.
+    grpc.StatusCode.CANCELLED,
 }
 _PAIR_FIELD = re.compile(r"batch\[(\d{1,9})\](?:\.\w+)?", re.ASCII)
 _PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
@@ -41,7 +42,7 @@ _METHOD = "/SeniorityModel/InferSeniority"
 
 
 class CallFailedError(Exception):
-    """The call as a whole failed. `pushback_seconds` is when the server wants to be asked again."""
+    """The call as a whole failed. `pushback_seconds` is the delay that the server demands before a retry."""
 
     def __init__(
         self, code: str, details: str, *, retryable: bool, pushback_seconds: float | None = None
@@ -54,7 +55,7 @@ class CallFailedError(Exception):
 
 
 class PairsRejectedError(Exception):
-    """Pairs of the call are invalid: reasons by index; none, if the server did not say which."""
+    """Pairs of the call are invalid. `reasons` is by index: empty if the server did not name the pairs."""
 
     def __init__(self, message: str, reasons: dict[int, str]) -> None:
         super().__init__(message)
@@ -63,7 +64,7 @@ class PairsRejectedError(Exception):
 
 
 class SeniorityClient:
-    """Makes calls on one channel; counts them in `totals`."""
+    """Calls the service over one channel, and counts the calls in `stats`."""
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class SeniorityClient:
         self._tracing = tracing
 
     async def infer(self, pairs: Sequence[Pair], *, count_hits: bool) -> bytes:
-        """The pairs' levels, a byte each. Raises CallFailedError or PairsRefusedError."""
+        """Return the levels of the pairs, a byte each. Raises CallFailedError or PairsRejectedError."""
         self._stats.rpcs += 1
         with (
             self._metrics.rpc_seconds.time(),
@@ -99,7 +100,7 @@ class SeniorityClient:
             infer: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.current.unary_unary(_METHOD)
             call = infer(request, timeout=self._deadline_seconds, metadata=metadata + self._tracing.headers())
             try:
-                answer = await call
+                response = await call
                 trailers = dict(await call.trailing_metadata() or ())
             except aio.AioRpcError as error:
                 span.set_status(error.code().name)
@@ -114,13 +115,13 @@ class SeniorityClient:
         if count_hits:
             self._stats.cache_hits += hits
             self._stats.cache_misses += misses
-        return wire.decode_ordered_levels(answer, len(pairs)) or _decode_by_uuid(answer, len(pairs))
+        return wire.decode_ordered_levels(response, len(pairs)) or _decode_by_uuid(response, len(pairs))
 
 
 def _log_call(
     code: str, pairs: int, started_at: float, *, hits: int = 0, misses: int = 0, details: str | None = None
 ) -> None:
-    """A line an RPC, at debug; there with the server's words, which may quote what was asked."""
+    """Log one call at debug. The server's text is logged there only, since it may quote the request."""
     if _log.isEnabledFor(logging.DEBUG):
         seconds = time.monotonic() - started_at
         _log.debug(
@@ -143,30 +144,31 @@ def _log_call(
 
 
 def _decode_by_uuid(response_bytes: bytes, count: int) -> bytes:
-    """The levels by uuid: the answers may come in any order, but each exactly once."""
+    """Decode a response in any order. Each pair must have exactly one valid level."""
     try:
         response = seniority_pb2.SeniorityResponseBatch.FromString(response_bytes)
     except DecodeError as error:
         raise CallFailedError("INTERNAL", "the answer cannot be read", retryable=True) from error
     levels = bytearray(count)
-    wrong = f"{len(response.batch)} answers to {count} pairs" if len(response.batch) != count else ""
-    for one in response.batch:
-        place = one.uuid - wire.FIRST_UUID
-        if not 0 <= place < count:
-            wrong = f"an answer has uuid {one.uuid}, which was not asked"
-        elif levels[place]:
-            wrong = f"uuid {one.uuid} was answered twice"
-        elif not MIN_LEVEL <= one.seniority <= MAX_LEVEL:
-            wrong = f"an answer has level {one.seniority}"
+    problem = f"{len(response.batch)} answers to {count} pairs" if len(response.batch) != count else ""
+    for item in response.batch:
+        index = item.uuid - wire.FIRST_UUID
+        if not 0 <= index < count:
+            problem = f"an answer has uuid {item.uuid}, which was not asked"
+        elif levels[index]:
+            problem = f"uuid {item.uuid} was answered twice"
+        elif not MIN_LEVEL <= item.seniority <= MAX_LEVEL:
+            problem = f"an answer has level {item.seniority}"
         else:
-            levels[place] = one.seniority
-    if wrong:
-        raise CallFailedError("INTERNAL", f"nonsense in the answer: {wrong}", retryable=True)
+            levels[index] = item.seniority
+    if problem:
+        raise CallFailedError("INTERNAL", f"nonsense in the answer: {problem}", retryable=True)
     return bytes(levels)
 
 
 def _to_error(error: aio.AioRpcError, count: int) -> CallFailedError | PairsRejectedError:
-    code, details = error.code(), error.details() or ""
+    code = error.code()
+    details = error.details() or ""
     trailers = dict(error.trailing_metadata() or ())
     if code in _REJECTION_CODES:
         return PairsRejectedError(details or code.name, _parse_reasons(trailers, count, details or code.name))
@@ -174,9 +176,8 @@ def _to_error(error: aio.AioRpcError, count: int) -> CallFailedError | PairsReje
     retryable = code in _RETRYABLE_CODES or (
         code is grpc.StatusCode.RESOURCE_EXHAUSTED and _PUSHBACK_TRAILER in trailers
     )
-    if _PUSHBACK_TRAILER in trailers and (
-        pushback is None or pushback < 0
-    ):  # gRPC's way to say "do not retry"
+    # In gRPC, a negative or unreadable pushback means: do not retry.
+    if _PUSHBACK_TRAILER in trailers and (pushback is None or pushback < 0):
         return CallFailedError(code.name, details, retryable=False)
     return CallFailedError(
         code.name,
@@ -187,15 +188,16 @@ def _to_error(error: aio.AioRpcError, count: int) -> CallFailedError | PairsReje
 
 
 def _parse_reasons(trailers: dict[str, str | bytes], count: int, message: str) -> dict[int, str]:
-    """Why each pair that the server names was refused; what cannot be read names nothing."""
-    status, refusal = status_pb2.Status(), error_details_pb2.BadRequest()
+    """Return why each pair was rejected, by index. Status details that cannot be parsed name no pair."""
+    status = status_pb2.Status()
+    bad_request = error_details_pb2.BadRequest()
     try:
         status.ParseFromString(trailers.get("grpc-status-details-bin", b""))
         violations = [
             violation
             for detail in status.details
-            if detail.Unpack(refusal)
-            for violation in refusal.field_violations
+            if detail.Unpack(bad_request)
+            for violation in bad_request.field_violations
         ]
     except (DecodeError, ValueError):
         return {}

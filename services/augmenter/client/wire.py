@@ -1,7 +1,7 @@
-"""The contract's two messages as bytes, for texts as nearly all are; whatever else, the stubs do.
+"""Encodes and decodes the two messages of the contract by hand, and leaves unusual ones to protobuf.
 
-A batch is asked with uuids that all take two bytes. In an answer that keeps their order every byte but the
-levels is known beforehand, so that it is one comparison, and the levels are one slice.
+All uuids of a request take two bytes. So in a response that keeps the order of the request, every byte but
+the levels is known beforehand: one comparison checks it, and one slice reads the levels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,16 +12,20 @@ from services.common.levels import MAX_LEVEL, MIN_LEVEL
 
 FIRST_UUID = 128
 _UUIDS = range(FIRST_UUID, FIRST_UUID + 4096)
-_MAX_ONE_BYTE_LENGTH = 127  # the longest that a text can be whose length takes one byte
-_REQUEST_OVERHEAD_BYTES = 7  # bytes of a request beside its texts
-_RESPONSE_BYTES = 7  # bytes of an answer, the level the last of them
+# A length up to this takes one byte as a varint.
+_MAX_ONE_BYTE_LENGTH = 127
+# Bytes of one pair's request besides its two texts.
+_REQUEST_OVERHEAD_BYTES = 7
+# Bytes of one pair's response. The level is the last of them.
+_RESPONSE_BYTES = 7
 
 
 def encode_request(pairs: Sequence[Pair]) -> bytes:
-    """The batch."""
+    """Encode a batch of pairs as a request message."""
     if len(pairs) > len(_UUIDS):
         return _encode_by_stub(enumerate(pairs, FIRST_UUID))
-    # As text whose characters are bytes: a pair is one format (3,000 instructions; by the stub 4,700).
+    # The request is built as text whose characters are bytes: each pair is one string format, which takes
+    # 3,000 instructions, against 4,700 with protobuf.
     return "".join(
         [
             f"\n{_LENGTH_CHARACTERS[_REQUEST_OVERHEAD_BYTES + a + b]}{field}"
@@ -36,14 +40,17 @@ def encode_request(pairs: Sequence[Pair]) -> bytes:
 
 
 def _encode_by_stub(pairs_by_uuid: Iterable[tuple[int, Pair]]) -> bytes:
-    made = pb.SeniorityRequestBatch()
+    batch = pb.SeniorityRequestBatch()
     for uuid, pair in pairs_by_uuid:
-        made.batch.add(uuid=uuid, company=pair.company, title=pair.title)
-    return made.SerializeToString()
+        batch.batch.add(uuid=uuid, company=pair.company, title=pair.title)
+    return batch.SerializeToString()
 
 
 def decode_ordered_levels(response: bytes, count: int) -> bytes | None:
-    """The levels, if the answer is in the order of the batch and all of them are levels."""
+    """Decode a response that has the order of the request.
+
+    Return the levels, a byte each, or None if the response has another order or an invalid level.
+    """
     if len(response) != _RESPONSE_BYTES * count or count > len(_UUIDS):
         return None
     levels = response[_RESPONSE_BYTES - 1 :: _RESPONSE_BYTES]
@@ -57,8 +64,11 @@ def decode_ordered_levels(response: bytes, count: int) -> bytes | None:
 _UUID_VARINTS = [bytes([uuid & 127 | 128, uuid >> 7]) for uuid in _UUIDS]
 _RESPONSE_TEMPLATE = b"".join(
     [b"\n\5\x08%b\x10\0" % varint for varint in _UUID_VARINTS]
-)  # the longest, its levels 0
+    # The response to the largest batch, with all levels 0.
+)
 _LENGTH_CHARACTERS = [chr(code) for code in range(_MAX_ONE_BYTE_LENGTH + 1)]
 _UUID_FIELDS = [
-    f"\x08{varint.decode('latin-1')}\x12" for varint in _UUID_VARINTS
-]  # and the tag of what follows
+    f"\x08{varint.decode('latin-1')}\x12"
+    for varint in _UUID_VARINTS
+    # The uuid field, followed by the tag of the company.
+]

@@ -1,1 +1,1 @@
-"""The work on one file: read, parse, look up, splice, write."""
+"""The way of one file from INPUT to OUTPUT: read, parse, augment, write."""

@@ -1,21 +1,30 @@
-"""How this process keeps its memory: blocks of a megabyte come and go a hundred times a second."""
+"""Tunes memory allocation: blocks of a megabyte are allocated and freed a hundred times a second."""
 
 import ctypes
 import gc
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
+# Parameters of glibc's mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 _TRIM_THRESHOLD_BYTES = 32 * 2**20
 _MMAP_THRESHOLD_BYTES = (
     4 * 2**20
-)  # more than a block; parts on their way to S3 are larger, and go back at once
+    # Larger than a block of lines. Parts of an upload are larger still, and return to the kernel at once.
+)
 _GC_THRESHOLD = 100_000
 
 
 def tune_allocator() -> None:
-    """Once all is imported. Measured: an eighth of the processor time of a run."""
-    gc.freeze()  # what is imported stays; and no cycles are made a line,
-    gc.set_threshold(_GC_THRESHOLD)  # so looking for them every 700 objects is for nothing
+    """Tune garbage collector and allocator, once all modules are imported.
+
+    Measured: it saves an eighth of the processor time of a run.
+    """
+    # Imported modules stay. Augmenting a line creates no reference cycles, so that searching for them after
+    # every 700 objects, the default, is wasted.
+    gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD)
+    # By default glibc would return each block to the kernel, which zeroes the memory of the next one.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:  # else every block is handed back to the kernel, and zeroed by it for the next
+    if mallopt:
         mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)

@@ -1,4 +1,7 @@
-"""One file: read, parse, ask, splice, write, all at once; how far ahead is bounded by the room for text."""
+"""Augments one file: reads, parses, obtains levels, splices and writes, all at the same time.
+
+A memory budget for text, shared by all files, bounds how far reading is ahead of writing.
+"""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, closing
@@ -23,21 +26,20 @@ from services.common.tracing import OFF, Tracing
 
 TEXT_BUDGET_BYTES = 24 * 2**20
 _FILES_BUDGET_BYTES = 48 * 2**20
-_MAX_FILE_BYTES, _MAX_COMPRESSED_FILE_BYTES = (
-    8 * 2**20,
-    12 * 2**20,
-)  # at most: what reads and writes it holds no more
-_COMPRESSION_RATIO = (
-    10  # bytes of text in a compressed one, about: little of it is as much to hold as its text
-)
-_MIN_LINE_BYTES = 128  # in the room, at least: a line of 30 takes ten times as much with what is parsed of it
+# Reader and writers of one file hold no more than this beside the text.
+_MAX_FILE_BYTES = 8 * 2**20
+_MAX_COMPRESSED_FILE_BYTES = 12 * 2**20
+# Approximate bytes of text in a compressed byte: a small compressed file takes as much memory as its text.
+_COMPRESSION_RATIO = 10
+# The minimum that a line takes of the text budget. A line of 30 bytes takes ten times as much once parsed.
+_MIN_LINE_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
 class _AdmittedBlock:
-    """Lines that are given room, or a part of one that is over the limit.
+    """Blocks of lines within the text budget, or a part of a line that is over the limit.
 
-    Their pieces are there until they are parsed.
+    `pieces` is emptied when it is parsed.
     """
 
     line_count: int
@@ -47,12 +49,12 @@ class _AdmittedBlock:
 
     @property
     def budget_bytes(self) -> int:
-        """What it counts in the room."""
+        """Return the bytes that count against the text budget."""
         return max(self.size_bytes, self.line_count * _MIN_LINE_BYTES)
 
 
 class Pipeline:
-    """What every file's way through has in common."""
+    """Augments files. Holds what all files have in common."""
 
     def __init__(
         self,
@@ -86,16 +88,16 @@ class Pipeline:
         lines_format: Format,
         retry_budget: RetryBudget,
     ) -> LineCounts:
-        """Make the output of one file, whole, its rejects before it. Raises FileError.
+        """Write the output of one file, after its rejects. Raises FileError.
 
-        However many may be in work: of large files only so many as there is memory for what each holds
-        beside the text, a part of its upload and the windows of its compression.
+        The number of large files that are processed at the same time is bounded by the memory that each needs
+        beside its text: a part of its upload, and the windows of its compression.
         """
         if lines_format is PLAIN:
-            held_bytes = min(file.size_bytes, _MAX_FILE_BYTES)
+            reserved_bytes = min(file.size_bytes, _MAX_FILE_BYTES)
         else:
-            held_bytes = min(_COMPRESSION_RATIO * file.size_bytes, _MAX_COMPRESSED_FILE_BYTES)
-        async with self._files_budget.reserve(held_bytes):
+            reserved_bytes = min(_COMPRESSION_RATIO * file.size_bytes, _MAX_COMPRESSED_FILE_BYTES)
+        async with self._files_budget.reserve(reserved_bytes):
             return await self._augment(file, output_name, expected_version, lines_format, retry_budget)
 
     async def _augment(
@@ -108,33 +110,34 @@ class Pipeline:
     ) -> LineCounts:
         counts = LineCounts()
         reader = FileReader(self._source, file, lines_format, self._stats, self._limits)
-        with self._client.track_file(), closing(_FileBudget(self._text_budget, self._stats)) as in_hand:
+        with self._client.track_file(), closing(_FileBudget(self._text_budget, self._stats)) as file_budget:
             async with (
                 OutputWriter(
                     self._sink.create(output_name, file, expected_version=expected_version), lines_format
                 ) as output,
                 RejectsWriter(self._rejects, file, lines_format) as rejects,
-                aclosing(reader.blocks()) as read,
-                aclosing(in_hand.admit(read)) as let_in,
+                aclosing(reader.blocks()) as chunks,
+                aclosing(file_budget.admit(chunks)) as admitted,
                 aclosing(
-                    map_ordered(let_in, partial(self._request_levels, retry_budget=retry_budget))
-                ) as asked,
+                    map_ordered(admitted, partial(self._request_levels, retry_budget=retry_budget))
+                ) as resolved,
             ):
-                async for block, (windows, answers) in asked:
+                async for block, (parsed_blocks, levels) in resolved:
                     if block.long_line is not None:
                         await self._reject_long_line(block.long_line, rejects, counts)
-                        in_hand.release(block.budget_bytes)
+                        file_budget.release(block.budget_bytes)
                         continue
-                    in_hand.count_lines(sum(one.extra_lines for one in windows))
-                    augmented, rejected = line_blocks.apply_levels(windows, answers, counts)
-                    del windows, answers  # while it is written, only the text of it is held
+                    file_budget.count_lines(sum(parsed.extra_lines for parsed in parsed_blocks))
+                    augmented, rejected = line_blocks.apply_levels(parsed_blocks, levels, counts)
+                    # While a block is written, only its text is kept in memory.
+                    del parsed_blocks, levels
                     if rejected:
                         await rejects.write(rejected)
                     del rejected
                     await output.write(augmented)
                     del augmented
-                    in_hand.release(block.budget_bytes)
-                counts.read = in_hand.lines_read
+                    file_budget.release(block.budget_bytes)
+                counts.read = file_budget.lines_read
                 _check_balance(counts)
                 if rejects.first_rejected and not counts.augmented:
                     raise NoLineAugmentedError(
@@ -142,6 +145,8 @@ class Pipeline:
                         first_rejected=rejects.first_rejected,
                         format_hint=reader.format_hint,
                     )
+                # The rejects are published before the output: a run killed in between must not leave an
+                # output without its rejected lines.
                 if rejects.has_rejects:
                     await self._check_no_conflict(file, output_name, expected_version)
                 await rejects.complete()
@@ -150,13 +155,16 @@ class Pipeline:
         return counts
 
     async def _check_no_conflict(self, file: FileInfo, output_name: str, expected_version: str) -> None:
-        """Or our rejects would stand beside an output for which the model answered differently."""
-        made = await self._sink.existing_output(output_name, file)
-        if made and made.is_from_input and made.version != expected_version:
+        """Raise AlreadyDoneError if another process has written the output meanwhile.
+
+        Otherwise the rejects of this run might stand beside an output with other rejected lines.
+        """
+        output = await self._sink.existing_output(output_name, file)
+        if output and output.is_from_input and output.version != expected_version:
             raise AlreadyDoneError
 
     async def _reject_long_line(self, part: LongLinePart, rejects: RejectsWriter, counts: LineCounts) -> None:
-        """Pass a line that is over the limit on to the rejects, part by part."""
+        """Write a part of a line that is over the limit to the rejects."""
         await rejects.write_long_line_part(
             part, number=counts.accounted + 1, reason=self._limits.long_line_reason
         )
@@ -165,21 +173,23 @@ class Pipeline:
     async def _request_levels(
         self, block: _AdmittedBlock, *, retry_budget: RetryBudget
     ) -> tuple[list[ParsedBlock], PairLevels]:
-        windows: list[ParsedBlock] = []
+        parsed_blocks: list[ParsedBlock] = []
         if block.long_line is not None:
-            return windows, PairLevels(b"")
-        pairs = line_blocks.parse_block(
-            block.pieces, parsed_blocks=windows, posting_format=self._posting_format
+            return parsed_blocks, PairLevels(b"")
+        pairs = line_blocks.parse_blocks(
+            block.pieces, parsed_blocks=parsed_blocks, posting_format=self._posting_format
         )
         with self._tracing.span("window", lines=block.line_count, bytes=block.size_bytes):
-            return windows, await self._client.get_levels(pairs, retry_budget, text_bytes=block.size_bytes)
+            return parsed_blocks, await self._client.get_levels(
+                pairs, retry_budget, text_bytes=block.size_bytes
+            )
 
 
 class _FileBudget:
-    """A file's part of the room.
+    """A file's share of the text budget.
 
-    State: `_taken_bytes`, all of which goes back in `close`, however the file ended; `lines_read`, counted
-    from the text itself, so that it is what the file's books are checked against.
+    State: `_acquired_bytes`, all of which `close` releases, however the file ended; `lines_read`, counted
+    from the text itself, so that the file's counts can be checked against it.
     """
 
     def __init__(self, budget: MemoryBudget, stats: RunStats) -> None:
@@ -189,30 +199,30 @@ class _FileBudget:
         self.lines_read = 0
 
     async def admit(self, blocks: AsyncGenerator[LineChunk]) -> AsyncGenerator[_AdmittedBlock]:
-        """The blocks, each as soon as there is room for it."""
-        async for read in blocks:
-            if isinstance(read, LongLinePart):
-                block = _AdmittedBlock(int(read.is_last), len(read.text), [], read)
+        """Yield the blocks of lines, each as soon as the text budget has capacity for it."""
+        async for chunk in blocks:
+            if isinstance(chunk, LongLinePart):
+                admitted = _AdmittedBlock(int(chunk.is_last), len(chunk.text), [], chunk)
             else:
-                size_bytes = sum(len(piece.text) for piece in read)
-                block = _AdmittedBlock(sum(piece.line_count for piece in read), size_bytes, read)
-            await self._budget.acquire(block.budget_bytes)
-            self._acquired_bytes += block.budget_bytes
-            self.count_lines(block.line_count)
-            yield block
+                size_bytes = sum(len(lines.text) for lines in chunk)
+                admitted = _AdmittedBlock(sum(lines.line_count for lines in chunk), size_bytes, chunk)
+            await self._budget.acquire(admitted.budget_bytes)
+            self._acquired_bytes += admitted.budget_bytes
+            self.count_lines(admitted.line_count)
+            yield admitted
 
     def count_lines(self, lines: int) -> None:
-        """So many lines were read, or one was found to be so many more."""
+        """Count lines that were read, or that one line turned out to hold."""
         self.lines_read += lines
         self._stats.lines_read += lines
 
     def release(self, size_bytes: int) -> None:
-        """A block of this size is written."""
+        """Release the bytes of a block that is written."""
         self._acquired_bytes -= size_bytes
         self._budget.release(size_bytes)
 
     def close(self) -> None:
-        """The file is done, or failed."""
+        """Release the rest at the end of the file."""
         self.release(self._acquired_bytes)
 
 

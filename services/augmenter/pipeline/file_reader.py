@@ -1,4 +1,4 @@
-"""A file's text in blocks of lines, decoded by its first bytes."""
+"""Reads the text of a file in blocks of lines, decompressed as its first bytes indicate."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -14,14 +14,14 @@ from services.common.units import format_size
 
 @dataclass(frozen=True, slots=True)
 class ReadLimits:
-    """What one file may cost of memory: several lines of the largest size, and a window of zstd."""
+    """Limits that bound the memory of one file: several lines of the maximum size, and a zstd window."""
 
     max_line_bytes: int = MAX_LINE_BYTES
     max_zstd_window_bytes: int = MAX_ZSTD_WINDOW_BYTES
 
     @property
     def long_line_reason(self) -> str:
-        """Why a line over the limit is rejected."""
+        """Return why a line over the limit is rejected."""
         return f"longer than {format_size(self.max_line_bytes)} (--max-line-bytes)"
 
 
@@ -39,7 +39,7 @@ class FileReader:
 
     @property
     def format_hint(self) -> str | None:
-        """What the file seems to be, if not lines of objects; known once it is read."""
+        """Return what the file seems to be, if not lines of JSON objects. Known once it is read."""
         return self._decoder.hint
 
     async def blocks(self) -> AsyncGenerator[LineChunk]:

@@ -1,8 +1,8 @@
-"""Lines of JSON: what they ask for, and the level spliced into their own bytes. Pure.
+"""Parses lines of JSON into postings. Pure.
 
-A line is parsed twice only when it must be: msgspec reads what nearly all lines are; what it refuses is
-read again by `json`, which is exact about the odd but lawful (a lone surrogate somewhere else in the
-object, a `null` that a later member replaces) and about the reason when the line is rejected.
+msgspec parses nearly all lines. A line that it refuses is parsed again by `json`, which is exact about valid
+but unusual lines (a lone surrogate elsewhere in the object, a `null` that a later member replaces) and about
+the reason when the line is rejected.
 """
 
 import json
@@ -16,14 +16,16 @@ import msgspec
 
 from services.common.posting_fields import DEFAULT_FIELDS, Path, PostingFields, text_at
 
-_WHITESPACE = b" \t\r"  # what JSON lets stand around a value, the line's end aside
+# White space that JSON allows around a value, except for the end of the line.
+_WHITESPACE = b" \t\r"
 _BOM = b"\xef\xbb\xbf"
 
 
 class Pair(msgspec.Struct, frozen=True, gc=False):
-    """What is asked; made, hashed and compared without a step of Python, and not tracked by the collector.
+    """The company and title to classify.
 
-    Read from a line, it is of one without a `seniority`: there is no value that this type takes.
+    Created, hashed and compared without executing Python code, and not tracked by the garbage collector. No
+    value of `seniority` is valid, so a line that has such a member cannot be decoded as this type.
     """
 
     company: str
@@ -32,31 +34,32 @@ class Pair(msgspec.Struct, frozen=True, gc=False):
 
 
 class Posting(msgspec.Struct, frozen=True, gc=False):
-    """What matters in a line: company and title, and whether the object has a level already."""
+    """The relevant part of a line: company and title, and whether the object has a level already."""
 
     pair: Pair
     has_level: bool = False
 
 
 class KeptLine:
-    """A line that is left as it is: it has a level already."""
+    """A line that is written unchanged, since it has a level already."""
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedLine:
-    """A line that cannot be augmented, and why."""
+    """A line that cannot be augmented, and the reason."""
 
     reason: str
 
 
 KEPT = KeptLine()
-ParsedLine: TypeAlias = Posting | KeptLine | RejectedLine | None  # None: a blank line
+# None stands for a blank line.
+ParsedLine: TypeAlias = Posting | KeptLine | RejectedLine | None
 _ANY_VALUE = msgspec.Raw | msgspec.UnsetType
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def strip_line(line: bytes) -> bytes:
-    """The line without its outer white space, and without a byte order mark: it was a file's first line."""
+    """Return the line without outer white space and byte order marks, which the first line of a file has."""
     text = line.strip(_WHITESPACE)
     while text.startswith(_BOM):
         text = text.removeprefix(_BOM).lstrip(_WHITESPACE)
@@ -64,7 +67,7 @@ def strip_line(line: bytes) -> bytes:
 
 
 class PostingParser:
-    """Reads lines by the names of their fields. `keep_existing`: lines that have a level are kept."""
+    """Parses lines, given the names of their fields. `keep_existing`: lines that have a level are kept."""
 
     def __init__(self, fields: PostingFields = DEFAULT_FIELDS, *, keep_existing: bool = False) -> None:
         self._fields = fields
@@ -78,17 +81,19 @@ class PostingParser:
         return [self._parse_line(text) for text in texts]
 
     def parse_plain(self, text: bytes, count: int) -> tuple[list[bytes], list[Pair]] | None:
-        """So many lines without their outer braces, and what they hold, if all are as plain as usual.
+        """Return the lines without their outer braces, and their pairs, if all `count` lines are plain.
 
-        None: at least one is blank, bad, odd, has white space around it or a level already.
+        Return None if any line is blank, invalid or unusual, has white space around it, or has a level
+        already.
 
-        Every line feed stands between `}` and `{`. No JSON value can span that, nor can a string; so the
-        values that are read from the text as a whole are one a line, if there are as many.
+        All lines are decoded as one text. Every line feed must stand between `}` and `{`. No JSON value, and
+        no string, can contain that. So if there are as many values as lines, there is one on each line.
         """
         if not (text.startswith(b"{") and text.endswith(b"}")):
             return None
         try:
-            _ = text.isascii() or text.decode()  # msgspec does not look at the text of members that it skips
+            # msgspec does not validate the text of members that it skips.
+            _ = text.isascii() or text.decode()
             pairs = self._decode_plain(text)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
@@ -129,7 +134,7 @@ class PostingParser:
 
 
 def _plain_decoder(fields: PostingFields) -> Callable[[bytes], list[Pair]]:
-    """Return what reads lines of postings that have no level."""
+    """Return a function that decodes lines of postings without a level."""
     if fields == DEFAULT_FIELDS:
         return msgspec.json.Decoder(Pair).decode_lines
     decode_lines = msgspec.json.Decoder(
@@ -140,7 +145,7 @@ def _plain_decoder(fields: PostingFields) -> Callable[[bytes], list[Pair]]:
 
 
 def _load_object(text: str) -> dict[str, Any]:
-    """Return the object. Raises ValueError that says why it is none."""
+    """Return the JSON object. Raises ValueError with the reason if the text is not one."""
     try:
         value = json.loads(
             text, parse_constant=_reject_constant, parse_int=_skip_number, parse_float=_skip_number
@@ -172,7 +177,7 @@ def _reject_constant(constant: str) -> Any:
 
 
 def _skip_number(_digits: str) -> int:
-    """Numbers are checked, not read: `int` would refuse one of 5,000 digits."""
+    """Replace a number by 0: numbers need not be read, and `int` would refuse one of 5,000 digits."""
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Lines in hand: what they ask for, and what becomes of them once that is answered. Pure."""
+"""Parses blocks of lines into pairs, and applies the levels of the pairs to the lines. Pure."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,12 +12,13 @@ from services.common import json_objects
 from services.common.line_reader import LineBlock
 from services.common.posting_fields import DEFAULT_FIELDS, PostingFields
 
-NumberedReject: TypeAlias = tuple[int, bytes, str]  # number, bytes, reason
+# Number, bytes and reason of a rejected line.
+NumberedReject: TypeAlias = tuple[int, bytes, str]
 _MAX_MIXED_LINES = 32
 
 
 class PostingFormat:
-    """How lines of a run are read and written, by the names of their fields."""
+    """How the lines of a run are parsed and written, given the names of their fields."""
 
     def __init__(self, fields: PostingFields = DEFAULT_FIELDS, *, keep_existing: bool = False) -> None:
         self.parser = jsonl.PostingParser(fields, keep_existing=keep_existing)
@@ -29,21 +30,24 @@ DEFAULT_FORMAT = PostingFormat()
 
 @dataclass(slots=True)
 class PairLevels:
-    """To pairs in their order: the level, or 0 where the reason stands in `refused`, by the pair's place."""
+    """The levels of pairs, in their order.
+
+    A pair without a level has 0 in `levels`, and its reason, by index, in `rejected`.
+    """
 
     levels: bytes
     rejected: dict[int, str] = field(default_factory=dict)
 
     def select(self, start: int, count: int) -> "PairLevels":
-        """Those to so many pairs."""
+        """Return the levels of `count` pairs from `start` on."""
         end = start + count
-        refused = {place - start: why for place, why in self.rejected.items() if start <= place < end}
-        return PairLevels(self.levels[start:end], refused)
+        rejected = {index - start: reason for index, reason in self.rejected.items() if start <= index < end}
+        return PairLevels(self.levels[start:end], rejected)
 
 
 @dataclass(slots=True)
 class AugmentedLines:
-    """What became of lines: the output, to be joined, and those that were rejected."""
+    """The result of a block: output lines as parts to be joined, and rejected lines."""
 
     augmented: list[bytes]
     rejected: list[NumberedReject]
@@ -51,9 +55,9 @@ class AugmentedLines:
 
 @dataclass(frozen=True, slots=True)
 class PlainBlock:
-    """Lines that can all be asked, kept without their outer braces.
+    """Lines that all hold a pair and no level, kept without their outer braces.
 
-    Their pairs are not kept: what waits for its answer should be small.
+    Their pairs are not kept, since a block should be small while it waits for its levels.
     """
 
     unbraced_lines: list[bytes]
@@ -61,38 +65,39 @@ class PlainBlock:
 
     @property
     def line_count(self) -> int:
-        """How many lines."""
+        """Return the number of lines."""
         return len(self.unbraced_lines)
 
     @property
     def extra_lines(self) -> int:
-        """How many more they are than the text has line ends for."""
+        """Return the number of lines in excess of the text's line ends."""
         return 0
 
     @property
     def blank_count(self) -> int:
-        """How many of them are blank."""
+        """Return the number of blank lines."""
         return 0
 
     @property
     def rejected_count(self) -> int:
-        """How many of them cannot be asked."""
+        """Return the number of lines that hold no pair and are rejected."""
         return 0
 
     def first_rejected(self) -> tuple[int, str] | None:
-        """The place of the first of those, and why."""
+        """Return the index of the first rejected line, and the reason."""
         return None
 
     @property
     def pair_count(self) -> int:
-        """How many of them are asked."""
+        """Return the number of lines that hold a pair."""
         return len(self.unbraced_lines)
 
     def apply_levels(self, levels: PairLevels, counts: LineCounts) -> AugmentedLines:
-        """What becomes of the lines, each counted. The answers are to those asked."""
+        """Return the result of the lines, given the levels of their pairs, and add it to `counts`."""
         if levels.rejected:
             text = b"{" + b"}\n{".join(self.unbraced_lines) + b"}"
-            mixed, _ = _parse_mixed(text, self.posting_format)  # the same pairs in the same order
+            # Parsed again line by line, the text has the same pairs in the same order.
+            mixed, _ = _parse_mixed(text, self.posting_format)
             return mixed.apply_levels(levels, counts)
         counts.augmented += len(self.unbraced_lines)
         return AugmentedLines(
@@ -102,9 +107,10 @@ class PlainBlock:
 
 @dataclass(frozen=True, slots=True)
 class MixedBlock:
-    """Lines of any kind: as they were, stripped, and what is to become of them.
+    """Lines of any kind: as read, stripped, and the status of each.
 
-    That is, of a line that is asked, whether it has a level to be replaced; None of a blank one.
+    The status of a line that holds a pair is whether it has a level to be replaced. That of a blank line is
+    None. `extra_lines`: several JSON objects on one line count as a line each.
     """
 
     lines: list[bytes]
@@ -115,60 +121,60 @@ class MixedBlock:
 
     @property
     def line_count(self) -> int:
-        """How many lines."""
+        """Return the number of lines."""
         return len(self.lines)
 
     @property
     def blank_count(self) -> int:
-        """How many of them are blank."""
+        """Return the number of blank lines."""
         return self.line_statuses.count(None)
 
     @property
     def rejected_count(self) -> int:
-        """How many of them cannot be asked."""
-        return sum(isinstance(fate, jsonl.RejectedLine) for fate in self.line_statuses)
+        """Return the number of lines that hold no pair and are rejected."""
+        return sum(isinstance(status, jsonl.RejectedLine) for status in self.line_statuses)
 
     def first_rejected(self) -> tuple[int, str] | None:
-        """The place of the first of those, and why."""
+        """Return the index of the first rejected line, and the reason."""
         return next(
             (
-                (place, fate.reason)
-                for place, fate in enumerate(self.line_statuses)
-                if isinstance(fate, jsonl.RejectedLine)
+                (index, status.reason)
+                for index, status in enumerate(self.line_statuses)
+                if isinstance(status, jsonl.RejectedLine)
             ),
             None,
         )
 
     @property
     def pair_count(self) -> int:
-        """How many of them are asked."""
-        return sum(isinstance(fate, bool) for fate in self.line_statuses)
+        """Return the number of lines that hold a pair."""
+        return sum(isinstance(status, bool) for status in self.line_statuses)
 
     def apply_levels(self, levels: PairLevels, counts: LineCounts) -> AugmentedLines:
-        """What becomes of the lines, each counted. The answers are to those asked."""
+        """Return the result of the lines, given the levels of their pairs, and add it to `counts`."""
         augmented: list[bytes] = []
         rejected: list[NumberedReject] = []
         blank = 0
-        first = counts.accounted + 1
-        asked = enumerate(levels.levels)
-        for place, (text, fate) in enumerate(zip(self.stripped_lines, self.line_statuses, strict=True)):
-            if isinstance(fate, bool):
-                pair, level = next(asked)
+        first_number = counts.accounted + 1
+        numbered_levels = enumerate(levels.levels)
+        for index, (text, status) in enumerate(zip(self.stripped_lines, self.line_statuses, strict=True)):
+            if isinstance(status, bool):
+                pair_index, level = next(numbered_levels)
                 if level:
-                    augmented.append(self.posting_format.splicer.splice_level(text, level, replace=fate))
-                    counts.replaced += fate
+                    augmented.append(self.posting_format.splicer.splice_level(text, level, replace=status))
+                    counts.replaced += status
                     continue
-                reason = levels.rejected[pair]
-            elif fate is None:
+                reason = levels.rejected[pair_index]
+            elif status is None:
                 blank += 1
                 continue
-            elif isinstance(fate, jsonl.KeptLine):
+            elif isinstance(status, jsonl.KeptLine):
                 augmented.append(text + b"\n")
                 counts.kept += 1
                 continue
             else:
-                reason = fate.reason
-            rejected.append((first + place, self.lines[place], reason))
+                reason = status.reason
+            rejected.append((first_number + index, self.lines[index], reason))
         counts.augmented += len(augmented)
         counts.rejected += len(rejected)
         counts.blank += blank
@@ -178,60 +184,61 @@ class MixedBlock:
 ParsedBlock: TypeAlias = PlainBlock | MixedBlock
 
 
-def parse_block(
-    pieces: list[LineBlock],
+def parse_blocks(
+    blocks: list[LineBlock],
     *,
     parsed_blocks: list[ParsedBlock],
     posting_format: PostingFormat = DEFAULT_FORMAT,
 ) -> Iterator[list[Pair]]:
-    """The pair of each line that is to be asked, piece by piece; adds the piece's window to `into`.
+    """Yield the pairs of each block of lines, and add the parsed block to `parsed_blocks`.
 
-    What is parsed is still in the processor's cache, if whoever takes it looks at it at once. The block is
-    emptied: the windows replace it.
+    A consumer that looks up the pairs at once finds them still in the processor's cache. `blocks` is emptied
+    on the way: the parsed blocks replace it.
     """
-    pieces.reverse()
-    while pieces:
-        piece = pieces.pop()
-        plain = posting_format.parser.parse_plain(piece.text, piece.line_count)
-        made: ParsedBlock
-        if plain is not None:
-            inner, pairs = plain
-            made = PlainBlock(inner, posting_format)
-        elif (
-            piece.line_count > _MAX_MIXED_LINES
-        ):  # the odd ones are few, as a rule: those beside them go the fast way
-            pieces += reversed(piece.split_in_half())
+    blocks.reverse()
+    while blocks:
+        block = blocks.pop()
+        plain_lines = posting_format.parser.parse_plain(block.text, block.line_count)
+        parsed: ParsedBlock
+        if plain_lines is not None:
+            unbraced_lines, pairs = plain_lines
+            parsed = PlainBlock(unbraced_lines, posting_format)
+        elif block.line_count > _MAX_MIXED_LINES:
+            # Unusual lines are rare. Split the block, so that most others can still be parsed as plain.
+            blocks += reversed(block.split_in_half())
             continue
         else:
-            made, pairs = _parse_mixed(piece.text, posting_format)
-        parsed_blocks.append(made)
+            parsed, pairs = _parse_mixed(block.text, posting_format)
+        parsed_blocks.append(parsed)
         yield pairs
 
 
 def apply_levels(
     blocks: Iterable[ParsedBlock], levels: PairLevels, counts: LineCounts
 ) -> tuple[bytes, list[NumberedReject]]:
-    """The output lines and the rejected ones; counts what became of each.
+    """Return the output lines and the rejected lines of all blocks, and add them to `counts`.
 
-    The windows are in the order of the file: a line's number is how many were counted before it, and one.
+    The blocks are in the order of the file: a line's number is the number of lines counted before it, plus 1.
     """
     augmented: list[bytes] = []
     rejected: list[NumberedReject] = []
-    place = 0
-    for window in blocks:
-        asked = window.pair_count
-        became = window.apply_levels(levels.select(place, asked), counts)
-        place += asked
-        augmented += became.augmented
-        rejected += became.rejected
+    start = 0
+    for block in blocks:
+        pair_count = block.pair_count
+        result = block.apply_levels(levels.select(start, pair_count), counts)
+        start += pair_count
+        augmented += result.augmented
+        rejected += result.rejected
     return b"".join(augmented), rejected
 
 
 def _parse_mixed(text: bytes, posting_format: PostingFormat) -> tuple[MixedBlock, list[Pair]]:
-    ends = text.split(b"\n")
-    lines = [part for line in ends for part in json_objects.split_objects(line)]
-    texts = [jsonl.strip_line(line) for line in lines]
-    entries = posting_format.parser.parse(texts)
+    physical_lines = text.split(b"\n")
+    lines = [part for line in physical_lines for part in json_objects.split_objects(line)]
+    stripped_lines = [jsonl.strip_line(line) for line in lines]
+    entries = posting_format.parser.parse(stripped_lines)
     pairs = [entry.pair for entry in entries if isinstance(entry, jsonl.Posting)]
-    fates = [entry.has_level if isinstance(entry, jsonl.Posting) else entry for entry in entries]
-    return MixedBlock(lines, texts, fates, len(lines) - len(ends), posting_format), pairs
+    statuses = [entry.has_level if isinstance(entry, jsonl.Posting) else entry for entry in entries]
+    return MixedBlock(
+        lines, stripped_lines, statuses, len(lines) - len(physical_lines), posting_format
+    ), pairs

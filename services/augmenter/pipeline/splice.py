@@ -1,6 +1,6 @@
-"""A level put into the bytes of a JSON object, everything else left as it stands.
+"""Inserts a level into the bytes of a JSON object and leaves all other bytes as they are.
 
-The bytes are known to be one valid JSON object; so the scanner only finds where members begin and end.
+The text is known to be one valid JSON object, so the scanner only finds where members begin and end.
 """
 
 import json
@@ -18,7 +18,7 @@ _STRUCTURE = re.compile(rb'[^"{}\[\]]*(?:(")|([{\[])|([}\]]))')
 
 
 class Splicer:
-    """Puts levels into objects, as a member of this name."""
+    """Inserts levels into objects, as a member of this name."""
 
     def __init__(self, name: str = DEFAULT_FIELDS.level) -> None:
         self._name = name.encode()
@@ -28,9 +28,9 @@ class Splicer:
         }
 
     def splice_levels(self, unbraced_lines: list[bytes], levels: bytes) -> list[bytes]:
-        """Lines of objects that have no such member yet, given without their outer braces; a level for each.
+        """Insert a level into each object. None of them has such a member yet.
 
-        To be joined.
+        The objects are given without their outer braces. The parts that are returned are to be joined.
         """
         parts = [b"{"] * (3 * len(unbraced_lines))
         parts[1::3] = unbraced_lines
@@ -38,9 +38,9 @@ class Splicer:
         return parts
 
     def splice_level(self, text: bytes, level: int, *, replace: bool) -> bytes:
-        """The object with the level as its last member, and a line end.
+        """Return the object with the level as its last member, and a line end.
 
-        `replace` says that it has members of that name, which are removed. It has another member too.
+        `replace`: the object has members of that name, which are removed. It must have another member, too.
         """
         if not replace:
             return text[:-1] + self._level_suffixes[level]
@@ -50,40 +50,47 @@ class Splicer:
         return self._remove_level(text)[:-1] + self._level_suffixes[level]
 
     def _comma_before_last(self, text: bytes) -> int:
-        """Where the comma before the last member is, if that alone has the name; -1 if it takes a scan.
+        """Return the position of the comma before the last member, if that is the only member of the name.
 
-        That is how we write it ourselves, and takes a twentieth of a scan. Without a backslash, what is
-        quoted like the name is a whole string; with a colon behind it, it is a name; and what stands before
-        the brace that ends the text is the object's own.
+        Return -1 if that takes a scan to find out. Lines that the augmenter wrote itself have this form,
+        and the check takes a twentieth of a scan. In a text without a backslash, a match of the quoted name
+        is a whole string. Followed by a colon it is a member's name, and since only the closing brace follows
+        the value, the member belongs to the object itself.
         """
         start = text.find(self._quoted_name)
-        last = start > 0 and b"\\" not in text and _LAST_MEMBER.fullmatch(text, start)
-        if not last:
+        is_last_member = start > 0 and b"\\" not in text and _LAST_MEMBER.fullmatch(text, start)
+        if not is_last_member:
             return -1
         before = text[:start].rstrip(b" \t\r\n")
         return len(before) - 1 if before.endswith(b",") else -1
 
     def _remove_level(self, text: bytes) -> bytes:
-        """The object without its own members of the name, each gone with one comma."""
+        """Return the object without its own members of the name. Each is removed together with one comma."""
         kept: list[bytes] = []
-        copied = 0  # up to where `text` has been kept or dropped
-        previous_comma = -1  # of the last member, -1 as long as every member was dropped
+        # The text up to `copied` has been kept or dropped.
+        copied = 0
+        # The comma after the last kept member, -1 while every member was dropped.
+        previous_comma = -1
         for start, end, name in _iter_members(text):
-            comma = _skip_whitespace(text, end)  # the comma behind the member, or the closing brace
+            # The comma after the member, or the closing brace.
+            comma = _skip_whitespace(text, end)
             if name != self._name:
                 previous_comma = comma
-            elif previous_comma < 0:  # nothing in front of it: the comma behind goes
+            elif previous_comma < 0:
+                # No member is kept before it, so the comma after it is removed.
                 kept.append(text[copied:start])
                 copied = comma + 1
-            else:  # the comma in front goes
+            else:
+                # The comma before it is removed.
                 kept.append(text[copied:previous_comma])
-                copied, previous_comma = end, comma
+                copied = end
+                previous_comma = comma
         kept.append(text[copied:])
         return b"".join(kept)
 
 
 def _iter_members(text: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Where each member of the object begins and ends, and its name."""
+    """Yield where each member of the object begins and ends, and its name."""
     position = _skip_whitespace(text, 1)
     while text[position] != ord("}"):
         start = position
@@ -112,7 +119,8 @@ def _value_end(text: bytes, position: int) -> int:
     if text[position] not in b"{[":
         return _match_at(_SCALAR, text, position).end()
     depth = 0
-    while True:  # not recursion: lines nest as deeply as they like
+    # A loop instead of recursion, since lines may be nested to any depth.
+    while True:
         found = _match_at(_STRUCTURE, text, position)
         position = found.end()
         if found[1]:

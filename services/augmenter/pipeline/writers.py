@@ -1,4 +1,4 @@
-"""What is written for one file: its lines, and its rejects if there are any."""
+"""Writes the output of one file: its augmented lines, and its rejected lines if there are any."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from services.common.tasks import gather_or_cancel
 
 
 class OutputWriter:
-    """An upload in a format."""
+    """An upload that compresses its data."""
 
     def __init__(self, upload: Upload, lines_format: Format) -> None:
         self._upload = upload
@@ -26,25 +26,28 @@ class OutputWriter:
         return self
 
     async def write(self, data: bytes) -> None:
-        """Encode beside the event loop (compressors let it run), then send."""
+        """Compress the data in a thread, since compressors release the GIL, and send it."""
         if not self._is_plain:
             data = await asyncio.to_thread(self._encoder.compress, data)
         await self._upload.write(data)
 
     async def complete(self) -> None:
-        """Write the format's end and let the output appear."""
+        """Write the end of the compressed stream and publish the output."""
         await self._upload.write(self._encoder.flush())
         await self._upload.complete()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Forget it, unless it was completed."""
+        """Abort the upload, unless it was completed."""
         await self._upload.__aexit__(kind, error, trace)
 
 
 class RejectsWriter:
-    """The file's rejected lines and the reasons, begun with the first of them."""
+    """Writes rejected lines and their reasons, to two uploads that begin with the first rejected line.
+
+    State: `first_rejected`, number and reason of the first rejected line; `_writers`, of lines and reasons.
+    """
 
     def __init__(self, storage: Storage, file: FileInfo, lines_format: Format) -> None:
         self._storage = storage
@@ -52,29 +55,28 @@ class RejectsWriter:
         self._format = lines_format
         self._writers: tuple[OutputWriter, OutputWriter] | None = None
         self.first_rejected: tuple[int, str] | None = None
-        """The first rejected line's number and reason."""
 
     async def __aenter__(self) -> Self:
-        """Nothing to begin as long as nothing is rejected."""
+        """Return the writer. Its uploads begin with the first rejected line."""
         return self
 
     @property
     def has_rejects(self) -> bool:
-        """Whether anything was rejected."""
+        """Return whether a line was rejected."""
         return self._writers is not None
 
     async def write(self, rejected: list[tuple[int, bytes, str]]) -> None:
-        """Add lines: number, bytes, reason."""
-        lines, reasons = await self._get_writers()
-        await lines.write(b"".join(line + b"\n" for _, line, _ in rejected))
-        await self._write_reasons(reasons, [(number, reason) for number, _, reason in rejected])
+        """Write rejected lines: number, bytes, reason."""
+        line_writer, reason_writer = await self._get_writers()
+        await line_writer.write(b"".join(line + b"\n" for _, line, _ in rejected))
+        await self._write_reasons(reason_writer, [(number, reason) for number, _, reason in rejected])
 
     async def write_long_line_part(self, part: LongLinePart, *, number: int, reason: str) -> None:
-        """Add a part of a line; with the last one, its number and reason."""
-        lines, reasons = await self._get_writers()
-        await lines.write(part.text + b"\n" if part.is_last else part.text)
+        """Write a part of a rejected line. Its number and reason are written with the last part."""
+        line_writer, reason_writer = await self._get_writers()
+        await line_writer.write(part.text + b"\n" if part.is_last else part.text)
         if part.is_last:
-            await self._write_reasons(reasons, [(number, reason)])
+            await self._write_reasons(reason_writer, [(number, reason)])
 
     async def _write_reasons(self, writer: OutputWriter, numbered_reasons: list[tuple[int, str]]) -> None:
         if self.first_rejected is None:
@@ -92,23 +94,28 @@ class RejectsWriter:
         return self._writers
 
     async def _open_writers(self) -> tuple[OutputWriter, OutputWriter]:
-        lines = OutputWriter(self._storage.create(self._file.name, self._file), self._format)
-        reasons = OutputWriter(self._storage.create(self._file.name + REASONS_SUFFIX, self._file), PLAIN)
-        await lines.__aenter__()
+        line_writer = OutputWriter(self._storage.create(self._file.name, self._file), self._format)
+        reason_writer = OutputWriter(
+            self._storage.create(self._file.name + REASONS_SUFFIX, self._file), PLAIN
+        )
+        await line_writer.__aenter__()
         try:
-            await reasons.__aenter__()
+            await reason_writer.__aenter__()
         except BaseException as error:
-            await lines.__aexit__(type(error), error, None)
+            await line_writer.__aexit__(type(error), error, None)
             raise
-        return lines, reasons
+        return line_writer, reason_writer
 
     async def complete(self) -> None:
-        """Let them appear."""
-        for output in self._writers or ():
-            await output.complete()
+        """Publish the uploads."""
+        for writer in self._writers or ():
+            await writer.complete()
 
     async def remove_stale(self) -> None:
-        """Behind the output, which has all lines then: remove what an earlier run rejected of this file."""
+        """Remove the rejects of an earlier run if no line was rejected.
+
+        To be called after the output was published, which then contains all lines.
+        """
         if self._writers is None:
             names = (self._file.name, self._file.name + REASONS_SUFFIX)
             await gather_or_cancel(self._storage.remove(name) for name in names)
@@ -116,6 +123,6 @@ class RejectsWriter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Forget what was not completed."""
-        for output in self._writers or ():
-            await output.__aexit__(kind, error, trace)
+        """Abort the uploads that were not completed."""
+        for writer in self._writers or ():
+            await writer.__aexit__(kind, error, trace)

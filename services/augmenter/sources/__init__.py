@@ -1,1 +1,1 @@
-"""Where the files to augment come from: a listing, a watched folder, or an SQS queue."""
+"""Where the files to augment come from: a listing, --watch, or a queue of S3 events."""

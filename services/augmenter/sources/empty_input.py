@@ -1,4 +1,4 @@
-"""INPUT that holds nothing to augment: why, in one line."""
+"""Explains why INPUT has nothing to augment, in one line."""
 
 import logging
 
@@ -10,20 +10,20 @@ _log = logging.getLogger("augmenter")
 
 
 async def explain_empty_input(source: Storage, stats: RunStats) -> str:
-    """Return why nothing was found, "" if something was, of any shard. Raises UsageError."""
+    """Return why no file was found, or "" if one was, in any shard. Raises UsageError."""
     if stats.input_names.files:
         return ""
     hint = await source.explain_empty()
     ignored = stats.input_names.describe_ignored()
-    why = (
+    cause = (
         f"no name ends in one of {SUFFIX_HELP}; ignored: {ignored}"
         if ignored
         else f"no file is there; {hint}"
     )
-    return f"{source.uri('')}: nothing to augment: {why.removesuffix('; ')}"
+    return f"{source.uri('')}: nothing to augment: {cause.removesuffix('; ')}"
 
 
 async def warn_if_empty(source: Storage, stats: RunStats) -> None:
-    """Log it, for a run that waits for files. Raises UsageError."""
-    if why := await explain_empty_input(source, stats):
-        _log.warning("%s; waiting for files", why)
+    """Log a warning that INPUT is empty, when the run waits for files. Raises UsageError."""
+    if cause := await explain_empty_input(source, stats):
+        _log.warning("%s; waiting for files", cause)

@@ -1,4 +1,4 @@
-"""The files to do: INPUT's listing beside OUTPUT's, both in one order and page by page."""
+"""Lists the files to process, by merging the sorted listings of INPUT and OUTPUT page by page."""
 
 import logging
 import re
@@ -20,18 +20,21 @@ _log = logging.getLogger("augmenter")
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A process's part of the files, by name: the same in every run, and nobody has to agree on it."""
+    """The part of the files that one process takes.
+
+    A hash of the file's name decides, so that processes need no coordination.
+    """
 
     index: int = 0
     count: int = 1
 
     def contains(self, name: str) -> bool:
-        """Whether a file is this process's."""
+        """Return whether a file belongs to this shard."""
         return zlib.crc32(name.encode()) % self.count == self.index
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Read `I/N`. Raises ValueError."""
+    """Parse `I/N`. Raises ValueError."""
     found = _SHARD_PATTERN.fullmatch(text)
     if not found or not int(found[1]) < int(found[2]):
         message = f"{text!r} is not I/N with I from 0 to N - 1"
@@ -41,9 +44,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class FileTask:
-    """One file, where its output goes, and which version of it (or NOTHING) is to be replaced.
+    """One file to process.
 
-    `is_done`: its output is there already. `failure`: its output cannot be looked at.
+    `expected_version` is the version of the output that may be replaced, or ABSENT. `is_done`: the output
+    exists already. `error`: the output could not be checked.
     """
 
     file: FileInfo
@@ -55,10 +59,10 @@ class FileTask:
 
 
 class FileLister:
-    """Finds files in `source`, and looks in `sink` for what is there of them.
+    """Lists files of `source`, and checks in `sink` which of them have an output.
 
-    State: `_listing`, where the first listing counts names, None once it has begun. `_noted_disorder`, that a
-    server without an order was logged.
+    State: `_name_counts`, where the first listing counts names, None once it has begun; `_unordered_logged`,
+    that a server without ordered listings was logged.
     """
 
     def __init__(
@@ -71,7 +75,8 @@ class FileLister:
         output_name: str | None = None,
         name_counts: NameCounts | None = None,
     ) -> None:
-        self._name_counts = name_counts  # a later one would count names again
+        # Only the first listing counts names: a later one would count them again.
+        self._name_counts = name_counts
         self._source = source
         self._sink = sink
         self._shard = shard
@@ -80,82 +85,92 @@ class FileLister:
         self._unordered_logged = False
 
     async def find_task(self, name: str) -> FileTask:
-        """One file. Raises StoreError."""
+        """Return the task of one file. Raises StorageError."""
         return await self._with_output_state(await self._source.get_info(name), check_output=True)
 
     async def list_tasks(self, *, after: str = "") -> AsyncGenerator[FileTask]:
-        """Every file of INPUT behind a name. Raises StoreError."""
+        """Yield the tasks of all files of INPUT whose name is greater than `after`. Raises StorageError."""
         async with aclosing(self._merge_listings(after)) as pairs:
-            some: list[tuple[FileInfo, bool]] = []
-            async for item, listed in pairs:
-                some.append((item, listed))
-                if not (listed or item.is_archived) and len(some) == 1:  # nothing to wait for
-                    yield await self._with_output_state(item, check_output=False)
-                    some = []
-                elif len(some) == _HEAD_CONCURRENCY:
-                    for job in await self._with_output_states(some):
-                        yield job
-                    some = []
-            for job in await self._with_output_states(some):
-                yield job
+            chunk: list[tuple[FileInfo, bool]] = []
+            async for file, check_output in pairs:
+                chunk.append((file, check_output))
+                # No request is needed for this file, and none is pending, so it is yielded at once.
+                if not (check_output or file.is_archived) and len(chunk) == 1:
+                    yield await self._with_output_state(file, check_output=False)
+                    chunk = []
+                elif len(chunk) == _HEAD_CONCURRENCY:
+                    for task in await self._with_output_states(chunk):
+                        yield task
+                    chunk = []
+            for task in await self._with_output_states(chunk):
+                yield task
 
     async def _with_output_states(self, chunk: list[tuple[FileInfo, bool]]) -> list[FileTask]:
         return await gather_or_cancel(
-            self._with_output_state(item, check_output=listed) for item, listed in chunk
+            self._with_output_state(file, check_output=check_output) for file, check_output in chunk
         )
 
     async def _merge_listings(self, after: str) -> AsyncGenerator[tuple[FileInfo, bool]]:
-        """Each of this shard's files of INPUT, and whether it has to be looked at in OUTPUT.
+        """Yield each file of INPUT in this shard, and whether its output must be checked.
 
-        It has if OUTPUT lists one of its name. Where a listing has no order, the two cannot be compared: then
-        each is looked at, and so it is with --overwrite, where nearly all are there.
+        That is the case if OUTPUT lists the same name. Unordered listings cannot be merged, so every output
+        is checked then. With --overwrite every output is checked as well, since nearly all exist.
         """
-        listing, self._name_counts = self._name_counts, None
+        name_counts = self._name_counts
+        self._name_counts = None
         outputs = _SortedNames(self._sink.list(after=after))
-        async for item in self._source.list(after=after, listing=listing):
-            if listing is not None:
-                listing.files += 1
-            if not self._shard.contains(item.name):
+        async for file in self._source.list(after=after, listing=name_counts):
+            if name_counts is not None:
+                name_counts.files += 1
+            if not self._shard.contains(file.name):
                 continue
-            listed = self._overwrite or self._is_unordered() or await outputs.contains(item.name)
-            yield item, listed or self._is_unordered()
+            check_output = self._overwrite or self._is_unordered() or await outputs.contains(file.name)
+            yield file, check_output or self._is_unordered()
 
     def _is_unordered(self) -> bool:
-        for store in (self._source, self._sink):
-            if store.is_unordered:
+        for storage in (self._source, self._sink):
+            if storage.is_unordered:
                 if not self._unordered_logged:
                     _log.warning(
                         "%s: the server lists objects without an order; each output is looked at by itself",
-                        store.uri(""),
+                        storage.uri(""),
                     )
                 self._unordered_logged = True
                 return True
         return False
 
     async def _with_output_state(self, file: FileInfo, *, check_output: bool) -> FileTask:
-        """The job, once its output has been looked at: a listing tells its name, not what it was made of."""
+        """Return the task of a file after its output was checked.
+
+        A listing shows the output's name, but not from which input it was made.
+        """
         output_name = self._output_name or file.name
         lines_format = format_for_name(file.name)
+        # A listing has only names of known formats.
         assert lines_format  # noqa: S101 - a listing takes no other names
         try:
-            made = await self._sink.existing_output(output_name, file) if check_output else None
-        except StorageError as error:  # the other files' outputs may be seen all the same
+            output = await self._sink.existing_output(output_name, file) if check_output else None
+        # Only this file fails: the outputs of the others can still be checked.
+        except StorageError as error:
             return FileTask(file, output_name, lines_format, error=error)
-        is_done = bool(made and made.is_from_input and not self._overwrite)
-        if file.is_archived:  # what is done need not be read, so --watch takes a restored object for the same
+        is_done = bool(output and output.is_from_input and not self._overwrite)
+        # A file that is done need not be read. It counts as not archived, so that --watch does not take a
+        # restored object for a new one.
+        if file.is_archived:
             file = replace(file, is_archived=False) if is_done else await self._with_restore_state(file)
-        return FileTask(file, output_name, lines_format, made.version if made else ABSENT, is_done)
+        return FileTask(file, output_name, lines_format, output.version if output else ABSENT, is_done)
 
     async def _with_restore_state(self, file: FileInfo) -> FileInfo:
-        """Return an archived object with what a listing does not know: whether it is restored."""
+        """Return an archived file together with whether it is restored, which a listing does not show."""
         try:
             return await self._source.get_info(file.name)
-        except StorageError:  # reading it will fail, too, and names the reason as this file's own
+        # Reading the file will fail as well, and then the reason is reported for this file.
+        except StorageError:
             return replace(file, is_archived=False)
 
 
 class _SortedNames:
-    """A listing that is asked for names in its own order. State: `_next`, the first not yet passed."""
+    """Sorted names of one listing, read in step with another. State: `_next_name`, the first not passed."""
 
     def __init__(self, files: AsyncIterator[FileInfo]) -> None:
         self._files = files
@@ -164,6 +179,6 @@ class _SortedNames:
     async def contains(self, name: str) -> bool:
         wanted = name.encode()
         while self._next_name is not None and self._next_name < wanted:
-            item = await anext(self._files, None)
-            self._next_name = item.name.encode() if item else None
+            file = await anext(self._files, None)
+            self._next_name = file.name.encode() if file else None
         return self._next_name == wanted

@@ -1,17 +1,20 @@
-"""A set that forgets: what is remembered of a stream that never ends."""
+"""A set of bounded size, for names from a stream that does not end."""
 
 from collections import OrderedDict
 
 
 class LruSet:
-    """Names that were noted, or asked for and found, last. State: `_names`, the longest ago in front."""
+    """A set that drops the least recently added or found name when it is full.
+
+    State: `_names`, the least recently used first.
+    """
 
     def __init__(self, *, max_size: int) -> None:
         self._max_size = max_size
         self._names: OrderedDict[str, None] = OrderedDict()
 
     def add(self, name: str) -> None:
-        """Note a name; the one of longest ago makes room for it."""
+        """Add a name, and drop the least recently used one if the set is over its size."""
         self._names[name] = None
         self._names.move_to_end(name)
         if len(self._names) > self._max_size:

@@ -1,4 +1,4 @@
-"""The lease of an SQS message: its visibility timeout, renewed while its file is in work."""
+"""The lease of an SQS message: its visibility timeout, extended while its file is in progress."""
 
 import asyncio
 import logging
@@ -11,21 +11,22 @@ from services.common.storage.errors import StorageError
 from services.common.storage.s3_client import error_code, translate_errors
 from services.common.tasks import cancel_and_wait
 
-# The message was deleted, its timeout passed and another worker has it, or it was held for 12 hours, which
-# is the maximum: from then on no renewal can succeed. Codes come with or without a namespace and a dot.
+# From the following errors on, no extension can succeed: the message was deleted, its timeout passed and
+# another worker has it, or it was held for 12 hours, the maximum. Codes come with or without a namespace and
+# a dot.
 _LOST_CODES = {"ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"}
 _log = logging.getLogger("augmenter")
 
 
 class MessageLeaseLostError(Exception):
-    """The message is no longer this worker's."""
+    """The message no longer belongs to this worker."""
 
 
 class MessageLease:
-    """One received message.
+    """The lease of one received message.
 
-    State: `_is_gone`, that the message is no longer ours; `_is_failing`, that the last renewal failed. Only
-    the renewal task changes them.
+    State: `_is_lost`, that the message no longer belongs to this worker; `_extend_failing`, that the last
+    extension failed. Only `_extend_task` changes them.
     """
 
     def __init__(self, client: Any, *, queue_url: str, message: Any, visibility_seconds: int) -> None:
@@ -39,14 +40,14 @@ class MessageLease:
         self._extend_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Renew it from now on."""
+        """Begin to extend the lease periodically."""
         self._extend_task = asyncio.create_task(self._extend_loop())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Renew it no more; if the work was abandoned, make the message visible at once."""
+        """Stop extending the lease. If the work was cancelled, make the message visible at once."""
         if self._extend_task is not None:
             await cancel_and_wait([self._extend_task])
         if kind is not None and issubclass(kind, asyncio.CancelledError):
@@ -69,7 +70,10 @@ class MessageLease:
                 self._extend_failing = False
 
     async def release(self) -> None:
-        """Make the message visible to all workers now. It does not fail: else it is visible later."""
+        """Make the message visible to all workers now.
+
+        Never raises: if the call fails, the message becomes visible after its timeout.
+        """
         if self._is_lost:
             return
         try:
@@ -80,7 +84,10 @@ class MessageLease:
             _log.warning("%s is visible again only after its timeout: %s", self._description, error.reason)
 
     async def delete(self) -> None:
-        """Take the message out of the queue. If that fails, it comes back and its file is found done."""
+        """Delete the message from the queue.
+
+        Never raises: if the call fails, the message comes back, and its file is found to be done.
+        """
         try:
             with translate_errors(self._description):
                 await self._client.delete_message(QueueUrl=self._queue_url, ReceiptHandle=self._receipt)
@@ -88,7 +95,10 @@ class MessageLease:
             _log.log(logging.DEBUG if self._is_lost else logging.WARNING, "%s", error)
 
     async def set_visibility(self, seconds: int) -> None:
-        """Hide the message from all workers from now on. Raises MessageGoneError or StoreError."""
+        """Hide the message from all workers for so many seconds from now on.
+
+        Raises MessageLeaseLostError or StorageError.
+        """
         with translate_errors(self._description):
             try:
                 await self._client.change_message_visibility(

@@ -1,4 +1,4 @@
-"""Read a queue's message: which objects in which buckets it is about, and whether they are to be augmented.
+"""Parses a queue's message into events about objects, and decides which of them can be augmented.
 
 Pure. The formats:
 
@@ -18,7 +18,8 @@ from urllib.parse import unquote_plus
 
 _READABLE_EVENT_PREFIXES = ("ObjectCreated", "ObjectRestore:Completed")
 _READABLE_DETAIL_TYPES = {"Object Created", "Object Restore Completed"}
-_MAX_LOG_CHARACTERS = 1_200  # characters; a key has 1024 bytes at most, a message of somebody else's 1 MiB
+# In characters. A key has at most 1024 bytes, but a foreign message may have 1 MiB.
+_MAX_LOG_CHARACTERS = 1_200
 _API_CALL_DETAIL_TYPE = "AWS API Call via CloudTrail"
 _API_EVENT_SOURCES = {"s3.amazonaws.com", "s3express.amazonaws.com"}
 _API_WRITE_EVENTS = {"PutObject", "PostObject", "CopyObject", "CompleteMultipartUpload", "RenameObject"}
@@ -28,8 +29,9 @@ _API_WRITE_EVENTS = {"PutObject", "PostObject", "CopyObject", "CompleteMultipart
 class ObjectEvent:
     """An event about one object.
 
-    `bucket` and `key` are empty where an event names none (an event of another service, a test event).
-    `starts`: the object can be read now, so it is to be augmented. `kind`: the event's own name.
+    `bucket` and `key` are empty if the event has none, as a test event or one of another service.
+    `is_readable`: the object can be read now, so it is to be augmented. `event_name` is the name in the
+    event.
     """
 
     bucket: str
@@ -40,14 +42,14 @@ class ObjectEvent:
 
     def __str__(self) -> str:
         """Return the event for a log line."""
-        place = f"s3://{self.bucket}/{self.key}" if self.bucket else "no object"
-        text = f"{self.event_name or 'an event'} about {place}"
+        uri = f"s3://{self.bucket}/{self.key}" if self.bucket else "no object"
+        text = f"{self.event_name or 'an event'} about {uri}"
         return text if len(text) <= _MAX_LOG_CHARACTERS else f"{text[:_MAX_LOG_CHARACTERS]}…"
 
 
 @dataclass(frozen=True, slots=True)
 class EventMessage:
-    """The events of a message. `not_understood`: why a part of it could not be read; empty if all could."""
+    """The events of one message. `unreadable_reason`: why a part of it could not be read, or empty."""
 
     events: list[ObjectEvent]
     unreadable_reason: str = ""
@@ -62,7 +64,7 @@ class UnreadableMessageError(Exception):
 
 
 def parse_message(body: str) -> EventMessage:
-    """Return the events of a message's body. Raises UnreadableMessageError if there is not one."""
+    """Return the events of a message's body. Raises UnreadableMessageError if no event can be read."""
     try:
         event = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -75,7 +77,8 @@ def parse_message(body: str) -> EventMessage:
 def _parse_event(event: Any) -> EventMessage:
     if not isinstance(event, dict):
         raise UnreadableMessageError("not a JSON object")
-    if event.get("Type") == "Notification" and isinstance(event.get("Message"), str):  # SNS
+    # SNS wraps the message.
+    if event.get("Type") == "Notification" and isinstance(event.get("Message"), str):
         return parse_message(event["Message"])
     if event.get("Event") == "s3:TestEvent":
         return EventMessage([_parse_test_event(event)])
@@ -110,15 +113,18 @@ def _parse_event_bridge(event: dict[str, Any]) -> ObjectEvent:
 
 
 def _parse_api_call(event: Any, *path: str) -> ObjectEvent:
-    """Return what CloudTrail recorded, which stands at a path of members."""
-    name = _text_at(event, *path, "eventName")
+    """Parse an API call as recorded by CloudTrail, which stands at a path of members."""
+    event_name = _text_at(event, *path, "eventName")
     if _text_at(event, *path, "eventSource") not in _API_EVENT_SOURCES:
-        return ObjectEvent("", "", is_readable=False, event_name=name)
+        return ObjectEvent("", "", is_readable=False, event_name=event_name)
     parameters = (*path, "requestParameters")
     bucket, key = _text_at(event, *parameters, "bucketName"), _text_at(event, *parameters, "key")
     call = event[path[0]] if path else event
-    refused = call.get("errorCode") is not None  # CloudTrail records calls that failed, too
-    return ObjectEvent(bucket, key, is_readable=name in _API_WRITE_EVENTS and not refused, event_name=name)
+    # CloudTrail records failed calls, too.
+    has_failed = call.get("errorCode") is not None
+    return ObjectEvent(
+        bucket, key, is_readable=event_name in _API_WRITE_EVENTS and not has_failed, event_name=event_name
+    )
 
 
 def _is_api_call(event: dict[str, Any]) -> bool:
@@ -139,7 +145,7 @@ def _parse_all(parts: list[Any], parse_part: Callable[[Any], EventMessage], *, p
         raise unreadable
     reasons = [str(unreadable or ""), *(message.unreadable_reason for message in messages)]
     return EventMessage(
-        [notice for message in messages for notice in message.events], next(filter(None, reasons), "")
+        [event for message in messages for event in message.events], next(filter(None, reasons), "")
     )
 
 
@@ -148,7 +154,8 @@ def _parse_record(record: Any) -> EventMessage:
     if _is_api_call(record):
         return EventMessage([_parse_api_call(record)])
     source = record.get("eventSource", "aws:s3")
-    if not isinstance(source, str) or not source.endswith(":s3"):  # Ceph and MinIO have their own first word
+    # The first word of the source is `aws` in S3, but differs in Ceph and MinIO.
+    if not isinstance(source, str) or not source.endswith(":s3"):
         return EventMessage([ObjectEvent("", "", is_readable=False, event_name=kind)])
     try:
         key = unquote_plus(_text_at(record, "s3", "object", "key"), errors="strict")

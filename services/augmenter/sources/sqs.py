@@ -1,7 +1,7 @@
-"""`--sqs-queue-url`: one message, one file; the message is deleted once its file is done.
+"""`--sqs-queue-url`: each message names a file, and is deleted once that file is done.
 
-A message is deleted only if all of it is S3's own events about INPUT (or its test event). Any other is left
-in the queue: it belongs to another consumer, or the queue's redrive policy moves it away.
+A message is deleted only if all of its events are S3's own events about INPUT, or its test event. Any other
+message is left in the queue: it belongs to another consumer, or the queue's redrive policy moves it away.
 """
 
 import asyncio
@@ -25,24 +25,32 @@ from services.common.storage.errors import StorageError
 from services.common.storage.s3_client import translate_errors
 from services.common.tasks import gather_or_cancel
 
-_LONG_POLL_SECONDS, _SHORT_POLL_SECONDS = 10, 2
+_LONG_POLL_SECONDS = 10
+_SHORT_POLL_SECONDS = 2
 _RETRY_SECONDS = 5.0
-_DEFAULT_VISIBILITY_SECONDS = 30  # of SQS; some compatible servers have no attributes
-_MAX_IGNORED_MESSAGES = 10_000  # one that is forgotten is only read once more, and counted twice
-# How long a message that is left is hidden from its own consumer, whatever the queue's timeout is. With less,
-# a worker would receive it again at once, and the redrive policy would count each time.
-_MIN_HIDDEN_SECONDS, _MAX_HIDDEN_SECONDS = 5, 60
-_RELEASE_BATCH_SIZE = 10  # the maximum of ChangeMessageVisibilityBatch
+# SQS's default. Some compatible servers have no queue attributes.
+_DEFAULT_VISIBILITY_SECONDS = 30
+# A message that is dropped from this set is only read once more, and counted twice.
+_MAX_IGNORED_MESSAGES = 10_000
+# How long a message that is left is hidden from its own consumer, whatever the queue's timeout is. After less
+# time, a worker would receive it again at once, and each time would count for the redrive policy.
+_MIN_HIDDEN_SECONDS = 5
+_MAX_HIDDEN_SECONDS = 60
+# The maximum of ChangeMessageVisibilityBatch.
+_RELEASE_BATCH_SIZE = 10
 _log = logging.getLogger("augmenter")
 
 
 class SqsWorkers:
-    """Each worker takes one message at a time, so that no message waits behind a file while others are idle.
+    """Workers that take one message at a time, so that no message waits for a file while a worker is idle.
 
-    State: `_in_work`, a lock for each file in work: S3 sends an event twice now and then, and the second
-    message must find the file done. `_left`, messages that this run does not look into again. `_hidden`, the
-    receipt of each message that was left and is still hidden, and until when. `_is_failing`, that the last
-    receive failed.
+    State:
+
+    - `_file_locks`, one for each file in progress: S3 sends some events twice, and the worker of the second
+      message must find the file done.
+    - `_ignored_ids`, messages that this run does not process again.
+    - `_hidden_messages`, the receipt of each message that was left and is still hidden, and until when.
+    - `_receive_failing`, that the last receive failed.
     """
 
     def __init__(
@@ -70,20 +78,26 @@ class SqsWorkers:
         self._receive_failing = False
 
     async def run(self, *, concurrency: int, follow: bool, stopping: asyncio.Event) -> None:
-        """Until `stopping` is set, or, if not `endless`, nothing is left to do. Raises StoreError."""
+        """Process messages until `stopping` is set or, without `follow`, none is left.
+
+        Raises StorageError.
+        """
         with translate_errors(self._queue_url):
-            got = await self._client.get_queue_attributes(
+            response = await self._client.get_queue_attributes(
                 QueueUrl=self._queue_url, AttributeNames=["VisibilityTimeout"]
             )
-        timeout = got.get("Attributes", {}).get("VisibilityTimeout", _DEFAULT_VISIBILITY_SECONDS)
+        timeout = response.get("Attributes", {}).get("VisibilityTimeout", _DEFAULT_VISIBILITY_SECONDS)
         self._visibility_seconds = max(1, int(timeout))
         try:
             await gather_or_cancel(self._worker(follow=follow, stopping=stopping) for _ in range(concurrency))
-        finally:  # also when the run is stopped
+        # Messages that were left become visible again also when the run is stopped.
+        finally:
             await self._release_hidden()
 
     async def _worker(self, *, follow: bool, stopping: asyncio.Event) -> None:
-        passed: set[str] = set()  # left ones, since the last that was ours: there may be others behind them
+        # Ignored messages received since the last one that was processed. A run without `follow` ends when
+        # one of them comes a second time: only then has the queue no other messages.
+        seen: set[str] = set()
         while not stopping.is_set():
             try:
                 message = await self._receive(_LONG_POLL_SECONDS if follow else _SHORT_POLL_SECONDS)
@@ -100,44 +114,51 @@ class SqsWorkers:
                     return
             elif message["MessageId"] in self._ignored_ids:
                 await self._hide_message(message)
-                if message["MessageId"] in passed:
+                if message["MessageId"] in seen:
                     return
                 if not follow:
-                    passed.add(message["MessageId"])
+                    seen.add(message["MessageId"])
             elif stopping.is_set():
                 await self._create_lease(message).release()
             else:
-                passed.clear()
+                seen.clear()
                 await self._process_message(message, follow=follow)
 
     async def _receive(self, wait_seconds: int) -> Any:
-        """Never cancelled to end it: a message that was on its way would be nobody's for a while."""
+        """Return the next message, or None after `wait_seconds`.
+
+        A receive is never cancelled when a run ends: a message on its way would stay hidden until its
+        timeout.
+        """
         was_failing = self._receive_failing
         with translate_errors(self._queue_url):
-            got = await self._client.receive_message(
+            response = await self._client.receive_message(
                 QueueUrl=self._queue_url,
                 MaxNumberOfMessages=1,
                 WaitTimeSeconds=wait_seconds,
-                VisibilityTimeout=self._visibility_seconds,  # the queue's own may be 0
+                # The queue's own timeout may be 0.
+                VisibilityTimeout=self._visibility_seconds,
             )
-        if was_failing:  # a receive that began before another one failed does not say that all is well
+        # A receive that began before another one failed does not prove that the queue has recovered.
+        if was_failing:
             self._receive_failing = False
-        return next(iter(got.get("Messages", ())), None)
+        return next(iter(response.get("Messages", ())), None)
 
     async def _process_message(self, received: Any, *, follow: bool) -> None:
         try:
             message = s3_events.parse_message(received["Body"])
         except UnreadableMessageError as error:
             message = EventMessage([], unreadable_reason=str(error))
-        ours = [notice for notice in message.events if self._is_about_input(notice)]
-        foreign = [notice for notice in message.events if not self._is_about_input(notice)]
-        names = self._input_names(notice for notice in ours if notice.is_readable)
+        ours = [event for event in message.events if self._is_about_input(event)]
+        foreign = [event for event in message.events if not self._is_about_input(event)]
+        names = self._input_names(event for event in ours if event.is_readable)
         lease = self._create_lease(received)
         async with lease:
             done = [await self._process_file(name) for name in names]
         if not all(done):
             self._count_message("failed")
-            if not follow:  # one try a run, as for a file that was listed
+            # Without `follow`, a file is tried once, as in a run that lists its files.
+            if not follow:
                 self._ignored_ids.add(received["MessageId"])
         elif foreign or message.unreadable_reason:
             self._record_foreign(received, foreign, message.unreadable_reason)
@@ -147,14 +168,14 @@ class SqsWorkers:
             self._count_message("deleted")
 
     def _is_about_input(self, event: ObjectEvent) -> bool:
-        """Whether the event is about INPUT. The key of another bucket may begin as ours do."""
+        """Return whether the event is about INPUT. A key of another bucket may have the same prefix."""
         if event.is_test:
             return event.bucket in {"", self._source.bucket}
         return event.bucket == self._source.bucket and event.key.startswith(self._source.key)
 
     def _input_names(self, events: Iterable[ObjectEvent]) -> list[str]:
-        """Return the names of files to augment; the others are counted."""
-        names = [self._name(notice) for notice in events]
+        """Return the names of files to augment, and count the other names as ignored."""
+        names = [self._name(event) for event in events]
         for name in names:
             if not is_input(name):
                 self._stats.input_names.count_ignored(name)
@@ -164,7 +185,7 @@ class SqsWorkers:
         return event.key.removeprefix(self._source.key)
 
     def _record_foreign(self, received: Any, foreign: list[ObjectEvent], unreadable_reason: str) -> None:
-        """Count a message that is left, and name it; both once."""
+        """Count and log a message that is left in the queue. Both happen once for each message."""
         self._ignored_ids.add(received["MessageId"])
         self._stats.foreign_keys += len(foreign)
         self._stats.messages_left += 1
@@ -196,12 +217,13 @@ class SqsWorkers:
         )
 
     async def _hide_message(self, received: Any) -> None:
-        """Let a message that is not ours be visible again soon, but not at once."""
+        """Hide a message that is left in the queue for a short time."""
         seconds = min(max(self._visibility_seconds, _MIN_HIDDEN_SECONDS), _MAX_HIDDEN_SECONDS)
         now = time.monotonic()
         self._hidden_messages.pop(received["MessageId"], None)
         self._hidden_messages[received["MessageId"]] = received["ReceiptHandle"], now + seconds
-        while next(iter(self._hidden_messages.values()))[1] <= now:  # in the order of their times
+        # Drop messages that are visible again. The dictionary is in the order of their times.
+        while next(iter(self._hidden_messages.values()))[1] <= now:
             del self._hidden_messages[next(iter(self._hidden_messages))]
         if seconds == self._visibility_seconds:
             return
@@ -211,19 +233,20 @@ class SqsWorkers:
             _log.debug("%s: message %s: %s", self._queue_url, received["MessageId"], error)
 
     async def _release_hidden(self) -> None:
-        """Make what was left visible now that no worker of this run would receive it again."""
+        """Make messages that were left visible, now that no worker of this run would receive them again."""
         now = time.monotonic()
         receipts = [receipt for receipt, until in self._hidden_messages.values() if until > now]
         for start in range(0, len(receipts), _RELEASE_BATCH_SIZE):
             entries = [
-                {"Id": str(place), "ReceiptHandle": receipt, "VisibilityTimeout": 0}
-                for place, receipt in enumerate(receipts[start : start + _RELEASE_BATCH_SIZE])
+                {"Id": str(number), "ReceiptHandle": receipt, "VisibilityTimeout": 0}
+                for number, receipt in enumerate(receipts[start : start + _RELEASE_BATCH_SIZE])
             ]
             try:
                 with translate_errors(self._queue_url):
                     await self._client.change_message_visibility_batch(
                         QueueUrl=self._queue_url, Entries=entries
                     )
-            except StorageError as error:  # they are visible after their timeout
+            # The messages become visible after their timeout anyway.
+            except StorageError as error:
                 _log.debug("%s", error)
                 return

@@ -1,4 +1,4 @@
-"""`--watch`: INPUT listed again and again, each file done once, those that failed tried again."""
+"""`--watch`: lists INPUT periodically, yields each new file once, and retries failed ones."""
 
 import asyncio
 import logging
@@ -12,14 +12,15 @@ from services.augmenter.sources.listing import FileTask
 from services.common.errors import FileError
 from services.common.storage.errors import FileMissingError
 
-_EPOCH_SECONDS = re.compile(r"\d{10}(?=\D|$)")  # how files are named: the second that they are of
+# Names of files begin with their time in seconds since the epoch.
+_EPOCH_SECONDS = re.compile(r"\d{10}(?=\D|$)")
 _MAX_RETRY_WAIT_SECONDS = 600.0
 _log = logging.getLogger("augmenter")
 
 
 @dataclass(slots=True)
 class _WatchedFile:
-    """A file's state when it was given out, how often it failed, and when it may be tried again."""
+    """A file that was yielded: its state then, how often it failed, and when it may be retried."""
 
     state: tuple[str, bool]
     in_progress: bool = False
@@ -28,16 +29,16 @@ class _WatchedFile:
 
     @property
     def is_due(self) -> bool:
-        """Whether it failed, and its wait is over."""
+        """Return whether the file failed and its backoff is over."""
         return bool(self.failures) and not self.in_progress and time.monotonic() >= self.retry_at
 
 
 class Watcher:
-    """Gives out what is new.
+    """Yields new and changed files.
 
-    State: `_seen`, the files of the last listing (so it is bounded by --lookback), and older ones that are in
-    work or failed; `_newest`, the latest second that a name told, from which --lookback counts: names may be
-    of the past (a replay), never of the future.
+    State: `_files`, those of the last listing (so --lookback bounds them), and older ones that are in
+    progress or failed; `_newest_second`, the latest time in a name, from which --lookback counts. Names may
+    have times of the past (a replay); times in the future are ignored.
     """
 
     def __init__(
@@ -58,71 +59,74 @@ class Watcher:
         self._newest_second = 0
 
     async def tasks(self) -> AsyncIterator[FileTask]:
-        """Without end. The first listing is of everything, and must succeed."""
-        first = True
+        """Yield tasks without end. The first listing covers all of INPUT, and its failure is raised."""
+        is_first = True
         while True:
             try:
-                async with aclosing(self._poll()) as found:
-                    async for job in found:
-                        yield job
+                async with aclosing(self._poll()) as new_tasks:
+                    async for task in new_tasks:
+                        yield task
             except FileError as error:
-                if first:
+                if is_first:
                     raise
                 _log.warning("%s; listing again in %.0f s", error, self._poll_interval_seconds)
-            if first and self._on_first_listing:
+            if is_first and self._on_first_listing:
                 await self._on_first_listing()
-            first = False
+            is_first = False
             await asyncio.sleep(self._poll_interval_seconds)
 
     async def _poll(self) -> AsyncGenerator[FileTask]:
         now = time.time()
-        listed: set[str] = set()
-        async with aclosing(self._list_tasks(self._cutoff(now))) as jobs:
-            async for job in jobs:
-                self._update_newest_second(job.file.name, now)
-                listed.add(job.file.name)
-                if self._start_if_due(job):
-                    yield job
-        for name in [name for name in self._files if name not in listed]:
-            job_again = await self._recheck_unlisted(name)
-            if job_again and self._start_if_due(job_again):
-                yield job_again
+        listed_names: set[str] = set()
+        async with aclosing(self._list_tasks(self._cutoff(now))) as listed_tasks:
+            async for task in listed_tasks:
+                self._update_newest_second(task.file.name, now)
+                listed_names.add(task.file.name)
+                if self._start_if_due(task):
+                    yield task
+        for name in [name for name in self._files if name not in listed_names]:
+            retried_task = await self._recheck_unlisted(name)
+            if retried_task and self._start_if_due(retried_task):
+                yield retried_task
 
     def _start_if_due(self, task: FileTask) -> bool:
-        """Whether it is to be given out; then it is in work, until `ended` says what came of it."""
-        known = self._files.get(task.file.name)
-        if known is None or known.state != task.file.state:
-            known = self._files[task.file.name] = _WatchedFile(task.file.state)
-        elif not known.is_due:
+        """Return whether to process the file now. If so, it is in progress until `on_end` is called."""
+        watched = self._files.get(task.file.name)
+        if watched is None or watched.state != task.file.state:
+            watched = self._files[task.file.name] = _WatchedFile(task.file.state)
+        elif not watched.is_due:
             return False
-        known.in_progress = True
+        watched.in_progress = True
         return True
 
     async def _recheck_unlisted(self, name: str) -> FileTask | None:
-        """A file that the listing passed, if it is to be tried again; it is forgotten once that is over."""
-        known = self._files[name]
-        if known.is_due:
+        """Return the task of a file that is older than the listing, if it is to be retried.
+
+        The file is forgotten once it is neither in progress nor failed.
+        """
+        watched = self._files[name]
+        if watched.is_due:
             try:
                 return await self._find_task(name)
             except FileMissingError:
-                known.failures = 0
+                watched.failures = 0
             except FileError as error:
                 _log.warning("%s", error)
-                self._schedule_retry(known)
-        if not known.in_progress and not known.failures:
+                self._schedule_retry(watched)
+        if not watched.in_progress and not watched.failures:
             del self._files[name]
         return None
 
     def on_end(self, task: FileTask, outcome: str) -> None:
-        """A file that was given out is done, or failed: then it is tried again, later every time."""
-        known = self._files.get(task.file.name)
-        if known is None or known.state != task.file.state:
+        """Record the outcome of a file. A failed one is retried, with a longer backoff each time."""
+        watched = self._files.get(task.file.name)
+        if watched is None or watched.state != task.file.state:
             return
-        known.in_progress = False
+        watched.in_progress = False
         if outcome == "failed":
-            self._schedule_retry(known)
+            self._schedule_retry(watched)
         else:
-            known.failures = 0
+            watched.failures = 0
 
     def _schedule_retry(self, watched: _WatchedFile) -> None:
         wait = min(_MAX_RETRY_WAIT_SECONDS, self._poll_interval_seconds * 2.0 ** min(watched.failures, 16))
@@ -130,9 +134,11 @@ class Watcher:
         watched.retry_at = time.monotonic() + wait
 
     def _cutoff(self, now: float) -> str:
-        """The name behind which a listing begins."""
-        latest = min(self._newest_second, int(now))
-        return str(int(latest - self._lookback_seconds)) if latest > self._lookback_seconds else ""
+        """Return the name after which the next listing begins."""
+        newest_second = min(self._newest_second, int(now))
+        return (
+            str(int(newest_second - self._lookback_seconds)) if newest_second > self._lookback_seconds else ""
+        )
 
     def _update_newest_second(self, name: str, now: float) -> None:
         found = _EPOCH_SECONDS.match(name)

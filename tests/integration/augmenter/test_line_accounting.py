@@ -19,9 +19,9 @@ def _losing_a_line(parse: Parse) -> Parse:
     """As `parse`, but of each piece it forgets the last line."""
 
     def lose(
-        pieces: list[LineBlock], *, parsed_blocks: list[ParsedBlock], **options: Any
+        blocks: list[LineBlock], *, parsed_blocks: list[ParsedBlock], **options: Any
     ) -> Iterator[list[Pair]]:
-        for pairs in parse(pieces, parsed_blocks=parsed_blocks, **options):
+        for pairs in parse(blocks, parsed_blocks=parsed_blocks, **options):
             made = parsed_blocks.pop()
             if isinstance(made, PlainBlock):
                 parsed_blocks.append(PlainBlock(made.unbraced_lines[:-1]))
@@ -50,7 +50,7 @@ def test_a_file_whose_lines_do_not_add_up_has_no_output(
     said: str,
 ) -> None:
     """A line that a defect lost fails its file, with the figures; neither output nor rejects appear."""
-    monkeypatch.setattr(line_blocks, "parse_block", _losing_a_line(line_blocks.parse_block))
+    monkeypatch.setattr(line_blocks, "parse_blocks", _losing_a_line(line_blocks.parse_blocks))
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
     assert (ended.exit_code, ended.stderr) == (1, f"augmenter: {tmp_path}/a.jsonl: {said}\n")

@@ -223,7 +223,7 @@ def test_lines_become_what_json_says_of_them(
         block = [LineBlock(b"\n".join(lines), len(lines))]
         pairs = [
             pair
-            for some in line_blocks.parse_block(block, parsed_blocks=windows, posting_format=form)
+            for some in line_blocks.parse_blocks(block, parsed_blocks=windows, posting_format=form)
             for pair in some
         ]
         counts = LineCounts(read=len(lines))

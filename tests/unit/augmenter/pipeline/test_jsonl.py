@@ -17,7 +17,7 @@ _GOOD = b'"company":"Acme","title":"Clerk"'
 def _entries(*texts: bytes) -> list[jsonl.ParsedLine]:
     """What a window makes of lines, whichever way it takes."""
     windows: list[line_blocks.ParsedBlock] = []
-    (pairs,) = line_blocks.parse_block([LineBlock(b"\n".join(texts), len(texts))], parsed_blocks=windows)
+    (pairs,) = line_blocks.parse_blocks([LineBlock(b"\n".join(texts), len(texts))], parsed_blocks=windows)
     (made,) = windows
     if isinstance(made, line_blocks.MixedBlock):
         return jsonl.parse([jsonl.strip_line(text) for text in texts])

@@ -38,7 +38,7 @@ def test_each_line_has_its_own_answer(given_lines: list[tuple[bytes, int]], size
     lines = iter([line for line, _ in given_lines])
     cut = [list(itertools.islice(lines, size)) for size in sizes]
     block = [LineBlock(b"\n".join(some), len(some)) for some in cut if some]
-    asked = [pair for pairs in line_blocks.parse_block(block, parsed_blocks=windows) for pair in pairs]
+    asked = [pair for pairs in line_blocks.parse_blocks(block, parsed_blocks=windows) for pair in pairs]
     assert block == []
     levels = [level for line, level in given_lines if line not in _ODD]
     assert len(asked) == len(levels)

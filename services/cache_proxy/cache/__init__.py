@@ -1,1 +1,1 @@
-"""The cached levels: in the process (L1) and shared by all replicas (L2)."""
+"""The answer caches: L1 in the memory of this process and L2, shared by all replicas."""

@@ -1,4 +1,4 @@
-"""Where a pair is kept: the Python twin of `lua/layout.lua`, for whoever must name a key outside a script."""
+"""Compute the Redis key and value of a stored pair, as `lua/include/buckets.lua` does inside scripts."""
 
 from dataclasses import dataclass
 
@@ -8,35 +8,39 @@ from services.common.levels import LEVEL_COUNT
 
 COLUMNS = 4
 TAGS = 64
-FIELD_BYTES = slice(1, 12)  # of a digest
+# The bytes of a digest that are the field of a pair in its bucket.
+FIELD_BYTES = slice(1, 12)
 MIN_VALUE = -4096
 
 
 def tag_for_digest(digest: bytes) -> int:
-    """The tag that a pair belongs to."""
+    """Return the tag to which a pair belongs."""
     return digest[0] // COLUMNS
 
 
 @dataclass(frozen=True, slots=True)
 class TagState:
-    """A tag's state, as its key in Redis has it."""
+    """The state of a tag, as stored under its key: the name of the generation and the number of buckets."""
 
     generation: str
     buckets: int
 
     def bucket_key(self, base: str, digest: bytes) -> str:
-        """The key of the bucket that a pair of this tag is in."""
+        """Return the key of the bucket that holds a pair of this tag.
+
+        The comments in `lua/include/buckets.lua` explain the numbering of buckets (spiral storage).
+        """
         column = digest[0] % COLUMNS
         first = (self.buckets + COLUMNS - 1 - column) // COLUMNS
         h = int.from_bytes(digest[1:4], "big") / 2**24
-        place = (1 + h * (0.6565 + 0.3435 * h)) * (1 << first.bit_length() - 1)
-        number = int(place) if int(place) >= first else int(place * 2)
+        position = (1 + h * (0.6565 + 0.3435 * h)) * (1 << first.bit_length() - 1)
+        number = int(position) if int(position) >= first else int(position * 2)
         tag = tag_for_digest(digest)
         return bucket_key(base, tag, generation=self.generation, number=number * COLUMNS + column)
 
 
 def entry_from_value(value: bytes | None, *, today: int) -> int | None:
-    """The entry of a field's value; 0 for none, None for garbage."""
+    """Return the entry that the value of a field holds; 0 if there is no value, None if it is garbage."""
     if value is None:
         return 0
     digits = value.removeprefix(b"-")

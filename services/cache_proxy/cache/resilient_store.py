@@ -1,4 +1,4 @@
-"""A store that never raises: while it is down it knows nothing, and what it missed is written later."""
+"""A store that never raises: without its server it returns misses, and writes are delayed."""
 
 import asyncio
 import itertools
@@ -21,20 +21,26 @@ _log = logging.getLogger(__name__)
 
 _PROBE_INTERVAL_SECONDS = 1.0
 _PROBE_DIGEST = bytes(DIGEST_BYTES)
-_MAX_PENDING_PAIRS = 1_000_000  # about 200 MB, and 17 minutes of the model's work
+# About 200 MB, and 17 minutes of the model's work.
+_MAX_PENDING_PAIRS = 1_000_000
 _FLUSH_PAIRS = 10_000
 
 
 class ResilientStore:
-    """One failure marks the store down; then nobody waits for it until a probe, once a second, succeeds.
+    """Protect callers from a failing store with a circuit breaker and delayed writes.
 
-    State: `_up`; `_unsaved`, the answers that no write has taken yet: they cost the model a slot, so they
-    are kept (bounded) and written as soon as the store takes them; `_asked_at`, when the first of them was
-    asked for. Event loop only; an answer leaves `_unsaved` only after its write was confirmed, and only if
-    no newer one took its place.
+    One failure marks the store as unavailable. From then on nothing waits for it until a probe, sent once a
+    second, succeeds.
 
-    An answer may have been asked for before it was invalidated, and be written after that: so whoever has
-    written looks for tombstones, and takes back what has one. Of the two, one sees what the other did.
+    An answer can be requested before its pair is invalidated and written after that. So after each write the
+    tombstones of the written pairs are read, and pairs that have one are deleted again. The invalidation adds
+    its tombstone before it deletes; the writer reads tombstones after it wrote. Whatever the order of the
+    two, one of them sees what the other did.
+
+    State: `_available`; `_pending`, the answers that no write has stored yet, and `_oldest_request_at`, when
+    the first of them was requested. A pending answer cost a slot of the model, so it is kept (up to a bound)
+    and written as soon as the store accepts writes. It leaves `_pending` only after its write was confirmed
+    and only if no newer answer replaced it. Used from the event loop only.
     """
 
     def __init__(
@@ -57,49 +63,57 @@ class ResilientStore:
         self._oldest_request_at = math.inf
         self._probe_task: asyncio.Task[None] | None = None
         self.last_failure: tuple[str, float] | None = None
-        """Its kind, and when it was, on time.monotonic."""
+        """The kind of the last failure and its time on `time.monotonic()`."""
         self._update_gauge()
 
     @property
     def available(self) -> bool:
-        """Whether the store answered when it was last asked."""
+        """Whether the store replied to the last operation."""
         return self._available
 
     @property
     def rejecting_writes(self) -> bool:
-        """Whether it answers, but took no write when it was last asked to."""
+        """Whether the store replied to the last write by rejecting it."""
         return self._rejecting_writes
 
     async def get_levels(self, digests: Sequence[bytes]) -> Sequence[int]:
-        """The level of each digest, by position; 0 where none is fresh or nothing can be learnt."""
+        """Return one level for each digest; 0 where no fresh answer is known or the store is unavailable."""
         entries = await self.get_entries(digests)
         day = self._clock.today()
         return [entry_level(entry) if self._freshness.is_fresh(entry, day=day) else 0 for entry in entries]
 
     async def get_entries(self, digests: Sequence[bytes]) -> Sequence[int]:
-        """By position: the entry of each digest that may be answered, stale if that is served; else 0."""
+        """Return one entry for each digest, 0 where none may be served.
+
+        Stale entries are included if the freshness policy serves them.
+        """
         entries: Sequence[int] = bytes(len(digests))
         if self._available:
             try:
                 entries = await self._store.get(digests)
             except StoreError as error:
                 self._on_failure(error)
+        # Pending answers are newer than what is stored.
         if self._pending:
-            unsaved, day = self._pending, self._clock.today()
+            pending = self._pending
+            day = self._clock.today()
             entries = [
-                pack_entry(unsaved[digest], day) if digest in unsaved else entry
+                pack_entry(pending[digest], day) if digest in pending else entry
                 for digest, entry in zip(digests, entries, strict=True)
             ]
-        day, lifetime = self._clock.today(), self._freshness
-        if lifetime.ttl_days:
-            served = {entry: lifetime.servable(entry, day=day) for entry in set(entries)}  # they are few
-            entries = [served[entry] for entry in entries]
+        day = self._clock.today()
+        freshness = self._freshness
+        if freshness.ttl_days:
+            # A batch has few different entries, so each is judged once.
+            servable = {entry: freshness.servable(entry, day=day) for entry in set(entries)}
+            entries = [servable[entry] for entry in entries]
         return entries
 
     async def put(self, levels_by_digest: Mapping[bytes, int], *, requested_at: float = math.inf) -> None:
-        """Remember levels, now or as soon as the store takes them.
+        """Store levels, now or as soon as the store accepts writes.
 
-        But none that was invalidated since the model was asked: at `asked_at` on time.monotonic, or just now.
+        Pairs that were invalidated after `requested_at` are left out. It is the time, on `time.monotonic()`,
+        at which the model was called; by default the current time.
         """
         requested_at = min(requested_at, time.monotonic())
         if self._available and not self._pending:
@@ -109,6 +123,8 @@ class ResilientStore:
                 self._on_failure(error)
             else:
                 return
+        # The store did not take them, or older answers wait before them: keep them, up to the bound, and drop
+        # the oldest beyond it.
         self._oldest_request_at = (
             min(requested_at, self._oldest_request_at) if self._pending else requested_at
         )
@@ -119,15 +135,15 @@ class ResilientStore:
         self._ensure_probe()
 
     def drop_pending(self, digest: bytes) -> None:
-        """Forget an answer that is not saved yet: it was invalidated."""
+        """Drop a pending answer because its pair was invalidated."""
         self._pending.pop(digest, None)
 
     def drop_all_pending(self) -> None:
-        """Forget every answer that is not saved yet."""
+        """Drop all pending answers."""
         self._pending.clear()
 
     async def close(self) -> None:
-        """Write what is unsaved if that is possible now, then close the store."""
+        """Write the pending answers if that is possible now, then close the store."""
         if self._probe_task is not None:
             await cancel_and_wait([self._probe_task])
         if self._pending:
@@ -139,7 +155,8 @@ class ResilientStore:
 
     def _on_failure(self, error: StoreError) -> None:
         self.last_failure = (error.kind, time.monotonic())
-        if isinstance(error, StoreRejectedError):  # it answers: reading may still work, so only say it once
+        if isinstance(error, StoreRejectedError):
+            # The server replied, so look-ups may still work: it stays available. Log the change only.
             if not self._rejecting_writes:
                 self._rejecting_writes = True
                 _log.warning("the store refuses: %s", error)
@@ -151,11 +168,11 @@ class ResilientStore:
 
     def _ensure_probe(self) -> None:
         if self._probe_task is None or self._probe_task.done():
-            self._probe_task = asyncio.create_task(
-                self._probe_loop(), context=Context()
-            )  # it is nobody's RPC
+            # An empty context: the probe belongs to no RPC and must not add to its trace.
+            self._probe_task = asyncio.create_task(self._probe_loop(), context=Context())
 
     async def _probe_loop(self) -> None:
+        """Probe the store until it replies and all pending answers are written."""
         while True:
             await asyncio.sleep(_PROBE_INTERVAL_SECONDS)
             try:
@@ -174,18 +191,23 @@ class ResilientStore:
             return
 
     async def _write(self, levels_by_digest: Mapping[bytes, int], requested_at: float) -> None:
-        """Raises `StoreError`: then it is not known what is done, and all of it has to be done again."""
+        """Write levels and delete those that were invalidated meanwhile.
+
+        Raises `StoreError`. It is not known then how much was done, so all of it must be repeated.
+        """
         await self._store.put(levels_by_digest)
         if self._invalidation_log is None:
             return
-        gone = await self._invalidation_log.invalidated_since(
+        invalidated = await self._invalidation_log.invalidated_since(
             list(levels_by_digest), since_monotonic=requested_at
         )
-        if gone:
-            await self._store.delete(gone)
-            await self._invalidation_log.add(gone)  # somebody may have looked them up while they were there
+        if invalidated:
+            await self._store.delete(invalidated)
+            # Another replica may have read them before they were deleted.
+            await self._invalidation_log.add(invalidated)
 
     async def _flush(self) -> None:
+        """Write all pending answers. Raises `StoreError`."""
         while self._pending:
             batch = dict(itertools.islice(self._pending.items(), _FLUSH_PAIRS))
             await self._write(batch, self._oldest_request_at)

@@ -1,24 +1,27 @@
-"""L2: what all replicas remember, behind one small protocol.
-
-`redis.py` speaks to any server, alone or in a Cluster, `embedded.py` starts one, `memory.py` is for a process
-that wants neither; `guarded.py` is how the rest of the proxy sees them: a store that never raises.
-"""
+"""The interface of the shared answer cache (L2)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
 class AnswerStore(Protocol):
-    """Answers by digest. Every method may raise `StoreError`, and nothing else."""
+    """Store answers by the digest of their pair.
+
+    Implementations: `redis_store.py` for one server or a Cluster, `memory_store.py` for a single process,
+    `versioned_store.py` for two model versions. The rest of the proxy uses `resilient_store.py`, which never
+    raises.
+
+    Every method may raise `StoreError` and no other error.
+    """
 
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
-        """The entry (`dated.py`) of each digest, by position, however old; 0 where none is known."""
+        """Return one entry (see `entry.py`) for each digest, whatever its age; 0 for an unknown digest."""
 
     async def put(self, levels_by_digest: Mapping[bytes, int]) -> None:
-        """Remember levels as of today; repeating a call changes nothing."""
+        """Store levels with the current day as their date; repeating a call changes nothing."""
 
     async def delete(self, digests: Sequence[bytes]) -> int:
-        """Forget these; how many were known."""
+        """Delete entries and return how many of them existed."""
 
     async def close(self) -> None:
-        """Let go of connections and processes."""
+        """Close connections and stop child processes."""

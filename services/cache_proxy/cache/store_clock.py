@@ -1,4 +1,4 @@
-"""The clock by which answers age: that of the server which keeps them, whatever the proxy's own says."""
+"""The clock that decides the age of answers: the one of the server that stores them."""
 
 import time
 
@@ -6,17 +6,23 @@ from services.cache_proxy.cache.entry import day_at
 
 
 class StoreClock:
-    """Follows the clock of the server that keeps the answers, whose time comes with each look-up.
+    """Follow the clock of the server that stores the answers; each look-up returns the server's time.
 
-    State: `_offset_seconds`, that clock less time.monotonic; None until a server has replied, and for good
-    where answers are kept in this process: then the process's own clock counts. Event loop only.
+    So replicas whose own clocks differ agree on the age of an answer.
+
+    State: `_offset_seconds`, the server's time minus `time.monotonic()`. It is None until the first reply,
+    and stays None where answers are stored in this process: then the clock of the process counts. Used from
+    the event loop only.
     """
 
     def __init__(self) -> None:
         self._offset_seconds: float | None = None
 
     def synchronize(self, server_seconds: float, *, sent_at: float, received_at: float) -> None:
-        """Follow a reply in which the server gave its time; both moments are on time.monotonic."""
+        """Adopt the time in a server's reply; `sent_at` and `received_at` are from `time.monotonic()`.
+
+        The server is assumed to have read its clock halfway between the two.
+        """
         self._offset_seconds = server_seconds - (sent_at + received_at) / 2
 
     def now(self) -> float:
@@ -24,9 +30,9 @@ class StoreClock:
         return time.time() if self._offset_seconds is None else time.monotonic() + self._offset_seconds
 
     def today(self) -> int:
-        """Return the server's day, counted as `dated.py` does."""
+        """Return the server's current day, counted as in `entry.py`."""
         return day_at(self.now())
 
     def difference_seconds(self) -> float:
-        """Return by how much this process's clock is ahead; negative if it is behind."""
+        """Return how far the clock of this process is ahead of the server's; negative if it is behind."""
         return time.time() - self.now()

@@ -1,4 +1,4 @@
-"""Opens the store that `--cache-url` names."""
+"""Open the store and the Redis client that `--cache-url` names."""
 
 import asyncio
 import dataclasses
@@ -41,14 +41,16 @@ from services.common.tasks import cancel_and_wait, restart_on_failure
 
 _log = logging.getLogger(__name__)
 
-_EMBEDDED_TIMEOUT_SECONDS = 2.0  # no network in between, but a folder on a slow disk
+# There is no network between, but the folder may be on a slow disk.
+_EMBEDDED_TIMEOUT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class OpenStore:
-    """The store, and, if it is in a Redis that other replicas may share, the client that leads there.
+    """An open store and what belongs to it.
 
-    `logs` tell what was invalidated: a `Follower` of each keeps L1 right.
+    `shared_client` is the client of its Redis, None where no other replica can share that Redis. L1 must
+    follow each of `invalidation_logs` by an `InvalidationFollower`.
     """
 
     store: AnswerStore
@@ -65,33 +67,37 @@ async def open_store(
     answers: AnswerSettings | None = None,
     reloader: FileReloader | None = None,
 ) -> AsyncIterator[OpenStore]:
-    """The store, and for `embedded:` its server, for as long as the block lasts. Raises CommandError."""
+    """Open the store for the duration of the block, and for `embedded:` its server. Raises CommandError."""
     if cache.cache_url.startswith("memory:"):
         yield OpenStore(MemoryStore())
         return
     answers = answers or AnswerSettings()
     async with open_client(cache, reloader) as client:
-        reached = backend_for(client)
+        backend = backend_for(client)
         clock = StoreClock()
         metrics.clock_difference_seconds.set_function(clock.difference_seconds)
-        current = RedisStore(reached, base_key=cache_keys(key_settings).base, metrics=metrics, clock=clock)
+        current = RedisStore(backend, base_key=cache_keys(key_settings).base, metrics=metrics, clock=clock)
         store: AnswerStore = current
-        logs = [InvalidationLog(reached, queue_keys(key_settings).invalidation_log)]
+        invalidation_logs = [InvalidationLog(backend, queue_keys(key_settings).invalidation_log)]
         if answers.previous_model_version is not None:
             previous = dataclasses.replace(key_settings, model_version=answers.previous_model_version)
             store = VersionedStore(
-                current, RedisStore(reached, base_key=cache_keys(previous).base, metrics=metrics, clock=clock)
+                current,
+                RedisStore(backend, base_key=cache_keys(previous).base, metrics=metrics, clock=clock),
             )
-            logs.append(InvalidationLog(reached, queue_keys(previous).invalidation_log))
-        lifetime = FreshnessPolicy(answers.ttl_days, answers.serve_stale)
+            invalidation_logs.append(InvalidationLog(backend, queue_keys(previous).invalidation_log))
+        freshness = FreshnessPolicy(answers.ttl_days, answers.serve_stale)
         try:
-            async with _run_sweeper(Sweeper(reached, current, key_settings=key_settings, freshness=lifetime)):
+            sweeper = Sweeper(backend, current, key_settings=key_settings, freshness=freshness)
+            async with _run_sweeper(sweeper):
                 if cache.cache_url.startswith("embedded:"):
-                    yield OpenStore(store, invalidation_logs=logs, clock=clock)
-                else:  # what the queue asks of a client, a Cluster's has too
-                    yield OpenStore(store, cast("redis.asyncio.Redis", client), logs, clock)
+                    yield OpenStore(store, invalidation_logs=invalidation_logs, clock=clock)
+                else:
+                    # The queue uses only methods that the client of a Cluster has as well.
+                    yield OpenStore(store, cast("redis.asyncio.Redis", client), invalidation_logs, clock)
         finally:
-            await reached.close()  # once more: the housekeeping may have used it since the store was closed
+            # A second time: the sweeper may have reopened connections after the store was closed.
+            await backend.close()
 
 
 @asynccontextmanager
@@ -107,12 +113,12 @@ async def _run_sweeper(sweeper: Sweeper) -> AsyncIterator[None]:
 async def open_client(
     cache: CacheSettings, reloader: FileReloader | None = None
 ) -> AsyncIterator[RedisClient]:
-    """A client of the server that `--cache-url` names, and for `embedded:` the server too.
+    """Create a client for the server that `--cache-url` names; for `embedded:`, run that server too.
 
-    Whoever is given the client closes it. Raises CommandError.
+    The caller must close the client. Raises CommandError.
     """
     scheme, _, rest = cache.cache_url.partition(":")
-    access = RedisCredentials(
+    credentials = RedisCredentials(
         username=cache.cache_username,
         password_file=cache.cache_password_file,
         tls_ca=cache.cache_tls_ca,
@@ -123,7 +129,7 @@ async def open_client(
         client = create_client(
             cache.cache_url,
             timeout_seconds=cache.cache_timeout_seconds,
-            credentials=access,
+            credentials=credentials,
             reloader=reloader,
         )
         _log.info("the cache is at %s", redact_url(cache.cache_url))
@@ -140,6 +146,6 @@ async def open_client(
             extra={"folder": folder, "seconds": round(time.monotonic() - started_at, 3)},
         )
         timeout_seconds = max(cache.cache_timeout_seconds, _EMBEDDED_TIMEOUT_SECONDS)
-        yield create_client(server.url, timeout_seconds=timeout_seconds, credentials=access)
+        yield create_client(server.url, timeout_seconds=timeout_seconds, credentials=credentials)
     finally:
         await server.stop()

@@ -1,4 +1,4 @@
-"""What a replica does for the store beside answering: its note, and its part of the sweep."""
+"""The background task of a replica for the store: it registers the key schema and deletes old entries."""
 
 import asyncio
 import logging
@@ -15,14 +15,14 @@ from services.cache_proxy.redis_client.backend import RedisBackend
 _log = logging.getLogger(__name__)
 
 _STEP_INTERVAL_SECONDS = 1.0
-_STEP_BUCKETS = 20  # a millisecond of Redis: 20 million pairs take one replica five hours
-_IDLE_INTERVAL_SECONDS = (
-    10.0  # where nothing expires and nothing is left over, there is only garbage to look for
-)
+# One step takes a millisecond of Redis; for 20 million pairs, one replica takes five hours.
+_STEP_BUCKETS = 20
+# Where entries do not expire and nothing is left over, only garbage is to be found.
+_IDLE_INTERVAL_SECONDS = 10.0
 
 
 class Sweeper:
-    """Runs beside the store until it is cancelled; a Redis that cannot be reached is tried again."""
+    """Sweep the store until it is cancelled; while Redis is unreachable, try again."""
 
     def __init__(
         self,
@@ -39,34 +39,36 @@ class Sweeper:
         self._freshness = freshness
 
     async def run(self) -> None:
-        """Leave the note, then sweep, a step a second where there is something to do."""
-        noted = False
+        """Register the key schema, then sweep in steps: one a second while there is work, else less often."""
+        registered = False
         while True:
-            seconds = _STEP_INTERVAL_SECONDS
+            interval_seconds = _STEP_INTERVAL_SECONDS
             try:
-                if not noted:
+                if not registered:
                     await self._register()
-                    noted = True
+                    registered = True
                 else:
                     await namespace.ensure_registered(self._backend, self._key_settings, self._schema)
-                more = await self.step(random.randrange(TAGS))  # noqa: S311 - which first does not matter
-                if not more and not self._freshness.retention_days:
-                    seconds = _IDLE_INTERVAL_SECONDS
+                # Any order of the tags will do.
+                has_leftovers = await self.step(random.randrange(TAGS))  # noqa: S311
+                if not has_leftovers and not self._freshness.retention_days:
+                    interval_seconds = _IDLE_INTERVAL_SECONDS
             except StoreError as error:
                 _log.debug("the store's housekeeping waits: %s", error)
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(interval_seconds)
 
     async def step(self, tag: int) -> bool:
-        """Look at the next buckets of a tag; whether an earlier generation has left more of them."""
-        kept_days = self._freshness.retention_days
-        return (await self._store.sweep(tag, retention_days=kept_days, buckets=_STEP_BUCKETS)).has_leftovers
+        """Sweep the next buckets of a tag and return whether earlier generations have left more of them."""
+        retention_days = self._freshness.retention_days
+        result = await self._store.sweep(tag, retention_days=retention_days, buckets=_STEP_BUCKETS)
+        return result.has_leftovers
 
     async def _register(self) -> None:
-        before = await namespace.register(self._backend, self._key_settings, self._schema)
-        if before is not None:
+        previous = await namespace.register(self._backend, self._key_settings, self._schema)
+        if previous is not None:
             _log.warning(
                 "the keys of this model version were made with other settings (--normalize %s, secret %s); "
                 "those of this replica count from now on, and find nothing of what was cached before",
-                before.normalize,
-                before.secret_fingerprint,
+                previous.normalize,
+                previous.secret_fingerprint,
             )

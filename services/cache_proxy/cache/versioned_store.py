@@ -1,39 +1,43 @@
-"""A new model version's answers, and until it has its own, the previous one's."""
+"""A store that falls back to the previous model version until the current one has its own answers."""
 
 from collections.abc import Mapping, Sequence
 
 from services.cache_proxy.cache.entry import FROM_PREVIOUS_VERSION
 from services.cache_proxy.cache.store import AnswerStore
+from services.common.compat import override
 
 
-class VersionedStore:
-    """Looks into the previous version for what this one does not know; writes to this one only.
+class VersionedStore(AnswerStore):
+    """Read from the current version, then from the previous one; write to the current one only.
 
-    Rolling back is to start with the other `--model-version`: its answers are where they were.
+    To roll back, start with the other `--model-version`: its answers are unchanged.
     """
 
     def __init__(self, current: AnswerStore, previous: AnswerStore) -> None:
         self._current = current
         self._previous = previous
 
+    @override
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
-        """See `Store.get`; an entry of the previous version is marked as such."""
+        """Return entries as `AnswerStore.get` does; those of the previous version have their mark set."""
         entries = list(await self._current.get(digests))
-        missing = [place for place, entry in enumerate(entries) if not entry]
+        missing = [index for index, entry in enumerate(entries) if not entry]
         if missing:
-            found = await self._previous.get([digests[place] for place in missing])
-            for place, entry in zip(missing, found, strict=True):
-                entries[place] = entry | FROM_PREVIOUS_VERSION if entry else 0
+            previous = await self._previous.get([digests[index] for index in missing])
+            for index, entry in zip(missing, previous, strict=True):
+                entries[index] = entry | FROM_PREVIOUS_VERSION if entry else 0
         return entries
 
+    @override
     async def put(self, levels_by_digest: Mapping[bytes, int]) -> None:
-        """See `Store.put`."""
         await self._current.put(levels_by_digest)
 
+    @override
     async def delete(self, digests: Sequence[bytes]) -> int:
-        """See `Store.forget`; of both versions, or the older answer would come back."""
+        """Delete from both versions, else the older answer would be served again."""
         return await self._current.delete(digests) + await self._previous.delete(digests)
 
+    @override
     async def close(self) -> None:
-        """See `Store.close`; both are on the same connections."""
+        # Both versions use the same connections.
         await self._current.close()

@@ -1,8 +1,8 @@
-"""Whether Redis lets this replica do all that it needs: each command, key and channel, before it takes part.
+"""Check that Redis allows this replica every command, key and channel that it needs, before it takes part.
 
-A missing right shows late, in the middle of a script, and half a script's work is worse than none. So a
-replica tries everything on keys of its own when it starts, and again before it returns to the shared queue
-after a command was refused.
+A missing permission otherwise shows late, in the middle of a script, and a script that is half done is worse
+than one that did not run. So a replica tries every command on keys of its own when it starts, and again
+before it returns to the shared queue after a command was denied.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ _SUBSCRIBE_TIMEOUT_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccessCheck:
-    """`keys` begin the keys that the replica uses, one for each pattern that an ACL may name.
+    """A check of the permissions of one replica.
 
-    On a Cluster each needs a hash tag, for a script's keys must be on one node.
+    `key_prefixes` are the beginnings of the keys that the replica uses, one for each pattern that an ACL may
+    name. On a Cluster each must have a hash tag, because the keys of a script must be on one node.
     """
 
     node: QueueNode
@@ -33,17 +34,20 @@ class AccessCheck:
     user: str
 
     async def run(self) -> None:
-        """Raise `StoreAccessDeniedError` for the first command refused, `StoreError` if Redis is away."""
-        for key in self.key_prefixes:
-            await self._check_scripts(key, "")
+        """Raise `StoreAccessDeniedError` for the first denied command.
+
+        Raises `StoreError` if Redis is unreachable.
+        """
+        for key_prefix in self.key_prefixes:
+            await self._check_scripts(key_prefix, "")
         await self._check_scripts(f"{self.channel}:check", f"{self.channel}:check")
         await self._run_command(self.channel, "INFO", "memory")
         await self._check_subscription()
 
     async def _check_scripts(self, key_prefix: str, channel: str) -> None:
         replies = [
-            await self._run_command(key_prefix, how, script, 1, f"{key_prefix}:check", channel)
-            for how, script in (("EVAL", _CHECK_ACCESS.text), ("EVALSHA", _CHECK_ACCESS.sha))
+            await self._run_command(key_prefix, command, script, 1, f"{key_prefix}:check", channel)
+            for command, script in (("EVAL", _CHECK_ACCESS.text), ("EVALSHA", _CHECK_ACCESS.sha))
         ]
         for command, message in replies[-1]:
             text = message.decode("utf-8", "replace")

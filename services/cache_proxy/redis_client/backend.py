@@ -1,4 +1,4 @@
-"""One server behind the store, or many: `Servers` is all that the store knows of either."""
+"""The interface to a Redis server or a Cluster, and its implementation for a single server."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +19,15 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.redis_client.lua_script import Script
+from services.common.compat import override
 
 CLIENT_ERRORS = (RedisError, RedisClusterException, OSError, AttributeError)
-"""What redis-py raises when a server cannot be asked. The second is not of the first's kind. The last
-comes of a connection that one task sends on and another drops, as redis-py does with those of a node that has
-left a Cluster: its writer is None then."""
+"""The exceptions that redis-py raises when a command fails.
+
+`RedisClusterException` is no `RedisError`. `AttributeError` is raised when one task sends on a connection
+that another task drops, as redis-py drops the connections to a node that left a Cluster: its writer is None
+then.
+"""
 
 
 _ACCESS_DENIED_TEXTS = (
@@ -32,7 +36,8 @@ _ACCESS_DENIED_TEXTS = (
     "WRONGPASS",
     "ACL failure in script",
     "has no permissions to",
-    "can't run this command",  # 6.2, in a script
+    # Redis 6.2, in a script.
+    "can't run this command",
     "can't access at least one of the keys",
     "can't publish to the channel",
     "unknown command",
@@ -44,45 +49,45 @@ _ACCESS_DENIED_TEXTS = (
 
 @dataclass(frozen=True, slots=True)
 class ScriptCall:
-    """A script's call: the key that says where it runs, and its arguments."""
+    """One call of a script: `key` decides on which server it runs, `args` are its ARGV."""
 
     key: str
     args: Sequence[Any]
 
 
 class SlotMovingError(StoreRejectedError):
-    """The call's slot is on its way to another node: half of its keys are here, half there."""
+    """The hash slot of a call moves to another node: some of its keys are here and some are there."""
 
 
 class RedisBackend(Protocol):
-    """Where scripts run."""
+    """Run scripts and commands on the server that has their key."""
 
     one_tag_per_call: bool
-    """Whether a call may be about the pairs of one tag only."""
+    """Whether a script call may cover the pairs of one tag only."""
 
     async def run_script(self, script: Script, calls: Sequence[ScriptCall]) -> list[Any]:
-        """Each call's reply, or the `StoreError` that it ended with."""
+        """Return the reply to each call, or the `StoreError` with which it failed."""
 
     async def execute(self, key: str, *command: Any) -> Any:
-        """A command about one key. Raises `StoreError`."""
+        """Return the reply to a command on one key. Raises `StoreError`."""
 
     async def read_many(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The replies to commands about one key each, their second word. Raises `StoreError`."""
+        """Return the replies to commands on one key each, their second word. Raises `StoreError`."""
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
 
 
-class SingleServerBackend:
-    """A server by itself, or the master that Sentinels name."""
+class SingleServerBackend(RedisBackend):
+    """One server, or the master that Sentinels name."""
 
     one_tag_per_call = False
 
     def __init__(self, client: "redis.asyncio.Redis") -> None:
         self._client = client
 
+    @override
     async def run_script(self, script: Script, calls: Sequence[ScriptCall]) -> list[Any]:
-        """See `Servers.run`."""
         return [await self._run_call(script, call) for call in calls]
 
     async def _run_call(self, script: Script, call: ScriptCall) -> Any:
@@ -94,33 +99,37 @@ class SingleServerBackend:
         except CLIENT_ERRORS as error:
             return to_store_error(error)
 
+    @override
     async def execute(self, key: str, *command: Any) -> Any:
-        """See `Servers.command`."""
         del key
         try:
             return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
         except CLIENT_ERRORS as error:
             raise to_store_error(error) from error
 
+    @override
     async def read_many(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """See `Servers.read`."""
         return [await self.execute(command[1], *command) for command in commands]
 
+    @override
     async def close(self) -> None:
-        """See `Servers.close`."""
         pool = self._client.connection_pool
-        await self._client.aclose(close_connection_pool=True)  # which it does not do by itself
+        # The client does not close a pool that was passed to it unless this flag is set.
+        await self._client.aclose(close_connection_pool=True)
         if isinstance(pool, SentinelConnectionPool):
             await pool.sentinel_manager.aclose()
 
 
 def is_wrong_type(error: StoreError) -> bool:
-    """Whether the key holds something that this command is not for."""
+    """Return whether a command failed because its key holds a value of another type."""
     return "WRONGTYPE" in str(error)
 
 
 async def run_replacing_wrong_type(backend: RedisBackend, key: str, *command: Any) -> Any:
-    """A command that writes, or whose caller will: what has another type is garbage, and dropped first."""
+    """Run a command, and delete its key first if that holds a value of another type, which is garbage.
+
+    For commands that write, or whose caller writes next. Raises `StoreError`.
+    """
     try:
         return await backend.execute(key, *command)
     except StoreRejectedError as error:
@@ -131,21 +140,22 @@ async def run_replacing_wrong_type(backend: RedisBackend, key: str, *command: An
 
 
 def is_access_denied(error: BaseException | str) -> bool:
-    """Return whether Redis refused a right, a login or a command that it does not have.
+    """Return whether Redis denied a permission or a login, or lacks a command.
 
-    By the words of Redis 6.2 to 8 and Valkey: a script's error has no other kind than its text.
+    Recognized by the texts of Redis 6.2 to 8 and Valkey, because errors of scripts have no type of error,
+    only a text.
     """
     if isinstance(error, AuthenticationError | NoPermissionError):
         return True
     text = str(error)
-    return any(words in text for words in _ACCESS_DENIED_TEXTS)
+    return any(denied in text for denied in _ACCESS_DENIED_TEXTS)
 
 
 def to_store_error(error: Exception) -> StoreError:
-    """The store's word for what went wrong."""
+    """Return the `StoreError` for an exception of redis-py, which becomes its cause."""
     text = str(error) or type(error).__name__
-    away = isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
-    refused = isinstance(error, ResponseError) and not away
-    failure = StoreRejectedError(text) if refused else StoreError(text)
+    is_unreachable = isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
+    is_rejected = isinstance(error, ResponseError) and not is_unreachable
+    failure = StoreRejectedError(text) if is_rejected else StoreError(text)
     failure.__cause__ = error
     return failure

@@ -1,4 +1,4 @@
-"""Clients for every kind of server that `--cache-url` names: alone, behind Sentinels, a Cluster."""
+"""Create the Redis client for a cache URL: a single server, one behind Sentinels, or a Cluster."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +25,18 @@ from services.cache_proxy.redis_client.tls import (
 )
 from services.common.errors import UsageError
 
-_MAX_CONNECTIONS = 32  # the queue's scripts and its subscription are on the same client
+# The queue's scripts and its subscription use the same client as the store.
+_MAX_CONNECTIONS = 32
 
 RedisClient = redis.asyncio.Redis | RedisCluster
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RedisCredentials:
-    """How one is let in; `tls_ca` also says that the way there is encrypted. A file's password goes first."""
+    """Logins for Redis and its Sentinels, and the CA of their certificates.
+
+    `tls_ca` also means that connections are encrypted. A password file takes precedence over a password.
+    """
 
     username: str | None = None
     password: bytes | None = None
@@ -49,16 +53,18 @@ def create_client(
     credentials: RedisCredentials | None = None,
     reloader: FileReloader | None = None,
 ) -> RedisClient:
-    """A client that bounds every wait. Raises UsageError for a URL that none can be made of.
+    """Return a client for a URL that limits every wait to `timeout_seconds`. Raises UsageError.
 
-    `renewals` looks after the files of its TLS and of its passwords.
+    `reloader` watches the files of its certificates and passwords.
     """
-    parts, credentials = cache_url.parse(url), credentials or RedisCredentials()
+    parts = cache_url.parse(url)
+    credentials = credentials or RedisCredentials()
     options: dict[str, Any] = {
         "socket_timeout": timeout_seconds,
         "socket_connect_timeout": timeout_seconds,
         "health_check_interval": 0,
-        "driver_info": None,  # else each connection tells its library's name, which needs a right more
+        # Else each connection sends the name of the library, which needs one more permission.
+        "driver_info": None,
         "credential_provider": load_credentials(
             username=credentials.username or parts.username,
             password=credentials.password or parts.password,
@@ -79,7 +85,7 @@ def create_client(
 
 
 def backend_for(client: RedisClient) -> RedisBackend:
-    """What the store needs of a client."""
+    """Return the backend that runs scripts and commands by a client."""
     return ClusterBackend(client) if isinstance(client, RedisCluster) else SingleServerBackend(client)
 
 
@@ -91,15 +97,15 @@ def acl_user(cache: CacheSettings) -> str:
 def _single_server_client(
     parts: CacheUrl, options: dict[str, Any], tls: ReloadingTlsContext | None
 ) -> "redis.asyncio.Redis":
-    kind: type[Any] = UnixSocketConnection
+    connection_class: type[Any] = UnixSocketConnection
     if parts.scheme == "unix":
         options["path"] = parts.path
     else:
         [(options["host"], options["port"])] = parts.hosts
-        kind = reloading_connection_class(Connection if tls is None else SSLConnection, tls)
-    # A pool that waits for a free connection instead of raising.
+        connection_class = reloading_connection_class(Connection if tls is None else SSLConnection, tls)
+    # This pool waits for a free connection instead of raising.
     pool = redis.asyncio.BlockingConnectionPool(
-        connection_class=kind,
+        connection_class=connection_class,
         max_connections=_MAX_CONNECTIONS,
         timeout=options["socket_timeout"],
         db=parts.database,
@@ -118,7 +124,7 @@ def _sentinel_client(
 ) -> "redis.asyncio.Redis":
     if tls is not None:
         options["ssl"] = True
-    login = load_credentials(
+    sentinel_credentials = load_credentials(
         username=credentials.sentinel_username,
         password=None,
         path=credentials.sentinel_password_file,
@@ -131,12 +137,16 @@ def _sentinel_client(
         service=parts.service,
         user=credentials.sentinel_username or "default",
         failure_ttl_seconds=options["socket_timeout"],
-        options={**options, "credential_provider": login, "retry": Retry(NoBackoff(), 0)},
+        options={
+            **options,
+            "credential_provider": sentinel_credentials,
+            "retry": Retry(NoBackoff(), 0),
+        },
     )
     client: redis.asyncio.Redis = sentinel.master_for(
         parts.service, db=parts.database, retry=_retry_once(), **options
     )
-    for pool in (client.connection_pool, *(one.connection_pool for one in sentinel.sentinels)):
+    for pool in (client.connection_pool, *(each.connection_pool for each in sentinel.sentinels)):
         pool.connection_class = reloading_connection_class(pool.connection_class, tls)
     return client
 
@@ -153,22 +163,25 @@ def _cluster_client(
         retry=Retry(NoBackoff(), 0),
         **options,
     )
-    kind = reloading_connection_class(Connection if tls is None else SSLConnection, tls)
-    client.connection_kwargs["connection_class"] = kind  # of nodes that it is yet to hear of
+    connection_class = reloading_connection_class(Connection if tls is None else SSLConnection, tls)
+    # For the nodes that the client discovers later, then for those that it has already.
+    client.connection_kwargs["connection_class"] = connection_class
     for node in client.nodes_manager.startup_nodes.values():
-        node.connection_class = kind
+        node.connection_class = connection_class
     return client
 
 
 def _retry_once() -> Retry:
-    """Once more: the server may have closed a connection that lay idle, and a process that got no time of the
-    machine finds its own timer over before it reads the answer. Whatever is sent may be sent twice.
-    """  # noqa: D205 - one thought
+    """Return a policy of one retry without a pause; every command may therefore be sent twice.
+
+    The server may have closed an idle connection. Also, a process that was not scheduled for long finds its
+    own timer expired before it reads the reply.
+    """
     return Retry(NoBackoff(), 1)
 
 
 def _tls_file_options(parts: CacheUrl, credentials: RedisCredentials) -> dict[str, Any] | None:
-    """The files of TLS by redis-py's names for them; None: in the clear."""
+    """Return the TLS files under redis-py's option names, or None for connections without TLS."""
     if credentials.tls_ca is None and parts.scheme != "rediss":
         if parts.client_certificate:
             raise UsageError("--cache-url: its certificate is for TLS, so --cache-tls-ca must be given too")

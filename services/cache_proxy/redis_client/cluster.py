@@ -1,10 +1,10 @@
-"""A Redis Cluster behind the store: a call goes to the node that has its slot, those of a node go together.
+"""The backend for a Redis Cluster: each command goes to the node that has its slot, those of a node together.
 
-redis-py knows the topology; redirections are followed here. Its own way sends ASKING and the command that it
-is meant for as two commands, which may go by two connections (`RedisCluster._execute_command`, 8.1).
+redis-py knows the topology, and redirections are followed here. redis-py sends ASKING and the command that it
+belongs to as two commands, possibly on two connections (`RedisCluster._execute_command`, 8.1).
 
-The nodes to ask for the topology are chosen here, too: redis-py asks one after the other, and forgets the
-nodes that it was given (redis/redis-py#3604).
+The nodes that are queried for the topology are also chosen here: redis-py queries one after the other and
+forgets the configured nodes (redis/redis-py#3604).
 """
 
 import asyncio
@@ -27,27 +27,31 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.redis_client.backend import (
     CLIENT_ERRORS,
+    RedisBackend,
     ScriptCall,
     SlotMovingError,
     to_store_error,
 )
 from services.cache_proxy.redis_client.lua_script import Script
 from services.cache_proxy.redis_client.shared_attempt import SharedAttempt, first_success
+from services.common.compat import override
 from services.common.tasks import cancel_and_wait
 
 _MAX_REDIRECTIONS = 5
 _HASH_SLOTS = 16_384
 _REFRESH_INTERVAL_SECONDS = 0.5
-_CLUSTER_ERRORS = (*CLIENT_ERRORS, LookupError)  # how redis-py finds that nobody has a slot, or any slot
+# redis-py raises a LookupError if no node has a slot, or any slot.
+_CLUSTER_ERRORS = (*CLIENT_ERRORS, LookupError)
 _DROPPED_CONNECTION_ERRORS = (RedisConnectionError, AttributeError)
 _LOST_NODE_ERRORS = (*_DROPPED_CONNECTION_ERRORS, RedisTimeoutError, ClusterDownError, OSError)
 
 
-class ClusterBackend:
-    """Servers of a Cluster.
+class ClusterBackend(RedisBackend):
+    """The servers of a Cluster.
 
-    State: `_refreshed_at`, when the topology was last requested; `_refreshing`, the task that requests it;
-    `_located`, whether redis-py has known a topology since the last `close`.
+    State: `_refreshed_at`, when the topology was last requested; `_refresh_task`, the task that requests it;
+    `_topology_known`, whether redis-py has known a topology since the last `close`. Used from the event loop
+    only.
     """
 
     one_tag_per_call = True
@@ -61,105 +65,108 @@ class ClusterBackend:
         self._refreshed_at = 0.0
         self._refresh_task: asyncio.Task[None] | None = None
 
+    @override
     async def run_script(self, script: Script, calls: Sequence[ScriptCall]) -> list[Any]:
-        """See `Servers.run`."""
-        # The second key never exists: see `lua/layout.lua`.
+        # The second key never exists: see `cache/lua/include/buckets.lua`.
         commands = [("EVALSHA", script.sha, 2, call.key, f"{call.key}-", *call.args) for call in calls]
         replies = await self._send(commands, [call.key for call in calls])
-        unknown = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        # A node that does not have the script yet gets its text.
+        unknown = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if unknown:
-            texts = [("EVAL", script.text, *commands[place][2:]) for place in unknown]
-            again = await self._send(texts, [calls[place].key for place in unknown])
-            for place, reply in zip(unknown, again, strict=True):
-                replies[place] = reply
+            texts = [("EVAL", script.text, *commands[index][2:]) for index in unknown]
+            text_replies = await self._send(texts, [calls[index].key for index in unknown])
+            for index, reply in zip(unknown, text_replies, strict=True):
+                replies[index] = reply
         return [_to_script_result(reply) for reply in replies]
 
+    @override
     async def execute(self, key: str, *command: Any) -> Any:
-        """See `Servers.command`."""
         [reply] = await self._send([command], [key])
         if isinstance(reply, Exception):
             raise to_store_error(reply) from reply
         return reply
 
+    @override
     async def read_many(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """See `Servers.read`."""
         replies = await self._send(commands, [command[1] for command in commands])
         for reply in replies:
             if isinstance(reply, Exception):
                 raise to_store_error(reply) from reply
         return replies
 
+    @override
     async def close(self) -> None:
-        """See `Servers.close`."""
         if self._refresh_task is not None:
             await cancel_and_wait([self._refresh_task])
         await self._discovery.close()
         self._topology_known = False
-        for node in self._configured_nodes.values():  # redis-py may have forgotten them
+        # redis-py may have forgotten the configured nodes, and then does not close their connections.
+        for node in self._configured_nodes.values():
             await node.disconnect()
         await self._client.aclose()
 
     async def node_for_key(self, key: str) -> ClusterNode:
-        """Return the node that has the key's slot. Raises redis-py's errors."""
+        """Return the node that has the slot of a key. Raises the errors of redis-py."""
         await self._ensure_topology()
         return self._client.nodes_manager.get_node_from_slot(self._client.keyslot(key))
 
     async def _send(self, commands: Sequence[tuple[Any, ...]], keys: Sequence[str]) -> list[Any]:
-        """The reply to each command, or the error that it ended with; redirections are followed."""
+        """Return the reply to each command, or the exception with which it failed; follow redirections."""
         replies: list[Any] = [None] * len(commands)
         try:
             await self._ensure_topology()
             slots = [self._client.keyslot(key) for key in keys]
         except _CLUSTER_ERRORS as error:
             return [error] * len(commands)
-        todo: dict[int, ClusterNode | None] = dict.fromkeys(range(len(commands)))  # a node: it is to be asked
-        for hop in range(_MAX_REDIRECTIONS):
+        # Index of each command to send -> the node to which an ASK redirection sent it, if any.
+        pending: dict[int, ClusterNode | None] = dict.fromkeys(range(len(commands)))
+        for attempt in range(_MAX_REDIRECTIONS):
             by_node: dict[str, tuple[ClusterNode, list[int]]] = {}
-            for place, asked in todo.items():
+            for index, ask_node in pending.items():
                 try:
-                    node = asked or self._client.nodes_manager.get_node_from_slot(slots[place])
+                    node = ask_node or self._client.nodes_manager.get_node_from_slot(slots[index])
                 except (RedisClusterException, LookupError) as error:
-                    replies[place] = error
+                    replies[index] = error
                     self._schedule_refresh()
                 else:
-                    by_node.setdefault(node.name, (node, []))[1].append(place)
-            asking = {place for place, asked in todo.items() if asked}
+                    by_node.setdefault(node.name, (node, []))[1].append(index)
+            asking = {index for index, ask_node in pending.items() if ask_node}
             await asyncio.gather(
                 *(
-                    _send_pipeline(node, places, commands, asking, replies)
-                    for node, places in by_node.values()
+                    _send_pipeline(node, indices, commands, asking, replies)
+                    for node, indices in by_node.values()
                 )
             )
-            todo = await self._commands_to_retry(todo, replies, first=hop == 0)
-            if not todo:
+            pending = await self._commands_to_retry(pending, replies, first=attempt == 0)
+            if not pending:
                 break
         return replies
 
     async def _commands_to_retry(
         self, sent: Iterable[int], replies: list[Any], *, first: bool
     ) -> dict[int, ClusterNode | None]:
-        """Those to be asked again, and whom if the topology does not say."""
-        again: dict[int, ClusterNode | None] = {}
-        for place in sent:
-            reply = replies[place]
-            if isinstance(reply, AskError):  # a MovedError is one too
+        """Return the indices of commands to send again, with the node if it is not that of the topology."""
+        retries: dict[int, ClusterNode | None] = {}
+        for index in sent:
+            reply = replies[index]
+            # A MovedError is an AskError, too.
+            if isinstance(reply, AskError):
                 if isinstance(reply, MovedError):
                     await self._client.nodes_manager.move_slot(reply)
-                    again[place] = None
+                    retries[index] = None
                 else:
-                    again[place] = self._client.get_node(host=reply.host, port=reply.port)
-                    if again[place] is None:
+                    retries[index] = self._client.get_node(host=reply.host, port=reply.port)
+                    if retries[index] is None:
                         self._schedule_refresh()
             elif isinstance(reply, _LOST_NODE_ERRORS):
                 self._schedule_refresh()
-                if first and isinstance(
-                    reply, _DROPPED_CONNECTION_ERRORS
-                ):  # it may just have lain idle for too long
-                    again[place] = None
-        return again
+                # The server may only have closed a connection that was idle for too long.
+                if first and isinstance(reply, _DROPPED_CONNECTION_ERRORS):
+                    retries[index] = None
+        return retries
 
     def _schedule_refresh(self) -> None:
-        """Ask the other nodes who has which slots, not too often, and with nobody waiting for it."""
+        """Request the topology in the background, at most once in `_REFRESH_INTERVAL_SECONDS`."""
         if time.monotonic() - self._refreshed_at < _REFRESH_INTERVAL_SECONDS:
             return
         if self._refresh_task is None or self._refresh_task.done():
@@ -170,48 +177,51 @@ class ClusterBackend:
         try:
             await self._discovery.result()
         except _CLUSTER_ERRORS:
-            return  # whoever calls next will see that nothing has changed, and come here again
+            # The next command fails as this one did and schedules another refresh.
+            return
 
     async def _ensure_topology(self) -> None:
-        """Have redis-py know a topology."""
+        """Make redis-py know a topology. Raises the errors of redis-py."""
         if not self._topology_known:
             await self._discovery.result()
-        await self._client.initialize()  # again, where another user of the client has closed it
+        # Initialize again if another user of the client has closed it.
+        await self._client.initialize()
 
     async def _discover_topology(self) -> None:
-        """Request the topology from a node that answers: named nodes first, then nodes that were found.
+        """Request the topology from a node that replies: configured nodes first, then discovered ones.
 
-        The address of a node that was found may belong to another Cluster by now. The names of named nodes
-        are resolved again with each connection.
+        The address of a discovered node may belong to another Cluster by now. The names of configured nodes
+        are resolved again for each connection.
         """
         manager = self._client.nodes_manager
-        found = {
+        discovered = {
             name: node for name, node in manager.nodes_cache.items() if name not in self._configured_nodes
         }
-        named, others = (
+        configured_probes, discovered_probes = (
             {asyncio.create_task(self._probe_node(node)) for node in nodes.values()}
-            for nodes in (self._configured_nodes, found)
+            for nodes in (self._configured_nodes, discovered)
         )
         try:
             try:
-                node = await first_success(named)
+                node = await first_success(configured_probes)
             except _CLUSTER_ERRORS:
-                if not others:
+                if not discovered_probes:
                     raise
-                node = await first_success(others)
+                node = await first_success(discovered_probes)
         finally:
-            await cancel_and_wait([*named, *others])
+            await cancel_and_wait([*configured_probes, *discovered_probes])
         manager.startup_nodes = {node.name: node}
         try:
             await (manager.initialize() if self._topology_known else self._client.initialize())
         finally:
-            # Of a Cluster that nobody has given a slot yet, redis-py forgets even the nodes that it was told.
+            # If no node of the Cluster has a slot yet, redis-py forgets even the nodes it was configured
+            # with.
             if not manager.startup_nodes:
                 manager.startup_nodes = dict(self._configured_nodes)
         self._topology_known = True
 
     async def _probe_node(self, node: ClusterNode) -> ClusterNode:
-        """Return a node that knows who has every slot; else, later than any of those, one that answers."""
+        """Return the node if it replies; later, if it does not know an owner for every slot."""
         ranges = await node.execute_command("CLUSTER SLOTS")
         if sum(last - first + 1 for first, last, *_ in ranges) < _HASH_SLOTS:
             await asyncio.sleep(self._timeout_seconds)
@@ -225,16 +235,17 @@ async def _send_pipeline(
     asking: set[int],
     replies: list[Any],
 ) -> None:
+    """Send commands to one node, those in `asking` after an ASKING, and fill in their replies or errors."""
     sent: list[PipelineCommand] = []
-    for place in indices:
-        if place in asking:
+    for index in indices:
+        if index in asking:
             sent.append(PipelineCommand(-1, "ASKING"))
-        sent.append(PipelineCommand(place, *commands[place]))
+        sent.append(PipelineCommand(index, *commands[index]))
     try:
         await node.execute_pipeline(sent)
     except _CLUSTER_ERRORS as error:
-        for place in indices:
-            replies[place] = error
+        for index in indices:
+            replies[index] = error
         return
     for command in sent:
         if command.position >= 0:
@@ -242,7 +253,7 @@ async def _send_pipeline(
 
 
 def _to_script_result(reply: Any) -> Any:
-    """A script's reply, or what its error means to the store."""
+    """Return the reply of a script, or the `StoreError` for its exception."""
     if isinstance(reply, TryAgainError) or (
         isinstance(reply, AskError) and not isinstance(reply, MovedError)
     ):

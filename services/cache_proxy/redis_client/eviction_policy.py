@@ -1,4 +1,4 @@
-"""Warns where Redis may evict any key: queue and limit live beside the cache, and must not go with it."""
+"""Warn if Redis may evict any key: queue and limit are stored beside the cache and must not be evicted."""
 
 import logging
 
@@ -7,14 +7,15 @@ from services.cache_proxy.redis_client.node import QueueNode
 
 _log = logging.getLogger(__name__)
 
-_SAFE_POLICY_PREFIXES = (
-    "noeviction",
-    "volatile-",
-)  # nothing of the queue's has a time to live but what is remembered
+# Of the queue's keys, only remembered outcomes have a time to live. So `volatile-` policies spare the others.
+_SAFE_POLICY_PREFIXES = ("noeviction", "volatile-")
 
 
 class EvictionPolicyCheck:
-    """State: the policy last seen."""
+    """Check the `maxmemory-policy` of the server that holds the queue.
+
+    State: `_policy`, the policy at the last check. Used from the event loop only.
+    """
 
     def __init__(self, node: QueueNode, *, metrics: ProxyMetrics) -> None:
         self._node = node
@@ -22,7 +23,7 @@ class EvictionPolicyCheck:
         self._policy = ""
 
     async def check(self) -> None:
-        """See what the server does when its memory is full. Raises redis-py's errors."""
+        """Read the policy, set the gauge and log an unsafe policy once. Raises the errors of redis-py."""
         memory = await self._node.memory_info()
         policy = str(memory.get("maxmemory_policy", ""))
         if policy == self._policy:

@@ -1,7 +1,8 @@
-"""Addresses of host names, looked up outside the event loop.
+"""Look up the addresses of host names outside the event loop.
 
-uvloop's own lookup goes on when its caller stops waiting, and then logs "Future exception was never
-retrieved". The thread pools of asyncio and libuv make the process's end wait for a silent name server.
+uvloop's own look-up continues when its caller stops waiting, and then logs "Future exception was never
+retrieved". The thread pools of asyncio and libuv delay the end of the process until a silent name server
+replies.
 """
 
 import asyncio
@@ -15,28 +16,31 @@ _running_lookups: dict[tuple[asyncio.AbstractEventLoop, str], "asyncio.Future[li
 
 
 async def resolve_host(host: str) -> list[str]:
-    """Return the host's IP addresses in the order to try them. Raises OSError.
+    """Return the IP addresses of a host in the order in which to try them. Raises OSError.
 
-    Callers share a lookup that is running; one that stops waiting does not end it.
+    Callers share a running look-up; cancelling a caller does not end it.
     """
     with suppress(ValueError):
         return [str(ipaddress.ip_address(host))]
     loop = asyncio.get_running_loop()
-    running = _running_lookups.get((loop, host))
-    if running is None:
-        running = _running_lookups[loop, host] = loop.create_future()
-        running.add_done_callback(lambda found: _on_lookup_done(loop, host, found))
-        threading.Thread(target=_run_lookup, args=(loop, host, running), daemon=True).start()
-    return await asyncio.shield(running)
+    lookup = _running_lookups.get((loop, host))
+    if lookup is None:
+        lookup = loop.create_future()
+        _running_lookups[loop, host] = lookup
+        lookup.add_done_callback(lambda done: _on_lookup_done(loop, host, done))
+        threading.Thread(target=_run_lookup, args=(loop, host, lookup), daemon=True).start()
+    return await asyncio.shield(lookup)
 
 
 def _on_lookup_done(loop: asyncio.AbstractEventLoop, host: str, lookup: "asyncio.Future[list[str]]") -> None:
     _running_lookups.pop((loop, host), None)
     if not lookup.cancelled():
-        lookup.exception()  # retrieved: everyone who asked may have stopped waiting
+        # Retrieve the exception, else asyncio logs it if every caller has stopped waiting.
+        lookup.exception()
 
 
 def _run_lookup(loop: asyncio.AbstractEventLoop, host: str, lookup: "asyncio.Future[list[str]]") -> None:
+    """Look up a host in this thread and set the result of `lookup` in its event loop."""
     addresses: list[str] = []
     error: Exception | None = None
     try:
@@ -45,7 +49,7 @@ def _run_lookup(loop: asyncio.AbstractEventLoop, host: str, lookup: "asyncio.Fut
     except (OSError, UnicodeError) as failure:
         error = failure if isinstance(failure, OSError) else OSError(f"{host} is not a host name")
 
-    def settle(*_: Any) -> None:
+    def set_outcome(*_: Any) -> None:
         if lookup.done():
             return
         if error is None:
@@ -53,5 +57,6 @@ def _run_lookup(loop: asyncio.AbstractEventLoop, host: str, lookup: "asyncio.Fut
         else:
             lookup.set_exception(error)
 
-    with suppress(RuntimeError):  # the loop has ended meanwhile
-        loop.call_soon_threadsafe(settle)
+    # The loop may have been closed meanwhile.
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(set_outcome)

@@ -1,7 +1,8 @@
-"""Where the queue lives: a server by itself, the master that Sentinels name, or a Cluster's node.
+"""The server that holds the queue: a single server, the master that Sentinels name, or a node of a Cluster.
 
-On a Cluster the scripts run where the slot of the queue's hash tag is. So that is where replicas subscribe (a
-script counts the subscribers of its own node, see `reap` in the prelude), and whose memory is looked at.
+On a Cluster, the queue's scripts run on the node that has the slot of the queue's hash tag. So replicas
+subscribe there, because a script counts the subscribers of its node only (see `reap` in the queue's Lua
+files), and it is the memory of that node that is checked.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from services.cache_proxy.redis_client.cluster import ClusterBackend
 
 
 class QueueNode:
-    """One key of the queue says where it is: all of them have one hash tag. No state of its own.
+    """The server that has a key of the queue; all keys of the queue have one hash tag.
 
     `user` is the ACL user of the connections, for messages.
     """
@@ -33,47 +34,48 @@ class QueueNode:
 
     @property
     def database(self) -> int:
-        """The number of the server's database that the queue is in. A Cluster has only 0."""
+        """The number of the server's database that holds the queue; always 0 on a Cluster."""
         if isinstance(self._client, RedisCluster):
             return 0
         return int(self._client.connection_pool.connection_kwargs.get("db") or 0)
 
     async def command(self, *command: Any) -> Any:
-        """Its reply. Raises `StoreError`, its cause what the client or the server said.
+        """Return the reply to a command. Raises `StoreError` with the client's exception as its cause.
 
-        A Cluster's redirections are followed without redis-py's help (see `store/cluster.py`), which runs a
-        command again as often as it sees fit.
+        Redirections of a Cluster are followed without redis-py's help (see `redis_client/cluster.py`):
+        redis-py decides by itself how often it runs a command again.
         """
         return await self._backend.execute(self._key, *command)
 
     async def command_for_key(self, key: str, *command: Any) -> Any:
-        """Return the reply of the server that has `key`, perhaps another one of a Cluster.
+        """Return the reply of the server that has `key`, which may be another node of a Cluster.
 
         Raises `StoreError`.
         """
         return await self._backend.execute(key, *command)
 
     async def create_pubsub(self) -> PubSub:
-        """To subscribe with where the queue is just now; it does not move with it.
+        """Return a subscriber on the server that has the queue now; it does not follow the queue elsewhere.
 
-        redis-py's own choice of a node is made once, by the first channel, and kept through every failover.
+        On a Cluster, redis-py would choose the node by the first channel and keep it through every failover.
         """
         if isinstance(self._client, RedisCluster):
             return self._client.pubsub(node=await self._cluster_node(), ignore_subscribe_messages=True)
         return self._client.pubsub(ignore_subscribe_messages=True)
 
     async def memory_info(self) -> dict[str, Any]:
-        """`INFO memory` of the server where the queue is. Raises redis-py's errors."""
+        """Return the reply to `INFO memory` of the server. Raises the errors of redis-py."""
         if isinstance(self._client, RedisCluster):
             node = await self._cluster_node()
-            found: dict[str, Any] = await node.execute_command("INFO", "memory")
-            return found
+            info: dict[str, Any] = await node.execute_command("INFO", "memory")
+            return info
         return dict(await self._client.info("memory"))
 
     async def drop_connections(self) -> None:
-        """The server is a replica now: whoever is behind its address, or its Sentinels, knows the master.
+        """Drop all connections, because the server has become a replica.
 
-        Those in use are dropped when they come back. A Cluster's replica says itself where to go.
+        New connections reach the master behind its address or by its Sentinels. Connections in use are
+        dropped when they are released. A Cluster needs none of this: its replicas redirect to the master.
         """
         if not isinstance(self._client, RedisCluster):
             pool = self._client.connection_pool
@@ -81,12 +83,13 @@ class QueueNode:
             await pool.disconnect(inuse_connections=False)
 
     async def close(self) -> None:
-        """End what this began on a Cluster; the client, which others share, opens again when it is used."""
+        """Stop the background tasks for a Cluster; the shared client connects again when it is used."""
         if self.is_cluster:
             await self._backend.close()
 
     async def _cluster_node(self) -> ClusterNode:
-        assert isinstance(self._backend, ClusterBackend)  # noqa: S101 - for the type checker
+        # For the type checker: only a Cluster has such a node.
+        assert isinstance(self._backend, ClusterBackend)  # noqa: S101
         try:
             return await self._backend.node_for_key(self._key)
         except LookupError as error:

@@ -1,6 +1,6 @@
-"""The master that Sentinels name: all of them are asked at once, and the first that knows one is believed.
+"""Find the master that Sentinels name: query all of them at once and use the first answer.
 
-redis-py asks one after the other, each with retries of its own: with all of them gone that took 37 to 77 s
+redis-py queries one after the other, each with retries: with all of them down that took 37 to 77 s
 (`redis.asyncio.sentinel.Sentinel.discover_master`, 8.1; redis/redis-py#684, #3560).
 """
 
@@ -13,11 +13,12 @@ from redis.exceptions import RedisError
 
 from services.cache_proxy.redis_client.backend import is_access_denied
 from services.cache_proxy.redis_client.shared_attempt import SharedAttempt, first_success
+from services.common.compat import override
 from services.common.tasks import cancel_and_wait
 
 
 class SentinelAccessDeniedError(MasterNotFoundError):
-    """A Sentinel refuses the login, or the command, and no other one names a master."""
+    """A Sentinel denied the login or the command, and no other Sentinel names a master."""
 
     def __init__(self, *, user: str, reason: str) -> None:
         super().__init__(
@@ -27,7 +28,7 @@ class SentinelAccessDeniedError(MasterNotFoundError):
 
 
 class ParallelSentinel(Sentinel):
-    """Sentinels that watch one service. A discovery that failed stands for `hold_seconds`.
+    """The Sentinels that watch one service; a failed discovery is repeated only after `failure_ttl_seconds`.
 
     `user` is the ACL user of the connections, for messages.
     """
@@ -46,29 +47,32 @@ class ParallelSentinel(Sentinel):
         self._user = user
         self._discovery = SharedAttempt(self._query_all, failure_ttl_seconds=failure_ttl_seconds)
 
+    @override
     async def discover_master(self, service_name: str) -> tuple[str, int]:
-        """Return the master's address: the first that a Sentinel names."""
-        del service_name  # there is one
+        """Return the address of the master, the first that a Sentinel names."""
+        # The service is fixed.
+        del service_name
         return await self._discovery.result()
 
     async def aclose(self) -> None:
-        """End the discovery that is running, and close the connections."""
+        """Cancel the running discovery and close the connections."""
         await self._discovery.close()
         for sentinel in self.sentinels:
             await sentinel.aclose(close_connection_pool=True)
 
     async def _query_all(self) -> tuple[str, int]:
-        asking = {asyncio.create_task(self._query(sentinel)) for sentinel in self.sentinels}
+        queries = {asyncio.create_task(self._query(sentinel)) for sentinel in self.sentinels}
         try:
-            return await first_success(asking)
+            return await first_success(queries)
         except (RedisError, OSError) as error:
-            refused = [task for task in asking if isinstance(task.exception(), SentinelAccessDeniedError)]
-            if refused:
-                refused[0].result()  # raises it
+            denied = [query for query in queries if isinstance(query.exception(), SentinelAccessDeniedError)]
+            if denied:
+                # Raises the error.
+                denied[0].result()
             message = f"no Sentinel names a master of {self._service!r}: {error}"
             raise MasterNotFoundError(message) from error
         finally:
-            await cancel_and_wait(asking)
+            await cancel_and_wait(queries)
 
     async def _query(self, sentinel: Any) -> tuple[str, int]:
         try:

@@ -1,4 +1,4 @@
-"""One attempt at a time, for everyone who waits for its outcome."""
+"""One running attempt, shared by all callers that need its result."""
 
 import asyncio
 import time
@@ -11,11 +11,13 @@ _Value = TypeVar("_Value")
 
 
 class SharedAttempt(Generic[_Value]):
-    """Callers share the attempt that is running; its failure stands for `hold_seconds` more.
+    """Share the running attempt between callers, and its failure for `failure_ttl_seconds` longer.
 
-    Retries on top of retries then cost what one costs. A caller that is cancelled does not end the attempt.
+    Retries on several levels then cost no more than one retry. Cancelling a caller does not cancel the
+    attempt.
 
-    State: `_running`, the attempt, and `_failure` with the time until which it stands; event loop only.
+    State: `_task`, the running attempt; `_failure`, the last error, and `_failure_expires_at`, until when it
+    is raised again without a new attempt. Used from the event loop only.
     """
 
     def __init__(self, attempt: Callable[[], Awaitable[_Value]], *, failure_ttl_seconds: float) -> None:
@@ -26,7 +28,7 @@ class SharedAttempt(Generic[_Value]):
         self._failure_expires_at = 0.0
 
     async def result(self) -> _Value:
-        """Return what the attempt returns. Raises what it raises."""
+        """Return the result of the running attempt, or start one. Raises the error of the attempt."""
         if self._failure is not None and time.monotonic() < self._failure_expires_at:
             raise self._failure.with_traceback(None)
         if self._task is None or self._task.done():
@@ -34,7 +36,7 @@ class SharedAttempt(Generic[_Value]):
         return await asyncio.shield(self._task)
 
     async def close(self) -> None:
-        """End the attempt that is running."""
+        """Cancel the running attempt."""
         if self._task is not None:
             await cancel_and_wait([self._task])
 
@@ -50,15 +52,16 @@ class SharedAttempt(Generic[_Value]):
 
 
 async def first_success(tasks: set["asyncio.Task[_Value]"]) -> _Value:
-    """Return the first result of several tasks. Raises the last one's error where all fail."""
-    left = tasks
+    """Return the first result of several tasks. Raises the last error if all of them fail."""
+    pending = tasks
     while True:
-        done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
-        failed = None
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        failure = None
         for task in done:
-            failed = task.exception()
-            if failed is None:
+            failure = task.exception()
+            if failure is None:
                 return task.result()
-        if not left:
-            assert failed is not None  # noqa: S101 - for the type checker: none succeeded
-            raise failed
+        if not pending:
+            # For the type checker: every task in `done` has failed.
+            assert failure is not None  # noqa: S101
+            raise failure

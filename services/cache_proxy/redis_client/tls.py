@@ -1,4 +1,8 @@
-"""Connections to Redis that follow names and files: redis-py keeps what it read first as long as it can."""
+"""Connections to Redis that use renewed certificates, passwords and addresses without a restart.
+
+redis-py keeps what it read first for as long as it can. Here, host names, certificates and passwords are read
+again for each new connection.
+"""
 
 import asyncio
 import ssl
@@ -12,6 +16,7 @@ from redis.credentials import CredentialProvider
 from services.cache_proxy.auth.reloader import FileReloader
 from services.cache_proxy.config.settings import read_secret
 from services.cache_proxy.redis_client.host_lookup import resolve_host
+from services.common.compat import override
 from services.common.errors import UsageError
 from services.common.file_reload import ReloadingFile, ReloadResult
 
@@ -20,9 +25,9 @@ _TLS_FILE_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 
 class ReloadingCredentials(CredentialProvider):
-    """The user and password of each new connection; a password in a file is read again when it changes.
+    """The user and password of each new connection; a password file is read again when it changes.
 
-    A connection that is open stays so: Redis asks for a password once.
+    An open connection stays open: Redis checks a password only at the login.
     """
 
     def __init__(
@@ -35,16 +40,18 @@ class ReloadingCredentials(CredentialProvider):
         self._password = password
         self._password_file = password_file
 
+    @override
     def get_credentials(self) -> tuple[Any, ...]:
-        """Return the user, if there is one, and the password."""
+        """Return the password, after the user if there is one."""
         password = self._password
         if self._password_file is not None:
-            self._password_file.reload_if_changed()  # a renewal in this second counts too
+            # Include a change that the reloader, which checks once a second, has not seen yet.
+            self._password_file.reload_if_changed()
             password = self._password_file.value
         return (password,) if self._username is None else (self._username, password or b"")
 
+    @override
     async def get_credentials_async(self) -> tuple[Any, ...]:
-        """Return the same, without waiting."""
         return self.get_credentials()
 
 
@@ -57,37 +64,44 @@ def load_credentials(
     metric_label: str,
     reloader: FileReloader | None,
 ) -> ReloadingCredentials | None:
-    """Return how to log in; None: not at all. `files` is one of `metrics.RENEWED`. Raises UsageError."""
-    followed: ReloadingFile[bytes | None] | None = None
+    """Return the credentials for new connections, or None if there are none. Raises UsageError.
+
+    `path` is the password file; it takes precedence over `password`. `metric_label` is one of
+    `metrics.RELOADABLE_FILES`.
+    """
+    password_file: ReloadingFile[bytes | None] | None = None
     if path is not None:
-        followed = ReloadingFile(
+        password_file = ReloadingFile(
             [path],
             partial(read_secret, path, flag_name=flag_name),
             on_reload=reloader.on_reload(metric_label) if reloader else _ignore_reload,
         )
         if reloader:
-            reloader.add(followed.reload_if_changed)
-    if username is None and password is None and followed is None:
+            reloader.add(password_file.reload_if_changed)
+    if username is None and password is None and password_file is None:
         return None
-    return ReloadingCredentials(username, password, followed)
+    return ReloadingCredentials(username, password, password_file)
 
 
 def load_tls_context(options: Mapping[str, Any], reloader: FileReloader | None) -> ReloadingTlsContext:
-    """What the files in a connection's options hold; with `renewals` also later. Raises UsageError."""
+    """Return the TLS context of the files in a connection's options. Raises UsageError.
+
+    With a `reloader`, it is replaced when the files change.
+    """
     paths = [str(options[name]) for name in _TLS_FILE_OPTIONS if options.get(name)]
-    named = f"the files for Redis ({', '.join(paths)})"
+    files = f"the files for Redis ({', '.join(paths)})"
     given = {name.removeprefix("ssl_"): value for name, value in options.items() if name.startswith("ssl_")}
-    # As an `SSLConnection` has them; and a passphrase is not asked for on the terminal.
+    # The defaults of `SSLConnection`. An empty passphrase keeps OpenSSL from asking for one on the terminal.
     defaults: dict[str, Any] = {"cert_reqs": "required", "check_hostname": True, "password": lambda: b""}
 
     def read() -> ssl.SSLContext:
         try:
             return RedisSSLContext(**(defaults | given)).get()
         except (ssl.SSLError, ValueError) as error:
-            message = f"{named}: not in PEM, not a pair, or behind a passphrase"
+            message = f"{files}: not in PEM, not a pair, or behind a passphrase"
             raise UsageError(message) from error
         except OSError as error:
-            message = f"{named}: {error.strerror}"
+            message = f"{files}: {error.strerror}"
             raise UsageError(message) from error
 
     tls = ReloadingFile(
@@ -99,7 +113,7 @@ def load_tls_context(options: Mapping[str, Any], reloader: FileReloader | None) 
 
 
 def reloading_connection_class(base_class: type[Any], tls: ReloadingTlsContext | None) -> type[Connection]:
-    """Return a kind of connection that looks up its host and reads `tls` each time it connects."""
+    """Return a subclass that looks up its host and reads `tls` each time it connects."""
 
     class ReloadingConnection(base_class):  # type: ignore[misc]
         _address: str | None = None
@@ -129,12 +143,13 @@ def reloading_connection_class(base_class: type[Any], tls: ReloadingTlsContext |
 
 
 class UnixSocketConnection(UnixDomainSocketConnection):
-    """A connection by a Unix socket whose errors keep their kind.
+    """A connection by a Unix socket whose errors keep their type.
 
-    redis-py's own logs in within `_connect`, too, where a timeout or a refused password becomes a
-    ConnectionError, which is worth another try (`UnixDomainSocketConnection._connect`, 8.1).
+    redis-py's own `_connect` also logs in. A timeout or a rejected password becomes a ConnectionError there,
+    which is retried (`UnixDomainSocketConnection._connect`, 8.1).
     """
 
+    @override
     async def _connect(self) -> None:
         async with asyncio.timeout(self.socket_connect_timeout):
             self._reader, self._writer = await asyncio.open_unix_connection(path=self.path)

@@ -1,4 +1,4 @@
-"""Numbers as they are read from Redis, where anybody who may write can have put anything."""
+"""Parse numbers read from Redis, where any client with write access can have stored anything."""
 
 import math
 
@@ -6,7 +6,7 @@ _MAX_DIGITS = 40
 
 
 def read_number(value: object, *, minimum: float = -math.inf, maximum: float = math.inf) -> float | None:
-    """Return the finite number in range that `value` (bytes, int or float) stands for, or None."""
+    """Return `value` (bytes, int or float) as a number, or None if it is not finite or out of range."""
     if isinstance(value, bytes) and len(value) > _MAX_DIGITS:
         return None
     if not isinstance(value, bytes | int | float):
@@ -19,7 +19,7 @@ def read_number(value: object, *, minimum: float = -math.inf, maximum: float = m
 
 
 def read_integer(value: object, *, minimum: int, maximum: int) -> int | None:
-    """Return the integer that `value` (bytes or int) stands for in decimal digits, or None."""
+    """Return `value` (decimal digits in bytes, or an int) as an integer, or None if it is out of range."""
     if isinstance(value, bytes):
         digits = value.removeprefix(b"-")
         if not digits.isdigit() or len(digits) > _MAX_DIGITS:

@@ -1,5 +1,5 @@
-"""Bytes of strangers, against readers that are slower and known to be right.
+"""Fuzz tests that compare the parsers with slower reference implementations.
 
-`corpus/` holds a case a file, named for what is odd about it: every run replays all, and mutates some.
-Bytes that were found to break something become a file there.
+`corpus/` has one file a case, named for what is unusual about it. Every run replays all cases, and mutates
+some. Bytes that were found to break something become a file there.
 """

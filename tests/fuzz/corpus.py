@@ -1,4 +1,4 @@
-"""The committed cases, and what hypothesis makes of them."""
+"""The committed cases, and mutations of them by hypothesis."""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,7 +9,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 _FOLDER = Path(__file__).parent / "corpus"
-_MANY = 500  # some seconds
+# They take a few seconds.
+_LONG_RUN_EXAMPLES = 500
 _MAX_BYTES = 8192
 
 Check = Callable[[bytes], None]
@@ -17,18 +18,18 @@ Check = Callable[[bytes], None]
 
 @cache
 def load_cases(kind: str) -> dict[str, bytes]:
-    """By name."""
+    """Return the cases of a kind by file name."""
     return {path.name: path.read_bytes() for path in sorted((_FOLDER / kind).iterdir())}
 
 
 def replay_cases(kind: str) -> pytest.MarkDecorator:
-    """A test with `case`, once for each."""
+    """Return a mark that runs a test once for each case, in its argument `case`."""
     found = load_cases(kind)
     return pytest.mark.parametrize("case", found.values(), ids=found.keys())
 
 
 def mutate_cases(kind: str) -> st.SearchStrategy[bytes]:
-    """A case, cut, doubled, overwritten or crossed with another in a few places."""
+    """Return a strategy of cases that are cut, doubled, overwritten or mixed with another in a few places."""
     whole = st.sampled_from(list(load_cases(kind).values()))
     place, size = st.integers(0, _MAX_BYTES), st.integers(0, 12)
     splinter = st.one_of(
@@ -48,9 +49,9 @@ def _apply_edits(case: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 
 
 def fuzz_for_long(kind: str, check: Check) -> None:
-    """Check hundreds of mutated cases, others in every run."""
+    """Check hundreds of mutated cases, different ones in every run."""
 
-    @settings(max_examples=_MANY, database=None, phases=[Phase.generate, Phase.shrink])
+    @settings(max_examples=_LONG_RUN_EXAMPLES, database=None, phases=[Phase.generate, Phase.shrink])
     @given(mutate_cases(kind))
     def fuzz(case: bytes) -> None:
         check(case)

@@ -1,4 +1,4 @@
-"""Lines of JSON: asked, rejected and spliced as by the `json` module."""
+"""Lines of JSON: parsed, rejected and extended as the `json` module would."""
 
 import json
 import re
@@ -18,11 +18,11 @@ _GOOD = b'{"company":"Acme","title":"Clerk"}'
 
 
 class _Members(list[tuple[str, Any]]):
-    """An object's, in order, repeated ones too."""
+    """The members of an object in order, repeated names included."""
 
 
 class _Number(str):
-    """One as it is spelled."""
+    """A number as it is written."""
 
     __slots__ = ()
 
@@ -32,7 +32,7 @@ def _refuse(constant: str) -> Any:
 
 
 def _by_json(text: bytes) -> Any:
-    """The value, its numbers as they are spelled. Raises ValueError and RecursionError."""
+    """Return the value, with numbers as they are written. Raise ValueError or RecursionError."""
     return json.loads(
         text.decode(),
         object_pairs_hook=_Members,
@@ -43,7 +43,7 @@ def _by_json(text: bytes) -> Any:
 
 
 def _pair(text: bytes) -> tuple[str, str] | None:
-    """What a line asks for, if anything."""
+    """Return the pair of a line, None if it has none."""
     try:
         value = _by_json(text)
     except ValueError:
@@ -62,7 +62,7 @@ def _pair(text: bytes) -> tuple[str, str] | None:
 
 
 def _parts(line: bytes) -> list[bytes]:
-    """The objects of a line that holds several, by trying every place where one may begin."""
+    """Split a line with several objects, by trying every offset where one may begin."""
     for place in range(1, len(line)):
         if line[place : place + 1] != b"{":
             continue
@@ -79,9 +79,9 @@ def _parts(line: bytes) -> list[bytes]:
 
 
 def check_line(case: bytes) -> None:
-    """The line alone, and among others: one output line, one rejected, or none if it is blank.
+    """Check that a line gives one output line, one rejected line, or none if it is blank.
 
-    Of several objects on the line each is one.
+    The line is checked by itself and after another one. If it has several objects, each counts as a line.
     """
     line = case.replace(b"\n", b" ")
     try:
@@ -115,7 +115,7 @@ def _stripped(line: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def check_splice(text: bytes, output: bytes) -> None:
-    """All members but those named `seniority` in their order, then the level; without such, every byte."""
+    """Check that the output has all members but `seniority`, then the level, and otherwise the same bytes."""
     members = _by_json(text)
     others = [member for member in members if member[0] != "seniority"]
     assert _by_json(output) == [*others, ("seniority", str(_LEVEL))]
@@ -124,18 +124,18 @@ def check_splice(text: bytes, output: bytes) -> None:
 
 
 @replay_cases("lines")
-def test_odd_lines(case: bytes) -> None:
-    """Every committed line becomes what `json` says of it."""
+def test_committed_lines_are_handled_like_the_json_module(case: bytes) -> None:
+    """For every line of the corpus."""
     check_line(case)
 
 
 @given(mutate_cases("lines"))
-def test_damaged_lines(case: bytes) -> None:
-    """So does what hypothesis makes of them."""
+def test_mutated_lines_are_handled_like_the_json_module(case: bytes) -> None:
+    """For some mutations of the corpus."""
     check_line(case)
 
 
 @pytest.mark.slow
-def test_damaged_lines_for_long() -> None:
-    """Hundreds of others in every run."""
+def test_many_mutated_lines_are_handled_like_the_json_module() -> None:
+    """For hundreds of mutations, different ones in every run."""
     fuzz_for_long("lines", check_line)

@@ -1,4 +1,4 @@
-"""Requests and answers as bytes: read by hand as by messages, or left to messages."""
+"""Requests and responses as bytes: the parsers agree with protobuf, or leave the bytes to it."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ _LEVEL = 5
 
 
 def _by_messages(message: bytes) -> list[tuple[int, str, str]] | None:
-    """What protobuf reads; None: nothing."""
+    """Return what protobuf reads, None if it cannot parse the message."""
     try:
         batch = pb.SeniorityRequestBatch.FromString(message).batch
     except DecodeError:
@@ -28,7 +28,7 @@ def _by_messages(message: bytes) -> list[tuple[int, str, str]] | None:
 
 
 def check_request(message: bytes) -> None:
-    """Split, read and answered from memory as messages would be, or refused where they cannot be read."""
+    """Check that a request is parsed and answered as by protobuf, or rejected if that cannot parse it."""
     expected = _by_messages(message)
     items = batches.split(message, max_pairs=_MAX_PAIRS)
     if isinstance(items, InvalidRequestError):
@@ -51,7 +51,7 @@ def check_request(message: bytes) -> None:
 
 
 def _check_answers(items: list[bytes], keys: list[bytes], expected: list[tuple[int, str, str]]) -> None:
-    """With all of them in memory: what is answered has its own uuid and level."""
+    """Check that, with all pairs in L1, each answered item has its own uuid and level."""
     l1 = L1Cache(max_bytes=2**20)
     for key in set(keys):
         l1.put(key, _LEVEL, digest=key[:12].ljust(12, b"\0"), epoch=l1.epoch)
@@ -63,7 +63,7 @@ def _check_answers(items: list[bytes], keys: list[bytes], expected: list[tuple[i
 
 
 def check_answer(message: bytes) -> None:
-    """Levels are read by hand only where messages read the uuids asked and the same levels."""
+    """Check that levels are parsed only where protobuf reads the expected uuids and the same levels."""
     try:
         batch = pb.SeniorityResponseBatch.FromString(message).batch
     except DecodeError:
@@ -78,31 +78,31 @@ def check_answer(message: bytes) -> None:
 
 
 @replay_cases("requests")
-def test_odd_requests(case: bytes) -> None:
-    """Every committed request is read or refused as by messages."""
+def test_committed_requests_are_handled_like_protobuf(case: bytes) -> None:
+    """For every request of the corpus."""
     check_request(case)
 
 
 @replay_cases("answers")
-def test_odd_answers(case: bytes) -> None:
-    """Every committed answer is read as by messages, or left to them."""
+def test_committed_responses_are_parsed_like_protobuf_or_not_at_all(case: bytes) -> None:
+    """For every response of the corpus."""
     check_answer(case)
 
 
 @given(mutate_cases("requests"))
-def test_damaged_requests(case: bytes) -> None:
-    """So is what hypothesis makes of them."""
+def test_mutated_requests_are_handled_like_protobuf(case: bytes) -> None:
+    """For some mutations of the corpus."""
     check_request(case)
 
 
 @given(mutate_cases("answers"))
-def test_damaged_answers(case: bytes) -> None:
-    """So is what hypothesis makes of them."""
+def test_mutated_responses_are_parsed_like_protobuf_or_not_at_all(case: bytes) -> None:
+    """For some mutations of the corpus."""
     check_answer(case)
 
 
 @pytest.mark.slow
-def test_damaged_messages_for_long() -> None:
-    """Hundreds of others in every run."""
+def test_many_mutated_messages_are_handled_like_protobuf() -> None:
+    """For hundreds of mutations, different ones in every run."""
     fuzz_for_long("requests", check_request)
     fuzz_for_long("answers", check_answer)

@@ -1,1 +1,1 @@
-"""What hostile callers, bytes and neighbours get."""
+"""Tests against hostile callers, requests and processes on the same machine."""

@@ -1,4 +1,4 @@
-"""A proxy that is attacked, and a caller that must not notice."""
+"""A proxy under attack, and an honest_caller caller that must still be served."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,47 +18,47 @@ MAX_REQUEST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class AttackedProxy:
-    """The proxy, and an honest caller whose connection is older than the attack."""
+    """A proxy under attack, and an honest_caller caller that connected before the attack."""
 
     proxy: ServiceProcess
     honest_caller: Caller
 
     def is_serving(self) -> bool:
-        """Whether an honest caller gets its answer."""
-        return self.honest_caller.infer([("honest", "t")], timeout_seconds=30).code is StatusCode.OK
+        """Return whether the honest_caller caller gets a response."""
+        return self.honest_caller.infer([("honest_caller", "t")], timeout_seconds=30).code is StatusCode.OK
 
     def rss_mib(self) -> int:
-        """Memory of the proxy."""
+        """Return the memory of the proxy's process."""
         status = Path(f"/proc/{self.proxy.process.pid}/status").read_text()
         return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) // 1024
 
 
 @contextmanager
-def attacked_proxy(*args: str) -> Iterator[AttackedProxy]:
-    """A proxy of a test's own."""
+def attack_proxy(*args: str) -> Iterator[AttackedProxy]:
+    """Start a proxy for one test."""
     with (
         scripted_model() as model,
         cache_proxy(
             "--model-target", model.target, "--cache-url", "memory:", *UNLIMITED_RATE_FLAGS, *args
         ) as proxy,
-        open_caller(proxy.target) as honest,
+        open_caller(proxy.target) as honest_caller,
     ):
-        made = AttackedProxy(proxy, honest)
-        assert made.is_serving()
-        yield made
+        attacked = AttackedProxy(proxy, honest_caller)
+        assert attacked.is_serving()
+        yield attacked
 
 
 @pytest.fixture(scope="package")
-def _shared_siege() -> Iterator[AttackedProxy]:
-    with attacked_proxy("--max-request-bytes", str(MAX_REQUEST_BYTES)) as made:
-        yield made
+def _shared_attacked_proxy() -> Iterator[AttackedProxy]:
+    with attack_proxy("--max-request-bytes", str(MAX_REQUEST_BYTES)) as attacked:
+        yield attacked
 
 
 @pytest.fixture
-def siege(_shared_siege: AttackedProxy) -> Iterator[AttackedProxy]:
-    """One proxy for all attacks; after each it lives, and serves the caller of before and a new one."""
-    yield _shared_siege
-    assert _shared_siege.is_serving()
-    with open_caller(_shared_siege.proxy.target) as new:
-        assert new.infer([("honest", "t")], timeout_seconds=30).code is StatusCode.OK
-    assert "Traceback" not in _shared_siege.proxy.log
+def attacked_proxy(_shared_attacked_proxy: AttackedProxy) -> Iterator[AttackedProxy]:
+    """Share one proxy among all attacks. After each it must serve the earlier caller and a new_caller one."""
+    yield _shared_attacked_proxy
+    assert _shared_attacked_proxy.is_serving()
+    with open_caller(_shared_attacked_proxy.proxy.target) as new_caller:
+        assert new_caller.infer([("honest_caller", "t")], timeout_seconds=30).code is StatusCode.OK
+    assert "Traceback" not in _shared_attacked_proxy.proxy.log

@@ -1,4 +1,4 @@
-"""A second proxy on an address is refused in one line; what a dead one left is taken over."""
+"""A second proxy on an address fails with one line, and the socket of a dead proxy is second over."""
 
 import os
 import socket
@@ -20,37 +20,39 @@ from tests.support.redis_server import free_port
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """Short, as a socket's must be."""
+    """Yield a path that is short enough for a socket."""
     with TemporaryDirectory(prefix="s") as folder:
         yield Path(folder) / "p.sock"
 
 
-def test_a_path_on_which_somebody_listens_is_left_to_them(path: Path) -> None:
-    """Whoever that is: not all that listen lock a file."""
+def test_path_in_use_by_a_program_without_lock_is_refused(path: Path) -> None:
+    """Other programs that listen there use no lock file."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()
-        for spelled in (f"unix:{path}", f"unix://{path}"):
-            with pytest.raises(CommandError, match="somebody listens there already"):
-                UnixSocketLock(spelled)
-    UnixSocketLock(f"unix:{path}")  # the socket that the dead leave behind
-
-
-def test_of_two_that_start_at_once_one_is_refused(path: Path) -> None:
-    """Before either listens, and until the first has ended."""
-    first = UnixSocketLock(f"unix:{path}")
-    with pytest.raises(CommandError, match="another proxy listens there already"):
-        UnixSocketLock(f"unix:{path}")
-    os.close(first.lock_fd)  # as the end of its process does
+        for address in (f"unix:{path}", f"unix://{path}"):
+            with pytest.raises(CommandError, match="another program listens there already"):
+                UnixSocketLock(address)
+    # A socket without a process is second over.
     UnixSocketLock(f"unix:{path}")
 
 
-def test_what_is_no_socket_is_neither_used_nor_removed(path: Path) -> None:
-    """A file, a folder, a link (also where the lock would be) keep what they hold."""
+def test_second_of_two_concurrent_proxies_is_refused(path: Path) -> None:
+    """The lock is held before either listens, and until the first process has completed."""
+    first = UnixSocketLock(f"unix:{path}")
+    with pytest.raises(CommandError, match="another proxy listens there already"):
+        UnixSocketLock(f"unix:{path}")
+    # The end of its process closes the descriptor.
+    os.close(first.lock_fd)
+    UnixSocketLock(f"unix:{path}")
+
+
+def test_path_that_is_not_a_socket_is_refused_and_kept(path: Path) -> None:
+    """A file, a folder and a link stay unchanged, also in place of the lock file."""
     victim = path.with_name("victim")
     victim.write_text("precious")
-    for make in (lambda: path.write_text("precious"), path.mkdir, lambda: path.symlink_to(victim)):
-        make()
+    for create in (lambda: path.write_text("precious"), path.mkdir, lambda: path.symlink_to(victim)):
+        create()
         with pytest.raises(CommandError, match="no socket"):
             UnixSocketLock(f"unix:{path}")
         path.rmdir() if path.is_dir() else path.unlink()
@@ -62,8 +64,8 @@ def test_what_is_no_socket_is_neither_used_nor_removed(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_proxy_is_refused_and_the_first_goes_on(path: Path) -> None:
-    """On the same path, the same port of a narrower address, the same HTTP port: exit code 1, one line."""
+def test_second_proxy_on_an_address_fails_and_the_first_keeps_serving(path: Path) -> None:
+    """On the same path, the same port of a narrower address, or the same HTTP port: exit code 1, one line."""
     port, http = free_port(), free_port()
     with scripted_model() as model:
         flags = (
@@ -85,23 +87,26 @@ def test_a_second_proxy_is_refused_and_the_first_goes_on(path: Path) -> None:
         )
         with (
             run_service("services.cache_proxy", "serve", *flags, *first) as proxy,
-            open_caller(proxy.target) as asking,
+            open_caller(proxy.target) as client,
         ):
-            for number, taken in enumerate(
+            for number, second in enumerate(
                 (
                     ("--listen", f"unix:{path}", "--http-listen", "127.0.0.1:0"),
                     ("--listen", f"127.0.0.1:{port}", "--http-listen", "127.0.0.1:0"),
                     ("--listen", "127.0.0.1:0", "--http-listen", f"127.0.0.1:{http}"),
                 )
             ):
-                ended = run_command("services.cache_proxy", "serve", *flags, *taken)
-                assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
-                assert taken[1 if number < 2 else 3] in ended.stderr
-                assert asking.infer([("first", str(number))]).code is StatusCode.OK
+                completed = run_command("services.cache_proxy", "serve", *flags, *second)
+                assert (completed.returncode, completed.stdout, completed.stderr.count("\n")) == (1, "", 1), (
+                    completed.stderr
+                )
+                assert second[1 if number < 2 else 3] in completed.stderr
+                assert client.infer([("first", str(number))]).code is StatusCode.OK
             proxy.process.kill()
             proxy.process.wait()
-        assert path.is_socket()  # the dead leave it
-        with run_service("services.cache_proxy", "serve", *flags, *first) as next_one:
-            with open_caller(f"unix:{path}") as asking:
-                assert asking.infer([("next", "t")]).code is StatusCode.OK
-            assert next_one.stop() == 0
+        # The dead process left its socket.
+        assert path.is_socket()
+        with run_service("services.cache_proxy", "serve", *flags, *first) as successor:
+            with open_caller(f"unix:{path}") as client:
+                assert client.infer([("next", "t")]).code is StatusCode.OK
+            assert successor.stop() == 0

@@ -1,4 +1,4 @@
-"""The HTTP port: half requests, long ones, and many whose answers nobody reads."""
+"""Attacks on the HTTP port: unfinished and oversized requests, and responses that are never read."""
 
 import socket
 from contextlib import ExitStack
@@ -9,23 +9,23 @@ import pytest
 from tests.security.conftest import AttackedProxy
 
 
-def _connect(siege: AttackedProxy) -> socket.socket:
-    host, _, port = siege.proxy.ready["http"].rpartition(":")
+def _connect(attacked_proxy: AttackedProxy) -> socket.socket:
+    host, _, port = attacked_proxy.proxy.ready["http"].rpartition(":")
     return socket.create_connection((host, int(port)), timeout=30)
 
 
-def _is_probed(siege: AttackedProxy) -> bool:
-    with urlopen(f"{siege.proxy.http_url}/healthz", timeout=30) as response:
+def _is_probed(attacked_proxy: AttackedProxy) -> bool:
+    with urlopen(f"{attacked_proxy.proxy.http_url}/healthz", timeout=30) as response:
         return bool(response.read() == b"ok\n")
 
 
-def test_half_requests_make_room_for_whole_ones(siege: AttackedProxy) -> None:
-    """Of 200 that never end their headers the oldest are gone; probes are answered."""
+def test_oldest_unfinished_requests_are_closed_and_probes_answered(attacked_proxy: AttackedProxy) -> None:
+    """Of 200 connections that never end their headers, the oldest are closed."""
     with ExitStack() as stack:
-        half = [stack.enter_context(_connect(siege)) for _ in range(200)]
+        half = [stack.enter_context(_connect(attacked_proxy)) for _ in range(200)]
         for one in half:
             one.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ")
-        assert _is_probed(siege)
+        assert _is_probed(attacked_proxy)
         assert half[0].recv(1) == b""
 
 
@@ -40,29 +40,31 @@ def test_half_requests_make_room_for_whole_ones(siege: AttackedProxy) -> None:
     ],
     ids=["path", "header", "headers", "HTTP/2", "noise"],
 )
-def test_what_is_no_request_is_refused_and_not_logged(siege: AttackedProxy, request_bytes: bytes) -> None:
-    """400, or the connection's end; not a line of the log, which callers could fill."""
-    lines = len(siege.proxy.log_lines)
-    with _connect(siege) as hostile:
+def test_invalid_request_is_refused_and_not_logged(
+    attacked_proxy: AttackedProxy, request_bytes: bytes
+) -> None:
+    """It gets 400 or a closed connection. A log line would let callers fill the log."""
+    lines = len(attacked_proxy.proxy.log_lines)
+    with _connect(attacked_proxy) as hostile:
         try:
             hostile.sendall(request_bytes)
             assert hostile.recv(2**16).split(b" ")[1:2] in ([], [b"400"])
         except ConnectionError:
             pass
-    assert _is_probed(siege)
-    assert len(siege.proxy.log_lines) == lines
+    assert _is_probed(attacked_proxy)
+    assert len(attacked_proxy.proxy.log_lines) == lines
 
 
-def test_answers_to_pipelined_requests_wait_for_their_reader(siege: AttackedProxy) -> None:
-    """Who sends requests without end and reads nothing is not read from any more, and takes no memory."""
-    before_mib = siege.rss_mib()
-    with _connect(siege) as hostile:
+def test_pipelined_requests_with_unread_responses_take_no_memory(attacked_proxy: AttackedProxy) -> None:
+    """The proxy stops reading from a connection that sends requests endlessly and reads no response."""
+    before_mib = attacked_proxy.rss_mib()
+    with _connect(attacked_proxy) as hostile:
         hostile.settimeout(0.2)
         flood = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 5_000_000
         with pytest.raises(TimeoutError):
             hostile.sendall(flood)
-        assert _is_probed(siege)
-        assert siege.rss_mib() < before_mib + 64
+        assert _is_probed(attacked_proxy)
+        assert attacked_proxy.rss_mib() < before_mib + 64
 
 
 @pytest.mark.parametrize(
@@ -73,11 +75,13 @@ def test_answers_to_pipelined_requests_wait_for_their_reader(siege: AttackedProx
         b"content-encoding: gzip\r\ncontent-length: 5\r\n\r\nnoise",
     ],
 )
-def test_what_goes_with_a_request_is_not_logged(siege: AttackedProxy, rest: bytes) -> None:
-    """Who asks for metrics in no version, or with what is no body, gets them; nobody hears of it."""
-    told = siege.proxy.log
-    with _connect(siege) as hostile:
+def test_invalid_headers_or_body_of_a_request_are_not_logged(
+    attacked_proxy: AttackedProxy, rest: bytes
+) -> None:
+    """A request for metrics with an unknown version or an invalid body is answered."""
+    log_before = attacked_proxy.proxy.log
+    with _connect(attacked_proxy) as hostile:
         hostile.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n" + rest)
         assert hostile.recv(2**16).startswith(b"HTTP/1.1 200 ")
-        assert _is_probed(siege)
-    assert siege.proxy.log == told
+        assert _is_probed(attacked_proxy)
+    assert attacked_proxy.proxy.log == log_before

@@ -1,4 +1,4 @@
-"""Hostile HTTP/2: what each attack gets, and that an honest caller is served during and after it."""
+"""Attacks by HTTP/2: how each ends, and that an honest caller is served during and after it."""
 
 import resource
 import socket
@@ -14,7 +14,7 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 
-from tests.security.conftest import MAX_REQUEST_BYTES, AttackedProxy, attacked_proxy
+from tests.security.conftest import MAX_REQUEST_BYTES, AttackedProxy, attack_proxy
 from tests.support.caller import open_caller
 from tests.support.http2_peer import (
     INFER_PATH,
@@ -42,9 +42,9 @@ def _greeted(seen: Http2Peer) -> None:
 
 
 @pytest.mark.slow
-def test_streams_of_one_connection_are_bounded(siege: AttackedProxy) -> None:
-    """The bound is announced; what is opened beyond it is refused, stream by stream."""
-    with open_peer(siege.proxy.target) as hostile:
+def test_streams_over_the_limit_of_a_connection_are_refused(attacked_proxy: AttackedProxy) -> None:
+    """The limit is announced in the settings, and each stream over it is refused."""
+    with open_peer(attacked_proxy.proxy.target) as hostile:
         _greeted(hostile)
         assert hostile.h2.remote_settings.max_concurrent_streams == _STREAMS
         hostile.h2.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 10 * _STREAMS
@@ -56,12 +56,12 @@ def test_streams_of_one_connection_are_bounded(siege: AttackedProxy) -> None:
             lambda: hostile.receive(1) and _of(hostile, h2.events.StreamReset) >= 100,
             description="100 are refused",
         )
-        assert siege.is_serving()
+        assert attacked_proxy.is_serving()
 
 
-def test_a_flood_of_pings_ends_its_connection(siege: AttackedProxy) -> None:
-    """GOAWAY with `too_many_pings`."""
-    with open_peer(siege.proxy.target) as hostile:
+def test_flood_of_pings_closes_its_connection(attacked_proxy: AttackedProxy) -> None:
+    """The GOAWAY frame has `too_many_pings`."""
+    with open_peer(attacked_proxy.proxy.target) as hostile:
         _greeted(hostile)
         for number in range(200):
             hostile.h2.ping(struct.pack(">Q", number))
@@ -69,15 +69,17 @@ def test_a_flood_of_pings_ends_its_connection(siege: AttackedProxy) -> None:
         with suppress(ConnectionError):
             while hostile.receive():
                 pass
-        [farewell] = [one for one in hostile.events if isinstance(one, h2.events.ConnectionTerminated)]
-        assert farewell.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
-        assert farewell.additional_data == b"too_many_pings"
+        [goaway] = [one for one in hostile.events if isinstance(one, h2.events.ConnectionTerminated)]
+        assert goaway.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
+        assert goaway.additional_data == b"too_many_pings"
 
 
 @pytest.mark.parametrize(("count", "size"), [(20, 1000), (1, 20_000), (2000, 10)])
-def test_large_metadata_is_refused(siege: AttackedProxy, count: int, size: int) -> None:
-    """Over 16 KiB of it: RESOURCE_EXHAUSTED, or the connection's end; it never reaches the proxy's code."""
-    with open_peer(siege.proxy.target) as hostile:
+def test_metadata_over_16_kib_is_rejected_by_core(
+    attacked_proxy: AttackedProxy, count: int, size: int
+) -> None:
+    """The RPC gets RESOURCE_EXHAUSTED or a closed connection, and never reaches the proxy's code."""
+    with open_peer(attacked_proxy.proxy.target) as hostile:
         _greeted(hostile)
         stream = hostile.send_headers([(f"x-{number}", "v" * size) for number in range(count)])
         try:
@@ -89,9 +91,11 @@ def test_large_metadata_is_refused(siege: AttackedProxy, count: int, size: int) 
 
 
 @pytest.mark.parametrize("path", ["/SeniorityModel/No", "nothing", b"/S\xff/\xfe", b"/\xc3", b"\x80" * 1000])
-def test_a_method_that_is_none_is_not_found(siege: AttackedProxy, path: str | bytes) -> None:
-    """UNIMPLEMENTED, also where its name is not UTF-8, and the connection serves on."""
-    with open_peer(siege.proxy.target) as hostile:
+def test_unknown_method_is_unimplemented_and_the_connection_continues(
+    attacked_proxy: AttackedProxy, path: str | bytes
+) -> None:
+    """Also if the name of the method is not UTF-8."""
+    with open_peer(attacked_proxy.proxy.target) as hostile:
         _greeted(hostile)
         stream = hostile.send_headers(path=path)
         hostile.send_data(stream, frame_grpc_message(b""))
@@ -112,41 +116,45 @@ def test_a_method_that_is_none_is_not_found(siege: AttackedProxy, path: str | by
         ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", [], b"\xff"),
     ],
 )
-def test_what_cannot_be_read_is_not_logged(
-    siege: AttackedProxy, path: str, metadata: list[tuple[str, str | bytes]], message: bytes
+def test_unreadable_metadata_and_messages_are_not_logged(
+    attacked_proxy: AttackedProxy, path: str, metadata: list[tuple[str, str | bytes]], message: bytes
 ) -> None:
-    """Metadata that are no UTF-8, a token among them, and what is no message: nobody else hears of them."""
-    told = siege.proxy.log
-    with open_peer(siege.proxy.target) as hostile:
+    """Metadata that is not UTF-8, with a token in it, and messages that cannot be parsed."""
+    log_before = attacked_proxy.proxy.log
+    with open_peer(attacked_proxy.proxy.target) as hostile:
         _greeted(hostile)
         stream = hostile.send_headers(metadata, path=path)
         hostile.send_data(stream, frame_grpc_message(message))
         wait_for(lambda: hostile.receive(1) and grpc_statuses(hostile), description="it is answered")
-    assert siege.is_serving()
-    assert siege.proxy.log == told
+    assert attacked_proxy.is_serving()
+    assert attacked_proxy.proxy.log == log_before
 
 
 @pytest.mark.slow
-def test_rapid_resets_cancel_nobody_elses_rpc(siege: AttackedProxy) -> None:
-    """8,000 streams that are opened and reset at once: an honest caller waits, and gets all its answers."""
-    asked = [siege.honest_caller.start_infer([("honest", "t")], timeout_seconds=60) for _ in range(20)]
-    with open_peer(siege.proxy.target) as hostile:
+def test_rapid_resets_cancel_no_rpc_of_other_callers(attacked_proxy: AttackedProxy) -> None:
+    """During 8,000 streams that are opened and reset at once, an honest caller gets all its responses."""
+    sent_count = [
+        attacked_proxy.honest_caller.start_infer([("honest", "t")], timeout_seconds=60) for _ in range(20)
+    ]
+    with open_peer(attacked_proxy.proxy.target) as hostile:
         _greeted(hostile)
         for number in range(8000):
             hostile.h2.reset_stream(hostile.send_headers(), h2.errors.ErrorCodes.CANCEL)
             if number % 100 == 0:
                 hostile.flush()
                 hostile.receive(0.0005)
-                asked.append(siege.honest_caller.start_infer([("honest", "t")], timeout_seconds=60))
+                sent_count.append(
+                    attacked_proxy.honest_caller.start_infer([("honest", "t")], timeout_seconds=60)
+                )
         hostile.flush()
-        assert {one.result().code for one in asked} == {StatusCode.OK}
+        assert {one.result().code for one in sent_count} == {StatusCode.OK}
 
 
 @pytest.mark.slow
-def test_messages_that_never_end_take_few_places_and_not_for_long(siege: AttackedProxy) -> None:
-    """Of 20 that stop a byte before their end four are waited for; the others are told to come back."""
+def test_unfinished_messages_over_the_limit_are_rejected(attacked_proxy: AttackedProxy) -> None:
+    """Of 20 messages that lack their last byte, four are waited for and the others get pushback."""
     unfinished = frame_grpc_message(bytes(MAX_REQUEST_BYTES - 100))[:-1]
-    with open_peer(siege.proxy.target) as hostile:
+    with open_peer(attacked_proxy.proxy.target) as hostile:
         _greeted(hostile)
         streams = []
         for _ in range(20):
@@ -157,17 +165,19 @@ def test_messages_that_never_end_take_few_places_and_not_for_long(siege: Attacke
         )
         assert set(grpc_statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
         assert len(grpc_statuses(hostile)) == 16
-        assert siege.is_serving()
+        assert attacked_proxy.is_serving()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["Health/Check", "Health/Watch"])
 @pytest.mark.parametrize("is_whole", [True, False])
-def test_health_takes_no_large_names(siege: AttackedProxy, method: str, is_whole: bool) -> None:
-    """Nobody needs a token for it: of 20 whole ones all are refused, of 20 without their last byte 16."""
+def test_large_or_unfinished_health_requests_are_rejected(
+    attacked_proxy: AttackedProxy, method: str, is_whole: bool
+) -> None:
+    """Health needs no token. Of 20 whole large requests all are rejected, of 20 unfinished ones 16."""
     name = health_pb2.HealthCheckRequest(service="x" * (MAX_REQUEST_BYTES - 100)).SerializeToString()
     sent = frame_grpc_message(name)[: None if is_whole else -1]
-    with open_peer(siege.proxy.target) as hostile:
+    with open_peer(attacked_proxy.proxy.target) as hostile:
         _greeted(hostile)
         for _ in range(20):
             hostile.send_data(hostile.send_headers(path=f"/grpc.health.v1.{method}"), sent, end=False)
@@ -176,41 +186,42 @@ def test_health_takes_no_large_names(siege: AttackedProxy, method: str, is_whole
             lambda: hostile.receive(1) and len(grpc_statuses(hostile)) >= least,
             description="they are refused",
         )
-        assert siege.is_serving()
+        assert attacked_proxy.is_serving()
 
 
 @pytest.mark.slow
-def test_answers_that_nobody_reads_are_bounded(siege: AttackedProxy) -> None:
-    """Who reads none of its answers has 8 MiB of them and no more; when it is gone they are too."""
+def test_unread_responses_are_limited_to_8_mib(attacked_proxy: AttackedProxy) -> None:
+    """A caller that reads no response can have 8 MiB of them held, until it disconnects."""
     message = encode_request("unread", 10_000, uuid=-1)
     answer_bytes = 15 * 10_000
     assert (
-        siege.honest_caller.infer([("unread", str(number)) for number in range(10_000)]).code is StatusCode.OK
+        attacked_proxy.honest_caller.infer([("unread", str(number)) for number in range(10_000)]).code
+        is StatusCode.OK
     )
     for _ in range(2):
-        with open_peer(siege.proxy.target, window=0) as hostile:
+        with open_peer(attacked_proxy.proxy.target, window=0) as hostile:
             _greeted(hostile)
-            asked = 0
+            sent_count = 0
             while not grpc_statuses(hostile):
-                asked += 1
-                assert asked * answer_bytes < 10 * MAX_REQUEST_BYTES, "answers pile up"
+                sent_count += 1
+                assert sent_count * answer_bytes < 10 * MAX_REQUEST_BYTES, "answers pile up"
                 hostile.send_request(message)
                 wait_for(
                     lambda: (
-                        _of(hostile, h2.events.ResponseReceived) == asked  # noqa: B023
+                        _of(hostile, h2.events.ResponseReceived) == sent_count  # noqa: B023
                         or (hostile.receive(1) and False)
                     ),
                     description="its answer begins",
                 )
             assert set(grpc_statuses(hostile).values()) == {_RESOURCE_EXHAUSTED}
-            assert asked * answer_bytes > 2 * MAX_REQUEST_BYTES
-            assert siege.is_serving()
+            assert sent_count * answer_bytes > 2 * MAX_REQUEST_BYTES
+            assert attacked_proxy.is_serving()
 
 
 @pytest.mark.slow
-def test_who_says_nothing_is_left_alone(siege: AttackedProxy) -> None:
-    """A connection without a greeting, and one that never acknowledges the settings, end within a minute."""
-    host, _, port = siege.proxy.target.rpartition(":")
+def test_silent_connections_are_closed_within_a_minute(attacked_proxy: AttackedProxy) -> None:
+    """One sends no preface, the other never acknowledges the settings."""
+    host, _, port = attacked_proxy.proxy.target.rpartition(":")
     with ExitStack() as stack:
         silent = stack.enter_context(socket.create_connection((host, int(port))))
         rude = stack.enter_context(socket.create_connection((host, int(port))))
@@ -223,7 +234,7 @@ def test_who_says_nothing_is_left_alone(siege: AttackedProxy) -> None:
 
 @contextmanager
 def _few_files(count: int) -> Iterator[None]:
-    """What is started within may open so many files."""
+    """Limit the open files of processes that are started within this context."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
     try:
@@ -233,19 +244,19 @@ def _few_files(count: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_a_flood_of_connections_leaves_files_for_the_rest() -> None:
-    """With 300 files it takes 150 connections; it answers probes and those it has, and later others too."""
+def test_flood_of_connections_leaves_file_descriptors_free() -> None:
+    """With 300 files the proxy accepts 150 connections, answers them and probes, and later accepts others."""
     with ExitStack() as limited:
         limited.enter_context(_few_files(300))
-        with attacked_proxy() as siege:
+        with attack_proxy() as attacked_proxy:
             limited.close()
             with ExitStack() as stack:
                 for _ in range(400):
-                    stack.enter_context(open_peer(siege.proxy.target))
-                with urlopen(f"{siege.proxy.http_url}/readyz", timeout=30) as response:
+                    stack.enter_context(open_peer(attacked_proxy.proxy.target))
+                with urlopen(f"{attacked_proxy.proxy.http_url}/readyz", timeout=30) as response:
                     assert response.status == 200
-                assert siege.is_serving()
-            with open_caller(siege.proxy.target) as new:
+                assert attacked_proxy.is_serving()
+            with open_caller(attacked_proxy.proxy.target) as new:
                 wait_for(
                     lambda: new.infer([("honest", "t")], timeout_seconds=5).code is StatusCode.OK,
                     description="a new caller is served",

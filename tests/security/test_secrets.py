@@ -1,4 +1,4 @@
-"""Secrets come from files and variables, and are in nothing that others see."""
+"""Secrets come from files and environment variables, and appear in no output."""
 
 import json
 import logging
@@ -33,16 +33,16 @@ def _command_line(pid: int) -> str:
         ("augmenter", ("run", "--target", "h:1", "--endpoint-url"), "https", "AWS_SECRET_ACCESS_KEY"),
     ],
 )
-def test_a_password_on_the_command_line_is_refused(
+def test_password_on_the_command_line_is_rejected(
     program: str, args: tuple[str, ...], scheme: str, instead: str
 ) -> None:
-    """Exit code 2, and one line that says where it goes instead."""
-    ended = run_command(f"services.{program}", *args, f"{scheme}://user:{_CANARY}@127.0.0.1:1")
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
-    assert args[-1] in ended.stderr
-    assert instead in ended.stderr
-    assert "percent-encoded" in ended.stderr
-    assert _CANARY not in ended.stderr + ended.stdout
+    """The exit code is 2, and one line names the variable or file to use instead."""
+    completed = run_command(f"services.{program}", *args, f"{scheme}://user:{_CANARY}@127.0.0.1:1")
+    assert (completed.returncode, completed.stderr.count("\n")) == (2, 1), completed.stderr
+    assert args[-1] in completed.stderr
+    assert instead in completed.stderr
+    assert "percent-encoded" in completed.stderr
+    assert _CANARY not in completed.stderr + completed.stdout
 
 
 _PIECES = ("svc7", "c0rp", "p4ss", "w0rd")
@@ -67,24 +67,26 @@ _COMMANDS = (
         "svc7:p4ss@w0rd:6379",
     ],
 )
-def test_url_with_a_password_that_is_not_percent_encoded_is_refused_without_a_piece_of_it(
+def test_url_with_an_unencoded_password_is_rejected_without_quoting_it(
     command: tuple[str, ...], source: str, url: str
 ) -> None:
-    """Exit code 2 and one line, from every command, by flag and by variable."""
+    """Every command ends with exit code 2 and one line, by flag and by variable."""
     args = ("--cache-url", url) if source == "flag" else ()
     env = {"CACHE_PROXY_CACHE_URL": url} if source == "variable" else {}
-    ended = run_command("services.cache_proxy", *command, *args, env=env)
-    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
-    assert ended.stderr.startswith("cache-proxy: --cache-url: ")
+    completed = run_command("services.cache_proxy", *command, *args, env=env)
+    assert (completed.returncode, completed.stdout, completed.stderr.count("\n")) == (2, "", 1), (
+        completed.stderr
+    )
+    assert completed.stderr.startswith("cache-proxy: --cache-url: ")
     if "://" in url:
-        assert "percent-encode" in ended.stderr
-        assert "--cache-password-file" in ended.stderr
-    assert not [piece for piece in _PIECES if piece in ended.stderr]
+        assert "percent-encode" in completed.stderr
+        assert "--cache-password-file" in completed.stderr
+    assert not [piece for piece in _PIECES if piece in completed.stderr]
 
 
 @pytest.mark.slow
-def test_password_that_is_percent_encoded_in_the_variable_lets_in(tmp_path: Path) -> None:
-    """Whatever characters it has: the advice of the line that refuses."""
+def test_percent_encoded_password_in_the_variable_logs_in(tmp_path: Path) -> None:
+    """With any characters, as the error line for unencoded passwords recommends."""
     password = "p@ss/w#rd:?%&,x é"
     with redis_process(tmp_path) as store:
         with store.client() as client:
@@ -95,16 +97,16 @@ def test_password_that_is_percent_encoded_in_the_variable_lets_in(tmp_path: Path
         with (
             scripted_model() as model,
             cache_proxy("--model-target", model.target, *UNLIMITED_RATE_FLAGS, env=env) as proxy,
-            open_caller(proxy.target) as asking,
+            open_caller(proxy.target) as client,
         ):
-            assert asking.infer([("percent", "t")]).misses == 1
-            wait_for(lambda: asking.infer([("percent", "t")]).hits == 1, description="it is cached")
+            assert client.infer([("percent", "t")]).misses == 1
+            wait_for(lambda: client.infer([("percent", "t")]).hits == 1, description="it is cached")
             with urlopen(f"{proxy.http_url}/status.json", timeout=10) as response:
                 assert json.load(response)["store"]["kind"] == "valkey"
-            ended = run_command("services.cache_proxy", "stats", "--json", env=env)
-            assert (ended.returncode, json.loads(ended.stdout)["pairs"]) == (0, 1)
+            completed = run_command("services.cache_proxy", "stats", "--json", env=env)
+            assert (completed.returncode, json.loads(completed.stdout)["pairs"]) == (0, 1)
             assert proxy.stop() == 0
-            assert [text for text in (proxy.log, ended.stderr) if "ss/w" in text or "%2Fw" in text] == []
+            assert [text for text in (proxy.log, completed.stderr) if "ss/w" in text or "%2Fw" in text] == []
 
 
 @pytest.mark.parametrize(
@@ -126,19 +128,21 @@ def test_password_that_is_percent_encoded_in_the_variable_lets_in(tmp_path: Path
         ("https://key:secret@s3", True),
     ],
 )
-def test_passwords_in_urls_are_seen(url: str, secret: bool) -> None:
-    """Before the host, however odd, and among the parameters."""
+def test_password_in_a_url_is_detected(url: str, secret: bool) -> None:
+    """Before the host, with unusual characters too, and in the parameters."""
     assert has_password(url) is secret
 
 
-def test_urls_in_errors_lose_their_users() -> None:
-    """Whatever stands around them."""
-    said = f"Could not connect to 'http://k:{_CANARY}@h:1/b' or s3://u:{_CANARY}/@@x@h, https://plain/a"
-    assert strip_userinfo(said) == "Could not connect to 'http://***@h:1/b' or s3://***@h, https://plain/a"
+def test_urls_in_error_messages_are_stripped_of_logins() -> None:
+    """Also within other text."""
+    message = f"Could not connect to 'http://k:{_CANARY}@h:1/b' or s3://u:{_CANARY}/@@x@h, https://plain/a"
+    assert strip_userinfo(message) == "Could not connect to 'http://***@h:1/b' or s3://***@h, https://plain/a"
 
 
-def test_a_secret_that_all_may_read_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By its file's name, not its content; one that is its owner's and group's alone is not."""
+def test_world_readable_secret_file_is_warned_about_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The warning names the file. There is none for a file that only its owner and group can read."""
     path = tmp_path / "secret"
     path.write_text(_CANARY)
     with caplog.at_level(logging.WARNING):
@@ -155,7 +159,7 @@ def test_a_secret_that_all_may_read_is_told_once(tmp_path: Path, caplog: pytest.
 
 @pytest.fixture
 def secrets(tmp_path: Path) -> dict[str, str]:
-    """Files, by flag."""
+    """Return files with secrets, by flag."""
     flags = {}
     for name in ("--cache-password-file", "--key-secret-file"):
         path = tmp_path / name.strip("-")
@@ -165,8 +169,8 @@ def secrets(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_nothing_that_a_proxy_shows_has_its_secrets(secrets: dict[str, str], tmp_path: Path) -> None:
-    """Log at debug, pages, answers, its command line, its commands; whether the store lets it in, or dies."""
+def test_secrets_of_a_proxy_appear_in_no_output(secrets: dict[str, str], tmp_path: Path) -> None:
+    """Neither in the debug log, pages, responses, process list nor commands, with the store up or down."""
     shown: list[str] = []
     flags = [part for item in secrets.items() for part in item]
     with redis_process(tmp_path) as store:
@@ -188,9 +192,9 @@ def test_nothing_that_a_proxy_shows_has_its_secrets(secrets: dict[str, str], tmp
                     *UNLIMITED_RATE_FLAGS,
                     env=env,
                 ) as proxy,
-                open_caller(proxy.target) as asking,
+                open_caller(proxy.target) as client,
             ):
-                reply = asking.infer([("secrets", "t")])
+                reply = client.infer([("secrets", "t")])
                 assert reply.code is StatusCode.OK
                 for path in ("metrics", "healthz", "readyz", "replica", "", "nothing"):
                     try:
@@ -198,13 +202,13 @@ def test_nothing_that_a_proxy_shows_has_its_secrets(secrets: dict[str, str], tmp
                             shown.append(response.read().decode())
                     except HTTPError as error:
                         shown.append(error.read().decode())
-                ended = run_command("services.cache_proxy", "stats", "--json", *given, env=env)
-                assert (ended.returncode == 0) is not bool(url)
+                completed = run_command("services.cache_proxy", "stats", "--json", *given, env=env)
+                assert (completed.returncode == 0) is not bool(url)
                 if not url:
                     store.kill()
-                    asking.infer([("secrets when it is dead", "t")])
-                    wait_for(lambda: "down" in proxy.log, description="the store's end is told")
-                shown += [str(reply), ended.stdout, ended.stderr, _command_line(proxy.process.pid)]
+                    client.infer([("secrets when it is dead", "t")])
+                    wait_for(lambda: "down" in proxy.log, description="the store's end is logged")
+                shown += [str(reply), completed.stdout, completed.stderr, _command_line(proxy.process.pid)]
                 assert proxy.stop() == 0
                 shown += [proxy.log, json.dumps(proxy.ready)]
     assert "everybody on this machine may read it" in "".join(shown)
@@ -212,8 +216,8 @@ def test_nothing_that_a_proxy_shows_has_its_secrets(secrets: dict[str, str], tmp
 
 
 @pytest.mark.slow
-def test_nothing_that_an_augmenter_shows_has_its_secrets(tmp_path: Path) -> None:
-    """Its token, its keys, and a login in the endpoint's URL, when there is no proxy and that URL is none."""
+def test_secrets_of_an_augmenter_appear_in_no_output(tmp_path: Path) -> None:
+    """Neither its token, its keys, nor a login in the endpoint's URL, also without a proxy."""
     token = tmp_path / "token"
     token.write_text(f"{_CANARY}-token")
     source = tmp_path / "1.jsonl"

@@ -4,7 +4,7 @@ The file has one entry a line, and `#` begins a comment:
 
     NAME sha256:HEX     by a bearer token with this SHA-256; a name may have several tokens, one a line
     NAME certificate    by a client certificate with this name
-    NAME denied         never, whatever other lines say
+    NAME denied         never, whatever other lines state
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def _parse(path: str) -> CallerList:
             message = f"{_FLAG} {path}: line {number} has the token of {by_token[token]}"
             raise UsageError(message)
     if not by_token and not by_certificate:
-        message = f"{_FLAG} {path}: it lets nobody in"
+        message = f"{_FLAG} {path}: it admits no caller"
         raise UsageError(message)
     return CallerList(by_token, frozenset(by_certificate), frozenset(denied))
 

@@ -1,4 +1,4 @@
-"""Convert errors to gRPC statuses: code, message and trailers, as the table in the contract says."""
+"""Convert errors to gRPC statuses: code, message and trailers, as the table in the contract defines them."""
 
 import itertools
 from collections.abc import Mapping
@@ -93,7 +93,7 @@ def _pairs_failed_status(failures: Mapping[int, PairError]) -> GrpcStatus:
         return _with_details(grpc.StatusCode.INTERNAL, message, violations)
     unavailable = [error for error in failures.values() if isinstance(error, ModelUnavailableError)]
     retry_after_seconds = max((error.retry_after_seconds for error in unavailable), default=1.0)
-    message = unavailable[0].message if unavailable else "the model cannot be asked"
+    message = unavailable[0].message if unavailable else "the model is unavailable"
     violations = {f"batch[{index}]": "not answered" for index in sorted(failures)}
     status = _with_details(grpc.StatusCode.UNAVAILABLE, message, violations)
     return status._replace(trailers=status.trailers + _pushback(retry_after_seconds))

@@ -62,7 +62,7 @@ class RequestLimits:
 class SeniorityServicer:
     """Implements the model's interface. It alone converts errors to gRPC statuses.
 
-    State: `_draining`; `_in_flight`, the number of RPCs that are being processed; `_idle`, set when that
+    State: `_draining`; `_active_rpcs`, the number of RPCs that are being processed; `_idle`, set when that
     number reaches 0 while draining.
     """
 
@@ -83,13 +83,13 @@ class SeniorityServicer:
         self._recorder = recorder
         self._tracing = tracing
         self._draining = False
-        self._in_flight = 0
+        self._active_rpcs = 0
         self._idle = asyncio.Event()
 
     async def drain(self) -> None:
         """Reject every further request with a status. Return when none is in progress."""
         self._draining = True
-        if self._in_flight:
+        if self._active_rpcs:
             await self._idle.wait()
 
     def add_to(self, server: aio.Server) -> None:
@@ -113,15 +113,15 @@ class SeniorityServicer:
             response = self._answer_single(message, caller, context)
         if response is not None:
             return response
-        self._in_flight += 1
+        self._active_rpcs += 1
         try:
             request, size_bytes = batches.split(message, max_pairs=self._limits.max_pairs), len(message)
             # The message may be large, and the request has all that is needed of it.
             del message
             return await self._handle(request, size_bytes, caller, context)
         finally:
-            self._in_flight -= 1
-            if self._draining and not self._in_flight:
+            self._active_rpcs -= 1
+            if self._draining and not self._active_rpcs:
                 self._idle.set()
 
     def _answer_single(self, message: bytes, caller: Caller, context: Context) -> bytes | None:

@@ -61,7 +61,7 @@ class UnixSocketLock:
                 pass
             except OSError as error:
                 raise self._error(error.strerror or str(error)) from error
-        raise self._error("somebody listens there already")
+        raise self._error("another program listens there already")
 
     def _error(self, reason: str) -> CommandError:
         return CommandError(f"{self._flag_name} {self._address}: {reason}")

@@ -60,7 +60,7 @@ async def parse(items: Sequence[bytes], positions: Sequence[int], *, max_field_b
     async for chunk in iter_chunks(columns.items, CHUNK_PAIRS, size=len, max_size=CHUNK_BYTES):
         first = len(columns.key_offsets)
         nonstandard = _parse_by_slicing(chunk, columns, max_text_bytes=min(_MAX_TEXT_BYTES, max_field_bytes))
-        # If any text is not UTF-8, protobuf parses the whole chunk, and its error says what is wrong.
+        # If any text is not UTF-8, protobuf parses the whole chunk, and its error names what is wrong.
         if not _is_utf8(columns.texts[2 * first :]):
             nonstandard = list(range(len(chunk)))
         if nonstandard:

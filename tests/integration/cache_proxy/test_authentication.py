@@ -1,4 +1,4 @@
-"""Callers, proxy and model by mutual TLS and tokens: who comes in, and who does not."""
+"""Authentication by mutual TLS and tokens between callers, proxy and model."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ from tests.support.model_server import Answers, ReceivedCall, ScriptedModel, ans
 from tests.support.processes import ServiceProcess, cache_proxy, run_command
 from tests.support.redis_server import wait_for
 
-_TOKENS = {name: f"s3cret-of-{name}" for name in ("pricing", "gone", "nobody", "the-proxy")}
+_TOKENS = {name: f"s3cret-of-{name}" for name in ("pricing", "gone", "unknown", "the-proxy")}
 
 
 def _line(name: str) -> str:
@@ -35,9 +35,9 @@ def _bearer(name: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def by_token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyEnvironment]:
-    """A proxy in the clear that lets in by token, and tells all it does."""
-    listed = tmp_path_factory.mktemp("tokens") / "callers"
-    listed.write_text(_line("pricing") + _line("gone") + "gone denied\n")
+    """Start a plaintext proxy that admits callers by token, with its log level at debug."""
+    caller_list = tmp_path_factory.mktemp("tokens") / "callers"
+    caller_list.write_text(_line("pricing") + _line("gone") + "gone denied\n")
     with (
         scripted_model() as model,
         cache_proxy(
@@ -47,22 +47,22 @@ def by_token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyEnvironm
             "memory:",
             *UNLIMITED_RATE_FLAGS,
             "--caller-tokens-file",
-            str(listed),
+            str(caller_list),
             "--log-level",
             "debug",
         ) as proxy,
-        open_caller(proxy.target) as asking,
+        open_caller(proxy.target) as client,
     ):
-        yield ProxyEnvironment(asking, proxy, model)
+        yield ProxyEnvironment(client, proxy, model)
 
 
-def test_who_has_no_token_gets_nothing_that_is_known_either(by_token: ProxyEnvironment) -> None:
-    """One pair or several, cached or new: `UNAUTHENTICATED`, no pair counted, no call of the model."""
+def test_caller_without_token_gets_no_cached_level_either(by_token: ProxyEnvironment) -> None:
+    """For one pair or several, cached or new: `UNAUTHENTICATED`, no pair counted, no call to the model."""
     known = make_pairs("known", 2)
     assert by_token.caller.infer(known, metadata=_bearer("pricing")).levels
     before, calls = read_metrics(by_token.proxy.http_url), len(by_token.model.calls)
     for pairs in (known[:1], known, make_pairs("new", 3), []):
-        for metadata in ([], [("x-caller", "pricing")], _bearer("nobody")):
+        for metadata in ([], [("x-caller", "pricing")], _bearer("unknown")):
             reply = by_token.caller.infer(pairs, metadata=metadata)
             assert reply.code is StatusCode.UNAUTHENTICATED
             assert reply.trailers.keys() == set()
@@ -78,14 +78,14 @@ def test_who_has_no_token_gets_nothing_that_is_known_either(by_token: ProxyEnvir
     assert len(by_token.model.calls) == calls
 
 
-def test_who_is_denied_is_known_and_gets_nothing(by_token: ProxyEnvironment) -> None:
-    """`PERMISSION_DENIED`, with the name that the token gives."""
+def test_denied_caller_gets_permission_denied_with_its_name(by_token: ProxyEnvironment) -> None:
+    """The name is the one that the token identifies."""
     reply = by_token.caller.infer(make_pairs("denied", 1), metadata=_bearer("gone"))
     assert (reply.code, reply.message) == (StatusCode.PERMISSION_DENIED, "gone may not call this proxy")
 
 
-def test_the_tokens_name_is_the_callers(by_token: ProxyEnvironment) -> None:
-    """Its pairs are counted under it, whatever the caller claims to be."""
+def test_caller_is_counted_under_the_name_of_its_token(by_token: ProxyEnvironment) -> None:
+    """The name in `x-caller` is ignored."""
     pairs = make_pairs("name", 3)
     metadata = [*_bearer("pricing"), ("x-caller", "somebody-else")]
     before = read_metrics(by_token.proxy.http_url).get(
@@ -97,8 +97,8 @@ def test_the_tokens_name_is_the_callers(by_token: ProxyEnvironment) -> None:
     assert not [name for name in after if "somebody-else" in name]
 
 
-def test_health_and_reflection_are_open(by_token: ProxyEnvironment) -> None:
-    """Probes and the curious need no token: they learn that it serves, and the public proto."""
+def test_health_and_reflection_need_no_token(by_token: ProxyEnvironment) -> None:
+    """Any caller may check the health and read the public protos."""
     channel = by_token.caller.channel
     health_stub: Any = health_pb2_grpc.HealthStub(channel)
     reflection_stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -109,8 +109,8 @@ def test_health_and_reflection_are_open(by_token: ProxyEnvironment) -> None:
     assert "SeniorityModel" in {one.name for one in next(answers).list_services_response.service}
 
 
-def test_no_token_is_seen_anywhere(by_token: ProxyEnvironment) -> None:
-    """Neither in the log at its most talkative, nor in the metrics, nor in the list of processes."""
+def test_tokens_are_in_no_log_metric_or_process_listing(by_token: ProxyEnvironment) -> None:
+    """Also at log level debug."""
     for name, token in _TOKENS.items():
         by_token.caller.infer(make_pairs("seen", 1), metadata=_bearer(name))
         with open_peer(by_token.proxy.target) as odd:
@@ -123,8 +123,8 @@ def test_no_token_is_seen_anywhere(by_token: ProxyEnvironment) -> None:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Everything by mutual TLS, its files mounted; `pricing` and `spare` are callers' certificates."""
+class _Deployment:
+    """A proxy and a model with mutual TLS on both connections, and the mounted files of the proxy."""
 
     authority: CertificateAuthority
     listener: MountedSecret
@@ -134,17 +134,17 @@ class _Place:
     proxy: ServiceProcess
     model: ScriptedModel
 
-    def ask(
+    def infer(
         self, shown: SignedCertificate | None, company: str, *, ca: Path | None = None, token: str = ""
     ) -> RpcResult:
-        """A new pair, by a connection of its own."""
+        """Send a new pair on a new connection with this client certificate and token."""
         roots = (ca or self.authority.certificate).read_bytes()
         own = () if shown is None else shown.pem[1:]
-        with open_caller(self.proxy.target, grpc.ssl_channel_credentials(roots, *own)) as asking:
-            return asking.infer(make_pairs(company, 1), metadata=_bearer(token) if token else ())
+        with open_caller(self.proxy.target, grpc.ssl_channel_credentials(roots, *own)) as client:
+            return client.infer(make_pairs(company, 1), metadata=_bearer(token) if token else ())
 
-    def until_told(self, files: str, outcome: str, count: int) -> None:
-        """Wait until the proxy has noticed so many changes of these files."""
+    def wait_for_reloads(self, files: str, outcome: str, count: int) -> None:
+        """Wait until the proxy has counted this many reloads of these files with this outcome."""
         name = ("cache_proxy_renewals_total", files, outcome)
         wait_for(
             lambda: read_metrics(self.proxy.http_url)[name] == count, description=f"{files} is {outcome}"
@@ -152,8 +152,8 @@ class _Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Place]:
-    """Caller, proxy and model, each with a certificate of one authority."""
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Deployment]:
+    """Start a proxy and a model, each with a certificate of the same authority."""
     folder = tmp_path_factory.mktemp("access")
     authority = CertificateAuthority(folder)
     listener, towards_model = MountedSecret(folder / "listener"), MountedSecret(folder / "model")
@@ -183,144 +183,152 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Place]:
             str(token),
         ) as proxy,
     ):
-        yield _Place(authority, listener, towards_model, callers, token, proxy, model)
+        yield _Deployment(authority, listener, towards_model, callers, token, proxy, model)
 
 
 @pytest.fixture(scope="module")
-def pricing(place: _Place) -> SignedCertificate:
-    """The certificate of a caller that the list names."""
-    return place.authority.sign("pricing", "DNS:pricing.example")
+def pricing(deployment: _Deployment) -> SignedCertificate:
+    """Return the certificate of a caller that the list names."""
+    return deployment.authority.sign("pricing", "DNS:pricing.example")
 
 
-def test_both_ways_are_by_mutual_tls(place: _Place, pricing: SignedCertificate) -> None:
-    """A caller with a certificate is answered, the model is shown the proxy's, and the token besides."""
-    assert place.ask(pricing, "mutual").levels
-    call = place.model.calls_with("mutual")[0]
+def test_caller_and_model_connections_use_mutual_tls(
+    deployment: _Deployment, pricing: SignedCertificate
+) -> None:
+    """A caller with a listed certificate is answered. The model gets the proxy's certificate and token."""
+    assert deployment.infer(pricing, "mutual").levels
+    call = deployment.model.calls_with("mutual")[0]
     assert (call.certificate, call.authorization) == ("the-proxy", f"Bearer {_TOKENS['the-proxy']}")
     assert (
-        read_metrics(place.proxy.http_url)["cache_proxy_caller_pairs_total", "pricing.example", "miss"] >= 1
+        read_metrics(deployment.proxy.http_url)["cache_proxy_caller_pairs_total", "pricing.example", "miss"]
+        >= 1
     )
     assert (
-        place.ask(place.authority.sign("other", "DNS:other.example"), "other").code
+        deployment.infer(deployment.authority.sign("other", "DNS:other.example"), "other").code
         is StatusCode.PERMISSION_DENIED
     )
 
 
-def test_who_is_no_party_to_it_is_not_connected(
-    place: _Place, pricing: SignedCertificate, tmp_path: Path
+def test_untrusted_or_plaintext_connections_fail(
+    deployment: _Deployment, pricing: SignedCertificate, tmp_path: Path
 ) -> None:
-    """No certificate, one of another authority, in the clear; and a proxy that the caller does not trust."""
+    """No certificate, one of another authority, plaintext, and a proxy that the caller does not trust."""
     stranger = CertificateAuthority(tmp_path, "stranger")
     replies = [
-        place.ask(None, "a"),
-        place.ask(stranger.sign("pricing", "DNS:pricing.example"), "a"),
-        place.ask(pricing, "a", ca=stranger.certificate),
+        deployment.infer(None, "a"),
+        deployment.infer(stranger.sign("pricing", "DNS:pricing.example"), "a"),
+        deployment.infer(pricing, "a", ca=stranger.certificate),
     ]
-    with open_caller(place.proxy.target) as in_the_clear:
-        replies.append(in_the_clear.infer(make_pairs("a", 1)))
+    with open_caller(deployment.proxy.target) as plaintext_client:
+        replies.append(plaintext_client.infer(make_pairs("a", 1)))
     assert {reply.code for reply in replies} == {StatusCode.UNAVAILABLE}
-    assert place.model.calls_with("a ") == []
+    assert deployment.model.calls_with("a ") == []
 
 
-def test_a_unix_socket_is_in_the_clear_and_the_list_holds_on_it(place: _Place) -> None:
-    """Whoever may open it needs no TLS there, yet nobody comes in by a name of their own making."""
-    with open_caller(place.proxy.ready["listen"][1]) as in_the_clear:
-        reply = in_the_clear.infer(make_pairs("socket", 1), metadata=[("x-caller", "pricing.example")])
+def test_unix_socket_is_plaintext_and_still_requires_a_token(deployment: _Deployment) -> None:
+    """Callers need no TLS on it, and a name in `x-caller` does not admit them."""
+    with open_caller(deployment.proxy.ready["listen"][1]) as plaintext_client:
+        reply = plaintext_client.infer(make_pairs("socket", 1), metadata=[("x-caller", "pricing.example")])
     assert reply.code is StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.slow
-def test_the_command_line_asks_by_tls_too(place: _Place, pricing: SignedCertificate) -> None:
-    """`cache-proxy infer` with the CA, a certificate and a token is answered; without, refused."""
+def test_infer_command_connects_with_mutual_tls(deployment: _Deployment, pricing: SignedCertificate) -> None:
+    """`cache-proxy infer` succeeds with CA, certificate and token, and fails with the CA alone."""
     own = ("--tls-ca", str(pricing.ca), "--client-cert", str(pricing.certificate), "--client-key")
-    asked = ("infer", "--target", place.proxy.target, "--company", "command", "--title", "line")
+    arguments = ("infer", "--target", deployment.proxy.target, "--company", "command", "--title", "line")
     done = run_command(
-        "services.cache_proxy", *asked, *own, str(pricing.key), "--token-file", str(place.token)
+        "services.cache_proxy", *arguments, *own, str(pricing.key), "--token-file", str(deployment.token)
     )
     assert (done.returncode, done.stderr) == (0, "")
-    refused = run_command("services.cache_proxy", *asked, "--tls-ca", str(pricing.ca), "--deadline", "5s")
+    refused = run_command("services.cache_proxy", *arguments, "--tls-ca", str(pricing.ca), "--deadline", "5s")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "UNAVAILABLE" in refused.stderr
 
 
 @pytest.mark.slow
-def test_the_list_of_callers_holds_within_seconds(place: _Place, pricing: SignedCertificate) -> None:
-    """Who is added may come, who is taken off may not, and a broken list is noticed and changes nothing."""
-    place.callers.write_text("pricing.example certificate\n" + _line("pricing"))
-    place.until_told("caller_tokens", "done", 1)
-    other = place.authority.sign("other", "DNS:other.example")
-    assert place.ask(other, "added", token="pricing").levels
-    place.callers.write_text("pricing.example " + _TOKENS["gone"])
-    place.until_told("caller_tokens", "failed", 1)
-    assert read_metrics(place.proxy.http_url)["cache_proxy_renewal_failing", "caller_tokens"] == 1
-    assert place.ask(pricing, "broken").levels
-    assert place.ask(other, "broken", token="pricing").levels
-    place.callers.write_text("pricing.example certificate\n")
-    place.until_told("caller_tokens", "done", 2)
-    assert read_metrics(place.proxy.http_url)["cache_proxy_renewal_failing", "caller_tokens"] == 0
-    assert place.ask(other, "taken off", token="pricing").code is StatusCode.PERMISSION_DENIED
-    assert place.ask(pricing, "left").levels
-    assert not [token for token in _TOKENS.values() if token in place.proxy.log]
+def test_changed_caller_list_applies_within_seconds(
+    deployment: _Deployment, pricing: SignedCertificate
+) -> None:
+    """Added callers are admitted, removed ones are not. An invalid list is counted and changes nothing."""
+    deployment.callers.write_text("pricing.example certificate\n" + _line("pricing"))
+    deployment.wait_for_reloads("caller_tokens", "done", 1)
+    other = deployment.authority.sign("other", "DNS:other.example")
+    assert deployment.infer(other, "added", token="pricing").levels
+    deployment.callers.write_text("pricing.example " + _TOKENS["gone"])
+    deployment.wait_for_reloads("caller_tokens", "failed", 1)
+    assert read_metrics(deployment.proxy.http_url)["cache_proxy_renewal_failing", "caller_tokens"] == 1
+    assert deployment.infer(pricing, "broken").levels
+    assert deployment.infer(other, "broken", token="pricing").levels
+    deployment.callers.write_text("pricing.example certificate\n")
+    deployment.wait_for_reloads("caller_tokens", "done", 2)
+    assert read_metrics(deployment.proxy.http_url)["cache_proxy_renewal_failing", "caller_tokens"] == 0
+    assert deployment.infer(other, "taken off", token="pricing").code is StatusCode.PERMISSION_DENIED
+    assert deployment.infer(pricing, "left").levels
+    assert not [token for token in _TOKENS.values() if token in deployment.proxy.log]
 
 
 @pytest.mark.slow
-def test_what_the_model_is_shown_is_renewed(place: _Place, pricing: SignedCertificate) -> None:
-    """A certificate and a token that change are shown to the model from then on."""
-    place.token.write_text("s3cret-of-today")
-    place.until_told("model_token", "done", 1)
-    assert place.ask(pricing, "token").levels
-    assert place.model.calls_with("token")[0].authorization == "Bearer s3cret-of-today"
-    place.towards_model.replace_certificate(place.authority.sign("renewed"))
-    place.until_told("model_tls", "done", 1)
+def test_renewed_certificate_and_token_are_sent_to_the_model(
+    deployment: _Deployment, pricing: SignedCertificate
+) -> None:
+    """Both apply to calls after the files have changed."""
+    deployment.token.write_text("s3cret-of-today")
+    deployment.wait_for_reloads("model_token", "done", 1)
+    assert deployment.infer(pricing, "token").levels
+    assert deployment.model.calls_with("token")[0].authorization == "Bearer s3cret-of-today"
+    deployment.towards_model.replace_certificate(deployment.authority.sign("renewed"))
+    deployment.wait_for_reloads("model_tls", "done", 1)
     numbers = itertools.count()
 
     def is_shown() -> bool:
         company = f"shown {next(numbers)}"
-        assert place.ask(pricing, company).levels
-        return place.model.calls_with(company)[0].certificate == "renewed"
+        assert deployment.infer(pricing, company).levels
+        return deployment.model.calls_with(company)[0].certificate == "renewed"
 
     wait_for(is_shown, description="the model is shown the renewed certificate")
-    assert "s3cret-of-today" not in place.proxy.log
+    assert "s3cret-of-today" not in deployment.proxy.log
 
 
 @pytest.mark.slow
-def test_the_listener_is_renewed_and_no_call_is_hurt(
-    place: _Place, pricing: SignedCertificate, tmp_path: Path
+def test_renewed_listener_certificate_applies_without_failing_calls(
+    deployment: _Deployment, pricing: SignedCertificate, tmp_path: Path
 ) -> None:
-    """Another authority's certificate and CA: shown and asked of new connections, while a call on an old one
-    ends well; a pair that is none is noticed, told once, and changes nothing.
-    """  # noqa: D205 - one thought
+    """New connections use the certificate and CA of another authority, and a call on an old one completes.
+
+    A certificate and key that do not match are counted, logged once, and change nothing.
+    """
     later = CertificateAuthority(tmp_path, "later")
     own, new = later.sign("listener"), later.sign("pricing", "DNS:pricing.example")
-    held, go = threading.Event(), threading.Event()
+    call_started, finish_call = threading.Event(), threading.Event()
 
     def hold(call: ReceivedCall) -> Answers:
-        held.set()
-        go.wait(60)
+        call_started.set()
+        finish_call.wait(60)
         return answer_all(call)
 
-    place.model.behaviour = hold
+    deployment.model.behaviour = hold
     try:
-        with open_caller(place.proxy.target, grpc.ssl_channel_credentials(*pricing.pem)) as asking:
-            under_way = asking.start_infer(make_pairs("under way", 1))
-            assert held.wait(60)
-            place.listener.replace_certificate(own)
-            place.until_told("listen_tls", "done", 1)
-            place.model.behaviour = answer_all
-            assert place.ask(new, "renewed", ca=later.certificate).levels
-            assert place.ask(pricing, "old").code is StatusCode.UNAVAILABLE
-            assert not under_way.done
-            go.set()
-            assert under_way.result().levels
+        with open_caller(deployment.proxy.target, grpc.ssl_channel_credentials(*pricing.pem)) as client:
+            in_progress = client.start_infer(make_pairs("under way", 1))
+            assert call_started.wait(60)
+            deployment.listener.replace_certificate(own)
+            deployment.wait_for_reloads("listen_tls", "done", 1)
+            deployment.model.behaviour = answer_all
+            assert deployment.infer(new, "renewed", ca=later.certificate).levels
+            assert deployment.infer(pricing, "old").code is StatusCode.UNAVAILABLE
+            assert not in_progress.done
+            finish_call.set()
+            assert in_progress.result().levels
     finally:
-        go.set()
-        place.model.behaviour = answer_all
-    place.listener.replace_files(tls_crt=own.certificate, tls_key=new.key, ca_crt=own.ca)
-    place.until_told("listen_tls", "failed", 1)
-    assert read_metrics(place.proxy.http_url)["cache_proxy_renewal_failing", "listen_tls"] == 1
-    assert place.ask(new, "broken", ca=later.certificate).levels
-    place.listener.replace_certificate(own)
-    place.until_told("listen_tls", "done", 2)
-    assert read_metrics(place.proxy.http_url)["cache_proxy_renewal_failing", "listen_tls"] == 0
-    assert place.proxy.log.count("not a pair") == 1
-    assert place.proxy.stop() == 0
+        finish_call.set()
+        deployment.model.behaviour = answer_all
+    deployment.listener.replace_files(tls_crt=own.certificate, tls_key=new.key, ca_crt=own.ca)
+    deployment.wait_for_reloads("listen_tls", "failed", 1)
+    assert read_metrics(deployment.proxy.http_url)["cache_proxy_renewal_failing", "listen_tls"] == 1
+    assert deployment.infer(new, "broken", ca=later.certificate).levels
+    deployment.listener.replace_certificate(own)
+    deployment.wait_for_reloads("listen_tls", "done", 2)
+    assert read_metrics(deployment.proxy.http_url)["cache_proxy_renewal_failing", "listen_tls"] == 0
+    assert deployment.proxy.log.count("not a pair") == 1
+    assert deployment.proxy.stop() == 0

@@ -1,4 +1,4 @@
-"""What the model says of a batch reaches no caller whose pairs it does not name."""
+"""A model's message about a batch never reveals another caller's pairs."""
 
 import itertools
 from collections.abc import Callable
@@ -23,39 +23,39 @@ from tests.support.model_server import (
 
 _NAMES = itertools.count()
 _SECRET = "Chief of Secret Project X"
-_Refusal = Callable[[ReceivedCall, str], tuple[str, Trailers]]
+_Rejection = Callable[[ReceivedCall, str], tuple[str, Trailers]]
 
 
-def _unnamed(_call: ReceivedCall, words: str) -> tuple[str, Trailers]:
-    return words, ()
+def _without_names(_call: ReceivedCall, message: str) -> tuple[str, Trailers]:
+    return message, ()
 
 
-def _in_details(call: ReceivedCall, words: str) -> tuple[str, Trailers]:
+def _details_naming_pairs(call: ReceivedCall, message: str) -> tuple[str, Trailers]:
     named = [(f"batch[{at}].title", f"own {title}") for at, (_, title) in enumerate(call.pairs)]
-    return words, bad_request_details(*named)
+    return message, bad_request_details(*named)
 
 
-def _by_details_that_repeat_the_message(call: ReceivedCall, words: str) -> tuple[str, Trailers]:
-    return words, bad_request_details(
-        *((f"batch[{at}].title", f"bad: {words}") for at in range(len(call.pairs)))
+def _details_repeating_the_message(call: ReceivedCall, message: str) -> tuple[str, Trailers]:
+    return message, bad_request_details(
+        *((f"batch[{at}].title", f"bad: {message}") for at in range(len(call.pairs)))
     )
 
 
-def _by_its_message(call: ReceivedCall, words: str) -> tuple[str, Trailers]:
-    return f"{', '.join(f'batch[{at}]' for at in range(len(call.pairs)))}: {words}", ()
+def _message_naming_pairs(call: ReceivedCall, message: str) -> tuple[str, Trailers]:
+    return f"{', '.join(f'batch[{at}]' for at in range(len(call.pairs)))}: {message}", ()
 
 
 @pytest.fixture(params=["memory", "redis"])
-def lingering(request: pytest.FixtureRequest, stage_with: StartProxyEnvironment) -> ProxyEnvironment:
-    """A proxy whose callers of the same moment share a batch."""
-    name = f"words{next(_NAMES)}"
+def batching_proxy(request: pytest.FixtureRequest, stage_with: StartProxyEnvironment) -> ProxyEnvironment:
+    """Start a proxy that puts pairs of concurrent callers into one batch."""
+    name = f"details{next(_NAMES)}"
     url = "memory:" if request.param == "memory" else request.getfixturevalue("shared_redis")
     return stage_with(*UNLIMITED_RATE_FLAGS, "--cache-url", url, "--key-prefix", name, "--linger", "500ms")
 
 
-def _two_tenants(stage: ProxyEnvironment) -> tuple[RpcResult, RpcResult]:
-    asked = stage.caller.start_infer([("A", "Nurse")]), stage.caller.start_infer([("B", _SECRET)])
-    return asked[0].result(), asked[1].result()
+def _infer_for_two_callers(stage: ProxyEnvironment) -> tuple[RpcResult, RpcResult]:
+    requests = stage.caller.start_infer([("A", "Nurse")]), stage.caller.start_infer([("B", _SECRET)])
+    return requests[0].result(), requests[1].result()
 
 
 def _text(reply: RpcResult) -> str:
@@ -63,46 +63,53 @@ def _text(reply: RpcResult) -> str:
 
 
 @pytest.mark.parametrize(
-    "refusal", [_unnamed, _in_details, _by_details_that_repeat_the_message, _by_its_message]
+    "rejection",
+    [_without_names, _details_naming_pairs, _details_repeating_the_message, _message_naming_pairs],
 )
-def test_a_refusal_quotes_no_other_callers_pairs(lingering: ProxyEnvironment, refusal: _Refusal) -> None:
-    """However the model names the pairs: each caller gets the code and the reason of its own, at once and
-    when it asks again; whoever asked for the whole batch gets the model's message.
-    """  # noqa: D205 - one thought
+def test_rejection_never_quotes_another_callers_pairs(
+    batching_proxy: ProxyEnvironment, rejection: _Rejection
+) -> None:
+    """Each caller gets the code and the reason of its pairs, also for a repeated request.
 
-    def refuse(call: ReceivedCall) -> Answers:
-        words = f"titles not accepted: {[title for _, title in call.pairs]}"
-        raise AbortCallError(StatusCode.INVALID_ARGUMENT, *refusal(call, words))
+    This holds however the model names the pairs. A caller with all pairs of the batch gets the model's
+    message.
+    """
 
-    lingering.model.behaviour = refuse
-    nurse, secret = _two_tenants(lingering)
-    assert len(lingering.model.calls[0].pairs) == 2, "they shared a batch"
-    again = lingering.caller.infer([("A", "Nurse")])
+    def reject_batch(call: ReceivedCall) -> Answers:
+        message = f"titles not accepted: {[title for _, title in call.pairs]}"
+        raise AbortCallError(StatusCode.INVALID_ARGUMENT, *rejection(call, message))
+
+    batching_proxy.model.behaviour = reject_batch
+    nurse, secret = _infer_for_two_callers(batching_proxy)
+    assert len(batching_proxy.model.calls[0].pairs) == 2, "they shared a batch"
+    again = batching_proxy.caller.infer([("A", "Nurse")])
     for reply in (nurse, again):
         assert reply.code is StatusCode.INVALID_ARGUMENT
         assert "Secret" not in _text(reply)
         assert reply.message
     assert secret.code is StatusCode.INVALID_ARGUMENT
     assert "Nurse" not in _text(secret)
-    both = lingering.caller.infer([("C", "Clerk"), ("D", "Driver")])
-    assert both.code is StatusCode.INVALID_ARGUMENT
-    if refusal is not _unnamed:  # unnamed, each ends in a batch of its own
-        assert "['Clerk', 'Driver']" in both.message
-        later = lingering.caller.infer([("C", "Clerk")])
+    whole_batch = batching_proxy.caller.infer([("C", "Clerk"), ("D", "Driver")])
+    assert whole_batch.code is StatusCode.INVALID_ARGUMENT
+    # Pairs that the model does not name end in batches of one pair.
+    if rejection is not _without_names:
+        assert "['Clerk', 'Driver']" in whole_batch.message
+        later = batching_proxy.caller.infer([("C", "Clerk")])
         assert "Driver" not in _text(later), "what is remembered is not the whole batch's"
 
 
-def test_a_failed_call_quotes_no_other_callers_pairs(stage_with: StartProxyEnvironment) -> None:
-    """A model that breaks down over a batch, and quotes it: the callers learn the code, and who asked for all
-    of the batch learns the words.
-    """  # noqa: D205 - one thought
+def test_failed_call_never_quotes_another_callers_pairs(stage_with: StartProxyEnvironment) -> None:
+    """Each caller gets the code of a failure whose message quotes the batch.
+
+    Only a caller with all pairs of the batch gets the message.
+    """
     stage = stage_with(*UNLIMITED_RATE_FLAGS, "--linger", "500ms", "--model-retry-window", "500ms")
 
     def down(call: ReceivedCall) -> Answers:
         raise AbortCallError(StatusCode.UNAVAILABLE, f"cannot rate {[title for _, title in call.pairs]}")
 
     stage.model.behaviour = down
-    nurse, secret = _two_tenants(stage)
+    nurse, secret = _infer_for_two_callers(stage)
     assert len(stage.model.calls[0].pairs) == 2, "they shared a batch"
     assert {nurse.code, secret.code} == {StatusCode.UNAVAILABLE}
     assert "UNAVAILABLE" in nurse.message

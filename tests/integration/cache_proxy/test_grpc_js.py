@@ -1,4 +1,4 @@
-"""A caller with another implementation of gRPC: @grpc/grpc-js on Node."""
+"""A caller with another implementation of gRPC, @grpc/grpc-js on Node."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ _CLIENT = ROOT / "tests" / "support" / "grpc_js"
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the client and what it needs."""
+    """Return a folder with the client and its dependencies installed."""
     npm = shutil.which("npm")
     if npm is None:
         pytest.skip("no npm is installed")
@@ -34,10 +34,10 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_grpc_js_sees_health_reflection_and_a_clean_drain(
+def test_grpc_js_gets_health_reflection_and_only_unavailable_during_a_drain(
     node: Path, stage_with: StartProxyEnvironment
 ) -> None:
-    """List, both versions of reflection, and of 32 workers through a drain: answers and UNAVAILABLE alone."""
+    """Health and both versions of reflection work. 32 workers get levels or UNAVAILABLE in a drain."""
     stage = stage_with(*UNLIMITED_RATE_FLAGS)
     command = ["node", "client.js", stage.proxy.target, str(ROOT / "protos" / "seniority.proto")]
     with subprocess.Popen(command, cwd=node, stdout=subprocess.PIPE, text=True) as client:
@@ -54,4 +54,5 @@ def test_grpc_js_sees_health_reflection_and_a_clean_drain(
         assert f"grpc.reflection.{version}.ServerReflection" in found["reflected"][version]
     assert set(found["seen"]) <= {"OK", "UNAVAILABLE with pushback", "UNAVAILABLE"}
     assert found["seen"]["UNAVAILABLE with pushback"] >= _WORKERS
-    assert found["seen"]["UNAVAILABLE"] == _WORKERS  # each one's connection was closed
+    # Each worker's connection was closed.
+    assert found["seen"]["UNAVAILABLE"] == _WORKERS

@@ -1,4 +1,4 @@
-"""Every row of the table of statuses, as a caller sees it."""
+"""Every row of the contract's table of gRPC statuses, as a caller receives it."""
 
 import threading
 import time
@@ -26,32 +26,41 @@ from tests.support.model_server import (
 from tests.support.processes import ServiceProcess
 from tests.support.redis_server import free_port, wait_for
 
-REFUSALS = [StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE, StatusCode.FAILED_PRECONDITION]
+REJECTION_CODES = [StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE, StatusCode.FAILED_PRECONDITION]
 
 
-class Refusing:
-    """A model that refuses any batch with a company that holds one of `bad`."""
+class RejectingModel:
+    """A model that rejects any batch with a company that contains one of `bad`."""
 
     def __init__(
-        self, *bad: str, code: StatusCode = StatusCode.INVALID_ARGUMENT, named: bool = False, said: str = "no"
+        self,
+        *bad: str,
+        code: StatusCode = StatusCode.INVALID_ARGUMENT,
+        named: bool = False,
+        model_message: str = "no",
     ) -> None:
-        self._bad, self._code, self._named, self._said = bad, code, named, said
+        self._bad = bad
+        self._code = code
+        self._named = named
+        self._model_message = model_message
 
     def __call__(self, call: ReceivedCall) -> Answers:
-        """Refuse or answer."""
+        """Reject or answer the call."""
         for index, (company, _) in enumerate(call.pairs):
             if any(bad in company for bad in self._bad):
                 trailers: Trailers = (
                     bad_request_details((f"batch[{index}].company", "bad word")) if self._named else ()
                 )
-                raise AbortCallError(self._code, self._said, trailers)
+                raise AbortCallError(self._code, self._model_message, trailers)
         return answer_all(call)
 
 
-def test_too_many_pairs_name_the_index_and_the_limit(stage_with: StartProxyEnvironment) -> None:
-    """One pair over `--max-request-pairs` refuses the RPC; as many as allowed pass.
+def test_request_over_the_pair_limit_is_rejected_with_index_and_limit(
+    stage_with: StartProxyEnvironment,
+) -> None:
+    """One pair over `--max-request-pairs` rejects the RPC, the limit itself passes.
 
-    The details name the batch, not a pair: without that pair, the rest would be refused again.
+    The details name the batch and not a pair, because the request would be rejected without that pair too.
     """
     stage = stage_with("--max-request-pairs", "10", *UNLIMITED_RATE_FLAGS)
     assert stage.caller.infer(make_pairs("fits", 10)).code is StatusCode.OK
@@ -63,8 +72,8 @@ def test_too_many_pairs_name_the_index_and_the_limit(stage_with: StartProxyEnvir
 
 
 @pytest.mark.parametrize("field", ["company", "title"])
-def test_a_field_over_its_limit_is_named(stage: ProxyEnvironment, field: str) -> None:
-    """4096 bytes of UTF-8 pass, one more does not, and bytes count, not characters."""
+def test_field_over_its_limit_is_rejected_by_name(stage: ProxyEnvironment, field: str) -> None:
+    """4096 bytes of UTF-8 pass, one more does not. Bytes count, not characters."""
     fits, over = "é" * 2048, "é" * 2048 + "x"
     pairs = [(fits, fits), ("ok", "ok"), (over, "t") if field == "company" else ("c", over)]
     reply = stage.caller.infer(pairs)
@@ -76,21 +85,26 @@ def test_a_field_over_its_limit_is_named(stage: ProxyEnvironment, field: str) ->
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-@pytest.mark.parametrize("code", REFUSALS, ids=lambda code: code.name)
-def test_a_refused_pair_fails_alone(stage: ProxyEnvironment, code: StatusCode, named: bool) -> None:
-    """The caller gets the model's code and message and the pair's own index (repeats too); the others are
-    answered and cached, so asking again for them, or for the bad pair, costs no call.
-    """  # noqa: D205 - one thought
+@pytest.mark.parametrize("code", REJECTION_CODES, ids=lambda code: code.name)
+def test_rejected_pair_fails_and_other_pairs_are_cached(
+    stage: ProxyEnvironment, code: StatusCode, named: bool
+) -> None:
+    """The caller gets the model's code and message, and every index of the rejected pair.
+
+    The other pairs are answered and cached. Neither they nor the rejected pair cost another call.
+    """
     company = f"refused {code.name} {named}"
-    stage.model.behaviour = Refusing(f"{company} bad", code=code, named=named, said="the model's own words")
+    stage.model.behaviour = RejectingModel(
+        f"{company} bad", code=code, named=named, model_message="the model's message"
+    )
     good = make_pairs(f"{company} good", 60)
     bad = (f"{company} bad", "t")
     reply = stage.caller.infer([*good[:17], bad, *good[17:], bad])
     assert reply.code is code
-    assert reply.message == "the model's own words"
+    assert reply.message == "the model's message"
     place = ".company" if named else ""
     assert reply.violations == {
-        f"batch[{index}]{place}": "bad word" if named else "the model's own words" for index in (17, 61)
+        f"batch[{index}]{place}": "bad word" if named else "the model's message" for index in (17, 61)
     }
     calls = len(stage.model.calls)
     again = stage.caller.infer(good)
@@ -100,9 +114,9 @@ def test_a_refused_pair_fails_alone(stage: ProxyEnvironment, code: StatusCode, n
     assert len(stage.model.calls) == calls
 
 
-def test_refusals_are_listed_up_to_fifty(stage: ProxyEnvironment) -> None:
-    """Metadata is small: of 70 refused pairs, 50 are listed, and all others are answered."""
-    stage.model.behaviour = Refusing("fifty bad")
+def test_status_details_list_at_most_fifty_rejected_pairs(stage: ProxyEnvironment) -> None:
+    """Metadata is small: of 70 rejected pairs 50 are listed, and all other pairs are cached."""
+    stage.model.behaviour = RejectingModel("fifty bad")
     bad, good = make_pairs("fifty bad", 70), make_pairs("fifty good", 30)
     reply = stage.caller.infer([*good, *bad])
     assert reply.code is StatusCode.INVALID_ARGUMENT
@@ -111,42 +125,42 @@ def test_refusals_are_listed_up_to_fifty(stage: ProxyEnvironment) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["悪" * 5000, "x" * 20_000, "\n" * 3000, ""], ids=["wide", "long", "lines", "none"]
+    "model_message", ["悪" * 5000, "x" * 20_000, "\n" * 3000, ""], ids=["wide", "long", "lines", "none"]
 )
-def test_whatever_the_model_says_fits_into_the_metadata(stage: ProxyEnvironment, said: str) -> None:
-    """A long message is cut; the status and the places arrive, for 60 refused pairs too."""
-    company = f"said {len(said)}"
-    stage.model.behaviour = Refusing(company, said=said[:1500])
+def test_any_message_of_the_model_fits_into_the_metadata(stage: ProxyEnvironment, model_message: str) -> None:
+    """A long message is truncated. The status and the indices arrive, for 60 rejected pairs too."""
+    company = f"message {len(model_message)}"
+    stage.model.behaviour = RejectingModel(company, model_message=model_message[:1500])
     reply = stage.caller.infer(make_pairs(company, 60))
     assert reply.code is StatusCode.INVALID_ARGUMENT, reply.message
     assert "batch[0]" in reply.violations
-    assert said.startswith(reply.message)
+    assert model_message.startswith(reply.message)
 
 
 @pytest.mark.parametrize(
-    "nonsense",
+    "kind",
     ["missing", "zero", "eight", "negative", "contradicting", "unknown", "empty"],
 )
-def test_nonsense_is_internal_and_never_cached(stage: ProxyEnvironment, nonsense: str) -> None:
-    """A pair without one level from 1 to 7 fails with INTERNAL and its index, and is asked again."""
-    company = f"nonsense {nonsense}"
+def test_invalid_model_response_is_internal_and_not_cached(stage: ProxyEnvironment, kind: str) -> None:
+    """A pair without exactly one level from 1 to 7 fails with INTERNAL and its index, and is not cached."""
+    company = f"invalid {kind}"
     bad = (f"{company} bad", "t")
 
-    def behave(call: ReceivedCall) -> Answers:
+    def respond(call: ReceivedCall) -> Answers:
         answers = []
         for uuid, pair in zip(call.ids, call.pairs, strict=True):
             level = scripted_level(*pair)
             if pair != bad:
                 answers.append((uuid, level))
-            elif nonsense in {"zero", "eight", "negative"}:
-                answers.append((uuid, {"zero": 0, "eight": 8, "negative": -3}[nonsense]))
-            elif nonsense == "contradicting":
+            elif kind in {"zero", "eight", "negative"}:
+                answers.append((uuid, {"zero": 0, "eight": 8, "negative": -3}[kind]))
+            elif kind == "contradicting":
                 answers += [(uuid, level), (uuid, level % 7 + 1)]
-            elif nonsense == "unknown":
+            elif kind == "unknown":
                 answers.append((uuid + 100_000, level))
-        return [] if nonsense == "empty" else answers
+        return [] if kind == "empty" else answers
 
-    stage.model.behaviour = behave
+    stage.model.behaviour = respond
     good = make_pairs(f"{company} good", 5)
     reply = stage.caller.infer([*good, bad])
     assert reply.code is StatusCode.INTERNAL
@@ -154,19 +168,20 @@ def test_nonsense_is_internal_and_never_cached(stage: ProxyEnvironment, nonsense
     stage.model.behaviour = answer_all
     again = stage.caller.infer([*good, bad])
     assert again.levels == [scripted_level(*pair) for pair in [*good, bad]]
-    assert again.misses == (6 if nonsense == "empty" else 1)
+    assert again.misses == (6 if kind == "empty" else 1)
 
 
-def test_the_same_answer_twice_is_no_contradiction(stage: ProxyEnvironment) -> None:
-    """An answer repeated word for word is an answer."""
+def test_repeated_equal_level_is_accepted(stage: ProxyEnvironment) -> None:
+    """A response may contain the same uuid and level twice."""
     stage.model.behaviour = lambda call: [*answer_all(call), *answer_all(call)]
-    assert stage.caller.infer([("said again", "t")]).levels == [scripted_level("said again", "t")]
+    assert stage.caller.infer([("repeated", "t")]).levels == [scripted_level("repeated", "t")]
 
 
-def test_a_full_queue_refuses_at_once_and_queues_nothing(stage_with: StartProxyEnvironment) -> None:
-    """Beyond `--max-queued-pairs`: RESOURCE_EXHAUSTED with pushback while the others still wait, and the
-    model never hears of them.
-    """  # noqa: D205 - one thought
+def test_full_queue_rejects_at_once_and_enqueues_nothing(stage_with: StartProxyEnvironment) -> None:
+    """Above `--max-queued-pairs`, a request gets RESOURCE_EXHAUSTED with pushback while others still wait.
+
+    Its pairs are never sent to the model.
+    """
     stage = stage_with(
         "--max-queued-pairs", "100", "--model-batch-size", "100", *UNLIMITED_RATE_FLAGS, "--linger", "60s"
     )
@@ -177,15 +192,16 @@ def test_a_full_queue_refuses_at_once_and_queues_nothing(stage_with: StartProxyE
     assert reply.code is StatusCode.RESOURCE_EXHAUSTED
     assert "limit is 100" in reply.message
     assert (reply.pushback_ms or 0) >= 1000
-    fits = stage.caller.start_infer(make_pairs("fits", 20))  # with these the batch is full, and goes
+    # With these pairs the batch is full and is sent.
+    fits = stage.caller.start_infer(make_pairs("fits", 20))
     assert waiting.result().code is StatusCode.OK
     assert fits.result().code is StatusCode.OK
     assert not stage.model.received_pairs("refused")
-    assert stage.caller.infer(make_pairs("room again", 100)).code is StatusCode.OK
+    assert stage.caller.infer(make_pairs("freed", 100)).code is StatusCode.OK
 
 
-def test_a_queue_full_by_bytes_refuses_too(stage_with: StartProxyEnvironment) -> None:
-    """`--max-queued-bytes` counts the texts, and what has ended makes room again."""
+def test_queue_full_by_bytes_rejects_and_frees_space_later(stage_with: StartProxyEnvironment) -> None:
+    """`--max-queued-bytes` counts the texts. Finished pairs free space."""
     stage = stage_with("--max-queued-bytes", "10000", *UNLIMITED_RATE_FLAGS)
     long = [(f"{number} {'x' * 4000}", "t") for number in range(3)]
     reply = stage.caller.infer(long)
@@ -197,12 +213,13 @@ def test_a_queue_full_by_bytes_refuses_too(stage_with: StartProxyEnvironment) ->
         assert stage.caller.infer([pair]).code is StatusCode.OK
 
 
-def test_a_deadline_before_its_turn_is_refused_at_once(stage_with: StartProxyEnvironment) -> None:
-    """40,000 pairs at a batch a second cannot be answered in thirty seconds: nothing is queued."""
+def test_deadline_that_cannot_be_met_is_rejected_at_once(stage_with: StartProxyEnvironment) -> None:
+    """40,000 pairs at a batch a second cannot be answered in 30 s, so nothing is enqueued."""
     stage = stage_with("--model-calls-per-second", "1")
     started_at = time.monotonic()
     reply = stage.caller.infer(make_pairs("late", 40_000), timeout_seconds=30)
-    assert time.monotonic() - started_at < 15  # and not when they are over
+    # The rejection comes at once, not at the deadline.
+    assert time.monotonic() - started_at < 15
     assert reply.code is StatusCode.RESOURCE_EXHAUSTED
     assert reply.pushback_ms is not None
     assert _queued(stage.proxy) == 0
@@ -211,10 +228,11 @@ def test_a_deadline_before_its_turn_is_refused_at_once(stage_with: StartProxyEnv
 
 
 @pytest.mark.slow
-def test_a_model_that_is_down_is_unavailable_and_recovers(stage_with: StartProxyEnvironment) -> None:
-    """After the window: UNAVAILABLE with pushback and the places; new pairs are refused at once. Once the
-    model answers, so does the proxy, after the pushback.
-    """  # noqa: D205 - one thought
+def test_unavailable_model_gives_unavailable_until_it_recovers(stage_with: StartProxyEnvironment) -> None:
+    """After the retry window the caller gets UNAVAILABLE with pushback and indices.
+
+    New pairs are then rejected at once. After the pushback the proxy answers as soon as the model does.
+    """
     stage = stage_with("--model-retry-window", "2s", *UNLIMITED_RATE_FLAGS)
 
     def down(call: ReceivedCall) -> Answers:
@@ -233,42 +251,45 @@ def test_a_model_that_is_down_is_unavailable_and_recovers(stage_with: StartProxy
     stage.model.behaviour = answer_all
     time.sleep((at_once.pushback_ms or 0) / 1000)
     assert stage.caller.infer([("down", "t")]).levels == [scripted_level("down", "t")]
-    assert stage.proxy.stop() == 0  # now its log is whole
+    # The log is complete only after the process has ended.
+    assert stage.proxy.stop() == 0
     assert stage.proxy.log.count("WARNING") == 1
 
 
-def test_a_model_that_nobody_serves_is_unavailable(stage_with: StartProxyEnvironment) -> None:
-    """A refused connection reads like any model that is down; readiness stays green."""
+def test_model_address_without_a_server_gives_unavailable(stage_with: StartProxyEnvironment) -> None:
+    """A refused connection is treated like any unavailable model, and the proxy stays ready."""
     target = f"127.0.0.1:{free_port()}"
     stage = stage_with("--model-target", target, "--model-retry-window", "500ms", *UNLIMITED_RATE_FLAGS)
-    reply = stage.caller.infer([("nobody", "t")])
+    reply = stage.caller.infer([("unreachable", "t")])
     assert reply.code is StatusCode.UNAVAILABLE
     assert reply.pushback_ms
     assert read_metrics(stage.proxy.http_url)[("cache_proxy_requests_total", "UNAVAILABLE")] == 1
 
 
-def test_one_failed_call_is_tried_again_for_everyone(stage_with: StartProxyEnvironment) -> None:
-    """Calls that fail together are one failure: a blip under many calls in flight costs nobody an answer."""
+def test_calls_that_fail_together_count_as_one_failure(stage_with: StartProxyEnvironment) -> None:
+    """A short failure while many calls are in progress is retried, and no caller gets an error."""
     stage = stage_with("--model-batch-size", "10", *UNLIMITED_RATE_FLAGS)
-    together = threading.Barrier(8)
+    barrier = threading.Barrier(8)
 
-    def blip(call: ReceivedCall) -> Answers:
+    def fail_first_calls(call: ReceivedCall) -> Answers:
         if call.number < 8:
-            together.wait(20)
-            raise AbortCallError(StatusCode.UNAVAILABLE, "a blip")
+            barrier.wait(20)
+            raise AbortCallError(StatusCode.UNAVAILABLE, "a short failure")
         return answer_all(call)
 
-    stage.model.behaviour = blip
-    pairs = make_pairs("blip", 80)
+    stage.model.behaviour = fail_first_calls
+    pairs = make_pairs("short failure", 80)
     started_at = time.monotonic()
     assert stage.caller.infer(pairs).levels == [scripted_level(*pair) for pair in pairs]
-    assert time.monotonic() - started_at < 3  # a backoff of one failure, not of eight
-    assert stage.proxy.stop() == 0  # now its log is whole
+    # The backoff is that of one failure, not of eight.
+    assert time.monotonic() - started_at < 3
+    # The log is complete only after the process has ended.
+    assert stage.proxy.stop() == 0
     assert stage.proxy.log.count("WARNING") == 1
 
 
-def test_the_models_pushback_is_honoured(stage_with: StartProxyEnvironment) -> None:
-    """A model that asks for 700 ms is not called before they are over."""
+def test_pushback_of_the_model_delays_the_next_call(stage_with: StartProxyEnvironment) -> None:
+    """After a pushback of 700 ms, the model is not called before they have passed."""
     stage = stage_with(*UNLIMITED_RATE_FLAGS)
 
     def push_back(call: ReceivedCall) -> Answers:
@@ -282,8 +303,8 @@ def test_the_models_pushback_is_honoured(stage_with: StartProxyEnvironment) -> N
     assert second.monotonic_seconds - first.monotonic_seconds >= 0.7
 
 
-def test_a_call_that_hangs_ends_at_the_models_deadline(stage_with: StartProxyEnvironment) -> None:
-    """`--model-deadline` ends a call that is never answered, and the pair is asked again."""
+def test_hanging_call_ends_at_the_model_deadline_and_is_retried(stage_with: StartProxyEnvironment) -> None:
+    """`--model-deadline` ends a call that is never answered, and the pair is sent again."""
     stage = stage_with("--model-deadline", "300ms", *UNLIMITED_RATE_FLAGS)
     release = threading.Event()
 
@@ -297,8 +318,8 @@ def test_a_call_that_hangs_ends_at_the_models_deadline(stage_with: StartProxyEnv
     release.set()
 
 
-def test_a_callers_deadline_ends_its_wait(stage: ProxyEnvironment) -> None:
-    """DEADLINE_EXCEEDED when it passes; what the model answers later is cached."""
+def test_deadline_of_the_caller_ends_its_wait_and_the_level_is_cached_later(stage: ProxyEnvironment) -> None:
+    """The caller gets DEADLINE_EXCEEDED. A level that arrives later is cached."""
     release = threading.Event()
 
     def slow(call: ReceivedCall) -> Answers:
@@ -313,8 +334,8 @@ def test_a_callers_deadline_ends_its_wait(stage: ProxyEnvironment) -> None:
     assert len(stage.model.received_pairs("deadline")) == 1
 
 
-def test_max_wait_bounds_a_caller_without_a_deadline(stage_with: StartProxyEnvironment) -> None:
-    """Who gives no deadline waits `--max-wait`, then gets DEADLINE_EXCEEDED."""
+def test_max_wait_ends_the_wait_of_a_caller_without_deadline(stage_with: StartProxyEnvironment) -> None:
+    """A caller without a deadline waits for `--max-wait`, then gets DEADLINE_EXCEEDED."""
     stage = stage_with("--max-wait", "400ms", *UNLIMITED_RATE_FLAGS)
     release = threading.Event()
 
@@ -330,8 +351,8 @@ def test_max_wait_bounds_a_caller_without_a_deadline(stage_with: StartProxyEnvir
     assert 0.4 <= time.monotonic() - started_at < 10
 
 
-def test_a_message_over_the_limit_is_refused_by_grpc(stage_with: StartProxyEnvironment) -> None:
-    """RESOURCE_EXHAUSTED without the trailer, since asking again would not help."""
+def test_message_over_the_byte_limit_is_rejected_without_pushback(stage_with: StartProxyEnvironment) -> None:
+    """GRPC itself rejects it with RESOURCE_EXHAUSTED. A retry would not help, so there is no pushback."""
     stage = stage_with("--max-request-bytes", "10KiB", *UNLIMITED_RATE_FLAGS)
     reply = stage.caller.infer(make_pairs("x" * 100, 200))
     assert (reply.code, reply.pushback_ms) == (StatusCode.RESOURCE_EXHAUSTED, None)
@@ -347,8 +368,8 @@ def _reply_is_cached(stage: ProxyEnvironment, pair: tuple[str, str]) -> bool:
     return reply.code is grpc.StatusCode.OK and reply.hits == 1
 
 
-def test_a_flood_of_empty_pairs_is_refused_before_it_is_made(stage_with: StartProxyEnvironment) -> None:
-    """Thirty-two million empty pairs in 64 MiB cost neither gigabytes nor other callers their answers."""
+def test_millions_of_empty_pairs_are_rejected_without_being_parsed(stage_with: StartProxyEnvironment) -> None:
+    """Thirty-two million empty pairs in 64 MiB take no gigabytes, and other callers are served."""
     stage = stage_with(*UNLIMITED_RATE_FLAGS)
     assert stage.caller.infer(make_pairs("known", 1)).code is StatusCode.OK
     with grpc.insecure_channel(stage.proxy.target) as channel:
@@ -365,16 +386,16 @@ def test_a_flood_of_empty_pairs_is_refused_before_it_is_made(stage_with: StartPr
     assert stage.caller.infer(make_pairs("known", 1)).code is StatusCode.OK
 
 
-def test_a_pair_that_breaks_the_model_fails_alone(stage_with: StartProxyEnvironment) -> None:
-    """The model answers UNKNOWN for any batch with one pair: that one is found, the others are answered."""
+def test_pair_that_breaks_the_model_fails_and_others_are_answered(stage_with: StartProxyEnvironment) -> None:
+    """The model fails every batch with one certain pair. That pair is found, the others are answered."""
 
-    def breaks(call: ReceivedCall) -> Answers:
+    def fail_on_breaker(call: ReceivedCall) -> Answers:
         if any(company == "breaker" for company, _ in call.pairs):
             raise AbortCallError(StatusCode.UNKNOWN, "exception in the model")
         return answer_all(call)
 
     stage = stage_with(*UNLIMITED_RATE_FLAGS)
-    stage.model.behaviour = breaks
+    stage.model.behaviour = fail_on_breaker
     pairs = [*make_pairs("innocent", 30), ("breaker", "t")]
     reply = stage.caller.infer(pairs)
     assert reply.code is StatusCode.UNAVAILABLE

@@ -1,4 +1,4 @@
-"""Where a proxy listens: IPv4 and IPv6, Unix sockets with a mode, with and without TLS; and why it cannot."""
+"""Listen addresses: IPv4 and IPv6, Unix sockets with a mode, with and without TLS, and their errors."""
 
 import os
 import re
@@ -28,26 +28,27 @@ _SERVE = ("serve", "--model-target", "127.0.0.1:1", "--cache-url", "memory:")
 
 
 @pytest.mark.slow
-def test_both_ports_mean_the_same_by_the_same_spelling() -> None:
-    """Every spelling, on IPv4 and IPv6: the gRPC port and the HTTP port are reached on the same addresses."""
+def test_grpc_and_http_ports_listen_on_the_same_addresses_for_each_spelling() -> None:
+    """On IPv4 and IPv6, for every spelling of the host."""
     if not has_ipv6():
         pytest.skip("this machine has no IPv6")
-    for host, reached in SPELLINGS:
+    for host, expected_hosts in SPELLINGS:
         listen = ("--listen", f"{host}:0", "--http-listen", f"{host}:0")
         with run_service("services.cache_proxy", *_SERVE, *listen) as proxy:
             for ready in (proxy.target, str(proxy.ready["http"])):
                 port = int(ready.rpartition(":")[2])
                 for to in ("127.0.0.1", "::1"):
                     with socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET) as one:
-                        assert (one.connect_ex((to, port)) == 0) is (to in reached), (host, ready, to)
-            with open_caller(proxy.target) as asking:  # what it says of itself is a target
-                assert asking.infer([]).code is StatusCode.OK
+                        assert (one.connect_ex((to, port)) == 0) is (to in expected_hosts), (host, ready, to)
+            # The address in the ready line is a gRPC target.
+            with open_caller(proxy.target) as client:
+                assert client.infer([]).code is StatusCode.OK
             with urlopen(f"{proxy.http_url}/readyz", timeout=30) as response:
                 assert response.status == 200
 
 
-def _in_a_namespace(*commands: str) -> list[str]:
-    """Run a proxy's command line behind these commands, in a network of its own."""
+def _in_network_namespace(*commands: str) -> list[str]:
+    """Return the start of a command line that runs these commands in a separate network namespace first."""
     script = "; ".join(["ip link set lo up", *commands, 'exec "$@"'])
     return ["unshare", "--net", "sh", "-ec", script, "sh"]
 
@@ -60,7 +61,7 @@ try:
     ready = json.loads(proxy.stdout.readline())
     for address in (*ready["listen"], ready["http"]):
         socket.create_connection((sys.argv[1], int(address.rpartition(":")[2])), timeout=10).close()
-    print("reached")
+    print("expected_hosts")
 finally:
     proxy.kill()
     proxy.wait()
@@ -77,14 +78,14 @@ finally:
     ids=["IPv6 alone", "IPv4 alone"],
 )
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "", "localhost"])
-def test_every_address_is_what_the_machine_has(commands: Sequence[str], to: str, host: str) -> None:
-    """On a cluster with IPv6 alone, or without it, the default addresses and localhost answer probes."""
-    inside = _in_a_namespace(*commands)
-    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+def test_default_addresses_work_with_only_one_ip_version(commands: Sequence[str], to: str, host: str) -> None:
+    """With IPv6 alone, or IPv4 alone, the proxy is expected_hosts on the default addresses and localhost."""
+    in_namespace = _in_network_namespace(*commands)
+    if subprocess.run([*in_namespace, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no network of its own to be had (unshare --net, ip)")
     listen = ("--listen", f"{host}:0", "--http-listen", f"{host}:0")
-    ended = subprocess.run(
-        [*inside, sys.executable, "-c", _PROBE, to, *_SERVE, *listen],
+    completed = subprocess.run(
+        [*in_namespace, sys.executable, "-c", _PROBE, to, *_SERVE, *listen],
         capture_output=True,
         text=True,
         check=False,
@@ -92,21 +93,21 @@ def test_every_address_is_what_the_machine_has(commands: Sequence[str], to: str,
         cwd=ROOT,
         env=clean_environment(),
     )
-    assert ended.stdout == "reached\n", ended.stderr
+    assert completed.stdout == "expected_hosts\n", completed.stderr
 
 
 @pytest.mark.parametrize("flag_name", ["--listen", "--http-listen", "--listen-plaintext"])
-def test_what_is_no_address_is_exit_code_2(flag_name: str) -> None:
-    """One line that names flag and value."""
+def test_invalid_address_gives_exit_code_2(flag_name: str) -> None:
+    """One line names the flag and the value."""
     address = "::1:50051"
-    ended = run_command("services.cache_proxy", *_SERVE, flag_name, address)
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert f"{flag_name} {address!r} must " in ended.stderr
+    completed = run_command("services.cache_proxy", *_SERVE, flag_name, address)
+    assert completed.returncode == 2
+    assert completed.stderr.count("\n") == 1
+    assert f"{flag_name} {address!r} must " in completed.stderr
 
 
 @contextmanager
-def _taken(host: str) -> Iterator[int]:
+def _bound_port(host: str) -> Iterator[int]:
     with socket.socket() as one:
         one.bind((host, 0))
         one.listen()
@@ -115,22 +116,22 @@ def _taken(host: str) -> Iterator[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag_name", ["--listen", "--http-listen", "--listen-plaintext"])
-def test_an_address_that_cannot_be_had_is_one_line_with_the_reason(flag_name: str) -> None:
-    """Taken, not this machine's, without the right: three different ones, exit code 1."""
-    others = {"--listen": "127.0.0.1:0", "--http-listen": "127.0.0.1:0"}
+def test_address_that_cannot_be_bound_gives_one_line_with_the_reason(flag_name: str) -> None:
+    """In use, not of this machine, or without permission. The exit code is 1."""
+    other_addresses = {"--listen": "127.0.0.1:0", "--http-listen": "127.0.0.1:0"}
     unprivileged = ["setpriv", "--bounding-set=-net_bind_service"] if os.getuid() == 0 else []
     if unprivileged and shutil.which(unprivileged[0]) is None:
         pytest.skip("no setpriv is installed")
-    is_free = int(_UNPRIVILEGED_PORT_FILE.read_text()) <= 999
-    with _taken("127.0.0.1") as port:
+    is_unprivileged_port = int(_UNPRIVILEGED_PORT_FILE.read_text()) <= 999
+    with _bound_port("127.0.0.1") as port:
         for address, reason in (
             (f"0.0.0.0:{port}", f"port {port} is taken by another process"),
             (f"127.0.0.1:{port}", f"port {port} is taken by another process"),
             ("192.0.2.77:7000", "192.0.2.77 is not an address of this machine"),
-            *([] if is_free else [("127.0.0.1:999", "port 999 needs a right")]),
+            *([] if is_unprivileged_port else [("127.0.0.1:999", "port 999 needs a right")]),
         ):
-            flags = [part for pair in (others | {flag_name: address}).items() for part in pair]
-            ended = subprocess.run(
+            flags = [part for pair in (other_addresses | {flag_name: address}).items() for part in pair]
+            completed = subprocess.run(
                 [*unprivileged, sys.executable, "-m", "services.cache_proxy", *_SERVE, *flags],
                 capture_output=True,
                 text=True,
@@ -139,15 +140,15 @@ def test_an_address_that_cannot_be_had_is_one_line_with_the_reason(flag_name: st
                 cwd=ROOT,
                 env=clean_environment(),
             )
-            assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
-            lines = [line for line in ended.stderr.splitlines() if '"level"' not in line]
+            assert (completed.returncode, completed.stdout) == (1, ""), completed.stderr
+            lines = [line for line in completed.stderr.splitlines() if '"level"' not in line]
             [line] = [line for line in lines if flag_name in line]
             assert f"{flag_name} {address}: {reason}" in line
 
 
 @pytest.fixture
 def shared_folder() -> Iterator[Path]:
-    """Short, as a socket's path must be; as an emptyDir with `fsGroup`: what is made in it has its group."""
+    """Yield a folder like an emptyDir with `fsGroup`: new files get its group. Its path is short."""
     with TemporaryDirectory(prefix="s") as folder:
         path = Path(folder)
         if os.getuid() == 0:
@@ -156,24 +157,24 @@ def shared_folder() -> Iterator[Path]:
         yield path
 
 
-def test_a_unix_sockets_mode_is_as_set(stage_with: StartProxyEnvironment, shared_folder: Path) -> None:
-    """Whatever the umask."""
+def test_unix_socket_has_the_mode_that_is_set(stage_with: StartProxyEnvironment, shared_folder: Path) -> None:
+    """The umask does not matter."""
     path = shared_folder / "p.sock"
     stage = stage_with("--listen", f"unix:{path}", "--listen-mode", "0660", *UNLIMITED_RATE_FLAGS)
     assert path.stat().st_mode & 0o777 == 0o660
-    with open_caller(f"unix:{path}") as asking:
-        assert asking.infer([("mode", "t")]).code is StatusCode.OK
+    with open_caller(f"unix:{path}") as client:
+        assert client.infer([("mode", "t")]).code is StatusCode.OK
     assert stage.proxy.process.poll() is None
 
 
-def test_a_mode_that_is_none_is_exit_code_2() -> None:
-    """One line that names it."""
+def test_invalid_listen_mode_gives_exit_code_2() -> None:
+    """One line names the flag and the value."""
     mode = "0888"
-    ended = run_command("services.cache_proxy", *_SERVE, "--listen-mode", mode)
-    assert ended.returncode == 2
-    assert ended.stderr.count("\n") == 1
-    assert "--listen-mode" in ended.stderr
-    assert f"{mode!r} is not an octal mode such as 0660" in ended.stderr
+    completed = run_command("services.cache_proxy", *_SERVE, "--listen-mode", mode)
+    assert completed.returncode == 2
+    assert completed.stderr.count("\n") == 1
+    assert "--listen-mode" in completed.stderr
+    assert f"{mode!r} is not an octal mode such as 0660" in completed.stderr
 
 
 _CONNECT = """
@@ -190,18 +191,19 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can run processes of other users")
-def test_users_of_the_folders_group_share_a_unix_socket(
+def test_only_users_of_the_folders_group_can_open_a_unix_socket(
     stage_with: StartProxyEnvironment, shared_folder: Path
 ) -> None:
-    """Two images with their own users in one pod, in the group of the folder; no others."""
-    python = shutil.which("python3", path="/usr/bin")  # the tests' own may lie where only its owner reads
+    """Like two containers of a pod with different users, both in the folder's group."""
+    # The interpreter of the tests may be in a folder that other users cannot read.
+    python = shutil.which("python3", path="/usr/bin")
     if python is None:
         pytest.skip("no /usr/bin/python3 is installed")
     path = shared_folder / "p.sock"
     stage_with("--listen", f"unix:{path}", "--listen-mode", "0660")
     assert path.stat().st_gid == _GROUP
-    for groups, said in (([_GROUP], "connected"), ([], "refused")):
-        tried = subprocess.run(
+    for groups, expected in (([_GROUP], "connected"), ([], "refused")):
+        completed = subprocess.run(
             [python, "-c", _CONNECT, str(path)],
             capture_output=True,
             text=True,
@@ -211,38 +213,40 @@ def test_users_of_the_folders_group_share_a_unix_socket(
             extra_groups=groups,
             cwd="/",
         )
-        assert tried.stdout == f"{said}\n"
+        assert completed.stdout == f"{expected}\n"
 
 
 @pytest.mark.slow
-def test_plaintext_beside_mutual_tls_needs_no_certificate(
+def test_plaintext_address_beside_mutual_tls_needs_no_certificate(
     stage_with: StartProxyEnvironment, tmp_path: Path
 ) -> None:
-    """On its own address alone: the other one still wants a certificate."""
+    """The other address still requires a certificate."""
     authority = CertificateAuthority(tmp_path)
-    own, client = authority.sign("proxy"), authority.sign("client", "DNS:client")
+    own = authority.sign("proxy")
+    client_certificate = authority.sign("client", "DNS:client")
     stage = stage_with("--listen-plaintext", "127.0.0.1:0", *own.flags(ca="client-ca"), *UNLIMITED_RATE_FLAGS)
     with_tls, plaintext = stage.proxy.ready["listen"]
-    with open_caller(plaintext) as asking:
-        assert asking.infer([("plain", "t")], metadata=[("x-caller", "probe")]).code is StatusCode.OK
-    with open_caller(with_tls) as asking:
-        assert asking.infer([("plain", "t")], timeout_seconds=5).code is not StatusCode.OK
-    ca, _, _ = client.pem
-    for credentials, is_let_in in (
+    with open_caller(plaintext) as client:
+        assert client.infer([("plain", "t")], metadata=[("x-caller", "probe")]).code is StatusCode.OK
+    with open_caller(with_tls) as client:
+        assert client.infer([("plain", "t")], timeout_seconds=5).code is not StatusCode.OK
+    ca, _, _ = client_certificate.pem
+    for credentials, is_admitted in (
         (grpc.ssl_channel_credentials(ca), False),
-        (grpc.ssl_channel_credentials(*client.pem), True),
+        (grpc.ssl_channel_credentials(*client_certificate.pem), True),
     ):
-        with open_caller(with_tls, credentials) as asking:
-            code = asking.infer([("tls", "t")], timeout_seconds=5).code
-            assert (code is StatusCode.OK) is is_let_in
-    assert "need no certificate" not in stage.proxy.log  # on a loopback address
+        with open_caller(with_tls, credentials) as client:
+            code = client.infer([("tls", "t")], timeout_seconds=5).code
+            assert (code is StatusCode.OK) is is_admitted
+    # There is no warning about a loopback address.
+    assert "need no certificate" not in stage.proxy.log
 
 
 @pytest.mark.slow
-def test_plaintext_that_others_reach_obeys_tokens_and_is_warned_of(
+def test_reachable_plaintext_address_requires_tokens_and_logs_a_warning(
     stage_with: StartProxyEnvironment, tmp_path: Path
 ) -> None:
-    """The list of callers holds on it too; a warning says what is missing there."""
+    """The caller list applies to it too, and a warning names what is missing."""
     authority = CertificateAuthority(tmp_path)
     own = authority.sign("proxy")
     tokens = tmp_path / "callers"
@@ -255,7 +259,7 @@ def test_plaintext_that_others_reach_obeys_tokens_and_is_warned_of(
         stage = stage_with(
             "--listen-plaintext", "0.0.0.0:0", *own.flags(ca="client-ca"), *flags, *UNLIMITED_RATE_FLAGS
         )
-        with open_caller(stage.proxy.ready["listen"][1]) as asking:
-            code = asking.infer([("plain", "t")]).code
+        with open_caller(stage.proxy.ready["listen"][1]) as client:
+            code = client.infer([("plain", "t")]).code
         assert code is (StatusCode.UNAUTHENTICATED if flags else StatusCode.OK)
         assert len(re.findall(warning, stage.proxy.log)) == 1

@@ -1,4 +1,4 @@
-"""However a batch is encoded, the answer or the refusal is the one of the way through messages."""
+"""Any encoding of a batch is answered or rejected as if it was parsed by protobuf."""
 
 import threading
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ from tests.support.processes import ServiceProcess, cache_proxy
 _MAX_PAIRS, _MAX_FIELD_BYTES = 6, 40
 
 
-def _by_normal_form(call: ReceivedCall) -> Answers:
-    """A model to which spellings are nothing: so an answer does not depend on who asked first."""
+def _answer_by_normal_form(call: ReceivedCall) -> Answers:
+    """Return levels by normal form, so that a level does not depend on which spelling came first."""
     return [
         (uuid, scripted_level(fold(company), fold(title)))
         for uuid, (company, title) in zip(call.ids, call.pairs, strict=True)
@@ -34,7 +34,7 @@ def _by_normal_form(call: ReceivedCall) -> Answers:
 
 
 class Expected(NamedTuple):
-    """What comes of a request's bytes."""
+    """The expected outcome of a request."""
 
     code: grpc.StatusCode
     answers: list[tuple[int, int]] | None = None
@@ -45,7 +45,7 @@ _REFUSED = grpc.StatusCode.INVALID_ARGUMENT
 
 
 def _expected(message: bytes) -> Expected:
-    """By protobuf's messages alone."""
+    """Return the outcome of a request as parsed by protobuf."""
     try:
         batch = pb.SeniorityRequestBatch.FromString(message).batch
     except DecodeError:
@@ -61,17 +61,17 @@ def _expected(message: bytes) -> Expected:
 
 
 def _varint(value: int, padding: int = 0) -> bytes:
-    """A varint, in so many bytes more than it needs."""
-    spelled = bytearray()
+    """Return a varint limited_proxy in `padding` bytes more than it needs."""
+    encoded = bytearray()
     value %= 2**64
     while value > 127:
-        spelled.append(value & 127 | 128)
+        encoded.append(value & 127 | 128)
         value >>= 7
-    spelled.append(value)
-    for _ in range(min(padding, 10 - len(spelled))):
-        spelled[-1] |= 128
-        spelled.append(0)
-    return bytes(spelled)
+    encoded.append(value)
+    for _ in range(min(padding, 10 - len(encoded))):
+        encoded[-1] |= 128
+        encoded.append(0)
+    return bytes(encoded)
 
 
 _PADDING = st.sampled_from([0, 0, 0, 0, 1, 2, 9])
@@ -106,8 +106,10 @@ _UUID = _number(st.just(1), _INT32 | st.sampled_from([2**32, 2**32 + 7, 2**63, 2
 _UNKNOWN = st.one_of(
     _number(st.integers(4, 20), _INT32),
     _bytes(st.integers(4, 20), st.binary(max_size=5)),
-    _number(st.sampled_from([2, 3]), _INT32),  # a known field of another type
-    st.sampled_from([b"\x21" + b"8" * 8, b"\x25" + b"4" * 4]),  # fixed
+    # A known field with another wire type.
+    _number(st.sampled_from([2, 3]), _INT32),
+    # Fields of fixed size.
+    st.sampled_from([b"\x21" + b"8" * 8, b"\x25" + b"4" * 4]),
     st.sampled_from(
         [b"\x7b\x7c", b"\x7b\x10\x01\x7c", b"\x0b\x0c", b"\x7b", b"\x7c", b"\x7b\x8c\x01", b"\x06"]
     ),
@@ -147,31 +149,31 @@ _BATCH = st.builds(
 
 
 @pytest.fixture(scope="module")
-def encoded() -> Iterator[ProxyEnvironment]:
-    """A proxy with low limits."""
+def limited_proxy() -> Iterator[ProxyEnvironment]:
+    """Start a proxy with low limits."""
     limits = ("--max-request-pairs", str(_MAX_PAIRS), "--max-field-bytes", str(_MAX_FIELD_BYTES))
     with (
-        scripted_model(_by_normal_form) as model,
+        scripted_model(_answer_by_normal_form) as model,
         cache_proxy(
             "--model-target", model.target, "--cache-url", "memory:", *UNLIMITED_RATE_FLAGS, *limits
         ) as proxy,
-        open_caller(proxy.target) as asking,
+        open_caller(proxy.target) as client,
     ):
-        yield ProxyEnvironment(asking, proxy, model)
+        yield ProxyEnvironment(client, proxy, model)
 
 
-def _ask(stage: ProxyEnvironment, message: bytes) -> tuple[Expected, str, dict[str, str]]:
-    """What the proxy makes of a request's bytes, what it says, and its trailers."""
+def _send(stage: ProxyEnvironment, message: bytes) -> tuple[Expected, str, dict[str, str]]:
+    """Send the bytes; return the outcome, the error message and the trailers."""
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = stage.caller.channel.unary_unary(
         "/SeniorityModel/InferSeniority"
     )
     try:
-        response, under_way = call.with_call(message, timeout=60)
+        response, call_details = call.with_call(message, timeout=60)
     except grpc.RpcError as error:
         failed: Any = error
         return Expected(failed.code()), str(failed.details()), {}
     batch = pb.SeniorityResponseBatch.FromString(response).batch
-    trailers = {str(key): str(value) for key, value in under_way.trailing_metadata() or ()}
+    trailers = {str(key): str(value) for key, value in call_details.trailing_metadata() or ()}
     return Expected(grpc.StatusCode.OK, [(one.uuid, one.seniority) for one in batch]), "", trailers
 
 
@@ -184,31 +186,31 @@ def _ask(stage: ProxyEnvironment, message: bytes) -> tuple[Expected, str, dict[s
 @example(b"\x0a\x06\x12\x04acme\x0a\x04\x12\x02\xc3\x28")
 @example(b"\x0a\x0a\x08\x05\x12\x04acme\x08\x09")
 @example(b"\x0a\x00" * 40)
-def test_any_encoding_is_answered_or_refused_as_by_messages(
-    encoded: ProxyEnvironment, message: bytes
+def test_request_in_any_encoding_is_handled_as_if_parsed_by_protobuf(
+    limited_proxy: ProxyEnvironment, message: bytes
 ) -> None:
-    """However fields are ordered, repeated, unknown, cut or spelled; twice, so that L1 knows what it may."""
+    """With fields in any order, repeated, unknown, truncated or padded. Sent twice, so that L1 is used."""
     expected = _expected(message)
-    for again in (False, True):
-        found, said, trailers = _ask(encoded, message)
-        assert found == expected._replace(field="")
-        assert expected.field in said
+    for is_repeated in (False, True):
+        actual, message_text, trailers = _send(limited_proxy, message)
+        assert actual == expected._replace(field="")
+        assert expected.field in message_text
         if expected.answers is not None:
             hits, misses = int(trailers["x-cache-hits"]), int(trailers["x-cache-misses"])
             assert hits + misses == len(expected.answers)
-            assert not (again and misses)
+            assert not (is_repeated and misses)
 
 
-def test_what_is_refused_is_counted_as_failed_and_what_is_answered_once(encoded: ProxyEnvironment) -> None:
-    """Each pair of a batch that is refused for one of them has failed, those that L1 knows too."""
+def test_pairs_of_a_rejected_batch_all_count_as_failed(limited_proxy: ProxyEnvironment) -> None:
+    """If one pair is invalid, all count as failed, those that L1 knows too. Each pair counts once."""
     known, bad = b"\x0a\x06\x12\x04acme", b"\x0a\x04\x12\x02\xc3\x28"
-    assert _ask(encoded, known)[0].code is grpc.StatusCode.OK
-    before = _outcomes(encoded.proxy)
-    assert _ask(encoded, known * 2 + bad)[0].code is _REFUSED
-    assert _ask(encoded, known * 4)[0].code is grpc.StatusCode.OK
-    after = _outcomes(encoded.proxy)
-    gained = {outcome: after[outcome] - before[outcome] for outcome in after}
-    assert {outcome: count for outcome, count in gained.items() if count} == {"failed": 3, "l1": 4}
+    assert _send(limited_proxy, known)[0].code is grpc.StatusCode.OK
+    before = _outcomes(limited_proxy.proxy)
+    assert _send(limited_proxy, known * 2 + bad)[0].code is _REFUSED
+    assert _send(limited_proxy, known * 4)[0].code is grpc.StatusCode.OK
+    after = _outcomes(limited_proxy.proxy)
+    increase = {outcome: after[outcome] - before[outcome] for outcome in after}
+    assert {outcome: count for outcome, count in increase.items() if count} == {"failed": 3, "l1": 4}
 
 
 def _outcomes(proxy: ServiceProcess) -> dict[str, float]:
@@ -219,43 +221,43 @@ def _outcomes(proxy: ServiceProcess) -> dict[str, float]:
     }
 
 
-def test_without_l1_everything_is_answered_by_l2(stage_with: StartProxyEnvironment) -> None:
-    """`--l1-max-bytes 0` turns L1 off: no entry, no `l1` outcome, the same answers."""
+def test_l1_turned_off_leaves_l2_to_answer(stage_with: StartProxyEnvironment) -> None:
+    """With `--l1-max-bytes 0` there is no entry and no `l1` outcome, and the levels are the same."""
     stage = stage_with("--l1-max-bytes", "0", *UNLIMITED_RATE_FLAGS)
     pairs = [(f"off {number}", "t") for number in range(50)]
     for _ in range(3):
         assert stage.caller.infer(pairs).levels == [scripted_level(*pair) for pair in pairs]
-    found = _outcomes(stage.proxy)
-    assert (found["inferred"], found["l2"], found["l1"]) == (50, 100, 0)
+    actual = _outcomes(stage.proxy)
+    assert (actual["inferred"], actual["l2"], actual["l1"]) == (50, 100, 0)
     assert read_metrics(stage.proxy.http_url)["cache_proxy_l1_entries",] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("known", [False, True])
-def test_a_million_empty_pairs_are_answered_in_bounded_memory(
+def test_million_empty_pairs_are_answered_in_bounded_memory(
     stage_with: StartProxyEnvironment, known: bool
 ) -> None:
-    """Where so many are allowed each is answered, the model hears of one pair, and others are not held up."""
+    """Each pair is answered, the model receives one, and other callers are served meanwhile."""
     stage = stage_with("--max-request-pairs", "1000000", *UNLIMITED_RATE_FLAGS)
     if known:
         stage.caller.infer([("", "")])
     done = threading.Event()
-    waits: list[float] = []
+    other_levels: list[float] = []
 
-    def ask_others() -> None:
+    def call_repeatedly() -> None:
         with open_caller(stage.proxy.target) as other:
             while not done.is_set():
-                waits.append(other.infer([("other", "t")]).levels[0])
+                other_levels.append(other.infer([("other", "t")]).levels[0])
 
-    others = threading.Thread(target=ask_others)
+    others = threading.Thread(target=call_repeatedly)
     others.start()
-    found, _, trailers = _ask(stage, b"\x0a\x00" * 1_000_000)
+    actual, _, trailers = _send(stage, b"\x0a\x00" * 1_000_000)
     done.set()
     others.join()
-    assert found.answers == [(0, scripted_level("", ""))] * 1_000_000
+    assert actual.answers == [(0, scripted_level("", ""))] * 1_000_000
     assert trailers["x-cache-hits" if known else "x-cache-misses"] == "1000000"
-    assert set(waits) == {scripted_level("other", "t")}
+    assert set(other_levels) == {scripted_level("other", "t")}
     assert (
         stage.model.received_pairs("") == [("", ""), ("other", "t")]
         or len(stage.model.received_pairs("")) == 2

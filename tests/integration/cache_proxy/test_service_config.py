@@ -1,4 +1,4 @@
-"""A plain gRPC client that loads `protos/service_config.json`, and nothing else, rides through it all."""
+"""A plain gRPC client with `protos/service_config.json` recovers from full queues, outages and restarts."""
 
 import signal
 import threading
@@ -38,7 +38,7 @@ Stub = seniority_pb2_grpc.SeniorityModelStub
 def plain_client(
     *targets: str, buffer_bytes: int | None = None
 ) -> Iterator[seniority_pb2_grpc.SeniorityModelStub]:
-    """What the docs tell another team to write."""
+    """Yield a stub as the docs recommend it to other teams."""
     options = [("grpc.service_config", CONFIG), ("grpc.use_local_subchannel_pool", 1)]
     if buffer_bytes:
         options.append(("grpc.per_rpc_retry_buffer_size", buffer_bytes))
@@ -46,69 +46,72 @@ def plain_client(
         yield Stub(channel)
 
 
-def ask(stub: Stub, pairs: Pairs, *, seconds: float = 60) -> Sequence[int]:
-    """One RPC; what it raises is the test's failure."""
+def infer(stub: Stub, pairs: Pairs, *, seconds: float = 60) -> Sequence[int]:
+    """Send one RPC and return the levels. Raise grpc.RpcError if it fails."""
     batch = [pb.SeniorityRequest(uuid=1, company=company, title=title) for company, title in pairs]
     response = stub.InferSeniority(pb.SeniorityRequestBatch(batch=batch), timeout=seconds)
     return [answer.seniority for answer in response.batch]
 
 
 def levels(pairs: Pairs) -> list[int]:
-    """What the model answers."""
+    """Return the levels that the model gives these pairs."""
     return [scripted_level(*pair) for pair in pairs]
 
 
 def requests(stage: ProxyEnvironment, code: str) -> float:
-    """How many requests the proxy ended so."""
+    """Return how many requests the proxy ended with this code."""
     return read_metrics(stage.proxy.http_url).get(("cache_proxy_requests_total", code), 0)
 
 
 @pytest.mark.parametrize("size", [200, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_a_full_queue_is_come_back_to(stage_with: StartProxyEnvironment, size: int) -> None:
-    """Refused while another's pairs fill the queue, answered when it has room; also when the request is
-    larger than the 256 KiB that gRPC keeps for retries unless told otherwise.
-    """  # noqa: D205 - one thought
-    stage = stage_with("--max-queued-pairs", str(size), *UNLIMITED_RATE_FLAGS)
-    room = threading.Event()
+def test_request_rejected_by_a_full_queue_is_retried_until_answered(
+    stage_with: StartProxyEnvironment, size: int
+) -> None:
+    """It is rejected while another caller's pairs fill the queue, and answered once there is space.
 
-    def full(call: ReceivedCall) -> Answers:
-        room.wait(30)
+    This also holds for a request over 256 KiB, the default limit of what gRPC buffers for retries.
+    """
+    stage = stage_with("--max-queued-pairs", str(size), *UNLIMITED_RATE_FLAGS)
+    space_freed = threading.Event()
+
+    def block_until_freed(call: ReceivedCall) -> Answers:
+        space_freed.wait(30)
         return answer_all(call)
 
-    stage.model.behaviour = full
+    stage.model.behaviour = block_until_freed
     first, second = make_pairs("first" + "x" * 40, size), make_pairs("second" + "x" * 40, size)
     waiting = stage.caller.start_infer(first)
     wait_for(lambda: len(stage.model.received_pairs()) == size, description="they wait for the model")
     with plain_client(stage.proxy.target, buffer_bytes=4 * MIB) as stub, ThreadPoolExecutor(1) as aside:
-        asked = aside.submit(ask, stub, second)
+        future = aside.submit(infer, stub, second)
         wait_for(lambda: requests(stage, "RESOURCE_EXHAUSTED"), description="it is refused")
-        room.set()
-        assert asked.result() == levels(second)
+        space_freed.set()
+        assert future.result() == levels(second)
     assert waiting.result().code is grpc.StatusCode.OK
 
 
 @pytest.mark.slow
-def test_a_model_that_is_down_for_a_while_is_come_back_to(stage_with: StartProxyEnvironment) -> None:
-    """The proxy says UNAVAILABLE after its own retries; the client's bring the answer with the model back."""
+def test_request_during_a_model_outage_is_retried_until_answered(stage_with: StartProxyEnvironment) -> None:
+    """The proxy returns UNAVAILABLE after its retries, and the client's retries succeed after the outage."""
     stage = stage_with(*UNLIMITED_RATE_FLAGS, "--model-retry-window", "1s")
-    back = threading.Event()
+    model_recovered = threading.Event()
 
     def down(call: ReceivedCall) -> Answers:
-        if not back.is_set():
+        if not model_recovered.is_set():
             raise AbortCallError(grpc.StatusCode.UNAVAILABLE)
         return answer_all(call)
 
     stage.model.behaviour = down
     pairs = make_pairs("outage", 20)
     with plain_client(stage.proxy.target) as stub, ThreadPoolExecutor(1) as aside:
-        asked = aside.submit(ask, stub, pairs)
+        future = aside.submit(infer, stub, pairs)
         wait_for(lambda: requests(stage, "UNAVAILABLE"), description="it is refused")
-        back.set()
-        assert asked.result() == levels(pairs)
+        model_recovered.set()
+        assert future.result() == levels(pairs)
 
 
-def test_an_rpc_that_a_replica_cancels_is_repeated() -> None:
-    """A server that ends closes connections, and gRPC may call that CANCELLED."""
+def test_rpc_cancelled_by_a_replica_is_retried() -> None:
+    """GRPC may report CANCELLED when a server ends and closes its connections."""
 
     def once(call: ReceivedCall) -> Answers:
         if call.number == 0:
@@ -117,20 +120,20 @@ def test_an_rpc_that_a_replica_cancels_is_repeated() -> None:
 
     pairs = make_pairs("cancelled", 3)
     with scripted_model(once) as replica, plain_client(replica.target) as stub:
-        assert sorted(ask(stub, pairs)) == sorted(levels(pairs))
+        assert sorted(infer(stub, pairs)) == sorted(levels(pairs))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_replica_that_ends_costs_no_rpc(shared_redis: str, number: signal.Signals) -> None:
-    """Two of them, one drained or killed under load: every RPC is answered."""
+def test_drained_or_killed_replica_fails_no_rpc(shared_redis: str, number: signal.Signals) -> None:
+    """With two replicas, one of which is drained or killed under load, every RPC is answered."""
     flags = ("--cache-url", shared_redis, "--key-prefix", f"ends{number}", *UNLIMITED_RATE_FLAGS)
     stop, failed, answered = threading.Event(), [], [0]
     with (
         scripted_model() as model,
-        cache_proxy("--model-target", model.target, *flags) as going,
-        cache_proxy("--model-target", model.target, *flags) as staying,
-        plain_client(going.target, staying.target) as stub,
+        cache_proxy("--model-target", model.target, *flags) as ending_replica,
+        cache_proxy("--model-target", model.target, *flags) as other_replica,
+        plain_client(ending_replica.target, other_replica.target) as stub,
     ):
 
         def load(name: str) -> None:
@@ -138,7 +141,7 @@ def test_a_replica_that_ends_costs_no_rpc(shared_redis: str, number: signal.Sign
             while not stop.is_set():
                 pairs = make_pairs(f"{name} {(count := count + 1)}", 3)
                 try:
-                    assert ask(stub, pairs) == levels(pairs)
+                    assert infer(stub, pairs) == levels(pairs)
                     answered[0] += 1
                 except grpc.RpcError as error:
                     failed.append(error)
@@ -147,7 +150,7 @@ def test_a_replica_that_ends_costs_no_rpc(shared_redis: str, number: signal.Sign
         for thread in threads:
             thread.start()
         wait_for(lambda: answered[0] > 50, description="both answer")
-        going.stop(number)
+        ending_replica.stop(number)
         before = answered[0]
         wait_for(lambda: answered[0] > before + 50 or failed, description="the other answers")
         stop.set()

@@ -1,4 +1,4 @@
-"""The hot path: what is answered on bytes, and when others have their turn."""
+"""The fast path: which items are answered from their bytes, and when it yields to other tasks."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -17,7 +17,7 @@ _Result = TypeVar("_Result")
 
 
 def _known(*pairs: tuple[str, str]) -> L1Cache:
-    """An L1 in which these have the levels 1, 2, 3 and so on."""
+    """Return an L1 cache in which these pairs have the levels 1, 2, 3 and so on."""
     cache = L1Cache(max_bytes=2**20)
     for level, (company, title) in enumerate(pairs, 1):
         key = pb.SeniorityRequest(company=company, title=title).SerializeToString()
@@ -29,8 +29,8 @@ def _item(uuid: int, company: str, title: str) -> bytes:
     return pb.SeniorityRequest(uuid=uuid, company=company, title=title).SerializeToString()
 
 
-def _at_once(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """What comes of work that never awaits."""
+def _run_without_awaiting(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Return the result of a coroutine that never awaits."""
     try:
         work.send(None)
     except StopIteration as ended:
@@ -42,15 +42,16 @@ def _at_once(work: Coroutine[Any, Any, _Result]) -> _Result:
 @given(
     st.lists(st.tuples(st.integers(-(2**31), 2**31 - 1), st.sampled_from(["a", "b", "", "new"])), max_size=30)
 )
-def test_every_uuid_comes_back_with_its_pairs_level(asked: list[tuple[int, str]]) -> None:
-    """Each known item's answer is the one that messages would give, byte for byte, in its own place."""
+def test_known_items_are_answered_with_their_uuid_and_level(requested: list[tuple[int, str]]) -> None:
+    """Each known item's response equals protobuf's, byte for byte, at the same position."""
     cache = _known(("a", "t"), ("b", "t"), ("", ""))
     levels = {"a": 1, "b": 2, "": 3}
-    items = [_item(uuid, company, "t" if company else "") for uuid, company in asked]
-    answers, missing = _at_once(answer_batch(items, cache))
-    assert missing == [at for at, (_, company) in enumerate(asked) if company == "new"]
+    items = [_item(uuid, company, "t" if company else "") for uuid, company in requested]
+    answers, missing = _run_without_awaiting(answer_batch(items, cache))
+    assert missing == [at for at, (_, company) in enumerate(requested) if company == "new"]
     assert answers == [
-        batches.response_item(uuid, levels[company]) if company in levels else b"" for uuid, company in asked
+        batches.response_item(uuid, levels[company]) if company in levels else b""
+        for uuid, company in requested
     ]
 
 
@@ -65,8 +66,8 @@ _UUIDS = st.one_of(
     frame=st.sampled_from(["whole", "short", "long", "two"]),
 )
 @example(uuid=b"\x08\x80\x00", rest=b"", frame="whole")
-def test_one_pair_is_answered_as_in_a_batch(uuid: bytes, rest: bytes, frame: str) -> None:
-    """What has an answer by the short way is one pair, and the long way answers it the same."""
+def test_single_pair_is_answered_like_a_batch_of_one(uuid: bytes, rest: bytes, frame: str) -> None:
+    """`answer_single` answers only requests of one pair, and as `answer_batch` does."""
     cache = _known(("a", "t"), ("", ""))
     item = uuid + rest
     size = len(item) + {"short": -1, "long": 1}.get(frame, 0)
@@ -74,13 +75,13 @@ def test_one_pair_is_answered_as_in_a_batch(uuid: bytes, rest: bytes, frame: str
     items = batches.split(message, max_pairs=10)
     expected = None
     if isinstance(items, list) and len(items) == 1 and batches.join(items) == message:
-        answers, missing = _at_once(answer_batch(items, cache))
+        answers, missing = _run_without_awaiting(answer_batch(items, cache))
         expected = None if missing else batches.join(answers)
     assert answer_single(message, cache) == expected
 
 
-def test_one_long_pair_takes_the_long_way() -> None:
-    """An item whose length takes two bytes is none of the short way's business; the longest below it is."""
+def test_single_pair_longer_than_127_bytes_is_not_answered() -> None:
+    """An item whose length takes two bytes is left to `answer_batch`, a shorter one is answered."""
     for length, known in ((120, True), (121, False)):
         cache = _known(("c" * length, "t"))
         message = batches.join([_item(7, "c" * length, "t")])
@@ -89,8 +90,8 @@ def test_one_long_pair_takes_the_long_way() -> None:
         )
 
 
-def test_a_forgotten_answer_to_one_pair_is_none() -> None:
-    """An entry whose answer was taken from it is no hit by the short way either."""
+def test_single_pair_whose_level_was_removed_is_not_answered() -> None:
+    """An entry whose level was removed is no hit."""
     cache = _known(("a", "t"))
     message = batches.join([_item(1, "a", "t")])
     assert answer_single(message, cache) == batches.join([batches.response_item(1, 1)])
@@ -101,8 +102,8 @@ def test_a_forgotten_answer_to_one_pair_is_none() -> None:
 @pytest.mark.parametrize(
     ("pairs", "awaits"), [(0, False), (1, False), (1000, False), (2000, False), (2001, True)]
 )
-async def test_a_batch_of_hits_awaits_only_if_it_is_large(pairs: int, awaits: bool) -> None:
-    """As many as the model takes, and twice that, are answered without a turn for others; more breathe."""
+async def test_batch_of_hits_yields_only_above_2000_pairs(pairs: int, awaits: bool) -> None:
+    """The model's batch size, and twice that, are answered without a checkpoint, more with one."""
     cache = _known(("a", "t"))
     answering = asyncio.create_task(answer_batch([_item(1, "a", "t")] * pairs, cache))
     await asyncio.sleep(0)
@@ -112,10 +113,10 @@ async def test_a_batch_of_hits_awaits_only_if_it_is_large(pairs: int, awaits: bo
 
 
 @pytest.mark.parametrize("cut", [b"", b"\x08", b"\x08\x80", b"\x08\xff\xff", b"\x08\x80\x00"])
-def test_what_ends_within_its_uuid_is_nobodys_answer(cut: bytes) -> None:
-    """An item that is cut is left to protobuf."""
+def test_item_truncated_within_its_uuid_is_missing(cut: bytes) -> None:
+    """A truncated item is left to protobuf."""
     cache = _known(("a", "t"))
-    assert _at_once(answer_batch([cut], cache)) == ([b""], [0])
+    assert _run_without_awaiting(answer_batch([cut], cache)) == ([b""], [0])
 
 
 @pytest.mark.parametrize(
@@ -129,17 +130,17 @@ def test_what_ends_within_its_uuid_is_nobodys_answer(cut: bytes) -> None:
         b"\x08\xff\xff\xff\xff\x0f",
     ],
 )
-def test_a_uuid_that_is_spelled_oddly_is_left_to_protobuf(uuid: bytes) -> None:
-    """Before the very bytes of a known pair, what is no minimal uuid makes it none of L1's business."""
+def test_item_with_nonstandard_uuid_is_missing(uuid: bytes) -> None:
+    """The bytes of a known pair are no hit after a uuid that is not minimally encoded."""
     cache = _known(("a", "t"))
-    assert _at_once(answer_batch([uuid + _item(0, "a", "t")], cache)) == ([b""], [0])
+    assert _run_without_awaiting(answer_batch([uuid + _item(0, "a", "t")], cache)) == ([b""], [0])
 
 
-def test_a_forgotten_answer_is_missing() -> None:
-    """An entry whose answer was taken from it is no hit, and becomes one again when it is put."""
+def test_item_whose_level_was_removed_is_missing() -> None:
+    """An entry whose level was removed is no hit, and becomes one again when it is put."""
     cache = _known(("a", "t"))
     cache.remove(bytes(16))
     items = [_item(1, "a", "t")]
-    assert _at_once(answer_batch(items, cache)) == ([b""], [0])
+    assert _run_without_awaiting(answer_batch(items, cache)) == ([b""], [0])
     cache.put(items[0][2:], 6, digest=bytes(16), epoch=cache.epoch)
-    assert _at_once(answer_batch(items, cache)) == ([batches.response_item(1, 6)], [])
+    assert _run_without_awaiting(answer_batch(items, cache)) == ([batches.response_item(1, 6)], [])

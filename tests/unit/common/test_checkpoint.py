@@ -1,4 +1,4 @@
-"""Long work takes turns: one breath a round of the event loop, whoever works."""
+"""Checkpoints: one chunk of long work in each iteration of the event loop."""
 
 import asyncio
 from contextlib import suppress
@@ -6,8 +6,8 @@ from contextlib import suppress
 from services.common.checkpoint import checkpoint, iter_chunks
 
 
-async def test_many_take_one_breath_a_round() -> None:
-    """Of twenty that work at once, no round of the loop holds more than one breath (but each one's first)."""
+async def test_many_concurrent_tasks_run_one_chunk_each_iteration() -> None:
+    """Twenty tasks run no two chunks in one iteration, apart from each task's first chunk."""
     rounds: list[int] = []
     working = True
 
@@ -30,8 +30,8 @@ async def test_many_take_one_breath_a_round() -> None:
     assert max(rounds) == 1
 
 
-async def test_who_is_cancelled_holds_up_nobody() -> None:
-    """Turns go on to those behind, in their order."""
+async def test_cancelled_tasks_do_not_delay_waiting_tasks() -> None:
+    """The tasks that wait behind are released in their order."""
     order: list[int] = []
 
     async def work(number: int) -> None:
@@ -49,13 +49,14 @@ async def test_who_is_cancelled_holds_up_nobody() -> None:
     await asyncio.wait_for(checkpoint(), 30)
 
 
-def test_each_loop_has_turns_of_its_own() -> None:
-    """A loop that ends while somebody waits leaves nothing behind."""
+def test_checkpoint_after_another_loop_ended_returns() -> None:
+    """A loop that ends while a task waits leaves no state to the next loop."""
 
-    async def leave() -> None:
-        asyncio.ensure_future(checkpoint())  # noqa: RUF006 - abandoned on purpose
+    async def abandon_checkpoint() -> None:
+        # Abandoned on purpose.
+        asyncio.ensure_future(checkpoint())  # noqa: RUF006
         await asyncio.sleep(0)
 
     for _ in range(2):
-        asyncio.run(leave())
+        asyncio.run(abandon_checkpoint())
     asyncio.run(asyncio.wait_for(checkpoint(), 30))

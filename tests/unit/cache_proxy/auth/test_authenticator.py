@@ -1,4 +1,4 @@
-"""Who a caller is taken for: by certificate, by token, by its own word, or not at all."""
+"""Authentication of callers by certificate, by token, by `x-caller`, or not at all."""
 
 import hashlib
 import re
@@ -22,11 +22,11 @@ from services.common.tls import PemFiles
 from tests.support.certificates import CertificateAuthority, SignedCertificate
 from tests.support.processes import ROOT
 
-Ask = Callable[..., "aio.UnaryUnaryCall[bytes, bytes]"]
+WhoAmI = Callable[..., "aio.UnaryUnaryCall[bytes, bytes]"]
 _LIST = f"""
 # who may call
 pricing sha256:{hashlib.sha256(b"of-pricing").hexdigest()}
-pricing sha256:{hashlib.sha256(b"the-next-of-pricing").hexdigest()}   # while it is replaced
+pricing sha256:{hashlib.sha256(b"the-next-of-pricing").hexdigest()}   # during a replacement
 gone    sha256:{hashlib.sha256(b"of-gone").hexdigest()}
 gone    denied
 spiffe://example.org/listed certificate
@@ -38,7 +38,7 @@ first.example denied
 
 @pytest.fixture(scope="module")
 def signed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignedCertificate]:
-    """Certificates by one authority: the server's, and callers' with names of every kind."""
+    """Return certificates of one authority: the server's, and callers' with names of every kind."""
     authority = CertificateAuthority(tmp_path_factory.mktemp("identify"))
     spiffe = "URI:spiffe://example.org"
     return {
@@ -54,19 +54,19 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignedCertific
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
-    """The list as a file."""
+    """Return the path of a file with the list."""
     path = tmp_path / "callers"
     path.write_text(_LIST)
     return path
 
 
 @asynccontextmanager
-async def _answering(
+async def _identifying_server(
     identify: Authenticator, own: SignedCertificate | None, shown: SignedCertificate | None
-) -> AsyncIterator[Ask]:
-    """A server that says whom it takes its caller for, or how it is refused; with TLS if it has its `own`."""
+) -> AsyncIterator[WhoAmI]:
+    """Start a server that returns the caller it identified, or the error. It has TLS if `own` is given."""
 
-    async def say(_: bytes, context: Context) -> bytes:
+    async def identify_caller(_: bytes, context: Context) -> bytes:
         try:
             caller = identify(context)
         except ProxyError as error:
@@ -74,7 +74,7 @@ async def _answering(
         return f"{caller.name} {caller.priority}".encode()
 
     server = aio.server()
-    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(say)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(identify_caller)
     server.add_registered_method_handlers("Who", {"Am": handler})
     if own is None:
         port = server.add_insecure_port("127.0.0.1:0")
@@ -85,10 +85,10 @@ async def _answering(
         assert shown
         channel = aio.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(*shown.pem))
     await server.start()
-    ask: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Who/Am")
+    who_am_i: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Who/Am")
     try:
         async with channel:
-            yield lambda *metadata: ask(b"", metadata=metadata, timeout=60)
+            yield lambda *metadata: who_am_i(b"", metadata=metadata, timeout=60)
     finally:
         await server.stop(None)
 
@@ -98,7 +98,7 @@ _TOKEN = ("authorization", "Bearer of-pricing")
 
 
 @pytest.mark.parametrize(
-    ("certificate", "metadata", "taken_for"),
+    ("certificate", "metadata", "expected"),
     [
         ("listed", (), "spiffe://example.org/listed interactive"),
         ("listed", (_CLAIM, ("x-priority", "bulk")), "spiffe://example.org/listed bulk"),
@@ -111,21 +111,21 @@ _TOKEN = ("authorization", "Bearer of-pricing")
         (None, (_TOKEN,), "anonymous interactive"),
     ],
 )
-async def test_without_a_list_nobody_is_refused_but_certificates_tell(
+async def test_without_a_list_every_caller_is_admitted_and_certificates_name_it(
     signed: dict[str, SignedCertificate],
     certificate: str | None,
     metadata: tuple[tuple[str, str], ...],
-    taken_for: str,
+    expected: str,
 ) -> None:
-    """The first URI of a certificate, else its first DNS name; `x-caller` only where it has neither."""
+    """The name is a certificate's first URI, else its first DNS name, else `x-caller`."""
     identify = make_authenticator(use_certificates=certificate is not None, caller_list=None)
     own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
-    async with _answering(identify, own, shown) as ask:
-        assert (await ask(*metadata)).decode().startswith(taken_for)
+    async with _identifying_server(identify, own, shown) as who_am_i:
+        assert (await who_am_i(*metadata)).decode().startswith(expected)
 
 
 @pytest.mark.parametrize(
-    ("certificate", "metadata", "taken_for"),
+    ("certificate", "metadata", "expected"),
     [
         (None, (_TOKEN,), "pricing interactive"),
         (None, (_TOKEN, _CLAIM, ("x-priority", "bulk")), "pricing bulk"),
@@ -133,7 +133,11 @@ async def test_without_a_list_nobody_is_refused_but_certificates_tell(
         (None, (), "UnauthenticatedError: a bearer token is needed"),
         (None, (_CLAIM,), "UnauthenticatedError: a bearer token is needed"),
         (None, (("authorization", "Bearer"),), "UnauthenticatedError: a bearer token is needed"),
-        (None, (("authorization", "Bearer of-nobody"),), "UnauthenticatedError: a bearer token is not known"),
+        (
+            None,
+            (("authorization", "Bearer of-unknown"),),
+            "UnauthenticatedError: a bearer token is not known",
+        ),
         (None, (("authorization", "Basic of-pricing"),), "UnauthenticatedError: a bearer token is not known"),
         (None, (("authorization", "of-pricing"),), "UnauthenticatedError"),
         (None, (("authorization", hashlib.sha256(b"of-pricing").hexdigest()),), "UnauthenticatedError"),
@@ -143,7 +147,7 @@ async def test_without_a_list_nobody_is_refused_but_certificates_tell(
         ("listed", (_TOKEN, _CLAIM), "spiffe://example.org/listed interactive"),
         ("other", (), "PermissionDeniedError: spiffe://example.org/other may not"),
         ("other", (_CLAIM,), "PermissionDeniedError"),
-        ("other", (("authorization", "Bearer of-nobody"),), "PermissionDeniedError"),
+        ("other", (("authorization", "Bearer of-unknown"),), "PermissionDeniedError"),
         ("other", (_TOKEN,), "pricing interactive"),
         ("barred", (), "PermissionDeniedError: spiffe://example.org/barred may not"),
         ("barred", (_TOKEN,), "PermissionDeniedError: spiffe://example.org/barred may not"),
@@ -152,20 +156,20 @@ async def test_without_a_list_nobody_is_refused_but_certificates_tell(
         ("nameless", (_TOKEN,), "pricing interactive"),
     ],
 )
-async def test_with_a_list_only_those_on_it_come_in(
+async def test_with_a_list_only_listed_callers_are_admitted(
     signed: dict[str, SignedCertificate],
     listed: Path,
     certificate: str | None,
     metadata: tuple[tuple[str, str], ...],
-    taken_for: str,
+    expected: str,
 ) -> None:
-    """By a certificate that it names, else by a token; nobody's own word counts, and a refusal is one."""
+    """Admitted by a listed certificate or else by token. `x-caller` does not count, and `denied` wins."""
     identify = make_authenticator(
         use_certificates=certificate is not None, caller_list=caller_list.watch_caller_list(str(listed))
     )
     own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
-    async with _answering(identify, own, shown) as ask:
-        assert (await ask(*metadata)).decode().startswith(taken_for)
+    async with _identifying_server(identify, own, shown) as who_am_i:
+        assert (await who_am_i(*metadata)).decode().startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +185,8 @@ async def test_with_a_list_only_those_on_it_come_in(
         (f"other sha256:{hashlib.sha256(b'of-pricing').hexdigest()}", "line 2 has the token of pricing"),
     ],
 )
-def test_a_line_that_cannot_be_meant_is_refused_without_its_words(
-    tmp_path: Path, line: str, why: str
-) -> None:
-    """By number: it may hold a token that somebody forgot to hash."""
+def test_invalid_line_is_reported_by_number_without_its_text(tmp_path: Path, line: str, why: str) -> None:
+    """The line may hold a token that was not hashed."""
     path = tmp_path / "callers"
     path.write_text(f"pricing sha256:{hashlib.sha256(b'of-pricing').hexdigest()}\n{line}\n")
     with pytest.raises(UsageError, match=why) as refused:
@@ -192,39 +194,39 @@ def test_a_line_that_cannot_be_meant_is_refused_without_its_words(
     assert "s3cret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "# nobody\n", "gone denied\n"])
-def test_a_list_of_nobody_is_refused(tmp_path: Path, text: str) -> None:
-    """An empty file is one that is being written, or a mistake; it locks nobody out."""
+@pytest.mark.parametrize("text", ["", "# empty\n", "gone denied\n"])
+def test_list_without_admitted_callers_is_an_error(tmp_path: Path, text: str) -> None:
+    """An empty file is being written or a mistake, and must not lock every caller out."""
     path = tmp_path / "callers"
     path.write_text(text)
-    with pytest.raises(UsageError, match="lets nobody in"):
+    with pytest.raises(UsageError, match="admits no caller"):
         caller_list.watch_caller_list(str(path))
 
 
-def _put(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-async def test_a_list_that_changes_holds_from_the_next_look(
+async def test_changed_list_applies_after_the_next_reload(
     listed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A token that is gone from it is unknown, a new one known; a broken list changes nothing."""
+    """A removed token is unknown, a new one known. An invalid list changes nothing."""
     followed = caller_list.watch_caller_list(str(listed))
     identify = make_authenticator(use_certificates=False, caller_list=followed)
-    async with _answering(identify, None, None) as ask:
-        _put(listed, _LIST.replace("of-pricing", "") + "broken s3cret\n")
+    async with _identifying_server(identify, None, None) as who_am_i:
+        _write(listed, _LIST.replace("of-pricing", "") + "broken s3cret\n")
         assert followed.reload_if_changed() is ReloadResult.FAILED
-        assert await ask(_TOKEN) == b"pricing interactive"
-        _put(listed, f"new sha256:{hashlib.sha256(b'of-new').hexdigest()}\n")
+        assert await who_am_i(_TOKEN) == b"pricing interactive"
+        _write(listed, f"new sha256:{hashlib.sha256(b'of-new').hexdigest()}\n")
         assert followed.reload_if_changed() is ReloadResult.RELOADED
-        assert (await ask(_TOKEN)).startswith(b"UnauthenticatedError")
-        assert await ask(("authorization", "Bearer of-new")) == b"new interactive"
+        assert (await who_am_i(_TOKEN)).startswith(b"UnauthenticatedError")
+        assert await who_am_i(("authorization", "Bearer of-new")) == b"new interactive"
     assert "s3cret" not in caplog.text
 
 
 @pytest.mark.slow
-async def test_each_listener_follows_its_files(tmp_path: Path) -> None:
-    """Two listeners on the same files: both show the renewed certificate, though gRPC asks each only once."""
+async def test_each_listener_serves_the_renewed_certificate(tmp_path: Path) -> None:
+    """Two listeners share the files, and both serve the renewed certificate."""
     old, new = CertificateAuthority(tmp_path, "old"), CertificateAuthority(tmp_path, "new")
     first, second, client = old.sign("a"), new.sign("a"), new.sign("client")
     paths = [tmp_path / name for name in ("ca", "crt", "key")]
@@ -243,9 +245,9 @@ async def test_each_listener_follows_its_files(tmp_path: Path) -> None:
         credentials = grpc.ssl_channel_credentials(*shown.pem)
         options = [("grpc.use_local_subchannel_pool", 1)]
         async with aio.secure_channel(f"127.0.0.1:{port}", credentials, options=options) as channel:
-            ask: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Who/Am")
+            who_am_i: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Who/Am")
             with pytest.raises(aio.AioRpcError) as ended:
-                await ask(b"", timeout=60)
+                await who_am_i(b"", timeout=60)
             return ended.value.code() is grpc.StatusCode.UNAVAILABLE
 
     try:
@@ -258,8 +260,8 @@ async def test_each_listener_follows_its_files(tmp_path: Path) -> None:
         await server.stop(None)
 
 
-def test_the_documented_way_to_a_token_leads_to_one(tmp_path: Path) -> None:
-    """The commands of docs/operations.md make a token, and a line by which it is known."""
+def test_documented_commands_make_a_token_and_its_line(tmp_path: Path) -> None:
+    """The commands of docs/operations.md make a token, and a line of the list that admits it."""
     page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
     commands = re.search(r"```sh\n(openssl rand .*?)```", page, re.DOTALL)
     assert commands

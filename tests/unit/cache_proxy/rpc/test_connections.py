@@ -1,4 +1,4 @@
-"""Whose connections are found and closed: those to listeners that were opened meanwhile."""
+"""Only connections to tracked listeners are counted and closed."""
 
 import socket
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from services.cache_proxy.rpc.connections import ServerConnections
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """Closes every socket of a test."""
+    """Close every socket of a test."""
     with ExitStack() as opened:
         yield opened
 
@@ -28,7 +28,7 @@ def _listen(stack: ExitStack, family: int, address: object) -> socket.socket:
 
 
 def _connect(stack: ExitStack, listener: socket.socket, family: int, address: object) -> socket.socket:
-    """The caller's end; the accepted one stays open too."""
+    """Return the caller's end of a connection. The accepted end stays open too."""
     caller = stack.enter_context(socket.socket(family))
     caller.settimeout(10)
     caller.connect(address)  # type: ignore[arg-type]
@@ -45,10 +45,10 @@ def _connect(stack: ExitStack, listener: socket.socket, family: int, address: ob
         (socket.AF_INET6, "::ffff:127.0.0.1", "127.0.0.1"),
     ],
 )
-def test_connections_of_a_listener_are_closed_and_no_others(
+def test_close_all_closes_connections_of_tracked_listeners_only(
     stack: ExitStack, family: int, host: str, to: str
 ) -> None:
-    """Those of a listener that was there before stay."""
+    """Connections of a listener that was opened before stay open."""
     other = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
     staying = _connect(stack, other, socket.AF_INET, other.getsockname())
     connections = ServerConnections()
@@ -64,8 +64,8 @@ def test_connections_of_a_listener_are_closed_and_no_others(
         staying.recv(1)
 
 
-def test_connections_of_a_unix_socket_are_closed(stack: ExitStack) -> None:
-    """Where the listener's path is all that there is of an address."""
+def test_close_all_closes_connections_of_a_unix_socket(stack: ExitStack) -> None:
+    """The only address of such a connection is the listener's path."""
     folder = stack.enter_context(TemporaryDirectory(prefix="s"))
     path = str(Path(folder) / "s")
     connections = ServerConnections()
@@ -77,8 +77,8 @@ def test_connections_of_a_unix_socket_are_closed(stack: ExitStack) -> None:
     assert ending.recv(1) == b""
 
 
-def test_listeners_that_are_opened_again_stay_known(stack: ExitStack) -> None:
-    """Also where the one before was not yet closed, so that nothing new is found."""
+def test_listeners_tracked_before_a_restart_stay_tracked(stack: ExitStack) -> None:
+    """Also if the previous listener is still open, so that no new one appears."""
     connections = ServerConnections()
     with connections.track_listeners():
         listener = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
@@ -89,8 +89,8 @@ def test_listeners_that_are_opened_again_stay_known(stack: ExitStack) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::"])
-def test_nobody_connects_once_new_connections_are_refused(stack: ExitStack, host: str) -> None:
-    """The connections that were there go on; other listeners are not touched."""
+def test_stop_accepting_refuses_new_tcp_connections_only(stack: ExitStack, host: str) -> None:
+    """Existing connections continue, and other listeners still accept."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     other = _listen(stack, socket.AF_INET, ("127.0.0.1", 0))
     connections = ServerConnections()
@@ -109,8 +109,8 @@ def test_nobody_connects_once_new_connections_are_refused(stack: ExitStack, host
     stack.enter_context(socket.create_connection(other.getsockname(), timeout=10))
 
 
-def test_nobody_connects_to_a_unix_socket_that_refuses(stack: ExitStack) -> None:
-    """Its path is gone."""
+def test_stop_accepting_removes_the_path_of_a_unix_socket(stack: ExitStack) -> None:
+    """A caller finds no socket there."""
     with TemporaryDirectory() as folder:
         path = str(Path(folder) / "s")
         connections = ServerConnections()

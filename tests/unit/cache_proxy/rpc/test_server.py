@@ -1,4 +1,4 @@
-"""A gRPC server that ends by itself is started again in place; one that is closed ends."""
+"""The gRPC server restarts on its addresses after a defect, and ends when it is closed."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from tests.support.http2_peer import frame_grpc_message, open_peer
 
 
 def _public(health: Health) -> aio.Server:
-    """GRPC's own, whose loop a name that is not UTF-8 ends (see known_methods.py)."""
+    """Return grpcio's server, whose loop ends at a method name that is not UTF-8 (see unknown_methods.py)."""
     server = aio.server(options=[("grpc.so_reuseport", 0)])
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     return server
@@ -53,10 +53,10 @@ async def _is_serving(target: str) -> bool:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-async def test_a_server_that_ended_by_itself_is_started_again_on_its_addresses(
+async def test_server_that_ended_unexpectedly_restarts_on_the_same_addresses(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """TCP and Unix sockets, as often as it ends, each end logged once."""
+    """On TCP and Unix sockets, as often as it ends. Each end is logged once."""
     async with _started("127.0.0.1:0", f"unix:{tmp_path}/s") as server:
         await server.set_serving()
         tcp, unix = server.addresses
@@ -74,10 +74,10 @@ async def test_a_server_that_ended_by_itself_is_started_again_on_its_addresses(
         await asyncio.wait_for(running, 30)
 
 
-async def test_a_server_whose_address_is_gone_ends_with_the_reason(
+async def test_restart_on_a_taken_address_raises_command_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Else the process would go on without it, and look healthy."""
+    """Otherwise the process would continue without a server, and look healthy."""
     caplog.set_level(logging.CRITICAL)
     async with _started("127.0.0.1:0") as server:
         [target] = server.addresses
@@ -97,8 +97,8 @@ async def test_a_server_whose_address_is_gone_ends_with_the_reason(
                 await asyncio.wait_for(running, 30)
 
 
-async def test_a_server_that_is_closed_ends_without_an_error() -> None:
-    """As at every SIGTERM."""
+async def test_closed_server_returns_from_run_without_an_error() -> None:
+    """This is what happens at every SIGTERM."""
     async with _started("127.0.0.1:0") as server:
         running = asyncio.create_task(server.run())
         await asyncio.sleep(0)
@@ -106,8 +106,8 @@ async def test_a_server_that_is_closed_ends_without_an_error() -> None:
         await asyncio.wait_for(running, 30)
 
 
-async def test_cancelling_the_wait_leaves_a_server_that_can_be_closed() -> None:
-    """As where the proxy ends by a failure."""
+async def test_server_can_be_closed_after_run_was_cancelled() -> None:
+    """This is what happens when the proxy ends because of a failure."""
     async with _started("127.0.0.1:0") as server:
         running = asyncio.create_task(server.run())
         await asyncio.sleep(0)

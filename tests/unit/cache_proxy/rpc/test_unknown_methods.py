@@ -1,4 +1,4 @@
-"""The newest grpcio: a method whose name is not UTF-8 is refused, or costs a restart, never the server."""
+"""A method name that is not UTF-8 is refused, or restarts the server, also with the newest grpcio."""
 
 import logging
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import h2.exceptions
 import pytest
 from grpc import StatusCode, aio
-from grpc._cython import cygrpc  # type: ignore[attr-defined]  # it has no types
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from services.cache_proxy.rpc import unknown_methods
 from tests.support.caller import open_caller
@@ -34,7 +34,7 @@ _SERVE = (
 
 
 def _is_refused(proxy: ServiceProcess) -> bool:
-    """False: the connection was closed instead, after a GOAWAY."""
+    """Return whether the RPC got a status. False means that the connection was closed after a GOAWAY."""
     with open_peer(proxy.target) as hostile, suppress(ConnectionError, h2.exceptions.ProtocolError):
         stream = hostile.send_headers(path=b"/S\xff/\xfe")
         hostile.send_data(stream, frame_grpc_message(b""))
@@ -44,13 +44,13 @@ def _is_refused(proxy: ServiceProcess) -> bool:
 
 
 def _is_serving(proxy: ServiceProcess) -> bool:
-    with open_caller(proxy.target) as asking:
-        return asking.infer([], timeout_seconds=10).code is StatusCode.OK
+    with open_caller(proxy.target) as client:
+        return client.infer([], timeout_seconds=10).code is StatusCode.OK
 
 
 @pytest.mark.slow
-def test_the_newest_release_serves_on_after_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
-    """Installed from the index, beside the one that is locked."""
+def test_newest_grpcio_keeps_serving_after_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    """The newest release is installed from the index, beside the locked one."""
     install = [
         sys.executable,
         "-m",
@@ -77,7 +77,7 @@ def test_the_newest_release_serves_on_after_a_name_that_is_not_utf_8(tmp_path: P
         assert proxy.stop() == 0
 
 
-_WITHOUT_THE_INSIDE = """
+_UNEXPECTED_GRPCIO = """
 import os
 os.environ["GRPC_VERBOSITY"] = "NONE"
 from services.cache_proxy.rpc import unknown_methods as known_methods
@@ -90,9 +90,9 @@ unknown_methods._guarded_server_class = missing
 
 
 @pytest.mark.slow
-def test_a_process_that_does_not_know_grpcio_serves_on(tmp_path: Path) -> None:
-    """The server is started again each time, on the same port; why, is said once."""
-    (tmp_path / "sitecustomize.py").write_text(_WITHOUT_THE_INSIDE)
+def test_unexpected_grpcio_restarts_the_server_and_warns_once(tmp_path: Path) -> None:
+    """The server restarts each time on the same port. The reason is logged once."""
+    (tmp_path / "sitecustomize.py").write_text(_UNEXPECTED_GRPCIO)
     with run_service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
         for _ in range(3):
             assert not _is_refused(proxy)
@@ -108,15 +108,15 @@ def test_a_process_that_does_not_know_grpcio_serves_on(tmp_path: Path) -> None:
         lambda patch: patch.delattr(cygrpc, "_ServicerContext"),
         lambda patch: patch.delattr(cygrpc, "ExecuteBatchError"),
         lambda patch: patch.setattr(cygrpc, "AioServer", object),
-        lambda patch: patch.setattr(cygrpc, "AioServer", _Strange),
+        lambda patch: patch.setattr(cygrpc, "AioServer", _UnexpectedServer),
     ],
 )
-async def test_an_unknown_inside_leaves_the_public_server(
+async def test_unexpected_grpcio_keeps_the_public_server(
     missing: Callable[[pytest.MonkeyPatch], None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One warning, and a server that is as gRPC makes it."""
+    """One warning is logged, and the server is grpcio's."""
     caplog.set_level(logging.WARNING)
     made = aio.server()
     monkeypatch.setattr(aio, "server", lambda **_: made)
@@ -133,8 +133,8 @@ async def test_an_unknown_inside_leaves_the_public_server(
     await made.stop(0)
 
 
-class _Strange:
-    """Takes other arguments than those known."""
+class _UnexpectedServer:
+    """A server class with other arguments than expected."""
 
     def __init__(self, *, other: object) -> None:
         del other

@@ -1,4 +1,4 @@
-"""The wire format as bytes: items, uuids, keys."""
+"""The wire format as bytes: items, uuids and keys."""
 
 import pytest
 from google.protobuf import descriptor_pool
@@ -18,8 +18,8 @@ def _read(item: bytes) -> batches.ParsedPair:
 
 
 @given(_INT32, st.text(max_size=20), st.text(max_size=20))
-def test_an_item_is_its_uuid_and_its_key(uuid: int, company: str, title: str) -> None:
-    """As libraries spell it, what follows any uuid is the key; an answer is the uuid's bytes and a level."""
+def test_item_from_protobuf_is_its_uuid_followed_by_its_key(uuid: int, company: str, title: str) -> None:
+    """After the uuid comes the canonical key. A response is the uuid's bytes and a level."""
     item = pb.SeniorityRequest(uuid=uuid, company=company, title=title).SerializeToString()
     end = batches.uuid_length(item)
     assert end is not None
@@ -28,8 +28,8 @@ def test_an_item_is_its_uuid_and_its_key(uuid: int, company: str, title: str) ->
 
 
 @given(_INT32)
-def test_every_uuid_has_one_spelling(uuid: int) -> None:
-    """What protobuf writes is taken; the same value in a byte more is not."""
+def test_only_the_minimal_encoding_of_a_uuid_is_accepted(uuid: int) -> None:
+    """What protobuf writes is accepted. The same value in one more byte is not."""
     spelled = pb.SeniorityRequest(uuid=uuid).SerializeToString()
     assert batches.uuid_length(spelled) == len(spelled)
     if uuid > 0:
@@ -39,12 +39,13 @@ def test_every_uuid_has_one_spelling(uuid: int) -> None:
 
 
 @given(st.binary(max_size=14))
-@example(b"\xff\xff\xff\xff\x0f")  # 2^32 - 1, which an int32 reads as -1
+# 2^32 - 1, which protobuf reads as -1 in an int32.
+@example(b"\xff\xff\xff\xff\x0f")
 @example(b"\xff\xff\xff\xff\x0f" + b"\x00" * 9)
 @example(b"\xff" * 9 + b"\x01")
 @example(b"\xff" * 8 + b"\x7f")
-def test_a_uuid_is_never_taken_for_another(after: bytes) -> None:
-    """Whatever stands there: if an end is found, protobuf reads one uuid up to it, the same in an answer."""
+def test_accepted_uuid_means_the_same_in_the_response(after: bytes) -> None:
+    """For any bytes with a uuid length, protobuf reads the same uuid from them and from a response."""
     item = b"\x08" + after
     end = batches.uuid_length(item)
     if end is not None:
@@ -69,27 +70,27 @@ def test_a_uuid_is_never_taken_for_another(after: bytes) -> None:
     ],
     ids=["order", "repeated", "uuid behind", "length", "tag", "unknown text", "unknown int", "uuid", "group"],
 )
-def test_what_is_spelled_otherwise_has_the_same_key_and_is_none(item: bytes) -> None:
-    """Protobuf reads ("c", "t"), so that is its key; its own bytes, less what may be a uuid, are not."""
+def test_nonstandard_encoding_has_the_canonical_key_and_differs_from_it(item: bytes) -> None:
+    """Protobuf reads ("c", "t"), which gives the key. The item's bytes after its uuid do not equal it."""
     assert _read(item).key == b"\x12\x01c\x1a\x01t"
     end = batches.uuid_length(item)
     assert end is None or item[end:] != _read(item).key
 
 
-def test_the_twin_is_nobodys_business() -> None:
-    """Reflection answers from the default pool: the private message is not in it."""
+def test_private_message_is_not_in_the_default_pool() -> None:
+    """Reflection could publish it from there."""
     with pytest.raises(KeyError):
         descriptor_pool.Default().FindMessageTypeByName("RawBatch")
 
 
 @given(st.lists(st.binary(max_size=40), max_size=12))
-def test_items_are_split_and_joined_whatever_is_in_them(items: list[bytes]) -> None:
-    """A batch comes apart into its items' bytes, and together again."""
+def test_split_reverses_join_for_any_items(items: list[bytes]) -> None:
+    """A batch is split into the bytes that it was joined from."""
     assert batches.split(batches.join(items), max_pairs=100) == items
 
 
-def test_an_item_is_read_as_deep_as_it_was_sent() -> None:
-    """Groups nested as deep as protobuf bears alone are one too deep in a batch: refused, as by protobuf."""
+def test_nesting_limit_counts_the_batch_around_an_item() -> None:
+    """Groups as deep as protobuf accepts by themselves are one level too deep in a batch, and rejected."""
     deepest = next(
         depth for depth in range(200) if not _readable(b"\x0a" + _varint(depth * 2) + _groups(depth))
     )
@@ -109,7 +110,8 @@ def _varint(value: int) -> bytes:
 def _readable(message: bytes) -> bool:
     try:
         pb.SeniorityRequestBatch.FromString(message)
-    except Exception:  # noqa: BLE001 - that is the question
+    # Whether protobuf raises is what is tested.
+    except Exception:  # noqa: BLE001
         return False
     return True
 
@@ -119,8 +121,8 @@ def _readable(message: bytes) -> bool:
     title=st.text(alphabet="aé😀", max_size=12),
     limit=st.integers(1, 40),
 )
-def test_each_field_has_its_own_limit_in_bytes(company: str, title: str, limit: int) -> None:
-    """Exactly as many bytes are taken, one more is refused, and the field is named."""
+def test_field_over_its_limit_in_bytes_is_rejected_by_name(company: str, title: str, limit: int) -> None:
+    """Exactly the limit is accepted, one more byte is rejected, and the error names the field."""
     items = [b"", pb.SeniorityRequest(company=company, title=title).SerializeToString()]
     sizes = {"company": len(company.encode()), "title": len(title.encode())}
     over = [name for name, size in sizes.items() if size > limit]
@@ -133,7 +135,7 @@ def test_each_field_has_its_own_limit_in_bytes(company: str, title: str, limit: 
     assert str(limit) in refused.value.message
 
 
-def test_answer_ends_as_libraries_spell_each_level() -> None:
-    """Seven levels, each with what follows the uuid."""
+def test_level_suffixes_equal_what_protobuf_writes() -> None:
+    """For each of the seven levels."""
     for level in range(1, 8):
         assert batches.LEVEL_SUFFIXES[level] == pb.SeniorityResponse(seniority=level).SerializeToString()

@@ -1,4 +1,4 @@
-"""How many pairs a message holds, before they are made."""
+"""The pair limit: pairs of a serialized request are counted without parsing it."""
 
 import pytest
 from hypothesis import given
@@ -13,18 +13,19 @@ _ITEMS = st.builds(
 
 
 @given(st.lists(_ITEMS, max_size=20), st.integers(0, 25))
-def test_pairs_are_counted_as_protobuf_counts_them(items: list[pb.SeniorityRequest], limit: int) -> None:
-    """For any batch, however its pairs are spelled."""
+def test_pair_count_of_any_batch_agrees_with_protobuf(items: list[pb.SeniorityRequest], limit: int) -> None:
+    """The limit is exceeded exactly if protobuf reads more pairs."""
     message = pb.SeniorityRequestBatch(batch=items).SerializeToString()
     assert exceeds_pair_limit(message, limit) is (len(items) > limit)
 
 
 @given(st.binary(max_size=300), st.integers(0, 20))
-def test_any_bytes_are_counted_or_refused(message: bytes, limit: int) -> None:
-    """Never another error; what protobuf reads is not refused, nor are more pairs let through."""
+def test_arbitrary_bytes_never_pass_with_more_pairs_than_the_limit(message: bytes, limit: int) -> None:
+    """Only IndexError is raised, only for what protobuf rejects, and no excess pairs pass."""
     try:
         parsed = pb.SeniorityRequestBatch.FromString(message)
-    except Exception:  # noqa: BLE001 - protobuf has its own say
+    # Protobuf may reject the bytes.
+    except Exception:  # noqa: BLE001
         parsed = None
     try:
         more = exceeds_pair_limit(message, limit)
@@ -35,20 +36,21 @@ def test_any_bytes_are_counted_or_refused(message: bytes, limit: int) -> None:
 
 
 @pytest.mark.parametrize("message", [b"\x0a", b"\x0a\xff", b"\x0e\x0a", b"\x0a" + b"\xff" * 12])
-def test_what_ends_too_early_is_refused(message: bytes) -> None:
-    """A cut tag, a cut length, a wire type that is none, an endless varint."""
+def test_truncated_message_raises_index_error(message: bytes) -> None:
+    """A truncated tag, a truncated length, an unknown wire type, an endless varint."""
     with pytest.raises(IndexError):
         exceeds_pair_limit(message, 0)
 
 
-def test_groups_are_passed_over() -> None:
-    """A group that nobody knows is no reason to refuse what protobuf reads."""
-    message = b"\x7b\x10\x01\x7c" + b"\x0a\x00" * 3  # group 15 { 2: 1 }
+def test_unknown_group_is_skipped() -> None:
+    """An unknown group does not cause a request to be rejected that protobuf reads."""
+    # group 15 { 2: 1 }, then three empty pairs.
+    message = b"\x7b\x10\x01\x7c" + b"\x0a\x00" * 3
     assert len(pb.SeniorityRequestBatch.FromString(message).batch) == 3
     assert [exceeds_pair_limit(message, limit) for limit in (2, 6)] == [True, False]
 
 
-def test_tags_that_are_not_minimal_are_tags() -> None:
-    """A pair's tag may be spelled in more bytes than it needs."""
+def test_tag_in_longer_encoding_counts_as_pair() -> None:
+    """A pair's tag may be encoded in more bytes than it needs."""
     assert exceeds_pair_limit(b"\x8a\x00\x00" * 9, 8)
     assert not exceeds_pair_limit(b"\x8a\x00\x00" * 8, 8)

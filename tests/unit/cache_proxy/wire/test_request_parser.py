@@ -1,4 +1,4 @@
-"""What L1 does not know, read by slices: as by messages, whatever the bytes."""
+"""The request parser: slicing reads every item like protobuf does, whatever its bytes."""
 
 import asyncio
 import re
@@ -27,7 +27,7 @@ _PLAIN = st.builds(
     _TEXTS,
     _TEXTS,
 )
-_PIECES = st.sampled_from(
+_FRAGMENTS = st.sampled_from(
     [
         b"\x08\x00",
         b"\x08\x05",
@@ -47,7 +47,7 @@ _PIECES = st.sampled_from(
 )
 _ITEM = st.one_of(
     _PLAIN,
-    st.lists(_PIECES, max_size=4).map(b"".join),
+    st.lists(_FRAGMENTS, max_size=4).map(b"".join),
     st.builds(lambda item, cut: item[: cut % (len(item) + 1)], _PLAIN, st.integers(0, 300)),
     st.builds(
         lambda item, at, byte: item[:at] + bytes([byte]) + item[at + 1 :],
@@ -59,28 +59,30 @@ _ITEM = st.one_of(
 )
 
 
-async def _read(items: Sequence[bytes], limit: int) -> PairColumns:
+async def _parse(items: Sequence[bytes], limit: int) -> PairColumns:
     return await parse(items, range(len(items)), max_field_bytes=limit)
 
 
 @settings(max_examples=500)
 @given(st.lists(_ITEM, min_size=1, max_size=2), _LIMITS)
-@example([b"\x12\x01c\x1a\x01t", b"\x12\x01\xc3\x1a\x01\xa9"], 40)  # a letter over two texts
+# A character whose bytes are in two texts.
+@example([b"\x12\x01c\x1a\x01t", b"\x12\x01\xc3\x1a\x01\xa9"], 40)
 @example([b"\x12\x01c\x1a\x00"], 40)
 @example([b"\x12\x00\x1a\x01t"], 40)
 @example([b"\x12\x02c\x1a\x1a\x01t"], 40)
-@example([b"\x12\x80\x01" + b"x" * 127 + b"\x1a\x1a\x19" + b"t" * 25], 4096)  # a length of two bytes
-def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
-    """Any bytes are read or refused as by `wire.read`: same texts, same canonical key, the answer's uuid."""
+# A length of two bytes.
+@example([b"\x12\x80\x01" + b"x" * 127 + b"\x1a\x1a\x19" + b"t" * 25], 4096)
+def test_parser_given_any_bytes_agrees_with_protobuf(items: list[bytes], limit: int) -> None:
+    """Any bytes are parsed or rejected as by `batches.parse`: same texts, same canonical key, same uuid."""
     try:
         expected = batches.parse(items, range(len(items)), max_field_bytes=limit)
     except InvalidRequestError as error:
         event("refused")
         with pytest.raises(InvalidRequestError, match=f"^{re.escape(str(error))}$"):
-            asyncio.run(_read(items, limit))
+            asyncio.run(_parse(items, limit))
         return
     event(f"read {len(expected)}")
-    found = asyncio.run(_read(items, limit))
+    found = asyncio.run(_parse(items, limit))
     assert [found.l1_key(place) for place in range(len(found))] == [one.key for one in expected]
     pairs = [found.pair(place, b"") for place in range(len(found))]
     assert [(pair.company, pair.title) for pair in pairs] == [(one.company, one.title) for one in expected]
@@ -89,12 +91,12 @@ def test_slices_read_what_messages_read(items: list[bytes], limit: int) -> None:
         assert (answer.uuid, answer.seniority) == (one.uuid, 5)
 
 
-async def test_a_breath_is_short_whatever_the_texts() -> None:
-    """Pairs of long texts that fold slowly go few at a time, usual ones many, one over the bound alone."""
+async def test_chunks_of_long_texts_stay_within_both_limits() -> None:
+    """Long texts come few at a time, short ones many, and one over the limit by itself."""
     long, usual, over = b"\xc3\xa9" * 4096, bytes(40), bytes(CHUNK_BYTES + 1)
     items = [long] * 6 + [usual] * 1000 + [over] * 2
-    breaths = [some async for some in iter_chunks(items, CHUNK_PAIRS, size=len, max_size=CHUNK_BYTES)]
-    assert [item for some in breaths for item in some] == items
-    assert all(len(some) == 1 or sum(map(len, some)) <= CHUNK_BYTES for some in breaths)
-    assert all(len(some) <= CHUNK_PAIRS for some in breaths)
-    assert len(breaths) < 16
+    chunks = [chunk async for chunk in iter_chunks(items, CHUNK_PAIRS, size=len, max_size=CHUNK_BYTES)]
+    assert [item for chunk in chunks for item in chunk] == items
+    assert all(len(chunk) == 1 or sum(map(len, chunk)) <= CHUNK_BYTES for chunk in chunks)
+    assert all(len(chunk) <= CHUNK_PAIRS for chunk in chunks)
+    assert len(chunks) < 16

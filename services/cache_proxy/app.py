@@ -1,4 +1,7 @@
-"""Composition root: builds every part, starts them in order, and ends them in the other."""
+"""The composition root: build every part of the proxy, start them in order, and stop them in reverse.
+
+The module is longer than 250 lines because `serve` names every part once, in the order of the start.
+"""
 
 import asyncio
 import gc
@@ -45,34 +48,40 @@ _log = logging.getLogger(__name__)
 
 
 async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal exits at once."""
+    """Serve until SIGTERM or SIGINT, then drain. A second signal exits at once."""
     async with AsyncExitStack() as stack:
         stop = stop_on_signals()
         registry = _metrics_registry()
         metrics = ProxyMetrics(registry)
-        renewals = FileReloader(metrics)
-        callers = load_caller_auth(
+        reloader = FileReloader(metrics)
+        caller_auth = load_caller_auth(
             settings.caller_auth,
-            renewals,
+            reloader,
             listen=settings.server.listen,
             plaintext=settings.server.listen_plaintext,
         )
+
+        # The HTTP endpoint starts first, so that /metrics and the status page show the start of the rest.
         replica = new_replica_id()
         ready = asyncio.Event()
-        http = _http_endpoint(registry, ready=ready, replica=replica)
-        status = StatusPage(http, metrics=metrics, replica=replica, cache_url=settings.cache.cache_url)
-        stack.push_async_callback(http.close)
-        http_bound = await http.start(settings.server.http_listen)
-        opened = await stack.enter_async_context(
-            open_store(settings.cache, settings.key, metrics, settings.answers, renewals)
+        http_endpoint = _http_endpoint(registry, ready=ready, replica=replica)
+        status = StatusPage(
+            http_endpoint, metrics=metrics, replica=replica, cache_url=settings.cache.cache_url
         )
-        lifetime = FreshnessPolicy(settings.answers.ttl_days, settings.answers.serve_stale)
+        stack.push_async_callback(http_endpoint.close)
+        http_address = await http_endpoint.start(settings.server.http_listen)
+
+        # Caches, and the client of the model.
+        opened_store = await stack.enter_async_context(
+            open_store(settings.cache, settings.key, metrics, settings.answers, reloader)
+        )
+        freshness = FreshnessPolicy(settings.answers.ttl_days, settings.answers.serve_stale)
         store = ResilientStore(
-            opened.store,
+            opened_store.store,
             metrics=metrics,
-            freshness=lifetime,
-            invalidation_log=next(iter(opened.invalidation_logs), None),
-            clock=opened.clock,
+            freshness=freshness,
+            invalidation_log=next(iter(opened_store.invalidation_logs), None),
+            clock=opened_store.clock,
         )
         stack.push_async_callback(store.close)
         model = ModelClient(
@@ -80,43 +89,52 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
             deadline_seconds=settings.model.model_deadline_seconds,
             metrics=metrics,
             tracing=tracing,
-            credentials=load_model_credentials(settings.model_auth, renewals),
+            credentials=load_model_credentials(settings.model_auth, reloader),
         )
-        renewals.add(model.reload)
+        reloader.add(model.reload)
         stack.push_async_callback(model.close)
         l1 = L1Cache(max_bytes=settings.server.l1_max_bytes)
-        memories = _InvalidationTargets([(l1.remove, l1.clear), (store.drop_pending, store.drop_all_pending)])
+
+        # An invalidated answer is removed from L1, from pending writes and from the queue.
+        invalidation_targets = _InvalidationTargets(
+            [(l1.remove, l1.clear), (store.drop_pending, store.drop_all_pending)]
+        )
         followers = [
-            InvalidationFollower(log, remove=memories.remove, clear=memories.clear)
-            for log in opened.invalidation_logs
+            InvalidationFollower(log, remove=invalidation_targets.remove, clear=invalidation_targets.clear)
+            for log in opened_store.invalidation_logs
         ]
+
         waiters = WaiterRegistry()
         queue = await stack.enter_async_context(
             open_queue(
                 settings,
-                opened.shared_client,
+                opened_store.shared_client,
                 replica=replica,
-                http_bound=http_bound,
+                http_bound=http_address,
                 on_outcome=waiters.resolve,
                 on_model_backoff=waiters.fail_with_deadline_before,
                 metrics=metrics,
                 report_source=status.sampler,
-                quota_provider=watch_quotas(settings, renewals),
+                quota_provider=watch_quotas(settings, reloader),
                 log_callbacks={
                     log.key: follower.on_log_tail
-                    for log, follower in zip(opened.invalidation_logs, followers, strict=True)
+                    for log, follower in zip(opened_store.invalidation_logs, followers, strict=True)
                 },
             )
         )
-        memories.targets.append((queue.discard, queue.discard_all))
+        invalidation_targets.targets.append((queue.discard, queue.discard_all))
         await stack.enter_async_context(background_task(status.run(store=store, queue=queue)))
         _register_gauges(metrics, l1=l1, degraded=lambda: not store.available or queue.is_redis_lost)
-        if opened.shared_client is None:  # else heartbeats tell
+        # With a shared Redis, the heartbeats bring new invalidations. Without, they are polled.
+        if opened_store.shared_client is None:
             for follower in followers:
                 await stack.enter_async_context(background_task(follower.run()))
+
         dispatcher = Dispatcher(queue=queue, model=model, store=store, replica=replica, tracing=tracing)
         stack.push_async_callback(dispatcher.drain, timeout_seconds=0)
         await stack.enter_async_context(background_task(dispatcher.run()))
+
+        # The read path and the gRPC server on top of it.
         secret = read_secret(settings.key.key_secret_file, flag_name="--key-secret-file")
         resolver = Resolver(
             digest_batch=make_batch_digester(normalize=settings.key.normalize, secret=secret),
@@ -124,14 +142,14 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
             store=store,
             queue=queue,
             waiters=waiters,
-            freshness=lifetime,
-            clock=opened.clock,
+            freshness=freshness,
+            clock=opened_store.clock,
             tracing=tracing,
         )
         stack.push_async_callback(resolver.close)
-        service = SeniorityServicer(
+        servicer = SeniorityServicer(
             resolver=resolver,
-            authenticate=callers.authenticate,
+            authenticate=caller_auth.authenticate,
             limits=RequestLimits(
                 max_pairs=settings.server.max_request_pairs,
                 max_field_bytes=settings.server.max_field_bytes,
@@ -143,28 +161,31 @@ async def serve(settings: Settings, tracing: Tracing = OFF) -> None:
         )
         server = bind_server(
             settings.server,
-            TracedServicer(service, tracing=tracing) if tracing.is_enabled else service,
-            credentials=callers.credentials,
+            TracedServicer(servicer, tracing=tracing) if tracing.is_enabled else servicer,
+            credentials=caller_auth.credentials,
         )
         stack.push_async_callback(server.close)
-        await stack.enter_async_context(background_task(renewals.run()))
-        gc.freeze()  # what is built stays; and a full collection that walks a full L1 takes 24 ms
+        await stack.enter_async_context(background_task(reloader.run()))
+
+        # What was built stays until the end. A full collection that walks a full L1 would take 24 ms.
+        gc.freeze()
         await stack.enter_async_context(_running_server(server))
         async with _readiness(queue, server, ready):
-            logs.announce_ready(listen=server.addresses, http=http_bound)
+            logs.announce_ready(listen=server.addresses, http=http_address)
             await stop.wait()
         _log.info("draining")
         ready.clear()
         await server.health.enter_graceful_shutdown()
-        await _drain(settings, server=server, servicer=service, queue=queue, dispatcher=dispatcher)
+        await _drain(settings, server=server, servicer=servicer, queue=queue, dispatcher=dispatcher)
     _log.info("stopped")
 
 
 @asynccontextmanager
 async def _readiness(queue: ManagedQueue, server: GrpcServer, ready: asyncio.Event) -> AsyncIterator[None]:
-    """Be ready from now on; where Redis refuses this replica a right, once that was mended.
+    """Report the replica as ready, as soon as Redis grants it all rights that it needs.
 
-    Until then the replica answers what it can. What Redis does later makes no ready replica unready.
+    Until then the replica answers what it can. A replica that is ready stays so, whatever happens to Redis
+    later.
     """
 
     async def become_ready() -> None:
@@ -197,9 +218,10 @@ async def _drain(
 ) -> None:
     timeout_seconds = settings.server.drain_timeout_seconds
     await asyncio.sleep(settings.server.drain_delay_seconds)
-    end_at = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + timeout_seconds
     try:
-        # Connections stay: whoever still calls is told to ask elsewhere, with the time to wait before.
+        # Connections stay open. New requests get UNAVAILABLE with a pushback, so that callers turn to
+        # other replicas.
         await asyncio.wait_for(servicer.drain(), timeout_seconds)
     except TimeoutError:
         _log.warning("some requests did not end within the drain timeout")
@@ -207,11 +229,14 @@ async def _drain(
             ModelUnavailableError("the proxy ended before the model answered", retry_after_seconds=1.0)
         )
     await server.close_gracefully()
-    await dispatcher.drain(timeout_seconds=max(0.0, end_at - time.monotonic()))
+    await dispatcher.drain(timeout_seconds=max(0.0, deadline - time.monotonic()))
 
 
 def _rpc_recorder(metrics: ProxyMetrics, tracing: Tracing, replica: str) -> RpcRecorder:
-    """Where RPCs are counted; those that nobody wants to hear of are only counted, at no cost."""
+    """Return what records RPCs: metrics alone, or spans and debug lines too if they are enabled.
+
+    Metrics alone cost nothing beyond the counters.
+    """
     if tracing.is_enabled or logging.getLogger().isEnabledFor(logging.DEBUG):
         return TracingRecorder(metrics.rpcs, tracing=tracing, replica=replica)
     return metrics.rpcs
@@ -239,7 +264,10 @@ def _metrics_registry() -> CollectorRegistry:
 
 @dataclass(frozen=True, slots=True)
 class _InvalidationTargets:
-    """All that may hold an answer which is invalidated: how each forgets one, and everything."""
+    """Everything that can hold an invalidated answer.
+
+    `targets` are pairs of functions: the first removes the answer of one digest, the second all answers.
+    """
 
     targets: list[tuple[Callable[[bytes], None], Callable[[], None]]]
 

@@ -1,4 +1,8 @@
-"""Calls that come while one is under way go together in the next: no timer, and the busier the fuller."""
+"""Batch concurrent calls: items that arrive while a batch is processed go together in the next one.
+
+There is no timer: an item that arrives alone is processed at once, and the higher the load the larger the
+batches.
+"""
 
 import asyncio
 from collections import deque
@@ -11,11 +15,14 @@ _Result = TypeVar("_Result")
 
 
 class MicroBatcher(Generic[_Item, _Result]):
-    """Carries items to `drive`, which gives a result for each, by position, or raises for all that wait.
+    """Passes submitted items to `process_batch`, one batch at a time.
 
-    State: `_waiting`, items not yet under way, each with its caller's future; `_driver`, the one task that
-    carries them; event loop only. A caller that goes away takes its item along if that is not under way yet;
-    nobody else notices.
+    `process_batch` returns a result for each item by position. If it raises, every item that is waiting then
+    gets the error.
+
+    State (event loop only): `_pending`, items that are not in a batch yet, each with its caller's future;
+    `_task`, the one task that processes batches. A caller that is cancelled takes its item out of `_pending`;
+    other callers are not affected.
     """
 
     def __init__(
@@ -32,43 +39,44 @@ class MicroBatcher(Generic[_Item, _Result]):
         self._task: asyncio.Task[None] | None = None
 
     async def submit(self, item: _Item) -> _Result:
-        """The item's result. Raises what `drive` raised for the load that it was in."""
-        arrival: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
-        self._pending.append((item, arrival))
+        """Return the item's result. Raises what `process_batch` raised for the item's batch."""
+        future: asyncio.Future[_Result] = asyncio.get_running_loop().create_future()
+        self._pending.append((item, future))
         if self._task is None:
-            # Of nobody's trace: it carries others' items too.
+            # An empty context: the task serves many callers, so it must not run in the trace of one of them.
             self._task = asyncio.create_task(self._run(), context=Context())
-        return await arrival
+        return await future
 
     async def _run(self) -> None:
         try:
-            while load := self._next_batch():
+            while batch := self._next_batch():
                 try:
-                    results = await self._process_batch([item for item, _ in load])
-                    paired = list(zip(load, results, strict=True))
-                except Exception as error:  # noqa: BLE001 - whatever it is, it is the callers' to see
-                    while self._pending:  # they would wait for the same
-                        load.append(self._pending.popleft())
-                    for _, arrival in load:
-                        if not arrival.done():
-                            arrival.set_exception(error)
+                    results = await self._process_batch([item for item, _ in batch])
+                    paired = list(zip(batch, results, strict=True))
+                except Exception as error:  # noqa: BLE001 - every error is passed to the callers
+                    # Items that arrived meanwhile would wait for the same failure.
+                    while self._pending:
+                        batch.append(self._pending.popleft())
+                    for _, future in batch:
+                        if not future.done():
+                            future.set_exception(error)
                 else:
-                    for (_, arrival), result in paired:
-                        if not arrival.done():
-                            arrival.set_result(result)
+                    for (_, future), result in paired:
+                        if not future.done():
+                            future.set_result(result)
         finally:
             self._task = None
 
     def _next_batch(self) -> list[tuple[_Item, "asyncio.Future[_Result]"]]:
-        """As many as fit, but at least one, if somebody waits."""
-        load: list[tuple[_Item, asyncio.Future[_Result]]] = []
-        room = self._max_size
+        """Remove the next batch from the pending items: at least one item, if any is pending."""
+        batch: list[tuple[_Item, asyncio.Future[_Result]]] = []
+        remaining_size = self._max_size
         while self._pending:
-            item, arrival = self._pending[0]
-            if not arrival.done():
-                if load and self._size(item) > room:
+            item, future = self._pending[0]
+            if not future.done():
+                if batch and self._size(item) > remaining_size:
                     break
-                load.append((item, arrival))
-                room -= self._size(item)
+                batch.append((item, future))
+                remaining_size -= self._size(item)
             self._pending.popleft()
-        return load
+        return batch

@@ -1,4 +1,4 @@
-"""The commands of `cache-proxy`."""
+"""The command line of `cache-proxy`."""
 
 import asyncio
 import importlib
@@ -49,27 +49,29 @@ def _run_serve(**values: Any) -> None:
         caller_auth=options.read_settings(CallerAuthSettings, values),
         model_auth=options.read_settings(ModelAuthSettings, values),
     )
-    import uvloop  # noqa: PLC0415 - what only a server needs would cost the other commands half a second
+    # Imported here, since only the server needs them: they would cost the other commands half a second.
+    import uvloop  # noqa: PLC0415
 
     from services.cache_proxy import app  # noqa: PLC0415
 
     logs.configure(log_format=settings.server.log_format, level=settings.server.log_level)
     with (
-        tracing_context("cache-proxy") as traces,
+        tracing_context("cache-proxy") as tracer,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        runner.run(app.serve(settings, traces))
+        runner.run(app.serve(settings, tracer))
 
 
 def _run_cache_command(module: str, settings: Sequence[type], **values: Any) -> int:
-    """Run a command about the cache with its settings, in their order."""
-    given: list[Any] = [options.read_settings(part, values) for part in settings]
+    """Run a command on the cache. It gets its settings objects in the given order."""
+    arguments: list[Any] = [options.read_settings(part, values) for part in settings]
     if "files" in values:
-        given.insert(0, values["files"])
-    logs.configure(log_format="text", level="error")  # what it has to say, it prints
+        arguments.insert(0, values["files"])
+    # The command prints its results itself, so only errors are logged.
+    logs.configure(log_format="text", level="error")
     command = importlib.import_module(f"services.cache_proxy.commands.{module}")
-    code: int | None = asyncio.run(command.run(*given))
-    return code or 0
+    exit_code: int | None = asyncio.run(command.run(*arguments))
+    return exit_code or 0
 
 
 def _add_cache_command(name: str, *settings: type, takes_files: bool = False, help_text: str) -> None:

@@ -1,44 +1,46 @@
-"""Every way in which a pair or an RPC can fail; the servicer alone makes statuses of them."""
+"""All errors of the proxy. Only `rpc/` turns them into gRPC statuses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import grpc
 
+from services.common.compat import override
+
 
 class ProxyError(Exception):
-    """The base of what a caller of the proxy may be told."""
+    """Base of the errors that a caller of the proxy can receive."""
 
 
 @dataclass(eq=False)
 class InvalidRequestError(ProxyError):
-    """The request breaks a bound; `field` names the place, as in `batch[17].title`."""
+    """The request breaks a limit. `field` is the path of the offending field, as in `batch[17].title`."""
 
     message: str
     field: str | None = None
 
 
 class AccessDeniedError(ProxyError):
-    """The caller is not let in; its request was not looked at."""
+    """The caller has no access. Its request was not parsed."""
 
 
 @dataclass(eq=False)
 class UnauthenticatedError(AccessDeniedError):
-    """Nothing says who calls, or not in a way that is believed here."""
+    """The request carries no valid credentials of a caller."""
 
     message: str
 
 
 @dataclass(eq=False)
 class PermissionDeniedError(AccessDeniedError):
-    """It is known who calls, and that they may not."""
+    """The caller is authenticated and is not allowed to call."""
 
     message: str
 
 
 @dataclass(eq=False)
 class QueueFullError(ProxyError):
-    """Nothing was queued: there is no room, or no turn before the caller's deadline."""
+    """Nothing was queued: the queue is full, or the expected wait exceeds the caller's deadline."""
 
     message: str
     retry_after_seconds: float
@@ -46,9 +48,10 @@ class QueueFullError(ProxyError):
 
 @dataclass(eq=False)
 class QuotaExceededError(QueueFullError):
-    """Nothing was queued: the caller has as much as its quota allows, of all replicas together.
+    """Nothing was queued: the caller has used up its quota, which all replicas share.
 
-    `account` is whose quota it is, empty for that of all who have none of their own; `quota` is its name.
+    `account` is the caller that the quota belongs to, empty for the quota that all unlisted callers share.
+    `quota` is the name of the quota.
     """
 
     account: str
@@ -57,39 +60,41 @@ class QuotaExceededError(QueueFullError):
 
 @dataclass(eq=False)
 class DrainingError(ProxyError):
-    """The proxy is about to end; another replica, or its successor, will answer."""
+    """The proxy is shutting down. Another replica, or its successor, will answer."""
 
     retry_after_seconds: float = 1.0
 
 
 @dataclass(eq=False)
 class DeadlineExceededError(ProxyError):
-    """The caller's deadline, or the longest wait, passed before every pair was answered."""
+    """The caller's deadline, or the maximum wait, passed before every pair was answered."""
 
     waited_seconds: float
 
 
 class PairError(ProxyError):
-    """Why one pair has no answer.
+    """Base of the reasons why one pair has no answer.
 
-    A message that the model gave about a whole batch may quote every pair of it. An error has it in `words`,
-    and `words_for` is the one request to which all pairs of the batch belong. Every caller may read the rest.
+    A message that the model gave about a whole batch may quote every pair of the batch, and so pairs of other
+    callers. Subclasses keep such a message in `batch_message`. `batch_request_id` is the one request to which
+    all pairs of the batch belong, empty if there were several. All other fields may be shown to any caller.
     """
 
-    def redacted_for(self, request_id: str) -> "PairError":  # noqa: ARG002 - most errors have no words of the model
-        """Return the error as the request may read it."""
+    def redacted_for(self, request_id: str) -> "PairError":  # noqa: ARG002 - a default for the subclasses
+        """Return the error without what the given request must not read."""
         return self
 
     def redacted(self) -> "PairError":
-        """Return the error as every caller of the pair may read it."""
+        """Return the error without what only one request may read."""
         return self
 
 
 @dataclass(eq=False)
 class PairRejectedError(PairError):
-    """The model called the pair invalid; `field` is `.company`, `.title` or empty.
+    """The model rejected the pair as invalid.
 
-    `reason` is the model's description of this very pair, if it named it.
+    `field` is `.company`, `.title` or empty. `reason` is the model's description of this pair, empty if the
+    model named no pair.
     """
 
     code: grpc.StatusCode
@@ -99,8 +104,8 @@ class PairRejectedError(PairError):
     batch_message: str = ""
     batch_request_id: str = ""
 
+    @override
     def redacted_for(self, request_id: str) -> "PairRejectedError":
-        """See `PairError.told_to`."""
         message = (
             self.batch_message
             if self.batch_request_id and self.batch_request_id == request_id
@@ -108,29 +113,29 @@ class PairRejectedError(PairError):
         )
         return replace(self, message=message, batch_message="", batch_request_id="")
 
+    @override
     def redacted(self) -> "PairRejectedError":
-        """See `PairError.told_to_anyone`."""
         return replace(self, batch_message="", batch_request_id="")
 
 
 @dataclass(eq=False)
 class InvalidModelResponseError(PairError):
-    """The model's answer for the pair was none: missing, twice and different, or out of range."""
+    """The model's response has no valid level for the pair: missing, contradictory or out of range."""
 
     message: str
 
 
 @dataclass(eq=False)
 class ModelUnavailableError(PairError):
-    """The model answered nothing in time."""
+    """The model gave no answer in time."""
 
     message: str
     retry_after_seconds: float
     batch_message: str = ""
     batch_request_id: str = ""
 
+    @override
     def redacted_for(self, request_id: str) -> "ModelUnavailableError":
-        """See `PairError.told_to`."""
         message = (
             self.batch_message
             if self.batch_request_id and self.batch_request_id == request_id
@@ -138,27 +143,28 @@ class ModelUnavailableError(PairError):
         )
         return replace(self, message=message, batch_message="", batch_request_id="")
 
+    @override
     def redacted(self) -> "ModelUnavailableError":
-        """See `PairError.told_to_anyone`."""
         return replace(self, batch_message="", batch_request_id="")
 
 
 @dataclass(eq=False)
 class PairsFailedError(ProxyError):
-    """Some pairs of a request failed, by their index; the others were answered and cached."""
+    """Some pairs of a request failed, keyed by their index. The others were answered and cached."""
 
     failures: Mapping[int, PairError]
 
 
 class ModelError(Exception):
-    """Why a call to the model gave no answers."""
+    """Base of the reasons why a call to the model gave no answers."""
 
 
 @dataclass(eq=False)
 class BatchRejectedError(ModelError):
-    """The model called the batch invalid; `named` has the reasons of the pairs it named, by position.
+    """The model rejected the batch as invalid.
 
-    `message` may quote any pair of the batch.
+    `rejections` are the errors of the pairs that the model named, by their position in the batch. `message`
+    may quote any pair of the batch.
     """
 
     code: grpc.StatusCode
@@ -168,10 +174,10 @@ class BatchRejectedError(ModelError):
 
 @dataclass(eq=False)
 class CallFailedError(ModelError):
-    """The model was unreachable, overloaded, too slow or broken; the call may be repeated.
+    """The model was unreachable, overloaded, too slow or broken. The call may be repeated.
 
-    `message` may quote any pair of the batch. `told` does not: it is for the log and for every caller.
-    `unsent`: the model never got the call.
+    `message` may quote any pair of the batch. `safe_message` does not: it may be logged and sent to any
+    caller. `unsent` is true if the request never reached the model.
     """
 
     code: grpc.StatusCode
@@ -182,22 +188,22 @@ class CallFailedError(ModelError):
 
 
 class StoreError(Exception):
-    """The store could not be reached, or would not do what it was asked."""
+    """The store could not be reached, or failed an operation."""
 
     @property
     def kind(self) -> str:
-        """What the client or the server called it: no more of it is for everybody's eyes."""
+        """Return the name of the underlying exception. Its message may hold data that must not be shown."""
         return type(self.__cause__ or self).__name__
 
 
 class StoreRejectedError(StoreError):
-    """The store answers, but not this: out of memory, read-only."""
+    """The store answers but rejects the operation, for instance because it is out of memory or read-only."""
 
 
 class StoreAccessDeniedError(StoreRejectedError):
-    """Redis refuses this replica a command, key or channel that it needs, or refuses its login.
+    """Redis denies this replica a command, key or channel that it needs, or rejects its login.
 
-    `command` in lower case; `user` as configured; `reason` in Redis's words.
+    `command` is in lower case, `user` as configured, `reason` the error message of Redis.
     """
 
     def __init__(self, *, command: str, user: str, reason: str) -> None:
@@ -208,7 +214,7 @@ class StoreAccessDeniedError(StoreRejectedError):
 
 
 class StoreDamagedError(StoreError):
-    """A script fails over data in Redis, and still did after the queue was made anew."""
+    """A script fails on data in Redis, and still did after the queue was reset."""
 
 
 class QueueFormatError(StoreError):

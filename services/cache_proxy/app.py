@@ -24,7 +24,8 @@ from services.cache_proxy.cache.key import make_batch_digester
 from services.cache_proxy.cache.l1 import L1Cache
 from services.cache_proxy.cache.resilient_store import ResilientStore
 from services.cache_proxy.cache.store_factory import open_store
-from services.cache_proxy.config.settings import Settings, read_secret
+from services.cache_proxy.config.secret_file import read_secret
+from services.cache_proxy.config.settings import Settings
 from services.cache_proxy.errors import ModelUnavailableError
 from services.cache_proxy.lifecycle import background_task, stop_on_signals
 from services.cache_proxy.model.client import ModelClient

@@ -10,21 +10,16 @@ import click
 
 from services.cache_proxy.commands import infer
 from services.cache_proxy.config.auth_settings import CallerAuthSettings, ModelAuthSettings
+from services.cache_proxy.config.cache_settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.config.command_settings import (
     OutputSettings,
     PairSettings,
     ScopeSettings,
     WarmSettings,
 )
-from services.cache_proxy.config.settings import (
-    ENV_PREFIX,
-    AnswerSettings,
-    CacheSettings,
-    KeySettings,
-    ModelSettings,
-    ServerSettings,
-    Settings,
-)
+from services.cache_proxy.config.model_settings import ModelSettings
+from services.cache_proxy.config.server_settings import ServerSettings
+from services.cache_proxy.config.settings import ENV_PREFIX, Settings
 from services.common import logs, options
 from services.common.tracing_setup import tracing_context
 

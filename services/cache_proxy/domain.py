@@ -10,6 +10,11 @@ from services.cache_proxy.errors import PairError
 DIGEST_BYTES = 16
 """The length of the keyed hash of a pair."""
 
+NORMAL_FORM_VERSION = 1
+"""The version of the normal forms of texts. It is part of every key: raise it when a normal form changes."""
+
+DAY_SECONDS = 86_400
+
 INTERACTIVE = "interactive"
 BULK = "bulk"
 REFRESH = "refresh"

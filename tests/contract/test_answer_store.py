@@ -26,7 +26,7 @@ from services.cache_proxy.cache.store import AnswerStore
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.cache.store_factory import open_store
 from services.cache_proxy.cache.versioned_store import VersionedStore
-from services.cache_proxy.config.settings import CacheSettings, KeySettings
+from services.cache_proxy.config.cache_settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import RedisBackend, ScriptCall

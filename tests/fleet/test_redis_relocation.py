@@ -14,7 +14,7 @@ from redis.crc import key_slot
 
 from services.cache_proxy.cache.namespace import cache_keys
 from services.cache_proxy.cache.redis_store import RedisStore
-from services.cache_proxy.config.settings import KeySettings
+from services.cache_proxy.config.cache_settings import KeySettings
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.serialization import unpack
 from services.cache_proxy.redis_client.client_factory import backend_for, create_client

@@ -3,9 +3,10 @@
 import time
 from dataclasses import dataclass
 
+from services.cache_proxy.domain import DAY_SECONDS
+
 # 2026-01-01 00:00 UTC in seconds since 1970.
 DAY_ZERO_SECONDS = 1_767_225_600
-DAY_SECONDS = 86_400
 LEVEL_BITS = 3
 _LEVEL_MASK = (1 << LEVEL_BITS) - 1
 _DAY_MASK = (1 << 13) - 1

@@ -68,8 +68,6 @@ _BATCH_NORMALIZERS: dict[str, Callable[[Sequence[bytes]], list[bytes]]] = {
     "fold": _fold_batch,
     "exact": list,
 }
-NORMAL_FORM_VERSION = 1
-"""Part of every key in the store: raise it with each change of a normal form."""
 
 
 def make_digester(*, normalize: str, secret: bytes | None) -> Digester:

@@ -8,8 +8,10 @@ import logging
 import re
 from dataclasses import dataclass
 
-from services.cache_proxy.cache.key import NORMAL_FORM_VERSION, secret_fingerprint
-from services.cache_proxy.config.settings import NORMAL_FORMS, KeySettings, read_secret
+from services.cache_proxy.cache.key import secret_fingerprint
+from services.cache_proxy.config.cache_settings import NORMAL_FORMS, KeySettings
+from services.cache_proxy.config.secret_file import read_secret
+from services.cache_proxy.domain import NORMAL_FORM_VERSION
 from services.cache_proxy.redis_client.backend import RedisBackend, run_replacing_wrong_type
 from services.cache_proxy.redis_client.values import read_integer
 from services.cache_proxy.redis_keys import CacheKeys, QueueKeys

@@ -23,13 +23,13 @@ from services.cache_proxy.cache.store import AnswerStore
 from services.cache_proxy.cache.store_clock import StoreClock
 from services.cache_proxy.cache.sweeper import Sweeper
 from services.cache_proxy.cache.versioned_store import VersionedStore
-from services.cache_proxy.config.settings import (
+from services.cache_proxy.config.cache_settings import (
     DEFAULT_EMBEDDED_DIR,
     AnswerSettings,
     CacheSettings,
     KeySettings,
-    redact_url,
 )
+from services.cache_proxy.config.cache_url import redact_url
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.client_factory import (
     RedisClient,

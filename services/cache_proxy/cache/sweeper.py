@@ -8,7 +8,7 @@ from services.cache_proxy.cache import namespace
 from services.cache_proxy.cache.buckets import TAGS
 from services.cache_proxy.cache.entry import FreshnessPolicy
 from services.cache_proxy.cache.redis_store import RedisStore
-from services.cache_proxy.config.settings import KeySettings
+from services.cache_proxy.config.cache_settings import KeySettings
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.redis_client.backend import RedisBackend
 

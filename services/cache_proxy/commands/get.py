@@ -4,10 +4,11 @@ import json
 import sys
 from datetime import UTC, datetime
 
-from services.cache_proxy.cache.entry import DAY_SECONDS, DAY_ZERO_SECONDS, entry_day, entry_level
+from services.cache_proxy.cache.entry import DAY_ZERO_SECONDS, entry_day, entry_level
 from services.cache_proxy.commands.session import open_session
+from services.cache_proxy.config.cache_settings import CacheSettings, KeySettings
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings
-from services.cache_proxy.config.settings import CacheSettings, KeySettings
+from services.cache_proxy.domain import DAY_SECONDS
 from services.common.errors import CommandError, UsageError
 
 

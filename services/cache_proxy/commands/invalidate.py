@@ -7,8 +7,8 @@ from services.cache_proxy.cache import namespace
 from services.cache_proxy.cache.buckets import TAGS
 from services.cache_proxy.cache.cache_scripts import ADD_TOMBSTONES
 from services.cache_proxy.commands.session import CacheSession, for_model_version, open_session
+from services.cache_proxy.config.cache_settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.config.command_settings import OutputSettings, PairSettings, ScopeSettings
-from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.redis_client.backend import ScriptCall
 from services.common.errors import UsageError
 

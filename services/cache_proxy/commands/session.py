@@ -14,7 +14,8 @@ from services.cache_proxy.cache.invalidation import InvalidationLog
 from services.cache_proxy.cache.key import Digester, make_digester
 from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.cache.store_factory import open_client
-from services.cache_proxy.config.settings import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings, read_secret
+from services.cache_proxy.config.cache_settings import DEFAULT_EMBEDDED_DIR, CacheSettings, KeySettings
+from services.cache_proxy.config.secret_file import read_secret
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import RedisBackend

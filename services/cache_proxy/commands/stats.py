@@ -7,8 +7,8 @@ from collections import Counter
 
 from services.cache_proxy.cache.buckets import TAGS
 from services.cache_proxy.commands.session import CacheSession, open_session
+from services.cache_proxy.config.cache_settings import CacheSettings, KeySettings
 from services.cache_proxy.config.command_settings import OutputSettings
-from services.cache_proxy.config.settings import CacheSettings, KeySettings
 from services.cache_proxy.errors import StoreError
 
 _SAMPLES_PER_TAG = 8  # buckets a tag

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from services.cache_proxy.cache import namespace
-from services.cache_proxy.cache.entry import DAY_SECONDS, DAY_ZERO_SECONDS
+from services.cache_proxy.cache.entry import DAY_ZERO_SECONDS
 from services.cache_proxy.commands.inputs import FileSource, InputFile, is_s3_uri, open_sources
 from services.cache_proxy.commands.session import CacheSession, open_session
+from services.cache_proxy.config.cache_settings import CacheSettings, KeySettings
 from services.cache_proxy.config.command_settings import OutputSettings, WarmSettings
-from services.cache_proxy.config.settings import CacheSettings, KeySettings
+from services.cache_proxy.domain import DAY_SECONDS
 from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.redis_client.backend import run_replacing_wrong_type
 from services.cache_proxy.redis_client.values import read_integer

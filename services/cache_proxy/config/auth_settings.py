@@ -1,4 +1,4 @@
-"""What is told of certificates and tokens."""
+"""Settings of certificates and tokens, of callers and towards the model."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from services.common.tls import PemFiles
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallerAuthSettings:
-    """How callers come in, and who they may be."""
+    """How callers connect and authenticate."""
 
     tls_cert: str | None = flag(
         "--tls-cert", options.TEXT, text="certificate shown to callers; Unix sockets stay in the clear"
@@ -26,14 +26,14 @@ class CallerAuthSettings:
     )
 
     def __post_init__(self) -> None:
-        """Refuse half of a pair, and certificates of callers without one of one's own."""
+        """Reject a certificate without its key, and client certificates without TLS."""
         self.pem_files.validate_pair()
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise UsageError("--tls-client-ca needs --tls-cert: without it nothing is encrypted")
 
     @property
     def pem_files(self) -> PemFiles:
-        """Those of the listeners."""
+        """Return the certificate files of the listeners."""
         return PemFiles(
             ca=self.tls_client_ca,
             cert=self.tls_cert,
@@ -44,7 +44,7 @@ class CallerAuthSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelAuthSettings:
-    """How the proxy itself is let in at the model."""
+    """How the proxy authenticates to the model."""
 
     model_token_file: str | None = flag(
         "--model-token-file", options.TEXT, text="file with the bearer token for the model; it may change"
@@ -58,18 +58,18 @@ class ModelAuthSettings:
     model_tls_key: str | None = flag("--model-tls-key", options.TEXT, text="its key")
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Reject an incomplete set of certificate files."""
         self.pem_files.validate()
 
     def require_encrypted(self, target: str) -> None:
-        """Refuse a token that others could read on its way. Raises UsageError."""
+        """Reject a token that would be sent without TLS to another machine. Raises `UsageError`."""
         bearer.require_encrypted(
             target, token_file=self.model_token_file, tls_ca=self.model_tls_ca, prefix="--model-"
         )
 
     @property
     def pem_files(self) -> PemFiles:
-        """Those of the way to the model."""
+        """Return the certificate files of the connection to the model."""
         return PemFiles(
             ca=self.model_tls_ca,
             cert=self.model_tls_cert,

@@ -1,7 +1,7 @@
-"""Parse `--cache-url` strictly: a URL that can be read in two ways is refused, and never shown.
+"""Parse `--cache-url` strictly: reject an ambiguous URL, and never show it.
 
-A password that should have been percent-encoded makes a URL that every library reads in its own way. Pieces
-of it then reach logs and DNS as a host, a port or a database.
+A password that should have been percent-encoded makes a URL that each library parses differently. Parts of
+the password then reach logs and DNS as a host, a port or a database.
 """
 
 import ipaddress
@@ -44,7 +44,8 @@ _MAX_PORT = 65_535
 _URL = re.compile(
     r"""
     (?P<scheme>[a-z+]+)://
-    (?:(?P<login>[^/?\#@\[\]]*)@)?  # one @ and no more: another would belong to a password
+    # Only one @: a second one would belong to a password.
+    (?:(?P<login>[^/?\#@\[\]]*)@)?
     (?P<hosts>[^/?\#@]*)
     (?P<path>/[^?\#]*)?
     (?:\?(?P<query>[^\#@]*))?
@@ -56,7 +57,7 @@ _HOST = re.compile(
 )
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _BAD_CHARACTER = re.compile(r"[\x00-\x20\x7f\\^`{|}<>\"]")
-# Of redis-py and others: shown when refused. Any other name may be a piece of a password.
+# Parameters of redis-py and other libraries, which an error may show. Other names may be part of a password.
 _LIBRARY_PARAMETERS = frozenset(
     {
         "client_name",
@@ -92,22 +93,25 @@ _ENCODING_ADVICE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheUrl:
-    """The parts of a URL. `scheme` is one of redis-py's or of ours, never `valkey`."""
+    """The parts of a cache URL. `scheme` is normalized: `redis` also stands for `valkey`."""
 
     scheme: str
     hosts: tuple[tuple[str, int], ...] = ()
     path: str = ""
-    """The socket's, or the folder's of `embedded:`."""
+    """The path of the Unix socket, or the folder of `embedded:`."""
     service: str = ""
     database: int = 0
     username: str | None = None
     password: bytes | None = field(default=None, repr=False)
     client_certificate: dict[str, str] = field(default_factory=dict)
-    """`ssl_certfile` and `ssl_keyfile`, where given."""
+    """The parameters `ssl_certfile` and `ssl_keyfile`, if given."""
 
 
 def parse(url: str) -> CacheUrl:
-    """The parts. Raises UsageError, with none of the URL in its line but the name of a parameter."""
+    """Parse a cache URL.
+
+    Raises `UsageError`, whose message contains no part of the URL except the name of a parameter.
+    """
     scheme, colon, rest = url.partition(":")
     if not colon or scheme not in SCHEMES:
         _reject(f"it must begin with one of {', '.join(f'{name}:' for name in SCHEMES)}")
@@ -120,25 +124,25 @@ def parse(url: str) -> CacheUrl:
             _reject("embedded: takes a folder and no parameters")
         return CacheUrl(scheme=scheme, path=rest)
     scheme = _SCHEME_ALIASES.get(scheme, scheme)
-    found = _URL.fullmatch(url)
-    path = (found and found["path"]) or ""
+    match = _URL.fullmatch(url)
+    path = (match and match["path"]) or ""
     is_ambiguous = "@" in path and not (
-        scheme == "unix" and found and not found["login"] and not found["hosts"]
+        scheme == "unix" and match and not match["login"] and not match["hosts"]
     )
-    if found is None or is_ambiguous or _BAD_PERCENT.search(url) or _BAD_CHARACTER.search(url):
+    if match is None or is_ambiguous or _BAD_PERCENT.search(url) or _BAD_CHARACTER.search(url):
         _reject(f"its parts cannot be told apart; {_ENCODING_ADVICE}")
-    hosts = tuple(_parse_host(item, _DEFAULT_PORTS[scheme]) for item in _split_hosts(scheme, found["hosts"]))
-    parameters = _parse_parameters(found["query"], allowed=_PARAMETERS_BY_SCHEME[scheme])
-    place = _parse_path(scheme, path, parameters.pop("db", None))
+    hosts = tuple(_parse_host(item, _DEFAULT_PORTS[scheme]) for item in _split_hosts(scheme, match["hosts"]))
+    parameters = _parse_parameters(match["query"], allowed=_PARAMETERS_BY_SCHEME[scheme])
+    parts = _parse_path(scheme, path, parameters.pop("db", None))
     if "ssl_keyfile" in parameters and "ssl_certfile" not in parameters:
         _reject("ssl_keyfile without ssl_certfile")
-    name, _, password = (found["login"] or "").partition(":")
+    name, _, password = (match["login"] or "").partition(":")
     return CacheUrl(
         scheme=scheme,
         hosts=hosts,
-        path=place.path,
-        service=place.service,
-        database=place.database,
+        path=parts.path,
+        service=parts.service,
+        database=parts.database,
         username=_decode_percent(name) or None,
         password=unquote_to_bytes(password) or None,
         client_certificate=parameters,
@@ -184,33 +188,33 @@ def _split_hosts(scheme: str, hosts: str) -> list[str]:
 
 
 def _parse_host(item: str, default_port: int) -> tuple[str, int]:
-    found = _HOST.fullmatch(item)
-    if found is None:
+    match = _HOST.fullmatch(item)
+    if match is None:
         _reject(f"it has no host, or one that is not HOST or HOST:PORT; {_ENCODING_ADVICE}")
-    name = found["name"].strip("[]")
-    if name != found["name"]:
+    name = match["name"].strip("[]")
+    if name != match["name"]:
         try:
             ipaddress.IPv6Address(name)
         except ValueError:
             _reject("what stands in brackets is not an IPv6 address")
-    number = int(found["port"]) if found["port"] else default_port
-    if not 1 <= number <= _MAX_PORT:
+    port = int(match["port"]) if match["port"] else default_port
+    if not 1 <= port <= _MAX_PORT:
         _reject(f"a port is not from 1 to {_MAX_PORT}")
-    return name, number
+    return name, port
 
 
 def _parse_parameters(query: str | None, *, allowed: frozenset[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    parameters: dict[str, str] = {}
     for item in query.split("&") if query else ():
         name, _, value = item.partition("=")
         if name not in allowed:
             shown = f"parameter {name}" if name in _LIBRARY_PARAMETERS else "a parameter"
             known = ", ".join(sorted(allowed))
             _reject(f"{shown} is not one of those that this kind of URL takes ({known})")
-        if name in found or not value:
+        if name in parameters or not value:
             _reject(f"parameter {name} must have one value")
-        found[name] = _decode_percent(value)
-    return found
+        parameters[name] = _decode_percent(value)
+    return parameters
 
 
 def _parse_database(text: str) -> int:
@@ -226,6 +230,16 @@ def _decode_percent(encoded: str) -> str:
         return unquote_to_bytes(encoded).decode()
     except UnicodeDecodeError:
         _reject(f"what is percent-encoded is not UTF-8; {_ENCODING_ADVICE}")
+
+
+def redact_url(url: str) -> str:
+    """Return the URL without user, password and parameters, for logs and errors."""
+    address, question, _ = url.partition("?")
+    scheme, slashes, rest = address.partition("://")
+    # Cut at the last @: a password that should have been percent-encoded may contain others, and slashes.
+    if "@" in rest:
+        address = f"{scheme}{slashes}***@{rest.rpartition('@')[2]}"
+    return f"{address}?***" if question else address
 
 
 def _reject(reason: str) -> NoReturn:

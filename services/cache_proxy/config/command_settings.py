@@ -1,4 +1,4 @@
-"""What the commands about the cache are told, besides how it is reached."""
+"""Settings of the cache commands, besides those of the cache itself."""
 
 from dataclasses import dataclass
 
@@ -10,21 +10,21 @@ from services.common.posting_fields import PostingFields
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputSettings:
-    """How a command says what it found."""
+    """How a command prints its result."""
 
     json: bool = flag("--json", options.BOOL, "false", text="for machines: one JSON object")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairSettings:
-    """The pair that a command is about."""
+    """The pair that a command acts on."""
 
     company: str | None = flag("--company", options.TEXT, text="the pair's company")
     title: str | None = flag("--title", options.TEXT, text="the pair's title")
 
     @property
     def pair(self) -> tuple[str, str] | None:
-        """Both, or neither. Raises UsageError."""
+        """Return company and title, or None if neither is given. Raises `UsageError` if only one is."""
         if self.company is None and self.title is None:
             return None
         if self.company is None or self.title is None:
@@ -38,14 +38,14 @@ class PairSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScopeSettings:
-    """How much is invalidated."""
+    """Which pairs are invalidated."""
 
     all: bool = flag("--all", options.BOOL, "false", text="every pair of the model version")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WarmSettings:
-    """What `warm` is told besides its files."""
+    """Settings of `warm`."""
 
     again: bool = flag("--again", options.BOOL, "false", text="from the beginning, whatever earlier runs did")
     company_field: str = flag(
@@ -67,11 +67,11 @@ class WarmSettings:
     progress: bool | None = flag("--progress", options.BOOL, text="progress bar (default: on a terminal)")
 
     def __post_init__(self) -> None:
-        """Refuse limits that are out of range, and names that cannot be."""
+        """Reject limits that are out of range, and invalid field names."""
         _ = self.fields
         limits.check_limits(self.max_line_bytes, self.max_zstd_window_bytes)
 
     @property
     def fields(self) -> PostingFields:
-        """The members of a posting. Raises UsageError."""
+        """Return the field names of a posting. Raises `UsageError` if they are invalid."""
         return PostingFields.parse(company=self.company_field, title=self.title_field, level=self.level_field)

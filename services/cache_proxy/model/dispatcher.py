@@ -38,7 +38,7 @@ _RECHECK_TIMEOUT_SECONDS = 0.010
 
 
 class Dispatcher:
-    """Runs one loop that claims batches, and one task for each call in flight.
+    """Runs one loop that claims batches, and one task for each in-flight call.
 
     State (event loop only): `_calls`, the tasks of claimed batches; `_call_slots`, how many more may run;
     `_lookups`, lookups of the store that took too long and go on in the background; the number of calls that
@@ -66,7 +66,7 @@ class Dispatcher:
         self._last_failure_at = -math.inf
 
     async def run(self) -> None:
-        """Claim and send batches until cancelled. Calls in flight go on until `drain`."""
+        """Claim and send batches until cancelled. In-flight calls go on until `drain`."""
         while True:
             await self._call_slots.acquire()
             decision = await self._queue.claim()
@@ -87,7 +87,7 @@ class Dispatcher:
                 await asyncio.wait_for(self._queue.wait_for_change(), wait)
 
     async def drain(self, *, timeout_seconds: float) -> None:
-        """Wait for the calls in flight, so that no answer of the model is lost. Then cancel what is left."""
+        """Wait for the in-flight calls, so that no answer of the model is lost. Then cancel what is left."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=timeout_seconds)
         await cancel_and_wait(self._calls)
@@ -245,7 +245,7 @@ class Dispatcher:
         self, claim: Claim, sent: Sequence[Pair], failure: CallFailedError, *, model_fault: bool = False
     ) -> None:
         """Pass a failed call to the queue, which retries its pairs or ends them."""
-        # Calls that were in flight together fail together: they count as one failure.
+        # Calls that were sent together fail together and count as one failure.
         if claim.send_at >= self._last_failure_at:
             self._consecutive_failures += 1
             self._last_failure_at = time.monotonic()

@@ -11,8 +11,8 @@ from redis.backoff import NoBackoff
 
 from services.cache_proxy.auth.reloader import FileReloader
 from services.cache_proxy.config import cache_url
+from services.cache_proxy.config.cache_settings import CacheSettings
 from services.cache_proxy.config.cache_url import CacheUrl
-from services.cache_proxy.config.settings import CacheSettings
 from services.cache_proxy.redis_client.backend import RedisBackend, SingleServerBackend
 from services.cache_proxy.redis_client.cluster import ClusterBackend
 from services.cache_proxy.redis_client.sentinels import ParallelSentinel

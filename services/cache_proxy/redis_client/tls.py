@@ -14,7 +14,7 @@ from redis.asyncio.connection import Connection, RedisSSLContext, UnixDomainSock
 from redis.credentials import CredentialProvider
 
 from services.cache_proxy.auth.reloader import FileReloader
-from services.cache_proxy.config.settings import read_secret
+from services.cache_proxy.config.secret_file import read_secret
 from services.cache_proxy.redis_client.host_lookup import resolve_host
 from services.common.compat import override
 from services.common.errors import UsageError

@@ -10,7 +10,7 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.cache_proxy.config.settings import ServerSettings
+from services.cache_proxy.config.server_settings import ServerSettings
 from services.cache_proxy.rpc import channel_args, reflection, unknown_methods
 from services.cache_proxy.rpc.connections import ServerConnections
 from services.cache_proxy.rpc.health import Health

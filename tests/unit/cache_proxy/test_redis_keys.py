@@ -12,7 +12,7 @@ from services.cache_proxy.cache import namespace
 from services.cache_proxy.cache.cache_scripts import ADD_TOMBSTONES
 from services.cache_proxy.cache.invalidation import InvalidationLog
 from services.cache_proxy.cache.redis_store import RedisStore
-from services.cache_proxy.config.settings import KeySettings
+from services.cache_proxy.config.cache_settings import KeySettings
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import ScriptCall
 from services.cache_proxy.redis_client.client_factory import backend_for, create_client

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from services.cache_proxy.domain import Pair
+from services.cache_proxy.domain import DAY_SECONDS, REFRESH, Pair
 from services.cache_proxy.queue import rejections
 from services.cache_proxy.queue.interface import QueueLimits, RequestContext
 from services.cache_proxy.queue.local.call_limiter import CallLimiter
@@ -11,8 +11,6 @@ from services.cache_proxy.queue.local.fair_queue import QueuedPair, QueuePositio
 from services.cache_proxy.queue.local.quota_limiter import QuotaLimiter
 from services.cache_proxy.queue.local.scheduler import BatchScheduler, ExpectedTurn
 from services.cache_proxy.queue.quotas import Quota, QuotaProvider
-
-_DAY_SECONDS = 86_400.0
 
 
 class Admission:
@@ -102,7 +100,7 @@ class Admission:
         Of the new ones and those that wait in the caller's own turn, and of those joined where they are.
         """
         own, turn, waits = {place.entry.pair.digest: place for place in positions}, new_pairs, [0.0]
-        left_seconds = min(_DAY_SECONDS, max(0.0, context.deadline - now))
+        left_seconds = min(DAY_SECONDS, max(0.0, context.deadline - now))
         last: dict[tuple[str, str | None], QueuePosition] = {}
         for entry in joined:
             place = own.get(entry.pair.digest)
@@ -144,7 +142,7 @@ class Admission:
         return first_seconds + (max(1, turn.calls) - 1) * self._limiter.slot_seconds
 
     def _quota_for(self, context: RequestContext) -> Quota | None:
-        return None if context.priority == "refresh" else self._quotas().for_caller(context.caller)
+        return None if context.priority == REFRESH else self._quotas().for_caller(context.caller)
 
 
 def _has_account(entry: QueuedPair, account: str | None) -> bool:

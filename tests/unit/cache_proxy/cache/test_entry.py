@@ -4,7 +4,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cache_proxy.cache.entry import (
-    DAY_SECONDS,
     DAY_ZERO_SECONDS,
     FROM_PREVIOUS_VERSION,
     NO_EXPIRY,
@@ -14,6 +13,7 @@ from services.cache_proxy.cache.entry import (
     entry_level,
     pack_entry,
 )
+from services.cache_proxy.domain import DAY_SECONDS
 
 LEVELS = st.integers(1, 7)
 DAYS = st.integers(0, 8191)

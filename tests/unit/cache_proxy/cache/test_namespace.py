@@ -23,7 +23,7 @@ from services.cache_proxy.cache.redis_store import RedisStore
 from services.cache_proxy.cache.resilient_store import ResilientStore
 from services.cache_proxy.cache.store_factory import open_store
 from services.cache_proxy.cache.sweeper import Sweeper
-from services.cache_proxy.config.settings import AnswerSettings, CacheSettings, KeySettings
+from services.cache_proxy.config.cache_settings import AnswerSettings, CacheSettings, KeySettings
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import RedisBackend
 from services.common.errors import UsageError

@@ -5,14 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.cache_proxy.cache.entry import (
-    DAY_SECONDS,
-    DAY_ZERO_SECONDS,
-    FreshnessPolicy,
-    day_at,
-    pack_entry,
-)
+from services.cache_proxy.cache.entry import DAY_ZERO_SECONDS, FreshnessPolicy, day_at, pack_entry
 from services.cache_proxy.cache.store_clock import StoreClock
+from services.cache_proxy.domain import DAY_SECONDS
 
 
 class _Clocks:

@@ -7,14 +7,11 @@ import pytest
 
 from services.cache_proxy.cli import cli
 from services.cache_proxy.config.auth_settings import CallerAuthSettings, ModelAuthSettings
-from services.cache_proxy.config.settings import (
-    AnswerSettings,
-    CacheSettings,
-    ModelSettings,
-    ServerSettings,
-    read_secret,
-    redact_url,
-)
+from services.cache_proxy.config.cache_settings import AnswerSettings, CacheSettings
+from services.cache_proxy.config.cache_url import redact_url
+from services.cache_proxy.config.model_settings import ModelSettings
+from services.cache_proxy.config.secret_file import read_secret
+from services.cache_proxy.config.server_settings import ServerSettings
 from services.common import options
 from services.common.errors import UsageError
 

@@ -12,7 +12,7 @@ import pytest
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.cache_proxy.config.settings import ServerSettings
+from services.cache_proxy.config.server_settings import ServerSettings
 from services.cache_proxy.rpc.health import Health
 from services.cache_proxy.rpc.server import GrpcServer, Listeners
 from services.common.errors import CommandError

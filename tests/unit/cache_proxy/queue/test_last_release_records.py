@@ -11,7 +11,7 @@ import pytest
 from services.cache_proxy.domain import Pair
 from services.cache_proxy.errors import InvalidModelResponseError, ModelUnavailableError, PairRejectedError
 from services.cache_proxy.queue.interface import Claim
-from services.cache_proxy.queue.queue_scripts import FORMAT, QueueKeys
+from services.cache_proxy.redis_keys import FORMAT, QueueKeys
 from services.cache_proxy.status.rolling_window import decode_report
 from tests.support.processes import ROOT
 from tests.support.queue_recording import PREFIX, WAITING, Recording, load, record

@@ -107,7 +107,8 @@ def _parse_event_bridge(event: dict[str, Any]) -> ObjectEvent:
     if event.get("source", "aws.s3") != "aws.s3":
         return ObjectEvent("", "", is_readable=False, event_name=kind)
     if kind != _API_CALL_DETAIL_TYPE:
-        bucket, key = _text_at(event, "detail", "bucket", "name"), _text_at(event, "detail", "object", "key")
+        bucket = _text_at(event, "detail", "bucket", "name")
+        key = _text_at(event, "detail", "object", "key")
         return ObjectEvent(bucket, key, is_readable=kind in _READABLE_DETAIL_TYPES, event_name=kind)
     return _parse_api_call(event, "detail")
 
@@ -118,7 +119,8 @@ def _parse_api_call(event: Any, *path: str) -> ObjectEvent:
     if _text_at(event, *path, "eventSource") not in _API_EVENT_SOURCES:
         return ObjectEvent("", "", is_readable=False, event_name=event_name)
     parameters = (*path, "requestParameters")
-    bucket, key = _text_at(event, *parameters, "bucketName"), _text_at(event, *parameters, "key")
+    bucket = _text_at(event, *parameters, "bucketName")
+    key = _text_at(event, *parameters, "key")
     call = event[path[0]] if path else event
     # CloudTrail records failed calls, too.
     has_failed = call.get("errorCode") is not None

@@ -1,4 +1,4 @@
-"""A stub of the model, an S3 server, and the command run in this process."""
+"""Fixtures of the augmenter's tests: a model stub, S3 and SQS servers, and the command in this process."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from tests.support.sqs_server import SqsQueue, SqsServer, sqs_server
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended."""
+    """Exit code and output of a run."""
 
     exit_code: int
     stdout: str
@@ -34,7 +34,7 @@ RunAugmenter: TypeAlias = Callable[..., RunResult]
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests, and however: no flag and no credential of theirs is used."""
+    """Remove flags and credentials of the developer from the environment."""
     for name in [name for name in os.environ if name.startswith(("AUGMENTER_", "AWS_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -44,19 +44,23 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def augment(capsys: pytest.CaptureFixture[str]) -> RunAugmenter:
-    """Run `augmenter run` with these arguments (a process takes a second to start; this does not)."""
+    """Return a function that runs `augmenter run` with its arguments.
+
+    It runs in this process, since a process takes a second to start.
+    """
 
     def run(*args: object) -> RunResult:
         capsys.readouterr()
         level = logging.root.level
         try:
-            with pytest.raises(SystemExit) as end:
+            with pytest.raises(SystemExit) as exit_info:
                 options.run_command(cli, program="augmenter", args=["run", *map(str, args)])
         finally:
-            logging.root.setLevel(level)  # else a run with --log-level error hides what other tests look for
+            # Otherwise, a run with --log-level error would hide log lines from other tests.
+            logging.root.setLevel(level)
         out, err = capsys.readouterr()
         assert "Traceback" not in err
-        return RunResult(int(end.value.code or 0), out, err)
+        return RunResult(int(exit_info.value.code or 0), out, err)
 
     return run
 
@@ -74,7 +78,10 @@ StartStub: TypeAlias = Callable[..., RunningStub]
 
 @pytest.fixture(scope="session")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStub]:
-    """A model without a limit that answers in scrambled order; it refuses POISON, NAMED by its index."""
+    """Start a model without a limit that answers in scrambled order.
+
+    It rejects pairs with POISON, and names the index of those with NAMED.
+    """
     log = tmp_path_factory.mktemp("stub") / "calls.jsonl"
     with _start_stub(log, "--fail", "scramble,poison=POISON,poison-named=NAMED") as running:
         yield RunningStub(running.target, log)
@@ -82,7 +89,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStub]:
 
 @pytest.fixture
 def stub_with(tmp_path: Path) -> Iterator[StartStub]:
-    """Start a stub with these faults."""
+    """Return a function that starts a stub with the given faults."""
     with ExitStack() as stack:
 
         def start(*args: str) -> RunningStub:
@@ -98,14 +105,14 @@ def _start_stub(log: Path, *args: str) -> AbstractContextManager[ServiceProcess]
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """An S3 server for the whole session."""
+    """Start an S3 server for the whole session."""
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
 
 
 @pytest.fixture
 def bucket(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """A bucket of the test's own, with the credentials for it in the environment."""
+    """Create a bucket for one test, and set its credentials in the environment."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return Bucket(s3, f"test-{random.SystemRandom().randrange(2**40):x}")
@@ -113,7 +120,7 @@ def bucket(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Buc
 
 @pytest.fixture(scope="session")
 def sqs(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SqsServer]:
-    """An SQS server for the whole session."""
+    """Start an SQS server for the whole session."""
     with sqs_server(tmp_path_factory.mktemp("sqs"), s3.environment) as server:
         yield server
 
@@ -123,7 +130,7 @@ MakeQueue: TypeAlias = Callable[..., SqsQueue]
 
 @pytest.fixture
 def make_queue(sqs: SqsServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> MakeQueue:
-    """Make a queue of the test's own, with its server in the environment."""
+    """Return a function that creates a queue, with its server in the environment."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
 
     def make(**settings: Any) -> SqsQueue:
@@ -133,7 +140,7 @@ def make_queue(sqs: SqsServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) 
 
 
 def sqs_run_args(bucket: Bucket, queue: SqsQueue, target: str) -> list[str]:
-    """The arguments of a run that takes the bucket's files from a queue."""
+    """Return the arguments of a run that takes the bucket's files from a queue."""
     return [
         f"s3://{bucket.name}/raw/",
         f"s3://{bucket.name}/mod/",
@@ -147,11 +154,11 @@ def sqs_run_args(bucket: Bucket, queue: SqsQueue, target: str) -> list[str]:
 
 
 def make_posting(company: str = "Acme", title: str = "Clerk", **more: object) -> bytes:
-    """A line of input, without its end."""
+    """Return a line of input, without its end."""
     return json.dumps({"company": company, "title": title, **more}).encode()
 
 
 def read_reasons(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The reasons beside rejected lines."""
+    """Return the reasons beside rejected lines."""
     path = folder / f"{name}.reasons.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

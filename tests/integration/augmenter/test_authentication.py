@@ -1,4 +1,4 @@
-"""How the proxy is reached: by TLS, with a certificate of one's own, with a token from a file."""
+"""Tests of the connection to the proxy: TLS, client certificates and bearer tokens."""
 
 import subprocess
 import threading
@@ -22,8 +22,8 @@ from tests.support.model_server import ReceivedCall, ScriptedModel, answer_three
 _SECRET = "s3cret-of-the-day"
 
 
-def _keep(path: Path, token: str) -> Path:
-    """Write a token that nobody else may read."""
+def _write_token(path: Path, token: str) -> Path:
+    """Write a token to a file that only its owner may read."""
     path.touch(0o600)
     path.write_text(token)
     return path
@@ -31,7 +31,7 @@ def _keep(path: Path, token: str) -> Path:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a server's, a client's and a stranger's certificate, each its own CA."""
+    """Create a folder with a server's, a client's and a foreign certificate, each its own CA."""
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("server", "client", "stranger"):
         make_self_signed(folder, name)
@@ -41,13 +41,13 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
     )
     (folder / "empty").touch(0o600)
-    _keep(folder / "token", f"{_SECRET}\n")
+    _write_token(folder / "token", f"{_SECRET}\n")
     return folder
 
 
 @pytest.fixture
 def guarded(certificates: Path) -> Iterator[ScriptedModel]:
-    """A server by TLS that lets in who has the client's certificate, and the token."""
+    """Start a server with TLS that accepts the client's certificate and the token."""
     read = {path.name: path.read_bytes() for path in certificates.iterdir()}
     credentials = grpc.ssl_server_credentials(
         [(read["server.key"], read["server.crt"])],
@@ -60,36 +60,41 @@ def guarded(certificates: Path) -> Iterator[ScriptedModel]:
 
 
 def _flags(folder: Path, **names: str) -> list[str]:
-    """`tls_ca="server.crt"` is `--tls-ca` with that file of the folder."""
+    """Return flags: `tls_ca="server.crt"` is `--tls-ca` with that file of the folder."""
     return [
         part for name, file in names.items() for part in (f"--{name.replace('_', '-')}", str(folder / file))
     ]
 
 
-_RIGHT = {"tls_ca": "server.crt", "tls_cert": "client.crt", "tls_key": "client.key", "token_file": "token"}
+_VALID_FILES = {
+    "tls_ca": "server.crt",
+    "tls_cert": "client.crt",
+    "tls_key": "client.key",
+    "token_file": "token",
+}
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A file with one posting."""
+    """Create a file with one posting."""
     (tmp_path / "a.jsonl").write_bytes(make_posting())
     return tmp_path / "a.jsonl"
 
 
-def test_who_has_certificate_and_token_is_let_in(
+def test_run_with_certificate_and_token_succeeds(
     augment: RunAugmenter, source: Path, certificates: Path, guarded: ScriptedModel
 ) -> None:
-    """By mutual TLS with the token of the file: augmented."""
-    ended = augment(
+    """Mutual TLS with the token of the file."""
+    result = augment(
         source,
         f"{source.parent}/out/",
         "--target",
         guarded.target,
         "--retry-budget",
         "5s",
-        *_flags(certificates, **_RIGHT),
+        *_flags(certificates, **_VALID_FILES),
     )
-    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert (source.parent / "out" / "a.jsonl").read_bytes() == make_posting()[:-1] + b', "seniority": 3}\n'
 
 
@@ -103,7 +108,7 @@ def test_who_has_certificate_and_token_is_let_in(
         ({"token_file": None}, "UNAUTHENTICATED"),
     ],
 )
-def test_who_lacks_one_of_them_is_not(
+def test_run_without_valid_certificate_or_token_fails(
     augment: RunAugmenter,
     source: Path,
     certificates: Path,
@@ -111,10 +116,10 @@ def test_who_lacks_one_of_them_is_not(
     wrong: dict[str, str | None],
     code: str,
 ) -> None:
-    """With another CA's server, certificate or token: a failure with its status, and no word of the token."""
-    _keep(certificates / "stranger.key.token", "not-the-secret")
-    given = {name: file for name, file in (_RIGHT | wrong).items() if file}
-    ended = augment(
+    """The run fails with the status, and the token is not logged."""
+    _write_token(certificates / "stranger.key.token", "not-the-secret")
+    given = {name: file for name, file in (_VALID_FILES | wrong).items() if file}
+    result = augment(
         source,
         f"{source.parent}/out/",
         "--target",
@@ -125,11 +130,11 @@ def test_who_lacks_one_of_them_is_not(
         "debug",
         *_flags(certificates, **given),
     )
-    assert ended.exit_code == 1
-    assert f"{guarded.target} answered {code}" in ended.stderr.splitlines()[-1]
+    assert result.exit_code == 1
+    assert f"{guarded.target} answered {code}" in result.stderr.splitlines()[-1]
     assert guarded.calls == []
-    assert _SECRET not in ended.stderr
-    assert "not-the-secret" not in ended.stderr
+    assert _SECRET not in result.stderr
+    assert "not-the-secret" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -150,12 +155,12 @@ def test_who_lacks_one_of_them_is_not(
         ({"token_file": "client.key"}, "--token-file"),
     ],
 )
-def test_files_that_cannot_be_meant_are_refused(
+def test_invalid_credential_file_is_a_usage_error(
     augment: RunAugmenter, source: Path, certificates: Path, given: dict[str, str | None], named: str
 ) -> None:
     """Exit code 2 and one line that names the flag, before anything is written."""
-    flags = {name: file for name, file in (_RIGHT | given).items() if file}
-    ended = augment(
+    flags = {name: file for name, file in (_VALID_FILES | given).items() if file}
+    result = augment(
         source,
         f"{source.parent}/out/",
         "--target",
@@ -164,19 +169,19 @@ def test_files_that_cannot_be_meant_are_refused(
         "0s",
         *_flags(certificates, **flags),
     )
-    assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert named in ended.stderr
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert named in result.stderr
     assert not (source.parent / "out").exists()
 
 
-def test_token_in_the_clear_stays_on_this_machine(
+def test_token_without_tls_is_sent_to_this_machine_only(
     augment: RunAugmenter, source: Path, certificates: Path
 ) -> None:
-    """Without TLS the token is sent to this machine only: to any other it is a usage error."""
+    """Any other target without TLS is a usage error."""
     flags = [*_flags(certificates, token_file="token"), "--retry-budget", "5s"]
-    ended = augment(source, f"{source.parent}/out/", "--target", "proxy.example:50051", *flags)
-    assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1)
-    assert ended.stderr.startswith("augmenter: --token-file: proxy.example:50051 would get it in the clear")
+    result = augment(source, f"{source.parent}/out/", "--target", "proxy.example:50051", *flags)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith("augmenter: --token-file: proxy.example:50051 would get it in the clear")
     with scripted_model(answer_threes) as model:
         model.required_token = _SECRET
         assert augment(source, f"{source.parent}/out/", "--target", model.target, *flags).exit_code == 0
@@ -204,15 +209,16 @@ def test_token_in_the_clear_stays_on_this_machine(
         ("xds:///localhost:1", False),
     ],
 )
-def test_targets_on_this_machine_are_known(target: str, is_local: bool) -> None:
-    """However a target is written: it is on this machine only if all of its addresses are."""
+def test_local_targets_are_recognised(target: str, is_local: bool) -> None:
+    """A target is local only if all of its addresses are, however it is written."""
     assert is_local_target(target) is is_local
 
 
-def test_token_that_changes_is_sent_from_then_on(augment: RunAugmenter, tmp_path: Path) -> None:
-    """A file that is written anew between two RPCs: the second goes with the new token."""
-    token, source = tmp_path / "token", tmp_path / "in"
-    _keep(token, "first")
+def test_changed_token_is_sent_with_the_next_call(augment: RunAugmenter, tmp_path: Path) -> None:
+    """The file changes between two RPCs, and the second one has the new token."""
+    token = tmp_path / "token"
+    source = tmp_path / "in"
+    _write_token(token, "first")
     source.mkdir()
     for name in ("a", "b"):
         (source / f"{name}.jsonl").write_bytes(make_posting(name))
@@ -224,10 +230,10 @@ def test_token_that_changes_is_sent_from_then_on(augment: RunAugmenter, tmp_path
 
     with scripted_model(in_sequence(rotate)) as model:
         model.required_token = "first"
-        ended = augment(
+        result = augment(
             source, tmp_path / "out", "--target", model.target, "--concurrency", "1", "--token-file", token
         )
-    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert [call.companies for call in model.calls] == [["a"], ["b"]]
 
 
@@ -236,21 +242,24 @@ def _server(own: SignedCertificate) -> grpc.ServerCertificateConfiguration:
     return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
 
 
-def test_certificates_that_are_renewed_are_used_without_a_restart(
-    augment: RunAugmenter, tmp_path: Path
-) -> None:
-    """CA, certificate and key are swapped for another authority's between two RPCs: a connection by them is
-    made while the second is under way, and all files are done.
-    """  # noqa: D205 - one thought
-    old, new = CertificateAuthority(tmp_path, "old"), CertificateAuthority(tmp_path, "new")
-    mounted, source = MountedSecret(tmp_path / "mounted"), tmp_path / "in"
-    before, after = old.sign("server"), new.sign("server")
+def test_renewed_certificates_are_used_without_restart(augment: RunAugmenter, tmp_path: Path) -> None:
+    """CA, certificate and key are replaced by those of another authority between two RPCs.
+
+    A connection with the new ones is established during the second RPC, and all files are done.
+    """
+    old = CertificateAuthority(tmp_path, "old")
+    new = CertificateAuthority(tmp_path, "new")
+    mounted = MountedSecret(tmp_path / "mounted")
+    source = tmp_path / "in"
+    before = old.sign("server")
+    after = new.sign("server")
     mounted.replace_certificate(old.sign("client"))
-    by_the_new = new.sign("client")
+    renewed = new.sign("client")
     source.mkdir()
     for name in ("a", "b", "c"):
         (source / f"{name}.jsonl").write_bytes(make_posting(name))
-    is_swapped, is_connected = threading.Event(), threading.Event()
+    is_swapped = threading.Event()
+    is_connected = threading.Event()
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
         if not is_swapped.is_set():
@@ -259,7 +268,7 @@ def test_certificates_that_are_renewed_are_used_without_a_restart(
         return _server(after)
 
     def swap(call: ReceivedCall) -> list[tuple[int, int]]:
-        mounted.replace_certificate(by_the_new)
+        mounted.replace_certificate(renewed)
         is_swapped.set()
         return answer_threes(call)
 
@@ -273,26 +282,26 @@ def test_certificates_that_are_renewed_are_used_without_a_restart(
         require_client_authentication=True,
     )
     with scripted_model(in_sequence(swap, wait), credentials=credentials) as model:
-        ended = augment(
+        result = augment(
             source, tmp_path / "out", "--target", model.target, "--concurrency", "1", *mounted.paths.flags()
         )
-    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert [call.companies for call in model.calls] == [["a"], ["b"], ["c"]]
 
 
 def test_token_is_kept_while_its_file_cannot_be_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file that is gone, or empty, for a while: the last token goes on, with one warning without it."""
+    """The last token is sent while its file is missing or empty, with one warning without the token."""
     path = tmp_path / "token"
-    _keep(path, "first")
+    _write_token(path, "first")
     token = Token(str(path))
     assert token.metadata() == ("authorization", "Bearer first")
     path.unlink()
     assert token.metadata() == token.metadata() == ("authorization", "Bearer first")
-    _keep(path, "")
+    _write_token(path, "")
     assert token.metadata() == ("authorization", "Bearer first")
-    _keep(tmp_path / "new", "second\n")
+    _write_token(tmp_path / "new", "second\n")
     (tmp_path / "new").replace(path)
     assert token.metadata() == ("authorization", "Bearer second")
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]

@@ -1,4 +1,4 @@
-"""What a run remembers of its files, however many months it goes on."""
+"""Tests that what a run remembers of its files is bounded, even after months."""
 
 import json
 import re
@@ -11,16 +11,16 @@ from services.augmenter.sources.lru_set import LruSet
 from tests.integration.augmenter.conftest import RunAugmenter, RunningStub
 
 
-def test_of_failures_the_first_are_named_at_the_end(
+def test_first_failures_are_named_at_the_end_and_others_when_they_happen(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each failure is counted, and named once: the first at the end, the others when they happen."""
+    """Each failure is counted, and named once."""
     monkeypatch.setattr(stats, "MAX_NAMED_FAILURES", 2)
     source = tmp_path / "in"
     source.mkdir()
     for i in range(5):
         (source / f"{i}.jsonl.gz").write_bytes(b"no gzip")
-    ended = augment(
+    result = augment(
         source,
         tmp_path / "out",
         "--target",
@@ -30,17 +30,17 @@ def test_of_failures_the_first_are_named_at_the_end(
         "--concurrency",
         "1",
     )
-    assert ended.exit_code == 1
-    assert "0 done, 0 skipped, 5 failed" in ended.stdout
-    named = re.findall(r"(/\S+): ", ended.stderr)
+    assert result.exit_code == 1
+    assert "0 done, 0 skipped, 5 failed" in result.stdout
+    named = re.findall(r"(/\S+): ", result.stderr)
     assert named == [f"{source}/{i}.jsonl.gz" for i in (2, 3, 4, 0, 1)]
-    assert ended.stderr.splitlines()[-1] == "augmenter: and 3 more, named when they failed"
-    told = json.loads((tmp_path / "s.json").read_text())
-    assert told["files"]["failed"] == 5
-    assert [failure["file"] for failure in told["failures"]] == [f"{source}/{i}.jsonl.gz" for i in (0, 1)]
+    assert result.stderr.splitlines()[-1] == "augmenter: and 3 more, named when they failed"
+    totals = json.loads((tmp_path / "s.json").read_text())
+    assert totals["files"]["failed"] == 5
+    assert [failure["file"] for failure in totals["failures"]] == [f"{source}/{i}.jsonl.gz" for i in (0, 1)]
 
 
-def test_a_failure_that_passed_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolved_failure_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file counts once however often it fails, and no more once it is done."""
     monkeypatch.setattr(stats, "MAX_NAMED_FAILURES", 2)
     failures = stats.Failures()
@@ -52,11 +52,11 @@ def test_a_failure_that_passed_makes_room_for_another(monkeypatch: pytest.Monkey
     assert (failures.count, list(failures.reasons_by_file)) == (3, ["b", "d"])
 
 
-def test_what_is_recent_is_bounded() -> None:
-    """Of more than fit, those that were noted or asked for longest ago are forgotten."""
-    recent = LruSet(max_size=2)
+def test_lru_set_drops_least_recently_used_name() -> None:
+    """Names that were neither added nor found for the longest time are dropped."""
+    names = LruSet(max_size=2)
     for name in "ab":
-        recent.add(name)
-    assert "a" in recent
-    recent.add("c")
-    assert [name in recent for name in "abc"] == [True, False, True]
+        names.add(name)
+    assert "a" in names
+    names.add("c")
+    assert [name in names for name in "abc"] == [True, False, True]

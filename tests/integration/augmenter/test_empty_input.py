@@ -1,4 +1,4 @@
-"""INPUT without a file to augment, and names that are ignored."""
+"""Tests of INPUT without a file to augment, and of names that are ignored."""
 
 import signal
 from pathlib import Path
@@ -36,64 +36,70 @@ from tests.support.sqs_server import object_created_event
         ("a.jsonl.reasons.jsonl", ".reasons.jsonl"),
     ],
 )
-def test_ignored_names_are_told_by_suffix(name: str, suffix: str) -> None:
-    """Whatever the case; compressed ones by both suffixes."""
+def test_ignored_names_are_counted_by_suffix(name: str, suffix: str) -> None:
+    """The suffix is in lower case. A compressed file has both of its suffixes."""
     assert ignored_suffix(name) == suffix
 
 
-def test_suffixes_are_bounded() -> None:
-    """However many suffixes there are, the summary has a few; markers of folders are no names."""
-    listing = NameCounts()
+def test_number_of_ignored_suffixes_is_bounded() -> None:
+    """The summary has a limited number of suffixes, and markers of folders are not names."""
+    name_counts = NameCounts()
     for number in range(100):
-        listing.count_ignored(f"a.x{number}")
-    listing.count_ignored("folder/")
-    listing.count_ignored("")
-    assert (len(listing.ignored), listing.ignored["other"], listing.ignored.total()) == (21, 80, 100)
+        name_counts.count_ignored(f"a.x{number}")
+    name_counts.count_ignored("folder/")
+    name_counts.count_ignored("")
+    assert (len(name_counts.ignored), name_counts.ignored["other"], name_counts.ignored.total()) == (
+        21,
+        80,
+        100,
+    )
 
 
-def test_every_usual_name_is_read(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Also in capitals; the others are counted by suffix, for people and machines."""
+def test_files_with_known_suffixes_are_read_in_any_case(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
+    """The other names are counted by suffix, in the summary and in its JSON."""
     source = tmp_path / "in"
     (source / "_rejects").mkdir(parents=True)
     names = ["1.jsonl", "2.ndjson", "3.jl", "4.json", "5.JSONL", "6.NdJson"]
     for name in [*names, "a.csv", "b.CSV", "c.parquet", ".d.jsonl", "_rejects/e.jsonl", "f"]:
         (source / name).write_bytes(make_posting())
-    ended = augment(source, tmp_path / "out", "--target", stub.target, "--summary-json", tmp_path / "s.json")
-    assert (ended.exit_code, ended.stderr) == (0, "")
+    result = augment(source, tmp_path / "out", "--target", stub.target, "--summary-json", tmp_path / "s.json")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     ignored = {".csv": 2, ".parquet": 1, "hidden": 1, "_rejects": 1, "no suffix": 1}
     assert read_summary(tmp_path / "s.json")["ignored"] == ignored
-    assert "Ignored  2 .csv, " in ended.stdout
+    assert "Ignored  2 .csv, " in result.stdout
 
 
-@pytest.mark.parametrize("how", [[], ["--dry-run"], ["--shard", "0/3"]])
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--shard", "0/3"]])
 def test_folder_without_a_file_is_an_error(
-    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, how: list[str]
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, flags: list[str]
 ) -> None:
-    """Exit code 1 and one line that says what was ignored; --ok-empty accepts it."""
+    """Exit code 1 and one line with what was ignored. --ok-empty accepts it."""
     source = tmp_path / "in"
     source.mkdir()
-    args = (source, tmp_path / "out", "--target", stub.target, *how)
-    ended = augment(*args)
-    assert (ended.exit_code, ended.stderr) == (
+    args = (source, tmp_path / "out", "--target", stub.target, *flags)
+    result = augment(*args)
+    assert (result.exit_code, result.stderr) == (
         1,
         f"augmenter: {source}: nothing to augment: no file is there\n",
     )
     for name in ("a.csv", "b.csv", "c.json.bz2", ".d.jsonl"):
         (source / name).write_bytes(make_posting())
-    ended = augment(*args)
-    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
-    assert ended.stderr.startswith(
+    result = augment(*args)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith(
         f"augmenter: {source}: nothing to augment: no name ends in one of .jsonl, "
     )
-    assert ended.stderr.endswith("ignored: 2 .csv, 1 .json.bz2, 1 hidden\n")
-    ended = augment(*args, "--ok-empty")
-    assert (ended.exit_code, ended.stderr) == (0, "")
-    assert "2 .csv" in ended.stdout
+    assert result.stderr.endswith("ignored: 2 .csv, 1 .json.bz2, 1 hidden\n")
+    result = augment(*args, "--ok-empty")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "2 .csv" in result.stdout
 
 
-def test_files_of_other_shards_are_files(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """A shard without a file of its own has not failed, and neither has a run that finds all done."""
+def test_shard_without_a_file_succeeds(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
+    """A shard without a file has not failed, and neither has a run that finds all files done."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(make_posting())
     args = (tmp_path / "in", tmp_path / "out", "--target", stub.target)
@@ -102,8 +108,10 @@ def test_files_of_other_shards_are_files(augment: RunAugmenter, stub: RunningStu
 
 
 @pytest.mark.slow
-def test_prefix_without_an_object_is_hinted(augment: RunAugmenter, stub: RunningStub, bucket: Bucket) -> None:
-    """A wrong or partial prefix, a single key, and one whose name says no format."""
+def test_empty_prefix_is_reported_with_a_hint(
+    augment: RunAugmenter, stub: RunningStub, bucket: Bucket
+) -> None:
+    """A wrong or partial prefix, a single key, and a key of an unknown format."""
     bucket.put("job-postings-raw/1.jsonl", make_posting())
     bucket.put("exports/2024/a.csv", b"company,title")
     bucket.put("exports/2024/b.NDJSON", make_posting())
@@ -111,7 +119,7 @@ def test_prefix_without_an_object_is_hinted(augment: RunAugmenter, stub: Running
     bucket.put("only/", b"")
 
     def run(key: str, *args: str) -> tuple[int, str]:
-        ended = augment(
+        result = augment(
             f"s3://{bucket.name}/{key}",
             f"s3://{bucket.name}-out/x/" if args else f"s3://{bucket.name}/mod/",
             "--endpoint-url",
@@ -120,28 +128,29 @@ def test_prefix_without_an_object_is_hinted(augment: RunAugmenter, stub: Running
             stub.target,
             *args,
         )
-        assert ended.stderr.count("\n") <= 1
-        return ended.exit_code, ended.stderr
+        assert result.stderr.count("\n") <= 1
+        return result.exit_code, result.stderr
 
-    at = f"s3://{bucket.name}"
+    uri = f"s3://{bucket.name}"
     for key in ("job-post", "job-postings"):
         code, err = run(key)
         assert code == 1
         assert (
-            f"{at}/{key}/: nothing to augment: no file is there; did you mean {at}/job-postings-raw/?" in err
+            f"{uri}/{key}/: nothing to augment: no file is there; did you mean {uri}/job-postings-raw/?"
+            in err
         )
     code, err = run("exports/2023/")
     assert code == 1
-    assert f"; {at}/exports/ has {at}/exports/2024/" in err
+    assert f"; {uri}/exports/ has {uri}/exports/2024/" in err
     code, err = run("nowhere/at/all/")
     assert code == 1
-    assert f"; {at}/ has {at}/exports/, {at}/job-postings-raw/, {at}/only/" in err
+    assert f"; {uri}/ has {uri}/exports/, {uri}/job-postings-raw/, {uri}/only/" in err
     code, err = run("job-postings-raw/1.jsonl/")
     assert code == 1
-    assert f"did you mean {at}/job-postings-raw/1.jsonl?" in err
+    assert f"did you mean {uri}/job-postings-raw/1.jsonl?" in err
     code, err = run("exports/2024/a.csv")
     assert code == 2
-    assert err.startswith(f"augmenter: {at}/exports/2024/a.csv: the name must end in one of .jsonl, ")
+    assert err.startswith(f"augmenter: {uri}/exports/2024/a.csv: the name must end in one of .jsonl, ")
     code, err = run("only/")
     assert code == 1
     assert "no name ends in one of" in err
@@ -151,16 +160,16 @@ def test_prefix_without_an_object_is_hinted(augment: RunAugmenter, stub: Running
     assert run("exports/2024/") == (0, "")
 
 
-def test_help_names_what_is_never_read() -> None:
-    """The suffixes, and the names that are never touched."""
-    ended = run_command("services.augmenter", "run", "--help", env={"COLUMNS": "1000"})
-    told = " ".join(ended.stdout.split())
-    assert "end in .jsonl, .ndjson, .jl, .json, each also with .gz or .zst, in any case" in told
-    assert "begins with a dot or is _rejects" in told
+def test_help_names_known_suffixes_and_excluded_names() -> None:
+    """The help of `augmenter run` lists both."""
+    result = run_command("services.augmenter", "run", "--help", env={"COLUMNS": "1000"})
+    help_text = " ".join(result.stdout.split())
+    assert "end in .jsonl, .ndjson, .jl, .json, each also with .gz or .zst, in any case" in help_text
+    assert "begins with a dot or is _rejects" in help_text
 
 
 @pytest.mark.slow
-def test_watch_says_that_it_waits(stub: RunningStub, tmp_path: Path) -> None:
+def test_watch_logs_once_that_it_waits_for_files(stub: RunningStub, tmp_path: Path) -> None:
     """One warning, at the first listing only, and the names that it ignored are counted once."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.csv").touch()
@@ -190,13 +199,13 @@ def test_watch_says_that_it_waits(stub: RunningStub, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_queue_counts_names_that_are_ignored(
+def test_message_about_ignored_name_is_deleted_and_counted(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
-    """A message about a key in INPUT that is no input is deleted, but not without a word."""
+    """A message about a key in INPUT that is not an input file is deleted, and its name is counted."""
     queue = make_queue()
     queue.send(object_created_event(bucket.name, "raw/notes.txt"))
-    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
-    assert ended.exit_code == 0
-    assert "1 .txt" in ended.stdout
+    result = augment(*sqs_run_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
+    assert result.exit_code == 0
+    assert "1 .txt" in result.stdout
     assert read_summary(tmp_path / "s.json")["ignored"] == {".txt": 1}

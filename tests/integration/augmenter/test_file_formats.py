@@ -1,4 +1,4 @@
-"""Files that are not what their names say: decoded where that is certain, else failed."""
+"""Tests of files whose content differs from their name: decoded where that is certain, else failed."""
 
 import gzip
 import json
@@ -19,8 +19,8 @@ _TEXT = b"".join(line + b"\n" for line in _LINES)
 
 
 def _augmented(lines: list[bytes]) -> bytes:
-    """What is written of postings."""
-    levels = [infer_level(one["company"], one["title"]) for one in map(json.loads, lines)]
+    """Return the expected output of postings."""
+    levels = [infer_level(entry["company"], entry["title"]) for entry in map(json.loads, lines)]
     return b"".join(
         line[:-1] + b', "seniority": %d}\n' % level for line, level in zip(lines, levels, strict=True)
     )
@@ -48,12 +48,12 @@ _DECODED = {
 
 
 @pytest.mark.parametrize("kind", _DECODED)
-def test_what_is_certain_is_decoded(
+def test_recognised_encoding_is_decoded(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, kind: str
 ) -> None:
     """Every posting is augmented, in its own bytes and order, and each is a line of the summary."""
     (tmp_path / "a.jsonl").write_bytes(_DECODED[kind])
-    ended = augment(
+    result = augment(
         tmp_path / "a.jsonl",
         f"{tmp_path}/out/",
         "--target",
@@ -61,26 +61,24 @@ def test_what_is_certain_is_decoded(
         "--summary-json",
         tmp_path / "s.json",
     )
-    assert (ended.exit_code, ended.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(_LINES)
     lines = read_summary(tmp_path / "s.json")["lines"]
     assert (lines["in"], lines["augmented"], lines["rejected"], lines["blank"]) == (40, 40, 0, 0)
 
 
-def test_output_is_in_the_format_that_its_name_says(
-    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
-) -> None:
-    """Text under a name of gzip is read as text, and its output is gzip."""
+def test_output_has_the_format_of_its_name(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
+    """Text in a file named as gzip is read as text, and its output is gzip."""
     (tmp_path / "a.jsonl.gz").write_bytes(_TEXT)
     (tmp_path / "b.jsonl.zst").write_bytes(gzip.compress(_TEXT))
     assert augment(tmp_path, f"{tmp_path}-out/", "--target", stub.target).exit_code == 0
     assert gzip.decompress(Path(f"{tmp_path}-out/a.jsonl.gz").read_bytes()) == _augmented(_LINES)
-    made = Path(f"{tmp_path}-out/b.jsonl.zst").read_bytes()
-    assert zstandard.ZstdDecompressor().decompressobj().decompress(made) == _augmented(_LINES)
+    output = Path(f"{tmp_path}-out/b.jsonl.zst").read_bytes()
+    assert zstandard.ZstdDecompressor().decompressobj().decompress(output) == _augmented(_LINES)
 
 
 _PRETTY = "\n".join(json.dumps(json.loads(line), indent=2) for line in _LINES).encode()
-_REFUSED = {
+_UNSUPPORTED = {
     "pretty-printed": (_PRETTY, "pretty-printed"),
     "pretty-printed in gzip": (gzip.compress(_PRETTY), "pretty-printed"),
     "array": (json.dumps(list(map(json.loads, _LINES))).encode(), "JSON array"),
@@ -102,78 +100,83 @@ _REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", _REFUSED)
-@pytest.mark.parametrize("how", [[], ["--ok-rejects"], ["--dry-run"]])
-def test_what_cannot_be_augmented_fails(
-    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, kind: str, how: list[str]
+@pytest.mark.parametrize("kind", _UNSUPPORTED)
+@pytest.mark.parametrize("flags", [[], ["--ok-rejects"], ["--dry-run"]])
+def test_unsupported_content_fails_with_its_format(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path, kind: str, flags: list[str]
 ) -> None:
-    """One line says what the file is; no output and no rejects are written, whatever is tolerated."""
-    data, said = _REFUSED[kind]
-    if kind == "refused pairs" and how == ["--dry-run"]:
+    """One line names the content's format. No output and no rejects are written, whatever is tolerated."""
+    data, message = _UNSUPPORTED[kind]
+    if kind == "refused pairs" and flags == ["--dry-run"]:
         return
     (tmp_path / "a.jsonl").write_bytes(data)
-    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target, *how)
-    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
-    assert ended.stderr.startswith(f"augmenter: {tmp_path}/a.jsonl: ")
-    assert said in ended.stderr
+    result = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target, *flags)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith(f"augmenter: {tmp_path}/a.jsonl: ")
+    assert message in result.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "a.jsonl"]
 
 
-def test_damaged_objects_on_one_line_cost_what_is_behind_them(
+def test_damaged_object_rejects_the_rest_of_its_line(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """Up to the first object that cannot be read each is a line; the rest of the line is rejected whole."""
+    """Objects before the damaged one count as lines. The rest of the line is rejected as a whole."""
     bad = b'{"company":"Ac' + _LINES[2] + _LINES[3]
     (tmp_path / "a.jsonl").write_bytes(
         _LINES[0] + b'{"company":"a"}' + _LINES[1] + bad + b"\n" + _LINES[4] + b"\nbad\n"
     )
-    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
-    assert ended.exit_code == 3
+    result = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
+    assert result.exit_code == 3
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented([_LINES[0], _LINES[1], _LINES[4]])
     rejects = tmp_path / "out" / "_rejects"
     assert (rejects / "a.jsonl").read_bytes() == b'{"company":"a"}\n' + bad + b"\nbad\n"
-    assert [one["line"] for one in read_reasons(rejects, "a.jsonl")] == [2, 4, 6]
-    assert "6 in = 3 augmented + 3 rejected" in ended.stdout
+    assert [entry["line"] for entry in read_reasons(rejects, "a.jsonl")] == [2, 4, 6]
+    assert "6 in = 3 augmented + 3 rejected" in result.stdout
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_line_over_the_limit_is_rejected(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, suffix: str
 ) -> None:
-    """It is in the rejects byte for byte, in its place and with its reason; the file goes on."""
+    """The line is in the rejects byte for byte, in order and with its reason, and the file goes on."""
     long = [make_posting(text="x" * 5 * 2**20, id=i) for i in range(2)]
     lines = [_LINES[0], long[0], b"bad", _LINES[1], long[1] + b"\r", _LINES[2]]
     text = b"\n".join(lines)
-    packed = {".jsonl": text, ".gz": gzip.compress(text), ".zst": zstandard.compress(text)}
-    (tmp_path / "a.jsonl").write_bytes(packed[Path(f"a{suffix}").suffix])  # so that the outputs are plain
-    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
-    assert (ended.exit_code, ended.stderr) == (3, "")
+    encoded = {".jsonl": text, ".gz": gzip.compress(text), ".zst": zstandard.compress(text)}
+    # The name is that of a plain file, so that the outputs are plain.
+    (tmp_path / "a.jsonl").write_bytes(encoded[Path(f"a{suffix}").suffix])
+    result = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
+    assert (result.exit_code, result.stderr) == (3, "")
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(_LINES[:3])
     rejects = tmp_path / "out" / "_rejects"
     assert (rejects / "a.jsonl").read_bytes() == long[0] + b"\nbad\n" + long[1] + b"\r\n"
-    said = read_reasons(rejects, "a.jsonl")
-    assert [one["line"] for one in said] == [2, 3, 5]
-    assert said[0]["reason"] == "longer than 4 MiB (--max-line-bytes)"
+    written_reasons = read_reasons(rejects, "a.jsonl")
+    assert [entry["line"] for entry in written_reasons] == [2, 3, 5]
+    assert written_reasons[0]["reason"] == "longer than 4 MiB (--max-line-bytes)"
 
 
-def test_limits_are_settings(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """A line of exactly the limit is taken, a window over the limit is not."""
+def test_limits_of_line_and_zstd_window_are_settings(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
+    """A line of exactly the limit is accepted. A zstd window over the limit is not."""
     line = make_posting(text="x" * 2000)
     (tmp_path / "a.jsonl").write_bytes(line + b"\n" + make_posting(text="x" * 2001))
     args = ("--target", stub.target, "--max-line-bytes", str(len(line)), "--max-zstd-window", "1MiB")
-    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", *args)
-    assert (ended.exit_code, "2 in = 1 augmented + 1 rejected" in ended.stdout) == (3, True)
+    result = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", *args)
+    assert (result.exit_code, "2 in = 1 augmented + 1 rejected" in result.stdout) == (3, True)
     (tmp_path / "b.jsonl.zst").write_bytes(
         zstandard.compress(b"\n".join([make_posting(text="x" * 2**20)] * 4))
     )
-    ended = augment(tmp_path / "b.jsonl.zst", f"{tmp_path}/out/", *args)
-    assert ended.exit_code == 1
-    assert "its zstd window is over 1 MiB" in ended.stderr
+    result = augment(tmp_path / "b.jsonl.zst", f"{tmp_path}/out/", *args)
+    assert result.exit_code == 1
+    assert "its zstd window is over 1 MiB" in result.stderr
     assert augment(tmp_path / "b.jsonl.zst", f"{tmp_path}/out/", "--target", stub.target).exit_code == 0
 
 
-def test_a_delivery_stream_of_megabytes(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Objects without line ends are augmented however many they are; one over the limit costs itself only."""
+def test_megabytes_of_objects_without_line_ends_are_augmented(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
+    """Any number of objects on one line is augmented. One over the limit is rejected alone."""
     lines = [
         make_posting(f"C{i % 9}", "}{" if i % 7 else '"}{"', id=i, text="é}{" * 30) for i in range(8_000)
     ]
@@ -181,18 +184,20 @@ def test_a_delivery_stream_of_megabytes(augment: RunAugmenter, stub: RunningStub
     data = b"".join(lines[:5_000]) + long + b"".join(lines[5_000:])
     assert len(data) > 6 * 2**20
     (tmp_path / "a.jsonl").write_bytes(data)
-    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
-    assert (ended.exit_code, ended.stderr) == (3, "")
+    result = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
+    assert (result.exit_code, result.stderr) == (3, "")
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == _augmented(lines)
     assert (tmp_path / "out" / "_rejects" / "a.jsonl").read_bytes() == long + b"\n"
-    assert [one["line"] for one in read_reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [5_001]
+    assert [entry["line"] for entry in read_reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [5_001]
 
 
-def test_bucket_with_encodings(augment: RunAugmenter, stub: RunningStub, bucket: Bucket) -> None:
-    """`Content-Encoding: gzip` under a plain name is decoded; of what fails there is no object."""
+def test_object_with_content_encoding_is_decoded(
+    augment: RunAugmenter, stub: RunningStub, bucket: Bucket
+) -> None:
+    """`Content-Encoding: gzip` with a plain name is decoded. A file that fails leaves no object."""
     bucket.put("raw/a.jsonl", gzip.compress(_TEXT), ContentEncoding="gzip")
     bucket.put("raw/b.jsonl", _PRETTY)
-    ended = augment(
+    result = augment(
         f"s3://{bucket.name}/raw/",
         f"s3://{bucket.name}/mod/",
         "--endpoint-url",
@@ -201,8 +206,8 @@ def test_bucket_with_encodings(augment: RunAugmenter, stub: RunningStub, bucket:
         stub.target,
         "--ok-rejects",
     )
-    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
-    assert "pretty-printed" in ended.stderr
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "pretty-printed" in result.stderr
     assert [key for key in bucket.list_keys() if key.startswith("mod")] == ["mod/a.jsonl"]
     assert bucket.get("mod/a.jsonl") == _augmented(_LINES)
     assert bucket.count_unfinished_uploads() == 0

@@ -1,4 +1,4 @@
-"""Ends that nobody planned: signals, kill -9, inputs that change; never a partial output."""
+"""Tests of unplanned ends: signals, kill -9 and inputs that change never leave a partial output."""
 
 import asyncio
 import gzip
@@ -26,12 +26,12 @@ from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
 
 pytestmark = pytest.mark.alone
-_FIRST_WINDOW_LINES = 20_000
+_FIRST_CHUNK_LINES = 20_000
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder with one file of several windows."""
+    """Create a folder with one file of several chunks."""
     folder = tmp_path / "in"
     folder.mkdir()
     with (folder / "a.jsonl").open("wb") as file:
@@ -45,25 +45,25 @@ def _files(folder: Path) -> list[str]:
 
 
 def _wait_for_bytes(sink: Path) -> None:
-    """Until the run is in mid-file: its temporary file holds something."""
+    """Wait until the run is in the middle of the file: its temporary file is not empty."""
     wait_for(lambda: any(path.stat().st_size for path in sink.glob(".*")), description="something is written")
 
 
 @dataclass(frozen=True)
 class SlowModel:
-    """A model that answers a file's first window, and the rest when it is let."""
+    """A model that answers a file's first chunk, and the rest once `go` is set."""
 
     target: str
     go: threading.Event
 
 
 @pytest.fixture
-def slow() -> Iterator[SlowModel]:
-    """One that is let at the latest when the test is over."""
+def slow_model() -> Iterator[SlowModel]:
+    """Start a model that is released at the latest when the test ends."""
     go = threading.Event()
 
     def behave(call: ReceivedCall) -> Answers:
-        if any(int(company[1:]) >= _FIRST_WINDOW_LINES for company, _ in call.pairs):
+        if any(int(company[1:]) >= _FIRST_CHUNK_LINES for company, _ in call.pairs):
             go.wait(60)
         return answer_all(call)
 
@@ -73,44 +73,44 @@ def slow() -> Iterator[SlowModel]:
 
 
 @pytest.mark.slow
-def test_kill_leaves_no_partial_output_and_the_next_run_clears_up(
-    source: Path, tmp_path: Path, slow: SlowModel
+def test_kill_leaves_no_partial_output_and_next_run_cleans_up(
+    source: Path, tmp_path: Path, slow_model: SlowModel
 ) -> None:
-    """A kill -9 in mid-file leaves at most a hidden file, which the next run of that file removes."""
+    """A kill -9 leaves at most a hidden file, which the next run of that file removes."""
     sink = tmp_path / "out"
-    with augmenter_process(source, sink, "--target", slow.target) as process:
+    with augmenter_process(source, sink, "--target", slow_model.target) as process:
         _wait_for_bytes(sink)
         process.kill()
         process.wait()
     assert [name[0] for name in _files(sink)] == ["."]
-    slow.go.set()
-    with augmenter_process(source, sink, "--target", slow.target) as again:
+    slow_model.go.set()
+    with augmenter_process(source, sink, "--target", slow_model.target) as again:
         assert again.wait(60) == 0
     assert _files(sink) == ["a.jsonl"]
     assert (sink / "a.jsonl").read_bytes().count(b"\n") == 60_000
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "said"),
+    ("number", "code", "message"),
     [(signal.SIGTERM, 143, "augmenter: stopped by SIGTERM"), (signal.SIGINT, 130, "augmenter: interrupted")],
 )
-def test_signals_leave_nothing_behind(
-    source: Path, tmp_path: Path, slow: SlowModel, number: signal.Signals, code: int, said: str
+def test_signal_ends_the_run_without_output(
+    source: Path, tmp_path: Path, slow_model: SlowModel, number: signal.Signals, code: int, message: str
 ) -> None:
-    """SIGTERM and SIGINT in mid-file end the run with one line and a code of their own, and leave no file."""
+    """SIGTERM and SIGINT end the run with one line and their exit code, and leave no file."""
     sink = tmp_path / "out"
-    with augmenter_process(source, sink, "--target", slow.target) as process:
+    with augmenter_process(source, sink, "--target", slow_model.target) as process:
         _wait_for_bytes(sink)
         process.send_signal(number)
         out, err = process.communicate(timeout=20)
     assert process.returncode == code
     assert (out, err.strip().count("\n")) == ("", 0)
-    assert err.strip().startswith(said)
+    assert err.strip().startswith(message)
     assert _files(sink) == []
 
 
-async def test_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    """An input that grows under the reader is no whole file: an error, not a shorter output."""
+async def test_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
+    """An input that grows while it is read is an error, not a shorter output."""
     (tmp_path / "a.jsonl").write_bytes(make_posting())
     store = LocalStore(tmp_path)
     item = await store.get_info("a.jsonl")
@@ -120,9 +120,9 @@ async def test_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) ->
         [data async for data in store.read(item)]
 
 
-async def test_metrics_while_it_runs(source: Path, tmp_path: Path, slow: SlowModel) -> None:
-    """The HTTP endpoint answers during the run, with every metric of the augmenter."""
-    args = (source, tmp_path / "out", "--target", slow.target, "--http-listen", "127.0.0.1:0")
+async def test_metrics_are_served_during_the_run(source: Path, tmp_path: Path, slow_model: SlowModel) -> None:
+    """The HTTP endpoint serves every metric of the augmenter during the run."""
+    args = (source, tmp_path / "out", "--target", slow_model.target, "--http-listen", "127.0.0.1:0")
     with augmenter_process(*args) as process:
         assert process.stderr
         line = await asyncio.to_thread(process.stderr.readline)
@@ -145,7 +145,7 @@ async def test_metrics_while_it_runs(source: Path, tmp_path: Path, slow: SlowMod
         assert name in text
 
 
-_PEAK = """
+_PEAK_MEMORY_PROGRAM = """
 import resource, subprocess, sys
 code = subprocess.run([sys.executable, "-m", "services.augmenter", "run", *sys.argv[1:]]).returncode
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -154,9 +154,12 @@ sys.exit(code)
 
 
 def _peak_mib(*args: object, env: dict[str, str] | None = None) -> int:
-    """The most memory that a run ever had, started by a small process: a child begins with its parent's."""
+    """Return the peak memory of a run in MiB.
+
+    A small process starts the run, since a child begins with the memory of its parent.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, *map(str, args)],
+        [sys.executable, "-c", _PEAK_MEMORY_PROGRAM, *map(str, args)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
@@ -192,21 +195,21 @@ def test_memory_is_bounded_while_the_target_is_slow(tmp_path: Path) -> None:
     with scripted_model(behave) as model:
         peak = _peak_mib(tmp_path / "many.jsonl", f"{tmp_path}/out/", "--target", model.target)
     assert peak < 300
-    with (tmp_path / "out" / "many.jsonl").open("rb") as made:
-        assert sum(1 for _ in made) == _MANY_LINES
+    with (tmp_path / "out" / "many.jsonl").open("rb") as output:
+        assert sum(1 for _ in output) == _MANY_LINES
 
 
 @pytest.mark.slow
-def test_memory_holds_the_shortest_lines_while_the_target_is_slow(tmp_path: Path) -> None:
-    """A million lines of 30 bytes, no two of them alike, wait for a slow model: all within 300 MiB."""
+def test_memory_is_bounded_for_short_lines_while_the_target_is_slow(tmp_path: Path) -> None:
+    """A million distinct lines of 30 bytes wait for a slow model: all within 300 MiB."""
     with (tmp_path / "many.jsonl").open("wb") as file:
         for i in range(1_000_000):
             file.write(b'{"company":"%x","title":"b"}\n' % i)
-    began: list[float] = []
+    started: list[float] = []
 
     def behave(call: ReceivedCall) -> Answers:
-        began.append(call.monotonic_seconds)
-        time.sleep(max(0.0, began[0] + 15 - time.monotonic()))
+        started.append(call.monotonic_seconds)
+        time.sleep(max(0.0, started[0] + 15 - time.monotonic()))
         return answer_all(call)
 
     with scripted_model(behave) as model:
@@ -215,8 +218,8 @@ def test_memory_holds_the_shortest_lines_while_the_target_is_slow(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StartStub, tmp_path: Path) -> None:
-    """Four files of nothing but the longest lines that are taken are augmented within 300 MiB."""
+def test_memory_is_bounded_for_files_of_the_longest_lines(stub_with: StartStub, tmp_path: Path) -> None:
+    """Four files of lines of the maximum size are augmented within 300 MiB."""
     source = tmp_path / "in"
     source.mkdir()
     line = make_posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"
@@ -231,10 +234,10 @@ def test_memory_holds_the_longest_lines_of_all_files_in_work(stub_with: StartStu
 
 
 @pytest.mark.slow
-def test_memory_holds_uploads_of_rejected_lines_too(
+def test_memory_is_bounded_for_uploads_of_rejected_lines(
     stub_with: StartStub, bucket: Bucket, tmp_path: Path
 ) -> None:
-    """Four files of the longest lines, every second one rejected, each with two uploads: in 300 MiB."""
+    """Four files of the longest lines, every second one rejected, each with two uploads, within 300 MiB."""
     source = tmp_path / "in"
     source.mkdir()
     good = make_posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"

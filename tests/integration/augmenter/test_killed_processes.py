@@ -1,4 +1,4 @@
-"""The augmenter and the proxy as processes: whichever is killed, or told to stop, no line is lost."""
+"""Tests of augmenter and proxy as processes: whichever is killed or stopped, no line is lost."""
 
 import os
 import signal
@@ -19,26 +19,28 @@ from tests.support.s3_bucket import Bucket
 
 pytestmark = pytest.mark.slow
 
-_LINES, _LINES_A_PAIR = 24_000, 100
-_FIRST_HELD_PAIR = 160  # behind 16 MB of text, which are two parts of the output
-_SOON_SECONDS = 8
+_LINES = 24_000
+_LINES_PER_PAIR = 100
+# After 16 MB of text, which are two parts of the output.
+_FIRST_PAUSED_PAIR = 160
+_MAX_EXIT_SECONDS = 8
 
 
 def _lines(name: str, count: int = _LINES) -> list[bytes]:
-    return [make_posting(f"{name}{i // _LINES_A_PAIR}", id=i, text="x" * 1_000) for i in range(count)]
+    return [make_posting(f"{name}{i // _LINES_PER_PAIR}", id=i, text="x" * 1_000) for i in range(count)]
 
 
 def _augmented(name: str, count: int = _LINES) -> bytes:
-    levels = [scripted_level(f"{name}{i}", "Clerk") for i in range(count // _LINES_A_PAIR + 1)]
+    levels = [scripted_level(f"{name}{i}", "Clerk") for i in range(count // _LINES_PER_PAIR + 1)]
     return b"".join(
-        line[:-1] + b', "seniority": %d}\n' % levels[i // _LINES_A_PAIR]
+        line[:-1] + b', "seniority": %d}\n' % levels[i // _LINES_PER_PAIR]
         for i, line in enumerate(_lines(name, count))
     )
 
 
 @dataclass(frozen=True)
 class PausedModel:
-    """A model that answers what an output's first parts need, and the rest when it is let."""
+    """A model that answers what an output's first parts need, and the rest once `resume` is set."""
 
     target: str
     pause_reached: threading.Event = field(default_factory=threading.Event)
@@ -46,19 +48,19 @@ class PausedModel:
 
 
 @pytest.fixture
-def halfway() -> Iterator[PausedModel]:
-    """One that is let at the latest when the test is over."""
-    made = PausedModel("")
+def paused_model() -> Iterator[PausedModel]:
+    """Start a model that is released at the latest when the test ends."""
+    events = PausedModel("")
 
     def behave(call: ReceivedCall) -> Answers:
-        if any(int(company[1:]) >= _FIRST_HELD_PAIR for company, _ in call.pairs):
-            made.pause_reached.set()
-            made.resume.wait(60)
+        if any(int(company[1:]) >= _FIRST_PAUSED_PAIR for company, _ in call.pairs):
+            events.pause_reached.set()
+            events.resume.wait(60)
         return answer_all(call)
 
     with scripted_model(behave) as model:
-        yield PausedModel(model.target, made.pause_reached, made.resume)
-        made.resume.set()
+        yield PausedModel(model.target, events.pause_reached, events.resume)
+        events.resume.set()
 
 
 def _args(bucket: Bucket, target: str) -> list[str]:
@@ -66,32 +68,32 @@ def _args(bucket: Bucket, target: str) -> list[str]:
     return [*places, "--target", target, "--endpoint-url", bucket.endpoint_url]
 
 
-def _wait_for_parts(bucket: Bucket, halfway: PausedModel) -> None:
-    """Until the run is in the middle of its upload."""
-    assert halfway.pause_reached.wait(30)
+def _wait_for_parts(bucket: Bucket, paused_model: PausedModel) -> None:
+    """Wait until the run is in the middle of its upload."""
+    assert paused_model.pause_reached.wait(30)
     wait_for(lambda: bucket.count_unfinished_uploads() == 1, description="an upload is begun")
 
 
-def test_kill_in_the_middle_of_an_upload_costs_one_file(
-    bucket: Bucket, halfway: PausedModel, tmp_path: Path
+def test_kill_during_an_upload_loses_one_file(
+    bucket: Bucket, paused_model: PausedModel, tmp_path: Path
 ) -> None:
-    """After a kill -9 no object is seen; the next run does that file once, and what was done not again."""
+    """After a kill -9 the object does not exist. The next run processes that file, and skips the done one."""
     bucket.put("raw/1.jsonl", make_posting("B0"))
     etag = bucket.put("raw/2.jsonl", b"\n".join(_lines("C")))
-    args = [*_args(bucket, halfway.target), "--summary-json", tmp_path / "s.json"]
+    args = [*_args(bucket, paused_model.target), "--summary-json", tmp_path / "s.json"]
     with augmenter_process(*args, env=dict(os.environ)) as process:
-        _wait_for_parts(bucket, halfway)
+        _wait_for_parts(bucket, paused_model)
         wait_for(lambda: "mod/1.jsonl" in bucket.list_keys(), description="the small file is done")
         process.kill()
         process.wait()
     assert bucket.list_keys() == ["mod/1.jsonl", "raw/1.jsonl", "raw/2.jsonl"]
-    halfway.resume.set()
+    paused_model.resume.set()
     with augmenter_process(*args, env=dict(os.environ)) as again:
         assert again.communicate(timeout=60)[1] == ""
         assert again.returncode == 0
-    told = read_summary(tmp_path / "s.json")
-    assert told["files"] == {"done": 1, "skipped": 1, "failed": 0}
-    assert told["lines"]["augmented"] == _LINES
+    totals = read_summary(tmp_path / "s.json")
+    assert totals["files"] == {"done": 1, "skipped": 1, "failed": 0}
+    assert totals["lines"]["augmented"] == _LINES
     assert bucket.list_keys() == ["mod/1.jsonl", "mod/2.jsonl", "raw/1.jsonl", "raw/2.jsonl"]
     assert bucket.get("mod/2.jsonl") == _augmented("C")
     assert bucket.input_etag("mod/2.jsonl") == etag
@@ -116,17 +118,19 @@ def _proxy(model_target: str, listen: str) -> AbstractContextManager[ServiceProc
     )
 
 
-def test_proxy_that_is_killed_and_started_again_costs_retries(tmp_path: Path) -> None:
-    """A proxy that dies under a run, and is on its port again later: no file fails, every line is right."""
-    source, sink = tmp_path / "in", tmp_path / "out"
+def test_restart_of_a_killed_proxy_fails_no_file(tmp_path: Path) -> None:
+    """The proxy dies during a run and starts again on its port: RPCs are retried, and every line is right."""
+    source = tmp_path / "in"
+    sink = tmp_path / "out"
     source.mkdir()
     for name in "ABC":
         (source / f"{name}.jsonl").write_bytes(b"\n".join(_lines(name, 6_000)))
-    asked, killed = threading.Event(), threading.Event()
+    call_received = threading.Event()
+    killed = threading.Event()
 
     def behave(call: ReceivedCall) -> Answers:
         if call.number >= 2:
-            asked.set()
+            call_received.set()
             killed.wait(30)
         return answer_all(call)
 
@@ -137,7 +141,7 @@ def test_proxy_that_is_killed_and_started_again_costs_retries(tmp_path: Path) ->
         augmenter_process(*args, "--target", first.target) as process,
     ):
         assert process.stderr
-        assert asked.wait(30)
+        assert call_received.wait(30)
         first.stop(signal.SIGKILL)
         killed.set()
         assert "retrying" in process.stderr.readline()
@@ -149,36 +153,36 @@ def test_proxy_that_is_killed_and_started_again_costs_retries(tmp_path: Path) ->
         assert (sink / f"{name}.jsonl").read_bytes() == _augmented(name, 6_000)
 
 
-def test_sigterm_abandons_an_upload(bucket: Bucket, halfway: PausedModel) -> None:
-    """SIGTERM in the middle of an upload ends `--once` with 143 and leaves neither an object nor parts."""
+def test_sigterm_aborts_an_upload(bucket: Bucket, paused_model: PausedModel) -> None:
+    """SIGTERM during an upload ends `--once` with 143 and leaves neither an object nor parts."""
     bucket.put("raw/2.jsonl", b"\n".join(_lines("C")))
-    with augmenter_process(*_args(bucket, halfway.target), env=dict(os.environ)) as process:
-        _wait_for_parts(bucket, halfway)
+    with augmenter_process(*_args(bucket, paused_model.target), env=dict(os.environ)) as process:
+        _wait_for_parts(bucket, paused_model)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(_SOON_SECONDS) == 143
+        assert process.wait(_MAX_EXIT_SECONDS) == 143
     assert bucket.list_keys() == ["raw/2.jsonl"]
     assert bucket.count_unfinished_uploads() == 0
 
 
-def test_sigterm_lets_an_upload_be_finished(bucket: Bucket, halfway: PausedModel) -> None:
-    """SIGTERM in the middle of an upload: `--watch` completes it, whole, and ends with 0."""
+def test_sigterm_of_watch_completes_an_upload(bucket: Bucket, paused_model: PausedModel) -> None:
+    """SIGTERM during an upload: `--watch` completes it and ends with 0."""
     bucket.put("raw/2.jsonl", b"\n".join(_lines("C")))
-    with augmenter_process(*_args(bucket, halfway.target), "--watch", env=dict(os.environ)) as process:
-        _wait_for_parts(bucket, halfway)
+    with augmenter_process(*_args(bucket, paused_model.target), "--watch", env=dict(os.environ)) as process:
+        _wait_for_parts(bucket, paused_model)
         process.send_signal(signal.SIGTERM)
-        halfway.resume.set()
+        paused_model.resume.set()
         assert process.wait(20) == 0
     assert bucket.get("mod/2.jsonl") == _augmented("C")
     assert bucket.count_unfinished_uploads() == 0
 
 
-def test_sigterm_ends_an_idle_watch_at_once(bucket: Bucket, halfway: PausedModel) -> None:
-    """With nothing to do, `--watch` does not wait for its next listing to end with 0."""
+def test_sigterm_ends_an_idle_watch_at_once(bucket: Bucket, paused_model: PausedModel) -> None:
+    """When idle, `--watch` ends with 0 without waiting for its next listing."""
     bucket.put("raw/1.jsonl", make_posting("B0"))
-    args = [*_args(bucket, halfway.target), "--watch", "--poll-interval", "1h"]
+    args = [*_args(bucket, paused_model.target), "--watch", "--poll-interval", "1h"]
     with augmenter_process(*args, env=dict(os.environ)) as process:
         wait_for(lambda: "mod/1.jsonl" in bucket.list_keys(), description="the file is done")
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=_SOON_SECONDS)
+        out, err = process.communicate(timeout=_MAX_EXIT_SECONDS)
     assert (process.returncode, err) == (0, "")
     assert "1 done" in out

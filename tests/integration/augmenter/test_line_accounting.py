@@ -1,4 +1,4 @@
-"""A file's books: what was read is what was written, rejected or blank, or there is no output."""
+"""Tests that every line that was read is written, rejected or blank, or else there is no output."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,43 +15,45 @@ from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, make
 Parse = Callable[..., Iterator[list[Pair]]]
 
 
-def _losing_a_line(parse: Parse) -> Parse:
-    """As `parse`, but of each piece it forgets the last line."""
+def _drop_last_lines(parse: Parse) -> Parse:
+    """Return a parser that drops the last line of each block."""
 
-    def lose(
+    def parse_and_drop(
         blocks: list[LineBlock], *, parsed_blocks: list[ParsedBlock], **options: Any
     ) -> Iterator[list[Pair]]:
         for pairs in parse(blocks, parsed_blocks=parsed_blocks, **options):
-            made = parsed_blocks.pop()
-            if isinstance(made, PlainBlock):
-                parsed_blocks.append(PlainBlock(made.unbraced_lines[:-1]))
+            parsed = parsed_blocks.pop()
+            if isinstance(parsed, PlainBlock):
+                parsed_blocks.append(PlainBlock(parsed.unbraced_lines[:-1]))
                 yield pairs[:-1]
             else:
-                lines, texts, fates = made.lines[:-1], made.stripped_lines[:-1], made.line_statuses[:-1]
-                parsed_blocks.append(MixedBlock(lines, texts, fates, made.extra_lines))
+                lines = parsed.lines[:-1]
+                stripped_lines = parsed.stripped_lines[:-1]
+                statuses = parsed.line_statuses[:-1]
+                parsed_blocks.append(MixedBlock(lines, stripped_lines, statuses, parsed.extra_lines))
                 yield pairs
 
-    return lose
+    return parse_and_drop
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("lines", "message"),
     [
         ([make_posting(), make_posting()], "2 lines in, but 1 augmented + 0 rejected + 0 blank"),
         ([b"bad", b"", make_posting(), b"bad"], "4 lines in, but 1 augmented + 1 rejected + 1 blank"),
     ],
 )
-def test_a_file_whose_lines_do_not_add_up_has_no_output(
+def test_lost_line_fails_the_file_without_output(
     augment: RunAugmenter,
     stub: RunningStub,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     lines: list[bytes],
-    said: str,
+    message: str,
 ) -> None:
-    """A line that a defect lost fails its file, with the figures; neither output nor rejects appear."""
-    monkeypatch.setattr(line_blocks, "parse_blocks", _losing_a_line(line_blocks.parse_blocks))
+    """A line lost by a defect fails its file, with the counts. Neither output nor rejects are written."""
+    monkeypatch.setattr(line_blocks, "parse_blocks", _drop_last_lines(line_blocks.parse_blocks))
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    ended = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
-    assert (ended.exit_code, ended.stderr) == (1, f"augmenter: {tmp_path}/a.jsonl: {said}\n")
+    result = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)
+    assert (result.exit_code, result.stderr) == (1, f"augmenter: {tmp_path}/a.jsonl: {message}\n")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []

@@ -1,4 +1,4 @@
-"""Postings whose members have other names, and postings that have a level already."""
+"""Tests of postings whose members have other names, and of postings that have a level already."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,10 @@ from tests.support.augmenter_process import read_summary
 _LEVEL = infer_level("Acme", "Clerk")
 
 
-def test_fields_have_other_names(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Company and title may be anywhere in the objects of a posting, and the level has its own name."""
+def test_fields_may_have_other_names_and_be_nested(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
+    """Company and title may be anywhere in the objects of a posting, and the level may have any name."""
     good = [
         b'{"id": 1, "content": {"company": "Acme", "role": "Clerk"}}',
         b'{"content":{"role":"Clerk","x":1,"company":"Acme"},"seniority":"own","title":7}',
@@ -40,7 +42,7 @@ def test_fields_have_other_names(augment: RunAugmenter, stub: RunningStub, tmp_p
     ]
     lines = [*good, *(line for line, _ in bad)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    ended = augment(
+    result = augment(
         tmp_path / "a.jsonl",
         f"{tmp_path}/out/",
         "--target",
@@ -54,28 +56,28 @@ def test_fields_have_other_names(augment: RunAugmenter, stub: RunningStub, tmp_p
         "--summary-json",
         tmp_path / "s.json",
     )
-    assert ended.exit_code == 3
+    assert result.exit_code == 3
     good[2] = b'{"content":{"company":"Acme","role":"Clerk","niveau":2}}'
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == b"".join(
         line[:-1] + b', "niveau": %d}\n' % _LEVEL for line in good
     )
-    assert [one["reason"] for one in read_reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [
-        why for _, why in bad
+    assert [reason["reason"] for reason in read_reasons(tmp_path / "out" / "_rejects", "a.jsonl")] == [
+        expected for _, expected in bad
     ]
-    told = read_summary(tmp_path / "s.json")
-    assert (told["lines"]["replaced"], told["pairs"]["asked"]) == (1, 1)
+    totals = read_summary(tmp_path / "s.json")
+    assert (totals["lines"]["replaced"], totals["pairs"]["asked"]) == (1, 1)
 
 
 def test_existing_levels_are_replaced_and_counted(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """A level of another vocabulary is replaced by the model's; the summary says of how many lines."""
+    """An existing level is replaced by the model's, and the summary has the number of such lines."""
     lines = [make_posting(seniority="Lead/Director", id=i) for i in range(3)] + [
         make_posting(id=3),
         make_posting("POISON", seniority=1),
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    ended = augment(
+    result = augment(
         tmp_path / "a.jsonl",
         f"{tmp_path}/out/",
         "--target",
@@ -83,8 +85,8 @@ def test_existing_levels_are_replaced_and_counted(
         "--summary-json",
         tmp_path / "s.json",
     )
-    assert ended.exit_code == 3
-    assert "3 levels replaced, 0 kept" in ended.stdout
+    assert result.exit_code == 3
+    assert "3 levels replaced, 0 kept" in result.stdout
     assert read_summary(tmp_path / "s.json")["lines"] == {
         "in": 5,
         "augmented": 4,
@@ -93,21 +95,23 @@ def test_existing_levels_are_replaced_and_counted(
         "replaced": 3,
         "kept": 0,
     }
-    made = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_bytes().splitlines()]
-    assert [(one["id"], one["seniority"]) for one in made] == [(i, _LEVEL) for i in range(4)]
+    postings = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_bytes().splitlines()]
+    assert [(entry["id"], entry["seniority"]) for entry in postings] == [(i, _LEVEL) for i in range(4)]
 
 
-def test_existing_levels_may_be_kept(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Such lines are written as they are, whatever else they lack, and nothing is asked for them."""
+def test_existing_levels_are_kept_if_requested(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
+    """Such lines are written unchanged, whatever else they lack, and no pair is sent for them."""
     kept = [
         b' {"company": "Never asked", "title": "x", "seniority" : null }\t\r',
         b'{"\\u0073eniority":"Lead/Director"}',
         b'{"company":"Never asked","title":"x","seniority":1,"x":"\\ud800"}',
     ]
-    asked = make_posting(x={"seniority": 1})
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([kept[0], asked, kept[1], b'["seniority"]', kept[2]]))
+    plain = make_posting(x={"seniority": 1})
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([kept[0], plain, kept[1], b'["seniority"]', kept[2]]))
     (tmp_path / "b.jsonl").write_bytes(kept[1])
-    ended = augment(
+    result = augment(
         tmp_path,
         f"{tmp_path}-out/",
         "--target",
@@ -116,11 +120,11 @@ def test_existing_levels_may_be_kept(augment: RunAugmenter, stub: RunningStub, t
         "--summary-json",
         f"{tmp_path}-s.json",
     )
-    assert ended.exit_code == 3
+    assert result.exit_code == 3
     assert Path(f"{tmp_path}-out/a.jsonl").read_bytes() == (
         kept[0].strip()
         + b"\n"
-        + asked[:-1]
+        + plain[:-1]
         + b', "seniority": %d}\n' % _LEVEL
         + kept[1]
         + b"\n"
@@ -128,8 +132,8 @@ def test_existing_levels_may_be_kept(augment: RunAugmenter, stub: RunningStub, t
         + b"\n"
     )
     assert Path(f"{tmp_path}-out/b.jsonl").read_bytes() == kept[1] + b"\n"
-    told = read_summary(Path(f"{tmp_path}-s.json"))
-    assert told["lines"] == {
+    totals = read_summary(Path(f"{tmp_path}-s.json"))
+    assert totals["lines"] == {
         "in": 6,
         "augmented": 5,
         "rejected": 1,
@@ -137,7 +141,7 @@ def test_existing_levels_may_be_kept(augment: RunAugmenter, stub: RunningStub, t
         "replaced": 0,
         "kept": 4,
     }
-    assert told["pairs"]["asked"] == 1
+    assert totals["pairs"]["asked"] == 1
 
 
 @pytest.mark.parametrize(
@@ -153,15 +157,17 @@ def test_existing_levels_may_be_kept(augment: RunAugmenter, stub: RunningStub, t
         ("--max-zstd-window", "x"),
     ],
 )
-def test_settings_that_cannot_be_meant(augment: RunAugmenter, tmp_path: Path, flag: str, value: str) -> None:
+def test_invalid_setting_is_a_usage_error(
+    augment: RunAugmenter, tmp_path: Path, flag: str, value: str
+) -> None:
     """Exit code 2 and one line that names the flag."""
-    ended = augment(tmp_path, f"{tmp_path}-out/", "--target", "127.0.0.1:1", flag, value)
-    assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert flag in ended.stderr
+    result = augment(tmp_path, f"{tmp_path}-out/", "--target", "127.0.0.1:1", flag, value)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert flag in result.stderr
 
 
 class _Members(list[tuple[str, Any]]):
-    """An object's, in order, repeated ones too."""
+    """The members of an object, in order, repeated ones too."""
 
 
 _NAMES = st.sampled_from(["level", "l\u00e9v", "content", "company", "title", "x"])
@@ -173,18 +179,18 @@ _VALUES = st.recursive(
 )
 
 
-def _written(draw: st.DrawFn, value: Any) -> str:
-    """JSON with any white space, repeated members and escaped names."""
+def _write(draw: st.DrawFn, value: Any) -> str:
+    """Draw JSON text of a value, with any white space, repeated members and escaped names."""
     space = draw(st.sampled_from(["", " ", "\t"]))
     if isinstance(value, _Members):
         names = [draw(st.sampled_from(_SPELLED.get(name, [json.dumps(name)]))) for name, _ in value]
         members = (
-            f"{space}{name}{space}:{_written(draw, below)}"
-            for name, (_, below) in zip(names, value, strict=True)
+            f"{space}{name}{space}:{_write(draw, inner)}"
+            for name, (_, inner) in zip(names, value, strict=True)
         )
         return "{" + ",".join(members) + "}"
     if isinstance(value, list):
-        return "[" + f",{space}".join(_written(draw, below) for below in value) + "]"
+        return "[" + f",{space}".join(_write(draw, inner) for inner in value) + "]"
     return json.dumps(value, ensure_ascii=draw(st.booleans()))
 
 
@@ -195,11 +201,11 @@ def _lines(draw: st.DrawFn) -> bytes:
         draw(st.permutations([("company", "Acme"), ("title", draw(st.sampled_from(["a", "b"])))]))
     )
     members.insert(draw(st.integers(0, len(members))), ("content", content))
-    return _written(draw, _Members(members)).encode()
+    return _write(draw, _Members(members)).encode()
 
 
-def _last(value: Any, path: tuple[str, ...]) -> Any:
-    """What `json` finds at a path."""
+def _value_at(value: Any, path: tuple[str, ...]) -> Any:
+    """Return what `json` finds at a path."""
     for step in path:
         value = value.get(step) if isinstance(value, dict) else None
     return value
@@ -213,35 +219,44 @@ def _last(value: Any, path: tuple[str, ...]) -> Any:
     st.sampled_from(["level", "lév"]),
     st.booleans(),
 )
-def test_lines_become_what_json_says_of_them(
+def test_lines_are_augmented_as_json_reads_them(
     given_lines: list[bytes], company: tuple[str, ...], title: tuple[str, ...], level: str, keep: bool
 ) -> None:
-    """With any fields: asked for what `json` finds there, else rejected; the level alone is replaced."""
-    form = PostingFormat(PostingFields(company, title, level), keep_existing=keep)
+    """With any field names, the pair is what `json` finds, or the line is rejected.
+
+    Only the level is replaced.
+    """
+    posting_format = PostingFormat(PostingFields(company, title, level), keep_existing=keep)
     for lines in [given_lines, *([line] for line in given_lines)]:
-        windows: list[ParsedBlock] = []
-        block = [LineBlock(b"\n".join(lines), len(lines))]
+        parsed_blocks: list[ParsedBlock] = []
+        blocks = [LineBlock(b"\n".join(lines), len(lines))]
         pairs = [
             pair
-            for some in line_blocks.parse_blocks(block, parsed_blocks=windows, posting_format=form)
-            for pair in some
+            for chunk in line_blocks.parse_blocks(
+                blocks, parsed_blocks=parsed_blocks, posting_format=posting_format
+            )
+            for pair in chunk
         ]
         counts = LineCounts(read=len(lines))
-        output, rejected = line_blocks.apply_levels(windows, PairLevels(bytes([4]) * len(pairs)), counts)
+        output, rejected = line_blocks.apply_levels(
+            parsed_blocks, PairLevels(bytes([4]) * len(pairs)), counts
+        )
         assert counts.is_balanced
         expected: list[tuple[str, str]] = []
-        made = iter(output.splitlines())
-        bad = iter(rejected)
+        output_lines = iter(output.splitlines())
+        rejected_lines = iter(rejected)
         for line in lines:
             value = json.loads(line)
-            pair = (_last(value, company), _last(value, title))
+            pair = (_value_at(value, company), _value_at(value, title))
             if keep and level in value:
-                assert next(made) == line.strip(b" \t")
+                assert next(output_lines) == line.strip(b" \t")
             elif isinstance(pair[0], str) and isinstance(pair[1], str):
                 expected.append(pair)
-                others = [one for one in json.loads(line, object_pairs_hook=_Members) if one[0] != level]
-                assert json.loads(next(made), object_pairs_hook=_Members) == [*others, (level, 4)]
+                others = [
+                    member for member in json.loads(line, object_pairs_hook=_Members) if member[0] != level
+                ]
+                assert json.loads(next(output_lines), object_pairs_hook=_Members) == [*others, (level, 4)]
             else:
-                assert next(bad)[1] == line
+                assert next(rejected_lines)[1] == line
         assert [(pair.company, pair.title) for pair in pairs] == expected
-        assert (next(made, None), next(bad, None)) == (None, None)
+        assert (next(output_lines, None), next(rejected_lines, None)) == (None, None)

@@ -1,4 +1,4 @@
-"""`augmenter run` on local files: what is written, what is skipped, how it ends."""
+"""Tests of `augmenter run` on local files: outputs, skipped files and exit codes."""
 
 import asyncio
 import gzip
@@ -30,10 +30,11 @@ def _level(company: str = "Acme", title: str = "Clerk") -> bytes:
 
 
 def test_folder_keeps_names_order_and_bytes(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Files of a folder, at any depth and in every format, come out under their names, augmented."""
+    """Files at any depth and in every format are augmented under their names."""
     lines = [make_posting(f"C{i % 7}", f"Engineer {i % 3}", id=i) for i in range(50)]
     text = b"".join(line + b"\n" for line in lines)
-    source, sink = tmp_path / "in", tmp_path / "out"
+    source = tmp_path / "in"
+    sink = tmp_path / "out"
     (source / "deep").mkdir(parents=True)
     (source / "1.jsonl").write_bytes(text)
     (source / "deep" / "2.jsonl.gz").write_bytes(gzip.compress(text))
@@ -42,23 +43,26 @@ def test_folder_keeps_names_order_and_bytes(augment: RunAugmenter, stub: Running
         (source / ignored).write_bytes(text)
     (source / ".git").mkdir()
     (source / ".git" / "4.jsonl").write_bytes(text)
-    ended = augment(source, sink, "--target", stub.target)
+    result = augment(source, sink, "--target", stub.target)
     expected = b"".join(line[:-1] + _level(f"C{i % 7}", f"Engineer {i % 3}") for i, line in enumerate(lines))
-    assert ended.exit_code == 0
-    made = sorted(path.relative_to(sink).as_posix() for path in sink.rglob("*") if path.is_file())
-    assert made == ["1.jsonl", "3.jsonl.zst", "deep/2.jsonl.gz"]
+    assert result.exit_code == 0
+    outputs = sorted(path.relative_to(sink).as_posix() for path in sink.rglob("*") if path.is_file())
+    assert outputs == ["1.jsonl", "3.jsonl.zst", "deep/2.jsonl.gz"]
     assert (sink / "1.jsonl").read_bytes() == expected
     assert gzip.decompress((sink / "deep" / "2.jsonl.gz").read_bytes()) == expected
     zst = zstandard.ZstdDecompressor().decompressobj().decompress((sink / "3.jsonl.zst").read_bytes())
     assert zst == expected
-    assert ended.stderr == ""
-    assert "3 done, 0 skipped, 0 failed" in ended.stdout
-    assert "150 in = 150 augmented + 0 rejected + 0 blank" in ended.stdout
+    assert result.stderr == ""
+    assert "3 done, 0 skipped, 0 failed" in result.stdout
+    assert "150 in = 150 augmented + 0 rejected + 0 blank" in result.stdout
 
 
-def test_hostile_lines_are_kept_apart(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Bad lines land in the rejects byte for byte with number and reason; the good ones around them go on."""
-    good, big = make_posting(), make_posting(text="x" * 2**20)
+def test_bad_lines_are_rejected_and_the_others_augmented(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
+    """Bad lines are in the rejects byte for byte, with number and reason."""
+    good = make_posting()
+    big = make_posting(text="x" * 2**20)
     data = b"\n".join(
         [
             b"\xef\xbb\xbf  " + good + b" \t\r",
@@ -76,8 +80,8 @@ def test_hostile_lines_are_kept_apart(augment: RunAugmenter, stub: RunningStub, 
     source = tmp_path / "a.jsonl"
     source.write_bytes(data)
     sink = tmp_path / "out.jsonl"
-    ended = augment(source, sink, "--target", stub.target, "--summary-json", tmp_path / "s.json")
-    assert ended.exit_code == 3
+    result = augment(source, sink, "--target", stub.target, "--summary-json", tmp_path / "s.json")
+    assert result.exit_code == 3
     assert sink.read_bytes() == b"".join(
         line[:-1] + _level()
         for line in (good, good, big, b'{"nested":{"company":"X","seniority":1},' + good[1:], good)
@@ -104,7 +108,7 @@ def test_hostile_lines_are_kept_apart(augment: RunAugmenter, stub: RunningStub, 
 def test_rejected_first_line_keeps_its_byte_order_mark(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """A rejected line is kept byte for byte, the mark in front of the file's first one included."""
+    """A rejected line is kept byte for byte, including the mark before the file's first line."""
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf[]\n" + make_posting())
     assert augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target).exit_code == 3
     assert (tmp_path / "_rejects" / "a.jsonl").read_bytes() == b"\xef\xbb\xbf[]\n"
@@ -113,13 +117,14 @@ def test_rejected_first_line_keeps_its_byte_order_mark(
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 @pytest.mark.parametrize("text", [b"", b"\xef\xbb\xbf", b"\n \n"])
-def test_nothing_to_augment_is_an_empty_output(
+def test_file_without_postings_gives_an_empty_output(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, suffix: str, text: bytes
 ) -> None:
-    """An empty file, and one of blank lines, give an empty text in the file's own format."""
-    known = format_for_name(f"a{suffix}")
-    assert known
-    encoder, decoder = known.encoder(), known.decoder()
+    """An empty file, and one of blank lines, give an empty text in the file's format."""
+    file_format = format_for_name(f"a{suffix}")
+    assert file_format
+    encoder = file_format.encoder()
+    decoder = file_format.decoder()
     packed = encoder.compress(text) + encoder.flush() if text else b""
     (tmp_path / f"a{suffix}").write_bytes(packed)
     assert augment(tmp_path / f"a{suffix}", f"{tmp_path}/out/", "--target", stub.target).exit_code == 0
@@ -129,43 +134,45 @@ def test_nothing_to_augment_is_an_empty_output(
 
 
 def test_poison_pairs_become_rejected_lines(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Pairs that the model refuses, whether it says which or not, are rejected; the rest goes on."""
+    """Pairs that the model rejects, named or not, become rejected lines. The others are augmented."""
     companies = [f"C{i}" for i in range(40)] + ["POISON", "NAMED one", "NAMED two"]
     lines = [make_posting(company) for company in companies]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    ended = augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target)
-    assert ended.exit_code == 3
+    result = augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target)
+    assert result.exit_code == 3
     assert len((tmp_path / "b.jsonl").read_bytes().splitlines()) == 40
     assert (tmp_path / "_rejects" / "a.jsonl").read_bytes() == b"".join(line + b"\n" for line in lines[40:])
-    said = read_reasons(tmp_path / "_rejects", "a.jsonl")
-    assert [reason["line"] for reason in said] == [41, 42, 43]
-    assert all("cannot judge" in reason["reason"] for reason in said)
+    written_reasons = read_reasons(tmp_path / "_rejects", "a.jsonl")
+    assert [reason["line"] for reason in written_reasons] == [41, 42, 43]
+    assert all("cannot judge" in reason["reason"] for reason in written_reasons)
 
 
-def test_done_is_skipped_and_changed_is_redone(
+def test_finished_file_is_skipped_and_changed_one_is_redone(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """What is there for the same input is left alone; a changed input and --overwrite make it anew."""
-    source, sink = tmp_path / "in", tmp_path / "out"
+    """An output of the same input is kept. A changed input and --overwrite replace it."""
+    source = tmp_path / "in"
+    sink = tmp_path / "out"
     source.mkdir()
     (source / "a.jsonl").write_bytes(b"bad\n" + make_posting())
     assert augment(source, sink, "--target", stub.target).exit_code == 3
     assert (sink / "a.jsonl").stat().st_mtime_ns == (source / "a.jsonl").stat().st_mtime_ns
     assert (sink / "_rejects" / "a.jsonl").exists()
-    ended = augment(source, sink, "--target", "127.0.0.1:1")
-    assert (ended.exit_code, "0 done, 1 skipped" in ended.stdout) == (0, True)
+    result = augment(source, sink, "--target", "127.0.0.1:1")
+    assert (result.exit_code, "0 done, 1 skipped" in result.stdout) == (0, True)
     assert "1 done" in augment(source, sink, "--target", stub.target, "--overwrite", "--ok-rejects").stdout
     (source / "a.jsonl").write_bytes(make_posting(title="Chief"))
     os.utime(source / "a.jsonl", ns=(1, 1))
-    ended = augment(source, sink, "--target", stub.target)
-    assert (ended.exit_code, "1 done, 0 skipped" in ended.stdout) == (0, True)
+    result = augment(source, sink, "--target", stub.target)
+    assert (result.exit_code, "1 done, 0 skipped" in result.stdout) == (0, True)
     assert (sink / "a.jsonl").read_bytes() == make_posting(title="Chief")[:-1] + _level(title="Chief")
     assert not list((sink / "_rejects").iterdir())
 
 
 def test_rejects_are_never_input(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """An output folder used as input gives its postings, not what was rejected on the way to it."""
-    first, second = tmp_path / "first", tmp_path / "second"
+    """An output folder used as input gives its postings, without its rejects."""
+    first = tmp_path / "first"
+    second = tmp_path / "second"
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(b"bad\n" + make_posting())
     assert augment(tmp_path / "in", first, "--target", stub.target).exit_code == 3
@@ -177,7 +184,7 @@ def test_rejects_are_never_input(augment: RunAugmenter, stub: RunningStub, tmp_p
 
 
 def test_exit_codes_of_rejects_and_failures(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """3 for rejected lines, 0 when they are fine, 1 as soon as a file failed; the failed one is named."""
+    """3 for rejected lines, 0 if they are tolerated, 1 if a file failed, which is named."""
     source = tmp_path / "in"
     source.mkdir()
     (source / "a.jsonl").write_bytes(b"bad\n" + make_posting())
@@ -185,9 +192,9 @@ def test_exit_codes_of_rejects_and_failures(augment: RunAugmenter, stub: Running
     assert augment(source, tmp_path / "out", *common).exit_code == 3
     assert augment(source, tmp_path / "out", *common, "--ok-rejects").exit_code == 0
     (source / "b.jsonl.gz").write_bytes(gzip.compress(make_posting())[:-3])
-    ended = augment(source, tmp_path / "out", *common, "--summary-json", tmp_path / "s.json")
-    assert ended.exit_code == 1
-    assert ended.stderr == f"augmenter: {source}/b.jsonl.gz: the compressed input is cut short\n"
+    result = augment(source, tmp_path / "out", *common, "--summary-json", tmp_path / "s.json")
+    assert result.exit_code == 1
+    assert result.stderr == f"augmenter: {source}/b.jsonl.gz: the compressed input is cut short\n"
     assert not (tmp_path / "out" / "b.jsonl.gz").exists()
     summary = json.loads((tmp_path / "s.json").read_text())
     assert summary["files"] == {"done": 1, "skipped": 0, "failed": 1}
@@ -195,14 +202,14 @@ def test_exit_codes_of_rejects_and_failures(augment: RunAugmenter, stub: Running
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_rejects", "a.jsonl"]
 
 
-def test_pairs_are_asked_once_in_whole_batches(
+def test_pairs_are_sent_once_in_full_batches(
     augment: RunAugmenter, stub_with: StartStub, tmp_path: Path
 ) -> None:
-    """A window's distinct pairs go out once each, in batches of --batch-size."""
+    """Distinct pairs are sent once each, in batches of --batch-size."""
     stub = stub_with()
     lines = [make_posting(f"C{i % 250}") for i in range(2_000)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    ended = augment(
+    result = augment(
         tmp_path / "a.jsonl",
         f"{tmp_path}/out/",
         "--target",
@@ -212,7 +219,7 @@ def test_pairs_are_asked_once_in_whole_batches(
         "--summary-json",
         tmp_path / "s.json",
     )
-    assert ended.exit_code == 0
+    assert result.exit_code == 0
     calls = read_stub_log(stub.log_path)
     assert sorted(len(call["pairs"]) for call in calls) == [50, 100, 100]
     assert len({tuple(pair) for call in calls for pair in call["pairs"]}) == 250
@@ -220,83 +227,89 @@ def test_pairs_are_asked_once_in_whole_batches(
     assert (summary["rpcs"], summary["pairs"]) == (3, {"asked": 250, "hits": 0, "misses": 0})
 
 
-def test_large_texts_close_a_batch(augment: RunAugmenter, stub_with: StartStub, tmp_path: Path) -> None:
-    """Batches stay under what a gRPC server takes by default, however long titles are."""
+def test_batch_of_long_texts_stays_below_the_message_limit(
+    augment: RunAugmenter, stub_with: StartStub, tmp_path: Path
+) -> None:
+    """Batches stay within the default message limit of a gRPC server, however long titles are."""
     stub = stub_with()
     lines = [make_posting(title=f"{i}" + "x" * 2**18) for i in range(16)]
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b"\n".join(lines)))
     assert augment(tmp_path / "a.jsonl.zst", f"{tmp_path}/out/", "--target", stub.target).exit_code == 0
     sizes = [len(call["pairs"]) for call in read_stub_log(stub.log_path)]
-    assert (sum(sizes), max(sizes) <= 12) == (16, True)  # 3 MiB
+    # Twelve titles take 3 MiB.
+    assert (sum(sizes), max(sizes) <= 12) == (16, True)
 
 
 def test_dry_run_counts_and_writes_nothing(augment: RunAugmenter, tmp_path: Path) -> None:
-    """Lines, distinct pairs over all files, calls and time are told; nothing is asked or made."""
+    """Lines, distinct pairs over all files, calls and time are reported. Nothing is sent or written."""
     source = tmp_path / "in"
     source.mkdir()
     for name in ("a", "b"):
         lines = [make_posting(f"C{i}") for i in range(1_500)]
         (source / f"{name}.jsonl").write_bytes(b"\n".join([*lines, b"bad", b""]))
-    ended = augment(source, tmp_path / "out", "--dry-run")
-    assert ended.exit_code == 0
-    assert "2 to do" in ended.stdout
-    assert "3,002, 2 of them to be rejected" in ended.stdout
-    assert "1,500 distinct" in ended.stdout
-    assert "at most 2 calls to the model, 2 s" in ended.stdout
+    result = augment(source, tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0
+    assert "2 to do" in result.stdout
+    assert "3,002, 2 of them to be rejected" in result.stdout
+    assert "1,500 distinct" in result.stdout
+    assert "at most 2 calls to the model, 2 s" in result.stdout
     assert not (tmp_path / "out").exists()
 
 
 def test_unreachable_target_fails_the_file_by_name(augment: RunAugmenter, tmp_path: Path) -> None:
-    """With nobody to ask, the retry budget ends the file: one warning, one line that names it."""
+    """The retry budget ends the file, with one warning and one line that names it."""
     source = tmp_path / "a.jsonl"
     source.write_bytes(make_posting())
-    ended = augment(source, tmp_path / "b.jsonl", "--target", "127.0.0.1:1", "--retry-budget", "1s")
-    assert ended.exit_code == 1
-    warning, failure = ended.stderr.splitlines()
+    result = augment(source, tmp_path / "b.jsonl", "--target", "127.0.0.1:1", "--retry-budget", "1s")
+    assert result.exit_code == 1
+    warning, failure = result.stderr.splitlines()
     assert "retrying" in warning
     assert failure.startswith(f"augmenter: {source}: 127.0.0.1:1 answered UNAVAILABLE: ")
     assert "retried for 1." in failure
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_unusable_places_are_one_line(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """A missing input and an output that cannot be made end with exit 1 and one line naming the place."""
+def test_unusable_input_or_output_is_one_line(
+    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
+) -> None:
+    """A missing input, or an output that cannot be created, ends with exit code 1 and one line."""
     file = tmp_path / "a.jsonl"
     file.write_bytes(make_posting())
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(make_posting())
-    missing, blocked = tmp_path / "missing", file / "out"
+    missing = tmp_path / "missing"
+    blocked = file / "out"
     for source, sink, named in (
         (missing, tmp_path / "out", missing),
         (tmp_path / "in", blocked, blocked),
         (file, "/proc/nowhere/", "/proc/nowhere"),
     ):
-        ended = augment(source, sink, "--target", stub.target)
-        assert ended.exit_code == 1
-        assert ended.stderr.count("\n") == 1
-        assert ended.stderr.startswith(f"augmenter: {named}: ")
+        result = augment(source, sink, "--target", stub.target)
+        assert result.exit_code == 1
+        assert result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"augmenter: {named}: ")
 
 
-def test_one_impossible_output_costs_one_file(
+def test_output_that_cannot_be_written_fails_one_file(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """A folder that stands where an output should be fails that file only."""
+    """A folder at the path of an output fails that file only."""
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):
         (tmp_path / "in" / f"{name}.jsonl").write_bytes(make_posting())
     (tmp_path / "out" / "a.jsonl").mkdir(parents=True)
-    ended = augment(tmp_path / "in", tmp_path / "out", "--target", stub.target)
-    assert ended.exit_code == 1
-    assert ended.stderr.startswith(f"augmenter: {tmp_path}/in/a.jsonl: ")
+    result = augment(tmp_path / "in", tmp_path / "out", "--target", stub.target)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"augmenter: {tmp_path}/in/a.jsonl: ")
     assert (tmp_path / "out" / "b.jsonl").is_file()
 
 
-def test_progress_and_metrics_can_be_asked_for(
+def test_progress_bar_and_metrics_endpoint_are_optional(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """The bar is drawn on standard error when it is asked for, and the HTTP endpoint says where it is."""
+    """The progress bar is drawn on standard error, and the HTTP endpoint's address is logged."""
     (tmp_path / "a.jsonl").write_bytes(make_posting())
-    ended = augment(
+    result = augment(
         tmp_path / "a.jsonl",
         f"{tmp_path}/out/",
         "--target",
@@ -306,15 +319,15 @@ def test_progress_and_metrics_can_be_asked_for(
         "--http-listen",
         "127.0.0.1:0",
     )
-    assert ended.exit_code == 0
-    assert "1/1 files" in ended.stderr
-    assert "metrics on http://127.0.0.1:" in ended.stderr
+    assert result.exit_code == 0
+    assert "1/1 files" in result.stderr
+    assert "metrics on http://127.0.0.1:" in result.stderr
 
 
-def test_environment_twins(
+def test_environment_variables_set_arguments_and_flags(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INPUT, OUTPUT and flags may come from the environment; a flag wins over its variable."""
+    """INPUT, OUTPUT and flags may come from the environment. A flag overrides its variable."""
     (tmp_path / "a.jsonl").write_bytes(make_posting())
     for name, value in (
         ("INPUT", str(tmp_path / "a.jsonl")),
@@ -327,16 +340,16 @@ def test_environment_twins(
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == make_posting()[:-1] + _level()
 
 
-@pytest.mark.parametrize(("modified_ns", "told"), [(1, AlreadyDoneError), (2, OutputConflictError)])
-async def test_two_writers_of_one_file_do_not_meet(
-    tmp_path: Path, modified_ns: int, told: type[FileError]
+@pytest.mark.parametrize(("modified_ns", "error"), [(1, AlreadyDoneError), (2, OutputConflictError)])
+async def test_two_writers_of_one_file_do_not_interfere(
+    tmp_path: Path, modified_ns: int, error: type[FileError]
 ) -> None:
-    """Neither removes what the other is writing; the slower is told, and what was abandoned goes."""
+    """Neither removes the other's file. The slower one fails, and abandoned files are removed."""
     abandoned = tmp_path / ".a.jsonl.00000000.augmenter-tmp"
     abandoned.touch()
     store = LocalStore(tmp_path)
     slower = store.create("a.jsonl", FileInfo("a.jsonl", 1, "v", modified_ns), expected_version=ABSENT)
-    with pytest.raises(told):  # noqa: PT012 - one writer inside the other
+    with pytest.raises(error):  # noqa: PT012 - one writer inside the other
         async with slower:
             await slower.write(b"slower")
             async with store.create(
@@ -345,6 +358,6 @@ async def test_two_writers_of_one_file_do_not_meet(
                 await faster.write(b"faster")
                 await faster.complete()
             await slower.complete()
-    left = await asyncio.to_thread(lambda: [path.name for path in tmp_path.iterdir()])
-    assert left == ["a.jsonl"]
+    remaining = await asyncio.to_thread(lambda: [path.name for path in tmp_path.iterdir()])
+    assert remaining == ["a.jsonl"]
     assert (tmp_path / "a.jsonl").read_bytes() == b"faster"

@@ -1,4 +1,4 @@
-"""`--sqs-queue-url` on a real queue and a real bucket: every message's way, and workers that share a day."""
+"""Tests of `--sqs-queue-url` on a real queue and bucket: outcomes of messages, and several workers."""
 
 import itertools
 import os
@@ -27,10 +27,10 @@ from tests.support.sqs_server import SqsQueue, object_created_event
 
 
 @pytest.mark.slow
-def test_each_message_is_dealt_with(
+def test_messages_about_input_are_deleted_and_others_stay(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
-    """Files are done and their messages gone, a test event's and a duplicate's too; what is outside stays."""
+    """Messages of files that are done are deleted, as are a test event's and a duplicate's."""
     queue = make_queue()
     for key in ("raw/1.jsonl", "raw/a b+ü/2.jsonl"):
         bucket.put(key, make_posting())
@@ -41,50 +41,53 @@ def test_each_message_is_dealt_with(
     queue.send(object_created_event(bucket.name, "raw/notes.txt"))
     queue.send(object_created_event(bucket.name, "elsewhere/3.jsonl"))
     queue.send(object_created_event("another-bucket", "raw/1.jsonl"))
-    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
-    assert ended.exit_code == 0
-    assert ended.stderr.count("is left in the queue: not about INPUT") == len(ended.stderr.splitlines()) == 2
+    result = augment(*sqs_run_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
+    assert result.exit_code == 0
+    assert (
+        result.stderr.count("is left in the queue: not about INPUT") == len(result.stderr.splitlines()) == 2
+    )
     assert [key for key in bucket.list_keys() if key.startswith("mod")] == [
         "mod/1.jsonl",
         "mod/a b+ü/2.jsonl",
     ]
-    told = read_summary(tmp_path / "s.json")
-    assert told["files"] == {"done": 2, "skipped": 1, "failed": 0}
-    assert told["keys_outside"] == 2
-    assert told["messages"] == {"left": 2, "not_understood": 0}
-    assert queue.visible_count == 2  # their own consumer has them at once
+    totals = read_summary(tmp_path / "s.json")
+    assert totals["files"] == {"done": 2, "skipped": 1, "failed": 0}
+    assert totals["keys_outside"] == 2
+    assert totals["messages"] == {"left": 2, "not_understood": 0}
+    # Their own consumer can receive them at once.
+    assert queue.visible_count == 2
 
 
 @pytest.mark.slow
-def test_what_is_left_does_not_hide_what_is_behind_it(
+def test_foreign_message_does_not_hide_the_others(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """A message that is not ours comes back while others wait: the run ends when the queue has no more."""
+    """A foreign message comes back while others wait: the run ends when the queue has no others."""
     queue = make_queue(visible_seconds=1)
     queue.send(object_created_event(bucket.name, "elsewhere/0.jsonl"))
     for i in range(60):
         bucket.put(f"raw/{i}.jsonl", make_posting())
         queue.send(object_created_event(bucket.name, f"raw/{i}.jsonl"))
-    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--concurrency", "1")
-    assert ended.exit_code == 0
-    assert "60 done" in ended.stdout
+    result = augment(*sqs_run_args(bucket, queue, stub.target), "--concurrency", "1")
+    assert result.exit_code == 0
+    assert "60 done" in result.stdout
     assert queue.count() == 1
 
 
 @pytest.mark.slow
-def test_poison_goes_to_the_dead_letters(
+def test_failing_messages_go_to_the_dead_letter_queue(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """A message that is nothing and one of a file that cannot be done come back, until the queue gives up."""
+    """Unreadable messages and those of failing files come back until the redrive policy moves them."""
     queue = make_queue(visible_seconds=1, receives=2)
     bucket.put("raw/1.jsonl", make_posting())
     queue.send("what is this?")
     queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
     queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
-    ended = augment(*sqs_run_args(bucket, queue, stub.target))
-    assert ended.exit_code == 1
-    assert "not an S3 event notification" in ended.stderr
-    assert "gone.jsonl: does not exist" in ended.stderr
+    result = augment(*sqs_run_args(bucket, queue, stub.target))
+    assert result.exit_code == 1
+    assert "not an S3 event notification" in result.stderr
+    assert "gone.jsonl: does not exist" in result.stderr
     for _ in range(2):
         wait_for(
             lambda: queue.visible_count or not queue.count(), description="the messages are visible again"
@@ -95,15 +98,17 @@ def test_poison_goes_to_the_dead_letters(
 
 
 @pytest.mark.slow
-def test_message_is_hidden_as_long_as_its_file_takes(bucket: Bucket, make_queue: MakeQueue) -> None:
-    """A file that takes longer than the visibility timeout stays with its worker; killed, with the next."""
+def test_message_stays_hidden_while_its_file_is_in_progress(bucket: Bucket, make_queue: MakeQueue) -> None:
+    """A file may take longer than the visibility timeout. If its worker is killed, another one takes it."""
     queue = make_queue(visible_seconds=_VISIBLE_SECONDS)
-    asked, again, go = threading.Event(), threading.Event(), threading.Event()
+    first_received = threading.Event()
+    received_again = threading.Event()
+    resume = threading.Event()
 
     def behave(call: ReceivedCall) -> Answers:
         if call.pairs[0][0] == "Held":
-            (again if asked.is_set() else asked).set()
-            go.wait(60)
+            (received_again if first_received.is_set() else first_received).set()
+            resume.wait(60)
         return answer_all(call)
 
     def send(name: str, company: str) -> None:
@@ -114,21 +119,23 @@ def test_message_is_hidden_as_long_as_its_file_takes(bucket: Bucket, make_queue:
         args = [*sqs_run_args(bucket, queue, model.target), "--watch", "--concurrency", "1"]
         send("held.jsonl", "Held")
         with augmenter_process(*args, env=dict(os.environ)) as first:
-            assert asked.wait(30)
+            assert first_received.wait(30)
             until = time.monotonic() + 1.5 * _VISIBLE_SECONDS
             with augmenter_process(*args, env=dict(os.environ)):
                 names = (f"{number}.jsonl" for number in itertools.count())
-                while time.monotonic() < until:  # the other worker takes what there is, again and again
+                # The other worker processes new files all the time, and must not receive the held one.
+                while time.monotonic() < until:
                     send(name := next(names), "Other")
-                    _wait_for_output(bucket, name, unless=again)
+                    _wait_for_output(bucket, name, unless=received_again)
                 first.kill()
-                assert again.wait(30)
-                go.set()
+                assert received_again.wait(30)
+                resume.set()
                 wait_for(lambda: queue.count() == 0, description="the message is gone")
     assert "mod/held.jsonl" in bucket.list_keys()
 
 
-_VISIBLE_SECONDS = 3  # a third of it may pass between two renewals, and the rest on a busy machine
+# A third of it may pass between two extensions, and the rest on a busy machine.
+_VISIBLE_SECONDS = 3
 
 
 def _wait_for_output(bucket: Bucket, name: str, *, unless: threading.Event) -> None:
@@ -137,44 +144,45 @@ def _wait_for_output(bucket: Bucket, name: str, *, unless: threading.Event) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "grace_seconds", "code"), [("--once", 0, 143), ("--watch", 20, 0)])
-def test_sigterm_gives_the_message_back(
-    bucket: Bucket, make_queue: MakeQueue, how: str, grace_seconds: int, code: int
+@pytest.mark.parametrize(("mode", "grace_seconds", "code"), [("--once", 0, 143), ("--watch", 20, 0)])
+def test_sigterm_releases_messages(
+    bucket: Bucket, make_queue: MakeQueue, mode: str, grace_seconds: int, code: int
 ) -> None:
-    """A file that is not finished within the grace leaves no object, and its message to the next at once.
+    """A file that is not finished within the grace leaves no object, and its message is visible at once.
 
-    So it is with a message that is not about INPUT.
+    The same is true of a message that is not about INPUT.
     """
     queue = make_queue(visible_seconds=600)
     bucket.put("raw/1.jsonl", make_posting())
     queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
     queue.send(object_created_event("another-bucket", "raw/1.jsonl"))
-    asked, go = threading.Event(), threading.Event()
+    call_received = threading.Event()
+    resume = threading.Event()
 
     def behave(call: ReceivedCall) -> Answers:
-        asked.set()
-        go.wait(60)
+        call_received.set()
+        resume.wait(60)
         return answer_all(call)
 
     with (
         scripted_model(behave) as model,
-        augmenter_process(*sqs_run_args(bucket, queue, model.target), how, env=dict(os.environ)) as process,
+        augmenter_process(*sqs_run_args(bucket, queue, model.target), mode, env=dict(os.environ)) as process,
     ):
-        assert asked.wait(30)
+        assert call_received.wait(30)
         assert process.stderr
         assert "is left in the queue" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
+        started = time.monotonic()
         assert process.wait(grace_seconds + 8) == code
-        assert time.monotonic() - began >= grace_seconds - 1
-        go.set()
+        assert time.monotonic() - started >= grace_seconds - 1
+        resume.set()
     assert queue.visible_count == 2
     assert bucket.list_keys() == ["raw/1.jsonl"]
 
 
 @pytest.mark.slow
 def test_sigterm_ends_an_idle_worker(stub: RunningStub, bucket: Bucket, make_queue: MakeQueue) -> None:
-    """SIGTERM ends `--watch` with 0 as soon as the receive under way does; what that brings is given back."""
+    """SIGTERM ends `--watch` with 0 after the current receive. A message that it returns is released."""
     queue = make_queue(visible_seconds=600)
     bucket.put("raw/1.jsonl", make_posting())
     queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
@@ -195,7 +203,7 @@ def test_sigterm_ends_an_idle_worker(stub: RunningStub, bucket: Bucket, make_que
 def test_workers_share_a_queue(
     stub: RunningStub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path, workers: int
 ) -> None:
-    """However many workers take from one queue that tells all twice: every file is done, none twice."""
+    """Any number of workers share a queue with duplicate messages: every file is done, and once."""
     queue = make_queue()
     files = 60
     for i in range(files):
@@ -205,13 +213,14 @@ def test_workers_share_a_queue(
             queue.send(object_created_event(bucket.name, key))
     processes = [_start(bucket, queue, stub.target, tmp_path / f"{i}.json") for i in range(workers)]
     assert [process.wait(90) for process in processes] == [0] * workers
-    told = [read_summary(tmp_path / f"{i}.json") for i in range(workers)]
-    assert sum(one["files"]["done"] for one in told) == files
-    # The stand-in's threads lose some of the deletions at the same moment: such a message comes once more.
-    assert sum(one["files"]["skipped"] for one in told) >= files
-    assert sum(one["lines"]["augmented"] for one in told) == files * 50
+    totals = [read_summary(tmp_path / f"{i}.json") for i in range(workers)]
+    assert sum(run_totals["files"]["done"] for run_totals in totals) == files
+    # The SQS stand-in loses some of several simultaneous deletions: such a message comes once more.
+    assert sum(run_totals["files"]["skipped"] for run_totals in totals) >= files
+    assert sum(run_totals["lines"]["augmented"] for run_totals in totals) == files * 50
     assert len([key for key in bucket.list_keys() if key.startswith("mod/")]) == files
-    assert queue.visible_count == 0  # not `count`, for the same reason
+    # For the same reason, the check is not about `count`.
+    assert queue.visible_count == 0
 
 
 def _start(bucket: Bucket, queue: SqsQueue, target: str, path: Path) -> "subprocess.Popen[Any]":

@@ -1,4 +1,4 @@
-"""Messages of a real queue that are about something other than INPUT, among those that are."""
+"""Tests of messages in a real queue that are not about INPUT, among those that are."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ from tests.unit.augmenter.sources.test_s3_events import cloudtrail, event_bridge
 def test_only_messages_about_input_are_deleted(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
-    """Foreign and unknown messages stay in the queue, each counted and named once; the run ends."""
+    """Foreign and unreadable messages stay in the queue, each counted and named once, and the run ends."""
     queue = make_queue()
     for name in ("created", "trail a+b", "restored", "mixed"):
         bucket.put(f"raw/{name}.jsonl", make_posting())
@@ -54,21 +54,23 @@ def test_only_messages_about_input_are_deleted(
     unknown = ["what is this?", {"Records": [{}]}, [1]]
     for body in (*foreign, *unknown):
         queue.send(body)
-    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
-    assert ended.exit_code == 0
+    result = augment(*sqs_run_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")
+    assert result.exit_code == 0
     assert {key for key in bucket.list_keys() if key.startswith("mod/")} == {
         f"mod/{name}.jsonl" for name in ("created", "trail a+b", "restored", "mixed")
     }
     assert queue.visible_count == len(foreign) + len(unknown)
-    assert ended.stderr.count("not about INPUT") == len(foreign)
-    assert ended.stderr.count("is left in the queue") == len(foreign) + len(unknown)
+    assert result.stderr.count("not about INPUT") == len(foreign)
+    assert result.stderr.count("is left in the queue") == len(foreign) + len(unknown)
     assert read_summary(tmp_path / "s.json")["messages"] == {"left": 11, "not_understood": 3}
-    assert "11 messages left in the queue: 8 not about INPUT, 3 not understood" in ended.stdout
+    assert "11 messages left in the queue: 8 not about INPUT, 3 not understood" in result.stdout
 
 
 @pytest.mark.slow
-def test_left_messages_keep_no_worker_busy(stub: RunningStub, bucket: Bucket, make_queue: MakeQueue) -> None:
-    """Without a visibility timeout a foreign message is received once in five seconds, not at once."""
+def test_foreign_message_is_not_received_again_at_once(
+    stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
+) -> None:
+    """Without a visibility timeout, a foreign message is received once in five seconds."""
     queue = make_queue(visible_seconds=0)
     bucket.put("raw/1.jsonl", make_posting())
     queue.send(object_created_event("another-bucket", "x/1.jsonl"))
@@ -88,17 +90,17 @@ def test_left_messages_keep_no_worker_busy(stub: RunningStub, bucket: Bucket, ma
 def test_once_tries_a_failing_file_once(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """A message that comes back while the run still waits for others does not keep `--once` from its end."""
+    """A message that comes back while the run waits for others does not keep `--once` from ending."""
     queue = make_queue(visible_seconds=1, receives=1000)
     queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
-    ended = augment(*sqs_run_args(bucket, queue, stub.target))
-    assert (ended.exit_code, ended.stderr.count("does not exist")) == (1, 1)
+    result = augment(*sqs_run_args(bucket, queue, stub.target))
+    assert (result.exit_code, result.stderr.count("does not exist")) == (1, 1)
     assert queue.count() == 1
 
 
 @pytest.mark.slow
 def test_watch_names_a_failure_once(stub: RunningStub, bucket: Bucket, make_queue: MakeQueue) -> None:
-    """However often its message comes back, as long as the reason is the same."""
+    """A failure is logged once while its reason stays the same, however often its message comes back."""
     queue = make_queue(visible_seconds=1, receives=4)
     queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
     with augmenter_process(
@@ -112,22 +114,23 @@ def test_watch_names_a_failure_once(stub: RunningStub, bucket: Bucket, make_queu
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=20)
     assert err.count("WARNING augmenter") == 1
-    assert err.count("raw/gone.jsonl: does not exist") == 2  # when it failed first, and at the end
+    # When it failed first, and at the end.
+    assert err.count("raw/gone.jsonl: does not exist") == 2
 
 
 @pytest.mark.slow
-def test_message_of_a_file_without_a_good_line_stays(
+def test_message_of_a_file_without_a_valid_line_stays(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """A pretty-printed file has failed, also where rejects are tolerated: its message is not deleted."""
+    """A pretty-printed file has failed, even if rejects are tolerated: its message is not deleted."""
     queue = make_queue()
     bucket.put("raw/1.jsonl", b'{\n "company": "Acme",\n "title": "Clerk"\n}\n')
     bucket.put("raw/2.jsonl", b"company,title\nAcme,Clerk\n")
     for name in "12":
         queue.send(object_created_event(bucket.name, f"raw/{name}.jsonl"))
-    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--ok-rejects")
-    assert ended.exit_code == 1
-    assert "1.jsonl: it is JSON that spans several lines" in ended.stderr
-    assert "2.jsonl: no line can be augmented (2 rejected): line 1: not JSON" in ended.stderr
+    result = augment(*sqs_run_args(bucket, queue, stub.target), "--ok-rejects")
+    assert result.exit_code == 1
+    assert "1.jsonl: it is JSON that spans several lines" in result.stderr
+    assert "2.jsonl: no line can be augmented (2 rejected): line 1: not JSON" in result.stderr
     assert [key for key in bucket.list_keys() if key.startswith("mod/")] == []
     assert queue.count() == 2

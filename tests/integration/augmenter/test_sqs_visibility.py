@@ -1,4 +1,4 @@
-"""How the queue is reached by its URL, and a message that is gone while its file is in work."""
+"""Tests of the queue's URL, and of a message whose lease is lost while its file is in progress."""
 
 import time
 
@@ -49,7 +49,7 @@ _HOST = "vpce-0a1b-2c3d.sqs.us-east-1.vpce.amazonaws.com"
     ],
 )
 def test_region_and_endpoint_are_those_of_the_url(host: str, region: str | None, is_endpoint: bool) -> None:
-    """Of every kind of host that AWS has; another host is left to the environment."""
+    """Every kind of AWS host is recognised. Other hosts are left to the environment."""
     url = f"https://{host}/123456789012/postings"
     assert queue_endpoint(url) == QueueEndpoint(region, f"https://{host}" if is_endpoint else None)
 
@@ -68,14 +68,14 @@ def test_region_and_endpoint_are_those_of_the_url(host: str, region: str | None,
         "https://sqs.us-east-1.amazonaws.com/1/q\n",
     ],
 )
-def test_what_is_no_queue_url_is_a_usage_error(augment: RunAugmenter, text: str) -> None:
-    """A queue's name or its ARN would else be a queue that does not exist."""
-    ended = augment("s3://b/raw/", "s3://b/mod/", "--target", "127.0.0.1:1", "--sqs-queue-url", text)
-    assert (ended.exit_code, len(ended.stderr.splitlines())) == (2, 1)
-    assert "not the URL of a queue" in ended.stderr
+def test_invalid_queue_url_is_a_usage_error(augment: RunAugmenter, text: str) -> None:
+    """A queue's name or ARN would otherwise be reported as a queue that does not exist."""
+    result = augment("s3://b/raw/", "s3://b/mod/", "--target", "127.0.0.1:1", "--sqs-queue-url", text)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "not the URL of a queue" in result.stderr
 
 
-def test_endpoint_of_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_of_the_environment_overrides_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the region is taken from the URL then."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:9")
     assert queue_endpoint(f"https://{_HOST}/1/q") == QueueEndpoint("us-east-1")
@@ -89,22 +89,22 @@ def test_queue_in_another_region_is_found(
     make_queue: MakeQueue,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Although the environment names the bucket's region."""
+    """The queue's region is taken from its URL, not from the environment."""
     queue = make_queue(region="eu-west-3")
     bucket.put("raw/1.jsonl", make_posting())
     queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
     queue.url = f"https://sqs.eu-west-3.amazonaws.com/123456789012/{queue.url.rpartition('/')[2]}"
-    ended = augment(*sqs_run_args(bucket, queue, stub.target))
-    assert (ended.exit_code, ended.stderr) == (0, "")
-    assert "1 done" in ended.stdout
+    result = augment(*sqs_run_args(bucket, queue, stub.target))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "1 done" in result.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", ["ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"])
-def test_message_that_is_gone_is_named_once(
+def test_lost_lease_is_logged_once(
     augment: RunAugmenter, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    """It is not renewed any more, its file is done, and the run ends well."""
+    """The lease is not extended any more, the file is done, and the run succeeds."""
     bucket.put("raw/1.jsonl", make_posting())
     failing = {"ChangeMessageVisibility": code, "DeleteMessage": code}
     with scripted_sqs(
@@ -113,12 +113,13 @@ def test_message_that_is_gone_is_named_once(
 
         def behave(call: ReceivedCall) -> Answers:
             wait_for(lambda: sqs.calls["ChangeMessageVisibility"], description="a renewal")
-            time.sleep(1.5)  # four more would be due
+            # Long enough for four more extensions.
+            time.sleep(1.5)
             return answer_all(call)
 
         monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
         with scripted_model(behave) as model:
-            ended = augment(
+            result = augment(
                 f"s3://{bucket.name}/raw/",
                 f"s3://{bucket.name}/mod/",
                 "--target",
@@ -128,22 +129,22 @@ def test_message_that_is_gone_is_named_once(
                 "--sqs-queue-url",
                 "https://sqs.us-east-1.amazonaws.com/1/q",
             )
-    assert (ended.exit_code, "1 done" in ended.stdout) == (0, True)
+    assert (result.exit_code, "1 done" in result.stdout) == (0, True)
     assert sqs.calls["ChangeMessageVisibility"] == 1
-    assert [line.count("is not renewed any more") for line in ended.stderr.splitlines()] == [1]
+    assert [line.count("is not renewed any more") for line in result.stderr.splitlines()] == [1]
 
 
 @pytest.mark.slow
 def test_queue_without_attributes_has_the_default_timeout(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As some servers answer that are compatible with SQS."""
+    """Some servers that are compatible with SQS have no queue attributes."""
     bucket.put("raw/1.jsonl", make_posting())
     with scripted_sqs(
         object_created_event(bucket.name, "raw/1.jsonl"), visible_seconds=None, failing={}
     ) as sqs:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", sqs.endpoint_url)
-        ended = augment(
+        result = augment(
             f"s3://{bucket.name}/raw/",
             f"s3://{bucket.name}/mod/",
             "--target",
@@ -153,4 +154,4 @@ def test_queue_without_attributes_has_the_default_timeout(
             "--sqs-queue-url",
             f"{sqs.endpoint_url}/1/q",
         )
-    assert (ended.exit_code, ended.stderr, sqs.calls["DeleteMessage"]) == (0, "", 1)
+    assert (result.exit_code, result.stderr, sqs.calls["DeleteMessage"]) == (0, "", 1)

@@ -1,4 +1,4 @@
-"""What cannot be meant ends with exit code 2 and one line; places are told apart before anything is read."""
+"""Tests of usage errors: exit code 2 and one line, before anything is read."""
 
 import asyncio
 import subprocess
@@ -18,7 +18,7 @@ from tests.support.processes import run_command
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder with one posting, and a link to it."""
+    """Create a folder with one posting, and a link to it."""
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(make_posting())
@@ -77,7 +77,7 @@ def source(tmp_path: Path) -> Path:
         (("in", "."), "INPUT in is inside OUTPUT"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(
+def test_invalid_arguments_are_a_usage_error(
     augment: RunAugmenter,
     tmp_path: Path,
     source: Path,
@@ -85,20 +85,23 @@ def test_what_cannot_be_meant_is_refused(
     args: tuple[str, ...],
     named: str,
 ) -> None:
-    """Exit code 2, one line that names the culprit, and nothing written."""
+    """Exit code 2, one line that names the argument, and nothing written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain.txt").touch()
     before = sorted(tmp_path.rglob("*"))
-    ended = augment(*args, "--target", "127.0.0.1:1")
-    assert (ended.exit_code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert named in ended.stderr
+    result = augment(*args, "--target", "127.0.0.1:1")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert named in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_target_is_required(augment: RunAugmenter, source: Path, tmp_path: Path) -> None:
-    """Without --target there is nobody to ask."""
-    ended = augment(source, tmp_path / "out")
-    assert (ended.exit_code, ended.stderr) == (2, "augmenter: --target is required (the proxy's HOST:PORT)\n")
+    """Only a dry run needs no --target."""
+    result = augment(source, tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "augmenter: --target is required (the proxy's HOST:PORT)\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,11 +115,13 @@ def test_target_is_required(augment: RunAugmenter, source: Path, tmp_path: Path)
         ("s3://b/raw.jsonl/", "s3://b/mod/", (S3Uri("b", "raw.jsonl/"), S3Uri("b", "mod/"), None)),
     ],
 )
-def test_places_are_read_as_written(source_text: str, sink_text: str, expected: tuple[object, ...]) -> None:
-    """A prefix, a bucket or a key, by how it is written; neighbours with a common beginning are apart."""
-    made = resolve_paths(source_text, sink_text, None)
-    assert (made.source, made.sink, made.output_name) == expected
-    assert made.rejects == made.sink.join("_rejects/")
+def test_input_and_output_are_parsed_as_written(
+    source_text: str, sink_text: str, expected: tuple[object, ...]
+) -> None:
+    """A prefix, a bucket or a key, by its form. Names with a common prefix are distinct."""
+    run_paths = resolve_paths(source_text, sink_text, None)
+    assert (run_paths.source, run_paths.sink, run_paths.output_name) == expected
+    assert run_paths.rejects == run_paths.sink.join("_rejects/")
 
 
 @pytest.mark.parametrize(
@@ -130,9 +135,7 @@ def test_places_are_read_as_written(source_text: str, sink_text: str, expected: 
         ("s3://b/mod/raw/", "s3://b/mod/", None),
     ],
 )
-def test_prefixes_within_each_other_are_refused(
-    source_text: str, sink_text: str, rejects: str | None
-) -> None:
+def test_nested_prefixes_are_a_usage_error(source_text: str, sink_text: str, rejects: str | None) -> None:
     """Prefixes are compared by their segments, as folders are."""
     with pytest.raises(UsageError):
         resolve_paths(source_text, sink_text, rejects)
@@ -142,17 +145,17 @@ def test_prefixes_within_each_other_are_refused(
     "name", ["../x.jsonl", "a/../../x.jsonl", "/etc/x.jsonl", "a//x.jsonl", "./x.jsonl", "a\0b"]
 )
 async def test_names_never_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
-    """A name that a bucket gave, however odd, cannot make a file outside the output's folder."""
+    """No name of an object, however odd, can create a file outside the output folder."""
     store = LocalStore(tmp_path / "out")
     await store.check_writable()
     with pytest.raises(StorageError):
         await store.create(name, FileInfo(name, 1, "v", 0)).__aenter__()
-    made = await asyncio.to_thread(lambda: [path for path in tmp_path.rglob("*") if path.is_file()])
-    assert made == []
+    files = await asyncio.to_thread(lambda: [path for path in tmp_path.rglob("*") if path.is_file()])
+    assert files == []
 
 
-async def test_folder_in_the_place_of_an_output_is_named(tmp_path: Path) -> None:
-    """A key may go on behind another's name; the folder that it makes is no other process's output."""
+async def test_folder_at_the_path_of_an_output_is_reported(tmp_path: Path) -> None:
+    """One key may be a prefix of another. The folder that this creates is not another process's output."""
     item = FileInfo("a.jsonl", 1, "1", 1)
     async with LocalStore(tmp_path).create("a.jsonl", item, expected_version=ABSENT) as upload:
         (tmp_path / "a.jsonl").mkdir()
@@ -161,27 +164,27 @@ async def test_folder_in_the_place_of_an_output_is_named(tmp_path: Path) -> None
 
 
 def test_failed_file_is_one_line_whatever_its_name(augment: RunAugmenter, tmp_path: Path) -> None:
-    """Its control characters are escaped, so that no part of a name looks like a line of its own."""
+    """Control characters are escaped, so that no part of a name looks like a line of its own."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a\naugmenter: \x1b[31mb\r.jsonl").write_bytes(b"bad\n")
-    ended = augment(tmp_path / "in", tmp_path / "out", "--target", "127.0.0.1:1")
-    assert (ended.exit_code, len(ended.stderr.splitlines())) == (1, 1)
-    assert "in/a\\naugmenter: \\x1b[31mb\\r.jsonl: no line can be augmented" in ended.stderr
+    result = augment(tmp_path / "in", tmp_path / "out", "--target", "127.0.0.1:1")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
+    assert "in/a\\naugmenter: \\x1b[31mb\\r.jsonl: no line can be augmented" in result.stderr
 
 
-def test_dangling_link_is_passed_over(augment: RunAugmenter, source: Path, tmp_path: Path) -> None:
-    """A dangling link among the files is passed over; the rest is found."""
+def test_dangling_link_is_ignored(augment: RunAugmenter, source: Path, tmp_path: Path) -> None:
+    """The other files are found."""
     (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
-    ended = augment(source, tmp_path / "out", "--dry-run")
-    assert (ended.exit_code, "1 to do" in ended.stdout) == (0, True)
+    result = augment(source, tmp_path / "out", "--dry-run")
+    assert (result.exit_code, "1 to do" in result.stdout) == (0, True)
 
 
-def test_help_and_module_entry() -> None:
+def test_help_names_environment_variables() -> None:
     """`python -m services.augmenter run --help` names every flag with its variable."""
-    ended = run_command("services.augmenter", "run", "--help", env={"COLUMNS": "200"})
-    assert ended.returncode == 0
-    assert "AUGMENTER_RETRY_BUDGET" in ended.stdout
-    assert "AUGMENTER_INPUT" in ended.stdout
+    result = run_command("services.augmenter", "run", "--help", env={"COLUMNS": "200"})
+    assert result.returncode == 0
+    assert "AUGMENTER_RETRY_BUDGET" in result.stdout
+    assert "AUGMENTER_INPUT" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -192,19 +195,19 @@ def test_help_and_module_entry() -> None:
         {"AWS_DEFAULT_REGION": "bad region"},
     ],
 )
-def test_settings_that_no_client_can_be_made_of_are_one_line(
+def test_invalid_aws_settings_are_one_line(
     augment: RunAugmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
-    """What AWS's own settings get wrong is one line and exit code 1, as a missing bucket is."""
+    """Exit code 1 and one line, as for a missing bucket."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    ended = augment("s3://bucket/raw/", str(tmp_path / "out"), "--target", "127.0.0.1:1")
-    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
-    assert "Traceback" not in ended.stderr
+    result = augment("s3://bucket/raw/", str(tmp_path / "out"), "--target", "127.0.0.1:1")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "Traceback" not in result.stderr
 
 
-def test_what_only_s3_or_a_terminal_needs_is_not_loaded_at_every_start() -> None:
-    """It would take longer than the augmenting of 100,000 lines."""
+def test_modules_for_s3_and_terminals_are_not_imported_at_start() -> None:
+    """Importing them would take longer than augmenting 100,000 lines."""
     code = "import sys, services.augmenter.cli; print(*{'aiobotocore', 'aiohttp', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == []

@@ -1,4 +1,4 @@
-"""`--watch` and `--shard` on folders: what is found, when it is tried again, how it ends."""
+"""Tests of `--watch` and `--shard` on folders: new files, retries and the end of the run."""
 
 import asyncio
 import os
@@ -23,8 +23,9 @@ from tests.support.redis_server import wait_for
 
 @pytest.mark.slow
 def test_new_files_are_done_until_sigterm(stub: RunningStub, tmp_path: Path) -> None:
-    """Files that are there, that come, that come late and that change are done; SIGTERM ends it with 0."""
-    source, sink = tmp_path / "in", tmp_path / "out"
+    """Existing, new, late and changed files are processed. SIGTERM ends the run with 0."""
+    source = tmp_path / "in"
+    sink = tmp_path / "out"
     source.mkdir()
     (source / "1714605540.jsonl").write_bytes(make_posting())
     args = (source, sink, "--watch", "--poll-interval", "50ms", "--target", stub.target)
@@ -44,12 +45,14 @@ def test_new_files_are_done_until_sigterm(stub: RunningStub, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_failed_file_is_told_and_tried_again(stub: RunningStub, tmp_path: Path) -> None:
-    """A file that fails is one warning; when it can be done later, it is, and no failure is left."""
-    source, sink = tmp_path / "in", tmp_path / "out"
+def test_failed_file_is_logged_and_retried(stub: RunningStub, tmp_path: Path) -> None:
+    """A file that fails is one warning. Once it can be processed it is, and no failure remains."""
+    source = tmp_path / "in"
+    sink = tmp_path / "out"
     source.mkdir()
     sink.mkdir()
-    (sink / "a.jsonl").mkdir()  # where the output is to go
+    # This folder is at the path of the output.
+    (sink / "a.jsonl").mkdir()
     (source / "a.jsonl").write_bytes(make_posting())
     with augmenter_process(
         source, sink, "--watch", "--poll-interval", "50ms", "--target", stub.target
@@ -64,33 +67,37 @@ def test_failed_file_is_told_and_tried_again(stub: RunningStub, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_sigterm_lets_the_files_in_work_be_finished(tmp_path: Path) -> None:
-    """SIGTERM in mid-file: the file is finished within the grace, no other is begun."""
-    source, sink = tmp_path / "in", tmp_path / "out"
+def test_sigterm_completes_files_in_progress(tmp_path: Path) -> None:
+    """After SIGTERM, the current file is finished within the grace, and no other is begun."""
+    source = tmp_path / "in"
+    sink = tmp_path / "out"
     source.mkdir()
     for name in "ab":
         (source / f"{name}.jsonl").write_bytes(make_posting(name))
-    asked, go = threading.Event(), threading.Event()
+    call_received = threading.Event()
+    resume = threading.Event()
 
     def behave(call: ReceivedCall) -> Answers:
-        asked.set()
-        go.wait(30)
+        call_received.set()
+        resume.wait(30)
         return answer_all(call)
 
     args = (source, sink, "--watch", "--poll-interval", "50ms", "--concurrency", "1")
     with scripted_model(behave) as model, augmenter_process(*args, "--target", model.target) as process:
-        assert asked.wait(30)
+        assert call_received.wait(30)
         process.send_signal(signal.SIGTERM)
-        with pytest.raises(TimeoutError):  # it waits for its file
+        # The process waits for its file.
+        with pytest.raises(TimeoutError):
             asyncio.run(asyncio.wait_for(asyncio.to_thread(process.wait, 0.3), 0.2))
-        go.set()
+        resume.set()
         assert process.wait(20) == 0
     assert [path.name for path in sink.iterdir()] == ["a.jsonl"]
 
 
 def test_shards_share_the_files(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Two shards do all files, each file once."""
-    source, sink = tmp_path / "in", tmp_path / "out"
+    """Two shards process all files, each file once."""
+    source = tmp_path / "in"
+    sink = tmp_path / "out"
     source.mkdir()
     for i in range(20):
         (source / f"{i}.jsonl").write_bytes(make_posting())
@@ -109,8 +116,9 @@ def test_shards_share_the_files(augment: RunAugmenter, stub: RunningStub, tmp_pa
 
 
 async def test_listings_are_merged(tmp_path: Path) -> None:
-    """What OUTPUT has of INPUT's names is seen side by side, whatever else is in either."""
-    source, sink = tmp_path / "in", tmp_path / "out"
+    """The outputs of INPUT's names are found, whatever other names both folders have."""
+    source = tmp_path / "in"
+    sink = tmp_path / "out"
     for folder, names in ((source, "abcdeé"), (sink, "0bdxé")):
         folder.mkdir()
         for name in names:
@@ -119,9 +127,11 @@ async def test_listings_are_merged(tmp_path: Path) -> None:
         status = (source / f"{name}.jsonl").stat()
         os.utime(sink / f"{name}.jsonl", ns=(status.st_mtime_ns, status.st_mtime_ns))
     os.utime(sink / "d.jsonl", ns=(1, 1))
-    jobs = FileLister(LocalStore(source), LocalStore(sink), shard=Shard(), overwrite=False)
-    seen = [(job.file.name[0], job.is_done, bool(job.expected_version)) async for job in jobs.list_tasks()]
-    assert seen == [
+    lister = FileLister(LocalStore(source), LocalStore(sink), shard=Shard(), overwrite=False)
+    states = [
+        (task.file.name[0], task.is_done, bool(task.expected_version)) async for task in lister.list_tasks()
+    ]
+    assert states == [
         ("a", False, False),
         ("b", True, True),
         ("c", False, False),
@@ -129,60 +139,64 @@ async def test_listings_are_merged(tmp_path: Path) -> None:
         ("e", False, False),
         ("é", True, True),
     ]
-    assert [job.file.name async for job in jobs.list_tasks(after="d")] == ["d.jsonl", "e.jsonl", "é.jsonl"]
+    assert [task.file.name async for task in lister.list_tasks(after="d")] == [
+        "d.jsonl",
+        "e.jsonl",
+        "é.jsonl",
+    ]
 
 
 async def test_lookback_counts_from_the_newest_name() -> None:
-    """A later listing begins --lookback before the newest second that a name told, if it is not to come."""
-    listed: list[str] = []
+    """A later listing begins --lookback before the newest time in a name that is not in the future."""
+    listed_after: list[str] = []
 
     async def listing(after: str) -> AsyncGenerator[FileTask]:
-        listed.append(after)
+        listed_after.append(after)
         for name in ("1714605540.jsonl", "1714600000.jsonl", "9999999999.jsonl", "deep/1.jsonl"):
             yield FileTask(FileInfo(name, 1, "v", 0), name, PLAIN)
 
-    watcher = Watcher(listing, _never_found, poll_interval_seconds=0.001, lookback_seconds=3600)
-    jobs = watcher.tasks()
-    given = [await anext(jobs) for _ in range(4)]
-    watcher.on_end(given[3], "failed")
-    assert (await anext(jobs)).file.name == "deep/1.jsonl"
-    assert listed[:2] == ["", "1714601940"]
+    watcher = Watcher(listing, _find_nothing, poll_interval_seconds=0.001, lookback_seconds=3600)
+    tasks = watcher.tasks()
+    yielded = [await anext(tasks) for _ in range(4)]
+    watcher.on_end(yielded[3], "failed")
+    assert (await anext(tasks)).file.name == "deep/1.jsonl"
+    assert listed_after[:2] == ["", "1714601940"]
 
 
-async def test_old_file_that_failed_is_tried_again() -> None:
+async def test_failed_file_is_retried_after_the_lookback() -> None:
     """A file that later listings pass is looked up by name until it is done, or gone."""
     names = ["1714000000.jsonl", "1714000001.jsonl", "1714605540.jsonl"]
-    asked: list[str] = []
+    looked_up: list[str] = []
 
     async def listing(after: str) -> AsyncGenerator[FileTask]:
         for name in sorted(names):
             if name > after:
-                yield _job(name)
+                yield _task(name)
 
     async def find(name: str) -> FileTask:
-        asked.append(name)
+        looked_up.append(name)
         if name not in names:
             raise FileMissingError(uri=name, reason="does not exist")
-        return _job(name)
+        return _task(name)
 
     watcher = Watcher(listing, find, poll_interval_seconds=0.001, lookback_seconds=3600)
-    jobs = watcher.tasks()
-    given = [await anext(jobs) for _ in range(3)]
+    tasks = watcher.tasks()
+    yielded = [await anext(tasks) for _ in range(3)]
     names.remove("1714000001.jsonl")
-    watcher.on_end(given[1], "failed")
+    watcher.on_end(yielded[1], "failed")
     for _ in range(3):
-        watcher.on_end(given[0], "failed")
-        assert (await asyncio.wait_for(anext(jobs), 5)).file.name == "1714000000.jsonl"
-    watcher.on_end(given[0], "done")
+        watcher.on_end(yielded[0], "failed")
+        assert (await asyncio.wait_for(anext(tasks), 5)).file.name == "1714000000.jsonl"
+    watcher.on_end(yielded[0], "done")
     names.append("1714605541.jsonl")
-    assert (await asyncio.wait_for(anext(jobs), 5)).file.name == "1714605541.jsonl"
-    assert asked.count("1714000000.jsonl") == 3
-    assert asked.count("1714000001.jsonl") == 1
+    assert (await asyncio.wait_for(anext(tasks), 5)).file.name == "1714605541.jsonl"
+    assert looked_up.count("1714000000.jsonl") == 3
+    assert looked_up.count("1714000001.jsonl") == 1
 
 
-def _job(name: str) -> FileTask:
+def _task(name: str) -> FileTask:
     return FileTask(FileInfo(name, 1, "v", 0), name, PLAIN)
 
 
-async def _never_found(name: str) -> FileTask:
+async def _find_nothing(name: str) -> FileTask:
     raise FileMissingError(uri=name, reason="does not exist")

@@ -1,4 +1,4 @@
-"""The book of pairs in hand: nobody asks what another asks or has the answer to."""
+"""Tests of the deduplication of pairs: no pair is sent while it is in-flight or has a level."""
 
 import gc
 import weakref
@@ -9,183 +9,187 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.augmenter.client import dedup as books
+from services.augmenter.client import dedup
 from services.augmenter.client.dedup import InFlightBatch, PairDeduplicator, PairTable
 from services.augmenter.pipeline.jsonl import Pair
 
 _PAIRS = [Pair(company, "Clerk") for company in "abcdef"]
-_ENDS = st.lists(st.sampled_from(["level", "refused", "nothing"]), min_size=len(_PAIRS), max_size=len(_PAIRS))
-_Windows = st.lists(
+_OUTCOMES = st.lists(
+    st.sampled_from(["level", "refused", "nothing"]), min_size=len(_PAIRS), max_size=len(_PAIRS)
+)
+_BLOCKS = st.lists(
     st.tuples(
         st.lists(st.sampled_from(_PAIRS), max_size=8),
-        st.integers(0, 5),  # how many windows later its flight is over
-        _ENDS,
-        st.booleans(),  # whether a new book is begun before it
+        # After how many more blocks its batch is finished.
+        st.integers(0, 5),
+        _OUTCOMES,
+        # Whether a new table is started before it.
+        st.booleans(),
     ),
     max_size=12,
 )
 
 
-def _end(flight: InFlightBatch, ends: list[str]) -> None:
-    """Settle each of a flight's pairs as its place in the alphabet says, and end it."""
-    for place, pair in enumerate(flight.pairs):
-        end = ends[_PAIRS.index(pair)]
-        if end == "level":
-            flight.levels[place] = 1 + _PAIRS.index(pair)
-        elif end == "refused":
-            flight.rejected[place] = pair.company
-    flight.finish()
+def _finish(batch: InFlightBatch, outcomes: list[str]) -> None:
+    """Give each pair of a batch its outcome, by its letter, and finish the batch."""
+    for index, pair in enumerate(batch.pairs):
+        outcome = outcomes[_PAIRS.index(pair)]
+        if outcome == "level":
+            batch.levels[index] = 1 + _PAIRS.index(pair)
+        elif outcome == "refused":
+            batch.rejected[index] = pair.company
+    batch.finish()
 
 
-@given(_Windows)
-def test_a_pair_is_on_one_way_at_a_time_and_its_level_is_everywhere(
-    windows: list[tuple[list[Pair], int, list[str], bool]],
+@given(_BLOCKS)
+def test_pair_is_in_one_unfinished_batch_and_its_level_reaches_every_table(
+    blocks: list[tuple[list[Pair], int, list[str], bool]],
 ) -> None:
-    """Whatever is asked, ends, begins anew: never two flights with a pair; a number has its pair's level."""
-    book = PairTable()
-    flying: list[tuple[int, InFlightBatch, list[str]]] = []
+    """For any pairs, outcomes and tables: a pair is in one unfinished batch, and its level is by its id."""
+    table = PairTable()
+    in_flight: list[tuple[int, InFlightBatch, list[str]]] = []
     seen: list[tuple[PairTable, list[Pair], array[int]]] = []
-    for now, (pairs, takes, ends, anew) in enumerate(windows):
-        for due, flight, its_ends in flying:
+    for now, (pairs, duration, outcomes, is_new_table) in enumerate(blocks):
+        for due, batch, batch_outcomes in in_flight:
             if due == now:
-                _end(flight, its_ends)
-        flying = [one for one in flying if one[0] > now]
-        if anew:
-            book = PairTable(book.pending())
-        which, flight = book.assign_ids(pairs)
-        flying.append((now + 1 + takes, flight, ends))
-        seen.append((book, pairs, which))
-        on_their_way = [pair for _, one, _ in flying for pair in one.pairs]
-        assert len(on_their_way) == len(set(on_their_way))
-    for _, flight, ends in flying:
-        _end(flight, ends)
-    for book, pairs, which in seen:
-        levels = book.get_levels(which)
-        for pair, number, level in zip(pairs, which, levels, strict=True):
-            flight, place = book.find_batch(number)
-            assert flight.finished.is_set()
-            assert flight.pairs[place] == pair
-            assert level == flight.levels[place]
+                _finish(batch, batch_outcomes)
+        in_flight = [entry for entry in in_flight if entry[0] > now]
+        if is_new_table:
+            table = PairTable(table.pending())
+        ids, batch = table.assign_ids(pairs)
+        in_flight.append((now + 1 + duration, batch, outcomes))
+        seen.append((table, pairs, ids))
+        unfinished_pairs = [pair for _, entry, _ in in_flight for pair in entry.pairs]
+        assert len(unfinished_pairs) == len(set(unfinished_pairs))
+    for _, batch, outcomes in in_flight:
+        _finish(batch, outcomes)
+    for table, pairs, ids in seen:
+        levels = table.get_levels(ids)
+        for pair, pair_id, level in zip(pairs, ids, levels, strict=True):
+            batch, index = table.find_batch(pair_id)
+            assert batch.finished.is_set()
+            assert batch.pairs[index] == pair
+            assert level == batch.levels[index]
             assert level in {0, 1 + _PAIRS.index(pair)}
 
 
-def test_what_is_answered_or_refused_is_not_asked_again_and_what_is_left_is() -> None:
-    """The three ends of a pair, as the next window has them."""
-    book = PairTable()
-    _, flight = book.assign_ids(_PAIRS[:3])
-    _end(flight, ["level", "refused", "nothing", "", "", ""])
-    which, again = book.assign_ids(_PAIRS[:3])
-    assert again.pairs == [_PAIRS[2]]
-    assert book.get_levels(which) == b"\1\0\0"
-    refused, place = book.find_batch(which[1])
-    assert refused.rejected == {place: "b"}
+def test_only_failed_pair_is_sent_again() -> None:
+    """A pair with a level, a rejected one and a failed one, as the next block finds them."""
+    table = PairTable()
+    _, batch = table.assign_ids(_PAIRS[:3])
+    _finish(batch, ["level", "refused", "nothing", "", "", ""])
+    ids, next_batch = table.assign_ids(_PAIRS[:3])
+    assert next_batch.pairs == [_PAIRS[2]]
+    assert table.get_levels(ids) == b"\1\0\0"
+    rejected_batch, index = table.find_batch(ids[1])
+    assert rejected_batch.rejected == {index: "b"}
 
 
-def test_a_book_ends_with_the_last_file_in_work() -> None:
-    """Answers are kept for what is in hand, no longer: the next run's file asks anew."""
-    all_books = PairDeduplicator()
-    with all_books.track_file():
-        with all_books.track_file():
-            first = all_books.table_for(1)
-        assert all_books.table_for(1) is first
-    assert all_books.table_for(1) is not first
+def test_table_is_replaced_after_last_file() -> None:
+    """Levels are kept only while a file is in progress: the next run's file sends its pairs again."""
+    deduplicator = PairDeduplicator()
+    with deduplicator.track_file():
+        with deduplicator.track_file():
+            first = deduplicator.table_for(1)
+        assert deduplicator.table_for(1) is first
+    assert deduplicator.table_for(1) is not first
 
 
-def test_what_fails_while_it_is_numbered_leaves_nobody_waiting() -> None:
-    """Pairs of lines that were parsed before an error of ours are new again to the next who has them."""
+def test_pairs_are_sent_again_when_their_iterable_fails() -> None:
+    """Pairs that were parsed before an error are new again to the next block that has them."""
 
     def pairs() -> Iterator[Pair]:
         yield from _PAIRS[:2]
         raise MemoryError
 
-    book = PairTable()
-    _, first = book.assign_ids(_PAIRS[:1])
+    table = PairTable()
+    _, first_batch = table.assign_ids(_PAIRS[:1])
     with pytest.raises(MemoryError):
-        book.assign_ids(pairs())
-    which, flight = book.assign_ids(_PAIRS[:3])
-    assert flight.pairs == _PAIRS[1:3]
-    _end(first, ["level"] * len(_PAIRS))
-    _end(flight, ["level"] * len(_PAIRS))
-    assert book.get_levels(which) == b"\1\2\3"
+        table.assign_ids(pairs())
+    ids, batch = table.assign_ids(_PAIRS[:3])
+    assert batch.pairs == _PAIRS[1:3]
+    _finish(first_batch, ["level"] * len(_PAIRS))
+    _finish(batch, ["level"] * len(_PAIRS))
+    assert table.get_levels(ids) == b"\1\2\3"
 
 
-def test_a_book_is_gone_as_soon_as_nobody_needs_it() -> None:
-    """Without the garbage collector, which comes round seldom: a book is megabytes."""
-    book = PairTable()
-    _, flight = book.assign_ids(_PAIRS)
-    later = PairTable(book.pending())
-    gone = weakref.ref(book)
-    _end(flight, ["level"] * len(_PAIRS))
+def test_replaced_table_is_freed_without_garbage_collection() -> None:
+    """A table takes megabytes, and the garbage collector runs rarely."""
+    table = PairTable()
+    _, batch = table.assign_ids(_PAIRS)
+    later = PairTable(table.pending())
+    reference = weakref.ref(table)
+    _finish(batch, ["level"] * len(_PAIRS))
     gc.disable()
     try:
-        del book
-        assert gone() is None
+        del table
+        assert reference() is None
     finally:
         gc.enable()
     assert len(later) == len(_PAIRS)
 
 
-def test_a_flight_that_goes_on_holds_no_book(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One pair may wait for minutes, while a hundred other books begin and end around it."""
-    monkeypatch.setattr(books, "_MAX_TABLE_TEXT_BYTES", 0)
-    all_books = PairDeduplicator()
-    with all_books.track_file():
-        which, flight = all_books.table_for(1).assign_ids(_PAIRS[:1])
-        gone = weakref.ref(all_books.table_for(1))
+def test_unfinished_batch_does_not_keep_tables_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair may wait for minutes, while a hundred other tables come and go around it."""
+    monkeypatch.setattr(dedup, "_MAX_TABLE_TEXT_BYTES", 0)
+    deduplicator = PairDeduplicator()
+    with deduplicator.track_file():
+        ids, batch = deduplicator.table_for(1).assign_ids(_PAIRS[:1])
+        reference = weakref.ref(deduplicator.table_for(1))
         gc.disable()
         try:
-            later = all_books.table_for(1)
-            assert gone() is None
+            later = deduplicator.table_for(1)
+            assert reference() is None
         finally:
             gc.enable()
-        _end(flight, ["level"] * len(_PAIRS))
-        assert later.get_levels(which) == b"\1"
+        _finish(batch, ["level"] * len(_PAIRS))
+        assert later.get_levels(ids) == b"\1"
 
 
-def test_a_book_that_is_over_holds_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for its answers gets them, but the look-up, most of its bytes, is the next one's alone."""
-    monkeypatch.setattr(books, "_MAX_TABLE_TEXT_BYTES", 0)
-    all_books = PairDeduplicator()
-    with all_books.track_file():
-        first = all_books.table_for(1)
-        which, flight = first.assign_ids(_PAIRS)
-        later = all_books.table_for(1)
+def test_closed_table_has_levels_but_no_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that wait in it get their levels, but the look-up, most of its bytes, is dropped."""
+    monkeypatch.setattr(dedup, "_MAX_TABLE_TEXT_BYTES", 0)
+    deduplicator = PairDeduplicator()
+    with deduplicator.track_file():
+        first = deduplicator.table_for(1)
+        ids, batch = first.assign_ids(_PAIRS)
+        later = deduplicator.table_for(1)
         assert (len(first), len(later)) == (0, len(_PAIRS))
-        _end(flight, ["level", "nothing", "refused", "level", "level", "level"])
-        assert first.get_levels(which) == later.get_levels(which) == b"\1\0\0\4\5\6"
+        _finish(batch, ["level", "nothing", "refused", "level", "level", "level"])
+        assert first.get_levels(ids) == later.get_levels(ids) == b"\1\0\0\4\5\6"
         assert later.assign_ids(_PAIRS)[1].pairs == _PAIRS[1:2]
 
 
-def test_what_was_carried_into_a_book_does_not_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or, with more on its way than a book should hold, each window would begin one and carry it all."""
-    all_books = PairDeduplicator()
-    with all_books.track_file():
-        all_books.table_for(1).assign_ids(_PAIRS[:4])
-        monkeypatch.setattr(books, "_MAX_TABLE_PAIRS", 1)
-        second = all_books.table_for(1)
+def test_inherited_pairs_do_not_fill_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, with more in-flight pairs than a table may hold, each block would start a new table."""
+    deduplicator = PairDeduplicator()
+    with deduplicator.track_file():
+        deduplicator.table_for(1).assign_ids(_PAIRS[:4])
+        monkeypatch.setattr(dedup, "_MAX_TABLE_PAIRS", 1)
+        second = deduplicator.table_for(1)
         second.assign_ids(_PAIRS[:5])
-        assert all_books.table_for(1) is second
+        assert deduplicator.table_for(1) is second
         second.assign_ids(_PAIRS)
-        assert all_books.table_for(1) is not second
+        assert deduplicator.table_for(1) is not second
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("_MAX_TABLE_TEXT_BYTES", 9), ("_MAX_TABLE_PAIRS", 2), ("_MAX_TABLE_SECONDS", -1.0)]
+    ("name", "limit"), [("_MAX_TABLE_TEXT_BYTES", 9), ("_MAX_TABLE_PAIRS", 2), ("_MAX_TABLE_SECONDS", -1.0)]
 )
-def test_a_book_has_an_end(monkeypatch: pytest.MonkeyPatch, name: str, most: float) -> None:
-    """Bytes, pairs or seconds are used up: a new one, in which what is on its way still is."""
-    all_books = PairDeduplicator()
-    with all_books.track_file():
-        first = all_books.table_for(5)
-        _, over = first.assign_ids(_PAIRS[:1])
-        _end(over, ["level"] * len(_PAIRS))
-        _, flight = first.assign_ids(_PAIRS[1:4])
-        assert all_books.table_for(3) is first
-        monkeypatch.setattr(books, name, most)
-        second = all_books.table_for(2)
+def test_table_is_replaced_at_its_limit(monkeypatch: pytest.MonkeyPatch, name: str, limit: float) -> None:
+    """At the limit of bytes, pairs or seconds, a new table starts, and inherits the in-flight pairs."""
+    deduplicator = PairDeduplicator()
+    with deduplicator.track_file():
+        first = deduplicator.table_for(5)
+        _, finished_batch = first.assign_ids(_PAIRS[:1])
+        _finish(finished_batch, ["level"] * len(_PAIRS))
+        _, batch = first.assign_ids(_PAIRS[1:4])
+        assert deduplicator.table_for(3) is first
+        monkeypatch.setattr(dedup, name, limit)
+        second = deduplicator.table_for(2)
         assert second is not first
-        which, new = second.assign_ids(_PAIRS[:4])
-        assert new.pairs == _PAIRS[:1]
-        _end(flight, ["level"] * len(_PAIRS))
-        _end(new, ["level"] * len(_PAIRS))
-        assert second.get_levels(which) == b"\1\2\3\4"
+        ids, new_batch = second.assign_ids(_PAIRS[:4])
+        assert new_batch.pairs == _PAIRS[:1]
+        _finish(batch, ["level"] * len(_PAIRS))
+        _finish(new_batch, ["level"] * len(_PAIRS))
+        assert second.get_levels(ids) == b"\1\2\3\4"

@@ -1,4 +1,4 @@
-"""The messages that are made and read by hand are those that the stubs make and read."""
+"""Tests that messages encoded and decoded by hand equal those of protobuf."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,39 +14,42 @@ _TEXTS = st.text(max_size=6) | st.sampled_from(
 
 
 @given(st.lists(st.builds(Pair, _TEXTS, _TEXTS), min_size=1, max_size=5), st.sampled_from([1, 150]))
-def test_request_is_the_stubs(pairs: list[Pair], times: int) -> None:
-    """Read by the stub, a request is the pairs with uuids; it is the stub's bytes unless a text is empty."""
+def test_request_equals_protobufs(pairs: list[Pair], times: int) -> None:
+    """Decoded by protobuf, a request has the pairs with their uuids.
+
+    Its bytes are the same as protobuf's unless a text is empty.
+    """
     batch = pairs * times
-    made = pb.SeniorityRequestBatch(
+    expected = pb.SeniorityRequestBatch(
         batch=[
             pb.SeniorityRequest(uuid=uuid, company=pair.company, title=pair.title)
             for uuid, pair in enumerate(batch, FIRST_UUID)
         ]
     )
-    assert pb.SeniorityRequestBatch.FromString(wire.encode_request(batch)) == made
+    assert pb.SeniorityRequestBatch.FromString(wire.encode_request(batch)) == expected
     if all(pair.company and pair.title for pair in pairs):
-        assert wire.encode_request(batch) == made.SerializeToString()
+        assert wire.encode_request(batch) == expected.SerializeToString()
 
 
-def test_longest_batch_and_longer() -> None:
-    """Batches of more than 4096 pairs are the stub's."""
-    most = 4096
-    for count in (most, most + 1):
-        read = pb.SeniorityRequestBatch.FromString(wire.encode_request([Pair("a", "b")] * count))
-        assert [one.uuid for one in read.batch] == list(range(FIRST_UUID, FIRST_UUID + count))
-        answer = _answer([(uuid, 7) for uuid in range(FIRST_UUID, FIRST_UUID + count)])
-        assert wire.decode_ordered_levels(answer, count) == (b"\7" * count if count == most else None)
+def test_batch_over_the_limit_is_left_to_protobuf() -> None:
+    """Batches of more than 4096 pairs are encoded by protobuf."""
+    limit = 4096
+    for count in (limit, limit + 1):
+        decoded = pb.SeniorityRequestBatch.FromString(wire.encode_request([Pair("a", "b")] * count))
+        assert [item.uuid for item in decoded.batch] == list(range(FIRST_UUID, FIRST_UUID + count))
+        answer = _response([(uuid, 7) for uuid in range(FIRST_UUID, FIRST_UUID + count)])
+        assert wire.decode_ordered_levels(answer, count) == (b"\7" * count if count == limit else None)
 
 
-def _answer(levels: list[tuple[int, int]]) -> bytes:
+def _response(levels: list[tuple[int, int]]) -> bytes:
     batch = [pb.SeniorityResponse(uuid=uuid, seniority=level) for uuid, level in levels]
     return pb.SeniorityResponseBatch(batch=batch).SerializeToString()
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=300))
-def test_answer_in_order_is_read(levels: list[int]) -> None:
-    """The levels of an answer in the order of the batch are read as they stand."""
-    assert wire.decode_ordered_levels(_answer(list(enumerate(levels, FIRST_UUID))), len(levels)) == bytes(
+def test_response_in_order_is_decoded(levels: list[int]) -> None:
+    """The levels of a response in the order of the request are read as they stand."""
+    assert wire.decode_ordered_levels(_response(list(enumerate(levels, FIRST_UUID))), len(levels)) == bytes(
         levels
     )
 
@@ -56,9 +59,9 @@ def test_answer_in_order_is_read(levels: list[int]) -> None:
     | st.permutations(range(FIRST_UUID, FIRST_UUID + 130)).map(lambda order: [(uuid, 3) for uuid in order]),
     st.integers(1, 130),
 )
-def test_any_other_answer_is_left_to_the_stub(answers: list[tuple[int, int]], count: int) -> None:
-    """Another order, another count, a level that is none: never read by hand."""
-    read = wire.decode_ordered_levels(_answer(answers), count)
-    if read is not None:
-        assert answers == list(enumerate(read, FIRST_UUID))
-        assert all(1 <= level <= 7 for level in read)
+def test_other_responses_are_left_to_protobuf(answers: list[tuple[int, int]], count: int) -> None:
+    """Another order or count, or an invalid level, is never decoded by hand."""
+    decoded = wire.decode_ordered_levels(_response(answers), count)
+    if decoded is not None:
+        assert answers == list(enumerate(decoded, FIRST_UUID))
+        assert all(1 <= level <= 7 for level in decoded)

@@ -1,4 +1,4 @@
-"""What a line holds: every odd line, and what comes of it."""
+"""Tests of parsing a line: every unusual line, and its result."""
 
 import json
 
@@ -14,21 +14,21 @@ from services.common.line_reader import LineBlock
 _GOOD = b'"company":"Acme","title":"Clerk"'
 
 
-def _entries(*texts: bytes) -> list[jsonl.ParsedLine]:
-    """What a window makes of lines, whichever way it takes."""
-    windows: list[line_blocks.ParsedBlock] = []
-    (pairs,) = line_blocks.parse_blocks([LineBlock(b"\n".join(texts), len(texts))], parsed_blocks=windows)
-    (made,) = windows
-    if isinstance(made, line_blocks.MixedBlock):
+def _parse_lines(*texts: bytes) -> list[jsonl.ParsedLine]:
+    """Return what a block makes of lines, by either parser."""
+    blocks: list[line_blocks.ParsedBlock] = []
+    (pairs,) = line_blocks.parse_blocks([LineBlock(b"\n".join(texts), len(texts))], parsed_blocks=blocks)
+    (block,) = blocks
+    if isinstance(block, line_blocks.MixedBlock):
         return jsonl.parse([jsonl.strip_line(text) for text in texts])
     return [Posting(pair) for pair in pairs]
 
 
-def _one(text: bytes) -> jsonl.ParsedLine:
-    """The entry of a line; the same alone, among good ones, and among a good and a bad one."""
+def _parse_line(text: bytes) -> jsonl.ParsedLine:
+    """Return the result of a line. It is the same alone, among good lines, and beside a bad one."""
     good = b"{" + _GOOD + b"}"
-    alone = _entries(text)[0]
-    among = _entries(good, text, b"not JSON")[1]
+    alone = _parse_lines(text)[0]
+    among = _parse_lines(good, text, b"not JSON")[1]
     if isinstance(alone, Posting):
         assert isinstance(among, Posting)
         assert among.pair == alone.pair
@@ -74,8 +74,8 @@ def _one(text: bytes) -> jsonl.ParsedLine:
     ],
 )
 def test_bad_line_is_rejected_with_its_reason(text: bytes, reason: str) -> None:
-    """A line that cannot be augmented is rejected, and the reason says what is wrong with it."""
-    entry = _one(text)
+    """A line that cannot be augmented is rejected, with the reason."""
+    entry = _parse_line(text)
     assert isinstance(entry, RejectedLine)
     assert reason in entry.reason
 
@@ -96,9 +96,9 @@ def test_bad_line_is_rejected_with_its_reason(text: bytes, reason: str) -> None:
         (b"{" + _GOOD + b',"x":"' + b"y" * 2**20 + b'"}', ("Acme", "Clerk")),
     ],
 )
-def test_odd_but_lawful_line_is_asked(text: bytes, pair: tuple[str, str]) -> None:
-    """A lawful line is asked with the text that JSON readers see in it, and keeps its bytes."""
-    entry = _one(text)
+def test_unusual_valid_line_is_parsed_and_keeps_its_bytes(text: bytes, pair: tuple[str, str]) -> None:
+    """The pair has the texts that JSON readers see, and the line keeps its bytes."""
+    entry = _parse_line(text)
     assert isinstance(entry, Posting)
     assert entry.pair == Pair(*pair)
     assert splice_level(text, 5, replace=entry.has_level) == text[:-1] + b', "seniority": 5}\n'
@@ -106,24 +106,24 @@ def test_odd_but_lawful_line_is_asked(text: bytes, pair: tuple[str, str]) -> Non
 
 @pytest.mark.parametrize("extra", [b"", b',"x":"\\ud800"'])
 def test_existing_seniority_is_replaced(extra: bytes) -> None:
-    """A line's own `seniority` is seen and replaced, whichever parser read the line."""
+    """A line's own `seniority` is found and replaced, whichever parser read the line."""
     text = b'{"\\u0073eniority":"high",' + _GOOD + extra + b"}"
-    entry = _one(text)
+    entry = _parse_line(text)
     assert isinstance(entry, Posting)
     assert splice_level(text, 5, replace=entry.has_level) == b"{" + _GOOD + extra + b', "seniority": 5}\n'
 
 
 def test_blank_line_is_no_posting() -> None:
-    """A line that is empty once stripped is blank, neither asked nor rejected."""
-    assert _one(b"") is None
+    """A line that is empty once stripped is blank: neither sent nor rejected."""
+    assert _parse_line(b"") is None
 
 
 @given(st.binary(max_size=12), st.integers(0, 40), st.integers(0, 12))
-def test_nothing_is_accepted_that_a_strict_reader_refuses(noise: bytes, start: int, length: int) -> None:
-    """Whatever bytes a good line is damaged with: if it is asked, `json` reads the same pair in it."""
+def test_accepted_line_is_valid_for_a_strict_parser(noise: bytes, start: int, length: int) -> None:
+    """However a good line is damaged: if it is accepted, `json` reads the same pair in it."""
     good = b'{"company":"Acme","title":"Clerk","x":[1,2e3,true,null,"y"]}'
     text = good[:start] + noise.replace(b"\n", b"") + good[start + length :]
-    entry = _entries(text)[0]
+    entry = _parse_lines(text)[0]
     if isinstance(entry, Posting):
         value = json.loads(text.decode())
         assert entry.pair == Pair(value["company"], value["title"])
@@ -153,10 +153,10 @@ def test_nothing_is_accepted_that_a_strict_reader_refuses(noise: bytes, start: i
 )
 @example([b'{"company":"a",', b'"title":"b"}'])
 @example([b'{"company":"a","title":"b"}{"company":"c","title":"d"}', b'{"company":"a",', b'"title":"b"}'])
-def test_a_window_is_read_line_by_line_however_it_is_read(lines: list[bytes]) -> None:
-    """Values that share a line or span two never pass as one a line: a window reads each line as if alone."""
-    for line, entry in zip(lines, _entries(*lines), strict=True):
-        alone = _entries(line)[0]
+def test_block_gives_same_result_as_its_lines_alone(lines: list[bytes]) -> None:
+    """Values that share a line, or span two, never pass as one a line: each line is read as if alone."""
+    for line, entry in zip(lines, _parse_lines(*lines), strict=True):
+        alone = _parse_lines(line)[0]
         if isinstance(alone, Posting):
             assert isinstance(entry, Posting)
             assert entry.pair == alone.pair

@@ -1,4 +1,4 @@
-"""What becomes of lines that are parsed piece by piece, once all of them are answered."""
+"""Tests of blocks of lines that are parsed block by block and receive their levels afterwards."""
 
 import itertools
 
@@ -12,11 +12,12 @@ from services.augmenter.stats import LineCounts
 from services.common.line_reader import LineBlock
 from tests.integration.augmenter.conftest import make_posting
 
-_ODD = {b"": None, b"bad": "not JSON: Expecting value (character 1)", b"[]": "not a JSON object"}
-_Lines = st.lists(
+_INVALID = {b"": None, b"bad": "not JSON: Expecting value (character 1)", b"[]": "not a JSON object"}
+_LINES = st.lists(
     st.tuples(
-        st.sampled_from([*_ODD, *(make_posting(company) for company in "abc"), make_posting("d") + b" "]),
-        st.integers(0, 7),  # the level, or that it was refused
+        st.sampled_from([*_INVALID, *(make_posting(company) for company in "abc"), make_posting("d") + b" "]),
+        # The level, or 0 if the pair was rejected.
+        st.integers(0, 7),
     ),
     min_size=1,
     max_size=20,
@@ -24,38 +25,42 @@ _Lines = st.lists(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few() -> object:
-    """Pieces of more than two lines are halved if one is odd."""
+def max_two_mixed_lines() -> object:
+    """Split blocks of more than two lines if one of them is unusual."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(line_blocks, "_MAX_MIXED_LINES", 2)
         yield
 
 
-@given(_Lines, st.lists(st.integers(1, 5), min_size=20, max_size=20))
-def test_each_line_has_its_own_answer(given_lines: list[tuple[bytes, int]], sizes: list[int]) -> None:
-    """Whatever the lines are and wherever they are cut: its level, its reason or nothing; all are counted."""
-    windows: list[ParsedBlock] = []
+@given(_LINES, st.lists(st.integers(1, 5), min_size=20, max_size=20))
+def test_each_line_gets_its_own_level_or_reason(
+    given_lines: list[tuple[bytes, int]], sizes: list[int]
+) -> None:
+    """For any lines and any cuts: each line has its level, its reason or neither, and all are counted."""
+    parsed: list[ParsedBlock] = []
     lines = iter([line for line, _ in given_lines])
-    cut = [list(itertools.islice(lines, size)) for size in sizes]
-    block = [LineBlock(b"\n".join(some), len(some)) for some in cut if some]
-    asked = [pair for pairs in line_blocks.parse_blocks(block, parsed_blocks=windows) for pair in pairs]
-    assert block == []
-    levels = [level for line, level in given_lines if line not in _ODD]
-    assert len(asked) == len(levels)
-    refused = {place: f"refused {place}" for place, level in enumerate(levels) if not level}
+    chunks = [list(itertools.islice(lines, size)) for size in sizes]
+    blocks = [LineBlock(b"\n".join(chunk), len(chunk)) for chunk in chunks if chunk]
+    sent = [pair for pairs in line_blocks.parse_blocks(blocks, parsed_blocks=parsed) for pair in pairs]
+    assert blocks == []
+    levels = [level for line, level in given_lines if line not in _INVALID]
+    assert len(sent) == len(levels)
+    rejected_pairs = {index: f"refused {index}" for index, level in enumerate(levels) if not level}
     counts = LineCounts(read=len(given_lines))
-    output, rejected = line_blocks.apply_levels(windows, PairLevels(bytes(levels), refused), counts)
+    output, rejected = line_blocks.apply_levels(parsed, PairLevels(bytes(levels), rejected_pairs), counts)
 
-    expected, reasons, place = b"", [], 0
+    expected = b""
+    reasons = []
+    index = 0
     for number, (line, level) in enumerate(given_lines, 1):
-        if line in _ODD:
+        if line in _INVALID:
             if line:
-                reasons.append((number, line, _ODD[line]))
+                reasons.append((number, line, _INVALID[line]))
             continue
         if level:
             expected += line.strip()[:-1] + b', "seniority": %d}\n' % level
         else:
-            reasons.append((number, line, f"refused {place}"))
-        place += 1
+            reasons.append((number, line, f"refused {index}"))
+        index += 1
     assert (output, rejected) == (expected, reasons)
     assert counts.is_balanced

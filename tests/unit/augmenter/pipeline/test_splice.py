@@ -1,4 +1,4 @@
-"""The splice: everything but `seniority` stays byte for byte."""
+"""Tests of inserting a level: everything but `seniority` stays byte for byte."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ _SPACE = st.text(" \t", max_size=2)
 
 @st.composite
 def _objects(draw: st.DrawFn) -> bytes:
-    """Objects as text, with any white space, repeated and escaped members, `company` among them."""
+    """Draw objects as text, with any white space, repeated and escaped members, `company` among them."""
     members = draw(st.lists(st.tuples(_KEYS, _VALUES), max_size=6))
     members.insert(draw(st.integers(0, len(members))), ('"company"', draw(_VALUES)))
     ascii_only = draw(st.booleans())
@@ -49,21 +49,21 @@ def _members(text: bytes) -> list[tuple[str, Any]]:
 
 @given(_objects(), st.integers(1, 7))
 def test_result_is_the_object_with_one_seniority_at_its_end(text: bytes, level: int) -> None:
-    """Parsed, the result is the input's other members in order, repeated ones too, and then the level."""
+    """Parsed, the result has the input's other members in order, repeated ones too, and then the level."""
     others = [member for member in _members(text) if member[0] != "seniority"]
     assert _members(splice_level(text, level, replace=True)) == [*others, ("seniority", level)]
 
 
 @given(_objects(), st.integers(1, 7), st.integers(1, 7))
 def test_splicing_again_only_replaces_the_level(text: bytes, first: int, second: int) -> None:
-    """A result spliced once more is what the second level alone would have given."""
+    """A result that is spliced again equals the input spliced with the second level alone."""
     once = splice_level(text, first, replace=True).rstrip(b"\n")
     assert splice_level(once, second, replace=True) == splice_level(text, second, replace=True)
 
 
 @given(_objects(), st.integers(1, 7))
 def test_without_a_seniority_every_byte_is_kept(text: bytes, level: int) -> None:
-    """Nothing to remove: the result is the input with the member in front of the closing brace."""
+    """With nothing to remove, the result is the input with the member before the closing brace."""
     if any(name == "seniority" for name, _ in _members(text)):
         return
     expected = text[:-1] + b', "seniority": %d}\n' % level
@@ -92,13 +92,13 @@ def test_without_a_seniority_every_byte_is_kept(text: bytes, level: int) -> None
         (b'{"a":"\\"seniority\\": 1","seniority":2}', b'{"a":"\\"seniority\\": 1", "seniority": 4}\n'),
     ],
 )
-def test_existing_seniority_goes_with_one_comma(text: bytes, expected: bytes) -> None:
-    """A member of the object itself is removed wherever it stands; nested ones and texts stay."""
+def test_existing_seniority_is_removed_with_one_comma(text: bytes, expected: bytes) -> None:
+    """A member of the object itself is removed at any position. Nested ones and texts stay."""
     assert splice_level(text, 4, replace=True) == expected
 
 
 def test_deep_nesting_is_skipped_without_recursion() -> None:
-    """A value nested 100,000 deep in front of the member does not exhaust the stack."""
+    """A value nested 100,000 deep before the member does not exhaust the stack."""
     deep = b"[" * 100_000 + b"]" * 100_000
     assert (
         splice_level(b'{"a":' + deep + b',"seniority":1}', 2, replace=True)

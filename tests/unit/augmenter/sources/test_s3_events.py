@@ -1,4 +1,4 @@
-"""What a queue's message is about, in every format in which S3's events come."""
+"""Tests of parsing a queue's message, in every format of S3's events."""
 
 import json
 from contextlib import suppress
@@ -13,28 +13,26 @@ from services.augmenter.sources.s3_events import ObjectEvent
 from tests.support.sqs_server import object_created_event
 
 
-def _seen(body: object) -> list[tuple[str, str, bool]]:
-    """Bucket, key and whether the file is started, of each event."""
+def _parse(body: object) -> list[tuple[str, str, bool]]:
+    """Return bucket, key and whether the object can be read, of each event."""
     text = body if isinstance(body, str) else json.dumps(body)
-    return [
-        (notice.bucket, notice.key, notice.is_readable) for notice in s3_events.parse_message(text).events
-    ]
+    return [(event.bucket, event.key, event.is_readable) for event in s3_events.parse_message(text).events]
 
 
 def record(name: str, bucket: str = "b", key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
-    """A record of an S3 event notification."""
-    place = {"bucket": {"name": bucket}, "object": {"key": key}}
-    return {"eventVersion": "2.1", "eventSource": "aws:s3", "eventName": name, "s3": place, **more}
+    """Return a record of an S3 event notification."""
+    location = {"bucket": {"name": bucket}, "object": {"key": key}}
+    return {"eventVersion": "2.1", "eventSource": "aws:s3", "eventName": name, "s3": location, **more}
 
 
 def event_bridge(detail_type: str, key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
-    """One of EventBridge's events of S3."""
+    """Return one of EventBridge's events of S3."""
     detail = {"version": "0", "bucket": {"name": "b"}, "object": {"key": key, "version-id": "v1"}}
     return {"version": "0", "source": "aws.s3", "detail-type": detail_type, "detail": detail, **more}
 
 
 def cloudtrail(call: str, key: str | None = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
-    """An API call as CloudTrail reports it to EventBridge."""
+    """Return an API call as CloudTrail reports it to EventBridge."""
     parameters = {"bucketName": "b", **({} if key is None else {"key": key})}
     detail = {
         "eventSource": "s3.amazonaws.com",
@@ -65,9 +63,9 @@ def cloudtrail(call: str, key: str | None = "raw/1.jsonl", **more: Any) -> dict[
         cloudtrail("PutObject")["detail"],
     ],
 )
-def test_object_that_can_be_read_starts_its_file(event: object) -> None:
-    """From S3, through SNS, through EventBridge and from CloudTrail."""
-    assert _seen(event) == [("b", "raw/1.jsonl", True)]
+def test_event_of_a_new_or_restored_object_is_readable(event: object) -> None:
+    """Directly from S3, through SNS, through EventBridge and from CloudTrail."""
+    assert _parse(event) == [("b", "raw/1.jsonl", True)]
 
 
 @pytest.mark.parametrize(
@@ -86,9 +84,9 @@ def test_object_that_can_be_read_starts_its_file(event: object) -> None:
         {"Records": [cloudtrail("PutObject", errorCode="AccessDenied")["detail"]]},
     ],
 )
-def test_other_event_has_its_place_but_starts_nothing(event: object) -> None:
-    """An event after which there is nothing to read, or nothing new, needs no work."""
-    assert _seen(event) == [("b", "raw/1.jsonl", False)]
+def test_other_events_name_their_object_but_are_not_readable(event: object) -> None:
+    """After such an event there is nothing to read, or nothing new."""
+    assert _parse(event) == [("b", "raw/1.jsonl", False)]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +102,8 @@ def test_other_event_has_its_place_but_starts_nothing(event: object) -> None:
     ],
 )
 def test_key_is_decoded_only_where_it_is_encoded(event: object, key: str) -> None:
-    """S3's own notifications encode keys; EventBridge and CloudTrail do not."""
-    assert _seen(event) == [("b", key, True)]
+    """S3's own notifications encode keys. EventBridge and CloudTrail do not."""
+    assert _parse(event) == [("b", key, True)]
 
 
 @pytest.mark.parametrize(
@@ -118,15 +116,15 @@ def test_key_is_decoded_only_where_it_is_encoded(event: object, key: str) -> Non
         {"Records": [record("ObjectCreated:Put", eventSource=None)]},
     ],
 )
-def test_event_of_another_service_has_no_place(event: object) -> None:
-    """Whatever its detail looks like, it is not S3's own event."""
-    assert _seen(event) == [("", "", False)]
+def test_event_of_another_service_names_no_object(event: object) -> None:
+    """Whatever its detail contains, it is not an event of S3."""
+    assert _parse(event) == [("", "", False)]
 
 
 def test_array_of_events_is_read_event_by_event() -> None:
-    """One that is not understood does not hide the others, and the message says so."""
+    """An unreadable event does not hide the others, and the message has the reason."""
     events = [event_bridge("Object Created", "1"), {"Records": [record("ObjectCreated:Put", key="2")]}]
-    assert [key for _, key, _ in _seen(events)] == ["1", "2"]
+    assert [key for _, key, _ in _parse(events)] == ["1", "2"]
     for other, reason in (
         (7, "one of its events: not a JSON object"),
         ([events], "one of its events: not a JSON object"),
@@ -138,25 +136,25 @@ def test_array_of_events_is_read_event_by_event() -> None:
 
 
 def test_test_event_names_its_bucket() -> None:
-    """The event that S3 sends when a notification is configured."""
+    """S3 sends this event when a notification is configured."""
     event = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}
     expected = ObjectEvent("b", "", is_readable=False, is_test=True, event_name="s3:TestEvent")
     assert s3_events.parse_message(json.dumps(event)).events == [expected]
 
 
-def test_event_is_shown_in_a_short_line() -> None:
-    """Its names come from somebody else."""
+def test_event_is_logged_in_a_short_line() -> None:
+    """Its names come from outside, and may be long."""
     assert str(ObjectEvent("b", "k", event_name="Object Deleted")) == "Object Deleted about s3://b/k"
     assert len(str(ObjectEvent("b", "k" * 200_000, event_name="x" * 200_000))) < 2_000
 
 
 def test_record_without_fields_does_not_hide_the_others() -> None:
-    """The records that can be read are, and the message says that one could not."""
+    """The other records are read, and the message has the reason."""
     records = [record("ObjectCreated:Put", key="1"), {"eventName": "ObjectCreated:Put"}, 7]
     message = s3_events.parse_message(
         json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]})
     )
-    assert [notice.key for notice in message.events] == ["1", "2"]
+    assert [event.key for event in message.events] == ["1", "2"]
     assert message.unreadable_reason == "not an S3 event notification: a record has no s3.object.key"
 
 
@@ -168,8 +166,8 @@ _JSON = st.recursive(
 
 
 @given(st.data())
-def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> None:
-    """Whatever stands where the formats have a member, nothing but UnreadableMessageError is raised."""
+def test_any_json_in_any_member_is_parsed_or_unreadable(data: st.DataObject) -> None:
+    """Whatever stands where the formats have a member, only UnreadableMessageError is raised."""
     events = [
         object_created_event("b", "k"),
         event_bridge("Object Created"),
@@ -177,13 +175,15 @@ def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> Non
         {"Event": "s3:TestEvent"},
     ]
     event: Any = data.draw(st.sampled_from(events))
-    place = event
-    while isinstance(place, dict | list) and place:
-        name = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
-        if data.draw(st.booleans()) or not isinstance(place[name], dict | list):
-            place[name] = data.draw(_JSON)
+    container = event
+    while isinstance(container, dict | list) and container:
+        name = data.draw(
+            st.sampled_from(sorted(container) if isinstance(container, dict) else range(len(container)))
+        )
+        if data.draw(st.booleans()) or not isinstance(container[name], dict | list):
+            container[name] = data.draw(_JSON)
             break
-        place = place[name]
+        container = container[name]
     with suppress(s3_events.UnreadableMessageError):
         assert all(
             isinstance(notice.key, str) for notice in s3_events.parse_message(json.dumps(event)).events
@@ -215,6 +215,6 @@ def test_any_json_in_any_place_is_read_or_unreadable(data: st.DataObject) -> Non
     ],
 )
 def test_message_in_no_known_format_is_unreadable(body: object, reason: str) -> None:
-    """With the true reason, in the format's own names; never a crash."""
+    """The reason uses the format's own names, and no input raises another error."""
     with pytest.raises(s3_events.UnreadableMessageError, match=reason):
         s3_events.parse_message(body if isinstance(body, str) else json.dumps(body))

@@ -56,7 +56,7 @@ def _shared_attacked_proxy() -> Iterator[AttackedProxy]:
 
 @pytest.fixture
 def attacked_proxy(_shared_attacked_proxy: AttackedProxy) -> Iterator[AttackedProxy]:
-    """Share one proxy among all attacks. After each it must serve the earlier caller and a new_caller one."""
+    """Share one proxy among all attacks. After each it must serve the earlier caller and a new one."""
     yield _shared_attacked_proxy
     assert _shared_attacked_proxy.is_serving()
     with open_caller(_shared_attacked_proxy.proxy.target) as new_caller:

@@ -1,4 +1,4 @@
-"""A second proxy on an address fails with one line, and the socket of a dead proxy is second over."""
+"""A second proxy on an address fails with one line, and the socket of a dead proxy is taken over."""
 
 import os
 import socket
@@ -33,12 +33,12 @@ def test_path_in_use_by_a_program_without_lock_is_refused(path: Path) -> None:
         for address in (f"unix:{path}", f"unix://{path}"):
             with pytest.raises(CommandError, match="another program listens there already"):
                 UnixSocketLock(address)
-    # A socket without a process is second over.
+    # A socket without a process is taken over.
     UnixSocketLock(f"unix:{path}")
 
 
 def test_second_of_two_concurrent_proxies_is_refused(path: Path) -> None:
-    """The lock is held before either listens, and until the first process has completed."""
+    """The lock is held before either listens, and until the first process has ended."""
     first = UnixSocketLock(f"unix:{path}")
     with pytest.raises(CommandError, match="another proxy listens there already"):
         UnixSocketLock(f"unix:{path}")

@@ -22,11 +22,11 @@ def _is_probed(attacked_proxy: AttackedProxy) -> bool:
 def test_oldest_unfinished_requests_are_closed_and_probes_answered(attacked_proxy: AttackedProxy) -> None:
     """Of 200 connections that never end their headers, the oldest are closed."""
     with ExitStack() as stack:
-        half = [stack.enter_context(_connect(attacked_proxy)) for _ in range(200)]
-        for one in half:
-            one.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ")
+        unfinished = [stack.enter_context(_connect(attacked_proxy)) for _ in range(200)]
+        for sock in unfinished:
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ")
         assert _is_probed(attacked_proxy)
-        assert half[0].recv(1) == b""
+        assert unfinished[0].recv(1) == b""
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_pipelined_requests_with_unread_responses_take_no_memory(attacked_proxy:
     before_mib = attacked_proxy.rss_mib()
     with _connect(attacked_proxy) as hostile:
         hostile.settimeout(0.2)
-        flood = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 5_000_000
+        requests = b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 5_000_000
         with pytest.raises(TimeoutError):
-            hostile.sendall(flood)
+            hostile.sendall(requests)
         assert _is_probed(attacked_proxy)
         assert attacked_proxy.rss_mib() < before_mib + 64
 

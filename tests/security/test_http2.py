@@ -31,13 +31,14 @@ _RESOURCE_EXHAUSTED = StatusCode.RESOURCE_EXHAUSTED.value[0]
 _UNIMPLEMENTED = StatusCode.UNIMPLEMENTED.value[0]
 
 
-def _of(seen: Http2Peer, kind: type[h2.events.Event]) -> int:
-    return sum(isinstance(event, kind) for event in seen.events)
+def _count_events(connection: Http2Peer, kind: type[h2.events.Event]) -> int:
+    return sum(isinstance(event, kind) for event in connection.events)
 
 
-def _greeted(seen: Http2Peer) -> None:
+def _wait_for_settings(connection: Http2Peer) -> None:
     wait_for(
-        lambda: seen.receive(1) and _of(seen, h2.events.RemoteSettingsChanged), description="the proxy greets"
+        lambda: connection.receive(1) and _count_events(connection, h2.events.RemoteSettingsChanged),
+        description="the proxy greets",
     )
 
 
@@ -45,7 +46,7 @@ def _greeted(seen: Http2Peer) -> None:
 def test_streams_over_the_limit_of_a_connection_are_refused(attacked_proxy: AttackedProxy) -> None:
     """The limit is announced in the settings, and each stream over it is refused."""
     with open_peer(attacked_proxy.proxy.target) as hostile:
-        _greeted(hostile)
+        _wait_for_settings(hostile)
         assert hostile.h2.remote_settings.max_concurrent_streams == _STREAMS
         hostile.h2.remote_settings[h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS] = 10 * _STREAMS
         hostile.h2.remote_settings.acknowledge()
@@ -53,7 +54,7 @@ def test_streams_over_the_limit_of_a_connection_are_refused(attacked_proxy: Atta
             hostile.send_headers()
         hostile.flush()
         wait_for(
-            lambda: hostile.receive(1) and _of(hostile, h2.events.StreamReset) >= 100,
+            lambda: hostile.receive(1) and _count_events(hostile, h2.events.StreamReset) >= 100,
             description="100 are refused",
         )
         assert attacked_proxy.is_serving()
@@ -62,14 +63,14 @@ def test_streams_over_the_limit_of_a_connection_are_refused(attacked_proxy: Atta
 def test_flood_of_pings_closes_its_connection(attacked_proxy: AttackedProxy) -> None:
     """The GOAWAY frame has `too_many_pings`."""
     with open_peer(attacked_proxy.proxy.target) as hostile:
-        _greeted(hostile)
+        _wait_for_settings(hostile)
         for number in range(200):
             hostile.h2.ping(struct.pack(">Q", number))
         hostile.flush()
         with suppress(ConnectionError):
             while hostile.receive():
                 pass
-        [goaway] = [one for one in hostile.events if isinstance(one, h2.events.ConnectionTerminated)]
+        [goaway] = [event for event in hostile.events if isinstance(event, h2.events.ConnectionTerminated)]
         assert goaway.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
         assert goaway.additional_data == b"too_many_pings"
 
@@ -80,7 +81,7 @@ def test_metadata_over_16_kib_is_rejected_by_core(
 ) -> None:
     """The RPC gets RESOURCE_EXHAUSTED or a closed connection, and never reaches the proxy's code."""
     with open_peer(attacked_proxy.proxy.target) as hostile:
-        _greeted(hostile)
+        _wait_for_settings(hostile)
         stream = hostile.send_headers([(f"x-{number}", "v" * size) for number in range(count)])
         try:
             hostile.send_data(stream, frame_grpc_message(encode_request("metadata", 1)))
@@ -96,7 +97,7 @@ def test_unknown_method_is_unimplemented_and_the_connection_continues(
 ) -> None:
     """Also if the name of the method is not UTF-8."""
     with open_peer(attacked_proxy.proxy.target) as hostile:
-        _greeted(hostile)
+        _wait_for_settings(hostile)
         stream = hostile.send_headers(path=path)
         hostile.send_data(stream, frame_grpc_message(b""))
         known = hostile.send_request(encode_request("honest", 0))
@@ -122,7 +123,7 @@ def test_unreadable_metadata_and_messages_are_not_logged(
     """Metadata that is not UTF-8, with a token in it, and messages that cannot be parsed."""
     log_before = attacked_proxy.proxy.log
     with open_peer(attacked_proxy.proxy.target) as hostile:
-        _greeted(hostile)
+        _wait_for_settings(hostile)
         stream = hostile.send_headers(metadata, path=path)
         hostile.send_data(stream, frame_grpc_message(message))
         wait_for(lambda: hostile.receive(1) and grpc_statuses(hostile), description="it is answered")
@@ -133,21 +134,19 @@ def test_unreadable_metadata_and_messages_are_not_logged(
 @pytest.mark.slow
 def test_rapid_resets_cancel_no_rpc_of_other_callers(attacked_proxy: AttackedProxy) -> None:
     """During 8,000 streams that are opened and reset at once, an honest caller gets all its responses."""
-    sent_count = [
+    calls = [
         attacked_proxy.honest_caller.start_infer([("honest", "t")], timeout_seconds=60) for _ in range(20)
     ]
     with open_peer(attacked_proxy.proxy.target) as hostile:
-        _greeted(hostile)
+        _wait_for_settings(hostile)
         for number in range(8000):
             hostile.h2.reset_stream(hostile.send_headers(), h2.errors.ErrorCodes.CANCEL)
             if number % 100 == 0:
                 hostile.flush()
                 hostile.receive(0.0005)
-                sent_count.append(
-                    attacked_proxy.honest_caller.start_infer([("honest", "t")], timeout_seconds=60)
-                )
+                calls.append(attacked_proxy.honest_caller.start_infer([("honest", "t")], timeout_seconds=60))
         hostile.flush()
-        assert {one.result().code for one in sent_count} == {StatusCode.OK}
+        assert {call.result().code for call in calls} == {StatusCode.OK}
 
 
 @pytest.mark.slow
@@ -155,7 +154,7 @@ def test_unfinished_messages_over_the_limit_are_rejected(attacked_proxy: Attacke
     """Of 20 messages that lack their last byte, four are waited for and the others get pushback."""
     unfinished = frame_grpc_message(bytes(MAX_REQUEST_BYTES - 100))[:-1]
     with open_peer(attacked_proxy.proxy.target) as hostile:
-        _greeted(hostile)
+        _wait_for_settings(hostile)
         streams = []
         for _ in range(20):
             streams.append(hostile.send_headers())
@@ -178,12 +177,12 @@ def test_large_or_unfinished_health_requests_are_rejected(
     name = health_pb2.HealthCheckRequest(service="x" * (MAX_REQUEST_BYTES - 100)).SerializeToString()
     sent = frame_grpc_message(name)[: None if is_whole else -1]
     with open_peer(attacked_proxy.proxy.target) as hostile:
-        _greeted(hostile)
+        _wait_for_settings(hostile)
         for _ in range(20):
             hostile.send_data(hostile.send_headers(path=f"/grpc.health.v1.{method}"), sent, end=False)
-        least = 20 if is_whole else 16
+        min_rejected = 20 if is_whole else 16
         wait_for(
-            lambda: hostile.receive(1) and len(grpc_statuses(hostile)) >= least,
+            lambda: hostile.receive(1) and len(grpc_statuses(hostile)) >= min_rejected,
             description="they are refused",
         )
         assert attacked_proxy.is_serving()
@@ -200,7 +199,7 @@ def test_unread_responses_are_limited_to_8_mib(attacked_proxy: AttackedProxy) ->
     )
     for _ in range(2):
         with open_peer(attacked_proxy.proxy.target, window=0) as hostile:
-            _greeted(hostile)
+            _wait_for_settings(hostile)
             sent_count = 0
             while not grpc_statuses(hostile):
                 sent_count += 1
@@ -208,7 +207,7 @@ def test_unread_responses_are_limited_to_8_mib(attacked_proxy: AttackedProxy) ->
                 hostile.send_request(message)
                 wait_for(
                     lambda: (
-                        _of(hostile, h2.events.ResponseReceived) == sent_count  # noqa: B023
+                        _count_events(hostile, h2.events.ResponseReceived) == sent_count  # noqa: B023
                         or (hostile.receive(1) and False)
                     ),
                     description="its answer begins",
@@ -224,16 +223,16 @@ def test_silent_connections_are_closed_within_a_minute(attacked_proxy: AttackedP
     host, _, port = attacked_proxy.proxy.target.rpartition(":")
     with ExitStack() as stack:
         silent = stack.enter_context(socket.create_connection((host, int(port))))
-        rude = stack.enter_context(socket.create_connection((host, int(port))))
-        rude.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
-        for one in (silent, rude):
-            one.settimeout(60)
-            while one.recv(2**16):
+        unacknowledged = stack.enter_context(socket.create_connection((host, int(port))))
+        unacknowledged.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0")
+        for sock in (silent, unacknowledged):
+            sock.settimeout(60)
+            while sock.recv(2**16):
                 pass
 
 
 @contextmanager
-def _few_files(count: int) -> Iterator[None]:
+def _limit_open_files(count: int) -> Iterator[None]:
     """Limit the open files of processes that are started within this context."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
@@ -246,10 +245,10 @@ def _few_files(count: int) -> Iterator[None]:
 @pytest.mark.slow
 def test_flood_of_connections_leaves_file_descriptors_free() -> None:
     """With 300 files the proxy accepts 150 connections, answers them and probes, and later accepts others."""
-    with ExitStack() as limited:
-        limited.enter_context(_few_files(300))
+    with ExitStack() as limited_files:
+        limited_files.enter_context(_limit_open_files(300))
         with attack_proxy() as attacked_proxy:
-            limited.close()
+            limited_files.close()
             with ExitStack() as stack:
                 for _ in range(400):
                     stack.enter_context(open_peer(attacked_proxy.proxy.target))

@@ -1,1 +1,1 @@
-"""Who is let in, and by which ways: certificates and tokens, towards callers and towards the model."""
+"""Authentication of callers, and of the proxy towards the model, by certificates and bearer tokens."""

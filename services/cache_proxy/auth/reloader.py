@@ -27,7 +27,7 @@ class FileReloader:
         self._checks.append(check)
 
     def on_reload(self, files: str) -> Callable[[ReloadResult], None]:
-        """Return a callback that records the outcome of reloading these files, one of `metrics.RENEWED`."""
+        """Return a callback that records each reload of these files, one of `metrics.RELOADABLE_FILES`."""
         return partial(self._record, files)
 
     async def run(self) -> None:

@@ -1,1 +1,1 @@
-"""The gRPC server: listeners, limits, the servicer, statuses."""
+"""The gRPC server: addresses, limits, the servicer, statuses, health and reflection."""

@@ -13,7 +13,7 @@ from tests.support.http2_peer import Http2Peer, encode_request, grpc_statuses, o
 from tests.support.model_server import Answers, ReceivedCall, answer_all
 from tests.support.redis_server import wait_for
 
-_EVERY_SECONDS = 10
+_INTERVAL_SECONDS = 10
 # gRPC's core closes the connection at the fourth ping that it considers too early.
 _PINGS = 5
 
@@ -29,28 +29,28 @@ def test_ping_every_ten_seconds_keeps_connections_open(stage_with: StartProxyEnv
     stage = stage_with(*UNLIMITED_RATE_FLAGS)
     answer = threading.Event()
 
-    def held(call: ReceivedCall) -> Answers:
+    def hold_call(call: ReceivedCall) -> Answers:
         answer.wait(90)
         return answer_all(call)
 
-    stage.model.behaviour = held
+    stage.model.behaviour = hold_call
     with open_peer(stage.proxy.target) as waiting, open_peer(stage.proxy.target) as idle:
         stream = waiting.send_request(encode_request("keepalive", 1))
         wait_for(lambda: stage.model.calls_with("keepalive"), description="the call is at the model")
         for number in range(_PINGS):
             if number:
-                time.sleep(_EVERY_SECONDS)
-            for one in (waiting, idle):
-                one.h2.ping(struct.pack(">Q", number))
-                one.flush()
-                answered = partial(_is_acknowledged, one, number + 1)
-                wait_for(answered, description="its answer")
+                time.sleep(_INTERVAL_SECONDS)
+            for connection in (waiting, idle):
+                connection.h2.ping(struct.pack(">Q", number))
+                connection.flush()
+                is_acknowledged = partial(_is_acknowledged, connection, number + 1)
+                wait_for(is_acknowledged, description="its answer")
         answer.set()
         wait_for(lambda: waiting.receive(1) and grpc_statuses(waiting), description="the answer")
         assert grpc_statuses(waiting) == {stream: 0}
-        ended = [
+        terminations = [
             event
             for event in (*waiting.events, *idle.events)
             if isinstance(event, h2.events.ConnectionTerminated)
         ]
-        assert not ended
+        assert not terminations

@@ -38,8 +38,8 @@ def test_grpc_and_http_ports_listen_on_the_same_addresses_for_each_spelling() ->
             for ready in (proxy.target, str(proxy.ready["http"])):
                 port = int(ready.rpartition(":")[2])
                 for to in ("127.0.0.1", "::1"):
-                    with socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET) as one:
-                        assert (one.connect_ex((to, port)) == 0) is (to in expected_hosts), (host, ready, to)
+                    with socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET) as sock:
+                        assert (sock.connect_ex((to, port)) == 0) is (to in expected_hosts), (host, ready, to)
             # The address in the ready line is a gRPC target.
             with open_caller(proxy.target) as client:
                 assert client.infer([]).code is StatusCode.OK
@@ -79,7 +79,7 @@ finally:
 )
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "", "localhost"])
 def test_default_addresses_work_with_only_one_ip_version(commands: Sequence[str], to: str, host: str) -> None:
-    """With IPv6 alone, or IPv4 alone, the proxy is expected_hosts on the default addresses and localhost."""
+    """With IPv6 alone, or IPv4 alone, the proxy is reached on the default addresses and localhost."""
     in_namespace = _in_network_namespace(*commands)
     if subprocess.run([*in_namespace, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no network of its own to be had (unshare --net, ip)")
@@ -108,10 +108,10 @@ def test_invalid_address_gives_exit_code_2(flag_name: str) -> None:
 
 @contextmanager
 def _bound_port(host: str) -> Iterator[int]:
-    with socket.socket() as one:
-        one.bind((host, 0))
-        one.listen()
-        yield one.getsockname()[1]
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        sock.listen()
+        yield sock.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -179,9 +179,9 @@ def test_invalid_listen_mode_gives_exit_code_2() -> None:
 
 _CONNECT = """
 import socket, sys
-one = socket.socket(socket.AF_UNIX)
+sock = socket.socket(socket.AF_UNIX)
 try:
-    one.connect(sys.argv[1])
+    sock.connect(sys.argv[1])
 except PermissionError:
     print("refused")
 else:

@@ -33,7 +33,7 @@ def _answer_by_normal_form(call: ReceivedCall) -> Answers:
     ]
 
 
-class Expected(NamedTuple):
+class Outcome(NamedTuple):
     """The expected outcome of a request."""
 
     code: grpc.StatusCode
@@ -41,27 +41,27 @@ class Expected(NamedTuple):
     field: str = ""
 
 
-_REFUSED = grpc.StatusCode.INVALID_ARGUMENT
+_REJECTED = grpc.StatusCode.INVALID_ARGUMENT
 
 
-def _expected(message: bytes) -> Expected:
+def _outcome_by_protobuf(message: bytes) -> Outcome:
     """Return the outcome of a request as parsed by protobuf."""
     try:
         batch = pb.SeniorityRequestBatch.FromString(message).batch
     except DecodeError:
-        return Expected(_REFUSED)
+        return Outcome(_REJECTED)
     if len(batch) > _MAX_PAIRS:
-        return Expected(_REFUSED, field=f"batch[{_MAX_PAIRS}]")
+        return Outcome(_REJECTED, field=f"batch[{_MAX_PAIRS}]")
     for index, item in enumerate(batch):
         for name, text in (("company", item.company), ("title", item.title)):
             if len(text.encode()) > _MAX_FIELD_BYTES:
-                return Expected(_REFUSED, field=f"batch[{index}].{name}")
+                return Outcome(_REJECTED, field=f"batch[{index}].{name}")
     levels = [(item.uuid, scripted_level(fold(item.company), fold(item.title))) for item in batch]
-    return Expected(grpc.StatusCode.OK, levels)
+    return Outcome(grpc.StatusCode.OK, levels)
 
 
 def _varint(value: int, padding: int = 0) -> bytes:
-    """Return a varint limited_proxy in `padding` bytes more than it needs."""
+    """Return a varint encoded in `padding` bytes more than it needs."""
     encoded = bytearray()
     value %= 2**64
     while value > 127:
@@ -162,7 +162,7 @@ def limited_proxy() -> Iterator[ProxyEnvironment]:
         yield ProxyEnvironment(client, proxy, model)
 
 
-def _send(stage: ProxyEnvironment, message: bytes) -> tuple[Expected, str, dict[str, str]]:
+def _send(stage: ProxyEnvironment, message: bytes) -> tuple[Outcome, str, dict[str, str]]:
     """Send the bytes; return the outcome, the error message and the trailers."""
     call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = stage.caller.channel.unary_unary(
         "/SeniorityModel/InferSeniority"
@@ -171,10 +171,10 @@ def _send(stage: ProxyEnvironment, message: bytes) -> tuple[Expected, str, dict[
         response, call_details = call.with_call(message, timeout=60)
     except grpc.RpcError as error:
         failed: Any = error
-        return Expected(failed.code()), str(failed.details()), {}
+        return Outcome(failed.code()), str(failed.details()), {}
     batch = pb.SeniorityResponseBatch.FromString(response).batch
     trailers = {str(key): str(value) for key, value in call_details.trailing_metadata() or ()}
-    return Expected(grpc.StatusCode.OK, [(one.uuid, one.seniority) for one in batch]), "", trailers
+    return Outcome(grpc.StatusCode.OK, [(one.uuid, one.seniority) for one in batch]), "", trailers
 
 
 @settings(max_examples=400)
@@ -190,7 +190,7 @@ def test_request_in_any_encoding_is_handled_as_if_parsed_by_protobuf(
     limited_proxy: ProxyEnvironment, message: bytes
 ) -> None:
     """With fields in any order, repeated, unknown, truncated or padded. Sent twice, so that L1 is used."""
-    expected = _expected(message)
+    expected = _outcome_by_protobuf(message)
     for is_repeated in (False, True):
         actual, message_text, trailers = _send(limited_proxy, message)
         assert actual == expected._replace(field="")
@@ -205,15 +205,15 @@ def test_pairs_of_a_rejected_batch_all_count_as_failed(limited_proxy: ProxyEnvir
     """If one pair is invalid, all count as failed, those that L1 knows too. Each pair counts once."""
     known, bad = b"\x0a\x06\x12\x04acme", b"\x0a\x04\x12\x02\xc3\x28"
     assert _send(limited_proxy, known)[0].code is grpc.StatusCode.OK
-    before = _outcomes(limited_proxy.proxy)
-    assert _send(limited_proxy, known * 2 + bad)[0].code is _REFUSED
+    before = _pair_counts(limited_proxy.proxy)
+    assert _send(limited_proxy, known * 2 + bad)[0].code is _REJECTED
     assert _send(limited_proxy, known * 4)[0].code is grpc.StatusCode.OK
-    after = _outcomes(limited_proxy.proxy)
+    after = _pair_counts(limited_proxy.proxy)
     increase = {outcome: after[outcome] - before[outcome] for outcome in after}
     assert {outcome: count for outcome, count in increase.items() if count} == {"failed": 3, "l1": 4}
 
 
-def _outcomes(proxy: ServiceProcess) -> dict[str, float]:
+def _pair_counts(proxy: ServiceProcess) -> dict[str, float]:
     return {
         key[1]: value
         for key, value in read_metrics(proxy.http_url).items()
@@ -227,7 +227,7 @@ def test_l1_turned_off_leaves_l2_to_answer(stage_with: StartProxyEnvironment) ->
     pairs = [(f"off {number}", "t") for number in range(50)]
     for _ in range(3):
         assert stage.caller.infer(pairs).levels == [scripted_level(*pair) for pair in pairs]
-    actual = _outcomes(stage.proxy)
+    actual = _pair_counts(stage.proxy)
     assert (actual["inferred"], actual["l2"], actual["l1"]) == (50, 100, 0)
     assert read_metrics(stage.proxy.http_url)["cache_proxy_l1_entries",] == 0
 

@@ -58,7 +58,7 @@ def levels(pairs: Pairs) -> list[int]:
     return [scripted_level(*pair) for pair in pairs]
 
 
-def requests(stage: ProxyEnvironment, code: str) -> float:
+def count_requests(stage: ProxyEnvironment, code: str) -> float:
     """Return how many requests the proxy ended with this code."""
     return read_metrics(stage.proxy.http_url).get(("cache_proxy_requests_total", code), 0)
 
@@ -82,9 +82,9 @@ def test_request_rejected_by_a_full_queue_is_retried_until_answered(
     first, second = make_pairs("first" + "x" * 40, size), make_pairs("second" + "x" * 40, size)
     waiting = stage.caller.start_infer(first)
     wait_for(lambda: len(stage.model.received_pairs()) == size, description="they wait for the model")
-    with plain_client(stage.proxy.target, buffer_bytes=4 * MIB) as stub, ThreadPoolExecutor(1) as aside:
-        future = aside.submit(infer, stub, second)
-        wait_for(lambda: requests(stage, "RESOURCE_EXHAUSTED"), description="it is refused")
+    with plain_client(stage.proxy.target, buffer_bytes=4 * MIB) as stub, ThreadPoolExecutor(1) as executor:
+        future = executor.submit(infer, stub, second)
+        wait_for(lambda: count_requests(stage, "RESOURCE_EXHAUSTED"), description="it is refused")
         space_freed.set()
         assert future.result() == levels(second)
     assert waiting.result().code is grpc.StatusCode.OK
@@ -96,16 +96,16 @@ def test_request_during_a_model_outage_is_retried_until_answered(stage_with: Sta
     stage = stage_with(*UNLIMITED_RATE_FLAGS, "--model-retry-window", "1s")
     model_recovered = threading.Event()
 
-    def down(call: ReceivedCall) -> Answers:
+    def fail_until_recovered(call: ReceivedCall) -> Answers:
         if not model_recovered.is_set():
             raise AbortCallError(grpc.StatusCode.UNAVAILABLE)
         return answer_all(call)
 
-    stage.model.behaviour = down
+    stage.model.behaviour = fail_until_recovered
     pairs = make_pairs("outage", 20)
-    with plain_client(stage.proxy.target) as stub, ThreadPoolExecutor(1) as aside:
-        future = aside.submit(infer, stub, pairs)
-        wait_for(lambda: requests(stage, "UNAVAILABLE"), description="it is refused")
+    with plain_client(stage.proxy.target) as stub, ThreadPoolExecutor(1) as executor:
+        future = executor.submit(infer, stub, pairs)
+        wait_for(lambda: count_requests(stage, "UNAVAILABLE"), description="it is refused")
         model_recovered.set()
         assert future.result() == levels(pairs)
 
@@ -113,13 +113,13 @@ def test_request_during_a_model_outage_is_retried_until_answered(stage_with: Sta
 def test_rpc_cancelled_by_a_replica_is_retried() -> None:
     """GRPC may report CANCELLED when a server ends and closes its connections."""
 
-    def once(call: ReceivedCall) -> Answers:
+    def cancel_first_call(call: ReceivedCall) -> Answers:
         if call.number == 0:
             raise AbortCallError(grpc.StatusCode.CANCELLED)
         return answer_all(call)
 
     pairs = make_pairs("cancelled", 3)
-    with scripted_model(once) as replica, plain_client(replica.target) as stub:
+    with scripted_model(cancel_first_call) as replica, plain_client(replica.target) as stub:
         assert sorted(infer(stub, pairs)) == sorted(levels(pairs))
 
 

@@ -16,7 +16,7 @@ from services.cache_proxy.wire import batches
 _Result = TypeVar("_Result")
 
 
-def _known(*pairs: tuple[str, str]) -> L1Cache:
+def _cache_with_levels(*pairs: tuple[str, str]) -> L1Cache:
     """Return an L1 cache in which these pairs have the levels 1, 2, 3 and so on."""
     cache = L1Cache(max_bytes=2**20)
     for level, (company, title) in enumerate(pairs, 1):
@@ -29,12 +29,12 @@ def _item(uuid: int, company: str, title: str) -> bytes:
     return pb.SeniorityRequest(uuid=uuid, company=company, title=title).SerializeToString()
 
 
-def _run_without_awaiting(work: Coroutine[Any, Any, _Result]) -> _Result:
+def _run_without_awaiting(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
     """Return the result of a coroutine that never awaits."""
     try:
-        work.send(None)
-    except StopIteration as ended:
-        result: _Result = ended.value
+        coroutine.send(None)
+    except StopIteration as stop:
+        result: _Result = stop.value
         return result
     raise AssertionError
 
@@ -44,7 +44,7 @@ def _run_without_awaiting(work: Coroutine[Any, Any, _Result]) -> _Result:
 )
 def test_known_items_are_answered_with_their_uuid_and_level(requested: list[tuple[int, str]]) -> None:
     """Each known item's response equals protobuf's, byte for byte, at the same position."""
-    cache = _known(("a", "t"), ("b", "t"), ("", ""))
+    cache = _cache_with_levels(("a", "t"), ("b", "t"), ("", ""))
     levels = {"a": 1, "b": 2, "": 3}
     items = [_item(uuid, company, "t" if company else "") for uuid, company in requested]
     answers, missing = _run_without_awaiting(answer_batch(items, cache))
@@ -68,7 +68,7 @@ _UUIDS = st.one_of(
 @example(uuid=b"\x08\x80\x00", rest=b"", frame="whole")
 def test_single_pair_is_answered_like_a_batch_of_one(uuid: bytes, rest: bytes, frame: str) -> None:
     """`answer_single` answers only requests of one pair, and as `answer_batch` does."""
-    cache = _known(("a", "t"), ("", ""))
+    cache = _cache_with_levels(("a", "t"), ("", ""))
     item = uuid + rest
     size = len(item) + {"short": -1, "long": 1}.get(frame, 0)
     message = bytes((0x0A, size % 128)) + item + (batches.join([item]) if frame == "two" else b"")
@@ -83,7 +83,7 @@ def test_single_pair_is_answered_like_a_batch_of_one(uuid: bytes, rest: bytes, f
 def test_single_pair_longer_than_127_bytes_is_not_answered() -> None:
     """An item whose length takes two bytes is left to `answer_batch`, a shorter one is answered."""
     for length, known in ((120, True), (121, False)):
-        cache = _known(("c" * length, "t"))
+        cache = _cache_with_levels(("c" * length, "t"))
         message = batches.join([_item(7, "c" * length, "t")])
         assert answer_single(message, cache) == (
             batches.join([batches.response_item(7, 1)]) if known else None
@@ -92,7 +92,7 @@ def test_single_pair_longer_than_127_bytes_is_not_answered() -> None:
 
 def test_single_pair_whose_level_was_removed_is_not_answered() -> None:
     """An entry whose level was removed is no hit."""
-    cache = _known(("a", "t"))
+    cache = _cache_with_levels(("a", "t"))
     message = batches.join([_item(1, "a", "t")])
     assert answer_single(message, cache) == batches.join([batches.response_item(1, 1)])
     cache.remove(bytes(16))
@@ -104,7 +104,7 @@ def test_single_pair_whose_level_was_removed_is_not_answered() -> None:
 )
 async def test_batch_of_hits_yields_only_above_2000_pairs(pairs: int, awaits: bool) -> None:
     """The model's batch size, and twice that, are answered without a checkpoint, more with one."""
-    cache = _known(("a", "t"))
+    cache = _cache_with_levels(("a", "t"))
     answering = asyncio.create_task(answer_batch([_item(1, "a", "t")] * pairs, cache))
     await asyncio.sleep(0)
     assert answering.done() is not awaits
@@ -115,7 +115,7 @@ async def test_batch_of_hits_yields_only_above_2000_pairs(pairs: int, awaits: bo
 @pytest.mark.parametrize("cut", [b"", b"\x08", b"\x08\x80", b"\x08\xff\xff", b"\x08\x80\x00"])
 def test_item_truncated_within_its_uuid_is_missing(cut: bytes) -> None:
     """A truncated item is left to protobuf."""
-    cache = _known(("a", "t"))
+    cache = _cache_with_levels(("a", "t"))
     assert _run_without_awaiting(answer_batch([cut], cache)) == ([b""], [0])
 
 
@@ -132,13 +132,13 @@ def test_item_truncated_within_its_uuid_is_missing(cut: bytes) -> None:
 )
 def test_item_with_nonstandard_uuid_is_missing(uuid: bytes) -> None:
     """The bytes of a known pair are no hit after a uuid that is not minimally encoded."""
-    cache = _known(("a", "t"))
+    cache = _cache_with_levels(("a", "t"))
     assert _run_without_awaiting(answer_batch([uuid + _item(0, "a", "t")], cache)) == ([b""], [0])
 
 
 def test_item_whose_level_was_removed_is_missing() -> None:
     """An entry whose level was removed is no hit, and becomes one again when it is put."""
-    cache = _known(("a", "t"))
+    cache = _cache_with_levels(("a", "t"))
     cache.remove(bytes(16))
     items = [_item(1, "a", "t")]
     assert _run_without_awaiting(answer_batch(items, cache)) == ([b""], [0])

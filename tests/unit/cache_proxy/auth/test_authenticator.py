@@ -37,7 +37,7 @@ first.example denied
 
 
 @pytest.fixture(scope="module")
-def signed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignedCertificate]:
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignedCertificate]:
     """Return certificates of one authority: the server's, and callers' with names of every kind."""
     authority = CertificateAuthority(tmp_path_factory.mktemp("identify"))
     spiffe = "URI:spiffe://example.org"
@@ -53,7 +53,7 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SignedCertific
 
 
 @pytest.fixture
-def listed(tmp_path: Path) -> Path:
+def list_path(tmp_path: Path) -> Path:
     """Return the path of a file with the list."""
     path = tmp_path / "callers"
     path.write_text(_LIST)
@@ -62,9 +62,11 @@ def listed(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def _identifying_server(
-    identify: Authenticator, own: SignedCertificate | None, shown: SignedCertificate | None
+    identify: Authenticator,
+    server_certificate: SignedCertificate | None,
+    client_certificate: SignedCertificate | None,
 ) -> AsyncIterator[WhoAmI]:
-    """Start a server that returns the caller it identified, or the error. It has TLS if `own` is given."""
+    """Start a server that returns the caller it identified, or the error. TLS needs both certificates."""
 
     async def identify_caller(_: bytes, context: Context) -> bytes:
         try:
@@ -76,14 +78,20 @@ async def _identifying_server(
     server = aio.server()
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(identify_caller)
     server.add_registered_method_handlers("Who", {"Am": handler})
-    if own is None:
+    if server_certificate is None:
         port = server.add_insecure_port("127.0.0.1:0")
         channel = aio.insecure_channel(f"127.0.0.1:{port}")
     else:
-        files = PemFiles(ca=str(own.ca), cert=str(own.certificate), key=str(own.key))
+        files = PemFiles(
+            ca=str(server_certificate.ca),
+            cert=str(server_certificate.certificate),
+            key=str(server_certificate.key),
+        )
         port = server.add_secure_port("127.0.0.1:0", server_credentials(files.watch()))
-        assert shown
-        channel = aio.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(*shown.pem))
+        assert client_certificate
+        channel = aio.secure_channel(
+            f"127.0.0.1:{port}", grpc.ssl_channel_credentials(*client_certificate.pem)
+        )
     await server.start()
     who_am_i: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Who/Am")
     try:
@@ -112,15 +120,17 @@ _TOKEN = ("authorization", "Bearer of-pricing")
     ],
 )
 async def test_without_a_list_every_caller_is_admitted_and_certificates_name_it(
-    signed: dict[str, SignedCertificate],
+    certificates: dict[str, SignedCertificate],
     certificate: str | None,
     metadata: tuple[tuple[str, str], ...],
     expected: str,
 ) -> None:
     """The name is a certificate's first URI, else its first DNS name, else `x-caller`."""
     identify = make_authenticator(use_certificates=certificate is not None, caller_list=None)
-    own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
-    async with _identifying_server(identify, own, shown) as who_am_i:
+    server_certificate, client_certificate = (
+        (certificates["server"], certificates[certificate]) if certificate else (None, None)
+    )
+    async with _identifying_server(identify, server_certificate, client_certificate) as who_am_i:
         assert (await who_am_i(*metadata)).decode().startswith(expected)
 
 
@@ -157,18 +167,20 @@ async def test_without_a_list_every_caller_is_admitted_and_certificates_name_it(
     ],
 )
 async def test_with_a_list_only_listed_callers_are_admitted(
-    signed: dict[str, SignedCertificate],
-    listed: Path,
+    certificates: dict[str, SignedCertificate],
+    list_path: Path,
     certificate: str | None,
     metadata: tuple[tuple[str, str], ...],
     expected: str,
 ) -> None:
     """Admitted by a listed certificate or else by token. `x-caller` does not count, and `denied` wins."""
     identify = make_authenticator(
-        use_certificates=certificate is not None, caller_list=caller_list.watch_caller_list(str(listed))
+        use_certificates=certificate is not None, caller_list=caller_list.watch_caller_list(str(list_path))
     )
-    own, shown = (signed["server"], signed[certificate]) if certificate else (None, None)
-    async with _identifying_server(identify, own, shown) as who_am_i:
+    server_certificate, client_certificate = (
+        (certificates["server"], certificates[certificate]) if certificate else (None, None)
+    )
+    async with _identifying_server(identify, server_certificate, client_certificate) as who_am_i:
         assert (await who_am_i(*metadata)).decode().startswith(expected)
 
 
@@ -208,17 +220,17 @@ def _write(path: Path, text: str) -> None:
 
 
 async def test_changed_list_applies_after_the_next_reload(
-    listed: Path, caplog: pytest.LogCaptureFixture
+    list_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A removed token is unknown, a new one known. An invalid list changes nothing."""
-    followed = caller_list.watch_caller_list(str(listed))
-    identify = make_authenticator(use_certificates=False, caller_list=followed)
+    reloading_list = caller_list.watch_caller_list(str(list_path))
+    identify = make_authenticator(use_certificates=False, caller_list=reloading_list)
     async with _identifying_server(identify, None, None) as who_am_i:
-        _write(listed, _LIST.replace("of-pricing", "") + "broken s3cret\n")
-        assert followed.reload_if_changed() is ReloadResult.FAILED
+        _write(list_path, _LIST.replace("of-pricing", "") + "broken s3cret\n")
+        assert reloading_list.reload_if_changed() is ReloadResult.FAILED
         assert await who_am_i(_TOKEN) == b"pricing interactive"
-        _write(listed, f"new sha256:{hashlib.sha256(b'of-new').hexdigest()}\n")
-        assert followed.reload_if_changed() is ReloadResult.RELOADED
+        _write(list_path, f"new sha256:{hashlib.sha256(b'of-new').hexdigest()}\n")
+        assert reloading_list.reload_if_changed() is ReloadResult.RELOADED
         assert (await who_am_i(_TOKEN)).startswith(b"UnauthenticatedError")
         assert await who_am_i(("authorization", "Bearer of-new")) == b"new interactive"
     assert "s3cret" not in caplog.text
@@ -231,18 +243,18 @@ async def test_each_listener_serves_the_renewed_certificate(tmp_path: Path) -> N
     first, second, client = old.sign("a"), new.sign("a"), new.sign("client")
     paths = [tmp_path / name for name in ("ca", "crt", "key")]
 
-    def put(files: SignedCertificate) -> None:
+    def write_files(files: SignedCertificate) -> None:
         for path, file in zip(paths, (files.ca, files.certificate, files.key), strict=True):
             path.write_bytes(file.read_bytes())
 
-    put(first)
+    write_files(first)
     pem = PemFiles(ca=str(paths[0]), cert=str(paths[1]), key=str(paths[2])).watch()
     server = aio.server()
     ports = [server.add_secure_port("127.0.0.1:0", server_credentials(pem)) for _ in range(2)]
     await server.start()
 
-    async def fails(port: int, shown: SignedCertificate) -> bool:
-        credentials = grpc.ssl_channel_credentials(*shown.pem)
+    async def is_refused(port: int, client_certificate: SignedCertificate) -> bool:
+        credentials = grpc.ssl_channel_credentials(*client_certificate.pem)
         options = [("grpc.use_local_subchannel_pool", 1)]
         async with aio.secure_channel(f"127.0.0.1:{port}", credentials, options=options) as channel:
             who_am_i: aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Who/Am")
@@ -251,11 +263,11 @@ async def test_each_listener_serves_the_renewed_certificate(tmp_path: Path) -> N
             return ended.value.code() is grpc.StatusCode.UNAVAILABLE
 
     try:
-        assert [await fails(port, client) for port in ports] == [True, True]
-        put(second)
+        assert [await is_refused(port, client) for port in ports] == [True, True]
+        write_files(second)
         assert pem.reload_if_changed() is ReloadResult.RELOADED
-        assert [await fails(port, client) for port in (*ports, *ports)] == [False] * 4
-        assert [await fails(port, first) for port in ports] == [True, True]
+        assert [await is_refused(port, client) for port in (*ports, *ports)] == [False] * 4
+        assert [await is_refused(port, first) for port in ports] == [True, True]
     finally:
         await server.stop(None)
 

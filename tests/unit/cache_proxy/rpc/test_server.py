@@ -20,7 +20,7 @@ from services.common.tasks import cancel_and_wait
 from tests.support.http2_peer import frame_grpc_message, open_peer
 
 
-def _public(health: Health) -> aio.Server:
+def _grpcio_server(health: Health) -> aio.Server:
     """Return grpcio's server, whose loop ends at a method name that is not UTF-8 (see unknown_methods.py)."""
     server = aio.server(options=[("grpc.so_reuseport", 0)])
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -28,10 +28,10 @@ def _public(health: Health) -> aio.Server:
 
 
 @asynccontextmanager
-async def _started(*listen: str) -> AsyncIterator[GrpcServer]:
+async def _running_server(*listen: str) -> AsyncIterator[GrpcServer]:
     health = Health()
     settings = ServerSettings(listen=listen)
-    server = GrpcServer(lambda: _public(health), listeners=Listeners(settings, None), health=health)
+    server = GrpcServer(lambda: _grpcio_server(health), listeners=Listeners(settings, None), health=health)
     await server.start()
     try:
         yield server
@@ -39,7 +39,7 @@ async def _started(*listen: str) -> AsyncIterator[GrpcServer]:
         await server.close()
 
 
-def _break(target: str) -> None:
+def _send_invalid_method_name(target: str) -> None:
     with open_peer(target) as hostile:
         stream = hostile.send_headers(path=b"/S\xff/\xfe")
         hostile.send_data(stream, frame_grpc_message(b""))
@@ -57,14 +57,14 @@ async def test_server_that_ended_unexpectedly_restarts_on_the_same_addresses(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On TCP and Unix sockets, as often as it ends. Each end is logged once."""
-    async with _started("127.0.0.1:0", f"unix:{tmp_path}/s") as server:
+    async with _running_server("127.0.0.1:0", f"unix:{tmp_path}/s") as server:
         await server.set_serving()
         tcp, unix = server.addresses
         running = asyncio.create_task(server.run())
-        for times in (1, 2):
-            await asyncio.to_thread(_break, tcp)
+        for restarts in (1, 2):
+            await asyncio.to_thread(_send_invalid_method_name, tcp)
             async with asyncio.timeout(30):
-                while sum("started again" in one.getMessage() for one in caplog.records) < times:  # noqa: ASYNC110
+                while sum("started again" in one.getMessage() for one in caplog.records) < restarts:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             assert await _is_serving(tcp)
             assert await _is_serving(unix)
@@ -79,27 +79,27 @@ async def test_restart_on_a_taken_address_raises_command_error(
 ) -> None:
     """Otherwise the process would continue without a server, and look healthy."""
     caplog.set_level(logging.CRITICAL)
-    async with _started("127.0.0.1:0") as server:
+    async with _running_server("127.0.0.1:0") as server:
         [target] = server.addresses
         host, _, port = target.rpartition(":")
         make = server._make_server
 
-        def make_late() -> aio.Server:
-            taken.bind((host, int(port)))
-            taken.listen()
+        def make_after_taking_port() -> aio.Server:
+            blocker.bind((host, int(port)))
+            blocker.listen()
             return make()
 
-        with socket.socket() as taken:
-            monkeypatch.setattr(server, "_make_server", make_late)
+        with socket.socket() as blocker:
+            monkeypatch.setattr(server, "_make_server", make_after_taking_port)
             running = asyncio.create_task(server.run())
-            await asyncio.to_thread(_break, target)
+            await asyncio.to_thread(_send_invalid_method_name, target)
             with pytest.raises(CommandError, match=f"--listen {target}: port {port} is taken"):
                 await asyncio.wait_for(running, 30)
 
 
 async def test_closed_server_returns_from_run_without_an_error() -> None:
     """This is what happens at every SIGTERM."""
-    async with _started("127.0.0.1:0") as server:
+    async with _running_server("127.0.0.1:0") as server:
         running = asyncio.create_task(server.run())
         await asyncio.sleep(0)
         await server.close()
@@ -108,7 +108,7 @@ async def test_closed_server_returns_from_run_without_an_error() -> None:
 
 async def test_server_can_be_closed_after_run_was_cancelled() -> None:
     """This is what happens when the proxy ends because of a failure."""
-    async with _started("127.0.0.1:0") as server:
+    async with _running_server("127.0.0.1:0") as server:
         running = asyncio.create_task(server.run())
         await asyncio.sleep(0)
         await cancel_and_wait([running])

@@ -69,11 +69,11 @@ def test_newest_grpcio_keeps_serving_after_a_name_that_is_not_utf_8(tmp_path: Pa
     if installed.returncode:
         pytest.skip(f"grpcio cannot be installed from an index: {installed.stderr[-200:]}")
     with run_service("services.cache_proxy", *_SERVE, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as proxy:
-        is_known = "is not known inside" not in proxy.log
+        is_expected = "is not known inside" not in proxy.log
         for _ in range(3):
-            assert _is_refused(proxy) is is_known
+            assert _is_refused(proxy) is is_expected
             wait_for(lambda: _is_serving(proxy), description="it serves again")
-        assert ("is started again" in proxy.log) is not is_known
+        assert ("is started again" in proxy.log) is not is_expected
         assert proxy.stop() == 0
 
 
@@ -82,10 +82,10 @@ import os
 os.environ["GRPC_VERBOSITY"] = "NONE"
 from services.cache_proxy.rpc import unknown_methods as known_methods
 
-def missing():
+def change():
     raise AttributeError
 
-unknown_methods._guarded_server_class = missing
+unknown_methods._guarded_server_class = change
 """
 
 
@@ -103,7 +103,7 @@ def test_unexpected_grpcio_restarts_the_server_and_warns_once(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "missing",
+    "change",
     [
         lambda patch: patch.delattr(cygrpc, "_ServicerContext"),
         lambda patch: patch.delattr(cygrpc, "ExecuteBatchError"),
@@ -112,25 +112,25 @@ def test_unexpected_grpcio_restarts_the_server_and_warns_once(tmp_path: Path) ->
     ],
 )
 async def test_unexpected_grpcio_keeps_the_public_server(
-    missing: Callable[[pytest.MonkeyPatch], None],
+    change: Callable[[pytest.MonkeyPatch], None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One warning is logged, and the server is grpcio's."""
     caplog.set_level(logging.WARNING)
-    made = aio.server()
-    monkeypatch.setattr(aio, "server", lambda **_: made)
-    missing(monkeypatch)
+    server = aio.server()
+    monkeypatch.setattr(aio, "server", lambda **_: server)
+    change(monkeypatch)
     unknown_methods._guarded_server_class.cache_clear()
     unknown_methods._warn_once.cache_clear()
-    inside = made._server  # type: ignore[attr-defined]
+    inner_server = server._server  # type: ignore[attr-defined]
     try:
-        assert unknown_methods.create_server([]) is made
+        assert unknown_methods.create_server([]) is server
     finally:
         unknown_methods._guarded_server_class.cache_clear()
-    assert made._server is inside  # type: ignore[attr-defined]
+    assert server._server is inner_server  # type: ignore[attr-defined]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    await made.stop(0)
+    await server.stop(0)
 
 
 class _UnexpectedServer:

@@ -13,7 +13,7 @@ _INT32 = st.integers(-(2**31), 2**31 - 1)
 _MAX_FIELD_BYTES = 4096
 
 
-def _read(item: bytes) -> batches.ParsedPair:
+def _parse(item: bytes) -> batches.ParsedPair:
     return batches.parse([item], [0], max_field_bytes=_MAX_FIELD_BYTES)[0]
 
 
@@ -23,17 +23,17 @@ def test_item_from_protobuf_is_its_uuid_followed_by_its_key(uuid: int, company: 
     item = pb.SeniorityRequest(uuid=uuid, company=company, title=title).SerializeToString()
     end = batches.uuid_length(item)
     assert end is not None
-    assert _read(item) == batches.ParsedPair(0, uuid, company, title, item[end:])
+    assert _parse(item) == batches.ParsedPair(0, uuid, company, title, item[end:])
     assert batches.response_item(uuid, 5) == item[:end] + batches.level_suffix(5)
 
 
 @given(_INT32)
 def test_only_the_minimal_encoding_of_a_uuid_is_accepted(uuid: int) -> None:
     """What protobuf writes is accepted. The same value in one more byte is not."""
-    spelled = pb.SeniorityRequest(uuid=uuid).SerializeToString()
-    assert batches.uuid_length(spelled) == len(spelled)
+    encoded = pb.SeniorityRequest(uuid=uuid).SerializeToString()
+    assert batches.uuid_length(encoded) == len(encoded)
     if uuid > 0:
-        longer = spelled[:-1] + bytes([spelled[-1] | 0x80, 0])
+        longer = encoded[:-1] + bytes([encoded[-1] | 0x80, 0])
         assert pb.SeniorityRequest.FromString(longer).uuid == uuid
         assert batches.uuid_length(longer) is None
 
@@ -72,9 +72,9 @@ def test_accepted_uuid_means_the_same_in_the_response(after: bytes) -> None:
 )
 def test_nonstandard_encoding_has_the_canonical_key_and_differs_from_it(item: bytes) -> None:
     """Protobuf reads ("c", "t"), which gives the key. The item's bytes after its uuid do not equal it."""
-    assert _read(item).key == b"\x12\x01c\x1a\x01t"
+    assert _parse(item).key == b"\x12\x01c\x1a\x01t"
     end = batches.uuid_length(item)
-    assert end is None or item[end:] != _read(item).key
+    assert end is None or item[end:] != _parse(item).key
 
 
 def test_private_message_is_not_in_the_default_pool() -> None:
@@ -92,14 +92,16 @@ def test_split_reverses_join_for_any_items(items: list[bytes]) -> None:
 def test_nesting_limit_counts_the_batch_around_an_item() -> None:
     """Groups as deep as protobuf accepts by themselves are one level too deep in a batch, and rejected."""
     deepest = next(
-        depth for depth in range(200) if not _readable(b"\x0a" + _varint(depth * 2) + _groups(depth))
+        depth
+        for depth in range(200)
+        if not _is_parsed_by_protobuf(b"\x0a" + _varint(depth * 2) + _nested_groups(depth))
     )
-    assert batches.parse([_groups(deepest - 1)], [0], max_field_bytes=9)[0].company == ""
+    assert batches.parse([_nested_groups(deepest - 1)], [0], max_field_bytes=9)[0].company == ""
     with pytest.raises(InvalidRequestError):
-        batches.parse([_groups(deepest)], [0], max_field_bytes=9)
+        batches.parse([_nested_groups(deepest)], [0], max_field_bytes=9)
 
 
-def _groups(depth: int) -> bytes:
+def _nested_groups(depth: int) -> bytes:
     return b"\x7b" * depth + b"\x7c" * depth
 
 
@@ -107,7 +109,7 @@ def _varint(value: int) -> bytes:
     return bytes([value]) if value < 128 else bytes([value & 127 | 128, value >> 7])
 
 
-def _readable(message: bytes) -> bool:
+def _is_parsed_by_protobuf(message: bytes) -> bool:
     try:
         pb.SeniorityRequestBatch.FromString(message)
     # Whether protobuf raises is what is tested.

@@ -82,13 +82,17 @@ def test_parser_given_any_bytes_agrees_with_protobuf(items: list[bytes], limit: 
             asyncio.run(_parse(items, limit))
         return
     event(f"read {len(expected)}")
-    found = asyncio.run(_parse(items, limit))
-    assert [found.l1_key(place) for place in range(len(found))] == [one.key for one in expected]
-    pairs = [found.pair(place, b"") for place in range(len(found))]
-    assert [(pair.company, pair.title) for pair in pairs] == [(one.company, one.title) for one in expected]
-    for item, start, one in zip(found.items, found.key_offsets, expected, strict=True):
-        answer = pb.SeniorityResponse.FromString(item[:start] + batches.LEVEL_SUFFIXES[5])
-        assert (answer.uuid, answer.seniority) == (one.uuid, 5)
+    columns = asyncio.run(_parse(items, limit))
+    assert [columns.l1_key(index) for index in range(len(columns))] == [
+        pair_by_protobuf.key for pair_by_protobuf in expected
+    ]
+    pairs = [columns.pair(index, b"") for index in range(len(columns))]
+    assert [(pair.company, pair.title) for pair in pairs] == [
+        (pair_by_protobuf.company, pair_by_protobuf.title) for pair_by_protobuf in expected
+    ]
+    for item, offset, pair_by_protobuf in zip(columns.items, columns.key_offsets, expected, strict=True):
+        answer = pb.SeniorityResponse.FromString(item[:offset] + batches.LEVEL_SUFFIXES[5])
+        assert (answer.uuid, answer.seniority) == (pair_by_protobuf.uuid, 5)
 
 
 async def test_chunks_of_long_texts_stay_within_both_limits() -> None:

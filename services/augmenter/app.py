@@ -17,6 +17,7 @@ from services.augmenter.client.channel import ProxyCredentials, open_channel
 from services.augmenter.client.retry import OutageLogger, RetryBudget
 from services.augmenter.client.rpc import SeniorityClient
 from services.augmenter.config import RunSettings
+from services.augmenter.domain import FileTask
 from services.augmenter.dry_run import DryRunCounter
 from services.augmenter.errors import TerminatedError
 from services.augmenter.metrics import Metrics
@@ -26,7 +27,7 @@ from services.augmenter.pipeline.file_pipeline import Pipeline
 from services.augmenter.run_storage import RunStorage, open_run_storage
 from services.augmenter.runner import Runner
 from services.augmenter.sources import empty_input
-from services.augmenter.sources.listing import FileLister, FileTask, Shard
+from services.augmenter.sources.listing import FileLister, Shard
 from services.augmenter.sources.queue_url import queue_endpoint
 from services.augmenter.sources.watch import Watcher
 from services.augmenter.stats import LineCounts, RunStats

@@ -2,11 +2,11 @@
 
 from contextlib import aclosing
 
+from services.augmenter.domain import FileTask
 from services.augmenter.errors import NoLineAugmentedError
 from services.augmenter.pipeline import line_blocks
 from services.augmenter.pipeline.file_reader import FileReader, ReadLimits
 from services.augmenter.pipeline.line_blocks import DEFAULT_FORMAT, ParsedBlock, PostingFormat
-from services.augmenter.sources.listing import FileTask
 from services.augmenter.stats import LineCounts, RunStats
 from services.common.line_reader import LongLinePart
 from services.common.storage.protocol import Storage

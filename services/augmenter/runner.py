@@ -6,8 +6,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
+from services.augmenter.domain import FileTask
 from services.augmenter.metrics import Metrics
-from services.augmenter.sources.listing import FileTask
 from services.augmenter.stats import LineCounts, RunStats
 from services.common.errors import FileError
 from services.common.storage.errors import AlreadyDoneError, FileArchivedError, FileMissingError, StorageError

@@ -25,6 +25,13 @@ PRIORITIES = (INTERACTIVE, BULK)
 PRIORITY_CLASSES = (*PRIORITIES, REFRESH)
 """How the queue orders pairs, the highest first: no caller waits for a pair that is refreshed."""
 
+PACE = 0.98
+"""The share of the rate limit that is used.
+
+A call is spent here and seen at the model, where two calls may arrive closer together than they were sent.
+This keeps the model's own window below its limit for a jitter of up to 2 % of the interval.
+"""
+
 # Tags and lengths of the message and its fields take 10 bytes, the longest uuid 11; rounded up.
 _PAIR_OVERHEAD_BYTES = 24
 

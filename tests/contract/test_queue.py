@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from grpc import StatusCode
 
-from services.cache_proxy.domain import Outcome, Pair
+from services.cache_proxy.domain import PACE, Outcome, Pair
 from services.cache_proxy.errors import (
     InvalidModelResponseError,
     ModelUnavailableError,
@@ -17,7 +17,6 @@ from services.cache_proxy.errors import (
     QueueFullError,
 )
 from services.cache_proxy.queue.interface import Claim, ClaimDeferred
-from services.cache_proxy.queue.local.gcra import PACE
 from tests.support.queue_subjects import QueueFactory, QueueSubject
 from tests.support.replicas import numbered_pair, numbered_pairs, pair_numbers, queue_limits, request_context
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
+from services.augmenter.domain import PairLevels
 from services.augmenter.pipeline import jsonl, line_blocks
 from services.augmenter.stats import LineCounts
 from services.common.line_reader import LineBlock
@@ -94,9 +95,7 @@ def check_line(case: bytes) -> None:
         windows: list[line_blocks.ParsedBlock] = []
         (pairs,) = line_blocks.parse_blocks([LineBlock(lines, place + 1)], parsed_blocks=windows)
         counts = LineCounts(read=place + 1 + sum(one.extra_lines for one in windows))
-        output, rejected = line_blocks.apply_levels(
-            windows, line_blocks.PairLevels(bytes([_LEVEL]) * len(pairs)), counts
-        )
+        output, rejected = line_blocks.apply_levels(windows, PairLevels(bytes([_LEVEL]) * len(pairs)), counts)
         found = output.split(b"\n")[:-1]
         assert counts.is_balanced
         assert [jsonl.strip_line(bytes_) for _, bytes_, _ in rejected] == bad

@@ -10,8 +10,7 @@ from functools import partial
 from services.augmenter.client.dedup import InFlightBatch, PairDeduplicator, PairTable
 from services.augmenter.client.retry import RetryBudget
 from services.augmenter.client.rpc import PairsRejectedError, SeniorityClient
-from services.augmenter.pipeline.jsonl import Pair
-from services.augmenter.pipeline.line_blocks import PairLevels
+from services.augmenter.domain import Pair, PairLevels
 from services.augmenter.stats import RunStats
 from services.common.tasks import gather_or_cancel
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.domain import Pair
 
 # With more text a table, fewer pairs are sent again, but each look-up takes longer.
 _MAX_TABLE_TEXT_BYTES = 6 * 2**20

@@ -12,8 +12,8 @@ from grpc import aio
 
 from protos import seniority_pb2
 from services.augmenter.client import wire
+from services.augmenter.domain import Pair
 from services.augmenter.metrics import Metrics
-from services.augmenter.pipeline.jsonl import Pair
 from services.augmenter.stats import RunStats
 from services.common.bearer import Token
 from services.common.levels import MAX_LEVEL, MIN_LEVEL

@@ -7,7 +7,7 @@ the levels is known beforehand: one comparison checks it, and one slice reads th
 from collections.abc import Iterable, Sequence
 
 from protos import seniority_pb2 as pb
-from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.domain import Pair
 from services.common.levels import MAX_LEVEL, MIN_LEVEL
 
 FIRST_UUID = 128

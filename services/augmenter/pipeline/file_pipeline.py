@@ -10,10 +10,11 @@ from functools import partial
 
 from services.augmenter.client.batching_client import ProxyClient
 from services.augmenter.client.retry import RetryBudget
+from services.augmenter.domain import PairLevels
 from services.augmenter.errors import AccountingError, NoLineAugmentedError
 from services.augmenter.pipeline import line_blocks
 from services.augmenter.pipeline.file_reader import FileReader, ReadLimits
-from services.augmenter.pipeline.line_blocks import DEFAULT_FORMAT, PairLevels, ParsedBlock, PostingFormat
+from services.augmenter.pipeline.line_blocks import DEFAULT_FORMAT, ParsedBlock, PostingFormat
 from services.augmenter.pipeline.writers import OutputWriter, RejectsWriter
 from services.augmenter.stats import LineCounts, RunStats
 from services.common.codec import PLAIN, Format

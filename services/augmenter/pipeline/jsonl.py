@@ -14,23 +14,12 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from services.augmenter.domain import Pair
 from services.common.posting_fields import DEFAULT_FIELDS, Path, PostingFields, text_at
 
 # White space that JSON allows around a value, except for the end of the line.
 _WHITESPACE = b" \t\r"
 _BOM = b"\xef\xbb\xbf"
-
-
-class Pair(msgspec.Struct, frozen=True, gc=False):
-    """The company and title to classify.
-
-    Created, hashed and compared without executing Python code, and not tracked by the garbage collector. No
-    value of `seniority` is valid, so a line that has such a member cannot be decoded as this type.
-    """
-
-    company: str
-    title: str
-    seniority: msgspec.UnsetType = msgspec.UNSET
 
 
 class Posting(msgspec.Struct, frozen=True, gc=False):

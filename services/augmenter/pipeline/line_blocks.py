@@ -1,11 +1,11 @@
 """Parses blocks of lines into pairs, and applies the levels of the pairs to the lines. Pure."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
+from services.augmenter.domain import Pair, PairLevels
 from services.augmenter.pipeline import jsonl
-from services.augmenter.pipeline.jsonl import Pair
 from services.augmenter.pipeline.splice import Splicer
 from services.augmenter.stats import LineCounts
 from services.common import json_objects
@@ -26,23 +26,6 @@ class PostingFormat:
 
 
 DEFAULT_FORMAT = PostingFormat()
-
-
-@dataclass(slots=True)
-class PairLevels:
-    """The levels of pairs, in their order.
-
-    A pair without a level has 0 in `levels`, and its reason, by index, in `rejected`.
-    """
-
-    levels: bytes
-    rejected: dict[int, str] = field(default_factory=dict)
-
-    def select(self, start: int, count: int) -> "PairLevels":
-        """Return the levels of `count` pairs from `start` on."""
-        end = start + count
-        rejected = {index - start: reason for index, reason in self.rejected.items() if start <= index < end}
-        return PairLevels(self.levels[start:end], rejected)
 
 
 @dataclass(slots=True)

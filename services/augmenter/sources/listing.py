@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from services.common.codec import Format, format_for_name
+from services.augmenter.domain import FileTask
+from services.common.codec import format_for_name
 from services.common.storage.errors import StorageError
 from services.common.storage.input_listing import NameCounts
 from services.common.storage.protocol import ABSENT, FileInfo, Storage
@@ -40,22 +41,6 @@ def parse_shard(text: str) -> tuple[int, int]:
         message = f"{text!r} is not I/N with I from 0 to N - 1"
         raise ValueError(message)
     return int(found[1]), int(found[2])
-
-
-@dataclass(frozen=True, slots=True)
-class FileTask:
-    """One file to process.
-
-    `expected_version` is the version of the output that may be replaced, or ABSENT. `is_done`: the output
-    exists already. `error`: the output could not be checked.
-    """
-
-    file: FileInfo
-    output_name: str
-    lines_format: Format
-    expected_version: str = ABSENT
-    is_done: bool = False
-    error: StorageError | None = None
 
 
 class FileLister:

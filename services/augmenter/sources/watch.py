@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from services.augmenter.sources.listing import FileTask
+from services.augmenter.domain import FileTask
 from services.common.errors import FileError
 from services.common.storage.errors import FileMissingError
 

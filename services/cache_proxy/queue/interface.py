@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.cache_proxy.domain import Outcome, Pair
+from services.cache_proxy.domain import PACE, Outcome, Pair
 from services.cache_proxy.errors import ModelUnavailableError, PairError
-from services.cache_proxy.queue.local.gcra import PACE
 
 SLOT_TOLERANCE_SECONDS = 0.010
 """How long after its slot began a batch may leave: half of what pacing makes up for."""

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from services.cache_proxy.domain import PACE
 from services.cache_proxy.errors import PairError, QueueFormatError, StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.advertised_address import AdvertisedAddress
 from services.cache_proxy.queue.failover import FailoverQueue
 from services.cache_proxy.queue.interface import ModelBackoffCallback, OutcomeCallback, Queue, QueueLimits
 from services.cache_proxy.queue.local.call_limiter import RateLimiter
-from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.queue_scripts import Scripts
 from services.cache_proxy.queue.quotas import QuotaProvider, no_quotas

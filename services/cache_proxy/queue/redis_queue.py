@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from services.cache_proxy.batching import MicroBatcher
-from services.cache_proxy.domain import DIGEST_BYTES, PRIORITY_CLASSES, Outcome, Pair
+from services.cache_proxy.domain import DIGEST_BYTES, PACE, PRIORITY_CLASSES, Outcome, Pair
 from services.cache_proxy.errors import ModelUnavailableError, PairError, QueueFullError, StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue import rejections
@@ -27,7 +27,6 @@ from services.cache_proxy.queue.interface import (
     QueueLimits,
     RequestContext,
 )
-from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.outage import (
     BACKOFF_JITTER,
     MAX_BACKOFF_SECONDS,

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from services.cache_proxy.domain import PRIORITY_CLASSES
+from services.cache_proxy.domain import PACE, PRIORITY_CLASSES
 from services.cache_proxy.errors import StoreError
-from services.cache_proxy.queue.local.gcra import PACE
-from services.cache_proxy.queue.local.scheduler import calls_until
+from services.cache_proxy.queue.expected_calls import calls_until
 from services.cache_proxy.queue.serialization import unpack
 
 MAX_REPORTS = 256

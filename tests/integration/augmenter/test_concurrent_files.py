@@ -13,11 +13,10 @@ from services.augmenter.client.batching_client import ProxyClient
 from services.augmenter.client.channel import open_channel
 from services.augmenter.client.retry import OutageLogger, RetryBudget
 from services.augmenter.client.rpc import SeniorityClient
+from services.augmenter.domain import Pair, PairLevels
 from services.augmenter.errors import RpcFailedError
 from services.augmenter.metrics import Metrics
 from services.augmenter.pipeline import file_pipeline
-from services.augmenter.pipeline.jsonl import Pair
-from services.augmenter.pipeline.line_blocks import PairLevels
 from services.augmenter.stats import RunStats
 from services.common.memory_budget import MemoryBudget
 from tests.integration.augmenter.conftest import RunAugmenter, make_posting

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from services.augmenter.domain import Pair
 from services.augmenter.pipeline import line_blocks
-from services.augmenter.pipeline.jsonl import Pair
 from services.augmenter.pipeline.line_blocks import MixedBlock, ParsedBlock, PlainBlock
 from services.common.line_reader import LineBlock
 from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, make_posting

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.augmenter.domain import PairLevels
 from services.augmenter.pipeline import line_blocks
-from services.augmenter.pipeline.line_blocks import PairLevels, ParsedBlock, PostingFormat
+from services.augmenter.pipeline.line_blocks import ParsedBlock, PostingFormat
 from services.augmenter.stats import LineCounts
 from services.common.line_reader import LineBlock
 from services.common.posting_fields import PostingFields

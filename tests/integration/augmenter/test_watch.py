@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.augmenter.sources.listing import FileLister, FileTask, Shard
+from services.augmenter.domain import FileTask
+from services.augmenter.sources.listing import FileLister, Shard
 from services.augmenter.sources.watch import Watcher
 from services.common.codec import PLAIN
 from services.common.storage.errors import FileMissingError

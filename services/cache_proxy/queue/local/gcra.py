@@ -7,9 +7,7 @@ was sent. A cost is allowed as long as `tat` stays within the burst, so in any w
 
 from dataclasses import dataclass
 
-# Spent here, seen at the model: two calls may arrive closer together than they were sent. Pacing a little
-# below the limit keeps the model's own window below it too, for a jitter of up to 2 % of the interval.
-PACE = 0.98
+from services.cache_proxy.domain import PACE
 
 
 @dataclass(slots=True)

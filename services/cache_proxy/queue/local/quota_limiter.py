@@ -8,7 +8,7 @@ limit's slots, a second at least: so a call that comes a little late costs nobod
 import math
 from collections.abc import Callable, Mapping
 
-from services.cache_proxy.queue.local.gcra import PACE
+from services.cache_proxy.domain import PACE
 from services.cache_proxy.queue.quotas import Quota
 
 _MIN_BURST_SECONDS, _BURST_SLOTS = 1.0, 1.5

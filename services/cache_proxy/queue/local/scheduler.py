@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from services.cache_proxy.domain import PRIORITIES, PRIORITY_CLASSES
+from services.cache_proxy.queue.expected_calls import BULK_SHARE_DIVISOR, bulk_reserve, calls_until
 from services.cache_proxy.queue.local.fair_queue import QueuedPair, QueuePosition
 from services.cache_proxy.queue.local.priority_class import CandidateHeap, PriorityClass
 from services.cache_proxy.queue.local.quota_limiter import QuotaLimiter
 from services.cache_proxy.queue.quotas import DEFAULT_ACCOUNT, Quota, QuotaProvider, no_quotas
 
-_BULK_SHARE_DIVISOR = 10  # a tenth of a batch, in pairs and in bytes, is kept for bulk
 _MAX_POSITIONS = 8  # of one pair: whoever comes then waits where it is
 
 
@@ -21,17 +21,6 @@ class ExpectedTurn:
 
     calls: int
     quota_wait_seconds: float = 0.0
-
-
-def calls_until(priority: str, *, ahead: int, interactive: int, bulk: int, batch_pairs: int) -> int:
-    """In how many calls the `ahead` first of a lane go out: bulk has its tenth of each, and what is left."""
-    tenth = _bulk_reserve(batch_pairs)
-    if priority == "interactive":
-        return math.ceil(ahead / (batch_pairs - (tenth if bulk else 0)))
-    if priority == "bulk":
-        behind = math.ceil((interactive + ahead) / batch_pairs)
-        return min(behind, math.ceil(ahead / tenth)) if tenth else behind
-    return math.ceil((interactive + bulk + ahead) / batch_pairs)
 
 
 class BatchScheduler:
@@ -258,7 +247,7 @@ class BatchScheduler:
                 chosen[digest] = place, offers[priority].pop()
                 pairs, size_bytes, left_bytes = pairs - 1, size_bytes - size, left_bytes - size
 
-        fill("bulk", pairs=_bulk_reserve(batch_pairs), size_bytes=batch_bytes // _BULK_SHARE_DIVISOR)
+        fill("bulk", pairs=bulk_reserve(batch_pairs), size_bytes=batch_bytes // BULK_SHARE_DIVISOR)
         for priority in PRIORITY_CLASSES:
             fill(priority, pairs=batch_pairs - len(chosen), size_bytes=left_bytes)
         if not chosen:  # a pair that is over the bound alone goes alone
@@ -310,7 +299,3 @@ class BatchScheduler:
 
     def _quota_wait_seconds(self, account: str, count: int, now: float) -> float:
         return self._quota_limiter.wait_seconds(self._quota_for(account), count, now=now)
-
-
-def _bulk_reserve(batch_pairs: int) -> int:
-    return math.ceil(batch_pairs / _BULK_SHARE_DIVISOR) if batch_pairs > 1 else 0

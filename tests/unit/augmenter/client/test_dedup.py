@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.augmenter.client import dedup
 from services.augmenter.client.dedup import InFlightBatch, PairDeduplicator, PairTable
-from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.domain import Pair
 
 _PAIRS = [Pair(company, "Clerk") for company in "abcdef"]
 _OUTCOMES = st.lists(

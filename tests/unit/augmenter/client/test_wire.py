@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from protos import seniority_pb2 as pb
 from services.augmenter.client import wire
 from services.augmenter.client.wire import FIRST_UUID
-from services.augmenter.pipeline.jsonl import Pair
+from services.augmenter.domain import Pair
 
 _TEXTS = st.text(max_size=6) | st.sampled_from(
     ["", "x" * 60, "x" * 61, "x" * 127, "x" * 128, "x" * 200, "é", "\0"]

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from services.augmenter.domain import Pair
 from services.augmenter.pipeline import jsonl, line_blocks
-from services.augmenter.pipeline.jsonl import Pair, Posting, RejectedLine
+from services.augmenter.pipeline.jsonl import Posting, RejectedLine
 from services.augmenter.pipeline.splice import splice_level
 from services.common.line_reader import LineBlock
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.augmenter.domain import PairLevels
 from services.augmenter.pipeline import line_blocks
-from services.augmenter.pipeline.line_blocks import PairLevels, ParsedBlock
+from services.augmenter.pipeline.line_blocks import ParsedBlock
 from services.augmenter.stats import LineCounts
 from services.common.line_reader import LineBlock
 from tests.integration.augmenter.conftest import make_posting

@@ -9,9 +9,9 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.cache_proxy.domain import PACE
 from services.cache_proxy.errors import QuotaExceededError
 from services.cache_proxy.queue.interface import Claim, ClaimDeferred
-from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.quotas import DEFAULT_ACCOUNT, Quota, Quotas, no_quotas
 from tests.support.replicas import (
     QueueLocation,

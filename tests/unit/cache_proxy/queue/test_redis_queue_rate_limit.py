@@ -10,9 +10,9 @@ from grpc import StatusCode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.cache_proxy.domain import PACE
 from services.cache_proxy.errors import PairRejectedError
 from services.cache_proxy.queue.interface import Claim, ClaimDeferred, QueueLimits
-from services.cache_proxy.queue.local.gcra import PACE
 from services.cache_proxy.queue.managed_queue import _publish_limits
 from tests.support.replicas import (
     QueueLocation,

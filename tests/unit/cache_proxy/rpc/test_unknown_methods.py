@@ -80,12 +80,12 @@ def test_newest_grpcio_keeps_serving_after_a_name_that_is_not_utf_8(tmp_path: Pa
 _UNEXPECTED_GRPCIO = """
 import os
 os.environ["GRPC_VERBOSITY"] = "NONE"
-from services.cache_proxy.rpc import unknown_methods as known_methods
+from services.cache_proxy.rpc import unknown_methods
 
-def change():
+def fail():
     raise AttributeError
 
-unknown_methods._guarded_server_class = change
+unknown_methods._guarded_server_class = fail
 """
 
 

@@ -153,11 +153,6 @@ def sqs_run_args(bucket: Bucket, queue: SqsQueue, target: str) -> list[str]:
     ]
 
 
-def make_posting(company: str = "Acme", title: str = "Clerk", **more: object) -> bytes:
-    """Return a line of input, without its end."""
-    return json.dumps({"company": company, "title": title, **more}).encode()
-
-
 def read_reasons(folder: Path, name: str) -> list[dict[str, Any]]:
     """Return the reasons beside rejected lines."""
     path = folder / f"{name}.reasons.jsonl"

@@ -1,23 +1,18 @@
 """Tests of the connection to the proxy: TLS, client certificates and bearer tokens."""
 
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
-from services.common.bearer import Token
-from services.common.grpc_target import is_local_target
-from tests.integration.augmenter.conftest import RunAugmenter, make_posting
+from tests.integration.augmenter.conftest import RunAugmenter
 from tests.support.certificates import (
-    CertificateAuthority,
-    MountedSecret,
-    SignedCertificate,
     make_self_signed,
 )
 from tests.support.model_server import ReceivedCall, ScriptedModel, answer_threes, in_sequence, scripted_model
+from tests.support.postings import make_posting
 
 _SECRET = "s3cret-of-the-day"
 
@@ -187,33 +182,6 @@ def test_token_without_tls_is_sent_to_this_machine_only(
         assert augment(source, f"{source.parent}/out/", "--target", model.target, *flags).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("target", "is_local"),
-    [
-        ("localhost:1", True),
-        ("127.8.0.1:1", True),
-        ("[::1]:1", True),
-        ("unix:/run/proxy.sock", True),
-        ("unix-abstract:proxy", True),
-        ("dns:///localhost:1", True),
-        ("dns:localhost:1", True),
-        ("dns://10.0.0.1/localhost:1", True),
-        ("ipv4:127.0.0.1:1,127.0.0.2:1", True),
-        ("ipv6:[::1]:1", True),
-        ("ipv4:127.0.0.1:1,10.0.0.1:1", False),
-        ("localhost.example:1", False),
-        ("127.0.0.1.example:1", False),
-        ("10.0.0.1:1", False),
-        ("0.0.0.0:1", False),
-        ("proxy", False),
-        ("xds:///localhost:1", False),
-    ],
-)
-def test_local_targets_are_recognised(target: str, is_local: bool) -> None:
-    """A target is local only if all of its addresses are, however it is written."""
-    assert is_local_target(target) is is_local
-
-
 def test_changed_token_is_sent_with_the_next_call(augment: RunAugmenter, tmp_path: Path) -> None:
     """The file changes between two RPCs, and the second one has the new token."""
     token = tmp_path / "token"
@@ -235,74 +203,3 @@ def test_changed_token_is_sent_with_the_next_call(augment: RunAugmenter, tmp_pat
         )
     assert (result.exit_code, result.stderr) == (0, "")
     assert [call.companies for call in model.calls] == [["a"], ["b"]]
-
-
-def _server(own: SignedCertificate) -> grpc.ServerCertificateConfiguration:
-    ca, key, certificate = own.pem
-    return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
-
-
-def test_renewed_certificates_are_used_without_restart(augment: RunAugmenter, tmp_path: Path) -> None:
-    """CA, certificate and key are replaced by those of another authority between two RPCs.
-
-    A connection with the new ones is established during the second RPC, and all files are done.
-    """
-    old = CertificateAuthority(tmp_path, "old")
-    new = CertificateAuthority(tmp_path, "new")
-    mounted = MountedSecret(tmp_path / "mounted")
-    source = tmp_path / "in"
-    before = old.sign("server")
-    after = new.sign("server")
-    mounted.replace_certificate(old.sign("client"))
-    renewed = new.sign("client")
-    source.mkdir()
-    for name in ("a", "b", "c"):
-        (source / f"{name}.jsonl").write_bytes(make_posting(name))
-    is_swapped = threading.Event()
-    is_connected = threading.Event()
-
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        if not is_swapped.is_set():
-            return None
-        is_connected.set()
-        return _server(after)
-
-    def swap(call: ReceivedCall) -> list[tuple[int, int]]:
-        mounted.replace_certificate(renewed)
-        is_swapped.set()
-        return answer_threes(call)
-
-    def wait(call: ReceivedCall) -> list[tuple[int, int]]:
-        assert is_connected.wait(60)
-        return answer_threes(call)
-
-    credentials = grpc.dynamic_ssl_server_credentials(
-        _server(before),
-        fetch,  # type: ignore[arg-type]  # None means no change, which the stubs do not know
-        require_client_authentication=True,
-    )
-    with scripted_model(in_sequence(swap, wait), credentials=credentials) as model:
-        result = augment(
-            source, tmp_path / "out", "--target", model.target, "--concurrency", "1", *mounted.paths.flags()
-        )
-    assert (result.exit_code, result.stderr) == (0, "")
-    assert [call.companies for call in model.calls] == [["a"], ["b"], ["c"]]
-
-
-def test_token_is_kept_while_its_file_cannot_be_read(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The last token is sent while its file is missing or empty, with one warning without the token."""
-    path = tmp_path / "token"
-    _write_token(path, "first")
-    token = Token(str(path))
-    assert token.metadata() == ("authorization", "Bearer first")
-    path.unlink()
-    assert token.metadata() == token.metadata() == ("authorization", "Bearer first")
-    _write_token(path, "")
-    assert token.metadata() == ("authorization", "Bearer first")
-    _write_token(tmp_path / "new", "second\n")
-    (tmp_path / "new").replace(path)
-    assert token.metadata() == ("authorization", "Bearer second")
-    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
-    assert "first" not in caplog.text

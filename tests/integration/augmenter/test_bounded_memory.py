@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from services.augmenter import stats
-from services.augmenter.sources.lru_set import LruSet
 from tests.integration.augmenter.conftest import RunAugmenter, RunningStub
 
 
@@ -38,25 +37,3 @@ def test_first_failures_are_named_at_the_end_and_others_when_they_happen(
     totals = json.loads((tmp_path / "s.json").read_text())
     assert totals["files"]["failed"] == 5
     assert [failure["file"] for failure in totals["failures"]] == [f"{source}/{i}.jsonl.gz" for i in (0, 1)]
-
-
-def test_resolved_failure_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file counts once however often it fails, and no more once it is done."""
-    monkeypatch.setattr(stats, "MAX_NAMED_FAILURES", 2)
-    failures = stats.Failures()
-    assert [failures.add(name, "broken") for name in "abac"] == [True, True, True, False]
-    assert (failures.count, list(failures.reasons_by_file)) == (3, ["a", "b"])
-    failures.mark_resolved("a")
-    failures.mark_resolved("never failed")
-    assert failures.add("d", "broken")
-    assert (failures.count, list(failures.reasons_by_file)) == (3, ["b", "d"])
-
-
-def test_lru_set_drops_least_recently_used_name() -> None:
-    """Names that were neither added nor found for the longest time are dropped."""
-    names = LruSet(max_size=2)
-    for name in "ab":
-        names.add(name)
-    assert "a" in names
-    names.add("c")
-    assert [name in names for name in "abc"] == [True, False, True]

@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 
 from services.common.storage.s3_archive import is_archived
-from tests.integration.augmenter.conftest import (
-    MakeQueue,
-    RunAugmenter,
-    RunningStub,
-    make_posting,
-    sqs_run_args,
-)
+from tests.integration.augmenter.conftest import MakeQueue, RunAugmenter, RunningStub, sqs_run_args
 from tests.support.augmenter_process import augmenter_process, read_summary
 from tests.support.model_server import Answers, ReceivedCall, answer_all, scripted_model
+from tests.support.postings import make_posting
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
 from tests.support.s3_server import S3Server

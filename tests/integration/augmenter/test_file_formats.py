@@ -8,8 +8,9 @@ import pytest
 import zstandard
 
 from services.model_stub.levels import infer_level
-from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, make_posting, read_reasons
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, read_reasons
 from tests.support.augmenter_process import read_summary
+from tests.support.postings import make_posting
 from tests.support.s3_bucket import Bucket
 
 _LINES = [

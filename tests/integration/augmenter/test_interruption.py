@@ -16,11 +16,10 @@ import aiohttp
 import pytest
 
 from services.common.line_reader import MAX_LINE_BYTES
-from services.common.storage.errors import InputChangedError
-from services.common.storage.local import LocalStore
-from tests.integration.augmenter.conftest import StartStub, make_posting
+from tests.integration.augmenter.conftest import StartStub
 from tests.support.augmenter_process import augmenter_process
 from tests.support.model_server import Answers, ReceivedCall, answer_all, scripted_model
+from tests.support.postings import make_posting
 from tests.support.processes import ROOT, clean_environment
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
@@ -107,17 +106,6 @@ def test_signal_ends_the_run_without_output(
     assert (out, err.strip().count("\n")) == ("", 0)
     assert err.strip().startswith(message)
     assert _files(sink) == []
-
-
-async def test_input_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> None:
-    """An input that grows while it is read is an error, not a shorter output."""
-    (tmp_path / "a.jsonl").write_bytes(make_posting())
-    store = LocalStore(tmp_path)
-    item = await store.get_info("a.jsonl")
-    with (tmp_path / "a.jsonl").open("ab") as file:
-        file.write(b"more")
-    with pytest.raises(InputChangedError):
-        [data async for data in store.read(item)]
 
 
 async def test_metrics_are_served_during_the_run(source: Path, tmp_path: Path, slow_model: SlowModel) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.augmenter.conftest import make_posting
 from tests.support.augmenter_process import augmenter_process, read_summary
 from tests.support.model_server import Answers, ReceivedCall, answer_all, scripted_level, scripted_model
+from tests.support.postings import make_posting
 from tests.support.processes import ServiceProcess, run_service
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket

@@ -10,7 +10,8 @@ from services.augmenter.domain import Pair
 from services.augmenter.pipeline import line_blocks
 from services.augmenter.pipeline.line_blocks import MixedBlock, ParsedBlock, PlainBlock
 from services.common.line_reader import LineBlock
-from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, make_posting
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub
+from tests.support.postings import make_posting
 
 Parse = Callable[..., Iterator[list[Pair]]]
 

@@ -9,13 +9,7 @@ from pathlib import Path
 import pytest
 from grpc import StatusCode
 
-from tests.integration.augmenter.conftest import (
-    RunAugmenter,
-    RunResult,
-    StartStub,
-    make_posting,
-    read_reasons,
-)
+from tests.integration.augmenter.conftest import RunAugmenter, RunResult, StartStub, read_reasons
 from tests.support.model_server import (
     AbortWith,
     Behaviour,
@@ -25,6 +19,7 @@ from tests.support.model_server import (
     in_sequence,
     scripted_model,
 )
+from tests.support.postings import make_posting
 from tests.support.processes import read_stub_log
 from tests.support.redis_server import wait_for
 

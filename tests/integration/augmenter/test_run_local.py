@@ -1,6 +1,5 @@
 """Tests of `augmenter run` on local files: outputs, skipped files and exit codes."""
 
-import asyncio
 import gzip
 import json
 import os
@@ -10,18 +9,9 @@ import pytest
 import zstandard
 
 from services.common.codec import format_for_name
-from services.common.errors import FileError
-from services.common.storage.errors import AlreadyDoneError, OutputConflictError
-from services.common.storage.local import LocalStore
-from services.common.storage.protocol import ABSENT, FileInfo
 from services.model_stub.levels import infer_level
-from tests.integration.augmenter.conftest import (
-    RunAugmenter,
-    RunningStub,
-    StartStub,
-    make_posting,
-    read_reasons,
-)
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, StartStub
+from tests.support.postings import make_posting
 from tests.support.processes import read_stub_log
 
 
@@ -57,64 +47,6 @@ def test_folder_keeps_names_order_and_bytes(augment: RunAugmenter, stub: Running
     assert "150 in = 150 augmented + 0 rejected + 0 blank" in result.stdout
 
 
-def test_bad_lines_are_rejected_and_the_others_augmented(
-    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
-) -> None:
-    """Bad lines are in the rejects byte for byte, with number and reason."""
-    good = make_posting()
-    big = make_posting(text="x" * 2**20)
-    data = b"\n".join(
-        [
-            b"\xef\xbb\xbf  " + good + b" \t\r",
-            b"not JSON\r",
-            b"",
-            b" \t\r",
-            b'{"company":"Acme","title":null} ',
-            b'{"company":"\xff","title":"Clerk"}',
-            b'{"seniority":"old",' + good[1:] + b"\r",
-            big,
-            b'{"nested":{"company":"X","seniority":1},' + good[1:],
-            good,
-        ]
-    )
-    source = tmp_path / "a.jsonl"
-    source.write_bytes(data)
-    sink = tmp_path / "out.jsonl"
-    result = augment(source, sink, "--target", stub.target, "--summary-json", tmp_path / "s.json")
-    assert result.exit_code == 3
-    assert sink.read_bytes() == b"".join(
-        line[:-1] + _level()
-        for line in (good, good, big, b'{"nested":{"company":"X","seniority":1},' + good[1:], good)
-    )
-    rejects = tmp_path / "_rejects"
-    assert (rejects / "a.jsonl").read_bytes() == (
-        b'not JSON\r\n{"company":"Acme","title":null} \n{"company":"\xff","title":"Clerk"}\n'
-    )
-    assert read_reasons(rejects, "a.jsonl") == [
-        {"line": 2, "reason": "not JSON: Expecting value (character 1)"},
-        {"line": 5, "reason": "title is not a string"},
-        {"line": 6, "reason": "not valid UTF-8 (byte 13)"},
-    ]
-    assert json.loads((tmp_path / "s.json").read_text())["lines"] == {
-        "in": 10,
-        "augmented": 5,
-        "rejected": 3,
-        "blank": 2,
-        "replaced": 1,
-        "kept": 0,
-    }
-
-
-def test_rejected_first_line_keeps_its_byte_order_mark(
-    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
-) -> None:
-    """A rejected line is kept byte for byte, including the mark before the file's first line."""
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf[]\n" + make_posting())
-    assert augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target).exit_code == 3
-    assert (tmp_path / "_rejects" / "a.jsonl").read_bytes() == b"\xef\xbb\xbf[]\n"
-    assert (tmp_path / "b.jsonl").read_bytes() == make_posting()[:-1] + _level()
-
-
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
 @pytest.mark.parametrize("text", [b"", b"\xef\xbb\xbf", b"\n \n"])
 def test_file_without_postings_gives_an_empty_output(
@@ -131,20 +63,6 @@ def test_file_without_postings_gives_an_empty_output(
     assert b"".join(decoder.feed((tmp_path / "out" / f"a{suffix}").read_bytes())) == b""
     assert list(decoder.finish()) == []
     assert not (tmp_path / "out" / "_rejects").exists()
-
-
-def test_poison_pairs_become_rejected_lines(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Pairs that the model rejects, named or not, become rejected lines. The others are augmented."""
-    companies = [f"C{i}" for i in range(40)] + ["POISON", "NAMED one", "NAMED two"]
-    lines = [make_posting(company) for company in companies]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    result = augment(tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--target", stub.target)
-    assert result.exit_code == 3
-    assert len((tmp_path / "b.jsonl").read_bytes().splitlines()) == 40
-    assert (tmp_path / "_rejects" / "a.jsonl").read_bytes() == b"".join(line + b"\n" for line in lines[40:])
-    written_reasons = read_reasons(tmp_path / "_rejects", "a.jsonl")
-    assert [reason["line"] for reason in written_reasons] == [41, 42, 43]
-    assert all("cannot judge" in reason["reason"] for reason in written_reasons)
 
 
 def test_finished_file_is_skipped_and_changed_one_is_redone(
@@ -167,39 +85,6 @@ def test_finished_file_is_skipped_and_changed_one_is_redone(
     assert (result.exit_code, "1 done, 0 skipped" in result.stdout) == (0, True)
     assert (sink / "a.jsonl").read_bytes() == make_posting(title="Chief")[:-1] + _level(title="Chief")
     assert not list((sink / "_rejects").iterdir())
-
-
-def test_rejects_are_never_input(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """An output folder used as input gives its postings, without its rejects."""
-    first = tmp_path / "first"
-    second = tmp_path / "second"
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_bytes(b"bad\n" + make_posting())
-    assert augment(tmp_path / "in", first, "--target", stub.target).exit_code == 3
-    assert augment(first, second, "--target", stub.target).exit_code == 0
-    assert [path.name for path in second.rglob("*")] == ["a.jsonl"]
-    (first / "_rejects" / "a.jsonl").write_bytes(make_posting())
-    assert augment(first / "_rejects", tmp_path / "third", "--target", stub.target).exit_code == 0
-    assert not (tmp_path / "third" / "a.jsonl.reasons.jsonl").exists()
-
-
-def test_exit_codes_of_rejects_and_failures(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """3 for rejected lines, 0 if they are tolerated, 1 if a file failed, which is named."""
-    source = tmp_path / "in"
-    source.mkdir()
-    (source / "a.jsonl").write_bytes(b"bad\n" + make_posting())
-    common = ("--target", stub.target, "--overwrite")
-    assert augment(source, tmp_path / "out", *common).exit_code == 3
-    assert augment(source, tmp_path / "out", *common, "--ok-rejects").exit_code == 0
-    (source / "b.jsonl.gz").write_bytes(gzip.compress(make_posting())[:-3])
-    result = augment(source, tmp_path / "out", *common, "--summary-json", tmp_path / "s.json")
-    assert result.exit_code == 1
-    assert result.stderr == f"augmenter: {source}/b.jsonl.gz: the compressed input is cut short\n"
-    assert not (tmp_path / "out" / "b.jsonl.gz").exists()
-    summary = json.loads((tmp_path / "s.json").read_text())
-    assert summary["files"] == {"done": 1, "skipped": 0, "failed": 1}
-    assert [failure["file"] for failure in summary["failures"]] == [f"{source}/b.jsonl.gz"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_rejects", "a.jsonl"]
 
 
 def test_pairs_are_sent_once_in_full_batches(
@@ -256,54 +141,6 @@ def test_dry_run_counts_and_writes_nothing(augment: RunAugmenter, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_unreachable_target_fails_the_file_by_name(augment: RunAugmenter, tmp_path: Path) -> None:
-    """The retry budget ends the file, with one warning and one line that names it."""
-    source = tmp_path / "a.jsonl"
-    source.write_bytes(make_posting())
-    result = augment(source, tmp_path / "b.jsonl", "--target", "127.0.0.1:1", "--retry-budget", "1s")
-    assert result.exit_code == 1
-    warning, failure = result.stderr.splitlines()
-    assert "retrying" in warning
-    assert failure.startswith(f"augmenter: {source}: 127.0.0.1:1 answered UNAVAILABLE: ")
-    assert "retried for 1." in failure
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_unusable_input_or_output_is_one_line(
-    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
-) -> None:
-    """A missing input, or an output that cannot be created, ends with exit code 1 and one line."""
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(make_posting())
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_bytes(make_posting())
-    missing = tmp_path / "missing"
-    blocked = file / "out"
-    for source, sink, named in (
-        (missing, tmp_path / "out", missing),
-        (tmp_path / "in", blocked, blocked),
-        (file, "/proc/nowhere/", "/proc/nowhere"),
-    ):
-        result = augment(source, sink, "--target", stub.target)
-        assert result.exit_code == 1
-        assert result.stderr.count("\n") == 1
-        assert result.stderr.startswith(f"augmenter: {named}: ")
-
-
-def test_output_that_cannot_be_written_fails_one_file(
-    augment: RunAugmenter, stub: RunningStub, tmp_path: Path
-) -> None:
-    """A folder at the path of an output fails that file only."""
-    (tmp_path / "in").mkdir()
-    for name in ("a", "b"):
-        (tmp_path / "in" / f"{name}.jsonl").write_bytes(make_posting())
-    (tmp_path / "out" / "a.jsonl").mkdir(parents=True)
-    result = augment(tmp_path / "in", tmp_path / "out", "--target", stub.target)
-    assert result.exit_code == 1
-    assert result.stderr.startswith(f"augmenter: {tmp_path}/in/a.jsonl: ")
-    assert (tmp_path / "out" / "b.jsonl").is_file()
-
-
 def test_progress_bar_and_metrics_endpoint_are_optional(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
@@ -338,26 +175,3 @@ def test_environment_variables_set_arguments_and_flags(
         monkeypatch.setenv(f"AUGMENTER_{name}", value)
     assert augment("--target", stub.target).exit_code == 0
     assert (tmp_path / "out" / "a.jsonl").read_bytes() == make_posting()[:-1] + _level()
-
-
-@pytest.mark.parametrize(("modified_ns", "error"), [(1, AlreadyDoneError), (2, OutputConflictError)])
-async def test_two_writers_of_one_file_do_not_interfere(
-    tmp_path: Path, modified_ns: int, error: type[FileError]
-) -> None:
-    """Neither removes the other's file. The slower one fails, and abandoned files are removed."""
-    abandoned = tmp_path / ".a.jsonl.00000000.augmenter-tmp"
-    abandoned.touch()
-    store = LocalStore(tmp_path)
-    slower = store.create("a.jsonl", FileInfo("a.jsonl", 1, "v", modified_ns), expected_version=ABSENT)
-    with pytest.raises(error):  # noqa: PT012 - one writer inside the other
-        async with slower:
-            await slower.write(b"slower")
-            async with store.create(
-                "a.jsonl", FileInfo("a.jsonl", 1, "v", 1), expected_version=ABSENT
-            ) as faster:
-                await faster.write(b"faster")
-                await faster.complete()
-            await slower.complete()
-    remaining = await asyncio.to_thread(lambda: [path.name for path in tmp_path.iterdir()])
-    assert remaining == ["a.jsonl"]
-    assert (tmp_path / "a.jsonl").read_bytes() == b"faster"

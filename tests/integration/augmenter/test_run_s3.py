@@ -21,7 +21,8 @@ from services.common.storage.protocol import ABSENT, FileInfo
 from services.common.storage.s3 import S3Store
 from services.common.storage.s3_client import aws_client
 from services.model_stub.levels import infer_level
-from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, make_posting
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub
+from tests.support.postings import make_posting
 from tests.support.s3_bucket import Bucket
 from tests.support.tcp_relay import SLOW_DOWN_RESPONSE, reject_conditional_writes, tcp_relay
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from services.model_stub.levels import infer_level
-from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, RunResult, make_posting
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, RunResult
 from tests.support.certificates import CertificateAuthority
+from tests.support.postings import make_posting
 from tests.support.scripted_s3 import ENVIRONMENT, Fault, ScriptedS3, scripted_s3
 
 _MARK = "x-amz-meta-input-etag"

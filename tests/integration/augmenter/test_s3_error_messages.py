@@ -10,8 +10,9 @@ import pytest
 
 from services.common import aws_client, aws_reachability
 from services.common.aws_credential_logs import shorten_credential_logs
-from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, RunResult, make_posting
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, RunResult
 from tests.support.certificates import CertificateAuthority
+from tests.support.postings import make_posting
 from tests.support.scripted_s3 import ENVIRONMENT, Fault, ScriptedS3, scripted_s3
 
 

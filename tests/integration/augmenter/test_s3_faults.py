@@ -12,8 +12,9 @@ import pytest
 from services.common import aws_client
 from services.common.storage import s3_download, s3_upload
 from services.model_stub.levels import infer_level
-from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, RunResult, make_posting
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, RunResult
 from tests.support.augmenter_process import augmenter_process
+from tests.support.postings import make_posting
 from tests.support.redis_server import wait_for
 from tests.support.scripted_s3 import ALWAYS, ENVIRONMENT, OPERATIONS, Fault, ScriptedS3, scripted_s3
 

@@ -12,7 +12,8 @@ from services.augmenter.paths import S3Uri
 from services.common.errors import UsageError
 from services.common.storage.s3 import S3Store
 from services.common.storage.s3_client import aws_client
-from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, make_posting
+from tests.integration.augmenter.conftest import RunAugmenter, RunningStub
+from tests.support.postings import make_posting
 from tests.support.s3_bucket import Bucket
 from tests.support.tcp_relay import error_response, tcp_relay
 

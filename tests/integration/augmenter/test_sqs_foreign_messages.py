@@ -6,14 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.augmenter.conftest import (
-    MakeQueue,
-    RunAugmenter,
-    RunningStub,
-    make_posting,
-    sqs_run_args,
-)
+from tests.integration.augmenter.conftest import MakeQueue, RunAugmenter, RunningStub, sqs_run_args
 from tests.support.augmenter_process import augmenter_process, read_summary
+from tests.support.postings import make_posting
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
 from tests.support.sqs_server import object_created_event

@@ -4,54 +4,13 @@ import time
 
 import pytest
 
-from services.augmenter.sources.queue_url import QueueEndpoint, queue_endpoint
-from tests.integration.augmenter.conftest import (
-    MakeQueue,
-    RunAugmenter,
-    RunningStub,
-    make_posting,
-    sqs_run_args,
-)
+from tests.integration.augmenter.conftest import MakeQueue, RunAugmenter, RunningStub, sqs_run_args
 from tests.support.model_server import Answers, ReceivedCall, answer_all, scripted_model
+from tests.support.postings import make_posting
 from tests.support.redis_server import wait_for
 from tests.support.s3_bucket import Bucket
 from tests.support.scripted_sqs import scripted_sqs
 from tests.support.sqs_server import object_created_event
-
-_HOST = "vpce-0a1b-2c3d.sqs.us-east-1.vpce.amazonaws.com"
-
-
-@pytest.mark.parametrize(
-    ("host", "region", "is_endpoint"),
-    [
-        ("sqs.us-west-2.amazonaws.com", "us-west-2", False),
-        ("sqs.ap-southeast-1.amazonaws.com", "ap-southeast-1", False),
-        ("sqs.us-gov-west-1.amazonaws.com", "us-gov-west-1", False),
-        ("sqs.cn-north-1.amazonaws.com.cn", "cn-north-1", False),
-        ("SQS.eu-central-1.amazonaws.com:443", "eu-central-1", False),
-        ("queue.amazonaws.com", "us-east-1", False),
-        ("eu-west-3.queue.amazonaws.com", "eu-west-3", False),
-        ("cn-northwest-1.queue.amazonaws.com.cn", "cn-northwest-1", False),
-        ("sqs-fips.us-gov-east-1.amazonaws.com", "us-gov-east-1", True),
-        ("sqs.eu-west-1.api.aws", "eu-west-1", True),
-        ("sqs-fips.us-east-2.api.aws", "us-east-2", True),
-        ("sqs.us-iso-east-1.c2s.ic.gov", "us-iso-east-1", True),
-        (_HOST, "us-east-1", True),
-        ("vpce-0a1b-2c3d-us-east-1a.sqs.us-east-1.vpce.amazonaws.com", "us-east-1", True),
-        ("localhost:4566", None, False),
-        ("sqs.eu-west-1.localhost.localstack.cloud:4566", "eu-west-1", False),
-        ("eu-west-1.queue.localhost.localstack.cloud:4566", "eu-west-1", False),
-        ("localhost:4566/queue/ap-southeast-2", "ap-southeast-2", False),
-        ("elasticmq.internal:9324/queue", None, False),
-        ("sqs.eu-west-1.amazonaws.com.example.org", None, False),
-        ("elasticmq.internal:9324", None, False),
-        ("", None, False),
-    ],
-)
-def test_region_and_endpoint_are_those_of_the_url(host: str, region: str | None, is_endpoint: bool) -> None:
-    """Every kind of AWS host is recognised. Other hosts are left to the environment."""
-    url = f"https://{host}/123456789012/postings"
-    assert queue_endpoint(url) == QueueEndpoint(region, f"https://{host}" if is_endpoint else None)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +32,6 @@ def test_invalid_queue_url_is_a_usage_error(augment: RunAugmenter, text: str) ->
     result = augment("s3://b/raw/", "s3://b/mod/", "--target", "127.0.0.1:1", "--sqs-queue-url", text)
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
     assert "not the URL of a queue" in result.stderr
-
-
-def test_endpoint_of_the_environment_overrides_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the region is taken from the URL then."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:9")
-    assert queue_endpoint(f"https://{_HOST}/1/q") == QueueEndpoint("us-east-1")
 
 
 @pytest.mark.slow

@@ -1,18 +1,13 @@
 """Tests of usage errors: exit code 2 and one line, before anything is read."""
 
-import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from services.augmenter.paths import LocalPath, S3Uri, resolve_paths
-from services.common.errors import UsageError
-from services.common.storage.errors import StorageError
-from services.common.storage.local import LocalStore
-from services.common.storage.protocol import ABSENT, FileInfo
-from tests.integration.augmenter.conftest import RunAugmenter, make_posting
+from tests.integration.augmenter.conftest import RunAugmenter
+from tests.support.postings import make_posting
 from tests.support.processes import run_command
 
 
@@ -102,65 +97,6 @@ def test_target_is_required(augment: RunAugmenter, source: Path, tmp_path: Path)
         2,
         "augmenter: --target is required (the proxy's HOST:PORT)\n",
     )
-
-
-@pytest.mark.parametrize(
-    ("source_text", "sink_text", "expected"),
-    [
-        ("s3://b/raw/", "s3://b/mod/", (S3Uri("b", "raw/"), S3Uri("b", "mod/"), None)),
-        ("s3://b/raw", "s3://b/raw-mod", (S3Uri("b", "raw/"), S3Uri("b", "raw-mod/"), None)),
-        ("s3://b", "s3://c", (S3Uri("b", ""), S3Uri("c", ""), None)),
-        ("s3://b/raw/x.jsonl.gz", "s3://b/mod/", (S3Uri("b", "raw/"), S3Uri("b", "mod/"), "x.jsonl.gz")),
-        ("s3://b/x.jsonl", "/nowhere/y.jsonl", (S3Uri("b", ""), LocalPath(Path("/nowhere")), "y.jsonl")),
-        ("s3://b/raw.jsonl/", "s3://b/mod/", (S3Uri("b", "raw.jsonl/"), S3Uri("b", "mod/"), None)),
-    ],
-)
-def test_input_and_output_are_parsed_as_written(
-    source_text: str, sink_text: str, expected: tuple[object, ...]
-) -> None:
-    """A prefix, a bucket or a key, by its form. Names with a common prefix are distinct."""
-    run_paths = resolve_paths(source_text, sink_text, None)
-    assert (run_paths.source, run_paths.sink, run_paths.output_name) == expected
-    assert run_paths.rejects == run_paths.sink.join("_rejects/")
-
-
-@pytest.mark.parametrize(
-    ("source_text", "sink_text", "rejects"),
-    [
-        ("s3://b/raw/", "s3://b/raw/mod/", None),
-        ("s3://b/raw", "s3://b/raw/", None),
-        ("s3://b", "s3://b/mod/", None),
-        ("s3://b/raw/", "s3://b/mod/", "s3://b/raw/_rejects"),
-        ("s3://b/x.jsonl", "s3://b/", None),
-        ("s3://b/mod/raw/", "s3://b/mod/", None),
-    ],
-)
-def test_nested_prefixes_are_a_usage_error(source_text: str, sink_text: str, rejects: str | None) -> None:
-    """Prefixes are compared by their segments, as folders are."""
-    with pytest.raises(UsageError):
-        resolve_paths(source_text, sink_text, rejects)
-
-
-@pytest.mark.parametrize(
-    "name", ["../x.jsonl", "a/../../x.jsonl", "/etc/x.jsonl", "a//x.jsonl", "./x.jsonl", "a\0b"]
-)
-async def test_names_never_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
-    """No name of an object, however odd, can create a file outside the output folder."""
-    store = LocalStore(tmp_path / "out")
-    await store.check_writable()
-    with pytest.raises(StorageError):
-        await store.create(name, FileInfo(name, 1, "v", 0)).__aenter__()
-    files = await asyncio.to_thread(lambda: [path for path in tmp_path.rglob("*") if path.is_file()])
-    assert files == []
-
-
-async def test_folder_at_the_path_of_an_output_is_reported(tmp_path: Path) -> None:
-    """One key may be a prefix of another. The folder that this creates is not another process's output."""
-    item = FileInfo("a.jsonl", 1, "1", 1)
-    async with LocalStore(tmp_path).create("a.jsonl", item, expected_version=ABSENT) as upload:
-        (tmp_path / "a.jsonl").mkdir()
-        with pytest.raises(StorageError, match="a folder stands there"):
-            await upload.complete()
 
 
 def test_failed_file_is_one_line_whatever_its_name(augment: RunAugmenter, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from protos import seniority_pb2_grpc
 from services.cache_proxy.commands import infer
 from services.cache_proxy.commands.infer import InferSettings
 from services.common.errors import UsageError
-from services.common.grpc_target import check_target, http_proxy_options
+from services.common.grpc_target import check_target, http_proxy_options, is_local_target
 from services.common.reloading_channel import ReloadingChannel
 from tests.support.model_server import answer_all, scripted_model
 from tests.support.processes import run_command
@@ -206,3 +206,30 @@ def test_command_refuses_a_target_that_is_a_url_or_has_no_port(
     ended = run_command(f"services.{program}", *args, flag, target)
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
     assert f"{flag} {target!r}: " in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "is_local"),
+    [
+        ("localhost:1", True),
+        ("127.8.0.1:1", True),
+        ("[::1]:1", True),
+        ("unix:/run/proxy.sock", True),
+        ("unix-abstract:proxy", True),
+        ("dns:///localhost:1", True),
+        ("dns:localhost:1", True),
+        ("dns://10.0.0.1/localhost:1", True),
+        ("ipv4:127.0.0.1:1,127.0.0.2:1", True),
+        ("ipv6:[::1]:1", True),
+        ("ipv4:127.0.0.1:1,10.0.0.1:1", False),
+        ("localhost.example:1", False),
+        ("127.0.0.1.example:1", False),
+        ("10.0.0.1:1", False),
+        ("0.0.0.0:1", False),
+        ("proxy", False),
+        ("xds:///localhost:1", False),
+    ],
+)
+def test_local_targets_are_recognised(target: str, is_local: bool) -> None:
+    """A target is local only if all of its addresses are, however it is written."""
+    assert is_local_target(target) is is_local

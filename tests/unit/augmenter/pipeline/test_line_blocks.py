@@ -11,7 +11,7 @@ from services.augmenter.pipeline import line_blocks
 from services.augmenter.pipeline.line_blocks import ParsedBlock
 from services.augmenter.stats import LineCounts
 from services.common.line_reader import LineBlock
-from tests.integration.augmenter.conftest import make_posting
+from tests.support.postings import make_posting
 
 _INVALID = {b"": None, b"bad": "not JSON: Expecting value (character 1)", b"[]": "not a JSON object"}
 _LINES = st.lists(

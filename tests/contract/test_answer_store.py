@@ -450,8 +450,8 @@ async def test_age_decides_whether_the_previous_version_is_served(
 ) -> None:
     """The previous version's answers age as this version's do, and none is ever fresh."""
     current, metrics, _, base = on_redis
-    reached = backend_for(create_client(shared_redis, timeout_seconds=2))
-    previous = RedisStore(reached, base_key=f"{base}previous:", metrics=metrics)
+    backend = backend_for(create_client(shared_redis, timeout_seconds=2))
+    previous = RedisStore(backend, base_key=f"{base}previous:", metrics=metrics)
     lifetime = FreshnessPolicy(ttl_days, serve_stale)
     guarded = ResilientStore(VersionedStore(current, previous), metrics=metrics, freshness=lifetime)
     await previous.put({_digest(1): 6}, day=today() - age)
@@ -546,16 +546,16 @@ async def test_what_a_lost_server_missed_is_written_when_it_returns(own_redis: R
 
 
 async def test_what_was_invalidated_after_it_was_asked_is_taken_back(
-    on_redis: OnRedis, reached: RedisBackend
+    on_redis: OnRedis, backend: RedisBackend
 ) -> None:
     """By its tombstone, one pair or all; what was asked for after that stays; replicas are told."""
     opened, metrics, client, base = on_redis
-    log = InvalidationLog(reached, f"{{{base}}}log")
+    log = InvalidationLog(backend, f"{{{base}}}log")
     guarded = ResilientStore(opened, metrics=metrics, invalidation_log=log)
     asked_at = time.monotonic()
     await asyncio.sleep(0.01)
     for buried, left in ((_digest(1), 4), (b"", 0)):
-        await reached.run_script(ADD_TOMBSTONES, [ScriptCall(f"{{{base}}}tombs", [buried])])
+        await backend.run_script(ADD_TOMBSTONES, [ScriptCall(f"{{{base}}}tombs", [buried])])
         await guarded.put({_digest(1): 3, _digest(2): 4}, requested_at=asked_at)
         assert await _levels(opened, [_digest(1), _digest(2)]) == [0, left]
     first = client.lrange(log.key, 0, 0)
@@ -570,14 +570,14 @@ async def test_what_was_invalidated_before_a_lost_server_returned_is_taken_back(
     own_redis: RedisServer,
 ) -> None:
     """Answers that wait for the server are written when it is back, but for those with a later tombstone."""
-    reached = backend_for(create_client(own_redis.url, timeout_seconds=10))
-    opened = RedisStore(reached, base_key="lost:", metrics=_metrics())
+    backend = backend_for(create_client(own_redis.url, timeout_seconds=10))
+    opened = RedisStore(backend, base_key="lost:", metrics=_metrics())
     guarded = ResilientStore(
-        opened, metrics=_metrics(), invalidation_log=InvalidationLog(reached, "{lost}log")
+        opened, metrics=_metrics(), invalidation_log=InvalidationLog(backend, "{lost}log")
     )
     asked_at = time.monotonic()
     await asyncio.sleep(0.01)
-    await reached.run_script(ADD_TOMBSTONES, [ScriptCall("{lost}tombs", [_digest(1)])])
+    await backend.run_script(ADD_TOMBSTONES, [ScriptCall("{lost}tombs", [_digest(1)])])
     own_redis.kill()
     await guarded.put({_digest(1): 3, _digest(2): 4}, requested_at=asked_at)
     own_redis.start()

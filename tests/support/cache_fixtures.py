@@ -28,7 +28,7 @@ def base() -> str:
 
 
 @pytest.fixture
-async def reached(shared_redis: str) -> AsyncIterator[RedisBackend]:
+async def backend(shared_redis: str) -> AsyncIterator[RedisBackend]:
     """The shared server, as the store sees it."""
     opened = backend_for(create_client(shared_redis, timeout_seconds=5))
     yield opened
@@ -36,6 +36,6 @@ async def reached(shared_redis: str) -> AsyncIterator[RedisBackend]:
 
 
 @pytest.fixture
-def redis_store(reached: RedisBackend, base: str) -> RedisStore:
+def redis_store(backend: RedisBackend, base: str) -> RedisStore:
     """A store on the shared server."""
-    return RedisStore(reached, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))
+    return RedisStore(backend, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))

@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 _MAX_NORMAL_FORM_VERSION = 1_000_000
 _FINGERPRINT_PATTERN = re.compile(r"none|[0-9a-f]{1,64}")
 _DAMAGED_MESSAGE = (
-    "%s in Redis: the field %s does not say how keys are made; replaced by this program's settings (%s)"
+    "%s in Redis: the field %s is no description of how keys are made; "
+    "replaced by this program's settings (%s)"
 )
 
 

@@ -293,7 +293,7 @@ class RedisStore(AnswerStore):
         failure_count = self._failure_count
         async with self._operation_slots:
             if self._failure_count != failure_count:
-                raise StoreError("it failed whoever asked before")
+                raise StoreError("an operation before it failed")
             try:
                 with self._metrics.store_duration.labels(name).time():
                     yield

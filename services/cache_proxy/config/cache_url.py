@@ -130,7 +130,7 @@ def parse(url: str) -> CacheUrl:
         scheme == "unix" and match and not match["login"] and not match["hosts"]
     )
     if match is None or is_ambiguous or _BAD_PERCENT.search(url) or _BAD_CHARACTER.search(url):
-        _reject(f"its parts cannot be told apart; {_ENCODING_ADVICE}")
+        _reject(f"its parts are ambiguous; {_ENCODING_ADVICE}")
     hosts = tuple(_parse_host(item, _DEFAULT_PORTS[scheme]) for item in _split_hosts(scheme, match["hosts"]))
     parameters = _parse_parameters(match["query"], allowed=_PARAMETERS_BY_SCHEME[scheme])
     parts = _parse_path(scheme, path, parameters.pop("db", None))

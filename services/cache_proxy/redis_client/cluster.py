@@ -122,18 +122,18 @@ class ClusterBackend(RedisBackend):
         pending: dict[int, ClusterNode | None] = dict.fromkeys(range(len(commands)))
         for attempt in range(_MAX_REDIRECTIONS):
             by_node: dict[str, tuple[ClusterNode, list[int]]] = {}
-            for index, ask_node in pending.items():
+            for index, redirect_node in pending.items():
                 try:
-                    node = ask_node or self._client.nodes_manager.get_node_from_slot(slots[index])
+                    node = redirect_node or self._client.nodes_manager.get_node_from_slot(slots[index])
                 except (RedisClusterException, LookupError) as error:
                     replies[index] = error
                     self._schedule_refresh()
                 else:
                     by_node.setdefault(node.name, (node, []))[1].append(index)
-            asking = {index for index, ask_node in pending.items() if ask_node}
+            redirected = {index for index, redirect_node in pending.items() if redirect_node}
             await asyncio.gather(
                 *(
-                    _send_pipeline(node, indices, commands, asking, replies)
+                    _send_pipeline(node, indices, commands, redirected, replies)
                     for node, indices in by_node.values()
                 )
             )
@@ -232,13 +232,13 @@ async def _send_pipeline(
     node: ClusterNode,
     indices: Sequence[int],
     commands: Sequence[tuple[Any, ...]],
-    asking: set[int],
+    redirected: set[int],
     replies: list[Any],
 ) -> None:
-    """Send commands to one node, those in `asking` after an ASKING, and fill in their replies or errors."""
+    """Send commands to one node, those in `redirected` after an ASKING, and store their replies."""
     sent: list[PipelineCommand] = []
     for index in indices:
-        if index in asking:
+        if index in redirected:
             sent.append(PipelineCommand(-1, "ASKING"))
         sent.append(PipelineCommand(index, *commands[index]))
     try:

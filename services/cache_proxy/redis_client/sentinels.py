@@ -85,5 +85,5 @@ class ParallelSentinel(Sentinel):
         if state is None:
             raise MasterNotFoundError("a Sentinel does not know it")
         if not self.check_master_state(state, self._service):
-            raise MasterNotFoundError("a Sentinel says that it is down")
+            raise MasterNotFoundError("a Sentinel reports that it is down")
         return state["ip"], state["port"]

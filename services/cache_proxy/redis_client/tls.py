@@ -91,7 +91,8 @@ def load_tls_context(options: Mapping[str, Any], reloader: FileReloader | None) 
     paths = [str(options[name]) for name in _TLS_FILE_OPTIONS if options.get(name)]
     files = f"the files for Redis ({', '.join(paths)})"
     given = {name.removeprefix("ssl_"): value for name, value in options.items() if name.startswith("ssl_")}
-    # The defaults of `SSLConnection`. An empty passphrase keeps OpenSSL from asking for one on the terminal.
+    # The defaults of `SSLConnection`. An empty passphrase keeps OpenSSL from prompting for one on the
+    # terminal.
     defaults: dict[str, Any] = {"cert_reqs": "required", "check_hostname": True, "password": lambda: b""}
 
     def read() -> ssl.SSLContext:

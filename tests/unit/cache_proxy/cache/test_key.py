@@ -1,5 +1,5 @@
-# ruff: noqa: RUF001 - letters that look alike are the point
-"""From a pair to its key: what is one pair, what is two, and that it stays so."""
+# ruff: noqa: RUF001 - these tests are about letters that look alike
+"""The key of a pair: which spellings share one, and that keys never change."""
 
 import unicodedata
 
@@ -11,28 +11,30 @@ from services.cache_proxy.cache.key import NORMALIZERS, fold, make_batch_digeste
 from services.cache_proxy.domain import DIGEST_BYTES
 
 texts = st.text(max_size=12)
-odd = st.text(alphabet="aAßẞſK Kﬁ\u0345\u0130ıǅµ·\u00a0\u3000\u00a8\u0301ａ１①Ω\t\u200b\u2028", max_size=8)
+look_alikes = st.text(
+    alphabet="aAßẞſK Kﬁ\u0345\u0130ıǅµ·\u00a0\u3000\u00a8\u0301ａ１①Ω\t\u200b\u2028", max_size=8
+)
 _SPACED = st.text(alphabet="aB \t\x1f\0", max_size=8)
 _ANY_TEXT = st.one_of(
-    _SPACED, _SPACED, st.text(alphabet=st.characters(codec="ascii"), max_size=20), texts, odd
+    _SPACED, _SPACED, st.text(alphabet=st.characters(codec="ascii"), max_size=20), texts, look_alikes
 )
 
 
-@given(texts | odd)
+@given(texts | look_alikes)
 def test_fold_is_idempotent(text: str) -> None:
-    """A normal form is its own normal form."""
+    """Folding a normal form changes nothing."""
     assert fold(fold(text)) == fold(text)
 
 
 @given(st.text(alphabet=st.characters(codec="ascii"), max_size=20))
-def test_folds_fast_path_is_the_slow_one(text: str) -> None:
-    """What is folded without looking at Unicode comes out as if it had been."""
+def test_fast_path_of_fold_equals_unicode_path(text: str) -> None:
+    """ASCII is folded without Unicode tables, with the same result."""
     assert fold(text) == " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-@given(st.text(alphabet=st.characters(codec="ascii"), max_size=20) | texts | odd)
-def test_what_is_hashed_under_fold_is_the_folded_text(text: str) -> None:
-    """The bytes that go into the hash are those of `fold`, however they were made."""
+@given(st.text(alphabet=st.characters(codec="ascii"), max_size=20) | texts | look_alikes)
+def test_normalizer_fold_returns_bytes_of_fold(text: str) -> None:
+    """The bytes that are hashed are those of `fold`, by either path."""
     assert NORMALIZERS["fold"](text) == fold(text).encode()
 
 
@@ -50,8 +52,8 @@ def test_what_is_hashed_under_fold_is_the_folded_text(text: str) -> None:
         ("a\u2028b", "a b"),
     ],
 )
-def test_case_width_and_space_do_not_matter_under_fold(one: str, other: str) -> None:
-    """Spellings of one name share a key, and under `exact` they do not."""
+def test_fold_ignores_case_width_and_spaces(one: str, other: str) -> None:
+    """Spellings of one name share a key under `fold` and have different keys under `exact`."""
     digest = make_digester(normalize="fold", secret=None)
     assert digest(one, "t") == digest(other, "t")
     assert digest("c", one) == digest("c", other)
@@ -67,10 +69,10 @@ def test_case_width_and_space_do_not_matter_under_fold(one: str, other: str) -> 
 @example([(" a\t\n b ", "\0"), ("c ", " d")], "fold", None)
 @example([("a" + 9 * " " + "b", "c")], "fold", None)
 @example([("  ", " "), ("", " \x1f\x85 ")], "fold", None)
-def test_many_are_hashed_as_each_alone(
+def test_batch_digester_equals_single_digester(
     pairs: list[tuple[str, str]], normalize: str, secret: bytes | None
 ) -> None:
-    """Whatever comes together, each pair's digest is `make_digester`'s: what is stored stays valid."""
+    """The digest of a pair does not depend on its batch, so stored entries stay valid."""
     one = make_digester(normalize=normalize, secret=secret)
     many = make_batch_digester(normalize=normalize, secret=secret)
     texts = [text.encode() for pair in pairs for text in pair]
@@ -78,22 +80,22 @@ def test_many_are_hashed_as_each_alone(
 
 
 @pytest.mark.parametrize(("one", "other"), [("a b", "ab"), ("é", "e"), ("a-b", "a b"), ("", "x"), ("ı", "i")])
-def test_what_differs_in_more_than_spelling_stays_apart(one: str, other: str) -> None:
-    """Fold takes away case, width and spaces' number, and nothing else."""
+def test_fold_keeps_different_texts_apart(one: str, other: str) -> None:
+    """Fold removes case, width and the number of spaces, and nothing else."""
     assert fold(one) != fold(other)
 
 
 @given(texts)
-def test_exact_is_exact(text: str) -> None:
-    """The text itself, whatever it is."""
+def test_normalizer_exact_returns_the_text(text: str) -> None:
+    """Any text is hashed unchanged."""
     assert NORMALIZERS["exact"](text) == text.encode()
 
 
 @given(texts, texts, texts, texts)
-def test_two_pairs_share_a_key_only_with_equal_normal_forms(
+def test_pairs_share_a_key_only_if_normal_forms_are_equal(
     company: str, title: str, other_company: str, other_title: str
 ) -> None:
-    """No way of cutting one text in two makes pairs meet."""
+    """Moving characters between company and title changes the key."""
     for name, normal in NORMALIZERS.items():
         digest = make_digester(normalize=name, secret=None)
         same = (normal(company), normal(title)) == (normal(other_company), normal(other_title))
@@ -101,15 +103,15 @@ def test_two_pairs_share_a_key_only_with_equal_normal_forms(
 
 
 @given(texts, st.integers(min_value=0, max_value=12))
-def test_a_text_cut_at_two_places_makes_two_keys(text: str, place: int) -> None:
-    """Company and title are not just joined."""
+def test_text_split_at_two_positions_makes_two_keys(text: str, position: int) -> None:
+    """Company and title are not just concatenated."""
     digest = make_digester(normalize="exact", secret=None)
-    cuts = {digest(text[:at], text[at:]) for at in {0, min(place, len(text)), len(text)}}
-    assert len(cuts) == len({0, min(place, len(text)), len(text)})
+    cuts = {digest(text[:at], text[at:]) for at in {0, min(position, len(text)), len(text)}}
+    assert len(cuts) == len({0, min(position, len(text)), len(text)})
 
 
-def test_the_digest_of_a_known_pair_never_changes() -> None:
-    """A refactoring that changed it would orphan every cache there is."""
+def test_digest_of_known_pair_never_changes() -> None:
+    """A change would make every existing cache entry unreachable."""
     plain = make_digester(normalize="fold", secret=None)
     assert plain("Acme GmbH", "Senior Clerk").hex() == "36f2135d7769b5abb61ece3464432c6b"
     assert plain("株式会社", "ＣＥＯ").hex() == "075cae5222d314a6a6b09ae7d8db15ee"
@@ -117,8 +119,8 @@ def test_the_digest_of_a_known_pair_never_changes() -> None:
     assert keyed("Acme GmbH", "Senior Clerk").hex() == "4ad60e295880fdf0fd2cb6e54ad4ec3c"
 
 
-def test_a_secret_makes_keys_of_its_own_whatever_its_length() -> None:
-    """No two secrets, short or longer than the hash takes, give the same keys."""
+def test_each_secret_of_any_length_makes_different_keys() -> None:
+    """No two secrets give the same keys, even if they are longer than a BLAKE2b key."""
     secrets = [None, b"a", b"b", b"a" * 64, b"a" * 65, b"a" * 1000]
     digests = [make_digester(normalize="fold", secret=secret)("c", "t") for secret in secrets]
     assert len(set(digests)) == len(secrets)

@@ -1,4 +1,4 @@
-"""L1: what it remembers, for how long, and what makes it forget."""
+"""L1: what it stores, for how long, and what drops its answers."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ def _digest(number: int) -> bytes:
 
 
 def _level(cache: L1Cache, number: int) -> int:
-    """What a look-up finds; 0 if nothing."""
+    """Return the level that a look-up finds, 0 for a miss."""
     cell = cache.get_protected(_key(number), None) or cache.promote(_key(number))
     assert not cell or cell == level_suffix(cell[1])
     return cell[1] if cell else 0
@@ -37,8 +37,8 @@ def _put(
     )
 
 
-def test_every_level_is_told_in_the_bytes_of_an_answer() -> None:
-    """What is found for a pair is what follows the uuid in its answer, the last level that was put."""
+def test_cell_holds_the_bytes_of_the_last_level() -> None:
+    """A look-up returns the bytes that follow the uuid in an answer, for the last level stored."""
     cache = L1Cache(max_bytes=_MIB)
     for level in (*range(1, 8), *range(7, 0, -1)):
         _put(cache, level, level)
@@ -47,8 +47,8 @@ def test_every_level_is_told_in_the_bytes_of_an_answer() -> None:
     assert (_level(cache, 1), cache.entries) == (7, 7)
 
 
-def test_a_removed_digest_is_forgotten_in_all_its_spellings() -> None:
-    """Whatever bytes a digest was put by, `remove` forgets it; a later put is remembered."""
+def test_removed_digest_is_dropped_in_all_spellings() -> None:
+    """`remove` drops every key that was stored for the digest; a later put is stored."""
     cache = L1Cache(max_bytes=_MIB)
     for spelling in range(5):
         cache.put(_key(spelling), 3, digest=_digest(1), epoch=cache.epoch)
@@ -60,8 +60,8 @@ def test_a_removed_digest_is_forgotten_in_all_its_spellings() -> None:
     assert [_level(cache, spelling) for spelling in range(2)] == [3, 0]
 
 
-def test_a_removal_leaves_most_of_the_others() -> None:
-    """What is forgotten along with a digest is a 32nd of the cache."""
+def test_removal_drops_few_other_entries() -> None:
+    """About a 32nd of the cache is dropped along with a digest."""
     cache = L1Cache(max_bytes=_MIB)
     for number in range(1000):
         _put(cache, number)
@@ -70,8 +70,8 @@ def test_a_removal_leaves_most_of_the_others() -> None:
     assert sum(_level(cache, number) > 0 for number in range(1000)) > 950
 
 
-def test_what_was_looked_up_before_an_invalidation_is_not_put_after_it() -> None:
-    """A put carries the epoch read before its look-up: after a `remove` or a `clear` it is dropped."""
+def test_put_with_epoch_before_an_invalidation_is_dropped() -> None:
+    """A put carries the epoch of its look-up: after a `remove` or a `clear` it stores nothing."""
     cache = L1Cache(max_bytes=_MIB)
     for everything in (False, True):
         epoch = cache.epoch
@@ -85,8 +85,8 @@ def test_what_was_looked_up_before_an_invalidation_is_not_put_after_it() -> None
         assert _level(cache, 1) == 4
 
 
-def test_clear_forgets_everything() -> None:
-    """No entry is left, proven or not, and none of them is counted."""
+def test_clear_drops_everything() -> None:
+    """No entry is left in either segment, and none is counted."""
     cache = L1Cache(max_bytes=_MIB)
     for number in range(10):
         _put(cache, number)
@@ -96,8 +96,8 @@ def test_clear_forgets_everything() -> None:
     assert [_level(cache, number) for number in range(10)] == [0] * 10
 
 
-def test_a_day_that_goes_back_forgets_what_expires() -> None:
-    """The clock was ahead when the answers were remembered: they would be kept for too long."""
+def test_day_going_backwards_drops_answers_that_expire() -> None:
+    """The clock was ahead when the answers were stored: they would be kept for too long."""
     cache = L1Cache(max_bytes=2**20)
     cache.expire(100)
     _put(cache, 1, day=130)
@@ -108,10 +108,11 @@ def test_a_day_that_goes_back_forgets_what_expires() -> None:
     assert _level(cache, 1) == 4
 
 
-def test_an_answer_is_remembered_until_its_day() -> None:
-    """On the day of its expiry, and on later ones, an entry is gone; others of its bucket stay."""
+def test_answer_is_kept_until_its_day_of_expiry() -> None:
+    """From its day of expiry on, an entry is a miss; other entries of its bucket stay."""
     cache = L1Cache(max_bytes=_MIB)
-    for number, day in ((1, 100), (33, 101), (65, NO_EXPIRY)):  # one bucket
+    # All three are in one bucket.
+    for number, day in ((1, 100), (33, 101), (65, NO_EXPIRY)):
         _put(cache, number, day=day)
     cache.expire(99)
     assert [_level(cache, number) for number in (1, 33, 65)] == [4, 4, 4]
@@ -121,8 +122,8 @@ def test_an_answer_is_remembered_until_its_day() -> None:
     assert [_level(cache, number) for number in (1, 33, 65)] == [0, 0, 4]
 
 
-def test_what_has_expired_is_not_put() -> None:
-    """An answer that comes back from L2 too old, or on the last stroke of its day, is not remembered."""
+def test_expired_answer_is_not_stored() -> None:
+    """An answer from L2 that is too old, or whose last day has just ended, is not stored."""
     cache = L1Cache(max_bytes=_MIB)
     cache.expire(100)
     _put(cache, 1, day=100)
@@ -140,9 +141,11 @@ _STEPS = st.one_of(
 
 
 @given(st.lists(_STEPS, max_size=120))
-def test_it_never_says_what_is_not_known_any_more(steps: list[tuple[str, int, int, int]]) -> None:
-    """Whatever happens in any order: the last level put, unless it was removed or is too old, or none."""
-    cache, known, today = L1Cache(max_bytes=4000), dict[int, tuple[int, int]](), 0
+def test_look_up_never_returns_removed_or_expired_answer(steps: list[tuple[str, int, int, int]]) -> None:
+    """In any order of operations: the last level stored, unless removed or expired, or a miss."""
+    cache = L1Cache(max_bytes=4000)
+    known: dict[int, tuple[int, int]] = {}
+    today = 0
     for step, number, level, day in steps:
         if step == "put":
             _put(cache, number, level, day=day)
@@ -155,30 +158,30 @@ def test_it_never_says_what_is_not_known_any_more(steps: list[tuple[str, int, in
             today = max(today, day)
             cache.expire(today)
         else:
-            last, until = known.get(number, (0, 0))
-            assert _level(cache, number) in {0, last if until > today else 0}
+            last_level, expiry_day = known.get(number, (0, 0))
+            assert _level(cache, number) in {0, last_level if expiry_day > today else 0}
 
 
-def test_every_first_byte_of_a_digest_and_every_level_have_a_cell_of_their_own() -> None:
-    """No entry is told another's level, and what is removed is what was asked to be."""
+def test_each_level_and_bucket_of_digests_has_a_separate_cell() -> None:
+    """No entry has the level of another one, and `remove` drops only the bucket of its digest."""
     cache = L1Cache(max_bytes=4 * _MIB)
     numbers = [(first, level) for first in range(256) for level in range(1, 8)]
     for number, (first, level) in enumerate(numbers):
         cache.put(_key(number), level, digest=bytes([first]) * 16, epoch=cache.epoch)
     assert [_level(cache, number) for number in range(len(numbers))] == [level for _, level in numbers]
     cache.remove(bytes([255]) * 16)
-    left = [level if first % 32 != 255 % 32 else 0 for first, level in numbers]
-    assert [_level(cache, number) for number in range(len(numbers))] == left
+    remaining = [level if first % 32 != 255 % 32 else 0 for first, level in numbers]
+    assert [_level(cache, number) for number in range(len(numbers))] == remaining
 
 
-def test_cache_without_bytes_is_off() -> None:
-    """`--l1-max-bytes 0`: nothing is remembered."""
+def test_cache_with_zero_bytes_is_disabled() -> None:
+    """With `--l1-max-bytes 0`, nothing is stored."""
     assert not L1Cache(max_bytes=0).enabled
     assert L1Cache(max_bytes=1).enabled
 
 
-def test_size_counts_the_cells_of_each_day() -> None:
-    """They are memory, too: more days, more bytes."""
+def test_size_includes_cells_of_each_day() -> None:
+    """Cells take memory for each day of expiry in use."""
     cache = L1Cache(max_bytes=_MIB)
     sizes = [cache.size_bytes]
     for day in (10, 20):

@@ -1,4 +1,4 @@
-"""The clock by which answers age, without a server."""
+"""The clock that decides the age of answers, tested without a server."""
 
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -11,41 +11,41 @@ from services.cache_proxy.domain import DAY_SECONDS
 
 
 class _Clocks:
-    """This process's two clocks, moved by hand."""
+    """The two clocks of this process, set by the test."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.wall = DAY_ZERO_SECONDS + 100.5 * DAY_SECONDS
         self.monotonic = 1000.0
-        both = SimpleNamespace(time=lambda: self.wall, monotonic=lambda: self.monotonic)
-        monkeypatch.setattr("services.cache_proxy.cache.store_clock.time", both)
+        module = SimpleNamespace(time=lambda: self.wall, monotonic=lambda: self.monotonic)
+        monkeypatch.setattr("services.cache_proxy.cache.store_clock.time", module)
 
 
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch) -> _Clocks:
-    """Noon of day 100."""
+    """Return clocks at noon of day 100."""
     return _Clocks(monkeypatch)
 
 
-def test_clock_without_a_server_is_this_processs(clocks: _Clocks) -> None:
-    """No reply yet, or no server at all: the day is the process's own, and the difference is none."""
+def test_clock_without_server_is_that_of_the_process(clocks: _Clocks) -> None:
+    """Before the first reply, or without a server, the process's clock counts and the difference is 0."""
     clock = StoreClock()
     assert (clock.now(), clock.today(), clock.difference_seconds()) == (clocks.wall, 100, 0)
     clocks.wall += DAY_SECONDS
     assert clock.today() == 101
 
 
-def test_clock_follows_the_servers_time_halfway_between_request_and_reply(clocks: _Clocks) -> None:
-    """Sent at 990, received at 1000: the server's time was that of 995."""
+def test_clock_takes_server_time_halfway_between_request_and_reply(clocks: _Clocks) -> None:
+    """Sent at 990 and received at 1000: the server's time belongs to 995."""
     clock = StoreClock()
-    server = clocks.wall - 40 * DAY_SECONDS
-    clock.synchronize(server, sent_at=990.0, received_at=1000.0)
-    assert clock.now() == server + 5
+    server_seconds = clocks.wall - 40 * DAY_SECONDS
+    clock.synchronize(server_seconds, sent_at=990.0, received_at=1000.0)
+    assert clock.now() == server_seconds + 5
     assert clock.today() == 60
     assert clock.difference_seconds() == 40 * DAY_SECONDS - 5
 
 
-def test_clock_goes_on_without_replies_whatever_this_processs_wall_clock_does(clocks: _Clocks) -> None:
-    """Redis is lost for a day: the next day comes; a wall clock that jumps changes only the difference."""
+def test_clock_continues_without_replies_when_wall_clock_jumps(clocks: _Clocks) -> None:
+    """Without Redis for a day, the day advances; a jump of the wall clock changes only the difference."""
     clock = StoreClock()
     clock.synchronize(clocks.wall, sent_at=1000.0, received_at=1000.0)
     clocks.monotonic += DAY_SECONDS
@@ -56,12 +56,12 @@ def test_clock_goes_on_without_replies_whatever_this_processs_wall_clock_does(cl
     assert (clock.today(), clock.difference_seconds()) == (108, 0)
 
 
-def test_days_count_from_the_start_of_2026_in_utc() -> None:
-    """What is stored says so: another first day or length of a day would change the age of every answer."""
+def test_days_are_counted_from_the_start_of_2026_in_utc() -> None:
+    """Stored entries depend on it: another first day or day length would change every answer's age."""
     start = int(datetime(2026, 1, 1, tzinfo=UTC).timestamp())
     assert [day_at(start + seconds) for seconds in (0, 86_399, 86_400, 365 * 86_400)] == [0, 0, 1, 365]
 
 
-def test_answer_without_a_lifetime_expires_after_every_day_that_can_be_stored() -> None:
-    """A day has 13 bits."""
+def test_no_expiry_is_later_than_every_day_that_can_be_stored() -> None:
+    """A day has 13 bits in an entry."""
     assert FreshnessPolicy().expiry_day(pack_entry(7, 2**13 - 1)) > 2**13

@@ -73,7 +73,7 @@ def test_url_is_taken_apart(url: str, parts: CacheUrl) -> None:
         ("redis://", "no host"),
         ("redis://h:0", "port"),
         ("redis://h:70000", "port"),
-        ("redis:h", "cannot be told apart"),
+        ("redis:h", "parts are ambiguous"),
         ("http://h", "must begin with one of"),
         ("h:6379", "must begin with one of"),
         ("memory:x", "nothing after its colon"),

@@ -1,4 +1,4 @@
-"""Connections to Redis: which kind of error each fault is."""
+"""Clients for Redis: the exception that each fault raises."""
 
 from pathlib import Path
 
@@ -12,28 +12,28 @@ from tests.support.redis_server import RedisServer, redis_process
 
 
 @pytest.mark.parametrize("by_socket", [False, True], ids=["tcp", "unix"])
-async def test_a_timeout_and_a_refused_login_keep_their_kind(tmp_path: Path, *, by_socket: bool) -> None:
-    """Neither is a lost connection, which is worth more tries."""
+async def test_timeout_and_denied_login_keep_their_exception_type(tmp_path: Path, *, by_socket: bool) -> None:
+    """Neither is reported as a lost connection, which would be retried."""
     path = tmp_path / "redis.sock"
     with redis_process(tmp_path, "--unixsocket", str(path)) as server:
         url = f"unix://{path}" if by_socket else server.url
-        stranger = backend_for(
+        backend = backend_for(
             create_client(
-                url, timeout_seconds=5, credentials=RedisCredentials(username="nobody", password=b"wrong")
+                url, timeout_seconds=5, credentials=RedisCredentials(username="unknown", password=b"wrong")
             )
         )
-        with pytest.raises(StoreError) as refused:
-            await stranger.execute("key", "GET", "key")
-        assert isinstance(refused.value.__cause__, AuthenticationError)
-        await stranger.close()
-        await _times_out(url, server)
+        with pytest.raises(StoreError) as denied:
+            await backend.execute("key", "GET", "key")
+        assert isinstance(denied.value.__cause__, AuthenticationError)
+        await backend.close()
+        await _check_timeout(url, server)
 
 
-async def _times_out(url: str, server: RedisServer) -> None:
-    known = backend_for(create_client(url, timeout_seconds=0.1))
+async def _check_timeout(url: str, server: RedisServer) -> None:
+    backend = backend_for(create_client(url, timeout_seconds=0.1))
     server.pause()
-    with pytest.raises(StoreError) as silent:
-        await known.execute("key", "GET", "key")
+    with pytest.raises(StoreError) as timed_out:
+        await backend.execute("key", "GET", "key")
     server.resume()
-    assert isinstance(silent.value.__cause__, RedisTimeoutError)
-    await known.close()
+    assert isinstance(timed_out.value.__cause__, RedisTimeoutError)
+    await backend.close()

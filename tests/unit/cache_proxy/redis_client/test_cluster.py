@@ -45,7 +45,7 @@ def base() -> str:
 
 
 @pytest.fixture
-async def reached(cluster: Cluster) -> AsyncIterator[RedisBackend]:
+async def backend(cluster: Cluster) -> AsyncIterator[RedisBackend]:
     """The cluster, as the store sees it."""
     opened = backend_for(create_client(cluster.url, timeout_seconds=1))
     yield opened
@@ -53,9 +53,9 @@ async def reached(cluster: Cluster) -> AsyncIterator[RedisBackend]:
 
 
 @pytest.fixture
-def store(reached: RedisBackend, base: str) -> RedisStore:
+def store(backend: RedisBackend, base: str) -> RedisStore:
     """A store on the cluster."""
-    return RedisStore(reached, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))
+    return RedisStore(backend, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))
 
 
 def _pairs(count: int, *, tag: int | None = None) -> dict[bytes, int]:
@@ -72,7 +72,7 @@ async def _levels(store: RedisStore, pairs: dict[bytes, int]) -> list[int]:
 
 
 async def test_the_store_is_spread_over_the_nodes_and_answers_as_one(
-    cluster: Cluster, store: RedisStore, reached: RedisBackend, base: str
+    cluster: Cluster, store: RedisStore, backend: RedisBackend, base: str
 ) -> None:
     """Look-ups, writes, growth, sweep, forgetting and clearing do what they do elsewhere, and every master
     has its part.
@@ -89,7 +89,7 @@ async def test_the_store_is_spread_over_the_nodes_and_answers_as_one(
     gone, kept = list(pairs)[:10], dict(list(pairs.items())[10:])
     assert await store.delete(gone) == 10
     assert await _levels(store, kept) == list(kept.values())
-    log = InvalidationLog(reached, f"{base}log")
+    log = InvalidationLog(backend, f"{base}log")
     told: list[bytes] = []
     await log.add(gone)
     await InvalidationFollower(log, remove=told.append, clear=lambda: told.append(b"all")).poll()
@@ -204,8 +204,8 @@ async def test_a_connection_that_is_dropped_at_any_moment_is_a_node_that_was_los
     """  # noqa: D205 - one thought
     client = create_client(cluster.url, timeout_seconds=1)
     assert isinstance(client, RedisCluster)
-    reached, home = backend_for(client), QueueNode(client, key="dropped")
-    await reached.execute("dropped", "GET", "dropped")
+    backend, home = backend_for(client), QueueNode(client, key="dropped")
+    await backend.execute("dropped", "GET", "dropped")
 
     async def subscribe() -> None:
         async with await home.create_pubsub() as pubsub:
@@ -217,14 +217,14 @@ async def test_a_connection_that_is_dropped_at_any_moment_is_a_node_that_was_los
     while not any(isinstance(error, AttributeError) for error in outcomes):
         for steps in range(120):
             working = [
-                asyncio.create_task(reached.execute("dropped", "GET", "dropped")),
+                asyncio.create_task(backend.execute("dropped", "GET", "dropped")),
                 asyncio.create_task(subscribe()),
             ]
             for _ in range(steps):
                 await asyncio.sleep(0)
             await client.nodes_manager.get_node_from_slot(client.keyslot("dropped")).disconnect()
             outcomes += await asyncio.gather(*working, return_exceptions=True)
-    await reached.close()
+    await backend.close()
     assert None in outcomes
     assert [
         error for error in outcomes if error and not isinstance(error, (StoreError, *CLIENT_ERRORS))

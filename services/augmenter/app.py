@@ -8,22 +8,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
-import stamina
 from prometheus_client import CollectorRegistry
 
 from services.augmenter import summary
-from services.augmenter.client.batching_client import ProxyClient
-from services.augmenter.client.channel import ProxyCredentials, open_channel
-from services.augmenter.client.retry import OutageLogger, RetryBudget
-from services.augmenter.client.rpc import SeniorityClient
+from services.augmenter.client.channel import ProxyCredentials
 from services.augmenter.config import RunSettings
 from services.augmenter.domain import FileTask
 from services.augmenter.dry_run import DryRunCounter
 from services.augmenter.errors import TerminatedError
+from services.augmenter.file_augmenter import build_file_augmenter
 from services.augmenter.metrics import Metrics
 from services.augmenter.paths import RunPaths, S3Uri
 from services.augmenter.pipeline import allocator
-from services.augmenter.pipeline.file_pipeline import Pipeline
 from services.augmenter.run_storage import RunStorage, open_run_storage
 from services.augmenter.runner import Runner
 from services.augmenter.sources import empty_input
@@ -39,7 +35,7 @@ PROGRAM = "augmenter"
 GRACE_SECONDS = 20.0
 _EXIT_FAILED = 1
 _EXIT_INCOMPLETE = 3
-_log = logging.getLogger(PROGRAM)
+_log = logging.getLogger(__name__)
 
 
 async def run(settings: RunSettings, run_paths: RunPaths, tracing: Tracing = OFF) -> int:
@@ -93,7 +89,7 @@ async def _run(
         process_file: Callable[[FileTask], Awaitable[LineCounts]] = dry_run.count_file
         if not settings.dry_run:
             await storage.sink.check_writable()
-            process_file = await _build_augment_file(
+            process_file = await build_file_augmenter(
                 settings, credentials, storage, stack, stats, metrics, tracing
             )
         runner = Runner(
@@ -197,63 +193,3 @@ def _exit_code(settings: RunSettings, stats: RunStats, *, is_empty: bool) -> int
         return 0
     rejected = stats.lines.rejected and not settings.ok_rejects
     return _EXIT_INCOMPLETE if rejected or stats.files_archived else 0
-
-
-async def _build_augment_file(
-    settings: RunSettings,
-    credentials: ProxyCredentials,
-    storage: RunStorage,
-    stack: AsyncExitStack,
-    stats: RunStats,
-    metrics: Metrics,
-    tracing: Tracing,
-) -> Callable[[FileTask], Awaitable[LineCounts]]:
-    """Return the function that augments one file. The stack closes its channel to the target.
-
-    Each file has a separate trace that links to the trace of the run: a run may have any number of files,
-    and with --watch it does not end.
-    """
-    # Stamina would log each retry. OutageLogger logs an outage once.
-    stamina.instrumentation.set_on_retry_hooks([])
-    # Without --dry-run, the settings ensure that there is a target.
-    outage_logger = OutageLogger(str(settings.target))
-    channel = await stack.enter_async_context(
-        open_channel(outage_logger.target, credentials, max_call_seconds=settings.deadline_seconds)
-    )
-    rpc = SeniorityClient(
-        channel,
-        caller=settings.caller,
-        priority=settings.priority,
-        deadline_seconds=settings.deadline_seconds,
-        stats=stats,
-        metrics=metrics,
-        token=credentials.token,
-        tracing=tracing,
-    )
-    pipeline = Pipeline(
-        source=storage.source,
-        sink=storage.sink,
-        rejects=storage.rejects,
-        client=ProxyClient(rpc, batch_size=settings.batch_size, stats=stats),
-        stats=stats,
-        tracing=tracing,
-        limits=settings.read_limits,
-        posting_format=settings.posting_format,
-    )
-    run_context = tracing.current_context()
-
-    async def augment(task: FileTask) -> LineCounts:
-        retry_budget = RetryBudget(seconds=settings.retry_budget_seconds, outage_logger=outage_logger)
-        uri = storage.source.uri(task.file.name)
-        with tracing.start_trace("file", link=run_context, file=uri, bytes=task.file.size_bytes) as span:
-            counts = await pipeline.augment(
-                task.file,
-                output_name=task.output_name,
-                expected_version=task.expected_version,
-                lines_format=task.lines_format,
-                retry_budget=retry_budget,
-            )
-            span.set_attributes(lines=counts.read, augmented=counts.augmented, rejected=counts.rejected)
-            return counts
-
-    return augment

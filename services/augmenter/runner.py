@@ -14,7 +14,7 @@ from services.common.storage.errors import AlreadyDoneError, FileArchivedError, 
 from services.common.storage.protocol import Storage
 from services.common.tasks import cancel_and_wait, gather_or_cancel
 
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 _MAX_QUEUED_FILES = 10_000
 
 

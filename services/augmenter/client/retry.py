@@ -13,7 +13,7 @@ from services.augmenter.errors import RpcFailedError
 from services.common.grpc_details import format_status
 
 _T = TypeVar("_T")
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 _INITIAL_WAIT_SECONDS = 0.1
 _MAX_WAIT_SECONDS = 10.0
 

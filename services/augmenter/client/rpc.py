@@ -20,7 +20,7 @@ from services.common.levels import MAX_LEVEL, MIN_LEVEL
 from services.common.reloading_channel import ReloadingChannel
 from services.common.tracing import OFF, Tracing
 
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 _REJECTION_CODES = {
     grpc.StatusCode.INVALID_ARGUMENT,

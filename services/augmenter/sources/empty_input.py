@@ -6,7 +6,7 @@ from services.augmenter.stats import RunStats
 from services.common.codec import SUFFIX_HELP
 from services.common.storage.protocol import Storage
 
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 
 async def explain_empty_input(source: Storage, stats: RunStats) -> str:

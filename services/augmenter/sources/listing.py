@@ -16,7 +16,7 @@ from services.common.tasks import gather_or_cancel
 
 _HEAD_CONCURRENCY = 32
 _SHARD_PATTERN = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from services.common.tasks import cancel_and_wait
 # another worker has it, or it was held for 12 hours, the maximum. Codes come with or without a namespace and
 # a dot.
 _LOST_CODES = {"ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue"}
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 
 class MessageLeaseLostError(Exception):
@@ -34,7 +34,7 @@ class MessageLease:
         self._queue_url = queue_url
         self._receipt: str = message["ReceiptHandle"]
         self._description = f"{queue_url}: message {message['MessageId']}"
-        self._visibility_seconds = visibility_seconds
+        self.visibility_seconds = visibility_seconds
         self._is_lost = False
         self._extend_failing = False
         self._extend_task: asyncio.Task[None] | None = None
@@ -55,9 +55,9 @@ class MessageLease:
 
     async def _extend_loop(self) -> None:
         while True:
-            await asyncio.sleep(self._visibility_seconds / 3)
+            await asyncio.sleep(self.visibility_seconds / 3)
             try:
-                await self.set_visibility(self._visibility_seconds)
+                await self.set_visibility(self.visibility_seconds)
             except MessageLeaseLostError as error:
                 self._is_lost = True
                 _log.warning("%s is not renewed any more, its file goes on: %s", self._description, error)

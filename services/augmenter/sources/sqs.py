@@ -6,7 +6,6 @@ message is left in the queue: it belongs to another consumer, or the queue's red
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -15,9 +14,10 @@ from services.augmenter.metrics import Metrics
 from services.augmenter.paths import S3Uri
 from services.augmenter.runner import Runner
 from services.augmenter.sources import s3_events
+from services.augmenter.sources.hidden_messages import HiddenMessages
 from services.augmenter.sources.listing import FileLister
 from services.augmenter.sources.lru_set import LruSet
-from services.augmenter.sources.message_lease import MessageLease, MessageLeaseLostError
+from services.augmenter.sources.message_lease import MessageLease
 from services.augmenter.sources.s3_events import EventMessage, ObjectEvent, UnreadableMessageError
 from services.augmenter.stats import RunStats
 from services.common.file_names import is_input
@@ -32,13 +32,7 @@ _RETRY_SECONDS = 5.0
 _DEFAULT_VISIBILITY_SECONDS = 30
 # A message that is dropped from this set is only read once more, and counted twice.
 _MAX_IGNORED_MESSAGES = 10_000
-# How long a message that is left is hidden from its own consumer, whatever the queue's timeout is. After less
-# time, a worker would receive it again at once, and each time would count for the redrive policy.
-_MIN_HIDDEN_SECONDS = 5
-_MAX_HIDDEN_SECONDS = 60
-# The maximum of ChangeMessageVisibilityBatch.
-_RELEASE_BATCH_SIZE = 10
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 
 class SqsWorkers:
@@ -49,7 +43,7 @@ class SqsWorkers:
     - `_file_locks`, one for each file in progress: S3 sends some events twice, and the worker of the second
       message must find the file done.
     - `_ignored_ids`, messages that this run does not process again.
-    - `_hidden_messages`, the receipt of each message that was left and is still hidden, and until when.
+    - `_hidden`, messages that were left in the queue and are still hidden.
     - `_receive_failing`, that the last receive failed.
     """
 
@@ -74,7 +68,7 @@ class SqsWorkers:
         self._visibility_seconds = 0
         self._file_locks: dict[str, asyncio.Lock] = {}
         self._ignored_ids = LruSet(max_size=_MAX_IGNORED_MESSAGES)
-        self._hidden_messages: dict[str, tuple[str, float]] = {}
+        self._hidden = HiddenMessages(client, queue_url=queue_url)
         self._receive_failing = False
 
     async def run(self, *, concurrency: int, follow: bool, stopping: asyncio.Event) -> None:
@@ -92,7 +86,7 @@ class SqsWorkers:
             await gather_or_cancel(self._worker(follow=follow, stopping=stopping) for _ in range(concurrency))
         # Messages that were left become visible again also when the run is stopped.
         finally:
-            await self._release_hidden()
+            await self._hidden.release()
 
     async def _worker(self, *, follow: bool, stopping: asyncio.Event) -> None:
         # Ignored messages received since the last one that was processed. A run without `follow` ends when
@@ -113,7 +107,7 @@ class SqsWorkers:
                 if not follow:
                     return
             elif message["MessageId"] in self._ignored_ids:
-                await self._hide_message(message)
+                await self._hidden.hide(message, self._create_lease(message))
                 if message["MessageId"] in seen:
                     return
                 if not follow:
@@ -162,7 +156,7 @@ class SqsWorkers:
                 self._ignored_ids.add(received["MessageId"])
         elif foreign or message.unreadable_reason:
             self._record_foreign(received, foreign, message.unreadable_reason)
-            await self._hide_message(received)
+            await self._hidden.hide(received, lease)
         else:
             await lease.delete()
             self._count_message("deleted")
@@ -215,38 +209,3 @@ class SqsWorkers:
             message=received,
             visibility_seconds=self._visibility_seconds,
         )
-
-    async def _hide_message(self, received: Any) -> None:
-        """Hide a message that is left in the queue for a short time."""
-        seconds = min(max(self._visibility_seconds, _MIN_HIDDEN_SECONDS), _MAX_HIDDEN_SECONDS)
-        now = time.monotonic()
-        self._hidden_messages.pop(received["MessageId"], None)
-        self._hidden_messages[received["MessageId"]] = received["ReceiptHandle"], now + seconds
-        # Drop messages that are visible again. The dictionary is in the order of their times.
-        while next(iter(self._hidden_messages.values()))[1] <= now:
-            del self._hidden_messages[next(iter(self._hidden_messages))]
-        if seconds == self._visibility_seconds:
-            return
-        try:
-            await self._create_lease(received).set_visibility(seconds)
-        except (MessageLeaseLostError, StorageError) as error:
-            _log.debug("%s: message %s: %s", self._queue_url, received["MessageId"], error)
-
-    async def _release_hidden(self) -> None:
-        """Make messages that were left visible, now that no worker of this run would receive them again."""
-        now = time.monotonic()
-        receipts = [receipt for receipt, until in self._hidden_messages.values() if until > now]
-        for start in range(0, len(receipts), _RELEASE_BATCH_SIZE):
-            entries = [
-                {"Id": str(number), "ReceiptHandle": receipt, "VisibilityTimeout": 0}
-                for number, receipt in enumerate(receipts[start : start + _RELEASE_BATCH_SIZE])
-            ]
-            try:
-                with translate_errors(self._queue_url):
-                    await self._client.change_message_visibility_batch(
-                        QueueUrl=self._queue_url, Entries=entries
-                    )
-            # The messages become visible after their timeout anyway.
-            except StorageError as error:
-                _log.debug("%s", error)
-                return

@@ -15,7 +15,7 @@ from services.common.storage.errors import FileMissingError
 # Names of files begin with their time in seconds since the epoch.
 _EPOCH_SECONDS = re.compile(r"\d{10}(?=\D|$)")
 _MAX_RETRY_WAIT_SECONDS = 600.0
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)

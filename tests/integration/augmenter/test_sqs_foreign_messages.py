@@ -108,7 +108,7 @@ def test_watch_names_a_failure_once(stub: RunningStub, bucket: Bucket, make_queu
         )
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=20)
-    assert err.count("WARNING augmenter") == 1
+    assert err.count("WARNING services.augmenter") == 1
     # When it failed first, and at the end.
     assert err.count("raw/gone.jsonl: does not exist") == 2
 

@@ -51,20 +51,22 @@ def _parse(path: str) -> CallerList:
     by_certificate: set[str] = set()
     denied: set[str] = set()
     for number, line in enumerate(read_file(path, flag_name=_FLAG).splitlines(), start=1):
-        words = line.partition(b"#")[0].decode(errors="replace").split()
-        if not words:
+        fields = line.partition(b"#")[0].decode(errors="replace").split()
+        if not fields:
             continue
         # A line has a name and how the name is identified.
-        name, how = words if len(words) == 2 else ("", "")  # noqa: PLR2004
-        found = _TOKEN_HASH_PATTERN.fullmatch(how)
-        token = _keyed_digest(bytes.fromhex(found[1])) if found else b""
-        if not _NAME_PATTERN.fullmatch(name) or not (found or how in {"certificate", "denied"}):
+        name, identified_by = fields if len(fields) == 2 else ("", "")  # noqa: PLR2004
+        hash_match = _TOKEN_HASH_PATTERN.fullmatch(identified_by)
+        token = _keyed_digest(bytes.fromhex(hash_match[1])) if hash_match else b""
+        if not _NAME_PATTERN.fullmatch(name) or not (
+            hash_match or identified_by in {"certificate", "denied"}
+        ):
             # The message does not quote the line, which may hold a token that was not hashed.
             message = f"{_FLAG} {path}: line {number} is not NAME sha256:HEX, NAME certificate or NAME denied"
             raise UsageError(message)
-        if how == "certificate":
+        if identified_by == "certificate":
             by_certificate.add(name)
-        elif how == "denied":
+        elif identified_by == "denied":
             denied.add(name)
         elif by_token.setdefault(token, name) != name:
             message = f"{_FLAG} {path}: line {number} has the token of {by_token[token]}"

@@ -4,12 +4,21 @@ import asyncio
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
-from services.cache_proxy.observability.metrics import ProxyMetrics
+from prometheus_client import Counter, Gauge
+
 from services.common.file_reload import ReloadResult
 
 _INTERVAL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
+
+
+class ReloadMetrics(Protocol):
+    """The metrics that record reloads, both labelled by the name of the files."""
+
+    reloads: Counter
+    reload_failing: Gauge
 
 
 class FileReloader:
@@ -18,7 +27,7 @@ class FileReloader:
     State: `_checks`, complete before `run` starts.
     """
 
-    def __init__(self, metrics: ProxyMetrics) -> None:
+    def __init__(self, metrics: ReloadMetrics) -> None:
         self._metrics = metrics
         self._checks: list[Callable[[], object]] = []
 
@@ -27,7 +36,7 @@ class FileReloader:
         self._checks.append(check)
 
     def on_reload(self, files: str) -> Callable[[ReloadResult], None]:
-        """Return a callback that records each reload of these files, one of `metrics.RELOADABLE_FILES`."""
+        """Return a callback that records each reload of these files, one of `RELOADABLE_FILES`."""
         return partial(self._record, files)
 
     async def run(self) -> None:

@@ -31,7 +31,7 @@ _RETRY_AFTER_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class InboundLimits:
-    """Limits of the bytes held by all connections, by one, and what each may hold whatever the others do."""
+    """Byte limits: of all connections together, of each one, and what each may hold in any case."""
 
     total_bytes: int
     connection_bytes: int
@@ -64,7 +64,7 @@ class _PendingRead:
 
 @dataclass(slots=True)
 class InboundLimiter:
-    """Reads messages, and counts what each connection holds.
+    """Read messages, and count what each connection holds.
 
     State, used by the event loop only: `_connections` by peer, and the sums `_held_bytes` and `_slow_reads`
     over them; `_pending`, the messages that have not arrived; `_is_check_scheduled`.

@@ -33,7 +33,7 @@ CredentialsFactory = Callable[[], grpc.ServerCredentials]
 
 
 class GrpcService(Protocol):
-    """Implements the model's interface."""
+    """Implement the model's interface."""
 
     def add_to(self, server: aio.Server) -> None:
         """Register the methods on `server`."""

@@ -60,7 +60,7 @@ class RequestLimits:
 
 
 class SeniorityServicer:
-    """Implements the model's interface. It alone converts errors to gRPC statuses.
+    """Implement the model's interface. It alone converts errors to gRPC statuses.
 
     State: `_draining`; `_active_rpcs`, the number of RPCs that are being processed; `_idle`, set when that
     number reaches 0 while draining.

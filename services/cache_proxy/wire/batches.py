@@ -91,8 +91,8 @@ def join(items: Sequence[bytes]) -> bytes:
 
 def uuid_length(item: bytes) -> int | None:
     """Return how many bytes the uuid takes at the start of an item, None if its encoding is not minimal."""
-    found = _UUID.match(item)
-    return None if found is None else found.end()
+    match = _UUID.match(item)
+    return None if match is None else match.end()
 
 
 def response_item(uuid: int, level: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Who is let into the local queue: by its bounds, the caller's quota, and when the last pair's turn comes."""
+"""Decide which requests enter the local queue: by its limits, by quotas and by the expected wait."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from services.cache_proxy.queue.quotas import Quota, QuotaProvider
 
 
 class Admission:
-    """Decides, and changes nothing."""
+    """Checks requests. It changes no state."""
 
     def __init__(
         self,
@@ -32,7 +32,10 @@ class Admission:
         self._quotas = quotas
 
     def account_for(self, context: RequestContext) -> str | None:
-        """Whose quota binds the asker's pairs: nobody's what is refreshed, which fills spare places only."""
+        """Return the account that a request's pairs are charged to, None if no quota applies.
+
+        Refreshed pairs have none: they only fill otherwise empty places of a batch.
+        """
         quota = self._quota_for(context)
         return None if quota is None else quota.account
 
@@ -46,16 +49,22 @@ class Admission:
         total_pairs: int,
         total_bytes: int,
     ) -> list[QueuePosition]:
-        """The places that joined pairs, which wait already, get of the asker's. Raises `QueueFullError`."""
-        limits, quota, left_seconds = self._limits, self._quota_for(context), context.deadline - now
+        """Return the positions that a request adds to pairs which it joined and which wait already.
+
+        `pairs` are the request's new pairs. `total_pairs` and `total_bytes` are the size of the queue. Raises
+        `QueueFullError` if the request must be rejected.
+        """
+        limits = self._limits
+        quota = self._quota_for(context)
+        left_seconds = context.deadline - now
         waiting = 0 if quota is None else self._scheduler.count_for_account(quota.account)
-        queued_pairs = 0 if quota is None else self._quota_limiter.max_queued_pairs(quota)
-        room = queued_pairs - waiting - len(pairs) if queued_pairs else math.inf
-        places = self._new_positions(joined, context, room)
-        wait_seconds, quota_seconds = self._expected_wait_seconds(len(pairs), joined, places, context, now)
+        max_queued_pairs = 0 if quota is None else self._quota_limiter.max_queued_pairs(quota)
+        available = max_queued_pairs - waiting - len(pairs) if max_queued_pairs else math.inf
+        positions = self._new_positions(joined, context, available)
+        wait_seconds, quota_seconds = self._expected_wait_seconds(len(pairs), joined, positions, context, now)
         size_bytes = sum(pair.size_bytes for pair in pairs)
-        if pairs and room < 0 and quota is not None:
-            seconds = -room / quota.pairs_per_second if quota.pairs_per_second else 0.0
+        if pairs and available < 0 and quota is not None:
+            seconds = -available / quota.pairs_per_second if quota.pairs_per_second else 0.0
             raise rejections.queued_pairs_quota_error(
                 quota, waiting=waiting, pairs=len(pairs), wait_seconds=max(wait_seconds, seconds)
             )
@@ -73,19 +82,21 @@ class Admission:
             )
         if wait_seconds > left_seconds:
             raise rejections.deadline_error(wait_seconds=wait_seconds, left_seconds=left_seconds)
-        return places
+        return positions
 
     def _new_positions(
-        self, joined: Sequence[QueuedPair], context: RequestContext, room: float
+        self, joined: Sequence[QueuedPair], context: RequestContext, available: float
     ) -> list[QueuePosition]:
-        account, places = self.account_for(context), list[QueuePosition]()
+        """Return the positions that the request adds, as far as its quota of queued pairs allows."""
+        account = self.account_for(context)
+        positions: list[QueuePosition] = []
         for entry in joined:
-            place = self._scheduler.position_for(
+            position = self._scheduler.position_for(
                 entry, priority=context.priority, account=account, caller=context.caller
             )
-            if place is not None and (len(places) < room or _has_account(entry, account)):
-                places.append(place)
-        return places
+            if position is not None and (len(positions) < available or _has_account(entry, account)):
+                positions.append(position)
+        return positions
 
     def _expected_wait_seconds(
         self,
@@ -95,41 +106,45 @@ class Admission:
         context: RequestContext,
         now: float,
     ) -> tuple[float, float]:
-        """How long until the last of a request's pairs goes out, as the limit has it and as the quota has it.
+        """Return the time until the last pair of a request is sent: by the rate limit, and by its quota.
 
-        Of the new ones and those that wait in the caller's own turn, and of those joined where they are.
+        New pairs, and joined ones that move to a position of this request, count in the caller's own turn.
+        Other joined pairs are sent in the positions that they have.
         """
-        own, turn, waits = {place.entry.pair.digest: place for place in positions}, new_pairs, [0.0]
+        own = {position.entry.pair.digest: position for position in positions}
+        own_turn_pairs = new_pairs
+        waits = [0.0]
         left_seconds = min(DAY_SECONDS, max(0.0, context.deadline - now))
         last: dict[tuple[str, str | None], QueuePosition] = {}
         for entry in joined:
-            place = own.get(entry.pair.digest)
-            if place is not None and _has_account(entry, place.account):
-                turn += 1
-            elif place is not None or len(entry.positions) > 1:
+            position = own.get(entry.pair.digest)
+            if position is not None and _has_account(entry, position.account):
+                own_turn_pairs += 1
+            elif position is not None or len(entry.positions) > 1:
                 wait = min(self._position_wait_seconds(other, now, left_seconds) for other in entry.positions)
-                if place is None:
+                if position is None:
                     waits.append(wait)
                 elif wait > left_seconds:
-                    turn += 1
+                    own_turn_pairs += 1
             else:
+                # Of many joined pairs in one queue, only the last needs an estimate.
                 only = entry.positions[0]
                 known = last.setdefault((only.priority, only.account), only)
                 if only.start_tag > known.start_tag:
                     last[only.priority, only.account] = only
-        waits += [self._position_wait_seconds(place, now, left_seconds) for place in last.values()]
-        if not turn:
+        waits += [self._position_wait_seconds(one, now, left_seconds) for one in last.values()]
+        if not own_turn_pairs:
             return max(waits), 0.0
-        new = self._scheduler.expected_turn_of_new(
+        turn = self._scheduler.expected_turn_of_new(
             priority=context.priority,
             account=self.account_for(context),
             caller=context.caller,
-            count=turn,
+            count=own_turn_pairs,
             batch_pairs=self._limits.batch_pairs,
             now=now,
             horizon_seconds=left_seconds,
         )
-        return max(*waits, self._seconds_until_call(new, turn, now)), new.quota_wait_seconds
+        return max(*waits, self._seconds_until_call(turn, own_turn_pairs, now)), turn.quota_wait_seconds
 
     def _position_wait_seconds(self, position: QueuePosition, now: float, horizon_seconds: float) -> float:
         turn = self._scheduler.expected_turn(
@@ -146,4 +161,4 @@ class Admission:
 
 
 def _has_account(entry: QueuedPair, account: str | None) -> bool:
-    return any(place.account == account for place in entry.positions)
+    return any(position.account == account for position in entry.positions)

@@ -1,10 +1,12 @@
-"""Finding the pair for which the model refuses a whole batch, by halving, within a share of the slots.
+"""Find the pair for which the model rejects a whole batch, by bisection.
 
-A refused batch becomes a group of suspects. Half of a group is sent alone (a probe), split
-by caller first, for whose pairs are fine should not wait for whose are not: if it passes, the bad
-pair is in the other half; if it is refused, it is in this one, and the other half goes back to ordinary
-batches. One bad pair in 1000 costs ten probes, and every probe that passes answers its pairs. While other
-pairs wait, at most every fourth call is a probe, so a bad pair cannot take the model from everybody.
+A rejected batch becomes a group of suspects. Half of a group is sent alone, as a probe. If the probe passes,
+the poison pair is in the other half. If it is rejected, the poison pair is in this half, and the other half
+goes back to ordinary batches. A group is split between callers first, so that callers whose pairs are fine
+do not wait for those of others.
+
+One poison pair in 1000 costs ten probes, and every probe that passes answers its pairs. While other pairs
+wait, at most every fourth call is a probe, so that a poison pair cannot block the model for all.
 """
 
 from collections import deque
@@ -16,13 +18,16 @@ from services.cache_proxy.queue.interface import Claim
 _BATCHES_BETWEEN_PROBES = 3
 
 _Entry = TypeVar("_Entry")
-_Group = dict[_Entry, None]  # an ordered set
+# An ordered set.
+_Group = dict[_Entry, None]
 
 
 class BatchBisector(Generic[_Entry]):
-    """State: `_groups`, oldest first, ready to be probed; `_held`, the unsent rest of each probe in flight.
+    """Holds the groups of suspects.
 
-    An entry is in at most one of them; one in flight is in neither, its claim has it.
+    State: `_groups`, which wait to be probed, oldest first; `_unsent_halves`, the other half of each probe
+    that was sent. An entry is in at most one of them. An entry that was sent is in neither, only in its
+    claim.
     """
 
     def __init__(self, caller_of: Callable[[_Entry], str]) -> None:
@@ -32,14 +37,14 @@ class BatchBisector(Generic[_Entry]):
         self._batches_since_probe = 0
 
     def next_probe(self, *, others_waiting: bool) -> list[_Entry]:
-        """The entries to send as a probe now; none if it is others' turn."""
+        """Return the entries to send as a probe now, none if it is the turn of ordinary batches."""
         if not self._groups or (others_waiting and self._batches_since_probe < _BATCHES_BETWEEN_PROBES):
             return []
         group = sorted(self._groups[0], key=self._caller_of)
         return group[: self._split_point(group)]
 
     def claim_sent(self, claim: Claim, probe: list[_Entry]) -> None:
-        """Note a claim: of the probe that `due` returned, or, with none, of others."""
+        """Record a claim. `probe` has the entries that `next_probe` returned, or none for an ordinary batch."""
         if not probe:
             self._batches_since_probe += 1
             return
@@ -50,27 +55,30 @@ class BatchBisector(Generic[_Entry]):
         self._unsent_halves[claim] = group
 
     def claim_passed(self, claim: Claim) -> None:
-        """The batch passed: if it was a probe, the rest of its group is suspect still."""
+        """Record that a batch passed. If it was a probe, the other half of its group stays suspected."""
         rest = self._unsent_halves.pop(claim, None)
         if rest:
             self._groups.appendleft(rest)
 
     def claim_rejected(self, claim: Claim, entries: Iterable[_Entry]) -> list[_Entry]:
-        """The batch was refused for one of `entries`; those that are no longer suspect."""
+        """Record that a batch was rejected for one of `entries`.
+
+        Return the entries that are no longer suspected.
+        """
         rest = self._unsent_halves.pop(claim, None)
         group = dict.fromkeys(entries)
-        if (
-            group and rest is None
-        ):  # behind those that were refused before it: else new ones would starve them
+        if group and rest is None:
+            # A new group goes behind the older ones, which it would starve otherwise.
             self._groups.append(group)
         elif group:
             self._groups.appendleft(group)
         return list(rest or ())
 
     def claim_undecided(self, claim: Claim, entries: Iterable[_Entry], *, separate: bool = False) -> bool:
-        """The batch was not judged: if it was a probe, `entries` are suspects again. Whether it was.
+        """Record that a call failed without showing anything about its pairs. Return whether it was a probe.
 
-        `apart`: the rest of the group is probed before them, for if it passes the model is well.
+        If it was, `entries` are suspected again. With `separate`, the other half of the group is probed
+        first: if it passes, the model works.
         """
         rest = self._unsent_halves.pop(claim, None)
         if rest is None:
@@ -84,7 +92,7 @@ class BatchBisector(Generic[_Entry]):
         return True
 
     def discard(self, entry: _Entry) -> bool:
-        """Forget an entry, unless it is in flight. Whether it was here."""
+        """Remove an entry unless it was sent. Return whether it was here."""
         for group in (*self._groups, *self._unsent_halves.values()):
             if entry in group:
                 del group[entry]
@@ -94,16 +102,16 @@ class BatchBisector(Generic[_Entry]):
         return False
 
     def _split_point(self, group: list[_Entry]) -> int:
-        """How many make about a half; between two callers if there are any, the nearest to the middle."""
+        """Return the size of the first half: a boundary between callers near the middle, else the middle."""
         callers = [self._caller_of(entry) for entry in group]
-        between = [at for at in range(1, len(group)) if callers[at - 1] != callers[at]]
+        boundaries = [index for index in range(1, len(group)) if callers[index - 1] != callers[index]]
         middle = (len(group) + 1) // 2
-        return min(between, key=lambda at: abs(at - middle), default=middle)
+        return min(boundaries, key=lambda index: abs(index - middle), default=middle)
 
     def clear(self) -> list[_Entry]:
-        """Forget all but those in flight; what was forgotten."""
-        forgotten = [entry for group in (*self._groups, *self._unsent_halves.values()) for entry in group]
+        """Remove and return all entries except those that were sent."""
+        removed = [entry for group in (*self._groups, *self._unsent_halves.values()) for entry in group]
         self._groups.clear()
         for rest in self._unsent_halves.values():
             rest.clear()
-        return forgotten
+        return removed

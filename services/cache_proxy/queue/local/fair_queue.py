@@ -1,8 +1,8 @@
-"""One lane of waiting pairs, fair between callers: start-time fair queueing (Goyal, Vin, Cheng, 1996).
+"""A queue that is fair between callers: start-time fair queueing (Goyal, Vin, Cheng, 1996).
 
-A caller's next pair starts where the caller's last one ends, and never before the lane's virtual time, which
-is the start of what was last taken. So pairs go out in the order of their starts: a caller with two pairs
-does not wait behind one with a hundred thousand.
+Each pair has a start tag: the finish tag of the caller's previous pair, but no less than the virtual time of
+the queue, which is the start tag of the pair that was last taken. Pairs are taken in the order of their start
+tags. So a caller with two pairs does not wait behind one with a hundred thousand.
 """
 
 import heapq
@@ -15,17 +15,22 @@ from operator import attrgetter
 from services.cache_proxy.domain import Pair
 from services.cache_proxy.queue.interface import MAX_TRACES_PER_PAIR, Claim
 
-MAX_CALLERS = 100  # names are the callers' to choose: those beyond share one turn
+# Callers choose their names themselves. Those beyond this number share one flow.
+MAX_CALLERS = 100
 _SHARED_FLOW = ""
 
 
 @dataclass(slots=True, eq=False)
 class QueuedPair:
-    """A pair that has not ended: `attempts` and `refusals` count the failed calls it was in.
+    """A pair that has not ended.
 
-    `wanted` is false once nobody waits for it: in flight it may still be answered, but is not sent again.
-    `places` are where it waits, or waited before it was sent; the first is that of who asked first. `paid_by`
-    is the claim that an account's quota was spent for; `traces` of a few who wait. `request` queued it.
+    - `is_awaited`: False once no request waits for it. The call that it is in may still answer it, but it is
+      not sent again.
+    - `attempts` and `rejections`: the failed and the rejected calls that it was in.
+    - `positions`: where it waits, or waited before it was sent. The first is that of the first request.
+    - `request_id`: the request that queued it.
+    - `charged_claim`: the claim for which an account's quota was charged.
+    - `trace_contexts`: the traces of a few of the requests that wait for it.
     """
 
     pair: Pair
@@ -40,7 +45,7 @@ class QueuedPair:
     trace_contexts: list[bytes] = field(default_factory=list)
 
     def add_trace(self, trace_context: bytes) -> None:
-        """One more waits, in this trace, if in any."""
+        """Add the trace of one more request that waits, unless it is empty, known or one too many."""
         if (
             trace_context
             and len(self.trace_contexts) < MAX_TRACES_PER_PAIR
@@ -51,9 +56,9 @@ class QueuedPair:
 
 @dataclass(slots=True, eq=False)
 class QueuePosition:
-    """Where an entry waits: in whose turn, in a priority's own lane or an account's.
+    """Where an entry waits: by priority, caller and quota account (None: no quota applies).
 
-    `start` is its place there.
+    `start_tag` is its place in that queue.
     """
 
     entry: QueuedPair
@@ -64,7 +69,7 @@ class QueuePosition:
     trace_contexts: list[bytes] = field(default_factory=list)
 
     def add_trace(self, trace_context: bytes) -> None:
-        """One more waits, in this trace, if in any."""
+        """Add the trace of one more request that waits, unless it is empty, known or one too many."""
         if (
             trace_context
             and len(self.trace_contexts) < MAX_TRACES_PER_PAIR
@@ -74,9 +79,11 @@ class QueuePosition:
 
 
 class FairQueue:
-    """State: `_arrivals`, all that wait, oldest first; `_turns`, the same by caller; `_ends`, by caller.
+    """One fair queue.
 
-    A lane that is empty begins to count anew, unless others count with it (`alone`).
+    State: `_by_arrival`, all positions, oldest first; `_by_caller`, the same for each caller; `_finish_tags`,
+    of each caller's last position; `virtual_time`. An empty queue resets its tags if it is `standalone`, that
+    is, if no other queue is ordered by the same tags.
     """
 
     def __init__(self, *, standalone: bool = True) -> None:
@@ -93,43 +100,47 @@ class FairQueue:
         return self._by_arrival.get(position.entry.pair.digest) is position
 
     def __iter__(self) -> Iterator[QueuePosition]:
-        """All that wait, in the order in which they go out."""
-        return heapq.merge(*(turn.values() for turn in self._by_caller.values()), key=attrgetter("start_tag"))
+        """Iterate over all positions in the order in which they are taken."""
+        return heapq.merge(*(flow.values() for flow in self._by_caller.values()), key=attrgetter("start_tag"))
 
     def start_tag(self, caller: str) -> float:
-        """Where the caller's next pair would start."""
+        """Return the start tag that the caller's next pair would get."""
         return max(self.virtual_time, self._finish_tags.get(caller, 0.0))
 
     def count_through(self, start_tag: float) -> int:
-        """How many go out no later than one that starts there: a caller's pairs start one after the other."""
+        """Return how many positions have a start tag up to the given one.
+
+        The tags of a caller's positions are consecutive, so the first one is enough to count them.
+        """
         return sum(
-            min(len(turn), max(0, math.floor(start_tag - next(iter(turn.values())).start_tag) + 1))
-            for turn in self._by_caller.values()
+            min(len(flow), max(0, math.floor(start_tag - next(iter(flow.values())).start_tag) + 1))
+            for flow in self._by_caller.values()
         )
 
     def oldest(self) -> QueuedPair | None:
-        """The one that came first."""
-        return next((place.entry for place in self._by_arrival.values()), None)
+        """Return the entry that was added first."""
+        return next((position.entry for position in self._by_arrival.values()), None)
 
     def add(self, position: QueuePosition, *, at_front: bool = False) -> None:
-        """Have it wait: behind its caller's last, or, as before, in front of what came since."""
+        """Add a position behind the caller's last one, or in front of all."""
         if position.caller not in self._by_caller and len(self._by_caller) >= MAX_CALLERS:
             position.caller = _SHARED_FLOW
-        if at_front:  # the lane may have been empty meanwhile, and begun to count anew
+        if at_front:
+            # The queue may have been empty and reset meanwhile, so the old tag may be too high.
             position.start_tag = min(position.start_tag, self.virtual_time - 1)
         else:
             position.start_tag = self.start_tag(position.caller)
             self._finish_tags[position.caller] = position.start_tag + 1
-        for waiting in (self._by_arrival, self._by_caller.setdefault(position.caller, OrderedDict())):
-            waiting[position.entry.pair.digest] = position
-            waiting.move_to_end(position.entry.pair.digest, last=not at_front)
+        for positions in (self._by_arrival, self._by_caller.setdefault(position.caller, OrderedDict())):
+            positions[position.entry.pair.digest] = position
+            positions.move_to_end(position.entry.pair.digest, last=not at_front)
 
     def remove(self, position: QueuePosition) -> None:
-        """Take one out that is there."""
+        """Remove a position that is in the queue."""
         del self._by_arrival[position.entry.pair.digest]
-        turn = self._by_caller[position.caller]
-        del turn[position.entry.pair.digest]
-        if not turn:
+        flow = self._by_caller[position.caller]
+        del flow[position.entry.pair.digest]
+        if not flow:
             del self._by_caller[position.caller]
             if self._finish_tags.get(position.caller, 0.0) <= self.virtual_time:
                 self._finish_tags.pop(position.caller, None)
@@ -137,10 +148,10 @@ class FairQueue:
             self.reset()
 
     def reset(self) -> None:
-        """Nobody waits: whoever comes next starts with the others."""
+        """Reset all tags of an empty queue."""
         self._finish_tags.clear()
         self.virtual_time = 0.0
 
     def advance(self, start_tag: float) -> None:
-        """What starts there goes out: that is the lane's time."""
+        """Set the virtual time to the start tag of a position that is taken."""
         self.virtual_time = max(self.virtual_time, start_tag)

@@ -1,4 +1,4 @@
-"""The lanes of one priority: its own, fair between callers, and those of the accounts, in turn with them."""
+"""The queues of one priority: one of pairs without a quota, and one for each account, in turn."""
 
 import heapq
 import math
@@ -10,7 +10,11 @@ from services.cache_proxy.queue.local.fair_queue import FairQueue, QueuedPair, Q
 
 @dataclass(slots=True)
 class _Flow:
-    """What one lane may send: `left` pairs that are not paid for yet. `tag` is its head's place among all."""
+    """The positions of one queue that may be taken now.
+
+    `remaining` is how many pairs the quota allows, not counting pairs that were charged before. `start_tag`
+    is the place of `head` among all flows of the priority.
+    """
 
     positions: Iterator[QueuePosition]
     account: str | None
@@ -20,10 +24,13 @@ class _Flow:
 
 
 class PriorityClass:
-    """State: `own`; `accounts`, lanes of those with pairs here; `_ends`, where an account's last one ends.
+    """All positions of one priority.
 
-    An account's pairs have their places in its own lane, and line up with the others only as they go out:
-    what a quota held back has not stood in front meanwhile.
+    State: `default_queue`, positions without a quota; `account_queues`, by account, of those with positions;
+    `_finish_tags`, by account, of the position that was last taken.
+
+    Within an account, positions have tags of the account's own queue. Among all queues of the priority they
+    get tags only when they are taken: pairs that a quota held back have no precedence afterwards.
     """
 
     def __init__(self, priority: str) -> None:
@@ -36,12 +43,12 @@ class PriorityClass:
         return len(self.default_queue) + sum(map(len, self.account_queues.values()))
 
     def count(self, account: str) -> int:
-        """How many of the account's wait here."""
-        lane = self.account_queues.get(account)
-        return 0 if lane is None else len(lane)
+        """Return how many positions of an account wait here."""
+        queue = self.account_queues.get(account)
+        return 0 if queue is None else len(queue)
 
     def queue_for(self, account: str | None) -> FairQueue:
-        """Where the account's pairs wait, or would; of none, those of whoever has no account."""
+        """Return the queue of an account, an empty one if it has no positions, the default queue for None."""
         if account is None:
             return self.default_queue
         return self.account_queues.get(account) or FairQueue()
@@ -50,37 +57,37 @@ class PriorityClass:
         return position in self.queue_for(position.account)
 
     def add(self, position: QueuePosition, *, at_front: bool = False) -> None:
-        """Have it wait."""
-        lane = self.queue_for(position.account)
-        lane.add(position, at_front=at_front)
+        """Add a position to its queue."""
+        queue = self.queue_for(position.account)
+        queue.add(position, at_front=at_front)
         if position.account is not None:
-            self.account_queues[position.account] = lane
+            self.account_queues[position.account] = queue
 
     def remove(self, position: QueuePosition) -> None:
-        """Take one out that is there."""
-        lane = self.queue_for(position.account)
-        lane.remove(position)
-        if not len(lane) and position.account is not None:
+        """Remove a position that is in its queue."""
+        queue = self.queue_for(position.account)
+        queue.remove(position)
+        if not len(queue) and position.account is not None:
             del self.account_queues[position.account]
         if not len(self):
             self.default_queue.reset()
             self._finish_tags.clear()
 
     def start_tag(self, account: str) -> float:
-        """Where the account's next pair starts among all."""
+        """Return the start tag of an account's next pair among all queues."""
         return max(self.default_queue.virtual_time, self._finish_tags.get(account, 0.0))
 
     def advance(self, position: QueuePosition, start_tag: float) -> None:
-        """It goes out, as the one that starts there among all."""
+        """Record that a position is taken with the given start tag among all queues."""
         self.default_queue.advance(start_tag)
         if position.account is not None:
             self.queue_for(position.account).advance(position.start_tag)
             self._finish_tags[position.account] = start_tag + 1
 
     def oldest_eligible(self, quotas_left: Mapping[str, float]) -> Iterator[QueuedPair]:
-        """Who came first in each lane that may send."""
-        for account, lane in self.account_queues.items():
-            first = lane.oldest()
+        """Yield the oldest entry of each queue that may send."""
+        for account, queue in self.account_queues.items():
+            first = queue.oldest()
             if first is not None and (quotas_left[account] or first.charged_claim is not None):
                 yield first
         first = self.default_queue.oldest()
@@ -89,38 +96,40 @@ class PriorityClass:
 
 
 class CandidateHeap:
-    """What may go out of a priority's lanes now, in its order. They must not change meanwhile."""
+    """Iterates over the positions of a priority that may be taken now, in their order.
+
+    The queues must not change while it is used.
+    """
 
     def __init__(self, priority_class: PriorityClass, quotas_left: Mapping[str, float]) -> None:
         self._class = priority_class
         self._heap: list[tuple[float, int, _Flow]] = []
-        streams = [_Flow(iter(priority_class.default_queue), None, math.inf)]
-        for account, lane in priority_class.account_queues.items():
-            streams.append(
-                _Flow(iter(lane), account, quotas_left[account], priority_class.start_tag(account))
-            )
-        for order, stream in enumerate(streams):
-            self._push(stream, order)
+        flows = [_Flow(iter(priority_class.default_queue), None, math.inf)]
+        for account, queue in priority_class.account_queues.items():
+            flows.append(_Flow(iter(queue), account, quotas_left[account], priority_class.start_tag(account)))
+        for order, flow in enumerate(flows):
+            self._push(flow, order)
 
     def peek(self) -> QueuePosition | None:
-        """The next."""
+        """Return the next position, None if there is none."""
         return self._heap[0][2].head if self._heap else None
 
     def skip(self) -> None:
-        """The next goes another way, or is not fit to go."""
-        _, order, stream = heapq.heappop(self._heap)
-        self._push(stream, order)
+        """Pass over the next position."""
+        _, order, flow = heapq.heappop(self._heap)
+        self._push(flow, order)
 
     def pop(self) -> float:
-        """The next goes out; its place among all."""
-        tag, order, stream = heapq.heappop(self._heap)
-        stream.start_tag += 1
-        if stream.head is not None and stream.head.entry.charged_claim is None:
-            stream.remaining -= 1
-        self._push(stream, order)
+        """Take the next position. Return its start tag among all queues."""
+        tag, order, flow = heapq.heappop(self._heap)
+        flow.start_tag += 1
+        if flow.head is not None and flow.head.entry.charged_claim is None:
+            flow.remaining -= 1
+        self._push(flow, order)
         return tag
 
     def _push(self, flow: _Flow, order: int) -> None:
+        """Move a flow to its next position, and keep it in the heap if that may be taken."""
         flow.head = next(flow.positions, None)
         if flow.head is None or (flow.remaining < 1 and flow.head.entry.charged_claim is None):
             return

@@ -1,8 +1,8 @@
-"""What accounts have had of the model: GCRA for each that has a quota, as `queue/lua/prelude.lua` has it.
+"""The quotas in pairs per second: a GCRA for each account, as in `queue/lua/include/quotas.lua`.
 
-A quota is a ceiling, whether or not the model has room. It is spent when a pair goes out for the first time;
-a pair that is sent again was paid for. What is not used is saved up for as long as one and a half of the
-limit's slots, a second at least: so a call that comes a little late costs nobody anything.
+A quota is a ceiling, whether or not the model has capacity left. It is charged when a pair is sent for the
+first time, and not again when the pair is retried. Unused quota is kept for one and a half slots of the rate
+limit, at least for a second, so that a call which is a little late costs no caller anything.
 """
 
 import math
@@ -11,19 +11,22 @@ from collections.abc import Callable, Mapping
 from services.cache_proxy.domain import PACE
 from services.cache_proxy.queue.quotas import Quota
 
-_MIN_BURST_SECONDS, _BURST_SLOTS = 1.0, 1.5
+_MIN_BURST_SECONDS = 1.0
+_BURST_SLOTS = 1.5
 _ROUNDING_TOLERANCE = 1e-6
 
 QuotaConsumption = Mapping[str, tuple[float, float]]
-"""By account: until when its quota was spent before, and after."""
+"""By account: the theoretical arrival time before and after the consumption."""
 
 
 class QuotaLimiter:
-    """State: `_spent_until`, by account, of those whose quota is not whole; `_since`, before which nothing is
-    known, so that all may just have been spent then.
+    """Limits the pairs per second of accounts.
 
-    `replicas` says by how many a quota is shared, of which each has its part.
-    """  # noqa: D205 - one thought
+    State: `_tat`, the theoretical arrival time of each account whose quota is partly used; `_history_start`,
+    before which consumption is unknown: all quotas may have been used up just then.
+
+    `replicas` returns how many replicas share the quotas. Each has an equal part.
+    """
 
     def __init__(self, *, slot_seconds: float, replicas: Callable[[], int], now: float) -> None:
         self._slot_seconds = slot_seconds
@@ -32,16 +35,16 @@ class QuotaLimiter:
         self._tat: dict[str, float] = {}
 
     def reset(self, *, now: float) -> None:
-        """Whatever accounts had elsewhere until now, this process does not know of."""
+        """Assume that all quotas are used up: another queue consumed from them until now."""
         self._history_start = now
         self._tat.clear()
 
     def max_queued_pairs(self, quota: Quota) -> int:
-        """How many pairs of the account's may wait here; 0: any number."""
+        """Return how many pairs of an account may wait in this process. 0 means no limit."""
         return quota.queued_pairs and max(1, quota.queued_pairs // self._replicas())
 
     def available(self, quota: Quota, *, now: float) -> float:
-        """How many pairs it may send now; `inf` if it has no such quota."""
+        """Return how many pairs an account may send now, `inf` without such a quota."""
         rate = self._rate(quota)
         if not rate:
             return math.inf
@@ -49,26 +52,26 @@ class QuotaLimiter:
         return max(0, math.floor(saved_seconds * rate + _ROUNDING_TOLERANCE))
 
     def wait_seconds(self, quota: Quota, count: int, *, now: float) -> float:
-        """How long until so many pairs of it may have gone."""
+        """Return the time until an account may have sent `count` more pairs."""
         rate = self._rate(quota)
         if not rate:
             return 0.0
         return max(0.0, max(self._tat_for(quota, rate), now) + count / rate - self._burst_seconds(rate) - now)
 
     def consume(self, counts: Mapping[Quota, int], *, now: float) -> QuotaConsumption:
-        """They go out; what the caller needs to undo it, as long as nobody spent since."""
+        """Charge the quotas for pairs that are sent. Return what `refund` needs to undo it."""
         self._tat = {account: until for account, until in self._tat.items() if until > now}
-        spent = {}
+        consumption = {}
         for quota, count in counts.items():
             rate = self._rate(quota)
             if rate:
                 before = self._tat_for(quota, rate)
                 self._tat[quota.account] = max(before, now) + count / rate
-                spent[quota.account] = before, self._tat[quota.account]
-        return spent
+                consumption[quota.account] = before, self._tat[quota.account]
+        return consumption
 
     def refund(self, consumption: QuotaConsumption) -> None:
-        """They did not go out."""
+        """Return unused quota, unless more was consumed since."""
         for account, (before, after) in consumption.items():
             if self._tat.get(account) == after:
                 self._tat[account] = before

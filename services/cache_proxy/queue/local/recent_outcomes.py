@@ -1,4 +1,4 @@
-"""What has just ended: answers for a minute, refusals for ten, nonsense that comes again for a while."""
+"""Outcomes of the last minutes: answers for one minute, rejections for ten."""
 
 from collections import OrderedDict
 
@@ -7,13 +7,14 @@ from services.cache_proxy.errors import InvalidModelResponseError, PairRejectedE
 from services.cache_proxy.queue.interface import INVALID_RESPONSE_TTL_SECONDS
 
 _ANSWER_SECONDS = 60.0
-_REJECTION_SECONDS = 600.0  # each time a refused pair is asked again, it costs the batch that it is in
+# A rejected pair that is sent again makes the model reject the batch that it is in.
+_REJECTION_SECONDS = 600.0
 _MAX_ANSWERS = 200_000
 _MAX_ERRORS = 20_000
 
 
 class _ExpiringOutcomes:
-    """Outcomes of one kind, kept so long; the oldest go first."""
+    """Outcomes of one kind with a maximum age and number. The oldest are removed first."""
 
     def __init__(self, *, seconds: float, max_items: int) -> None:
         self._seconds = seconds
@@ -27,8 +28,8 @@ class _ExpiringOutcomes:
             self._outcomes.popitem(last=False)
 
     def get(self, digest: bytes, *, now: float) -> Outcome | None:
-        outcome, until = self._outcomes.get(digest, (None, 0.0))
-        return outcome if until >= now else None
+        outcome, expires_at = self._outcomes.get(digest, (None, 0.0))
+        return outcome if expires_at >= now else None
 
     def remove(self, digest: bytes) -> None:
         self._outcomes.pop(digest, None)
@@ -38,10 +39,14 @@ class _ExpiringOutcomes:
 
 
 class RecentOutcomes:
-    """Bounded in time and number.
+    """Outcomes of pairs that ended recently, bounded in time and number.
 
-    Nonsense may have been a whim of the model's, so whoever comes back at once is asked for again; but what
-    is nonsense again and again is remembered, each time twice as long, or it would be in every batch.
+    An invalid response may be a single fault of the model, so the first one is not remembered: the pair is
+    sent again. A pair with repeated invalid responses is remembered each time twice as long. Otherwise it
+    would be in every batch.
+
+    State: `_answers` and `_rejections`; `_invalid_responses`, by digest: how many there were in a row, the
+    error of the last, and when it came.
     """
 
     def __init__(self) -> None:
@@ -49,10 +54,10 @@ class RecentOutcomes:
         self._rejections = _ExpiringOutcomes(seconds=_REJECTION_SECONDS, max_items=_MAX_ERRORS)
         self._invalid_responses: OrderedDict[bytes, tuple[int, InvalidModelResponseError, float]] = (
             OrderedDict()
-        )  # times, what, at
+        )
 
     def add(self, digest: bytes, outcome: Outcome, *, now: float) -> None:
-        """Keep how a pair ended."""
+        """Remember how a pair ended."""
         if isinstance(outcome, InvalidModelResponseError):
             self._add_invalid_response(digest, outcome, now)
         else:
@@ -60,30 +65,32 @@ class RecentOutcomes:
             kept.add(digest, outcome, now=now)
 
     def get(self, digest: bytes, *, now: float) -> Outcome | None:
-        """How it ended, if that was lately."""
+        """Return how a pair ended, None if that was too long ago or is not remembered."""
         outcome = self._answers.get(digest, now=now) or self._rejections.get(digest, now=now)
         if outcome is None and digest in self._invalid_responses:
-            times, nonsense, at = self._invalid_responses[digest]
-            return nonsense if now < at + _retention_seconds(times) else None
+            times, error, last_at = self._invalid_responses[digest]
+            return error if now < last_at + _retention_seconds(times) else None
         return outcome
 
     def remove(self, digest: bytes) -> None:
-        """Keep its answer no longer."""
+        """Forget the answer of a pair."""
         self._answers.remove(digest)
 
     def clear(self) -> None:
-        """Keep no answer."""
+        """Forget all answers."""
         self._answers.clear()
 
-    def _add_invalid_response(self, digest: bytes, nonsense: InvalidModelResponseError, now: float) -> None:
-        times, _, at = self._invalid_responses.get(digest, (0, nonsense, now))
-        self._invalid_responses[digest] = (times + 1 if now - at <= 2 * _ANSWER_SECONDS else 1, nonsense, now)
+    def _add_invalid_response(self, digest: bytes, error: InvalidModelResponseError, now: float) -> None:
+        times, _, last_at = self._invalid_responses.get(digest, (0, error, now))
+        times = times + 1 if now - last_at <= 2 * _ANSWER_SECONDS else 1
+        self._invalid_responses[digest] = (times, error, now)
         self._invalid_responses.move_to_end(digest)
         if len(self._invalid_responses) > _MAX_ERRORS:
             self._invalid_responses.popitem(last=False)
 
 
 def _retention_seconds(times: int) -> float:
-    return (
-        min(_ANSWER_SECONDS, INVALID_RESPONSE_TTL_SECONDS * 2 ** (min(times, 10) - 2)) if times > 1 else 0.0
-    )
+    """Return how long the given number of invalid responses in a row is remembered."""
+    if times <= 1:
+        return 0.0
+    return min(_ANSWER_SECONDS, INVALID_RESPONSE_TTL_SECONDS * 2.0 ** (min(times, 10) - 2))

@@ -1,32 +1,38 @@
-"""The pairs that wait, by priority and account: what comes next, and what goes into a batch."""
+"""Select the pairs of the next batch, by priority, quota account and caller.
+
+The module is slightly longer than 250 lines: the estimate of a pair's turn must follow the selection of
+batches, so both stand together.
+"""
 
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.cache_proxy.domain import PRIORITIES, PRIORITY_CLASSES
+from services.cache_proxy.domain import BULK, INTERACTIVE, PRIORITIES, PRIORITY_CLASSES, REFRESH
 from services.cache_proxy.queue.expected_calls import BULK_SHARE_DIVISOR, bulk_reserve, calls_until
 from services.cache_proxy.queue.local.fair_queue import QueuedPair, QueuePosition
 from services.cache_proxy.queue.local.priority_class import CandidateHeap, PriorityClass
 from services.cache_proxy.queue.local.quota_limiter import QuotaLimiter
 from services.cache_proxy.queue.quotas import DEFAULT_ACCOUNT, Quota, QuotaProvider, no_quotas
 
-_MAX_POSITIONS = 8  # of one pair: whoever comes then waits where it is
+# Of one pair. Later requests for it wait in the positions that it has.
+_MAX_POSITIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedTurn:
-    """When a place's turn comes: in how many calls at the latest, and not before its quota allows it."""
+    """When a position is expected to be sent: within `calls` calls, and not before its quota allows it."""
 
     calls: int
     quota_wait_seconds: float = 0.0
 
 
 class BatchScheduler:
-    """Fair between callers within a priority, and within everybody's quota.
+    """Holds the waiting pairs, and takes batches that are fair between callers and within all quotas.
 
-    State: `_lanes`, and `_waiting` with the bytes of all that is in them.
+    State: `_classes`, the positions by priority; `_waiting`, the entries that have these positions;
+    `size_bytes`, the size of all waiting pairs.
     """
 
     def __init__(self, quota_limiter: QuotaLimiter, quotas: QuotaProvider = no_quotas) -> None:
@@ -40,19 +46,19 @@ class BatchScheduler:
         return len(self._waiting)
 
     def count(self, priority: str) -> int:
-        """How many wait in the lanes of one priority."""
+        """Return how many positions wait in one priority."""
         return len(self._classes[priority])
 
     def count_for_account(self, account: str) -> int:
-        """How many places an account has."""
-        return sum(lanes.count(account) for lanes in self._classes.values())
+        """Return how many positions wait for an account's quota."""
+        return sum(priority_class.count(account) for priority_class in self._classes.values())
 
     def eligible_count(self, *, now: float) -> int:
-        """How many may go out now."""
+        """Return how many positions may be sent now, within their quotas."""
         return sum(self._eligible(priority, now) for priority in PRIORITY_CLASSES)
 
     def quota_blocked_count(self, *, now: float) -> int:
-        """How many wait only because their account's quota is spent."""
+        """Return how many positions wait because their account's quota is used up."""
         return sum(
             self.count_for_account(account)
             for account in self._account_names()
@@ -60,7 +66,7 @@ class BatchScheduler:
         )
 
     def quota_wait_seconds(self, *, now: float) -> float:
-        """How long until any account may send one; `inf` if none waits for that."""
+        """Return the time until some account may send a pair, `inf` if no account has waiting pairs."""
         return min(
             (self._quota_wait_seconds(account, 1, now) for account in self._account_names()), default=math.inf
         )
@@ -76,16 +82,16 @@ class BatchScheduler:
         now: float,
         horizon_seconds: float,
     ) -> ExpectedTurn:
-        """When the last of so many new pairs of a caller's goes out."""
-        lane = self._classes[priority].queue_for(account)
-        ahead = lane.count_through(lane.start_tag(caller) + count - 1) + count
-        last = lane.start_tag(caller) + count - 1
+        """Return when the last of `count` new pairs of a caller would be sent."""
+        queue = self._classes[priority].queue_for(account)
+        last = queue.start_tag(caller) + count - 1
+        ahead = queue.count_through(last) + count
         return self._expected_turn(priority, account, ahead, last, batch_pairs, now, horizon_seconds)
 
     def expected_turn(
         self, position: QueuePosition, *, batch_pairs: int, now: float, horizon_seconds: float
     ) -> ExpectedTurn:
-        """When one that waits goes out."""
+        """Return when a waiting position is expected to be sent."""
         ahead = self._classes[position.priority].queue_for(position.account).count_through(position.start_tag)
         return self._expected_turn(
             position.priority, position.account, ahead, position.start_tag, batch_pairs, now, horizon_seconds
@@ -101,18 +107,22 @@ class BatchScheduler:
         now: float,
         horizon_seconds: float,
     ) -> ExpectedTurn:
-        """Of the `ahead` first of a lane. What may go before them only after that time is not counted."""
-        lanes, by = self._classes[priority], now + horizon_seconds
+        """Return when the first `ahead` positions of a queue are sent, the last of which has the tag `last`.
+
+        Positions of other queues count as ahead if their quotas allow them within the horizon.
+        """
+        priority_class = self._classes[priority]
+        by = now + horizon_seconds
         quota_seconds = 0.0
         if account is not None:
-            first = self._classes[PRIORITIES[0]].count(account) if priority == PRIORITIES[1] else 0
+            first = self._classes[INTERACTIVE].count(account) if priority == BULK else 0
             quota_seconds = self._quota_wait_seconds(account, first + ahead, now)
-            last = lanes.start_tag(account) + ahead - 1
-            ahead += lanes.default_queue.count_through(last)
-        for other in lanes.account_queues:
+            last = priority_class.start_tag(account) + ahead - 1
+            ahead += priority_class.default_queue.count_through(last)
+        for other in priority_class.account_queues:
             if other != account:
-                before = math.floor(last - lanes.start_tag(other)) + 1
-                ahead += max(0, min(before, self._eligible_of_account(lanes, other, by)))
+                before = math.floor(last - priority_class.start_tag(other)) + 1
+                ahead += max(0, min(before, self._eligible_of_account(priority_class, other, by)))
         return ExpectedTurn(self._calls_until(priority, ahead, batch_pairs, by), quota_seconds)
 
     def _calls_until(self, priority: str, ahead: int, batch_pairs: int, by: float) -> int:
@@ -120,156 +130,170 @@ class BatchScheduler:
         return calls_until(priority, ahead=ahead, interactive=interactive, bulk=bulk, batch_pairs=batch_pairs)
 
     def entries(self) -> list[QueuedPair]:
-        """All that wait."""
+        """Return all waiting entries."""
         return list(self._waiting.values())
 
     def oldest_at(self, priorities: Iterable[str] = PRIORITY_CLASSES, *, now: float | None = None) -> float:
-        """When the pair at the front of one of these lanes came, the earliest; `inf` if nothing waits.
+        """Return when the oldest pair at the front of a queue was enqueued, `inf` if nothing waits.
 
-        `now`: of those only that may go out then.
+        With `now`, only queues whose quotas allow a pair then are counted.
         """
-        found = []
+        times = []
         for priority in priorities:
-            allowances = (
+            quotas_left = (
                 dict.fromkeys(self._account_names(), math.inf)
                 if now is None
                 else self._remaining_quotas(priority, now)
             )
-            found += [entry.enqueued_at for entry in self._classes[priority].oldest_eligible(allowances)]
-        return min(found, default=math.inf)
+            times += [entry.enqueued_at for entry in self._classes[priority].oldest_eligible(quotas_left)]
+        return min(times, default=math.inf)
 
     def is_waiting(self, entry: QueuedPair) -> bool:
-        """Whether it is here, not in flight or suspect."""
+        """Return whether an entry waits here, and is neither in a call nor being bisected."""
         return self._waiting.get(entry.pair.digest) is entry
 
     def add(self, entry: QueuedPair, *, at_front: bool = False) -> None:
-        """Have an entry wait at the end of its turns, or at the front."""
+        """Add an entry behind the other pairs of its callers, or at the front."""
         self._waiting[entry.pair.digest] = entry
         self.size_bytes += entry.pair.size_bytes
-        for place in entry.positions:
-            self._classes[place.priority].add(place, at_front=at_front)
+        for position in entry.positions:
+            self._classes[position.priority].add(position, at_front=at_front)
 
     def discard(self, entry: QueuedPair) -> bool:
-        """Take an entry out. Whether it waited here."""
+        """Remove an entry. Return whether it waited here."""
         if not self.is_waiting(entry):
             return False
         del self._waiting[entry.pair.digest]
         self.size_bytes -= entry.pair.size_bytes
-        for place in entry.positions:
-            self._classes[place.priority].remove(place)
+        for position in entry.positions:
+            self._classes[position.priority].remove(position)
         return True
 
     def position_for(
         self, entry: QueuedPair, *, priority: str, account: str | None, caller: str
     ) -> QueuePosition | None:
-        """The place that somebody who joins it gives it; None if it has one that is as good.
+        """Return the position that a request which joins an entry adds to it, None if it has one as good.
 
-        Who is in the same lanes with a worse priority moves (see `join`). If no place is as good and free of
-        quotas, it gets one more: it goes out with whichever turn and quota comes first, and no caller waits
-        for another's.
+        A position of the same account with a lower priority is replaced (see `add_position`). Otherwise the
+        entry gets one more position, unless one without a quota is as good. It is sent with whichever
+        position comes first, so that no caller waits for the quota of another.
         """
-        same = next((place for place in entry.positions if place.account == account), None)
+        same = next((position for position in entry.positions if position.account == account), None)
         if same is not None:
             better = PRIORITY_CLASSES.index(priority) < PRIORITY_CLASSES.index(same.priority)
             return QueuePosition(entry, priority, caller, account) if better else None
-        free = [
-            PRIORITY_CLASSES.index(place.priority)
-            for place in entry.positions
-            if not self._is_rate_limited(place.account)
+        unlimited = [
+            PRIORITY_CLASSES.index(position.priority)
+            for position in entry.positions
+            if not self._is_rate_limited(position.account)
         ]
-        if len(entry.positions) >= _MAX_POSITIONS or (free and min(free) <= PRIORITY_CLASSES.index(priority)):
+        if len(entry.positions) >= _MAX_POSITIONS:
+            return None
+        if unlimited and min(unlimited) <= PRIORITY_CLASSES.index(priority):
             return None
         return QueuePosition(entry, priority, caller, account)
 
     def add_position(self, entry: QueuedPair, position: QueuePosition) -> None:
-        """Give an entry the place that `place_for` found; one that does not wait now gets it when it does."""
-        waits = self.is_waiting(entry)
-        for at, place in enumerate(entry.positions):
-            if place.account == position.account:
-                if waits:
-                    self._classes[place.priority].remove(place)
-                entry.positions[at] = position
+        """Give an entry the position that `position_for` found.
+
+        If the entry does not wait now, the position takes effect when it is added again.
+        """
+        is_waiting = self.is_waiting(entry)
+        for index, known in enumerate(entry.positions):
+            if known.account == position.account:
+                if is_waiting:
+                    self._classes[known.priority].remove(known)
+                entry.positions[index] = position
                 break
         else:
             entry.positions.append(position)
-        if waits:
+        if is_waiting:
             self._classes[position.priority].add(position)
 
     def reassign_quotas(self) -> None:
-        """The quotas are others: who had an account may have none, or now has one."""
+        """Move all waiting pairs to the accounts of changed quotas."""
         quotas = self._quotas()
         for entry in self.entries():
             self.discard(entry)
-            kept: dict[str | None, QueuePosition] = {}
-            for place in entry.positions:
-                quota = None if place.priority == "refresh" else quotas.for_caller(place.caller)
+            by_account: dict[str | None, QueuePosition] = {}
+            for old in entry.positions:
+                quota = None if old.priority == REFRESH else quotas.for_caller(old.caller)
                 account = None if quota is None else quota.account
-                kept.setdefault(account, QueuePosition(entry, place.priority, place.caller, account))
-            entry.positions = list(kept.values())
+                by_account.setdefault(account, QueuePosition(entry, old.priority, old.caller, account))
+            entry.positions = list(by_account.values())
             self.add(entry)
 
     def take_batch(
         self, *, batch_pairs: int, batch_bytes: int, now: float
     ) -> tuple[list[QueuedPair], dict[Quota, int]]:
-        """The next batch, at least one pair if one may go; they wait no more. And how many of them each quota
-        is to be spent for.
-        """  # noqa: D205 - one thought
+        """Remove and return the next batch: at least one pair, if any may be sent.
+
+        The second value is how many pairs each quota must be charged for.
+        """
         chosen = self._select_batch(batch_pairs=batch_pairs, batch_bytes=batch_bytes, now=now)
         counts: dict[Quota, int] = {}
-        for place, tag in chosen:
-            self._classes[place.priority].advance(place, tag)
-            if place.entry.charged_claim is None and self._is_rate_limited(place.account):
-                quota = self._quota_for(place.account or DEFAULT_ACCOUNT)
+        for position, tag in chosen:
+            self._classes[position.priority].advance(position, tag)
+            # A pair that is sent again was charged before.
+            if position.entry.charged_claim is None and self._is_rate_limited(position.account):
+                quota = self._quota_for(position.account or DEFAULT_ACCOUNT)
                 counts[quota] = counts.get(quota, 0) + 1
-        for place, _ in chosen:
-            self.discard(place.entry)
-        return [place.entry for place, _ in chosen], counts
+        for position, _ in chosen:
+            self.discard(position.entry)
+        return [position.entry for position, _ in chosen], counts
 
     def _select_batch(
         self, *, batch_pairs: int, batch_bytes: int, now: float
     ) -> list[tuple[QueuePosition, float]]:
-        offers = {
+        """Return the positions of the next batch with their start tags in the priority class."""
+        candidates = {
             priority: CandidateHeap(self._classes[priority], self._remaining_quotas(priority, now))
             for priority in PRIORITY_CLASSES
         }
         chosen: dict[bytes, tuple[QueuePosition, float]] = {}
-        left_bytes = batch_bytes
+        remaining_bytes = batch_bytes
 
-        def fill(priority: str, *, pairs: int, size_bytes: int) -> None:
-            nonlocal left_bytes
-            while pairs > 0 and (place := offers[priority].peek()) is not None:
-                digest, size = place.entry.pair.digest, place.entry.pair.size_bytes
-                if digest in chosen:  # by another of its places
-                    offers[priority].skip()
+        def take_from(priority: str, *, max_pairs: int, max_bytes: int) -> None:
+            nonlocal remaining_bytes
+            while max_pairs > 0 and (position := candidates[priority].peek()) is not None:
+                digest = position.entry.pair.digest
+                size_bytes = position.entry.pair.size_bytes
+                # The pair may have been chosen in another of its positions.
+                if digest in chosen:
+                    candidates[priority].skip()
                     continue
-                if size > size_bytes:
+                if size_bytes > max_bytes:
                     return
-                chosen[digest] = place, offers[priority].pop()
-                pairs, size_bytes, left_bytes = pairs - 1, size_bytes - size, left_bytes - size
+                chosen[digest] = position, candidates[priority].pop()
+                max_pairs -= 1
+                max_bytes -= size_bytes
+                remaining_bytes -= size_bytes
 
-        fill("bulk", pairs=bulk_reserve(batch_pairs), size_bytes=batch_bytes // BULK_SHARE_DIVISOR)
+        # The reserve of bulk first, then every priority takes what the higher ones leave.
+        take_from(BULK, max_pairs=bulk_reserve(batch_pairs), max_bytes=batch_bytes // BULK_SHARE_DIVISOR)
         for priority in PRIORITY_CLASSES:
-            fill(priority, pairs=batch_pairs - len(chosen), size_bytes=left_bytes)
-        if not chosen:  # a pair that is over the bound alone goes alone
-            fill(
-                next((name for name in PRIORITY_CLASSES if offers[name].peek()), PRIORITY_CLASSES[0]),
-                pairs=1,
-                size_bytes=2**63,
-            )
+            take_from(priority, max_pairs=batch_pairs - len(chosen), max_bytes=remaining_bytes)
+
+        # A pair that is larger than a whole batch goes alone.
+        if not chosen:
+            first = next((name for name in PRIORITY_CLASSES if candidates[name].peek()), INTERACTIVE)
+            take_from(first, max_pairs=1, max_bytes=2**63)
         return list(chosen.values())
 
     def _eligible(self, priority: str, now: float) -> int:
-        lanes = self._classes[priority]
-        return len(lanes.default_queue) + sum(
-            self._eligible_of_account(lanes, account, now) for account in lanes.account_queues
+        priority_class = self._classes[priority]
+        return len(priority_class.default_queue) + sum(
+            self._eligible_of_account(priority_class, account, now)
+            for account in priority_class.account_queues
         )
 
     def _eligible_of_account(self, priority_class: PriorityClass, account: str, now: float) -> int:
+        # A pair at the front that was charged before may be sent whatever is left of the quota.
         oldest = priority_class.account_queues[account].oldest()
-        least = 1 if oldest is not None and oldest.charged_claim is not None else 0
+        min_count = 1 if oldest is not None and oldest.charged_claim is not None else 0
         return min(
             priority_class.count(account),
-            max(least, self._remaining_quota(priority_class.priority, account, now)),
+            max(min_count, self._remaining_quota(priority_class.priority, account, now)),
         )  # type: ignore[return-value]
 
     def _remaining_quotas(self, priority: str, now: float) -> dict[str, float]:
@@ -279,14 +303,12 @@ class BatchScheduler:
         }
 
     def _remaining_quota(self, priority: str, account: str, now: float) -> float:
-        """What an account may send of this priority: its interactive pairs go first."""
-        first = self._classes[PRIORITIES[0]].count(account) if priority == PRIORITIES[1] else 0
+        """Return how many pairs of a priority an account may send: its interactive pairs go first."""
+        first = self._classes[INTERACTIVE].count(account) if priority == BULK else 0
         return max(0, self._available_quota(account, now) - first)
 
     def _account_names(self) -> Sequence[str]:
-        return list(
-            dict.fromkeys(itertools.chain(*(lanes.account_queues for lanes in self._classes.values())))
-        )
+        return list(dict.fromkeys(itertools.chain(*(one.account_queues for one in self._classes.values()))))
 
     def _quota_for(self, account: str) -> Quota:
         return self._quotas().for_account(account)

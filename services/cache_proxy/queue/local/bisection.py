@@ -44,7 +44,10 @@ class BatchBisector(Generic[_Entry]):
         return group[: self._split_point(group)]
 
     def claim_sent(self, claim: Claim, probe: list[_Entry]) -> None:
-        """Record a claim. `probe` has the entries that `next_probe` returned, or none for an ordinary batch."""
+        """Record a claim.
+
+        `probe` has the entries that `next_probe` returned, or none for an ordinary batch.
+        """
         if not probe:
             self._batches_since_probe += 1
             return

@@ -47,7 +47,7 @@ bench: $(VENV)/.dev  ## figures beside their floors, as tables and in .bench/
 	$(BIN)/python -m benchmarks
 
 .PHONY: audit
-audit: $(VENV)/.audit  ## an SBOM of every lock, and what is known against what is in it (asks an advisory service)
+audit: $(VENV)/.audit  ## an SBOM of every lock, and what is known against what is in it (queries an advisory service)
 	$(BIN)/python -m scripts.audit
 
 .PHONY: mutants

@@ -30,7 +30,7 @@ async def main(endpoint: str) -> None:
                 if _BUCKET not in {one["Name"] for one in (await client.list_buckets())["Buckets"]}:
                     await client.create_bucket(Bucket=_BUCKET)
                 break
-            except Exception:  # whatever a server that starts says
+            except Exception:  # any error of a server that is starting
                 if time.monotonic() > give_up_at:
                     raise
                 await asyncio.sleep(1)

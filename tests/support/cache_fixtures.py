@@ -1,4 +1,4 @@
-"""What tests of the store on a real server share."""
+"""Fixtures for tests of the queue and of the store on a real server."""
 
 import itertools
 from collections.abc import AsyncIterator
@@ -17,19 +17,19 @@ _bases = (f"conftest{number}:c2:" for number in itertools.count())
 
 @pytest.fixture(params=["local", "redis"])
 def opened(request: pytest.FixtureRequest, shared_redis: str) -> QueueFactory:
-    """Opens a queue of each kind with the limits and quotas that a test needs."""
+    """Return a function that opens a queue of each kind with given limits and quotas."""
     return queue_factory(request.param, shared_redis)
 
 
 @pytest.fixture
 def base() -> str:
-    """The base of a namespace of the test's own."""
+    """Return the base key of a namespace for this test only."""
     return next(_bases)
 
 
 @pytest.fixture
 async def backend(shared_redis: str) -> AsyncIterator[RedisBackend]:
-    """The shared server, as the store sees it."""
+    """Yield the backend for the shared server."""
     opened = backend_for(create_client(shared_redis, timeout_seconds=5))
     yield opened
     await opened.close()
@@ -37,5 +37,5 @@ async def backend(shared_redis: str) -> AsyncIterator[RedisBackend]:
 
 @pytest.fixture
 def redis_store(backend: RedisBackend, base: str) -> RedisStore:
-    """A store on the shared server."""
+    """Return a store on the shared server."""
     return RedisStore(backend, base_key=base, metrics=ProxyMetrics(CollectorRegistry()))

@@ -1,4 +1,4 @@
-"""A real Redis Cluster for tests: three masters, each with a replica, and what an operator does to one."""
+"""A real Redis Cluster and real Sentinels for tests, and the operations of an operator on them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,7 +11,9 @@ from redis.cluster import RedisCluster
 
 from tests.support.redis_server import RedisServer, free_port, local_server_program, redis_process, wait_for
 
-_MASTERS, _NODES = 3, 6
+# Each master has one replica.
+_MASTERS = 3
+_NODES = 6
 _SENTINELS = 3
 _SLOTS = 16_384
 _SETTINGS = (
@@ -31,7 +33,10 @@ _SETTINGS = (
 
 
 class Cluster:
-    """Its nodes by port; `masters` are those that began as such; `tls_ports` are beside the others."""
+    """A Cluster of three masters with a replica each.
+
+    `masters` are the nodes that were masters at the start; `tls_ports` are the TLS ports of the nodes.
+    """
 
     def __init__(self, nodes: Sequence[RedisServer], tls_ports: Sequence[int] = ()) -> None:
         self.nodes = nodes
@@ -40,22 +45,22 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """As in `--cache-url`."""
+        """The value for `--cache-url`."""
         return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[:2])
 
     def client(self) -> RedisCluster:
-        """A client of the test's own."""
+        """Return a new client."""
         return RedisCluster(host="127.0.0.1", port=self.nodes[1].port)
 
     def owner(self, slot: int, *, excluding: RedisServer | None = None) -> RedisServer:
-        """The master that has a slot, as the first node that answers knows it; one need not be asked."""
+        """Return the master that has a slot, as the first node that replies knows it, except `excluding`."""
         for first, last, (_, port, *_), *_ in self._slot_ranges(excluding):
             if first <= slot <= last:
                 return self._node(port)
         raise AssertionError(slot)
 
     def _current_masters(self) -> list[RedisServer]:
-        """The masters of now."""
+        """Return the nodes that are masters now."""
         return [
             self._node(port) for port in sorted({port for _, _, (_, port, *_), *_ in self._slot_ranges()})
         ]
@@ -66,22 +71,22 @@ class Cluster:
     def _slot_ranges(self, excluding: RedisServer | None = None) -> list[tuple[int, int, list[Any]]]:
         for node in (node for node in self.nodes if node is not excluding):
             with suppress(redis.ConnectionError), node.client() as client:
-                found: list[tuple[int, int, list[Any]]] = client.execute_command("CLUSTER", "SLOTS")
-                return found
+                ranges: list[tuple[int, int, list[Any]]] = client.execute_command("CLUSTER", "SLOTS")
+                return ranges
         message = "no node answers"
         raise AssertionError(message)
 
     def begin_slot_migration(self, slot: int) -> tuple[RedisServer, RedisServer]:
-        """Mark a slot as on its way; where from and where to. Its keys stay until they are moved."""
+        """Mark a slot as migrating, without its keys, and return its source and its target."""
         source = self.owner(slot)
         target = next(node for node in self._current_masters() if node is not source)
-        with target.client() as to, source.client() as from_:
-            to.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", _node_id(source))
-            from_.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", _node_id(target))
+        with target.client() as to_client, source.client() as from_client:
+            to_client.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", _node_id(source))
+            from_client.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", _node_id(target))
         return source, target
 
     def migrate_keys(self, slot: int, source: RedisServer, target: RedisServer, *, count: int) -> int:
-        """Move as many of the slot's keys as are asked for; how many that were."""
+        """Move up to `count` keys of a slot and return how many were moved."""
         with source.client() as client:
             keys = client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, count)
             if keys:
@@ -89,7 +94,7 @@ class Cluster:
         return len(keys)
 
     def end_slot_migration(self, slot: int, source: RedisServer, target: RedisServer) -> None:
-        """Give the slot to its new owner."""
+        """Assign the slot to its new owner on all masters."""
         owner = _node_id(target)
         for node in (target, source, *self._current_masters()):
             with node.client() as client:
@@ -100,30 +105,31 @@ class Cluster:
 def redis_cluster(
     folder: Path, *args: str, program: str | None = None, tls: bool = False
 ) -> Iterator[Cluster]:
-    """A cluster that answers, replicas in place."""
+    """Run a Cluster whose slots are served and whose replicas are in sync."""
     with ExitStack() as stack:
-        nodes, bus = [], [str(free_port()) for _ in range(_NODES)]
+        nodes = []
+        bus_ports = [str(free_port()) for _ in range(_NODES)]
         tls_ports = [free_port() for _ in range(_NODES)] if tls else []
         for number in range(_NODES):
-            place = folder / str(number)
-            place.mkdir()
-            settings = [*_SETTINGS, "--cluster-port", bus[number], *args]
+            node_folder = folder / str(number)
+            node_folder.mkdir()
+            settings = [*_SETTINGS, "--cluster-port", bus_ports[number], *args]
             if tls:
                 settings += ["--tls-cluster", "yes", "--tls-port", str(tls_ports[number])]
-            nodes.append(stack.enter_context(redis_process(place, *settings, program=program)))
-        _form_cluster(nodes, bus[0])
+            nodes.append(stack.enter_context(redis_process(node_folder, *settings, program=program)))
+        _form_cluster(nodes, bus_ports[0])
         yield Cluster(nodes, tls_ports)
 
 
-def _form_cluster(nodes: Sequence[RedisServer], first_bus: str) -> None:
-    share = -(-_SLOTS // _MASTERS)
+def _form_cluster(nodes: Sequence[RedisServer], first_bus_port: str) -> None:
+    slots_per_master = -(-_SLOTS // _MASTERS)
     for number, node in enumerate(nodes):
         with node.client() as client:
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
             if number < _MASTERS:
-                slots = range(number * share, min(_SLOTS, (number + 1) * share))
+                slots = range(number * slots_per_master, min(_SLOTS, (number + 1) * slots_per_master))
                 client.execute_command("CLUSTER", "ADDSLOTS", *slots)
-            client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, first_bus)
+            client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, first_bus_port)
     for node in nodes:
         wait_for(partial(_sees_all_nodes, node), description="the nodes know each other")
     for number, node in enumerate(nodes[_MASTERS:]):
@@ -141,8 +147,8 @@ def _sees_all_nodes(node: RedisServer) -> bool:
     return len(info) == _NODES if isinstance(info, dict) else _decode(info).count("\n") == _NODES
 
 
-def _decode(answer: object) -> str:
-    return answer.decode() if isinstance(answer, bytes) else str(answer)
+def _decode(reply: object) -> str:
+    return reply.decode() if isinstance(reply, bytes) else str(reply)
 
 
 def _node_id(node: RedisServer) -> str:
@@ -153,8 +159,8 @@ def _node_id(node: RedisServer) -> str:
 def _is_healthy(node: RedisServer) -> bool:
     with node.client() as client:
         info = client.execute_command("CLUSTER", "INFO")
-    found = info if isinstance(info, dict) else dict(line.split(":") for line in _decode(info).split())
-    return found["cluster_state"] == "ok" and int(found["cluster_known_nodes"]) == _NODES
+    fields = info if isinstance(info, dict) else dict(line.split(":") for line in _decode(info).split())
+    return fields["cluster_state"] == "ok" and int(fields["cluster_known_nodes"]) == _NODES
 
 
 def _is_replica_in_sync(node: RedisServer) -> bool:
@@ -164,7 +170,7 @@ def _is_replica_in_sync(node: RedisServer) -> bool:
 
 
 class SentinelServer(RedisServer):
-    """A Sentinel that watches one master, and its settings in `folder`."""
+    """A Sentinel that watches one master, with its settings in `folder`."""
 
     def __init__(
         self,
@@ -192,7 +198,7 @@ class SentinelServer(RedisServer):
         self._command = [program, str(path), "--sentinel"]
 
     def client(self) -> "redis.Redis":
-        """A client of the test's own."""
+        """Return a new client."""
         return redis.Redis(port=self.port, username=self._username, password=self._password, socket_timeout=5)
 
     def _is_answering(self) -> bool:
@@ -205,72 +211,76 @@ class SentinelServer(RedisServer):
 
 @contextmanager
 def sentinel_servers(
-    folder: Path, *more: str, master_port: int, master_name: str, program: str | None = None
+    folder: Path, *settings: str, master_port: int, master_name: str, program: str | None = None
 ) -> Iterator[list[SentinelServer]]:
-    """Three Sentinels, of which two must agree."""
+    """Run three Sentinels with a quorum of two."""
     with ExitStack() as stack:
-        made = []
+        servers = []
         for number in range(_SENTINELS):
-            place = folder / f"sentinel{number}"
-            place.mkdir()
-            made.append(
+            sentinel_folder = folder / f"sentinel{number}"
+            sentinel_folder.mkdir()
+            servers.append(
                 SentinelServer(
                     program or local_server_program(),
-                    place,
-                    settings=more,
+                    sentinel_folder,
+                    settings=settings,
                     master_port=master_port,
                     master_name=master_name,
                     quorum=2,
                 )
             )
-            made[-1].start()
-            stack.callback(made[-1].kill)
-        for one in made:
+            servers[-1].start()
+            stack.callback(servers[-1].kill)
+        for server in servers:
             wait_for(
-                partial(_sees_other_sentinels, one, master_name), description="the Sentinels know each other"
+                partial(_sees_other_sentinels, server, master_name),
+                description="the Sentinels know each other",
             )
-        yield made
+        yield servers
 
 
 @contextmanager
 def run_sentinels(
-    folder: Path, *more: str, master_port: int, master_name: str, program: str | None = None
+    folder: Path, *settings: str, master_port: int, master_name: str, program: str | None = None
 ) -> Iterator[list[int]]:
-    """Three Sentinels, of which two must agree; their ports."""
+    """Run three Sentinels with a quorum of two, and yield their ports."""
     with sentinel_servers(
-        folder, *more, master_port=master_port, master_name=master_name, program=program
-    ) as made:
-        yield [one.port for one in made]
+        folder, *settings, master_port=master_port, master_name=master_name, program=program
+    ) as servers:
+        yield [server.port for server in servers]
 
 
-def _sees_other_sentinels(one: SentinelServer, master_name: str) -> bool:
-    with one.client() as client:
+def _sees_other_sentinels(server: SentinelServer, master_name: str) -> bool:
+    with server.client() as client:
         return len(client.sentinel_sentinels(master_name)) == _SENTINELS - 1
 
 
 @contextmanager
 def single_sentinel(
     folder: Path,
-    *more: str,
+    *settings: str,
     master_port: int,
     master_name: str,
     program: str | None = None,
     username: str | None = None,
     password: str | None = None,
 ) -> Iterator[int]:
-    """One Sentinel that watches a master and decides alone; its port. The test logs in by these."""
-    one = SentinelServer(
+    """Run one Sentinel with a quorum of one, and yield its port.
+
+    The test itself logs in with `username` and `password`.
+    """
+    server = SentinelServer(
         program or local_server_program(),
         folder,
-        settings=more,
+        settings=settings,
         master_port=master_port,
         master_name=master_name,
         quorum=1,
         username=username,
         password=password,
     )
-    one.start()
+    server.start()
     try:
-        yield one.port
+        yield server.port
     finally:
-        one.kill()
+        server.kill()

@@ -1,4 +1,4 @@
-"""A real Redis (or Valkey) for tests: a process that can be killed, paused and started again."""
+"""A real Redis (or Valkey) server for tests, which can be killed, paused and started again."""
 
 import os
 import random
@@ -23,25 +23,25 @@ _IMAGE = "redis:7-alpine"
 _START_SECONDS = 30
 
 PROGRAMS = {"redis": shutil.which("redis-server"), "valkey": str(get_binary_path())}
-"""Both kinds of server, by name; None where one is not installed."""
+"""The server programs by name; None where one is not installed."""
 
 
 def server_program() -> str | None:
-    """The server to run as a process, or None where a Docker daemon gives one.
+    """Return the server program to run, or None if Docker provides the server.
 
-    `TEST_REDIS_SERVER` decides if it is set; else Docker if its daemon answers; else what is installed;
-    else the server of the embedded store's wheel.
+    `TEST_REDIS_SERVER` decides if it is set. Otherwise Docker is used if its daemon replies, then an
+    installed program, then the server in the wheel of the embedded store.
     """
-    forced = os.environ.get("TEST_REDIS_SERVER")
-    if forced:
-        return forced
+    program = os.environ.get("TEST_REDIS_SERVER")
+    if program:
+        return program
     if _is_docker_running():
         return None
     return shutil.which("redis-server") or shutil.which("valkey-server") or str(get_binary_path())
 
 
 class RedisServer:
-    """A server with its data in `folder`, on one port for its whole life, through kill and start."""
+    """A server with its data in `folder`, which keeps its port when it is killed and started again."""
 
     def __init__(self, program: str, folder: Path, *, args: Sequence[str] = ()) -> None:
         self.port = free_port()
@@ -65,70 +65,71 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """As in `--cache-url`."""
+        """The value for `--cache-url`."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     def client(self) -> "redis.Redis":
-        """A client of the test's own."""
+        """Return a new client of the server."""
         return redis.Redis(port=self.port, socket_timeout=5)
 
     @contextmanager
     def record_client_commands(self) -> Iterator[list[str]]:
-        """What clients send within the block: commands that scripts run are not theirs."""
+        """Record the commands that clients send within the block, without those that scripts run."""
         commands: list[str] = []
         end = f"end {secrets.token_hex(8)}"
         with ExitStack() as stack:
-            other = stack.enter_context(self.client())
-            other.ping()  # its own connection is made before anybody looks
+            client = stack.enter_context(self.client())
+            # Connect before the recording begins.
+            client.ping()
             monitor = stack.enter_context(stack.enter_context(redis.Redis(port=self.port)).monitor())
 
             def read() -> None:
-                for seen in monitor.listen():
-                    if end in seen["command"]:
+                for event in monitor.listen():
+                    if end in event["command"]:
                         return
-                    if seen["client_type"] != "lua":
-                        commands.append(seen["command"][:60])
+                    if event["client_type"] != "lua":
+                        commands.append(event["command"][:60])
 
             reader = threading.Thread(target=read)
             reader.start()
             try:
                 yield commands
             finally:
-                other.echo(end)
+                client.echo(end)
                 reader.join(10)
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started and not killed since."""
+        """Whether the server was started and not killed since."""
         return self._process is not None
 
     def start(self) -> None:
-        """Return when it answers."""
+        """Start the server and return when it replies."""
         self._process = subprocess.Popen(
             self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
         )
         wait_for(self._is_answering, timeout_seconds=_START_SECONDS, description="the Redis server answers")
 
     def kill(self) -> None:
-        """End it as a crash does."""
+        """Kill the server as a crash would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def restart_after_crash(self, *, downtime_seconds: float) -> None:
-        """A crash, and the server is back after so long."""
+        """Kill the server and start it again after `downtime_seconds`."""
         self.kill()
         time.sleep(downtime_seconds)
         self.start()
 
     def pause(self) -> None:
-        """Have it answer nothing, its connections open."""
+        """Stop the process with SIGSTOP: connections stay open and no command is answered."""
         assert self._process
         self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Have it go on."""
+        """Let a paused process continue."""
         assert self._process
         self._process.send_signal(signal.SIGCONT)
 
@@ -141,13 +142,13 @@ class RedisServer:
 
 
 def local_server_program() -> str:
-    """The server to run as a process, whatever Docker says."""
+    """Return the server program to run as a process, even if Docker is available."""
     return server_program() or shutil.which("redis-server") or str(get_binary_path())
 
 
 @contextmanager
 def redis_process(folder: Path, *args: str, program: str | None = None) -> Iterator[RedisServer]:
-    """A server of a test's own, to kill, pause and fill; always a process on this machine."""
+    """Run a server for one test, to kill, pause and fill; it is always a process on this machine."""
     server = RedisServer(program or local_server_program(), folder, args=args)
     server.start()
     try:
@@ -158,7 +159,7 @@ def redis_process(folder: Path, *args: str, program: str | None = None) -> Itera
 
 @contextmanager
 def redis_url(folder: Path) -> Iterator[str]:
-    """Any Redis that answers, for tests that do nothing to the server itself."""
+    """Run a Redis server for tests that do not change the server itself, and yield its URL."""
     if server_program() is None:
         with DockerContainer(_IMAGE).with_exposed_ports(6379) as container:
             url = f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
@@ -174,19 +175,19 @@ def redis_url(folder: Path) -> Iterator[str]:
 
 
 def wait_for(condition: Callable[[], Any], *, timeout_seconds: float = 30, description: str) -> Any:
-    """Poll until `condition` holds and return its value; fail with `what` after the deadline."""
-    give_up_at = time.monotonic() + timeout_seconds
+    """Poll until `condition` holds and return its value; fail with `description` after the timeout."""
+    deadline = time.monotonic() + timeout_seconds
     while not (value := condition()):
-        assert time.monotonic() < give_up_at, f"not within {timeout_seconds} s: {description}"
+        assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {description}"
         time.sleep(0.01)
     return value
 
 
 def free_port() -> int:
-    """A port that nobody listens on, and that the system gives to no outgoing connection.
+    """Return a port that is free and that the kernel assigns to no outgoing connection.
 
-    It would sooner or later, to one of those that try to reach a server which is down: then that server
-    could not start again. (`ip_local_port_range` begins at 32768 or above.)
+    Otherwise a connection attempt to a server that is down could get the server's port, and the server could
+    not start again. (`ip_local_port_range` begins at 32768 or above.)
     """
     while True:
         with socket.socket() as probe, suppress(OSError):

@@ -1,4 +1,4 @@
-"""What callers notice when the servers of the cache are gone: every kind of URL, every way to be gone."""
+"""Outages of the cache for every kind of URL: the effect on misses, starts and stops."""
 
 import socket
 import time
@@ -20,7 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 _SERVICE = "cache"
 _MAX_MISS_SECONDS = 5.0
-_MAX_STOP_SECONDS = 3.0  # one or two, and the noise
+# One or two seconds, and the noise of a busy machine.
+_MAX_STOP_SECONDS = 3.0
 # A few --cache-timeout (250 ms), and the noise of two starts on a busy machine.
 _MAX_START_DELAY_SECONDS = 3.0
 _DOWN, _UP = "the store is down", "the store is back"
@@ -28,35 +29,35 @@ _LOST, _BACK = "the shared queue is lost", "the shared queue is back"
 
 
 @dataclass
-class _Servers:
-    """All the servers behind one URL."""
+class _RedisServers:
+    """All servers behind one URL."""
 
     url: str
     servers: Sequence[RedisServer]
     socket_path: Path | None = None
-    _in_their_place: list[socket.socket] = field(default_factory=list)
+    _replacement_sockets: list[socket.socket] = field(default_factory=list)
 
-    def refuse(self) -> None:
-        """End them all: connections are refused."""
+    def kill(self) -> None:
+        """Kill all servers: connections are refused."""
         for server in self.servers:
             server.kill()
 
     def freeze(self) -> None:
-        """Stop them all (SIGSTOP): connections are accepted, and nothing is answered."""
+        """Pause all servers (SIGSTOP): connections are accepted and no command is answered."""
         for server in self.servers:
             server.pause()
 
     def black_hole(self) -> None:
-        """End them all, and have no new connection completed: the backlogs in their place are full."""
-        self.refuse()
+        """Replace all servers by listeners with a full backlog: no connection is established."""
+        self.kill()
         for server in self.servers:
             self._fill_backlog(socket.AF_INET, ("127.0.0.1", server.port))
         if self.socket_path:
             self.socket_path.unlink(missing_ok=True)
             self._fill_backlog(socket.AF_UNIX, str(self.socket_path))
 
-    def come_back(self) -> None:
-        """Undo any of these."""
+    def recover(self) -> None:
+        """End any of these outages."""
         self.close()
         if self.socket_path and not self.servers[0].is_running:
             self.socket_path.unlink(missing_ok=True)
@@ -72,163 +73,169 @@ class _Servers:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(0)
-        self._in_their_place.append(listener)
-        for _ in range(4):  # one more than fits, and to be sure
-            near = socket.socket(family)
-            near.setblocking(False)
-            near.connect_ex(address)
-            self._in_their_place.append(near)
+        self._replacement_sockets.append(listener)
+        # One connection more than fits would do; four make sure of it.
+        for _ in range(4):
+            client = socket.socket(family)
+            client.setblocking(False)
+            client.connect_ex(address)
+            self._replacement_sockets.append(client)
 
     def close(self) -> None:
-        """Close what this opened."""
-        while self._in_their_place:
-            self._in_their_place.pop().close()
+        """Close the sockets of `black_hole`."""
+        while self._replacement_sockets:
+            self._replacement_sockets.pop().close()
 
 
 @contextmanager
-def _one(folder: Path) -> Iterator[_Servers]:
+def _single_server(folder: Path) -> Iterator[_RedisServers]:
     with redis_process(folder) as server:
-        yield _Servers(server.url, [server])
+        yield _RedisServers(server.url, [server])
 
 
 @contextmanager
-def _on_a_socket(folder: Path) -> Iterator[_Servers]:
+def _unix_socket(folder: Path) -> Iterator[_RedisServers]:
     path = folder / "redis.sock"
     with redis_process(folder, "--unixsocket", str(path)) as server:
-        yield _Servers(f"unix://{path}", [server], path)
+        yield _RedisServers(f"unix://{path}", [server], path)
 
 
 @contextmanager
-def _cluster(folder: Path) -> Iterator[_Servers]:
+def _cluster(folder: Path) -> Iterator[_RedisServers]:
     with redis_cluster(folder) as cluster:
-        yield _Servers(cluster.url, cluster.nodes)
+        yield _RedisServers(cluster.url, cluster.nodes)
 
 
 @contextmanager
-def _behind_sentinels(folder: Path) -> Iterator[_Servers]:
+def _sentinel_service(folder: Path) -> Iterator[_RedisServers]:
     with ExitStack() as stack:
         for name in ("master", "replica"):
             (folder / name).mkdir()
         master = stack.enter_context(redis_process(folder / "master"))
-        of_master = ("--replicaof", f"127.0.0.1 {master.port}")
-        replica = stack.enter_context(redis_process(folder / "replica", *of_master))
-        watching = stack.enter_context(
+        replica_of = ("--replicaof", f"127.0.0.1 {master.port}")
+        replica = stack.enter_context(redis_process(folder / "replica", *replica_of))
+        sentinels = stack.enter_context(
             sentinel_servers(folder, master_port=master.port, master_name=_SERVICE)
         )
-        hosts = ",".join(f"127.0.0.1:{one.port}" for one in watching)
-        yield _Servers(f"redis+sentinel://{hosts}/{_SERVICE}", [*watching, master, replica])
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in sentinels)
+        yield _RedisServers(f"redis+sentinel://{hosts}/{_SERVICE}", [*sentinels, master, replica])
 
 
-_KINDS = {"redis": _one, "unix": _on_a_socket, "cluster": _cluster, "sentinel": _behind_sentinels}
-_WAYS = {"refused": _Servers.refuse, "frozen": _Servers.freeze, "black-holed": _Servers.black_hole}
+_KINDS = {"redis": _single_server, "unix": _unix_socket, "cluster": _cluster, "sentinel": _sentinel_service}
+_OUTAGES = {
+    "refused": _RedisServers.kill,
+    "frozen": _RedisServers.freeze,
+    "black-holed": _RedisServers.black_hole,
+}
 
 
 @dataclass
-class _Start:
+class _StartedProxy:
     proxy: ServiceProcess
-    seconds: float
+    start_seconds: float
 
 
 @contextmanager
-def _started(url: str, model: str) -> Iterator[_Start]:
-    began = time.monotonic()
+def _start_proxy(url: str, model: str) -> Iterator[_StartedProxy]:
+    started_at = time.monotonic()
     flags = ("--cache-url", url, "--model-target", model, *UNLIMITED_RATE_FLAGS)
     with cache_proxy(*flags) as proxy:
-        yield _Start(proxy, time.monotonic() - began)
+        yield _StartedProxy(proxy, time.monotonic() - started_at)
 
 
 def _miss_seconds(proxy: ServiceProcess, name: str) -> float:
-    """How long new pairs take; they are answered as the model does."""
+    """Request new pairs, check their levels, and return the seconds that it took."""
     pairs = make_pairs(name, 20)
-    with open_caller(proxy.target) as asking:
-        began = time.monotonic()
-        reply = asking.infer(pairs, timeout_seconds=30)
-        took = time.monotonic() - began
-    assert reply.levels == [scripted_level(*pair) for pair in pairs], (reply.code, reply.message)
-    assert reply.misses == len(pairs)
-    return took
+    with open_caller(proxy.target) as caller:
+        started_at = time.monotonic()
+        result = caller.infer(pairs, timeout_seconds=30)
+        seconds = time.monotonic() - started_at
+    assert result.levels == [scripted_level(*pair) for pair in pairs], (result.code, result.message)
+    assert result.misses == len(pairs)
+    return seconds
 
 
 def _stop_seconds(proxy: ServiceProcess) -> float:
-    began = time.monotonic()
+    started_at = time.monotonic()
     assert proxy.stop() == 0
-    return time.monotonic() - began
+    return time.monotonic() - started_at
 
 
 def _warnings(proxy: ServiceProcess) -> list[str]:
+    """Return the log lines above the level INFO."""
     return [line for line in proxy.log.splitlines() if '"INFO"' not in line]
 
 
-@pytest.mark.parametrize("gone", _WAYS.values(), ids=_WAYS)
+@pytest.mark.parametrize("begin_outage", _OUTAGES.values(), ids=_OUTAGES)
 @pytest.mark.parametrize("kind", _KINDS.values(), ids=_KINDS)
-def test_servers_of_the_cache_that_are_gone_delay_no_miss_no_start_and_no_stop(
-    kind: Callable[[Path], AbstractContextManager[_Servers]],
-    gone: Callable[[_Servers], None],
+def test_outage_of_cache_delays_no_miss_start_or_stop(
+    kind: Callable[[Path], AbstractContextManager[_RedisServers]],
+    begin_outage: Callable[[_RedisServers], None],
     tmp_path: Path,
 ) -> None:
-    """At run and at start. The outage is one log line of the store and one of the queue; so is its end."""
+    """During the run and at the start. Outage and recovery are one log line each of store and queue."""
     with (
-        kind(tmp_path) as behind,
-        closing(behind),
+        kind(tmp_path) as servers,
+        closing(servers),
         scripted_model() as model,
-        _started(behind.url, model.target) as well,
+        _start_proxy(servers.url, model.target) as running,
     ):
-        _miss_seconds(well.proxy, "before")
-        assert not _warnings(well.proxy)
-        gone(behind)
-        figures = {"miss at run": _miss_seconds(well.proxy, "at run")}
-        with _started(behind.url, model.target) as alone:
-            figures["start's delay"] = alone.seconds - well.seconds
-            figures["miss at start"] = _miss_seconds(alone.proxy, "at start")
-            figures["second miss"] = _miss_seconds(alone.proxy, "at start again")
-            for proxy in (well.proxy, alone.proxy):
+        _miss_seconds(running.proxy, "before")
+        assert not _warnings(running.proxy)
+        begin_outage(servers)
+        seconds = {"miss at run": _miss_seconds(running.proxy, "at run")}
+        with _start_proxy(servers.url, model.target) as other:
+            seconds["start's delay"] = other.start_seconds - running.start_seconds
+            seconds["miss at start"] = _miss_seconds(other.proxy, "at start")
+            seconds["second miss"] = _miss_seconds(other.proxy, "at start again")
+            for proxy in (running.proxy, other.proxy):
                 for line in (_DOWN, _LOST):
-                    wait_for(lambda: proxy.log.count(line), description=line)  # noqa: B023 - used at once
-            for one in (well.proxy, alone.proxy):
-                assert len(_warnings(one)) == 2, _warnings(one)
-            figures["stop"] = _stop_seconds(alone.proxy)
-        behind.come_back()
+                    wait_for(lambda: proxy.log.count(line), description=line)  # noqa: B023 - called at once
+            for proxy in (running.proxy, other.proxy):
+                assert len(_warnings(proxy)) == 2, _warnings(proxy)
+            seconds["stop"] = _stop_seconds(other.proxy)
+        servers.recover()
         for line in (_UP, _BACK):
-            wait_for(lambda: well.proxy.log.count(line), description=line)  # noqa: B023 - used at once
+            wait_for(lambda: running.proxy.log.count(line), description=line)  # noqa: B023 - called at once
         wait_for(
-            lambda: read_metrics(well.proxy.http_url)["cache_proxy_degraded",] == 0,
-            description="it is well again",
+            lambda: read_metrics(running.proxy.http_url)["cache_proxy_degraded",] == 0,
+            description="it is no longer degraded",
         )
-        _miss_seconds(well.proxy, "after")
-        gone(behind)
-        figures["stop at once"] = _stop_seconds(well.proxy)
-        behind.come_back()
-    assert max(figures["miss at run"], figures["miss at start"]) <= _MAX_MISS_SECONDS, figures
-    assert figures["second miss"] <= _MAX_MISS_SECONDS, figures
-    assert figures["start's delay"] <= _MAX_START_DELAY_SECONDS, figures
-    assert max(figures["stop"], figures["stop at once"]) <= _MAX_STOP_SECONDS, figures
-    assert "Traceback" not in well.proxy.log + alone.proxy.log
+        _miss_seconds(running.proxy, "after")
+        begin_outage(servers)
+        seconds["stop at once"] = _stop_seconds(running.proxy)
+        servers.recover()
+    assert max(seconds["miss at run"], seconds["miss at start"]) <= _MAX_MISS_SECONDS, seconds
+    assert seconds["second miss"] <= _MAX_MISS_SECONDS, seconds
+    assert seconds["start's delay"] <= _MAX_START_DELAY_SECONDS, seconds
+    assert max(seconds["stop"], seconds["stop at once"]) <= _MAX_STOP_SECONDS, seconds
+    assert "Traceback" not in running.proxy.log + other.proxy.log
 
 
-@pytest.mark.parametrize("gone", _WAYS.values(), ids=_WAYS)
+@pytest.mark.parametrize("begin_outage", _OUTAGES.values(), ids=_OUTAGES)
 @pytest.mark.parametrize("number", range(3))
-def test_one_of_three_sentinels_that_is_gone_costs_nothing(
-    gone: Callable[[_Servers], None], number: int, tmp_path: Path
+def test_outage_of_one_of_three_sentinels_delays_nothing(
+    begin_outage: Callable[[_RedisServers], None], number: int, tmp_path: Path
 ) -> None:
-    """Whichever it is in the URL: no outage is logged, and a start and a miss take their usual time."""
+    """Whichever Sentinel fails, no outage is logged, and starts and misses take their usual time."""
     with (
-        _behind_sentinels(tmp_path) as behind,
+        _sentinel_service(tmp_path) as servers,
         scripted_model() as model,
-        _started(behind.url, model.target) as well,
+        _start_proxy(servers.url, model.target) as running,
         ExitStack() as stack,
     ):
-        usual = max(_miss_seconds(well.proxy, "usual"), 0.25)
-        one = stack.enter_context(closing(_Servers(behind.url, [behind.servers[number]])))
-        gone(one)
-        figures = {"miss at run": _miss_seconds(well.proxy, "at run")}
-        with _started(behind.url, model.target) as other:
-            figures["start's delay"] = other.seconds - well.seconds
-            figures["miss"] = _miss_seconds(other.proxy, "at start")
-            figures["stop"] = _stop_seconds(other.proxy)
-        assert not _warnings(well.proxy) + _warnings(other.proxy)
-    assert max(figures["miss at run"], figures["miss"]) <= 4 * usual, figures
-    assert figures["start's delay"] <= _MAX_START_DELAY_SECONDS, figures
-    assert figures["stop"] <= _MAX_STOP_SECONDS, figures
+        usual_seconds = max(_miss_seconds(running.proxy, "usual"), 0.25)
+        sentinel = stack.enter_context(closing(_RedisServers(servers.url, [servers.servers[number]])))
+        begin_outage(sentinel)
+        seconds = {"miss at run": _miss_seconds(running.proxy, "at run")}
+        with _start_proxy(servers.url, model.target) as other:
+            seconds["start's delay"] = other.start_seconds - running.start_seconds
+            seconds["miss"] = _miss_seconds(other.proxy, "at start")
+            seconds["stop"] = _stop_seconds(other.proxy)
+        assert not _warnings(running.proxy) + _warnings(other.proxy)
+    assert max(seconds["miss at run"], seconds["miss"]) <= 4 * usual_seconds, seconds
+    assert seconds["start's delay"] <= _MAX_START_DELAY_SECONDS, seconds
+    assert seconds["stop"] <= _MAX_STOP_SECONDS, seconds
 
 
 @pytest.mark.parametrize(
@@ -240,19 +247,25 @@ def test_one_of_three_sentinels_that_is_gone_costs_nothing(
         "redis+sentinel://no-such-host.invalid:26379,neither-this.invalid/cache",
     ],
 )
-def test_a_name_that_does_not_resolve_is_one_line_of_each_component(url: str) -> None:
-    """For ten seconds with requests, as in any other outage; and no start, miss or stop is delayed."""
-    with scripted_model() as model, _started(url, model.target) as alone:
-        proxy, end_at = alone.proxy, time.monotonic() + 10
+def test_unresolvable_host_is_logged_once_by_each_component(url: str) -> None:
+    """During ten seconds of requests there is one line of store and queue each, and nothing is delayed."""
+    with scripted_model() as model, _start_proxy(url, model.target) as other:
+        proxy = other.proxy
+        end_at = time.monotonic() + 10
         misses: list[float] = []
         while time.monotonic() < end_at:
             misses.append(_miss_seconds(proxy, f"unresolved {len(misses)}"))
             time.sleep(0.2)
         warnings = _warnings(proxy)
-        stop = _stop_seconds(proxy)
-    assert sorted(line in each for each in warnings for line in (_DOWN, _LOST)) == [False, False, True, True]
+        stop_seconds = _stop_seconds(proxy)
+    assert sorted(line in warning for warning in warnings for line in (_DOWN, _LOST)) == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert "never retrieved" not in proxy.log
     assert "Traceback" not in proxy.log
-    assert alone.seconds <= 10
+    assert other.start_seconds <= 10
     assert max(misses) <= _MAX_MISS_SECONDS
-    assert stop <= _MAX_STOP_SECONDS
+    assert stop_seconds <= _MAX_STOP_SECONDS

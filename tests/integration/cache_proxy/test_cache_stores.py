@@ -1,4 +1,4 @@
-"""The proxy and its store: shared, kept over restarts, down, slow and gone."""
+"""The proxy with each kind of store: shared, after restarts, unavailable, slow and embedded."""
 
 import os
 import signal
@@ -22,190 +22,203 @@ from tests.support.model_server import scripted_level, scripted_model
 from tests.support.processes import ServiceProcess, cache_proxy, run_command
 from tests.support.redis_server import RedisServer, redis_process, wait_for
 
-PATIENT = ("--cache-timeout", "10s")
-"""For tests of what is in Redis: a busy machine does not make it a Redis that is lost."""
+# For tests of the content of Redis: a busy machine must not make Redis count as lost.
+LONG_TIMEOUT_FLAGS = ("--cache-timeout", "10s")
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own, to kill and pause."""
+    """Yield a server for this test only, to kill and to pause."""
     with redis_process(tmp_path) as server:
         yield server
 
 
-def test_two_proxies_on_one_redis_share_answers_over_restarts(
+def test_proxies_on_one_redis_share_answers_of_one_model_version(
     stage_with: StartProxyEnvironment, shared_redis: str
 ) -> None:
-    """What one asked the other knows, and so does a third that starts later; another deployment's prefix,
-    model version, secret or normal form does not.
-    """  # noqa: D205 - one thought
-    flags = ("--cache-url", shared_redis, "--key-prefix", "shared", *UNLIMITED_RATE_FLAGS, *PATIENT)
+    """A second proxy finds the answers of the first; one with another model version does not."""
+    flags = (
+        "--cache-url",
+        shared_redis,
+        "--key-prefix",
+        "shared",
+        *UNLIMITED_RATE_FLAGS,
+        *LONG_TIMEOUT_FLAGS,
+    )
     pairs = make_pairs("shared", 30)
     first = stage_with(*flags)
     assert first.caller.infer(pairs).misses == 30
     _wait_until_saved(first)
     second = stage_with(*flags, "--model-version", "1", model=first.model)
     assert second.caller.infer(pairs).hits == 30
-    found = read_metrics(second.proxy.http_url)
-    assert found["cache_proxy_pairs_total", "l2"] == 30
-    assert found["cache_proxy_store_duration_seconds_count", "get"] >= 1
+    samples = read_metrics(second.proxy.http_url)
+    assert samples["cache_proxy_pairs_total", "l2"] == 30
+    assert samples["cache_proxy_store_duration_seconds_count", "get"] >= 1
     other = stage_with(*flags, "--model-version", "2", model=first.model)
     assert other.caller.infer(pairs).misses == 30
 
 
 def _wait_until_saved(stage: ProxyEnvironment) -> None:
-    """An answer is on its way before it is written."""
+    """Wait for the first write: answers are returned before they are stored."""
     puts = "cache_proxy_store_duration_seconds_count", "put"
     wait_for(lambda: read_metrics(stage.proxy.http_url).get(puts), description="the answers are written")
 
 
-def _asks_well(stage: ProxyEnvironment, company: str, *, count: int = 20) -> float:
-    """Ask for new pairs; the seconds it took."""
+def _infer_new_pairs(stage: ProxyEnvironment, company: str, *, count: int = 20) -> float:
+    """Request new pairs, check their levels, and return the seconds that it took."""
     started_at = time.monotonic()
-    reply = stage.caller.infer(make_pairs(company, count), timeout_seconds=30)
-    assert reply.levels == [scripted_level(*pair) for pair in make_pairs(company, count)]
+    result = stage.caller.infer(make_pairs(company, count), timeout_seconds=30)
+    assert result.levels == [scripted_level(*pair) for pair in make_pairs(company, count)]
     return time.monotonic() - started_at
 
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_callers_are_answered_whatever_redis_does(
+def test_callers_are_answered_during_every_outage_of_redis(
     stage_with: StartProxyEnvironment, own_redis: RedisServer
 ) -> None:
-    """Down at start, back, killed under load, back, paused, back: always answers, in time, one warning a
-    change, and what was answered meanwhile is saved.
-    """  # noqa: D205 - one thought
+    """Redis is down at the start, killed under load and paused; each time it comes back.
+
+    Callers are always answered in time, each change is logged once, and the answers of the outages are stored
+    afterwards.
+    """
     own_redis.kill()
     stage = stage_with("--cache-url", own_redis.url, "--cache-timeout", "1s", *UNLIMITED_RATE_FLAGS)
-    _asks_well(stage, "down at start")
+    _infer_new_pairs(stage, "down at start")
     own_redis.start()
-    wait_for(lambda: _up(stage.proxy), description="the store is back")
+    wait_for(lambda: _is_store_up(stage.proxy), description="the store is back")
 
-    going, failed = threading.Event(), []
+    stop = threading.Event()
+    failed = []
 
     def load(name: str) -> None:
-        with open_caller(stage.proxy.target) as asking:
+        with open_caller(stage.proxy.target) as caller:
             number = 0
-            while not going.is_set():
+            while not stop.is_set():
                 number += 1
-                reply = asking.infer(make_pairs(f"load {name} {number}", 5), timeout_seconds=30)
-                if reply.code is not StatusCode.OK:
-                    failed.append(reply)
+                result = caller.infer(make_pairs(f"load {name} {number}", 5), timeout_seconds=30)
+                if result.code is not StatusCode.OK:
+                    failed.append(result)
 
     threads = [threading.Thread(target=load, args=(str(number),)) for number in range(4)]
     for thread in threads:
         thread.start()
     own_redis.kill()
-    wait_for(lambda: not _up(stage.proxy), description="the loss is noticed")
-    _asks_well(stage, "while killed")
+    wait_for(lambda: not _is_store_up(stage.proxy), description="the loss is noticed")
+    _infer_new_pairs(stage, "while killed")
     own_redis.start()
-    wait_for(lambda: _up(stage.proxy), description="the store is back again")
+    wait_for(lambda: _is_store_up(stage.proxy), description="the store is back again")
     own_redis.pause()
-    assert _asks_well(stage, "while paused") < 15  # store and queue each find out
-    wait_for(lambda: not _up(stage.proxy), description="the silence is noticed")
-    going.set()
+    # Store and queue each wait for a timeout.
+    assert _infer_new_pairs(stage, "while paused") < 15
+    wait_for(lambda: not _is_store_up(stage.proxy), description="the pause is noticed")
+    stop.set()
     for thread in threads:
         thread.join(60)
     assert not failed
-    took = _asks_well(stage, "while down") + _asks_well(stage, "while still down")
-    assert took < 2  # the second would have waited for two timeouts
+    seconds = _infer_new_pairs(stage, "while down") + _infer_new_pairs(stage, "while still down")
+    # A second wait for the silent server would take two more timeouts.
+    assert seconds < 2
     own_redis.resume()
-    wait_for(lambda: _up(stage.proxy), description="the store is back once more")
+    wait_for(lambda: _is_store_up(stage.proxy), description="the store is back a third time")
     assert stage.proxy.stop() == 0
     assert stage.proxy.log.count("the store is down") == 3
     assert stage.proxy.log.count("the store is back") == 3
     assert "Traceback" not in stage.proxy.log
     with (
-        cache_proxy("--model-target", "127.0.0.1:1", "--cache-url", own_redis.url, *PATIENT) as later,
-        open_caller(later.target) as asking,
+        cache_proxy(
+            "--model-target", "127.0.0.1:1", "--cache-url", own_redis.url, *LONG_TIMEOUT_FLAGS
+        ) as other,
+        open_caller(other.target) as caller,
     ):
         for company in ("down at start", "while killed", "while paused", "while down", "while still down"):
-            assert asking.infer(make_pairs(company, 20)).hits == 20
+            assert caller.infer(make_pairs(company, 20)).hits == 20
 
 
-def _up(proxy: ServiceProcess) -> bool:
+def _is_store_up(proxy: ServiceProcess) -> bool:
     return read_metrics(proxy.http_url)["cache_proxy_store_up",] == 1
 
 
-def _servers(folder: Path) -> list[int]:
-    """The processes whose working directory is this folder."""
-    found = []
+def _server_pids(folder: Path) -> list[int]:
+    """Return the ids of the processes whose working directory is this folder."""
+    pids = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdecimal() and (entry / "cwd").readlink() == folder:
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 @pytest.mark.slow
-def test_an_embedded_store_outlives_a_kill_and_leaves_no_server(
+def test_embedded_store_survives_kill_and_leaves_no_server(
     stage_with: StartProxyEnvironment, tmp_path: Path
 ) -> None:
-    """Kill -9 of the proxy: its server ends too, and the next proxy on the folder has the answers; SIGTERM
-    ends both.
-    """  # noqa: D205 - one thought
+    """After SIGKILL of the proxy its server ends too, and the next proxy on the folder has the answers.
+
+    After SIGTERM both have ended.
+    """
     folder = tmp_path / ("a long name " * 12).strip() / "store"
     flags = ("--cache-url", f"embedded:{folder}", *UNLIMITED_RATE_FLAGS)
     first = stage_with(*flags)
     pairs = make_pairs("embedded", 200)
     assert first.caller.infer(pairs).code is StatusCode.OK
-    assert len(_servers(folder)) == 1
-    wait_for(lambda: _saved(folder, 200), description="the answers are in the file")
+    assert len(_server_pids(folder)) == 1
+    wait_for(lambda: _is_saved(folder, 200), description="the answers are in the file")
     first.proxy.stop(signal.SIGKILL)
     second = stage_with(*flags, model=first.model)
     assert second.caller.infer(pairs).hits == 200
-    assert len(_servers(folder)) == 1
+    assert len(_server_pids(folder)) == 1
     assert second.proxy.stop() == 0
-    assert _servers(folder) == []
+    assert _server_pids(folder) == []
 
 
-def _saved(folder: Path, pairs: int) -> bool:
+def _is_saved(folder: Path, pairs: int) -> bool:
+    """Return whether the append-only file has grown to the size of so many pairs."""
     return sum(path.stat().st_size for path in (folder / "appendonlydir").glob("*.incr.aof")) > pairs * 17
 
 
 @pytest.mark.slow
-def test_an_embedded_server_that_dies_is_started_again(
-    stage_with: StartProxyEnvironment, tmp_path: Path
-) -> None:
-    """Callers are answered meanwhile, and the answers are there afterwards."""
+def test_killed_embedded_server_is_restarted(stage_with: StartProxyEnvironment, tmp_path: Path) -> None:
+    """Callers are answered during the restart, and the answers are stored afterwards."""
     stage = stage_with("--cache-url", f"embedded:{tmp_path}", *UNLIMITED_RATE_FLAGS)
-    _asks_well(stage, "before")
-    [server] = _servers(tmp_path)
-    os.kill(server, signal.SIGKILL)
+    _infer_new_pairs(stage, "before")
+    [pid] = _server_pids(tmp_path)
+    os.kill(pid, signal.SIGKILL)
     wait_for(
-        lambda: server not in _servers(tmp_path) and _servers(tmp_path), description="there is a new server"
+        lambda: pid not in _server_pids(tmp_path) and _server_pids(tmp_path),
+        description="there is a new server",
     )
-    _asks_well(stage, "after")
-    wait_for(lambda: _up(stage.proxy), description="the store is back")
+    _infer_new_pairs(stage, "after")
+    wait_for(lambda: _is_store_up(stage.proxy), description="the store is back")
     stage.proxy.stop()
     later = stage_with("--cache-url", f"embedded:{tmp_path}", model=stage.model)
     assert later.caller.infer([*make_pairs("before", 20), *make_pairs("after", 20)]).hits == 40
 
 
 @pytest.mark.slow
-def test_a_second_proxy_on_the_folder_is_refused(stage_with: StartProxyEnvironment, tmp_path: Path) -> None:
-    """One clear line with the owner's process, exit code 1, and the first goes on."""
+def test_second_proxy_on_embedded_folder_fails(stage_with: StartProxyEnvironment, tmp_path: Path) -> None:
+    """It prints one line with the process that uses the folder; the first proxy continues."""
     stage = stage_with("--cache-url", f"embedded:{tmp_path}", *UNLIMITED_RATE_FLAGS)
-    ended = _start(f"embedded:{tmp_path}")
-    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
-    assert str(tmp_path) in ended.stderr
-    assert str(stage.proxy.process.pid) in ended.stderr
-    _asks_well(stage, "goes on")
+    finished = _run_proxy(f"embedded:{tmp_path}")
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (1, "", 1)
+    assert str(tmp_path) in finished.stderr
+    assert str(stage.proxy.process.pid) in finished.stderr
+    _infer_new_pairs(stage, "continues")
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
-def test_a_folder_that_cannot_be_one_is_one_line(place: str, tmp_path: Path) -> None:
-    """A file, a place below a file, a place that takes no folders: exit code 1, the folder named."""
+@pytest.mark.parametrize("path", ["file", "file/below", "/proc/nowhere"])
+def test_unusable_embedded_folder_is_one_error_line(path: str, tmp_path: Path) -> None:
+    """A file, a path below a file and one where no folder can be made: exit code 1, the path named."""
     (tmp_path / "file").touch()
-    folder = tmp_path / place
-    ended = _start(f"embedded:{folder}")
-    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1), ended.stderr
-    assert str(folder) in ended.stderr
+    folder = tmp_path / path
+    finished = _run_proxy(f"embedded:{folder}")
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (1, "", 1), finished.stderr
+    assert str(folder) in finished.stderr
 
 
-def _start(url: str) -> "subprocess.CompletedProcess[str]":
+def _run_proxy(url: str) -> "subprocess.CompletedProcess[str]":
     return run_command(
         "services.cache_proxy",
         "serve",
@@ -221,13 +234,20 @@ def _start(url: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.slow
-def test_a_secret_keys_the_cache(
+def test_key_secret_separates_answers(
     stage_with: StartProxyEnvironment, shared_redis: str, tmp_path: Path
 ) -> None:
-    """Another secret knows nothing of the answers, the same one all of them; it is never logged."""
+    """Answers are found only with the secret with which they were stored; it is never logged."""
     secret = tmp_path / "secret"
     secret.write_bytes(b"hunter2\xff\n")
-    flags = ("--cache-url", shared_redis, "--key-prefix", "secret", *UNLIMITED_RATE_FLAGS, *PATIENT)
+    flags = (
+        "--cache-url",
+        shared_redis,
+        "--key-prefix",
+        "secret",
+        *UNLIMITED_RATE_FLAGS,
+        *LONG_TIMEOUT_FLAGS,
+    )
     plain = stage_with(*flags)
     pairs = make_pairs("secret", 5)
     plain.caller.infer(pairs)
@@ -235,12 +255,13 @@ def test_a_secret_keys_the_cache(
     for misses in (5, 0):
         keyed = stage_with(*flags, "--key-secret-file", str(secret), model=plain.model)
         assert keyed.caller.infer(pairs).misses == misses
-        assert keyed.proxy.stop() == 0  # now all is written, also its log
+        # After the stop, all answers and log lines are written.
+        assert keyed.proxy.stop() == 0
         assert "hunter2" not in keyed.proxy.log
 
 
-def test_exact_keeps_spellings_apart_and_fold_does_not(stage_with: StartProxyEnvironment) -> None:
-    """`--normalize exact`: each spelling is a pair of its own."""
+def test_normalize_exact_keeps_spellings_apart(stage_with: StartProxyEnvironment) -> None:
+    """Each spelling is a separate pair and is inferred."""
     stage = stage_with("--normalize", "exact", *UNLIMITED_RATE_FLAGS)
     pairs = [("Exact", "T"), ("EXACT", "T"), ("Exact ", "T"), ("Exact", "t")]
     assert stage.caller.infer(pairs).levels == [scripted_level(*pair) for pair in pairs]
@@ -248,23 +269,23 @@ def test_exact_keeps_spellings_apart_and_fold_does_not(stage_with: StartProxyEnv
 
 
 @pytest.mark.slow
-def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
+def test_wrong_password_makes_store_unavailable_and_is_not_shown(
     own_redis: RedisServer, tmp_path: Path
 ) -> None:
-    """Callers are answered; the log has one warning, and no password in it."""
+    """Callers are answered; the log has one warning and no password."""
     with own_redis.client() as client:
         client.config_set("requirepass", "s3cret")
     path = tmp_path / "password"
     path.write_bytes(b"hunter2\xff\n")
     url = own_redis.url.replace("redis://", "redis://:hunter3@")
-    by_file = ("--cache-url", own_redis.url, "--cache-password-file", str(path))
-    for flags, env in (((), {"CACHE_PROXY_CACHE_URL": url}), (by_file, {})):
+    file_flags = ("--cache-url", own_redis.url, "--cache-password-file", str(path))
+    for flags, env in (((), {"CACHE_PROXY_CACHE_URL": url}), (file_flags, {})):
         with (
             scripted_model() as model,
             cache_proxy("--model-target", model.target, *flags, *UNLIMITED_RATE_FLAGS, env=env) as proxy,
-            open_caller(proxy.target) as asking,
+            open_caller(proxy.target) as caller,
         ):
-            assert asking.infer([("password", "t")]).code is StatusCode.OK
+            assert caller.infer([("password", "t")]).code is StatusCode.OK
             assert proxy.stop() == 0
             assert "hunter" not in proxy.log
             assert proxy.log.count("the store is down") == 1
@@ -279,30 +300,30 @@ def test_a_wrong_password_is_a_store_that_is_down_and_is_not_shown(
             "--cache-password-file",
             str(path),
             *UNLIMITED_RATE_FLAGS,
-            *PATIENT,
+            *LONG_TIMEOUT_FLAGS,
         ) as proxy,
-        open_caller(proxy.target) as asking,
+        open_caller(proxy.target) as caller,
     ):
-        assert asking.infer([("password", "t")]).code is StatusCode.OK
+        assert caller.infer([("password", "t")]).code is StatusCode.OK
         assert "s3cret" not in proxy.log
-        assert _up(proxy)
+        assert _is_store_up(proxy)
         with redis.Redis(port=own_redis.port, password="s3cret") as client:
             wait_for(lambda: any(b":c2:" in key for key in client.scan_iter()), description="it is written")
 
 
 @pytest.mark.slow
-def test_a_redis_that_evicts_any_key_is_warned_of_once(own_redis: RedisServer) -> None:
-    """One loud line and a gauge; with a policy that spares the queue, neither."""
+def test_redis_that_may_evict_any_key_is_logged_once(own_redis: RedisServer) -> None:
+    """One log line and a gauge show an unsafe policy; with a safe policy there is neither."""
     for policy, evicts in (("allkeys-lru", 1), ("volatile-lru", 0), ("noeviction", 0)):
         with own_redis.client() as client:
             client.config_set("maxmemory-policy", policy)
         with cache_proxy("--model-target", "127.0.0.1:1", "--cache-url", own_redis.url) as proxy:
             if evicts:
-                wait_for(lambda: policy in proxy.log, description="the warning")  # noqa: B023 - called within the turn
+                wait_for(lambda: policy in proxy.log, description="the warning")  # noqa: B023 - called at once
             else:
                 wait_for(
                     lambda: read_metrics(proxy.http_url)["cache_proxy_live_replicas",],
-                    description="it is in touch",
+                    description="the replica is connected",
                 )
             assert read_metrics(proxy.http_url)["cache_proxy_store_evicts",] == evicts
             assert proxy.log.count("maxmemory-policy") == evicts

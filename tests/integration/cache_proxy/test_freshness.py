@@ -1,4 +1,4 @@
-"""Answers that are too old, another version's, or invalidated, as callers of real proxies see them."""
+"""Answers that are expired, invalidated or of the previous version, as callers of proxies see them."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -23,68 +23,71 @@ _prefixes = (f"versions{number}" for number in count())
 
 @pytest.fixture
 def flags(shared_redis: str) -> tuple[str, ...]:
-    """A deployment of the test's own."""
+    """Return the flags of a deployment for this test only."""
     return ("--cache-url", shared_redis, "--key-prefix", next(_prefixes), *UNLIMITED_RATE_FLAGS)
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own."""
+    """Yield a server for this test only."""
     with redis_process(tmp_path) as server:
         yield server
 
 
-def _another(call: ReceivedCall) -> Answers:
-    """A model that has changed its mind about everything."""
+def _answer_next_levels(call: ReceivedCall) -> Answers:
+    """Answer as a new model would: each level is another one than before."""
     return [(uuid, level % 7 + 1) for uuid, level in answer_all(call)]
 
 
-def _written(stage: ProxyEnvironment) -> bool:
+def _is_written(stage: ProxyEnvironment) -> bool:
     return read_metrics(stage.proxy.http_url).get(("cache_proxy_store_duration_seconds_count", "put"), 0) > 0
 
 
-def _invalidate(flags: tuple[str, ...], *what: str) -> str:
-    done = run_command("services.cache_proxy", "invalidate", *what, *flags[:4])
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def _invalidate(flags: tuple[str, ...], *selection: str) -> str:
+    finished = run_command("services.cache_proxy", "invalidate", *selection, *flags[:4])
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 @pytest.mark.slow
-def test_the_previous_versions_answers_are_served_and_refreshed_behind(
+def test_answers_of_previous_version_are_served_and_refreshed(
     stage_with: StartProxyEnvironment, flags: tuple[str, ...]
 ) -> None:
-    """A new version answers at once with the old one's answers, and soon with its own; rolled back, the old
-    ones are there at once.
-    """  # noqa: D205 - one thought
+    """A new version serves the answers of the old one at once and infers them again in the background.
+
+    After a rollback, the old answers are served at once.
+    """
     pairs = make_pairs("versioned", 40)
     old = stage_with(*flags, "--model-version", "1")
     before = old.caller.infer(pairs).levels
-    wait_for(lambda: _written(old), description="the store has them")
-    old.model.behaviour = _another
+    wait_for(lambda: _is_written(old), description="the answers are stored")
+    old.model.behaviour = _answer_next_levels
     new = stage_with(*flags, "--model-version", "2", "--previous-model-version", "1", model=old.model)
     first = new.caller.infer(pairs)
     assert (first.levels, first.hits) == (before, 40)
     after = [level % 7 + 1 for level in before]
     wait_for(lambda: new.caller.infer(pairs).levels == after, description="the new version's answers")
-    found = read_metrics(new.proxy.http_url)
-    assert found["cache_proxy_pairs_total", "stale"] >= 40
-    assert len(old.model.received_pairs()) == 80  # once for each version
-    back = stage_with(*flags, "--model-version", "1", model=old.model)
-    assert back.caller.infer(pairs).levels == before
+    samples = read_metrics(new.proxy.http_url)
+    assert samples["cache_proxy_pairs_total", "stale"] >= 40
+    # Each pair was inferred once by each version.
+    assert len(old.model.received_pairs()) == 80
+    rolled_back = stage_with(*flags, "--model-version", "1", model=old.model)
+    assert rolled_back.caller.infer(pairs).levels == before
     assert len(old.model.received_pairs()) == 80
 
 
 @pytest.mark.parametrize("serve_stale", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_answers_that_are_too_old_are_inferred_again(
+def test_expired_answers_are_inferred_again(
     stage_with: StartProxyEnvironment, own_redis: RedisServer, serve_stale: bool
 ) -> None:
-    """Older than the days of `--cache-ttl`: inferred again; with `--serve-stale` served meanwhile."""
+    """Answers older than `--cache-ttl` are inferred again; with `--serve-stale` they are served first."""
     stage = stage_with("--cache-url", own_redis.url, *UNLIMITED_RATE_FLAGS)
     pairs = make_pairs("old", 10)
     before = stage.caller.infer(pairs).levels
-    stage.proxy.stop()  # which writes what is not written yet
+    # The stop writes pending answers.
+    stage.proxy.stop()
     _age(own_redis, days=40)
-    stage.model.behaviour = _another
+    stage.model.behaviour = _answer_next_levels
     later = stage_with(
         "--cache-url",
         own_redis.url,
@@ -96,23 +99,23 @@ def test_answers_that_are_too_old_are_inferred_again(
         model=stage.model,
     )
     after = [level % 7 + 1 for level in before]
-    reply = later.caller.infer(pairs)
-    assert (reply.levels, reply.hits) == ((before, 10) if serve_stale else (after, 0))
+    result = later.caller.infer(pairs)
+    assert (result.levels, result.hits) == ((before, 10) if serve_stale else (after, 0))
     wait_for(lambda: later.caller.infer(pairs).levels == after, description="new answers")
     assert len(stage.model.received_pairs()) == 20
 
 
 @pytest.mark.slow
-def test_the_previous_versions_answers_age_too(
+def test_expired_answers_of_previous_version_are_not_served(
     stage_with: StartProxyEnvironment, own_redis: RedisServer
 ) -> None:
-    """Older than `--cache-ttl`, another version's answer is not served: the model is asked."""
+    """An answer of the previous version that is older than `--cache-ttl` is inferred again."""
     pairs = make_pairs("old version", 10)
     old = stage_with("--cache-url", own_redis.url, "--model-version", "1", *UNLIMITED_RATE_FLAGS)
     before = old.caller.infer(pairs).levels
     old.proxy.stop()
     _age(own_redis, days=300)
-    old.model.behaviour = _another
+    old.model.behaviour = _answer_next_levels
     new = stage_with(
         "--cache-url",
         own_redis.url,
@@ -125,77 +128,80 @@ def test_the_previous_versions_answers_age_too(
         *UNLIMITED_RATE_FLAGS,
         model=old.model,
     )
-    reply = new.caller.infer(pairs)
-    assert (reply.levels, reply.hits) == ([level % 7 + 1 for level in before], 0)
+    result = new.caller.infer(pairs)
+    assert (result.levels, result.hits) == ([level % 7 + 1 for level in before], 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong_days", [-40, 40])
-def test_a_proxy_with_a_wrong_clock_serves_and_infers_as_the_others(
+def test_proxy_with_wrong_clock_serves_and_infers_as_others_do(
     stage_with: StartProxyEnvironment, own_redis: RedisServer, tmp_path: Path, wrong_days: int
 ) -> None:
-    """Weeks ahead or behind: it serves what is fresh by Redis's clock, and asks once for what is not."""
+    """With a clock weeks ahead or behind, freshness is decided by the clock of Redis."""
     flags = ("--cache-url", own_redis.url, "--cache-ttl", "30d", *UNLIMITED_RATE_FLAGS)
     right = stage_with(*flags)
     old, fresh, new = (make_pairs(name, 10) for name in ("old", "fresh", "new"))
     right.caller.infer(old)
-    wait_for(lambda: _written(right), description="the store has them")
+    wait_for(lambda: _is_written(right), description="the answers are stored")
     right.proxy.stop()
     _age(own_redis, days=31)
     right = stage_with(*flags, model=right.model)
     right.caller.infer(fresh)
-    wait_for(lambda: _written(right), description="the store has them")
+    wait_for(lambda: _is_written(right), description="the answers are stored")
+    # The core of gRPC reads the system clock itself, so only the clock of this project's modules is changed.
     (tmp_path / "sitecustomize.py").write_text(
-        "import time, types\n"  # gRPC's core reads the system's clock itself, so only the project's is moved
-        "from services.cache_proxy.cache import entry as dated, store_clock as clock\n"
-        f"wrong = lambda: time.time() + {wrong_days} * 86400\n"
-        "clock.time = dated.time = types.SimpleNamespace(time=wrong, monotonic=time.monotonic)\n"
+        "import time, types\n"
+        "from services.cache_proxy.cache import entry, store_clock\n"
+        f"wrong_time = lambda: time.time() + {wrong_days} * 86400\n"
+        "entry.time = store_clock.time = types.SimpleNamespace(time=wrong_time, monotonic=time.monotonic)\n"
     )
     environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     with (
         cache_proxy("--model-target", right.model.target, *flags, env=environment) as proxy,
-        open_caller(proxy.target) as wrong,
+        open_caller(proxy.target) as caller,
     ):
-        assert wrong.infer(fresh).hits == 10
-        assert wrong.infer(fresh).hits == 10  # from L1
-        assert wrong.infer(old).hits == 0
-        assert wrong.infer(new).hits == 0
-        assert wrong.infer(old + new).hits == 20
-        shown = read_metrics(proxy.http_url)["cache_proxy_clock_difference_seconds",]
-        assert shown == pytest.approx(wrong_days * 86_400, abs=60)
+        assert caller.infer(fresh).hits == 10
+        # These hits are from L1.
+        assert caller.infer(fresh).hits == 10
+        assert caller.infer(old).hits == 0
+        assert caller.infer(new).hits == 0
+        assert caller.infer(old + new).hits == 20
+        difference_seconds = read_metrics(proxy.http_url)["cache_proxy_clock_difference_seconds",]
+        assert difference_seconds == pytest.approx(wrong_days * 86_400, abs=60)
     assert right.caller.infer(old + new).hits == 20
     assert len(right.model.received_pairs()) == 40
 
 
 def _age(server: RedisServer, *, days: int) -> None:
-    """As if all answers had been given so many days before."""
+    """Make all stored answers so many days older."""
     with redis.Redis(port=server.port) as client:
         for key in client.scan_iter(match="*:recent:*"):
             client.delete(key)
         for key in client.scan_iter(match="*:c2:*"):
             if client.type(key) == b"hash":
                 for field, value in client.hgetall(key).items():
-                    if len(field) == 11:  # a pair's; a value is day * 7 + level, less a constant
+                    # The field of a pair. Its value is day * 7 + level, minus a constant.
+                    if len(field) == 11:
                         client.hset(key, field, int(value) - 7 * days)
 
 
-def test_an_invalidated_pair_leaves_every_replica_within_a_second(
+def test_invalidation_reaches_every_replica_within_a_second(
     stage_with: StartProxyEnvironment, flags: tuple[str, ...]
 ) -> None:
-    """One pair, then all: two replicas that had it in memory ask the model anew; the others stay."""
+    """One pair, then all pairs: two replicas that had them in memory infer them again, and only those."""
     one = stage_with(*flags)
     two = stage_with(*flags, model=one.model)
-    pairs = make_pairs("buried", 5)
+    pairs = make_pairs("invalidated", 5)
     before = one.caller.infer(pairs).levels
-    wait_for(lambda: two.caller.infer(pairs).hits == 5, description="the store has them")
-    one.model.behaviour = _another
+    wait_for(lambda: two.caller.infer(pairs).hits == 5, description="the answers are stored")
+    one.model.behaviour = _answer_next_levels
     assert "1 pair" in _invalidate(flags, "--company", pairs[0][0], "--title", pairs[0][1])
     after = [before[0] % 7 + 1, *before[1:]]
     for stage in (one, two):
         wait_for(
             lambda: stage.caller.infer(pairs).levels == after,  # noqa: B023 - called at once
             timeout_seconds=5,
-            description="it is gone",
+            description="the new answer",
         )
     assert len(one.model.received_pairs()) == 6
     _invalidate(flags, "--all")
@@ -204,91 +210,95 @@ def test_an_invalidated_pair_leaves_every_replica_within_a_second(
         wait_for(
             lambda: stage.caller.infer(pairs).levels == changed,  # noqa: B023 - called at once
             timeout_seconds=5,
-            description="all are gone",
+            description="all new answers",
         )
     assert len(one.model.received_pairs()) == 11
 
 
-def test_an_answer_in_flight_is_given_but_not_remembered(
+def test_answer_invalidated_during_model_call_is_not_cached(
     stage_with: StartProxyEnvironment, flags: tuple[str, ...]
 ) -> None:
-    """Invalidated while the model works on it: who asked is answered; who asks next has it inferred anew."""
+    """The waiting caller gets the answer; the next request infers the pair again."""
     stage = stage_with(*flags)
-    pair = make_pairs("in flight", 1)
+    pair = make_pairs("during call", 1)
 
-    def invalidated(call: ReceivedCall) -> Answers:
+    def invalidate_then_answer(call: ReceivedCall) -> Answers:
         _invalidate(flags, "--company", pair[0][0], "--title", pair[0][1])
         return answer_all(call)
 
-    stage.model.behaviour = invalidated
+    stage.model.behaviour = invalidate_then_answer
     assert stage.caller.infer(pair).levels == [scripted_level(*pair[0])]
-    stage.model.behaviour = _another
+    stage.model.behaviour = _answer_next_levels
     wait_for(
         lambda: stage.caller.infer(pair).levels == [scripted_level(*pair[0]) % 7 + 1],
         timeout_seconds=5,
-        description="asked anew",
+        description="it is inferred again",
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["pair", "all"])
-def test_an_answer_kept_through_a_cut_does_not_come_back(
-    stage_with: StartProxyEnvironment, own_redis: RedisServer, what: str
+@pytest.mark.parametrize("selection", ["pair", "all"])
+def test_answer_kept_during_outage_is_not_stored_after_invalidation(
+    stage_with: StartProxyEnvironment, own_redis: RedisServer, selection: str
 ) -> None:
-    """Inferred by a replica that was cut off, and invalidated meanwhile: later nobody is given it."""
+    """A replica without Redis infers a pair that is invalidated: no later caller gets that answer."""
     pair = make_pairs("cut off", 1)
-    old = scripted_level(*pair[0])
+    old_level = scripted_level(*pair[0])
     direct = ("--cache-url", own_redis.url, "--key-prefix", "cut", *UNLIMITED_RATE_FLAGS)
-    with faulty_link(own_redis.port) as wire:
-        stage = stage_with("--cache-url", wire.url, *direct[2:])
+    with faulty_link(own_redis.port) as link:
+        stage = stage_with("--cache-url", link.url, *direct[2:])
         stage.caller.infer(make_pairs("before", 1))
-        wait_for(lambda: _written(stage), description="the deployment's note and first answer")
-        wire.drop_traffic()
-        assert stage.caller.infer(pair).levels == [old]
+        wait_for(lambda: _is_written(stage), description="the key schema and the first answer are stored")
+        link.drop_traffic()
+        assert stage.caller.infer(pair).levels == [old_level]
         wait_for(lambda: "going on alone" in stage.proxy.log, description="it has lost Redis")
-        _invalidate(direct, *(["--all"] if what == "all" else _named(pair[0])))
-        stage.model.behaviour = _another
-        wire.restore()
-        wait_for(lambda: "queue is back" in stage.proxy.log, description="it is back")
+        _invalidate(direct, *(["--all"] if selection == "all" else _pair_flags(pair[0])))
+        stage.model.behaviour = _answer_next_levels
+        link.restore()
+        wait_for(lambda: "queue is back" in stage.proxy.log, description="the queue is back")
         wait_for(
             lambda: read_metrics(stage.proxy.http_url)["cache_proxy_store_up",],
             description="the store is back",
         )
         wait_for(
-            lambda: stage.caller.infer(pair).levels == [old % 7 + 1],
+            lambda: stage.caller.infer(pair).levels == [old_level % 7 + 1],
             timeout_seconds=3,
-            description="asked anew",
+            description="it is inferred again",
         )
         other = stage_with(*direct, model=stage.model)
-        assert other.caller.infer(pair).levels == [old % 7 + 1]
+        assert other.caller.infer(pair).levels == [old_level % 7 + 1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["just answered", "in flight"])
-def test_a_proxy_with_a_store_of_its_own_forgets_too(
+@pytest.mark.parametrize("when", ["after the answer", "during the call"])
+def test_invalidation_reaches_proxy_with_embedded_store(
     stage_with: StartProxyEnvironment, tmp_path: Path, when: str
 ) -> None:
-    """What its own queue remembers of late, and what is on its way from the model."""
+    """Outcomes remembered by its local queue and answers of running model calls are not served."""
     flags = ("--cache-url", f"embedded:{tmp_path / 'own'}", "--key-prefix", "own", *UNLIMITED_RATE_FLAGS)
-    stage, pair = stage_with(*flags), make_pairs("own", 1)
+    stage = stage_with(*flags)
+    pair = make_pairs("own", 1)
     stage.caller.infer(make_pairs("before", 1))
-    wait_for(lambda: _written(stage), description="the deployment's note and first answer")
+    wait_for(lambda: _is_written(stage), description="the key schema and the first answer are stored")
 
-    def invalidated(call: ReceivedCall) -> Answers:
-        _invalidate(flags, *_named(pair[0]))
+    def invalidate_then_answer(call: ReceivedCall) -> Answers:
+        _invalidate(flags, *_pair_flags(pair[0]))
         return answer_all(call)
 
-    if when == "in flight":
-        stage.model.behaviour = invalidated
-    old = scripted_level(*pair[0])
-    assert stage.caller.infer(pair).levels == [old]
-    stage.model.behaviour = _another
-    if when != "in flight":
-        _invalidate(flags, *_named(pair[0]))
+    if when == "during the call":
+        stage.model.behaviour = invalidate_then_answer
+    old_level = scripted_level(*pair[0])
+    assert stage.caller.infer(pair).levels == [old_level]
+    stage.model.behaviour = _answer_next_levels
+    if when == "after the answer":
+        _invalidate(flags, *_pair_flags(pair[0]))
     wait_for(
-        lambda: stage.caller.infer(pair).levels == [old % 7 + 1], timeout_seconds=3, description="asked anew"
+        lambda: stage.caller.infer(pair).levels == [old_level % 7 + 1],
+        timeout_seconds=3,
+        description="it is inferred again",
     )
 
 
-def _named(pair: tuple[str, str]) -> list[str]:
+def _pair_flags(pair: tuple[str, str]) -> list[str]:
+    """Return the flags of `invalidate` for one pair."""
     return ["--company", pair[0], "--title", pair[1]]

@@ -1,4 +1,4 @@
-"""The password of Redis and of Sentinels is changed while a proxy runs."""
+"""Change the password of Redis and its Sentinels while a proxy runs."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,37 +22,37 @@ _ADMIN = "administrator"
 
 
 @dataclass(frozen=True)
-class _Servers:
-    """Servers with the user `app`, whose password they share, and how a proxy finds them."""
+class _ProtectedServers:
+    """Servers that share the user `app` and its password, and their URL."""
 
     url: str
     ports: Sequence[int]
     sentinel_ports: Sequence[int] = ()
 
     def set_password(self, password: str) -> None:
-        """Change it everywhere and close the connections of the user."""
+        """Change the password on all servers and close the connections of the user."""
         for port in (*self.ports, *self.sentinel_ports):
-            rights = ("+@all",) if port in self.sentinel_ports else ("~*", "&*", "+@all")
+            permissions = ("+@all",) if port in self.sentinel_ports else ("~*", "&*", "+@all")
             with redis.Redis(port=port, username=_ADMIN, password=_ADMIN) as client:
-                client.execute_command("ACL", "SETUSER", "app", "reset", "on", f">{password}", *rights)
+                client.execute_command("ACL", "SETUSER", "app", "reset", "on", f">{password}", *permissions)
                 client.execute_command("CLIENT", "KILL", "USER", "app")
 
 
 @pytest.fixture(params=["one", "cluster", "sentinel"])
-def guarded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Servers]:
-    """Servers with that user; a Sentinel lets in nobody else."""
+def protected_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_ProtectedServers]:
+    """Yield servers with the user `app`; a Sentinel accepts no other user."""
     with ExitStack() as stack:
         if request.param == "cluster":
             # A new Cluster of Valkey 9.1 refuses scripts on a third of the slots, with or without a password:
-            # "Attempted to access a non local key". That is another fault than those of this test.
+            # "Attempted to access a non local key". That is not what this test is about.
             program = shutil.which("redis-server")
             if program is None:
                 pytest.skip("no redis-server is installed")
             cluster = stack.enter_context(redis_cluster(tmp_path, program=program))
-            servers = _Servers(cluster.url, [node.port for node in cluster.nodes])
+            servers = _ProtectedServers(cluster.url, [node.port for node in cluster.nodes])
         else:
             server = stack.enter_context(redis_process(tmp_path))
-            servers = _Servers(server.url, [server.port])
+            servers = _ProtectedServers(server.url, [server.port])
         if request.param == "sentinel":
             (tmp_path / "replica").mkdir()
             replica = redis_process(tmp_path / "replica", "--replicaof", f"127.0.0.1 {servers.ports[0]}")
@@ -60,7 +60,7 @@ def guarded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Servers
             port = stack.enter_context(
                 single_sentinel(tmp_path, master_port=servers.ports[0], master_name="cache")
             )
-            servers = _Servers(f"redis+sentinel://127.0.0.1:{port}/cache", servers.ports, [port])
+            servers = _ProtectedServers(f"redis+sentinel://127.0.0.1:{port}/cache", servers.ports, [port])
         for port in (*servers.ports, *servers.sentinel_ports):
             with redis.Redis(port=port) as client:
                 client.execute_command("ACL", "SETUSER", _ADMIN, "on", f">{_ADMIN}", "~*", "&*", "+@all")
@@ -72,15 +72,15 @@ def guarded(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Servers
         yield servers
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace it at once, as Kubernetes and the recipe in docs/operations.md do."""
-    fresh = path.with_suffix(".new")
-    fresh.touch(0o600)
-    fresh.write_text(text)
-    fresh.rename(path)
+def _replace(path: Path, text: str) -> None:
+    """Replace a file atomically, as Kubernetes and the recipe in docs/operations.md do."""
+    new_file = path.with_suffix(".new")
+    new_file.touch(0o600)
+    new_file.write_text(text)
+    new_file.rename(path)
 
 
-def _flags(servers: _Servers, path: Path) -> tuple[str, ...]:
+def _flags(servers: _ProtectedServers, path: Path) -> tuple[str, ...]:
     flags: tuple[str, ...] = (
         "--cache-url",
         servers.url,
@@ -98,53 +98,55 @@ def _is_degraded(proxy: ServiceProcess) -> bool:
     return read_metrics(proxy.http_url)["cache_proxy_degraded",] == 1
 
 
-def test_password_that_changes_is_followed_without_a_restart(guarded: _Servers, tmp_path: Path) -> None:
-    """The file first, then the server first; a file that is empty leaves the last password in use."""
+def test_changed_password_is_used_without_a_restart(
+    protected_servers: _ProtectedServers, tmp_path: Path
+) -> None:
+    """File or server may change first; with an empty file, the last password stays in use."""
     path = tmp_path / "password"
-    _write(path, "first\n")
-    flags = _flags(guarded, path)
+    _replace(path, "first\n")
+    flags = _flags(protected_servers, path)
     with (
         scripted_model() as model,
         cache_proxy(
             "--model-target", model.target, "--l1-max-bytes", "0", *flags, *UNLIMITED_RATE_FLAGS
         ) as proxy,
-        open_caller(proxy.target) as asking,
+        open_caller(proxy.target) as caller,
     ):
         pairs = make_pairs("password", 50)
 
         def is_served_by_redis() -> bool:
-            return not _is_degraded(proxy) and asking.infer(pairs).hits == len(pairs)
+            return not _is_degraded(proxy) and caller.infer(pairs).hits == len(pairs)
 
-        def renewals(outcome: str) -> float:
-            files = ["cache_password", *(["sentinel_password"] if guarded.sentinel_ports else [])]
-            shown = read_metrics(proxy.http_url)
-            return min(shown["cache_proxy_renewals_total", one, outcome] for one in files)
+        def reloads(outcome: str) -> float:
+            files = ["cache_password", *(["sentinel_password"] if protected_servers.sentinel_ports else [])]
+            samples = read_metrics(proxy.http_url)
+            return min(samples["cache_proxy_renewals_total", file, outcome] for file in files)
 
-        assert asking.infer(pairs).misses == len(pairs)
+        assert caller.infer(pairs).misses == len(pairs)
         wait_for(is_served_by_redis, description="the pairs are cached")
 
-        _write(path, "second\n")
-        wait_for(lambda: renewals("done") == 1, description="the new file is noticed")
-        guarded.set_password("second")
+        _replace(path, "second\n")
+        wait_for(lambda: reloads("done") == 1, description="the new file is noticed")
+        protected_servers.set_password("second")
         wait_for(
             is_served_by_redis, description="the proxy is back with the password that the file had before"
         )
 
-        guarded.set_password("third")
-        wait_for(lambda: _is_degraded(proxy), description="the old password is refused")
-        assert asking.infer([("while refused", "t")]).misses == 1
-        _write(path, "third\n")
+        protected_servers.set_password("third")
+        wait_for(lambda: _is_degraded(proxy), description="the old password is rejected")
+        assert caller.infer([("while rejected", "t")]).misses == 1
+        _replace(path, "third\n")
         wait_for(is_served_by_redis, description="the proxy is back with the new password")
-        assert renewals("done") == 2
+        assert reloads("done") == 2
 
-        _write(path, "")
-        wait_for(lambda: renewals("failed") == 1, description="the empty file is noticed")
-        guarded.set_password("third")
+        _replace(path, "")
+        wait_for(lambda: reloads("failed") == 1, description="the empty file is noticed")
+        protected_servers.set_password("third")
         wait_for(is_served_by_redis, description="the proxy is back with the last password")
 
-        _write(path, "third\n")
-        ended = run_command("services.cache_proxy", "stats", *flags)
-        assert ended.returncode == 0, ended.stderr
+        _replace(path, "third\n")
+        finished = run_command("services.cache_proxy", "stats", *flags)
+        assert finished.returncode == 0, finished.stderr
         assert proxy.stop() == 0
-        assert not [word for word in ("first", "second", "third") if word in proxy.log]
+        assert not [password for password in ("first", "second", "third") if password in proxy.log]
         assert "Traceback" not in proxy.log

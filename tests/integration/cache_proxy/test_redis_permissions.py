@@ -1,4 +1,4 @@
-"""What the proxy needs of a Redis that lets in few: the least rights that suffice, and TLS."""
+"""The permissions, logins and certificates that the proxy needs in a protected Redis."""
 
 import asyncio
 import re
@@ -25,8 +25,9 @@ from tests.support.redis_cluster import redis_cluster, single_sentinel
 from tests.support.redis_server import RedisServer, free_port, local_server_program, redis_process, wait_for
 
 _DEPLOY = ROOT / "deploy/redis"
-_ELSEWHERE = {"command", "cluster|slots", "cluster|shards", "asking", "select", "auth", "client|setname"}
-"""Rights that a Cluster needs, a database in the URL, or an older protocol."""
+# Needed by a Cluster, a database in the URL, or an older protocol.
+_UNUSED_HERE = {"command", "cluster|slots", "cluster|shards", "asking", "select", "auth", "client|setname"}
+# Used in rare cases that this test does not reach.
 _RARE = {
     "hsetnx",
     "hkeys",
@@ -43,8 +44,8 @@ _RARE |= {"zrange", "unsubscribe", "zcard", "zrem", "info", "pubsub|numsub"}
 
 
 @pytest.fixture
-def guarded_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server with deploy/redis's own users and settings."""
+def protected_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """Yield a server with the users and settings of deploy/redis."""
     users = tmp_path / "users.acl"
     text = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
     users.write_text(text + "user tester on >tester ~* &* +@all\n")
@@ -54,13 +55,13 @@ def guarded_redis(tmp_path: Path) -> Iterator[RedisServer]:
         if line and not line.startswith("#")
     ]
     arguments = [part for name, value in settings for part in (f"--{name}", value)]
-    with _started(tmp_path, *arguments, "--aclfile", str(users), user="tester") as server:
+    with _run_protected_server(tmp_path, *arguments, "--aclfile", str(users), user="tester") as server:
         yield server
 
 
 @contextmanager
-def _started(folder: Path, *args: str, user: str) -> Iterator[RedisServer]:
-    """`redis_process`, for a server that does not answer everybody."""
+def _run_protected_server(folder: Path, *args: str, user: str) -> Iterator[RedisServer]:
+    """Run a server as `redis_process` does, but with a login for the clients of the test."""
     server = RedisServer(local_server_program(), folder, args=args)
     server.client = lambda: redis.Redis(port=server.port, username=user, password=user)  # type: ignore[method-assign]
     server.start()
@@ -72,17 +73,21 @@ def _started(folder: Path, *args: str, user: str) -> Iterator[RedisServer]:
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServer, tmp_path: Path) -> None:
-    """A proxy and every command do all they do with them, nothing is refused; another's keys and what harms a
-    server are refused; and there is no right that none of them uses.
-    """  # noqa: D205 - one thought
-    password, path = tmp_path / "password", tmp_path / "a.jsonl"
+def test_deployed_permissions_are_sufficient_and_minimal(
+    protected_redis: RedisServer, tmp_path: Path
+) -> None:
+    """The proxy and every command work with them, and each permission is used by one of them.
+
+    Keys of other applications and dangerous commands are denied.
+    """
+    password = tmp_path / "password"
+    path = tmp_path / "a.jsonl"
     password.touch(0o600)
     password.write_text("s3cret\n")
     path.write_text('{"company": "c", "title": "t", "seniority": 1}\n')
     flags = (
         "--cache-url",
-        guarded_redis.url,
+        protected_redis.url,
         "--cache-username",
         "seniority",
         "--cache-password-file",
@@ -91,10 +96,10 @@ def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServ
     with (
         scripted_model() as model,
         cache_proxy("--model-target", model.target, *flags, *UNLIMITED_RATE_FLAGS) as proxy,
-        open_caller(proxy.target) as asking,
+        open_caller(proxy.target) as caller,
     ):
         pairs = make_pairs("access", 2000)
-        assert asking.infer(pairs).misses == 2000
+        assert caller.infer(pairs).misses == 2000
         wait_for(
             lambda: read_metrics(proxy.http_url)["cache_proxy_live_replicas",] == 1,
             description="the replica is known",
@@ -107,27 +112,34 @@ def test_the_rights_in_deploy_suffice_and_are_the_least(guarded_redis: RedisServ
             ("warm", str(path)),
             ("invalidate", "--all"),
         ):
-            ended = run_command("services.cache_proxy", command[0], *flags, *command[1:])
-            assert ended.returncode == 0, ended.stderr
+            finished = run_command("services.cache_proxy", command[0], *flags, *command[1:])
+            assert finished.returncode == 0, finished.stderr
         with urlopen(f"{proxy.http_url}/status.json", timeout=10) as page:
             assert page.status == 200
         assert proxy.stop() == 0
-    asyncio.run(_follow(guarded_redis.url))
-    with guarded_redis.client() as client:
+    asyncio.run(_read_invalidation_log(protected_redis.url))
+    with protected_redis.client() as client:
         assert client.acl_log() == []
         used = {name.removeprefix("cmdstat_") for name in client.info("commandstats")}
         slow = client.slowlog_get(10)
     assert not [entry for entry in slow if b"EVALSHA" in entry["command"] and entry["duration"] > 50_000]
     granted = set(re.findall(r"\+([a-z|]+)", (_DEPLOY / "users.acl").read_text()))
-    assert granted - used - _ELSEWHERE - _RARE == set()
-    with redis.Redis(port=guarded_redis.port, username="seniority", password="s3cret") as client:
-        for refused in ("FLUSHALL", "KEYS *", "CONFIG GET *", "SHUTDOWN", "GET seniority:x", "HGET other x"):
+    assert granted - used - _UNUSED_HERE - _RARE == set()
+    with redis.Redis(port=protected_redis.port, username="seniority", password="s3cret") as client:
+        for command_line in (
+            "FLUSHALL",
+            "KEYS *",
+            "CONFIG GET *",
+            "SHUTDOWN",
+            "GET seniority:x",
+            "HGET other x",
+        ):
             with pytest.raises(redis.exceptions.NoPermissionError):
-                client.execute_command(*refused.split())
+                client.execute_command(*command_line.split())
 
 
-async def _follow(url: str) -> None:
-    """Read the log of invalidations once."""
+async def _read_invalidation_log(url: str) -> None:
+    """Read the log of invalidations once, as a proxy with an embedded queue does."""
     access = RedisCredentials(username="seniority", password=b"s3cret")
     reached = backend_for(create_client(url, timeout_seconds=5, credentials=access))
     log = InvalidationLog(reached, "{seniority}:q1:fold1:1:log")
@@ -136,10 +148,8 @@ async def _follow(url: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) -> None:
-    """`rediss://` with the CA that signed the server: cached; with another: a store that is down, and answers
-    all the same.
-    """  # noqa: D205 - one thought
+def test_redis_with_tls_is_reached_only_with_its_ca(tmp_path: Path) -> None:
+    """With another CA, the store is unavailable and callers are answered without it."""
     program = shutil.which("redis-server")
     if program is None or shutil.which("openssl") is None:
         pytest.skip("no redis-server (with TLS) and openssl are installed")
@@ -169,26 +179,30 @@ def test_a_redis_behind_tls_is_reached_with_its_ca_and_no_other(tmp_path: Path) 
             *UNLIMITED_RATE_FLAGS,
         )
         for ca, hits in ((certificate, 0), (certificate, 5), (other, 0)):
-            with cache_proxy(*flags, "--cache-tls-ca", str(ca)) as proxy, open_caller(proxy.target) as asking:
-                assert asking.infer(make_pairs("tls", 5)).hits == hits
+            with cache_proxy(*flags, "--cache-tls-ca", str(ca)) as proxy, open_caller(proxy.target) as caller:
+                assert caller.infer(make_pairs("tls", 5)).hits == hits
                 assert read_metrics(proxy.http_url)["cache_proxy_store_up",] == (ca is certificate)
                 proxy.stop()
 
 
 @pytest.mark.slow
-def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
-    """Caller, proxy, model and Redis, all by mutual TLS: cached; with a stranger's certificate, not.
-    When CA and certificates are another authority's by the time Redis comes back, it is reached with those,
-    without a restart.
-    """  # noqa: D205 - one thought
+def test_client_certificate_for_redis_is_sent_and_reloaded(tmp_path: Path) -> None:
+    """Caller, proxy, model and Redis use mutual TLS; with an unknown certificate, nothing is cached.
+
+    When Redis comes back with certificates of another CA, the proxy uses the new files without a restart.
+    """
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("no redis-server (with TLS) is installed")
-    first, second = CertificateAuthority(tmp_path, "first"), CertificateAuthority(tmp_path, "second")
-    server, client = MountedSecret(tmp_path / "server"), MountedSecret(tmp_path / "client")
+    first = CertificateAuthority(tmp_path, "first")
+    second = CertificateAuthority(tmp_path, "second")
+    server = MountedSecret(tmp_path / "server")
+    client = MountedSecret(tmp_path / "client")
     server.replace_certificate(first.sign("redis"))
     client.replace_certificate(first.sign("proxy"))
-    own, shown, port = server.paths, client.paths, free_port()
+    server_files = server.paths
+    client_files = client.paths
+    port = free_port()
     static = first.sign("static")
     ca, key, certificate = static.pem
     with (
@@ -197,11 +211,11 @@ def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
             "--tls-port",
             str(port),
             "--tls-cert-file",
-            str(own.certificate),
+            str(server_files.certificate),
             "--tls-key-file",
-            str(own.key),
+            str(server_files.key),
             "--tls-ca-cert-file",
-            str(own.ca),
+            str(server_files.ca),
             "--tls-auth-clients",
             "yes",
             program=program,
@@ -221,41 +235,43 @@ def test_certificates_for_redis_are_shown_and_renewed(tmp_path: Path) -> None:
             *static.flags("--model-tls"),
             *static.flags(ca="client-ca"),
             "--cache-tls-ca",
-            str(shown.ca),
+            str(client_files.ca),
             *UNLIMITED_RATE_FLAGS,
             "--cache-url",
         )
-        asker = grpc.ssl_channel_credentials(*static.pem)
+        caller_credentials = grpc.ssl_channel_credentials(*static.pem)
         with (
-            cache_proxy(*flags, url.format(shown.certificate, shown.key), "--l1-max-bytes", "0") as proxy,
-            open_caller(proxy.target, asker) as asking,
+            cache_proxy(
+                *flags, url.format(client_files.certificate, client_files.key), "--l1-max-bytes", "0"
+            ) as proxy,
+            open_caller(proxy.target, caller_credentials) as caller,
         ):
             pairs = make_pairs("mutual", 5)
-            assert asking.infer(pairs).misses == 5
-            wait_for(lambda: asking.infer(pairs).hits == 5, description="they are cached")
+            assert caller.infer(pairs).misses == 5
+            wait_for(lambda: caller.infer(pairs).hits == 5, description="the pairs are cached")
             redis_server.kill()
             wait_for(lambda: is_degraded(proxy) == 1, description="Redis is lost")
             server.replace_certificate(second.sign("redis"))
             client.replace_certificate(second.sign("proxy"))
             redis_server.start()
             wait_for(
-                lambda: asking.infer(pairs).hits and is_degraded(proxy) == 0,
+                lambda: caller.infer(pairs).hits and is_degraded(proxy) == 0,
                 description="Redis is reached again",
             )
             assert read_metrics(proxy.http_url)["cache_proxy_renewals_total", "cache_tls", "done"] == 1
             proxy.stop()
-        stranger, _ = make_self_signed(tmp_path, "stranger")
+        unknown_certificate, _ = make_self_signed(tmp_path, "unknown")
         with (
-            cache_proxy(*flags, url.format(stranger, tmp_path / "stranger.key")) as proxy,
-            open_caller(proxy.target, asker) as asking,
+            cache_proxy(*flags, url.format(unknown_certificate, tmp_path / "unknown.key")) as proxy,
+            open_caller(proxy.target, caller_credentials) as caller,
         ):
-            assert asking.infer(pairs).misses == 5
+            assert caller.infer(pairs).misses == 5
             assert read_metrics(proxy.http_url)["cache_proxy_store_up",] == 0
 
 
 @dataclass(frozen=True)
-class _Guarded:
-    """A server that lets in by TLS and with deploy/redis's rights, and how a proxy gets in."""
+class _ProtectedServers:
+    """Servers that require TLS or a login, and the flags with which a proxy is accepted."""
 
     url: str
     flags: tuple[str, ...]
@@ -263,14 +279,14 @@ class _Guarded:
 
 
 @pytest.fixture(params=["cluster", "sentinel"])
-def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Guarded]:
-    """Several servers behind one URL, by mutual TLS. Tests themselves go by the plain ports, and may all."""
+def protected_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_ProtectedServers]:
+    """Yield several servers behind one URL with mutual TLS; the tests use their ports without TLS."""
     program = shutil.which("redis-server")
     if program is None or shutil.which("openssl") is None:
         pytest.skip("no redis-server (with TLS) and openssl are installed")
     users, password = tmp_path / "users.acl", tmp_path / "password"
-    rights = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
-    users.write_text(rights.replace("user default off", "user default on nopass ~* &* +@all"))
+    permissions = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
+    users.write_text(permissions.replace("user default off", "user default on nopass ~* &* +@all"))
     password.touch(0o600)
     password.write_text("s3cret\n")
     certificate, key = make_self_signed(tmp_path, "good")
@@ -289,7 +305,7 @@ def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
             url = "redis+cluster://" + ",".join(f"127.0.0.1:{port}" for port in cluster.tls_ports[:2])
             nodes = cluster.nodes
         else:
-            url, nodes = _behind_a_sentinel(stack, tmp_path, settings, tls, program)
+            url, nodes = _start_sentinel_service(stack, tmp_path, settings, tls, program)
         flags = (
             "--cache-username",
             "seniority",
@@ -299,10 +315,10 @@ def guarded_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
             str(certificate),
         )
         url += f"?ssl_certfile={certificate}&ssl_keyfile={key}"
-        yield _Guarded(url, flags, nodes)
+        yield _ProtectedServers(url, flags, nodes)
 
 
-def _behind_a_sentinel(
+def _start_sentinel_service(
     stack: ExitStack, folder: Path, settings: Sequence[str], tls: Mapping[str, str], program: str
 ) -> tuple[str, Sequence[RedisServer]]:
     ports = [str(free_port()) for _ in range(3)]
@@ -322,26 +338,28 @@ def _behind_a_sentinel(
 
 
 @pytest.mark.slow
-def test_many_servers_are_reached_by_tls_and_with_the_least_rights(guarded_servers: _Guarded) -> None:
-    """Two proxies on a Cluster or behind Sentinels share one queue, never lost, and miss no right."""
-    url, flags, nodes = guarded_servers.url, guarded_servers.flags, guarded_servers.nodes
+def test_several_servers_are_reached_with_tls_and_minimal_permissions(
+    protected_servers: _ProtectedServers,
+) -> None:
+    """Two proxies on a Cluster or behind Sentinels share one queue, and no permission is missing."""
+    url, flags, nodes = protected_servers.url, protected_servers.flags, protected_servers.nodes
     with (
         scripted_model() as model,
         cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNLIMITED_RATE_FLAGS) as one,
         cache_proxy(
             "--model-target", model.target, "--cache-url", url, *flags, *UNLIMITED_RATE_FLAGS
         ) as other,
-        open_caller(one.target) as asking,
-        open_caller(other.target) as asking_too,
+        open_caller(one.target) as caller,
+        open_caller(other.target) as other_caller,
     ):
         for proxy in (one, other):
             wait_for(
                 lambda: read_metrics(proxy.http_url)["cache_proxy_live_replicas",] == 2,  # noqa: B023
-                description="both are known",
+                description="both replicas are known",
             )
         pairs = make_pairs("guarded", 500)
-        assert asking.infer(pairs).misses == 500
-        wait_for(lambda: asking_too.infer(pairs).misses == 0, description="all are cached")
+        assert caller.infer(pairs).misses == 500
+        wait_for(lambda: other_caller.infer(pairs).misses == 0, description="the pairs are cached")
         for proxy in (one, other):
             assert read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0
             assert "WARNING" not in proxy.log
@@ -353,8 +371,8 @@ def test_many_servers_are_reached_by_tls_and_with_the_least_rights(guarded_serve
 
 
 @pytest.fixture(params=["password", "user"])
-def guarded_sentinel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Guarded]:
-    """A Sentinel that wants a password, of its default user or of one with the least rights."""
+def protected_sentinel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_ProtectedServers]:
+    """Yield a Sentinel that requires the password of its default user or of a user with few permissions."""
     program = shutil.which("redis-sentinel")
     if program is None:
         pytest.skip("redis-sentinel is not installed")
@@ -388,33 +406,36 @@ def guarded_sentinel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator
                 password="s3cret",
             )
         )
-        yield _Guarded(f"redis+sentinel://127.0.0.1:{port}/cache", tuple(flags), nodes)
+        yield _ProtectedServers(f"redis+sentinel://127.0.0.1:{port}/cache", tuple(flags), nodes)
 
 
 @pytest.mark.slow
-def test_a_sentinel_with_user_and_password_is_asked_with_its_own_and_no_other(
-    guarded_sentinel: _Guarded, tmp_path: Path
+def test_sentinel_login_uses_its_separate_user_and_password(
+    protected_sentinel: _ProtectedServers, tmp_path: Path
 ) -> None:
-    """With the right password all is well; with a wrong one or none, one line each names what is refused."""
-    url, flags = guarded_sentinel.url, guarded_sentinel.flags
-    wrong = tmp_path / "wrong"
-    wrong.touch(0o600)
-    wrong.write_text("something else\n")
+    """With a wrong password or none, store and queue log one line each that names the denied user."""
+    url, flags = protected_sentinel.url, protected_sentinel.flags
+    wrong_password = tmp_path / "wrong"
+    wrong_password.touch(0o600)
+    wrong_password.write_text("something else\n")
     with scripted_model() as model:
         common = ("--model-target", model.target, "--cache-url", url, *UNLIMITED_RATE_FLAGS)
-        with cache_proxy(*common, *flags) as proxy, open_caller(proxy.target) as asking:
-            assert asking.infer(make_pairs("sentinel", 20)).misses == 20
+        with cache_proxy(*common, *flags) as proxy, open_caller(proxy.target) as caller:
+            assert caller.infer(make_pairs("sentinel", 20)).misses == 20
             wait_for(
                 lambda: read_metrics(proxy.http_url)["cache_proxy_live_replicas",] == 1,
-                description="it is known",
+                description="the replica is known",
             )
             assert read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0
             assert "WARNING" not in proxy.log
             assert proxy.stop() == 0
         named = flags[-1] if "--sentinel-username" in flags else "default"
-        for user, refused in (("default", ()), (named, ("--sentinel-password-file", str(wrong), *flags[2:]))):
-            with cache_proxy(*common, *refused) as proxy, open_caller(proxy.target) as asking:
-                assert len(asking.infer(make_pairs(f"refused {len(refused)}", 5)).levels) == 5
+        for user, login_flags in (
+            ("default", ()),
+            (named, ("--sentinel-password-file", str(wrong_password), *flags[2:])),
+        ):
+            with cache_proxy(*common, *login_flags) as proxy, open_caller(proxy.target) as caller:
+                assert len(caller.infer(make_pairs(f"denied {len(login_flags)}", 5)).levels) == 5
                 wait_for(lambda: "the store is down" in proxy.log, description="the store is down")
                 assert "this replica leaves the shared queue until that is mended" in proxy.log
                 with pytest.raises(HTTPError):

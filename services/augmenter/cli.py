@@ -45,7 +45,7 @@ def _check_queue_input(queue_url: str, run_paths: paths.RunPaths) -> None:
     """Check that a queue of S3 events can name files of INPUT. Raises UsageError."""
     check_queue_url(queue_url)
     if run_paths.input_name or not isinstance(run_paths.source, paths.S3Uri):
-        raise UsageError("--sqs-queue-url tells of objects: INPUT must be s3://BUCKET/PREFIX/")
+        raise UsageError("--sqs-queue-url is for objects: INPUT must be s3://BUCKET/PREFIX/")
     if run_paths.source.is_access_point:
         raise UsageError(
             "--sqs-queue-url: events name the bucket, not its access point: INPUT must be s3://BUCKET/PREFIX/"
@@ -74,7 +74,7 @@ cli.add_command(
         f"(names that end in {SUFFIX_HELP}). Of a folder or prefix all such files are read, at any depth, "
         f"but those whose name, or a folder in it, begins with a dot or is {REJECTS_FOLDER}. "
         f"Without them: {DEFAULT_INPUT} into {DEFAULT_OUTPUT}. "
-        "AUGMENTER_INPUT and AUGMENTER_OUTPUT say the same.",
+        "AUGMENTER_INPUT and AUGMENTER_OUTPUT set the same.",
     )
 )
 

@@ -102,7 +102,9 @@ class RunSettings:
     retry_budget_seconds: float = flag(
         "--retry-budget", options.DURATION, "10m", text="how long a file's RPCs are retried in all"
     )
-    caller: str = flag("--caller", options.TEXT, "augmenter", text="who asks, for the proxy's books")
+    caller: str = flag(
+        "--caller", options.TEXT, "augmenter", text="name of this client in the proxy's metrics"
+    )
     priority: str = flag(
         "--priority", options.choice("interactive", "bulk"), "bulk", text="place in the queue"
     )

@@ -1,4 +1,4 @@
-"""The words of the domain: a pair, the levels of pairs, a file to process."""
+"""Domain types of the augmenter: a pair, the levels of pairs, and a file to process."""
 
 from dataclasses import dataclass, field
 

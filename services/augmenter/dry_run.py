@@ -45,20 +45,20 @@ class DryRunCounter:
         counts = LineCounts()
         reader = FileReader(self._source, task.file, task.lines_format, self._stats, self._limits)
         first_rejected: tuple[int, str] | None = None
-        async with aclosing(reader.blocks()) as all_blocks:
-            async for block in all_blocks:
-                if isinstance(block, LongLinePart):
+        async with aclosing(reader.read_chunks()) as chunks:
+            async for chunk in chunks:
+                if isinstance(chunk, LongLinePart):
                     first_rejected = first_rejected or (counts.read + 1, self._limits.long_line_reason)
-                    self._add_counts(counts, LineCounts(read=block.is_last, rejected=block.is_last))
+                    self._add_counts(counts, LineCounts(read=chunk.is_last, rejected=chunk.is_last))
                     continue
                 parsed_blocks: list[ParsedBlock] = []
                 for pairs in line_blocks.parse_blocks(
-                    block, parsed_blocks=parsed_blocks, posting_format=self._posting_format
+                    chunk, parsed_blocks=parsed_blocks, posting_format=self._posting_format
                 ):
                     self._pair_hashes.update(map(hash, pairs))
                 for parsed_block in parsed_blocks:
-                    if first_rejected is None and (bad := parsed_block.first_rejected()):
-                        first_rejected = (counts.read + 1 + bad[0], bad[1])
+                    if first_rejected is None and (rejection := parsed_block.first_rejected()):
+                        first_rejected = (counts.read + 1 + rejection[0], rejection[1])
                     self._add_counts(
                         counts,
                         LineCounts(

@@ -1,6 +1,6 @@
 """Prometheus metrics of the augmenter.
 
-The first sentence of a help text says what is counted, the rest how to read it. `docs/metrics.md` is
+The first sentence of a help text states what is counted, the rest how to read it. `docs/metrics.md` is
 generated from both.
 """
 

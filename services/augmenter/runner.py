@@ -47,6 +47,7 @@ class Runner:
         on_end: Callable[[FileTask, str], None] | None = None,
     ) -> None:
         """Process all tasks. Once `stopping` is set, only those in progress. Raises StorageError."""
+        # The queue is bounded, so that a large listing is not kept in memory as a whole. None ends a worker.
         queue: asyncio.Queue[FileTask | None] = asyncio.Queue(_MAX_QUEUED_FILES)
 
         async def worker() -> None:
@@ -60,6 +61,7 @@ class Runner:
         async def enqueue() -> None:
             enqueuing = asyncio.create_task(self._enqueue_tasks(tasks, queue))
             stop_waiter = asyncio.create_task(stopping.wait())
+            # The listing ends by itself, or is cancelled as soon as the run is stopped.
             try:
                 await asyncio.wait({enqueuing, stop_waiter}, return_when=asyncio.FIRST_COMPLETED)
                 if enqueuing.done():
@@ -113,7 +115,7 @@ class Runner:
         # A defect that shows in one file must not fail the others.
         except Exception as error:  # noqa: BLE001 - a defect met in one file must not cost the others
             _log.exception("%s: unexpected failure", uri)
-            self._record_failure(uri, f"unexpected {type(error).__name__}; the log says where")
+            self._record_failure(uri, f"unexpected {type(error).__name__}; see the log")
         else:
             self._stats.failures.mark_resolved(uri)
         self._metrics.file_seconds.observe(time.monotonic() - started)

@@ -24,7 +24,7 @@ def format_summary(stats: RunStats, *, rejects_uri: str) -> str:
         ("Lines", f"{lines.read:,} in = {breakdown}"),
         (
             "Pairs",
-            f"{stats.pairs_sent:,} distinct pairs asked in {stats.rpcs:,} RPCs; {_format_hit_rate(stats)}",
+            f"{stats.pairs_sent:,} distinct pairs sent in {stats.rpcs:,} RPCs; {_format_hit_rate(stats)}",
         ),
         ("Time", f"{stats.seconds:.1f} s, {stats.lines_per_second:,.0f} lines/s"),
     ]
@@ -56,7 +56,7 @@ def format_dry_run_summary(stats: RunStats, *, distinct_pairs: int) -> str:
     ]
     rows += _skipped_rows(stats)
     rows += _ignored_rows(stats)
-    return "".join(f"{name:<8} {text}\n" for name, text in rows) + "Dry run: nothing was written or asked.\n"
+    return "".join(f"{name:<8} {text}\n" for name, text in rows) + "Dry run: nothing was written or sent.\n"
 
 
 def write_failures(stats: RunStats, *, program: str) -> None:
@@ -78,7 +78,7 @@ def write_summary_json(stats: RunStats, path: str) -> None:
 
 def _format_hit_rate(stats: RunStats) -> str:
     if stats.hit_rate is None:
-        return "hit rate not told by the target"
+        return "hit rate not reported by the target"
     return f"hit rate {stats.hit_rate:.1%}"
 
 

@@ -15,7 +15,7 @@ from services.augmenter.domain import Pair
 # With more text a table, fewer pairs are sent again, but each look-up takes longer.
 _MAX_TABLE_TEXT_BYTES = 6 * 2**20
 _MAX_TABLE_PAIRS = 60_000
-# A level is not kept for longer, since the proxy may have replaced it by then.
+# A table does not keep levels for longer, since the proxy may have dropped or replaced them by then.
 _MAX_TABLE_SECONDS = 5.0
 
 

@@ -67,6 +67,7 @@ class RetryBudget:
             nonlocal failures
             if not isinstance(error, CallFailedError) or not error.retryable:
                 return False
+            # From its first failure on, the RPC spends the budget of its file.
             failures += 1
             if failures == 1:
                 self._on_failure(error)
@@ -76,6 +77,7 @@ class RetryBudget:
             # The server set the delay of the retry, so there is no backoff of our own.
             if error.pushback_seconds is not None:
                 return error.pushback_seconds if error.pushback_seconds <= remaining else False
+            # Exponential backoff with jitter.
             max_wait = min(_MAX_WAIT_SECONDS, _INITIAL_WAIT_SECONDS * 2.0 ** min(failures, 10))
             return min(remaining, max_wait * random.uniform(0.5, 1))  # noqa: S311 - jitter needs no secrecy
 

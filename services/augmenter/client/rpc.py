@@ -154,7 +154,7 @@ def _decode_by_uuid(response_bytes: bytes, count: int) -> bytes:
     for item in response.batch:
         index = item.uuid - wire.FIRST_UUID
         if not 0 <= index < count:
-            problem = f"an answer has uuid {item.uuid}, which was not asked"
+            problem = f"an answer has uuid {item.uuid}, which was not sent"
         elif levels[index]:
             problem = f"uuid {item.uuid} was answered twice"
         elif not MIN_LEVEL <= item.seniority <= MAX_LEVEL:

@@ -1,1 +1,1 @@
-"""The way of one file from INPUT to OUTPUT: read, parse, augment, write."""
+"""Processing of one file from INPUT to OUTPUT: read, parse, augment, write."""

@@ -37,15 +37,15 @@ _MIN_LINE_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True)
-class _AdmittedBlock:
-    """Blocks of lines within the text budget, or a part of a line that is over the limit.
+class _AdmittedChunk:
+    """A chunk of lines within the text budget, or a part of a line that is over the limit.
 
-    `pieces` is emptied when it is parsed.
+    `blocks` is emptied when it is parsed.
     """
 
     line_count: int
     size_bytes: int
-    pieces: list[LineBlock]
+    blocks: list[LineBlock]
     long_line: LongLinePart | None = None
 
     @property
@@ -111,22 +111,25 @@ class Pipeline:
     ) -> LineCounts:
         counts = LineCounts()
         reader = FileReader(self._source, file, lines_format, self._stats, self._limits)
+        # Reading, requests and writing go on at the same time: `map_ordered` requests the levels of each
+        # chunk that is admitted, and yields the chunks in order. When the text budget is used up, reading
+        # waits until a written chunk is released.
         with self._client.track_file(), closing(_FileBudget(self._text_budget, self._stats)) as file_budget:
             async with (
                 OutputWriter(
                     self._sink.create(output_name, file, expected_version=expected_version), lines_format
                 ) as output,
                 RejectsWriter(self._rejects, file, lines_format) as rejects,
-                aclosing(reader.blocks()) as chunks,
+                aclosing(reader.read_chunks()) as chunks,
                 aclosing(file_budget.admit(chunks)) as admitted,
                 aclosing(
                     map_ordered(admitted, partial(self._request_levels, retry_budget=retry_budget))
                 ) as resolved,
             ):
-                async for block, (parsed_blocks, levels) in resolved:
-                    if block.long_line is not None:
-                        await self._reject_long_line(block.long_line, rejects, counts)
-                        file_budget.release(block.budget_bytes)
+                async for chunk, (parsed_blocks, levels) in resolved:
+                    if chunk.long_line is not None:
+                        await self._reject_long_line(chunk.long_line, rejects, counts)
+                        file_budget.release(chunk.budget_bytes)
                         continue
                     file_budget.count_lines(sum(parsed.extra_lines for parsed in parsed_blocks))
                     augmented, rejected = line_blocks.apply_levels(parsed_blocks, levels, counts)
@@ -137,7 +140,8 @@ class Pipeline:
                     del rejected
                     await output.write(augmented)
                     del augmented
-                    file_budget.release(block.budget_bytes)
+                    file_budget.release(chunk.budget_bytes)
+                # Every line that was read must be accounted for, or the output is not published.
                 counts.read = file_budget.lines_read
                 _check_balance(counts)
                 if rejects.first_rejected and not counts.augmented:
@@ -146,10 +150,10 @@ class Pipeline:
                         first_rejected=rejects.first_rejected,
                         format_hint=reader.format_hint,
                     )
-                # The rejects are published before the output: a run killed in between must not leave an
-                # output without its rejected lines.
                 if rejects.has_rejects:
                     await self._check_no_conflict(file, output_name, expected_version)
+                # The rejects are published before the output: a run killed in between must not leave an
+                # output without its rejected lines.
                 await rejects.complete()
                 await output.complete()
                 await rejects.remove_stale()
@@ -172,17 +176,17 @@ class Pipeline:
         counts.rejected += part.is_last
 
     async def _request_levels(
-        self, block: _AdmittedBlock, *, retry_budget: RetryBudget
+        self, chunk: _AdmittedChunk, *, retry_budget: RetryBudget
     ) -> tuple[list[ParsedBlock], PairLevels]:
         parsed_blocks: list[ParsedBlock] = []
-        if block.long_line is not None:
+        if chunk.long_line is not None:
             return parsed_blocks, PairLevels(b"")
         pairs = line_blocks.parse_blocks(
-            block.pieces, parsed_blocks=parsed_blocks, posting_format=self._posting_format
+            chunk.blocks, parsed_blocks=parsed_blocks, posting_format=self._posting_format
         )
-        with self._tracing.span("window", lines=block.line_count, bytes=block.size_bytes):
+        with self._tracing.span("window", lines=chunk.line_count, bytes=chunk.size_bytes):
             return parsed_blocks, await self._client.get_levels(
-                pairs, retry_budget, text_bytes=block.size_bytes
+                pairs, retry_budget, text_bytes=chunk.size_bytes
             )
 
 
@@ -199,14 +203,14 @@ class _FileBudget:
         self._acquired_bytes = 0
         self.lines_read = 0
 
-    async def admit(self, blocks: AsyncGenerator[LineChunk]) -> AsyncGenerator[_AdmittedBlock]:
-        """Yield the blocks of lines, each as soon as the text budget has capacity for it."""
-        async for chunk in blocks:
+    async def admit(self, chunks: AsyncGenerator[LineChunk]) -> AsyncGenerator[_AdmittedChunk]:
+        """Yield the chunks of lines, each as soon as the text budget has capacity for it."""
+        async for chunk in chunks:
             if isinstance(chunk, LongLinePart):
-                admitted = _AdmittedBlock(int(chunk.is_last), len(chunk.text), [], chunk)
+                admitted = _AdmittedChunk(int(chunk.is_last), len(chunk.text), [], chunk)
             else:
-                size_bytes = sum(len(lines.text) for lines in chunk)
-                admitted = _AdmittedBlock(sum(lines.line_count for lines in chunk), size_bytes, chunk)
+                size_bytes = sum(len(block.text) for block in chunk)
+                admitted = _AdmittedChunk(sum(block.line_count for block in chunk), size_bytes, chunk)
             await self._budget.acquire(admitted.budget_bytes)
             self._acquired_bytes += admitted.budget_bytes
             self.count_lines(admitted.line_count)
@@ -218,7 +222,7 @@ class _FileBudget:
         self._stats.lines_read += lines
 
     def release(self, size_bytes: int) -> None:
-        """Release the bytes of a block that is written."""
+        """Release the bytes of a chunk that is written."""
         self._acquired_bytes -= size_bytes
         self._budget.release(size_bytes)
 

@@ -42,20 +42,20 @@ class FileReader:
         """Return what the file seems to be, if not lines of JSON objects. Known once it is read."""
         return self._decoder.hint
 
-    async def blocks(self) -> AsyncGenerator[LineChunk]:
-        """Yield the text in blocks of whole lines, piece by piece. Raises FileError."""
+    async def read_chunks(self) -> AsyncGenerator[LineChunk]:
+        """Yield the text in chunks of whole lines. Raises FileError."""
         async with (
-            aclosing(self._source.read(self._file)) as chunks,
-            aclosing(self._decode(chunks)) as decoded,
-            aclosing(read_line_chunks(decoded, max_line_bytes=self._limits.max_line_bytes)) as all_blocks,
+            aclosing(self._source.read(self._file)) as data,
+            aclosing(self._decode(data)) as decoded,
+            aclosing(read_line_chunks(decoded, max_line_bytes=self._limits.max_line_bytes)) as line_chunks,
         ):
-            async for block in all_blocks:
-                yield block
+            async for chunk in line_chunks:
+                yield chunk
 
-    async def _decode(self, chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-        async for chunk in chunks:
-            self._stats.bytes_read += len(chunk)
-            for decoded in self._decoder.feed(chunk):
+    async def _decode(self, compressed: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+        async for data in compressed:
+            self._stats.bytes_read += len(data)
+            for decoded in self._decoder.feed(data):
                 yield decoded
         for decoded in self._decoder.finish():
             yield decoded

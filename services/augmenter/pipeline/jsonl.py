@@ -1,4 +1,4 @@
-"""Parses lines of JSON into postings. Pure.
+"""Parses lines of JSON into postings. No I/O.
 
 msgspec parses nearly all lines. A line that it refuses is parsed again by `json`, which is exact about valid
 but unusual lines (a lone surrogate elsewhere in the object, a `null` that a later member replaces) and about
@@ -48,7 +48,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def strip_line(line: bytes) -> bytes:
-    """Return the line without outer white space and byte order marks, which the first line of a file has."""
+    """Return the line without outer white space, and without the byte order marks of a first line."""
     text = line.strip(_WHITESPACE)
     while text.startswith(_BOM):
         text = text.removeprefix(_BOM).lstrip(_WHITESPACE)

@@ -1,4 +1,4 @@
-"""Parses blocks of lines into pairs, and applies the levels of the pairs to the lines. Pure."""
+"""Parses blocks of lines into pairs, and applies the levels of the pairs to the lines. No I/O."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Parses a queue's message into events about objects, and decides which of them can be augmented.
 
-Pure. The formats:
+No I/O. The formats:
 
 - S3 event notifications, directly or through SNS (with or without raw delivery): `Records`, keys encoded as
   in a URL query, https://docs.aws.amazon.com/AmazonS3/latest/userguide/notification-content-structure.html

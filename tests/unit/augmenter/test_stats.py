@@ -5,7 +5,7 @@ import pytest
 from services.augmenter import stats
 
 
-def test_resolved_failure_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolved_failure_frees_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file counts once however often it fails, and no more once it is done."""
     monkeypatch.setattr(stats, "MAX_NAMED_FAILURES", 2)
     failures = stats.Failures()

@@ -1,1 +1,1 @@
-"""The commands about the cache itself, which ask neither a proxy nor the model."""
+"""The commands of `cache-proxy` besides `serve`. All but `infer` work on the cache without a proxy."""

@@ -1,4 +1,4 @@
-"""`cache-proxy get`: what the cache holds for a pair."""
+"""`cache-proxy get`: show the cached level of a pair."""
 
 import json
 import sys
@@ -13,12 +13,12 @@ from services.common.errors import CommandError, UsageError
 
 
 async def run(pair: PairSettings, output: OutputSettings, cache: CacheSettings, key: KeySettings) -> None:
-    """Print the level and the day it was inferred on. Raises CommandError for a pair that is not there."""
+    """Print the level of a pair and the day it was inferred on. Raises `CommandError` if it is not cached."""
     if pair.pair is None:
         raise UsageError("--company and --title say which pair")
-    async with open_session(cache, key) as opened:
-        digest = opened.digest(*pair.pair)
-        [entry] = await opened.store.get([digest])
+    async with open_session(cache, key) as session:
+        digest = session.digest(*pair.pair)
+        [entry] = await session.store.get([digest])
     level = entry_level(entry)
     day = datetime.fromtimestamp(DAY_ZERO_SECONDS + entry_day(entry) * DAY_SECONDS, UTC).date().isoformat()
     if output.json:

@@ -1,4 +1,4 @@
-"""`cache-proxy infer`: ask a running proxy from the command line."""
+"""`cache-proxy infer`: request levels from a running proxy on the command line."""
 
 import io
 import json
@@ -22,7 +22,7 @@ _BATCH_PAIRS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferSettings:
-    """What `infer` is told."""
+    """Settings of `infer`."""
 
     target: str = flag(
         "--target",
@@ -41,7 +41,8 @@ class InferSettings:
     tls_ca: str | None = flag(
         "--tls-ca", options.TEXT, text="CA that signed the proxy's certificate; the way there is encrypted"
     )
-    # Not --tls-cert: in a proxy's own environment that variable is the proxy's certificate.
+    # The flag is not called --tls-cert, since in the environment of a proxy that variable names the proxy's
+    # certificate.
     client_cert: str | None = flag(
         "--client-cert", options.TEXT, text="certificate of one's own, for mutual TLS"
     )
@@ -50,7 +51,7 @@ class InferSettings:
     deadline_seconds: float = flag("--deadline", options.DURATION, "30s", text="how long the answer may take")
 
     def __post_init__(self) -> None:
-        """Refuse half a pair."""
+        """Reject a company without a title, and invalid targets and certificate files."""
         if (self.company is None) is not (self.title is None):
             message = "give both --company and --title, or neither and JSON lines on standard input"
             raise UsageError(message)
@@ -64,12 +65,12 @@ class InferSettings:
 
     @property
     def field_names(self) -> PostingFields:
-        """The members of a line on standard input. Raises UsageError."""
+        """Return the field names of a line on standard input. Raises `UsageError` if they are invalid."""
         return PostingFields.parse(company=self.company_field, title=self.title_field)
 
     @property
     def tls_files(self) -> PemFiles:
-        """The files of the way to the proxy."""
+        """Return the certificate files of the connection to the proxy."""
         return PemFiles(
             ca=self.tls_ca,
             cert=self.client_cert,
@@ -79,8 +80,9 @@ class InferSettings:
 
 
 def run(settings: InferSettings) -> None:
-    """Print a level a pair; with pairs from standard input, followed by the pair."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show a letter shows its number
+    """Print the level of each pair, followed by the pair if it is from standard input."""
+    # A terminal that cannot show a character shows its code point.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     token = None if settings.token_file is None else bearer.Token(settings.token_file)
     with _open_channel(settings) as channel:

@@ -1,4 +1,4 @@
-"""The way of a command to the deployment's cache, checked before anything is done."""
+"""The connection of a command to the cache of a deployment, verified before it is used."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,12 +22,13 @@ from services.cache_proxy.redis_client.backend import RedisBackend
 from services.cache_proxy.redis_client.client_factory import backend_for
 from services.common.errors import CommandError, UsageError
 
-_TIMEOUT_SECONDS = 5.0  # nobody waits behind a command, so a busy Redis may take its time
+# No request waits for a command, so Redis may take longer than for the proxy.
+_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSession:
-    """The cache of a deployment, for one model version."""
+    """The cache of one model version of a deployment."""
 
     backend: RedisBackend
     key_settings: KeySettings
@@ -40,26 +41,30 @@ class CacheSession:
 async def open_session(
     cache_settings: CacheSettings, key_settings: KeySettings, *, allow_new: bool = False
 ) -> AsyncIterator[CacheSession]:
-    """Raises UsageError where the settings are not the deployment's, CommandError where Redis fails."""
+    """Connect to the cache of a deployment.
+
+    With `allow_new`, the cache may be new and empty. Raises `UsageError` if the settings differ from the
+    deployment's, `CommandError` if Redis fails.
+    """
     if cache_settings.cache_url.startswith("memory:"):
         raise UsageError("--cache-url memory: is a cache that only its own process can see")
     cache_settings = replace(
         cache_settings, cache_timeout_seconds=max(cache_settings.cache_timeout_seconds, _TIMEOUT_SECONDS)
     )
     async with open_client(_prefer_running_server(cache_settings)) as client:
-        reached = backend_for(client)
+        backend = backend_for(client)
         try:
-            await namespace.verify(reached, key_settings, allow_new=allow_new)
-            yield _make_session(reached, key_settings)
+            await namespace.verify(backend, key_settings, allow_new=allow_new)
+            yield _make_session(backend, key_settings)
         except StoreError as error:
             message = f"the cache cannot do this: {error}"
             raise CommandError(message) from error
         finally:
-            await reached.close()
+            await backend.close()
 
 
 def for_model_version(session: CacheSession, model_version: str) -> CacheSession:
-    """The same deployment's cache of another model version."""
+    """Return a session for another model version of the same deployment."""
     return _make_session(session.backend, replace(session.key_settings, model_version=model_version))
 
 
@@ -76,7 +81,10 @@ def _make_session(backend: RedisBackend, key_settings: KeySettings) -> CacheSess
 
 
 def _prefer_running_server(cache: CacheSettings) -> CacheSettings:
-    """For `embedded:`, the server that a running proxy has started; else one is started for the command."""
+    """Return the settings, for `embedded:` with the URL of the server that a running proxy has started.
+
+    If no proxy is running, the command starts the server itself.
+    """
     scheme, _, folder = cache.cache_url.partition(":")
     if scheme != "embedded":
         return cache

@@ -1,7 +1,7 @@
-"""Every metric of the proxy, by the names that dashboards rely on.
+"""All metrics of the proxy. Dashboards and alerts rely on their names.
 
-The first sentence of a help text says what is told, what follows how to read it: `docs/metrics.md` is made of
-both.
+The first sentence of a help text defines the metric, the rest explains how to read it. `docs/metrics.md` is
+generated from both.
 """
 
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from services.cache_proxy.domain import PRIORITY_CLASSES
 from services.cache_proxy.observability.rpc_metrics import RpcMetrics
 
-RELOADABLE_FILES = (  # files that may be
+RELOADABLE_FILES = (
     "listen_tls",
     "caller_tokens",
     "caller_quotas",
@@ -23,9 +23,8 @@ RELOADABLE_FILES = (  # files that may be
     "sentinel_password",
 )
 
-_GRPC_CODES = tuple(
-    code.name for code in grpc.StatusCode
-)  # there from the start: a rate over nothing is no data
+# All codes exist from the start, because a rate over a series that does not exist is "no data", not 0.
+_GRPC_CODES = tuple(code.name for code in grpc.StatusCode)
 _LATENCY_BUCKETS = (
     0.0005,
     0.001,
@@ -49,7 +48,7 @@ _LATENCY_BUCKETS = (
 
 
 class ProxyMetrics:
-    """Registers in `registry` and nowhere else, so that a test may have its own."""
+    """The metrics, registered in the given registry only, so that each test can have its own."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.rpcs = RpcMetrics(registry, codes=_GRPC_CODES, buckets=_LATENCY_BUCKETS)
@@ -227,9 +226,11 @@ class ProxyMetrics:
     def set_limit_gauges(
         self, *, calls_per_second: float, pairs_per_second: float, batch_pairs: int, queued_pairs: int
     ) -> None:
-        """Tell the bounds that this replica was given."""
-        in_calls = calls_per_second * batch_pairs
+        """Set the gauges of the configured limits."""
+        pairs_by_calls = calls_per_second * batch_pairs
         self.limit_calls_per_second.set(calls_per_second)
-        self.limit_pairs_per_second.set(min(pairs_per_second, in_calls) if in_calls else pairs_per_second)
+        self.limit_pairs_per_second.set(
+            min(pairs_per_second, pairs_by_calls) if pairs_by_calls else pairs_per_second
+        )
         self.limit_batch_pairs.set(batch_pairs)
         self.limit_queued_pairs.set(queued_pairs)

@@ -1,7 +1,7 @@
-"""The metrics that every RPC touches, counted plainly and told when they are asked for.
+"""The metrics that every RPC updates: plain counters, converted to metric families when they are collected.
 
-Through `prometheus_client`'s own counters and histogram, each of which locks, they took 7 µs of the 14.5 that
-an RPC of one known pair cost outside gRPC; now it is 7.4 in all.
+The counters and histograms of `prometheus_client` take a lock each. With them, an RPC of one cached pair cost
+14.5 µs outside gRPC, 7 µs of it for metrics. Now it costs 7.4 µs in all.
 """
 
 from bisect import bisect_left
@@ -20,17 +20,22 @@ _OUTCOME_KINDS = ("hit", "miss", "failed")
 _HIT_OUTCOMES = frozenset({"l1", "l2", "stale"})
 _MAX_CALLERS = 100
 _OVERFLOW_CALLER = "other"
-_UNLISTED_CALLERS = "others"  # whom the file of quotas does not name, as it calls them
+# The name that the quota file uses for callers which it does not list.
+_UNLISTED_CALLERS = "others"
 _QUOTA_NAMES = ("pairs_per_second", "queued_pairs")
 
 
 class RpcMetrics(Collector):
-    """State: the counts; touched only from the event loop, which also answers `/metrics`."""
+    """Counts RPCs and their pairs.
+
+    State: the counts, used only from the event loop, which also serves `/metrics`.
+    """
 
     def __init__(
         self, registry: CollectorRegistry, *, codes: Iterable[str], buckets: tuple[float, ...]
     ) -> None:
-        self._requests = Counter(dict.fromkeys(codes, 0))  # a rate over what is not there is no data, not 0
+        # Known labels start at 0, because a rate over a series that does not exist is "no data", not 0.
+        self._requests = Counter(dict.fromkeys(codes, 0))
         self._pairs = Counter(dict.fromkeys(OUTCOMES, 0))
         self._caller_pairs: dict[str, Counter[str]] = {}
         self._bucket_bounds = buckets
@@ -41,23 +46,23 @@ class RpcMetrics(Collector):
 
     @property
     def requests(self) -> Mapping[str, int]:
-        """RPCs so far, by status."""
+        """Return the number of RPCs by status."""
         return self._requests
 
     @property
     def pairs(self) -> Mapping[str, int]:
-        """Pairs so far, by outcome."""
+        """Return the number of pairs by outcome."""
         return self._pairs
 
     @property
     def caller_pairs(self) -> Mapping[str, Counter[str]]:
-        """Pairs so far, by caller and `hit`, `miss`, `failed`."""
+        """Return the number of pairs by caller and by `hit`, `miss` and `failed`."""
         return self._caller_pairs
 
     def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
-        """Count an RPC that ended, and its pairs, each in one outcome.
+        """Count an RPC that ended, and its pairs by outcome.
 
-        Callers beyond the first hundred are `other`.
+        Callers beyond the first hundred are counted as `other`.
         """
         self._requests[code] += 1
         self._duration_counts[bisect_left(self._bucket_bounds, seconds)] += 1
@@ -75,7 +80,7 @@ class RpcMetrics(Collector):
                 counts[outcome_kind(outcome)] += count
 
     def count_quota_rejection(self, *, account: str, quota: str) -> None:
-        """Count a request that was refused for a quota; without a name, it is that of all others."""
+        """Count a request that was rejected for a quota. An empty account is that of all unlisted callers."""
         known = {name for name, _ in self._quota_rejections}
         name = account or _UNLISTED_CALLERS
         if name not in known and len(known) >= _MAX_CALLERS:
@@ -83,7 +88,7 @@ class RpcMetrics(Collector):
         self._quota_rejections[name, quota] += 1
 
     def collect(self) -> Iterable[CounterMetricFamily | HistogramMetricFamily]:
-        """All that was counted."""
+        """Yield all counts as metric families."""
         requests = CounterMetricFamily(
             "cache_proxy_requests",
             "RPCs, by status. `RESOURCE_EXHAUSTED` were refused at once, nothing queued; of `CANCELLED` the "
@@ -134,7 +139,7 @@ class RpcMetrics(Collector):
 
 
 def outcome_kind(outcome: str) -> str:
-    """`hit` if a cache answered, `miss` if the model had to, else `failed`."""
+    """Return `hit` if a cache answered, `miss` if the model did, else `failed`."""
     if outcome in _HIT_OUTCOMES:
         return "hit"
     return "failed" if outcome == "failed" else "miss"

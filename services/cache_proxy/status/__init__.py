@@ -1,1 +1,1 @@
-"""The status page: what an operator wants to know at a glance, with nothing but a browser."""
+"""The status page: the state of the proxy at a glance, in a browser."""

@@ -1,11 +1,12 @@
-// Every five seconds the figures are exchanged for new ones, in place: nothing jumps, and what is selected stays.
-// Without it the page is asked for anew (see the meta element beside it).
+// Every five seconds the content is replaced in place, so that nothing moves and a selection is kept.
+// Without JavaScript the browser reloads the page (see the meta element).
 (() => {
-  const EVERY_MS = 5000, PATIENCE_MS = 4000;
+  const INTERVAL_MS = 5000;
+  const TIMEOUT_MS = 4000;
   async function refresh() {
     if (document.hidden || !getSelection().isCollapsed) return;
     try {
-      const reply = await fetch(location.href, { cache: 'no-store', signal: AbortSignal.timeout(PATIENCE_MS) });
+      const reply = await fetch(location.href, { cache: 'no-store', signal: AbortSignal.timeout(TIMEOUT_MS) });
       if (!reply.ok) throw new Error(reply.status);
       const fresh = new DOMParser().parseFromString(await reply.text(), 'text/html');
       if (fresh.documentElement.dataset.build !== document.documentElement.dataset.build) return location.reload();
@@ -15,6 +16,6 @@
       document.documentElement.classList.add('cut-off');
     }
   }
-  setInterval(refresh, EVERY_MS);
+  setInterval(refresh, INTERVAL_MS);
   document.addEventListener('visibilitychange', refresh);
 })();

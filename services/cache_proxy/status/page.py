@@ -1,7 +1,7 @@
-"""Serves the status page, `/`, and the same as data, `/status.json`.
+"""Serve the status page, `/`, and the same data as JSON, `/status.json`.
 
-However many look at it, Redis is read once a second at the most, and so is the page made; nobody waits longer
-than a moment for either.
+However many viewers there are, Redis is read and the page is rendered at most once a second. No viewer waits
+longer than `_READ_TIMEOUT_SECONDS` for Redis.
 """
 
 import asyncio
@@ -18,22 +18,30 @@ from services.cache_proxy.errors import StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.managed_queue import ManagedQueue
 from services.cache_proxy.queue.snapshot import QueueSnapshot
-from services.cache_proxy.status import report as figures_of
 from services.cache_proxy.status.render import HEADERS, Renderer
-from services.cache_proxy.status.report import ReplicaInfo, Scope, StatusReport, StoreStatus
+from services.cache_proxy.status.report import (
+    ReplicaInfo,
+    Scope,
+    StatusReport,
+    StoreStatus,
+    failure_info,
+    fleet_report,
+    replica_report,
+)
 from services.cache_proxy.status.rolling_window import WINDOW_MINUTES
 from services.cache_proxy.status.sampler import MetricsSampler
 from services.common.http_server import HttpEndpoint
 
 _MAX_REPORT_AGE_SECONDS = 1.0
-_READ_TIMEOUT_SECONDS = 0.3  # for Redis; after that the page tells what this replica knows
+# If Redis takes longer, the page shows what this replica knows.
+_READ_TIMEOUT_SECONDS = 0.3
 
 
 class StatusPage:
-    """Served from the start; until `run` it says that the proxy starts.
+    """The handlers of the status page. Until `run` is called they respond that the proxy is starting.
 
-    State: `_figures`, those of the last second, and since when; `_reading`, on its way; `_made`, the answers
-    that were made of `_figures`. Event loop only.
+    State (event loop only): `_report` and `_report_at`, the report of the last second and when it was made;
+    `_refresh_task`, which makes the next one; `_rendered`, the responses rendered from `_report`.
     """
 
     def __init__(self, http: HttpEndpoint, *, metrics: ProxyMetrics, replica: str, cache_url: str) -> None:
@@ -52,8 +60,9 @@ class StatusPage:
         self._rendered: dict[Callable[[StatusReport], bytes], bytes] = {}
 
     async def run(self, *, store: ResilientStore, queue: ManagedQueue) -> None:
-        """Count, until cancelled."""
-        self._store, self._queue = store, queue
+        """Sample the metrics until cancelled."""
+        self._store = store
+        self._queue = queue
         try:
             await self.sampler.run()
         finally:
@@ -78,8 +87,9 @@ class StatusPage:
         )
 
     async def _refresh(self) -> None:
-        """Have figures that are no older than a second, if there can be any."""
-        queue, store = self._queue, self._store
+        """Replace the report if it is older than a second and the proxy has started."""
+        queue = self._queue
+        store = self._store
         if queue is None or store is None or time.monotonic() - self._report_at < _MAX_REPORT_AGE_SECONDS:
             return
         if self._refresh_task is None or self._refresh_task.done():
@@ -90,39 +100,40 @@ class StatusPage:
 
     async def _read_report(self, queue: ManagedQueue, store: ResilientStore) -> None:
         try:
-            overview = await queue.snapshot(minutes=WINDOW_MINUTES)
-            if overview.reports is None:
+            snapshot = await queue.snapshot(minutes=WINDOW_MINUTES)
+            if snapshot.reports is None:
                 scope: Scope = "redis lost" if queue.is_redis_lost else "not shared"
-                self._set_report(self._replica_report(scope, overview, store))
+                self._set_report(self._replica_report(scope, snapshot, store))
             else:
-                self._set_report(await figures_of.fleet_report(overview, self._replica_info(store)))
+                self._set_report(await fleet_report(snapshot, self._replica_info(store)))
         except StoreError:
             self._set_report(self._replica_report("redis slow", None, store))
 
     def _replica_report(
-        self, scope: Scope, overview: QueueSnapshot | None, store: ResilientStore
+        self, scope: Scope, snapshot: QueueSnapshot | None, store: ResilientStore
     ) -> StatusReport:
-        return figures_of.replica_report(
+        return replica_report(
             scope,
-            overview,
+            snapshot,
             self._replica_info(store),
             self.sampler.minutes(),
             now_seconds=self.sampler.now_seconds,
         )
 
     def _replica_info(self, store: ResilientStore) -> ReplicaInfo:
-        lost = self._queue is not None and self._queue.is_redis_lost
+        is_lost = self._queue is not None and self._queue.is_redis_lost
         state: Literal["ok", "refuses", "down"] = "refuses" if store.rejecting_writes else "ok"
-        if lost or not store.available:
+        if is_lost or not store.available:
             state = "down"
         failures = (store.last_failure, self._queue.last_loss if self._queue else None)
         last = max((failure for failure in failures if failure), key=lambda failure: failure[1], default=None)
         return ReplicaInfo(
             replica=self._replica,
-            store=StoreStatus(self._store_kind, state, figures_of.failure_info(last)),
+            store=StoreStatus(self._store_kind, state, failure_info(last)),
             up_seconds=time.monotonic() - self._started_at,
         )
 
     def _set_report(self, report: StatusReport) -> None:
-        self._report, self._report_at = report, time.monotonic()
+        self._report = report
+        self._report_at = time.monotonic()
         self._rendered.clear()

@@ -1,7 +1,7 @@
-"""Makes the page of its figures: one HTML document that asks for nothing else.
+"""Render the status report as one HTML document that loads no other resources.
 
-Every text goes through the template's escaping: names of callers and failures may be anybody's. Besides, no
-script and no style runs but those whose hashes the header has.
+The template escapes every text, since anyone can choose the name of a caller. As a second defence, the
+`Content-Security-Policy` header allows only the script and the style whose hashes it contains.
 """
 
 import base64
@@ -47,7 +47,10 @@ HEADERS = {
 
 
 class Bar(msgspec.Struct):
-    """One span of the plot: where it stands, how high both its parts are of `BARS_HIGH`, and what it says."""
+    """One bar of the plot.
+
+    Its position, the heights of its two parts (up to `PLOT_HEIGHT`), and its tooltip.
+    """
 
     x: int
     taken: float
@@ -56,7 +59,7 @@ class Bar(msgspec.Struct):
 
 
 class Renderer:
-    """The template, compiled once."""
+    """Renders reports with a template that is compiled once."""
 
     def __init__(self) -> None:
         environment = jinja2.Environment(
@@ -78,13 +81,13 @@ class Renderer:
         self._template = environment.get_template("page.html")
 
     def __call__(self, report: StatusReport) -> bytes:
-        """The document."""
-        bars, top = _plot_bars(report)
+        """Return the HTML document of a report."""
+        bars, top_label = _plot_bars(report)
         return self._template.render(
-            figures=report,
+            report=report,
             bars=bars,
-            bars_high=PLOT_HEIGHT,
-            top=top,
+            plot_height=PLOT_HEIGHT,
+            top_label=top_label,
             style=_STYLE,
             script=_SCRIPT,
             build=_BUILD,
@@ -92,26 +95,33 @@ class Renderer:
 
 
 def _plot_bars(report: StatusReport) -> tuple[list[Bar], str]:
-    """The plot, and what its upper end is. Without a limit that is the busiest span's number of calls."""
+    """Return the bars of the plot and the label of its upper end.
+
+    The upper end is the rate limit, or without one the number of calls of the busiest interval.
+    """
     first_at = (report.at_seconds // report.span_seconds - len(report.spans) + 1) * report.span_seconds
-    use, top = report.slot_use, "100\u00a0%"
-    if use is None:
-        most = max(1, *(span.calls for span in report.spans))
-        most_sent = max(1, *(span.sent for span in report.spans))
-        top = formatting.format_quantity(most, "call")
-        use = [
-            ModelUtilization(taken=span.calls / most, filled=span.calls / most * span.sent / most_sent)
-            for span in report.spans
+    utilization = report.slot_use
+    top_label = "100\u00a0%"
+    if utilization is None:
+        max_calls = max(1, *(interval.calls for interval in report.spans))
+        max_sent = max(1, *(interval.sent for interval in report.spans))
+        top_label = formatting.format_quantity(max_calls, "call")
+        utilization = [
+            ModelUtilization(
+                taken=interval.calls / max_calls,
+                filled=interval.calls / max_calls * interval.sent / max_sent,
+            )
+            for interval in report.spans
         ]
     bars = []
-    for at, (span, share) in enumerate(zip(report.spans, use, strict=True)):
-        if span.calls or span.sent:
+    for index, (interval, share) in enumerate(zip(report.spans, utilization, strict=True)):
+        if interval.calls or interval.sent:
             text = (
-                f"{formatting.format_clock(first_at + at * report.span_seconds)}: "
-                f"{formatting.format_quantity(span.calls, 'call')}, "
-                f"{formatting.format_quantity(span.sent, 'pair')}"
+                f"{formatting.format_clock(first_at + index * report.span_seconds)}: "
+                f"{formatting.format_quantity(interval.calls, 'call')}, "
+                f"{formatting.format_quantity(interval.sent, 'pair')}"
             )
             bars.append(
-                Bar(at, round(share.taken * PLOT_HEIGHT, 2), round(share.filled * PLOT_HEIGHT, 2), text)
+                Bar(index, round(share.taken * PLOT_HEIGHT, 2), round(share.filled * PLOT_HEIGHT, 2), text)
             )
-    return bars, top
+    return bars, top_label

@@ -1,4 +1,4 @@
-"""What the status page tells, as data: `/status.json`. None is unknown."""
+"""The data of the status page, served as `/status.json`. None means unknown."""
 
 import time
 from importlib.metadata import version
@@ -22,23 +22,24 @@ from services.cache_proxy.status.rolling_window import (
 from services.common.checkpoint import iter_chunks
 
 _MINUTE_INTERVALS = 6
-_CHUNK_REPORTS = 50  # a millisecond
+# This takes a millisecond.
+_CHUNK_REPORTS = 50
 
 Scope = Literal["fleet", "not shared", "redis lost", "redis slow"]
-"""Of whom the figures are: of all replicas; else of this one alone, and why."""
+"""Which replicas the report is about: all, or this one alone for the given reason."""
 
 
 class IntervalCounts(Interval, array_like=False):
-    """A span by the names of its figures."""
+    """An interval that is encoded with the names of its fields."""
 
     @classmethod
     def from_interval(cls, interval: Interval) -> "IntervalCounts":
-        """The same figures."""
+        """Convert an interval."""
         return cls(*msgspec.structs.astuple(interval))
 
 
 class QueueRow(msgspec.Struct):
-    """Pairs of a priority that wait, and how long one that comes now would, at the end of them."""
+    """The waiting pairs of a priority, and the expected wait of a pair that is enqueued now."""
 
     priority: str
     waiting: int | None
@@ -46,14 +47,14 @@ class QueueRow(msgspec.Struct):
 
 
 class FailureInfo(msgspec.Struct):
-    """The last one: its kind (an exception's name, or a gRPC status), and how long ago."""
+    """The last failure: the name of an exception or of a gRPC status, and how long ago it was."""
 
     kind: str
     seconds_ago: float
 
 
 class StoreStatus(msgspec.Struct):
-    """The cache as this replica sees it; `kind` is the scheme of `--cache-url`."""
+    """The store as this replica sees it. `kind` is the scheme of `--cache-url`."""
 
     kind: str
     state: Literal["ok", "refuses", "down"]
@@ -61,7 +62,7 @@ class StoreStatus(msgspec.Struct):
 
 
 class ModelStatus(msgspec.Struct):
-    """`down`: so many calls failed in a row that new pairs are refused until the next try."""
+    """The state of the model. `down` means that new pairs are rejected until the next retry."""
 
     state: Literal["ok", "failing", "down", "unknown"]
     failures_in_a_row: int | None
@@ -70,14 +71,17 @@ class ModelStatus(msgspec.Struct):
 
 
 class ModelUtilization(msgspec.Struct):
-    """A share of the limit, 0 to 1: of calls or pairs, whichever is scarcer, and of pairs alone."""
+    """The used share of the rate limit, 0 to 1.
+
+    `taken` is that of calls or of pairs, whichever is larger; `filled` is that of pairs alone.
+    """
 
     taken: float
     filled: float
 
 
 class CallerRow(msgspec.Struct):
-    """One of those that asked most."""
+    """One of the busiest callers."""
 
     name: str
     pairs: int
@@ -87,7 +91,7 @@ class CallerRow(msgspec.Struct):
 
 
 class StatusReport(msgspec.Struct):
-    """All of it. Counts are those of the window; `slot_use` is None where nothing limits calls."""
+    """The whole report. Counts are those of the last ten minutes. `slot_use` is None without a rate limit."""
 
     scope: Scope
     at_seconds: float
@@ -115,60 +119,62 @@ class StatusReport(msgspec.Struct):
 
 
 class ReplicaInfo(msgspec.Struct, frozen=True):
-    """This replica, as it knows itself."""
+    """What this replica knows of itself."""
 
     replica: str
     store: StoreStatus
     up_seconds: float
 
 
-async def fleet_report(overview: QueueSnapshot, replica: ReplicaInfo) -> StatusReport:
-    """From what Redis says; of hundreds of replicas a little at a time."""
-    summing, unreadable = WindowAggregator(now_seconds=overview.now_seconds), 0
-    async for some in iter_chunks(overview.reports or (), _CHUNK_REPORTS):
-        for number, report in some:
-            minute = decode_report(report)
+async def fleet_report(snapshot: QueueSnapshot, replica: ReplicaInfo) -> StatusReport:
+    """Make the report of all replicas, in chunks so that hundreds of them do not block the event loop."""
+    aggregator = WindowAggregator(now_seconds=snapshot.now_seconds)
+    unreadable = 0
+    async for chunk in iter_chunks(snapshot.reports or (), _CHUNK_REPORTS):
+        for number, encoded in chunk:
+            minute = decode_report(encoded)
             if minute is None:
                 unreadable += 1
             else:
-                summing.add(number, minute)
-    sums = summing.totals()
+                aggregator.add(number, minute)
+    totals = aggregator.totals()
     return _build_report(
-        "fleet", overview, replica, sums, now_seconds=overview.now_seconds, unreadable=unreadable
+        "fleet", snapshot, replica, totals, now_seconds=snapshot.now_seconds, unreadable=unreadable
     )
 
 
 def replica_report(
     scope: Scope,
-    overview: QueueSnapshot | None,
+    snapshot: QueueSnapshot | None,
     replica: ReplicaInfo,
     minutes: list[tuple[int, MinuteReport]],
     *,
     now_seconds: float,
 ) -> StatusReport:
-    """From this replica's own minutes; without an overview nothing is known of the queue."""
+    """Make the report of this replica alone. Without a snapshot, the state of the queue is unknown."""
     return _build_report(
-        scope, overview, replica, aggregate(minutes, now_seconds=now_seconds), now_seconds=now_seconds
+        scope, snapshot, replica, aggregate(minutes, now_seconds=now_seconds), now_seconds=now_seconds
     )
 
 
 def failure_info(failure: tuple[str, float] | None) -> FailureInfo | None:
-    """A failure on time.monotonic."""
+    """Convert a failure whose time is on `time.monotonic`."""
     return None if failure is None else FailureInfo(failure[0], max(0.0, time.monotonic() - failure[1]))
 
 
 def _build_report(
     scope: Scope,
-    overview: QueueSnapshot | None,
+    snapshot: QueueSnapshot | None,
     replica: ReplicaInfo,
     totals: WindowTotals,
     *,
     now_seconds: float,
     unreadable: int = 0,
 ) -> StatusReport:
-    total, batch_pairs = totals.total, overview.batch_pairs if overview else None
+    total = totals.total
+    batch_pairs = snapshot.batch_pairs if snapshot else None
     answered = total.pairs - total.failed
-    # What the same requests would have cost at the model itself: a call each, and full calls, at least.
+    # Without the proxy, the same requests would have needed at least a call each, and full batches.
     needed = max(total.requests, -(-answered // batch_pairs)) if batch_pairs else total.requests
     return StatusReport(
         scope=scope,
@@ -176,33 +182,33 @@ def _build_report(
         up_seconds=replica.up_seconds,
         replica=replica.replica,
         version=version("seniority-cache"),
-        live_replicas=overview.live_replicas if overview else None,
-        silent_replicas=overview.silent_replicas if overview else None,
+        live_replicas=snapshot.live_replicas if snapshot else None,
+        silent_replicas=snapshot.silent_replicas if snapshot else None,
         total=IntervalCounts.from_interval(total),
         hit_rate=total.hits / total.pairs if total.pairs else None,
         calls_needed=needed,
         calls_saved=max(0, needed - total.calls),
         batch_pairs=batch_pairs,
-        slot_use=_utilization(totals.intervals, overview, intervals_each=1),
+        slot_use=_utilization(totals.intervals, snapshot, intervals_each=1),
         slot_use_minute=_last_or_none(
             _utilization(
                 _merge(totals.intervals[-_MINUTE_INTERVALS - 1 : -1]),
-                overview,
+                snapshot,
                 intervals_each=_MINUTE_INTERVALS,
             )
         ),
-        slot_use_window=_last_or_none(_utilization([total], overview, intervals_each=len(totals.intervals))),
-        spans=[IntervalCounts.from_interval(span) for span in totals.intervals],
+        slot_use_window=_last_or_none(_utilization([total], snapshot, intervals_each=len(totals.intervals))),
+        spans=[IntervalCounts.from_interval(interval) for interval in totals.intervals],
         queue=[
             QueueRow(
-                lane,
-                overview.waiting[lane] if overview else None,
-                overview.wait_seconds(lane) if overview else None,
+                priority,
+                snapshot.waiting[priority] if snapshot else None,
+                snapshot.wait_seconds(priority) if snapshot else None,
             )
-            for lane in PRIORITY_CLASSES
+            for priority in PRIORITY_CLASSES
         ],
         store=replica.store,
-        model=_model_status(overview, totals),
+        model=_model_status(snapshot, totals),
         callers=[_caller_row(caller) for caller in totals.callers],
         unreadable_reports=unreadable,
     )
@@ -212,45 +218,51 @@ def _caller_row(totals: CallerTotals) -> CallerRow:
     return CallerRow(totals.name, totals.pairs, totals.hits, totals.misses, totals.failed)
 
 
-def _model_status(overview: QueueSnapshot | None, totals: WindowTotals) -> ModelStatus:
+def _model_status(snapshot: QueueSnapshot | None, totals: WindowTotals) -> ModelStatus:
     last = None
     if totals.last_failure is not None and totals.last_failure_seconds is not None:
         last = FailureInfo(totals.last_failure, totals.last_failure_seconds)
-    failures = overview.failures_in_a_row if overview else None
-    if overview is None or failures is None:
+    failures = snapshot.failures_in_a_row if snapshot else None
+    if snapshot is None or failures is None:
         return ModelStatus("unknown", None, None, last)
     state: Literal["ok", "failing", "down"] = "failing" if failures else "ok"
-    if overview.is_down:
+    if snapshot.is_down:
         state = "down"
-    return ModelStatus(state, failures, overview.next_call_seconds, last)
+    return ModelStatus(state, failures, snapshot.next_call_seconds, last)
 
 
 def _utilization(
-    intervals: list[Interval], overview: QueueSnapshot | None, *, intervals_each: int
+    intervals: list[Interval], snapshot: QueueSnapshot | None, *, intervals_each: int
 ) -> list[ModelUtilization] | None:
-    """Of spans that are each so many times ten seconds. None if there is no limit, or none is known."""
-    if overview is None or overview.pairs_per_second is None or overview.calls_per_second is None:
+    """Return the utilization of the model in each interval.
+
+    Each interval stands for `intervals_each` times ten seconds. None if there is no rate limit, or it is
+    unknown.
+    """
+    if snapshot is None or snapshot.pairs_per_second is None or snapshot.calls_per_second is None:
         return None
-    pairs_rate, calls_rate = overview.pairs_per_second, overview.calls_per_second
-    by_calls = calls_rate * (overview.batch_pairs or 0)
-    most_pairs = min(rate for rate in (pairs_rate or by_calls, by_calls or pairs_rate))
-    if not most_pairs:
+    pairs_rate = snapshot.pairs_per_second
+    calls_rate = snapshot.calls_per_second
+    # The rate in pairs that the limit on calls allows. A rate of 0 means no limit.
+    rate_by_calls = calls_rate * (snapshot.batch_pairs or 0)
+    max_pairs_rate = min(pairs_rate or rate_by_calls, rate_by_calls or pairs_rate)
+    if not max_pairs_rate:
         return None
     seconds = INTERVAL_SECONDS * intervals_each
-    use = []
-    for span in intervals:
-        filled = min(1.0, span.sent / (most_pairs * seconds))
-        calls = span.calls / (calls_rate * seconds) if calls_rate else 0.0
-        use.append(ModelUtilization(taken=min(1.0, max(filled, calls)), filled=filled))
-    return use
+    utilization = []
+    for interval in intervals:
+        filled = min(1.0, interval.sent / (max_pairs_rate * seconds))
+        calls = interval.calls / (calls_rate * seconds) if calls_rate else 0.0
+        utilization.append(ModelUtilization(taken=min(1.0, max(filled, calls)), filled=filled))
+    return utilization
 
 
 def _merge(intervals: list[Interval]) -> list[Interval]:
     total = Interval()
-    for span in intervals:
-        total.add(span)
+    for interval in intervals:
+        total.add(interval)
     return [total]
 
 
-def _last_or_none(use: list[ModelUtilization] | None) -> ModelUtilization | None:
-    return use[-1] if use else None
+def _last_or_none(utilization: list[ModelUtilization] | None) -> ModelUtilization | None:
+    return utilization[-1] if utilization else None

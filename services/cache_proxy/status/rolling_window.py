@@ -1,7 +1,7 @@
-"""What is counted for the status page: a replica's figures by ten seconds and by the minute, and their sums.
+"""The counts of the status page: by intervals of ten seconds, by minutes, and for the last ten minutes.
 
-A `Minute` is what replicas hand each other by way of Redis, as msgpack. Whoever reads one takes it for
-hostile: msgspec refuses what is not of this shape and within these bounds.
+Replicas exchange a `MinuteReport` for each minute over Redis, as msgpack. A reader does not trust it: msgspec
+rejects anything that does not have this shape or exceeds these limits.
 """
 
 from collections import Counter
@@ -15,9 +15,8 @@ INTERVAL_SECONDS = 10
 MINUTE_SECONDS = 60
 WINDOW_SECONDS = 600
 WINDOW_INTERVALS = WINDOW_SECONDS // INTERVAL_SECONDS
-WINDOW_MINUTES = (
-    WINDOW_SECONDS // MINUTE_SECONDS + 1
-)  # the one under way, and that in which the window begins
+# The window begins and ends within a minute, so it touches one minute more.
+WINDOW_MINUTES = WINDOW_SECONDS // MINUTE_SECONDS + 1
 TOP_CALLERS = 8
 _MINUTE_INTERVALS = MINUTE_SECONDS // INTERVAL_SECONDS
 _MAX_NAME_LENGTH = 64
@@ -29,9 +28,10 @@ Name = Annotated[str, msgspec.Meta(max_length=_MAX_NAME_LENGTH)]
 
 
 class Interval(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """Ten seconds. `requests` are RPCs that were answered; of pairs `failed` had no answer.
+    """The counts of ten seconds.
 
-    `calls` are those to the model, `failed_calls` of them, and `sent` the pairs in them.
+    `requests` are answered RPCs. `hits`, `coalesced`, `inferred` and `failed` are pairs by outcome. `calls`
+    are calls to the model, `failed_calls` those that failed, and `sent` the pairs in them.
     """
 
     requests: Count = 0
@@ -44,7 +44,10 @@ class Interval(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     sent: Count = 0
 
     def add(self, other: "Interval") -> None:
-        """Count the other's too: a fleet's page does it thousands of times, so field by field."""
+        """Add the counts of another interval.
+
+        Field by field, because the page of a fleet does this thousands of times.
+        """
         self.requests += other.requests
         self.hits += other.hits
         self.coalesced += other.coalesced
@@ -56,12 +59,12 @@ class Interval(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
     @property
     def pairs(self) -> int:
-        """All that were asked for."""
+        """Return the number of requested pairs."""
         return self.hits + self.coalesced + self.inferred + self.failed
 
 
 class CallerTotals(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """A caller's pairs: `hits` from a cache, `misses` had to wait for the model, `failed` had no answer."""
+    """The pairs of a caller: `hits` from a cache, `misses` from the model, `failed` without an answer."""
 
     name: Name
     hits: Count = 0
@@ -70,12 +73,12 @@ class CallerTotals(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
     @property
     def pairs(self) -> int:
-        """All that it asked for."""
+        """Return the number of pairs that the caller requested."""
         return self.hits + self.misses + self.failed
 
 
 class MinuteReport(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """A replica's minute: its spans, its busiest callers, and the status of the last call that failed."""
+    """One minute of one replica: its intervals, busiest callers, and the status of the last failed call."""
 
     intervals: Annotated[
         list[Interval], msgspec.Meta(min_length=_MINUTE_INTERVALS, max_length=_MINUTE_INTERVALS)
@@ -85,26 +88,28 @@ class MinuteReport(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class WindowTotals(msgspec.Struct):
-    """The window's figures: of each of its spans, oldest first, and of all together."""
+    """The counts of the last ten minutes: of each interval, oldest first, and in total.
+
+    `last_failure_seconds` is how long ago the last call failed, with a precision of ten seconds.
+    """
 
     intervals: list[Interval]
     total: Interval
     callers: list[CallerTotals]
     last_failure: str | None
     last_failure_seconds: float | None
-    """How long ago, to ten seconds."""
 
 
 _decoder = msgspec.msgpack.Decoder(MinuteReport)
 
 
 def encode_report(minute: MinuteReport) -> bytes:
-    """As a report."""
+    """Encode the report of a minute."""
     return msgspec.msgpack.encode(minute)
 
 
 def decode_report(report: bytes) -> MinuteReport | None:
-    """The minute that was reported; None if that is none."""
+    """Decode the report of a minute. Return None if it is invalid."""
     try:
         return _decoder.decode(report)
     except (msgspec.DecodeError, RecursionError):
@@ -112,15 +117,15 @@ def decode_report(report: bytes) -> MinuteReport | None:
 
 
 def busiest(callers: Iterable[CallerTotals]) -> list[CallerTotals]:
-    """The busiest, busiest first."""
-    asked = [caller for caller in callers if caller.pairs]
-    return sorted(asked, key=lambda caller: (-caller.pairs, caller.name))[:TOP_CALLERS]
+    """Return the callers with most pairs, the busiest first."""
+    active = [caller for caller in callers if caller.pairs]
+    return sorted(active, key=lambda caller: (-caller.pairs, caller.name))[:TOP_CALLERS]
 
 
 class WindowAggregator:
-    """The last ten minutes, of any number of replicas, added one minute of one replica at a time.
+    """Adds up the last ten minutes of any number of replicas, one minute of one replica at a time.
 
-    Callers are counted by whole minutes, and of each minute of each replica only the busiest.
+    Callers are counted by whole minutes, and only the busiest callers of each report.
     """
 
     def __init__(self, *, now_seconds: float) -> None:
@@ -131,15 +136,15 @@ class WindowAggregator:
         self._failures: dict[int, str] = {}
 
     def add(self, number: int, minute: MinuteReport) -> None:
-        """The minute of that number since 1970."""
+        """Add a replica's report. `number` counts minutes since 1970."""
         if not self._first < (number + 1) * _MINUTE_INTERVALS <= self._last + _MINUTE_INTERVALS:
             return
-        for at, span in enumerate(minute.intervals, start=number * _MINUTE_INTERVALS):
-            if self._first <= at <= self._last:
-                self._intervals[at - self._first].add(span)
-                if span.failed_calls and minute.last_failure:
-                    known = minute.last_failure in _CODES
-                    self._failures[at] = minute.last_failure if known else "unknown"
+        for index, interval in enumerate(minute.intervals, start=number * _MINUTE_INTERVALS):
+            if self._first <= index <= self._last:
+                self._intervals[index - self._first].add(interval)
+                if interval.failed_calls and minute.last_failure:
+                    is_known = minute.last_failure in _CODES
+                    self._failures[index] = minute.last_failure if is_known else "unknown"
         for part in minute.callers:
             name = part.name if part.name.isprintable() and part.name else "(unreadable)"
             caller = self._callers.get(name)
@@ -150,10 +155,10 @@ class WindowAggregator:
             caller.failed += part.failed
 
     def totals(self) -> WindowTotals:
-        """Of what was added."""
+        """Return the totals of all added reports."""
         total = Interval()
-        for span in self._intervals:
-            total.add(span)
+        for interval in self._intervals:
+            total.add(interval)
         failed_at = max(self._failures, default=None)
         return WindowTotals(
             intervals=self._intervals,
@@ -165,15 +170,15 @@ class WindowAggregator:
 
 
 def aggregate(reports: Iterable[tuple[int, MinuteReport]], *, now_seconds: float) -> WindowTotals:
-    """The sums of a few minutes."""
-    summing = WindowAggregator(now_seconds=now_seconds)
+    """Add up a few reports."""
+    aggregator = WindowAggregator(now_seconds=now_seconds)
     for number, minute in reports:
-        summing.add(number, minute)
-    return summing.totals()
+        aggregator.add(number, minute)
+    return aggregator.totals()
 
 
 def busiest_callers(counts_by_caller: Mapping[str, Counter[str]]) -> list[CallerTotals]:
-    """The busiest of those that `RpcMetrics` counted."""
+    """Return the busiest of the callers that `RpcMetrics` counted."""
     return busiest(
         CallerTotals(name[:_MAX_NAME_LENGTH], counts["hit"], counts["miss"], counts["failed"])
         for name, counts in counts_by_caller.items()

@@ -1,6 +1,6 @@
-"""This replica's figures by the minute: read off its metrics once a second, and reported to the others.
+"""Sample this replica's metrics once a second, and report them to the other replicas by the minute.
 
-Nothing is counted twice, and no request pays for it: `RpcMetrics` and the model's counters are what they are.
+The counts of the status page are differences of the metrics, so requests have no extra cost.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from prometheus_client import Counter as Metric
 
 from services.cache_proxy.model.responses import REJECTION_CODES
 from services.cache_proxy.observability.metrics import ProxyMetrics
-from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, Report
+from services.cache_proxy.queue.snapshot import MAX_REPORT_BYTES, Report, ReportSource
 from services.cache_proxy.status.rolling_window import (
     INTERVAL_SECONDS,
     MINUTE_SECONDS,
@@ -24,6 +24,7 @@ from services.cache_proxy.status.rolling_window import (
     busiest_callers,
     encode_report,
 )
+from services.common.compat import override
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ _SUCCESS_CODES = {"OK", "CANCELLED"} | {code.name for code in REJECTION_CODES}
 
 @dataclass(slots=True)
 class _Sample:
-    """The metrics at a moment."""
+    """The values of the metrics at one moment."""
 
     interval: Interval = field(default_factory=Interval)
     callers: Mapping[str, Counter[str]] = field(default_factory=dict)
@@ -44,19 +45,22 @@ class _Sample:
 
 @dataclass(slots=True)
 class _MinuteInProgress:
-    """A minute under way, with all its callers, and as it is reported."""
+    """A minute that is still being counted, with all its callers, and its encoded report."""
 
     minute_report: MinuteReport = field(default_factory=MinuteReport)
     callers: dict[str, Counter[str]] = field(default_factory=dict)
     encoded_report: bytes = b""
 
 
-class MetricsSampler:
-    """State: `_minutes`, those of the window; `_before`, the metrics as they were last read; `_reported`,
-    what Redis has of each minute; `_looked_at`, when `due` last looked; the clock. Event loop only.
+class MetricsSampler(ReportSource):
+    """Counts the last ten minutes of this replica.
 
-    Minutes are counted on Redis's clock as soon as that was heard, so those of all replicas are the same.
-    """  # noqa: D205 - one thought
+    State (event loop only): `_minutes`, by number since 1970; `_last_sample`, the metrics when they were last
+    read; `_reported`, the report of each minute that Redis has; `_last_pending_at`, when `pending_reports`
+    last returned any; `_clock_offset_seconds`, the clock of Redis less `time.monotonic`.
+
+    Minutes are those of Redis's clock as soon as it is known, so they are the same for all replicas.
+    """
 
     def __init__(self, metrics: ProxyMetrics) -> None:
         self._metrics = metrics
@@ -68,70 +72,72 @@ class MetricsSampler:
 
     @property
     def now_seconds(self) -> float:
-        """Unix time, by Redis's clock if that was heard."""
+        """Return the Unix time, by Redis's clock if it is known."""
         return time.monotonic() + self._clock_offset_seconds
 
     async def run(self) -> None:
-        """Read the metrics once a second, until cancelled."""
+        """Sample the metrics once a second until cancelled."""
         while True:
             try:
                 self.sample()
-            except Exception:  # noqa: BLE001 - a defect costs figures, never an answer to a caller
+            except Exception:  # noqa: BLE001 - a defect here must not stop the proxy
                 _log.exception("the figures of the status page cannot be counted")
             await asyncio.sleep(_SAMPLE_INTERVAL_SECONDS)
 
     def sample(self) -> None:
-        """Count what came since the last time to the ten seconds that are now."""
-        totals, before = self._read_metrics(), self._last_sample
-        self._last_sample = totals
-        span = Interval(
+        """Add what the metrics counted since the last sample to the current interval."""
+        sample = self._read_metrics()
+        before = self._last_sample
+        self._last_sample = sample
+        interval = Interval(
             *(
-                getattr(totals.interval, name) - getattr(before.interval, name)
+                getattr(sample.interval, name) - getattr(before.interval, name)
                 for name in Interval.__struct_fields__
             )
         )
-        if span == Interval():
+        if interval == Interval():
             return
         now = self.now_seconds
-        counting = self._get_minute(int(now // MINUTE_SECONDS))
-        counting.minute_report.intervals[int(now % MINUTE_SECONDS // INTERVAL_SECONDS)].add(span)
-        for name, counts in totals.callers.items():
-            more = counts - before.callers.get(name, Counter())
-            if more:
-                counting.callers.setdefault(name, Counter()).update(more)
-        counting.minute_report.callers = busiest_callers(counting.callers)
-        for code, count in totals.failed_calls.items():
+        minute = self._get_minute(int(now // MINUTE_SECONDS))
+        minute.minute_report.intervals[int(now % MINUTE_SECONDS // INTERVAL_SECONDS)].add(interval)
+        for name, counts in sample.callers.items():
+            increase = counts - before.callers.get(name, Counter())
+            if increase:
+                minute.callers.setdefault(name, Counter()).update(increase)
+        minute.minute_report.callers = busiest_callers(minute.callers)
+        for code, count in sample.failed_calls.items():
             if count > before.failed_calls.get(code, 0):
-                counting.minute_report.last_failure = code
-        counting.encoded_report = encode_report(counting.minute_report)
+                minute.minute_report.last_failure = code
+        minute.encoded_report = encode_report(minute.minute_report)
 
     def minutes(self) -> list[tuple[int, MinuteReport]]:
-        """Those of the window, by their number."""
+        """Return the reports of the last ten minutes, each with the number of its minute."""
         self.sample()
-        return [(number, counting.minute_report) for number, counting in self._minutes.items()]
+        return [(number, minute.minute_report) for number, minute in self._minutes.items()]
 
+    @override
     def pending_reports(self) -> Sequence[Report]:
-        """See `Reporter.due`: the newest minutes first, once a second at the most."""
+        # The newest minutes first, and at most once a second.
         now = time.monotonic()
         if now - self._last_pending_at < _REPORT_INTERVAL_SECONDS:
             return []
         self._last_pending_at = now
         self._drop_expired()
-        new = [
-            (number, counting.encoded_report)
-            for number, counting in sorted(self._minutes.items(), key=lambda item: -item[0])
-            if counting.encoded_report != self._reported.get(number)
-            and len(counting.encoded_report) <= MAX_REPORT_BYTES
+        pending = [
+            (number, minute.encoded_report)
+            for number, minute in sorted(self._minutes.items(), key=lambda item: -item[0])
+            if minute.encoded_report != self._reported.get(number)
+            and len(minute.encoded_report) <= MAX_REPORT_BYTES
         ]
-        return new[:_MAX_REPORTS]
+        return pending[:_MAX_REPORTS]
 
+    @override
     def mark_reported(self, reports: Sequence[Report], *, clock_offset_seconds: float) -> None:
-        """See `Reporter.reported`."""
         self._reported.update(reports)
         self._clock_offset_seconds = clock_offset_seconds
 
+    @override
     def resend_all(self) -> None:
-        """See `Reporter.report_again`."""
         self._reported.clear()
 
     def _get_minute(self, number: int) -> _MinuteInProgress:
@@ -141,13 +147,15 @@ class MetricsSampler:
         return self._minutes[number]
 
     def _drop_expired(self) -> None:
-        this = int(self.now_seconds // MINUTE_SECONDS)
-        for number in [number for number in self._minutes if not this - WINDOW_MINUTES < number <= this]:
+        current = int(self.now_seconds // MINUTE_SECONDS)
+        first = current - WINDOW_MINUTES + 1
+        for number in [number for number in self._minutes if not first <= number <= current]:
             del self._minutes[number]
             self._reported.pop(number, None)
 
     def _read_metrics(self) -> _Sample:
-        rpcs, pairs = self._metrics.rpcs, self._metrics.rpcs.pairs
+        rpcs = self._metrics.rpcs
+        pairs = rpcs.pairs
         calls = _counts_by_code(self._metrics.model_calls)
         failed_calls = {code: count for code, count in calls.items() if code not in _SUCCESS_CODES}
         [sent] = _counter_values(self._metrics.model_pairs)

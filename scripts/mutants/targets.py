@@ -88,6 +88,8 @@ PYTHON = (
     Target(
         path="services/augmenter/stats.py",
         tests=(
+            "tests/unit/augmenter/test_stats.py",
+            "tests/integration/augmenter/test_rejected_lines.py",
             "tests/integration/augmenter/test_line_accounting.py",
             "tests/integration/augmenter/test_run_local.py",
         ),

@@ -89,6 +89,6 @@ class Metrics:
 def _version() -> str:
     try:
         return metadata.version("seniority-cache")
-    # The service runs from a source tree that is not installed.
     except metadata.PackageNotFoundError:
+        # The service runs from a source tree that is not installed.
         return "unknown"

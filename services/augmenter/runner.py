@@ -112,8 +112,8 @@ class Runner:
             self._record_failure(uri, _reason_without_uri(error, uri))
         except FileError as error:
             self._record_failure(uri, str(error))
-        # A defect that shows in one file must not fail the others.
         except Exception as error:  # noqa: BLE001 - a defect met in one file must not cost the others
+            # A defect that shows in one file must not fail the others.
             _log.exception("%s: unexpected failure", uri)
             self._record_failure(uri, f"unexpected {type(error).__name__}; see the log")
         else:

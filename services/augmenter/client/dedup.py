@@ -93,8 +93,8 @@ class PairTable:
         known_count = len(self._ids)
         try:
             ids = self._lookup_ids(pairs)
-        # The iterable may fail while it yields. Pairs that have an id by then must not be waited for.
         except BaseException:
+            # The iterable may fail while it yields. Pairs that have an id by then must not be waited for.
             self._start_batch(known_count).finish()
             raise
         return ids, self._start_batch(known_count)

@@ -135,8 +135,8 @@ class FileLister:
         assert lines_format  # noqa: S101 - a listing takes no other names
         try:
             output = await self._sink.existing_output(output_name, file) if check_output else None
-        # Only this file fails: the outputs of the others can still be checked.
         except StorageError as error:
+            # Only this file fails: the outputs of the others can still be checked.
             return FileTask(file, output_name, lines_format, error=error)
         is_done = bool(output and output.is_from_input and not self._overwrite)
         # A file that is done need not be read. It counts as not archived, so that --watch does not take a
@@ -149,8 +149,8 @@ class FileLister:
         """Return an archived file together with whether it is restored, which a listing does not show."""
         try:
             return await self._source.get_info(file.name)
-        # Reading the file will fail as well, and then the reason is reported for this file.
         except StorageError:
+            # Reading the file will fail as well, and then the reason is reported for this file.
             return replace(file, is_archived=False)
 
 

@@ -39,8 +39,8 @@ def check_queue_url(queue_url: str) -> None:
     try:
         parts = urlsplit(queue_url)
         is_url = parts.scheme in {"http", "https"} and bool(parts.hostname) and len(parts.path) > 1
-    # The URL has unmatched brackets.
     except ValueError:
+        # The URL has unmatched brackets.
         is_url = False
     if not is_url or " " in queue_url or not queue_url.isprintable():
         message = (

@@ -84,8 +84,8 @@ class SqsWorkers:
         self._visibility_seconds = max(1, int(timeout))
         try:
             await gather_or_cancel(self._worker(follow=follow, stopping=stopping) for _ in range(concurrency))
-        # Messages that were left become visible again also when the run is stopped.
         finally:
+            # Messages that were left become visible again also when the run is stopped.
             await self._hidden.release()
 
     async def _worker(self, *, follow: bool, stopping: asyncio.Event) -> None:

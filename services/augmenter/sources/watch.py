@@ -93,7 +93,8 @@ class Watcher:
         """Return whether to process the file now. If so, it is in progress until `on_end` is called."""
         watched = self._files.get(task.file.name)
         if watched is None or watched.state != task.file.state:
-            watched = self._files[task.file.name] = _WatchedFile(task.file.state)
+            watched = _WatchedFile(task.file.state)
+            self._files[task.file.name] = watched
         elif not watched.is_due:
             return False
         watched.in_progress = True

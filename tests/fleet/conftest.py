@@ -1,15 +1,15 @@
-"""A fleet of real processes for each test, over each kind of server."""
+"""A fleet of processes for each test, with each kind of Redis server."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.fleet import Fleet, fleet
+import tests.support.fleet
 
 
 @pytest.fixture
-def running(tmp_path: Path, redis_program: str) -> Iterator[Fleet]:
-    """Redis and the stub; no replica yet."""
-    with fleet(tmp_path, "--latency", "200ms", program=redis_program) as started:
+def fleet(tmp_path: Path, redis_program: str) -> Iterator[tests.support.fleet.Fleet]:
+    """Run Redis and a model stub of 200 ms latency. No replica is started."""
+    with tests.support.fleet.fleet(tmp_path, "--latency", "200ms", program=redis_program) as started:
         yield started

@@ -1,4 +1,4 @@
-"""Scenarios: each sets a fleet to work and returns what its callers and the model's own log say."""
+"""Scenarios: each puts load on a fleet and returns what its callers and the model's call log show."""
 
 import asyncio
 import itertools
@@ -20,16 +20,18 @@ from tests.support.processes import ServiceProcess
 from tests.support.redis_server import wait_for
 
 _SEED = 1
-_SEND_DELAY_MS = (
-    120  # by then it has left; who is stopped as it leaves sends when it wakes, whatever was decided
-)
-_WAITING_BATCHES, _ABOVE_THE_RATE = 3, 1.02  # enough that a batch always waits
+# By then the call has been sent. A replica that is stopped just before sends its call when it is resumed,
+# although the fleet may have decided otherwise in the meantime.
+_SEND_DELAY_MS = 120
+# Enough load that a full batch is always waiting.
+_WAITING_BATCHES = 3
+_LOAD_TO_RATE = 1.02
 
 
 @asynccontextmanager
 async def load_callers(targets: Sequence[Sequence[str]], stats: LoadStats) -> AsyncIterator[list[LoadCaller]]:
-    """A caller for each list of targets."""
-    opened = [LoadCaller(places, f"caller {number}", stats) for number, places in enumerate(targets)]
+    """Open a caller for each list of targets."""
+    opened = [LoadCaller(addresses, f"caller {number}", stats) for number, addresses in enumerate(targets)]
     try:
         yield opened
     finally:
@@ -38,10 +40,13 @@ async def load_callers(targets: Sequence[Sequence[str]], stats: LoadStats) -> As
 
 
 async def send_same_pairs(targets: Sequence[str], *, closed_loop: bool) -> LoadStats:
-    """Six callers, two at each of three replicas, ask the same 5,000 pairs, each in an order of its own, in
-    RPCs of 1 to 1500 pairs: one after the other (closed loop) or all at once.
-    """  # noqa: D205 - one thought
-    dice, tally = random.Random(_SEED), LoadStats()
+    """Send the same 5,000 pairs from six callers, two at each of three replicas.
+
+    Each caller has its own order and sends RPCs of 1 to 1500 pairs: one after the other (closed loop) or all
+    at once.
+    """
+    rng = random.Random(_SEED)
+    stats = LoadStats()
     pairs = make_pairs("company", 5000)
 
     async def run(caller: LoadCaller, batches: Sequence[Pairs]) -> None:
@@ -51,30 +56,35 @@ async def send_same_pairs(targets: Sequence[str], *, closed_loop: bool) -> LoadS
         for batch in batches:
             await caller.infer(batch)
 
-    async with load_callers([[targets[number % 3]] for number in range(6)], tally) as six:
-        work = [list(split_randomly(dice.sample(pairs, len(pairs)), (1, 1500), dice)) for _ in six]
-        await asyncio.gather(*map(run, six, work))
-    return tally
+    async with load_callers([[targets[number % 3]] for number in range(6)], stats) as callers:
+        requests = [list(split_randomly(rng.sample(pairs, len(pairs)), (1, 1500), rng)) for _ in callers]
+        await asyncio.gather(*map(run, callers, requests))
+    return stats
 
 
 async def send_same_pairs_at_once(
     fleet: Fleet, targets: Sequence[str], pairs: Pairs
 ) -> tuple[LoadStats, list[str]]:
-    """A caller at each replica asks the same pairs in one RPC, all at the same time; what clients sent to
-    Redis meanwhile, heartbeats and all.
-    """  # noqa: D205 - one thought
-    tally = LoadStats()
-    async with load_callers([[target] for target in targets], tally) as each:
-        for number, caller in enumerate(each):  # connects, and lets the limit's first interval pass
+    """Send the same pairs in one RPC to each replica, all at the same time.
+
+    Return also the commands that clients sent to Redis in the meantime, heartbeats included.
+    """
+    stats = LoadStats()
+    async with load_callers([[target] for target in targets], stats) as callers:
+        # Warm up: connect, and let the first interval of the rate limit pass.
+        for number, caller in enumerate(callers):
             await caller.infer([(f"warm up {number}", "t")])
         with fleet.redis.record_client_commands() as commands:
-            await asyncio.gather(*(caller.infer(pairs) for caller in each))
-    return tally, commands
+            await asyncio.gather(*(caller.infer(pairs) for caller in callers))
+    return stats, commands
 
 
 @dataclass(frozen=True, slots=True)
 class BacklogResult:
-    """What a backlog's calls looked like; `over_seconds` is the most by which a window was too short."""
+    """The calls that a backlog caused.
+
+    `max_limit_excess_seconds` is by how much a call came too early, at most.
+    """
 
     calls: int
     fill_ratio: float
@@ -85,22 +95,25 @@ class BacklogResult:
 
 
 async def send_single_pair_backlog(fleet: Fleet, *, seconds: float, batch_pairs: int) -> BacklogResult:
-    """An open loop of RPCs of one new pair each, at more than a model of one batch a second takes, on four
-    replicas: through a kill -9, the start of another, and a SIGSTOP of one whose call is with the model.
-    """  # noqa: D205 - one thought
+    """Send RPCs of one new pair each to four replicas, faster than a model of one batch a second takes them.
+
+    The load is an open loop. In the meantime a replica is killed, another one is started, and a replica whose
+    call is at the model is stopped with SIGSTOP.
+    """
     batch = str(batch_pairs)
     flags = ("--model-deadline", "5s", "--model-rate", batch, "--model-batch-size", batch)
     proxies = fleet.start_replicas(4, *flags)
-    tally = LoadStats()
-    places = [proxy.target for proxy in proxies]
-    targets = [places[number:] + places[:number] for number in range(len(places))]
-    async with load_callers(targets, tally) as each, asyncio.TaskGroup() as group:
+    stats = LoadStats()
+    addresses = [proxy.target for proxy in proxies]
+    targets = [addresses[number:] + addresses[:number] for number in range(len(addresses))]
+    async with load_callers(targets, stats) as callers, asyncio.TaskGroup() as group:
         group.create_task(_inject_faults(fleet, proxies, seconds))
-        began, sent = time.monotonic(), 0
-        while (now := time.monotonic() - began) < seconds:
-            due = int(batch_pairs * (_WAITING_BATCHES + now * _ABOVE_THE_RATE))
+        started_at = time.monotonic()
+        sent = 0
+        while (elapsed := time.monotonic() - started_at) < seconds:
+            due = int(batch_pairs * (_WAITING_BATCHES + elapsed * _LOAD_TO_RATE))
             for number in range(sent, due):
-                caller = each[number % len(each)]
+                caller = callers[number % len(callers)]
                 group.create_task(caller.infer([(f"single {number}", "Senior Engineer")]))
             sent = due
             await asyncio.sleep(0.01)
@@ -116,7 +129,7 @@ async def send_single_pair_backlog(fleet: Fleet, *, seconds: float, batch_pairs:
             call_log.max_limit_excess_seconds(calls, pairs_per_second=batch_pairs, calls_per_second=1)
         ),
         duplicate_inferences=sum(times > 1 for times in call_log.count_inferences(calls).values()),
-        callers_ok=not tally.wrong_pairs and not tally.errors and tally.answered_pairs == sent,
+        callers_ok=not stats.wrong_pairs and not stats.errors and stats.answered_pairs == sent,
     )
 
 
@@ -133,28 +146,30 @@ async def _inject_faults(fleet: Fleet, proxies: list[ServiceProcess], seconds: f
 
 
 async def find_replica_in_call(fleet: Fleet, proxies: Sequence[ServiceProcess]) -> ServiceProcess:
-    """A replica whose call is with the model just now, by the claims in Redis."""
-    by_name = {proxy.replica_id: proxy for proxy in proxies}
+    """Return a replica whose call is at the model now, according to the claims in Redis."""
+    by_id = {proxy.replica_id: proxy for proxy in proxies}
     async with asyncio.timeout(30), redis.asyncio.Redis.from_url(fleet.redis.url) as client:
         while True:
             for key in await client.keys("*:claims"):
                 for packed in await client.hvals(key):
                     claim = msgpack.unpackb(packed)
-                    there = time.time() * 1000 > claim["slot_at"] + _SEND_DELAY_MS
-                    if there and claim["replica"] in by_name:
-                        return by_name[claim["replica"]]
+                    is_sent = time.time() * 1000 > claim["slot_at"] + _SEND_DELAY_MS
+                    if is_sent and claim["replica"] in by_id:
+                        return by_id[claim["replica"]]
             await asyncio.sleep(0.002)
 
 
 async def send_steady_misses(
     targets: Sequence[str], stop: asyncio.Event, stats: LoadStats, *, name: str = "steady"
 ) -> None:
-    """Callers, two at each replica, that ask for five new pairs and five that another caller asks for too,
-    again and again until `over`.
-    """  # noqa: D205 - one thought
-    places = list(targets)
-    count = 2 * len(places)
-    turned = [places[number % len(places) :] + places[: number % len(places)] for number in range(count)]
+    """Send RPCs with new pairs from two callers at each replica until `stop` is set.
+
+    Of the ten pairs of an RPC five are also sent by another caller.
+    """
+    count = 2 * len(targets)
+    rotated = [
+        [*targets[number % len(targets) :], *targets[: number % len(targets)]] for number in range(count)
+    ]
 
     async def run(caller: LoadCaller, number: int) -> None:
         for turn in itertools.count():
@@ -164,12 +179,12 @@ async def send_steady_misses(
             await caller.infer(pairs, timeout_seconds=60)
             await asyncio.sleep(0.02)
 
-    async with load_callers(turned, stats) as each:
-        await asyncio.gather(*(run(caller, number) for number, caller in enumerate(each)))
+    async with load_callers(rotated, stats) as callers:
+        await asyncio.gather(*(run(caller, number) for number, caller in enumerate(callers)))
 
 
 async def send_hits(target: str, pairs: Pairs, stop: asyncio.Event, stats: LoadStats) -> None:
-    """One caller that asks for pairs that this replica knows, again and again until `over`."""
+    """Send pairs that the replica has cached, again and again, until `stop` is set."""
     async with load_callers([[target]], stats) as (caller,):
         while not stop.is_set():
             await caller.infer(pairs)
@@ -177,19 +192,22 @@ async def send_hits(target: str, pairs: Pairs, stop: asyncio.Event, stats: LoadS
 
 
 async def measure_queue_positions(fleet: Fleet, *, pairs: int, rounds: int) -> tuple[int, int]:
-    """A flood of one bulk caller's pairs at one replica; then, at another, an interactive pair and twenty of
-    a small bulk caller's. The place of the call that each was in, counted from when it was asked, at worst:
-    0 is the next one.
-    """  # noqa: D205 - one thought
+    """Measure how soon new pairs reach the model behind the many bulk pairs of one caller.
+
+    The bulk pairs are sent to one replica. Then another replica gets an interactive pair and twenty pairs of
+    a small bulk caller. Return for either the highest position of the calls that contained them, counted from
+    the moment of sending: 0 is the next call.
+    """
     big, other = fleet.start_replicas(2, "--max-wait", "10m")
-    flood, small = LoadStats(), LoadStats()
-    quick_place = small_place = 0
+    flood_stats = LoadStats()
+    small_stats = LoadStats()
+    interactive_position = small_position = 0
     async with (
-        load_callers([[big.target]], flood) as (many,),
-        load_callers([[other.target]] * 2, small) as (one, two),
+        load_callers([[big.target]], flood_stats) as (flood_caller,),
+        load_callers([[other.target]] * 2, small_stats) as (interactive_caller, small_caller),
     ):
-        flooding = asyncio.create_task(
-            many.infer(make_pairs("flood", pairs), priority="bulk", timeout_seconds=600)
+        flood = asyncio.create_task(
+            flood_caller.infer(make_pairs("flood", pairs), priority="bulk", timeout_seconds=600)
         )
         waiting = ("cache_proxy_queue_global_pairs", "bulk")
         await asyncio.to_thread(
@@ -200,33 +218,39 @@ async def measure_queue_positions(fleet: Fleet, *, pairs: int, rounds: int) -> t
         )
         for _ in range(rounds):
             before = len(fleet.model_calls)
-            quick, few = (f"quick {before}", "CTO"), make_pairs(f"small {before}", 20)
-            await asyncio.gather(one.infer([quick]), two.infer(few, priority="bulk"))
+            interactive_pair = (f"quick {before}", "CTO")
+            small_pairs = make_pairs(f"small {before}", 20)
+            await asyncio.gather(
+                interactive_caller.infer([interactive_pair]), small_caller.infer(small_pairs, priority="bulk")
+            )
             after = fleet.model_calls[before:]
-            quick_place = max(quick_place, *_call_positions(after, [quick]))
-            small_place = max(small_place, *_call_positions(after, few))
-        flooding.cancel()
-        await asyncio.gather(flooding, return_exceptions=True)
-    assert (small.wrong_pairs, small.errors) == ([], [])
-    return quick_place, small_place
+            interactive_position = max(interactive_position, *_call_positions(after, [interactive_pair]))
+            small_position = max(small_position, *_call_positions(after, small_pairs))
+        flood.cancel()
+        await asyncio.gather(flood, return_exceptions=True)
+    assert (small_stats.wrong_pairs, small_stats.errors) == ([], [])
+    return interactive_position, small_position
 
 
 def _call_positions(calls: Sequence[call_log.LoggedCall], pairs: Pairs) -> list[int]:
     wanted = set(pairs)
-    return [place for place, call in enumerate(calls) if wanted.intersection(call.pairs)]
+    return [position for position, call in enumerate(calls) if wanted.intersection(call.pairs)]
 
 
 async def measure_lone_misses(fleet: Fleet, target: str, *, count: int) -> tuple[float, float]:
-    """One new pair after the other at a replica, nobody else there, and by turns one at the model itself.
-    Seconds that half of them took, through the replica and directly.
-    """  # noqa: D205 - one thought
-    through, direct = LoadStats(), LoadStats()
+    """Measure the latency of single misses without other load.
+
+    Send one new pair after the other, alternating between the replica and the model itself. Return the median
+    seconds through the replica and directly.
+    """
+    proxy_stats = LoadStats()
+    model_stats = LoadStats()
     async with (
-        load_callers([[target]], through) as (caller,),
-        load_callers([[fleet.model_target]], direct) as (other,),
+        load_callers([[target]], proxy_stats) as (proxy_caller,),
+        load_callers([[fleet.model_target]], model_stats) as (model_caller,),
     ):
         for number in range(count):
-            await caller.infer([(f"lone {number}", "t")])
-            await other.infer([(f"direct {number}", "t")])
-    assert (through.wrong_pairs, through.errors, direct.errors) == ([], [], [])
-    return through.percentile(0.5), direct.percentile(0.5)
+            await proxy_caller.infer([(f"lone {number}", "t")])
+            await model_caller.infer([(f"direct {number}", "t")])
+    assert (proxy_stats.wrong_pairs, proxy_stats.errors, model_stats.errors) == ([], [], [])
+    return proxy_stats.percentile(0.5), model_stats.percentile(0.5)

@@ -1,4 +1,4 @@
-"""Quotas over a fleet of processes: a ceiling at the model, also without Redis; nobody else is worse off."""
+"""Caller quotas in a fleet: they hold at the model, also without Redis, and do not affect other callers."""
 
 import asyncio
 import itertools
@@ -20,46 +20,52 @@ from tests.support.redis_server import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-BATCH, CALLS_PER_SECOND, QUOTA = 100, 4, 40
+BATCH_PAIRS = 100
+CALLS_PER_SECOND = 4
+QUOTA_PAIRS_PER_SECOND = 40
 FLAGS = (
     "--model-batch-size",
-    str(BATCH),
+    str(BATCH_PAIRS),
     "--model-rate",
-    str(BATCH * CALLS_PER_SECOND),
+    str(BATCH_PAIRS * CALLS_PER_SECOND),
     "--model-calls-per-second",
     str(CALLS_PER_SECOND),
     "--model-deadline",
     "5s",
 )
-BURST_SECONDS = 1.0  # one and a half slots are less
-BACKLOG = 400  # pairs that wait, of all callers of a kind
-SEEN_LATE_SECONDS = 0.15  # see test_paced.py
+# A burst of one and a half slots is allowed, which is less.
+BURST_SECONDS = 1.0
+# Pairs in the queue, of all callers of one kind.
+BACKLOG_PAIRS = 400
+# See `MAX_LIMIT_EXCESS_SECONDS` of test_rate_limit.py.
+MAX_EXCESS_SECONDS = 0.15
 
 
-def _counts(calls: Sequence[LoggedCall], company: str) -> list[tuple[float, int]]:
+def _pair_counts(calls: Sequence[LoggedCall], company: str) -> list[tuple[float, int]]:
     return [(call.unix_seconds, sum(name.startswith(company) for name, _ in call.pairs)) for call in calls]
 
 
-def _most_seconds_over(events: Sequence[tuple[float, int]], burst_seconds: float) -> float:
-    """By how much any window is too short for what it holds."""
-    worst = 0.0
-    for first, (begins, _) in enumerate(events):
+def _max_excess_seconds(events: Sequence[tuple[float, int]], burst_seconds: float) -> float:
+    """Return by how many seconds a time window is too short for its pairs, at most."""
+    excess_seconds = 0.0
+    for first, (window_start, _) in enumerate(events):
         total = 0
         for at, count in events[first:]:
             total += count
-            worst = max(worst, total / QUOTA - burst_seconds - (at - begins))
-    return worst
+            allowed_after = total / QUOTA_PAIRS_PER_SECOND - burst_seconds
+            excess_seconds = max(excess_seconds, allowed_after - (at - window_start))
+    return excess_seconds
 
 
 @pytest.fixture
 def quotas(tmp_path: Path) -> Path:
-    """A file with one caller in it, and a quota of all whom it does not name."""
+    """Return the path of a quota file with one limited caller and a quota that all unlisted callers share."""
     path = tmp_path / "quotas.json"
     path.write_text(
         json.dumps(
             {
-                "callers": {"held": {"pairs_per_second": QUOTA}, "free": {}},
-                "others": {"pairs_per_second": QUOTA},
+                "callers": {"held": {"pairs_per_second": QUOTA_PAIRS_PER_SECOND}, "free": {}},
+                "others": {"pairs_per_second": QUOTA_PAIRS_PER_SECOND},
             }
         )
     )
@@ -67,24 +73,27 @@ def quotas(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def _asking(callers: Sequence[tuple[str, str]], company: str, tally: LoadStats) -> AsyncIterator[None]:
-    """Callers, each with a name and a replica, that ask for new pairs without end, until the block ends."""
-    asking = [LoadCaller([target], name, tally) for name, target in callers]
-    size = max(1, BACKLOG // len(asking))
+async def _backlog_of(
+    callers: Sequence[tuple[str, str]], company: str, stats: LoadStats
+) -> AsyncIterator[None]:
+    """Send new pairs from callers, each with a name and a target, until the block ends."""
+    opened = [LoadCaller([target], name, stats) for name, target in callers]
+    size = max(1, BACKLOG_PAIRS // len(opened))
     tasks = [
-        asyncio.create_task(_keep_asking(one, f"{company} {at}", size=size)) for at, one in enumerate(asking)
+        asyncio.create_task(_send_forever(caller, f"{company} {number}", size=size))
+        for number, caller in enumerate(opened)
     ]
     try:
         yield
     finally:
         await cancel_and_wait(tasks)
-        for one in asking:
-            await one.close()
+        for caller in opened:
+            await caller.close()
 
 
-async def _keep_asking(one: LoadCaller, company: str, *, size: int) -> None:
+async def _send_forever(caller: LoadCaller, company: str, *, size: int) -> None:
     for number in itertools.count():
-        await one.infer(make_pairs(f"{company} {number}", size), timeout_seconds=60)
+        await caller.infer(make_pairs(f"{company} {number}", size), timeout_seconds=60)
 
 
 @pytest.mark.parametrize(
@@ -92,71 +101,75 @@ async def _keep_asking(one: LoadCaller, company: str, *, size: int) -> None:
     [("redis", ["held"] * 4), ("valkey", [f"made up {number}" for number in range(40)])],
     indirect=["redis_program"],
 )
-async def test_a_quota_holds_over_the_fleet_and_others_are_unhurt(
-    running: Fleet, quotas: Path, names: list[str]
+async def test_quota_holds_over_the_fleet_without_harm_to_other_callers(
+    fleet: Fleet, quotas: Path, names: list[str]
 ) -> None:
-    """A caller with a backlog at both replicas, or one that calls itself by forty names, sends no more than
-    its quota in any window, and nearly that; another with a backlog fills every call.
-    """  # noqa: D205 - one thought
+    """A caller with a backlog at both replicas gets its quota, and never more in any time window.
+
+    The same holds for a caller that uses forty made-up names. Another caller's backlog fills each call.
+    """
     one, other = (
-        proxy.target for proxy in running.start_replicas(2, *FLAGS, "--caller-quotas-file", str(quotas))
+        proxy.target for proxy in fleet.start_replicas(2, *FLAGS, "--caller-quotas-file", str(quotas))
     )
-    tally, places = LoadStats(), itertools.cycle((one, other))
-    held, free = list(zip(names, places, strict=False)), [("free", one), ("free", other)] * 3
-    async with _asking(held, "held", tally), _asking(free, "free", tally):
-        await _calls_until(running, 22)
-        calls = running.model_calls[2:]
-    assert (tally.wrong_pairs, tally.errors) == ([], [])
-    events = _counts(calls, "held")
-    assert _most_seconds_over(events, BURST_SECONDS) <= SEEN_LATE_SECONDS
-    lasts = events[-1][0] - events[0][0]
-    assert sum(count for _, count in events[1:]) >= 0.85 * QUOTA * lasts
-    assert all(len(call.pairs) == BATCH for call in calls)
+    stats = LoadStats()
+    held = list(zip(names, itertools.cycle((one, other)), strict=False))
+    free = [("free", one), ("free", other)] * 3
+    async with _backlog_of(held, "held", stats), _backlog_of(free, "free", stats):
+        await _wait_for_calls(fleet, 22)
+        calls = fleet.model_calls[2:]
+    assert (stats.wrong_pairs, stats.errors) == ([], [])
+    events = _pair_counts(calls, "held")
+    assert _max_excess_seconds(events, BURST_SECONDS) <= MAX_EXCESS_SECONDS
+    elapsed_seconds = events[-1][0] - events[0][0]
+    used_pairs = sum(count for _, count in events[1:])
+    assert used_pairs >= 0.85 * QUOTA_PAIRS_PER_SECOND * elapsed_seconds
+    assert all(len(call.pairs) == BATCH_PAIRS for call in calls)
 
 
 @pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
-async def test_a_quota_holds_while_redis_is_lost(running: Fleet, quotas: Path) -> None:
-    """Each replica keeps to its part; going over, and coming back, cost no more than a burst each."""
-    two = [proxy.target for proxy in running.start_replicas(2, *FLAGS, "--caller-quotas-file", str(quotas))]
-    tally = LoadStats()
-    async with _asking([("held", target) for target in two], "held", tally):
-        await _calls_until(running, 4)
-        await asyncio.to_thread(running.redis.kill)
-        await _calls_until(running, len(running.model_calls) + 6)
-        await asyncio.to_thread(running.redis.start)
-        await _calls_until(running, len(running.model_calls) + 6)
-        calls = running.model_calls
-    assert (tally.wrong_pairs, tally.errors) == ([], [])
-    assert _most_seconds_over(_counts(calls, "held"), 3 * BURST_SECONDS) <= SEEN_LATE_SECONDS
+async def test_quota_holds_while_redis_is_lost(fleet: Fleet, quotas: Path) -> None:
+    """Each replica keeps its share. Failover and return cost one more burst each at most."""
+    targets = [proxy.target for proxy in fleet.start_replicas(2, *FLAGS, "--caller-quotas-file", str(quotas))]
+    stats = LoadStats()
+    async with _backlog_of([("held", target) for target in targets], "held", stats):
+        await _wait_for_calls(fleet, 4)
+        await asyncio.to_thread(fleet.redis.kill)
+        await _wait_for_calls(fleet, len(fleet.model_calls) + 6)
+        await asyncio.to_thread(fleet.redis.start)
+        await _wait_for_calls(fleet, len(fleet.model_calls) + 6)
+        calls = fleet.model_calls
+    assert (stats.wrong_pairs, stats.errors) == ([], [])
+    assert _max_excess_seconds(_pair_counts(calls, "held"), 3 * BURST_SECONDS) <= MAX_EXCESS_SECONDS
 
 
-async def _calls_until(running: Fleet, count: int) -> None:
+async def _wait_for_calls(fleet: Fleet, count: int) -> None:
     await asyncio.to_thread(
-        wait_for, lambda: len(running.model_calls) >= count, timeout_seconds=60, description="enough calls"
+        wait_for, lambda: len(fleet.model_calls) >= count, timeout_seconds=60, description="enough calls"
     )
 
 
 @pytest.mark.parametrize("redis_program", ["valkey"], indirect=True)
-def test_who_is_over_its_quota_is_told_so_and_when_to_come_back(running: Fleet, quotas: Path) -> None:
-    """Refused at once, with the quota's name and a pushback, and counted; a changed file holds without a
-    start, a broken one changes nothing.
-    """  # noqa: D205 - one thought
+def test_request_over_quota_is_rejected_at_once_with_pushback(fleet: Fleet, quotas: Path) -> None:
+    """The status names the quota and has a pushback, and the rejection is counted.
+
+    A changed quota file is applied without a restart, and a broken one changes nothing.
+    """
     quotas.write_text('{"callers": {"held": {"pairs_per_second": 5, "queued_pairs": 100}}}')
-    proxy = running.start_replica(*FLAGS, "--caller-quotas-file", str(quotas))
-    who = [("x-caller", "held")]
-    with open_caller(proxy.target) as one:
-        many = one.infer(make_pairs("many", 101), metadata=who)
-        late = one.infer(make_pairs("late", 50), metadata=who, timeout_seconds=5)
+    proxy = fleet.start_replica(*FLAGS, "--caller-quotas-file", str(quotas))
+    metadata = [("x-caller", "held")]
+    with open_caller(proxy.target) as caller:
+        many = caller.infer(make_pairs("many", 101), metadata=metadata)
+        late = caller.infer(make_pairs("late", 50), metadata=metadata, timeout_seconds=5)
         for reply, quota in ((many, "queued_pairs"), (late, "pairs_per_second")):
             assert reply.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert f"quota {quota} of caller 'held'" in reply.message
             assert reply.pushback_ms
             assert read_metrics(proxy.http_url)["cache_proxy_quota_refused_total", "held", quota] == 1
-        assert not running.model_calls
+        assert not fleet.model_calls
         for outcome, text in (("failed", "{"), ("done", "{}")):
             quotas.write_text(text)
             _wait_for_change(proxy, outcome)
-            refused = one.infer(make_pairs(outcome, 101), metadata=who).code is not grpc.StatusCode.OK
+            refused = caller.infer(make_pairs(outcome, 101), metadata=metadata).code is not grpc.StatusCode.OK
             assert refused is (outcome == "failed")
     assert sum("going on with what was there before" in line for line in proxy.log_lines) == 1
 

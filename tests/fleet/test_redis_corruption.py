@@ -1,4 +1,4 @@
-"""Every field of every key overwritten, while a replica runs and before another one starts."""
+"""All fields of all keys in Redis are overwritten while a replica runs and before another one starts."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 _REPLACED = "values in Redis that could not be read were replaced"
 JUNK = {
-    "no number": b"garbage",
+    "text": b"garbage",
     "binary": b"\xff\xfe\x00\x80",
     "empty": b"",
     "nan": b"nan",
@@ -61,39 +61,43 @@ def _keys(client: "redis.Redis", prefix: str) -> Iterator[Any]:
     return iter(list(client.scan_iter(f"*{prefix}*", count=1000)))
 
 
-def _answered(proxy: ServiceProcess, pairs: list[tuple[str, str]]) -> None:
-    with open_caller(proxy.target) as asking:
-        reply = asking.infer(pairs)
+def _assert_answered(proxy: ServiceProcess, pairs: list[tuple[str, str]]) -> None:
+    with open_caller(proxy.target) as caller:
+        reply = caller.infer(pairs)
     assert reply.code is grpc.StatusCode.OK, reply.message
     assert reply.levels == [infer_level(*pair) for pair in pairs]
 
 
 @pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
 @pytest.mark.parametrize("kind", [*JUNK, "another type"])
-def test_replicas_run_and_start_over_garbage_in_every_key(kind: str, running: Fleet) -> None:
-    """Old and new replica answer right, nobody prints a traceback, and the commands for people work."""
+def test_replicas_run_and_start_with_garbage_in_every_key(kind: str, fleet: Fleet) -> None:
+    """The fleet and the new replica answer correctly, no process prints a traceback, and commands work."""
     unpaced = ("--model-calls-per-second", "0", "--model-rate", "1000000", "--linger", "1ms")
-    old = running.start_replica(*unpaced)
+    old = fleet.start_replica(*unpaced)
     before = [("Before", f"Nurse {number}") for number in range(30)]
     after = [("After", f"Driver {number}") for number in range(30)]
-    _answered(old, before)
-    with running.redis.client() as client:
+    _assert_answered(old, before)
+    with fleet.redis.client() as client:
         if kind in JUNK:
-            _overwrite_all(client, running.key_prefix, JUNK[kind])
+            _overwrite_all(client, fleet.key_prefix, JUNK[kind])
         else:
-            _retype_all(client, running.key_prefix)
-    new = running.start_replica(*unpaced)
+            _retype_all(client, fleet.key_prefix)
+    new = fleet.start_replica(*unpaced)
     for proxy in (new, old):
-        _answered(proxy, before)
-        _answered(proxy, after)
-    where = ("--cache-url", running.url, "--key-prefix", running.key_prefix)
-    stats = run_command("services.cache_proxy", "stats", "--json", *where)
+        _assert_answered(proxy, before)
+        _assert_answered(proxy, after)
+    cache_flags = ("--cache-url", fleet.url, "--key-prefix", fleet.key_prefix)
+    stats = run_command("services.cache_proxy", "stats", "--json", *cache_flags)
     assert stats.returncode == 0, stats.stderr
     assert json.loads(stats.stdout)["pairs"] >= 0
-    got = run_command("services.cache_proxy", "get", "--company", "After", "--title", "Driver 1", *where)
+    got = run_command(
+        "services.cache_proxy", "get", "--company", "After", "--title", "Driver 1", *cache_flags
+    )
     assert got.returncode == 0, got.stderr
-    told = run_command("services.cache_proxy", "invalidate", "--company", "After", "--title", "x", *where)
-    assert told.returncode == 0, told.stderr
+    invalidated = run_command(
+        "services.cache_proxy", "invalidate", "--company", "After", "--title", "x", *cache_flags
+    )
+    assert invalidated.returncode == 0, invalidated.stderr
     for proxy in (old, new):
         with urlopen(f"{proxy.http_url}/status.json", timeout=10) as page:
             assert page.status == 200
@@ -104,19 +108,21 @@ def test_replicas_run_and_start_over_garbage_in_every_key(kind: str, running: Fl
 
 
 @pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
-def test_limit_holds_while_every_field_of_it_is_overwritten(running: Fleet) -> None:
-    """Whatever stands there for a moment, the model gets no more calls than the settings allow."""
+def test_limit_holds_while_every_field_of_it_is_overwritten(fleet: Fleet) -> None:
+    """Whatever values the fields have for a moment, the model gets no more calls than the settings allow."""
     flags = ("--model-calls-per-second", "4", "--model-batch-size", "10", "--linger", "1ms")
-    proxies = running.start_replicas(2, *flags)
-    with running.redis.client() as client:
+    proxies = fleet.start_replicas(2, *flags)
+    with fleet.redis.client() as client:
         for number, junk in enumerate([*JUNK.values(), b"1e12"]):
             for proxy in proxies:
-                _answered(proxy, [(f"{number} {proxy.target}", f"Nurse {place}") for place in range(10)])
-                for key in client.scan_iter(f"*{running.key_prefix}*:limit*"):
+                _assert_answered(
+                    proxy, [(f"{number} {proxy.target}", f"Nurse {index}") for index in range(10)]
+                )
+                for key in client.scan_iter(f"*{fleet.key_prefix}*:limit*"):
                     if client.type(key) == b"hash":
                         for field in list(client.hkeys(key)):
                             client.hset(key, field, junk)
-    late_calls, _ = max_limit_excess_seconds(running.model_calls, pairs_per_second=1000, calls_per_second=4)
+    late_calls, _ = max_limit_excess_seconds(fleet.model_calls, pairs_per_second=1000, calls_per_second=4)
     assert late_calls < 0.05
     assert any(_REPLACED in proxy.log for proxy in proxies)
     for proxy in proxies:

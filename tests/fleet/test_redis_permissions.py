@@ -1,4 +1,7 @@
-"""A replica that Redis refuses a right, a login or a command beside others that have all they need."""
+"""Replicas to which Redis denies a permission, a login or a command, beside replicas that have them all.
+
+The module is longer than 250 lines, since unit-like checks of the permissions share its server and rules.
+"""
 
 import re
 from collections.abc import Iterator
@@ -30,21 +33,13 @@ pytestmark = pytest.mark.slow
 _USERS = (ROOT / "deploy/redis/users.acl").read_text()
 _RULES = next(line for line in _USERS.splitlines() if line.startswith("user seniority ")).split()[2:]
 RIGHTS = sorted(rule[1:] for rule in _RULES if rule.startswith("+"))
-NOT_FOR_SERVE = {
-    "memory|usage",
-    "object|encoding",  # `stats` alone uses them
-    "cluster|slots",
-    "cluster|shards",
-    "command",
-    "asking",  # of a Cluster
-    "select",
-    "auth",
-    "client|setname",  # of a URL with a database, and of other protocols
-    "expire",
-    "unsubscribe",
-    "ping",
-    "hello",  # hello is allowed to everybody
-}
+_ONLY_FOR_STATS = {"memory|usage", "object|encoding"}
+_ONLY_FOR_CLUSTER = {"cluster|slots", "cluster|shards", "command", "asking"}
+# They depend on the URL (a database in it) and on the version of the protocol.
+_ONLY_FOR_SOME_CONNECTIONS = {"select", "auth", "client|setname"}
+# Redis permits `hello` to each user.
+_NOT_REQUIRED = {"expire", "unsubscribe", "ping", "hello"}
+NOT_FOR_SERVE = _ONLY_FOR_STATS | _ONLY_FOR_CLUSTER | _ONLY_FOR_SOME_CONNECTIONS | _NOT_REQUIRED
 _QUEUE_LUA = ROOT / "services/cache_proxy/queue/lua"
 QUEUE_COMMANDS = sorted(
     {
@@ -59,7 +54,7 @@ UNPACED = ("--model-calls-per-second", "0", "--model-rate", "1000000", "--linger
 
 @pytest.fixture(scope="module", params=["redis", "valkey"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server of each kind for many checks."""
+    """Run a server of each kind for many tests."""
     program = PROGRAMS[request.param]
     if program is None:
         pytest.skip(f"{request.param} is not installed")
@@ -77,9 +72,9 @@ async def _check(server: RedisServer, user: str, prefix: str, password: bytes = 
         server.url, timeout_seconds=5, credentials=RedisCredentials(username=user, password=password)
     )
     keys = QueueKeys(prefix=prefix, namespace="n")
-    home = QueueNode(client, key=keys.limit, user=user)
+    node = QueueNode(client, key=keys.limit, user=user)
     check = AccessCheck(
-        node=home,
+        node=node,
         key_prefixes=[keys.limit, keys.base, f"{prefix}:c2:n:{{00}}"],
         channel=keys.channel(0),
         user=user,
@@ -91,7 +86,7 @@ async def _check(server: RedisServer, user: str, prefix: str, password: bytes = 
 
 
 async def test_access_check_passes_with_the_rights_in_deploy_and_leaves_nothing(server: RedisServer) -> None:
-    """The rules of deploy/redis/users.acl are enough for it."""
+    """The rules of deploy/redis/users.acl suffice, and the check removes its keys."""
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "whole", "reset", *_rules("whole"))
         await _check(server, "whole", "whole")
@@ -100,7 +95,7 @@ async def test_access_check_passes_with_the_rights_in_deploy_and_leaves_nothing(
 
 @pytest.mark.parametrize("redis_program", ["redis", "valkey"], indirect=True)
 def test_replica_on_a_cluster_passes_the_access_check(redis_program: str, tmp_path: Path) -> None:
-    """Whatever slots its keys have: it joins the shared queue and caches, and nothing is refused."""
+    """Whatever slots its keys have, the replica joins the shared queue and caches, and nothing is denied."""
     with (
         redis_cluster(tmp_path, program=redis_program) as cluster,
         model_stub("--rate", "0", "--latency", "1ms", "--log", str(tmp_path / "log")) as stub,
@@ -109,7 +104,7 @@ def test_replica_on_a_cluster_passes_the_access_check(redis_program: str, tmp_pa
             flags = ("--model-target", stub.target, "--cache-url", cluster.url, "--key-prefix", f"p{number}")
             with cache_proxy(*flags, *UNPACED) as proxy:
                 assert _readyz(proxy) == 200
-                _answered(proxy, "cluster", 200)
+                _assert_answered(proxy, "cluster", 200)
                 assert read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0
                 assert proxy.stop() == 0
                 assert "WARNING" not in proxy.log
@@ -117,14 +112,14 @@ def test_replica_on_a_cluster_passes_the_access_check(redis_program: str, tmp_pa
 
 @pytest.mark.parametrize("right", [right for right in RIGHTS if right not in NOT_FOR_SERVE])
 async def test_access_check_names_each_right_that_is_missing(right: str, server: RedisServer) -> None:
-    """Whatever `serve` needs of deploy/redis/users.acl is missed before the replica takes part."""
+    """The check detects each missing permission that `serve` needs of deploy/redis/users.acl."""
     with server.client() as client:
         rules = [rule for rule in _rules("lacking") if rule != f"+{right}"]
         client.execute_command("ACL", "SETUSER", "lacking", "reset", *rules)
-    with pytest.raises(StoreAccessDeniedError) as refused:
+    with pytest.raises(StoreAccessDeniedError) as denied:
         await _check(server, "lacking", "lacking")
-    assert refused.value.user == "lacking"
-    assert refused.value.command in {right.partition("|")[0], right, "eval", "evalsha"}
+    assert denied.value.user == "lacking"
+    assert denied.value.command in {right.partition("|")[0], right, "eval", "evalsha"}
 
 
 @pytest.mark.parametrize(
@@ -134,7 +129,7 @@ async def test_access_check_names_each_right_that_is_missing(right: str, server:
 async def test_access_check_notices_missing_keys_channels_and_categories(
     taken: str, server: RedisServer
 ) -> None:
-    """Key patterns, channel patterns, and rights given as categories less one."""
+    """It covers key patterns, channel patterns, and permissions given as categories without one command."""
     if taken.startswith("+"):
         rules = [*[rule for rule in _rules("lacking") if not rule.startswith("+")], *taken.split()]
     else:
@@ -142,14 +137,15 @@ async def test_access_check_notices_missing_keys_channels_and_categories(
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "lacking", "reset", *rules)
     if taken == "+@all -script":
-        await _check(server, "lacking", "lacking")  # SCRIPT is not needed
+        # SCRIPT is not needed.
+        await _check(server, "lacking", "lacking")
         return
     with pytest.raises(StoreAccessDeniedError):
         await _check(server, "lacking", "lacking")
 
 
 async def test_access_check_names_a_wrong_password(server: RedisServer) -> None:
-    """A login that is refused is no outage."""
+    """A rejected login raises the error for denied access, not that for an outage."""
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "whole", "reset", *_rules("whole"))
     with pytest.raises(StoreAccessDeniedError):
@@ -164,24 +160,24 @@ def _readyz(proxy: ServiceProcess) -> int:
         return error.code
 
 
-def _answered(proxy: ServiceProcess, name: str, count: int = 20) -> None:
+def _assert_answered(proxy: ServiceProcess, name: str, count: int = 20) -> None:
     pairs = [(name, f"Nurse {number}") for number in range(count)]
-    with open_caller(proxy.target) as asking:
-        reply = asking.infer(pairs, timeout_seconds=20)
+    with open_caller(proxy.target) as caller:
+        reply = caller.infer(pairs, timeout_seconds=20)
     assert reply.code is grpc.StatusCode.OK, reply.message
     assert reply.levels == [infer_level(*pair) for pair in pairs]
 
 
-def _joined(proxy: ServiceProcess) -> None:
+def _wait_until_joined(proxy: ServiceProcess) -> None:
     wait_for(lambda: _readyz(proxy) == 200, description="it is ready once it has the right")
     wait_for(
         lambda: read_metrics(proxy.http_url)["cache_proxy_degraded",] == 0, description="it joined the queue"
     )
 
 
-def _queue_id(running: Fleet) -> bytes:
-    with running.redis.client() as client:
-        [meta] = client.scan_iter(f"*{running.key_prefix}*:meta")
+def _queue_id(fleet: Fleet) -> bytes:
+    with fleet.redis.client() as client:
+        [meta] = client.scan_iter(f"*{fleet.key_prefix}*:meta")
         found: bytes | None = client.hget(meta, "queue")
     assert found
     return found
@@ -200,80 +196,76 @@ LACKING = [
 
 
 @pytest.mark.parametrize("redis_program", ["redis", "valkey"], indirect=True)
-def test_replica_that_lacks_a_right_stops_nobody_and_is_not_ready_until_it_has_it(
-    running: Fleet, tmp_path: Path
-) -> None:
-    """The healthy ones answer new pairs on the same queue; the other says once what it lacks, then joins."""
+def test_replica_without_a_permission_is_not_ready_and_harms_no_other(fleet: Fleet, tmp_path: Path) -> None:
+    """The others serve new pairs from the same queue. The replica logs once what it lacks and joins later."""
     password = tmp_path / "password"
     password.touch(0o600)
     password.write_text("s3cret")
-    healthy = running.start_replicas(2, *UNPACED)
-    _answered(healthy[0], "first")
-    queue_id = _queue_id(running)
+    healthy = fleet.start_replicas(2, *UNPACED)
+    _assert_answered(healthy[0], "first")
+    queue_id = _queue_id(fleet)
     login = ("--cache-username", "app", "--cache-password-file", str(password))
-    with running.redis.client() as client, ExitStack() as stack:
+    with fleet.redis.client() as client, ExitStack() as stack:
         for number, rules in enumerate(LACKING):
             base = ("reset", "on", ">s3cret", "~*", "&*")
             client.execute_command("ACL", "SETUSER", "app", *base, *rules)
-            third = running.start_replica(*UNPACED, *login)
+            third = fleet.start_replica(*UNPACED, *login)
             assert _readyz(third) == 503, rules
             for proxy in healthy:
-                _answered(proxy, f"{number} {proxy.target}")
-            assert _queue_id(running) == queue_id, rules
+                _assert_answered(proxy, f"{number} {proxy.target}")
+            assert _queue_id(fleet) == queue_id, rules
             errors = [line for line in third.log_lines if '"ERROR"' in line]
             assert len(errors) == 1, errors
             assert "'app'" in errors[0]
             assert re.search(r"command '[a-z|]+'", errors[0]), errors
             if number % 4 == 0:
                 client.execute_command("ACL", "SETUSER", "app", *base, "+@all")
-                _joined(third)
-                _answered(third, f"{number} third")
+                _wait_until_joined(third)
+                _assert_answered(third, f"{number} third")
             assert third.stop() == 0
             assert "Traceback" not in third.log
         stack.close()
 
 
 @pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
-def test_replica_that_loses_a_right_while_it_runs_stays_ready_and_stops_nobody(
-    running: Fleet, tmp_path: Path
-) -> None:
-    """It answers its callers from a queue of its own, and returns once it has the right again."""
+def test_replica_that_loses_a_permission_stays_ready_and_harms_no_other(fleet: Fleet, tmp_path: Path) -> None:
+    """It serves its callers from its local queue and returns once it has the permission again."""
     password = tmp_path / "password"
     password.touch(0o600)
     password.write_text("s3cret")
     base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
-    with running.redis.client() as client:
+    with fleet.redis.client() as client:
         client.execute_command("ACL", "SETUSER", "app", *base)
-        healthy = running.start_replicas(2, *UNPACED)
-        third = running.start_replica(
+        healthy = fleet.start_replicas(2, *UNPACED)
+        third = fleet.start_replica(
             *UNPACED, "--cache-username", "app", "--cache-password-file", str(password)
         )
-        _answered(third, "third")
-        queue_id = _queue_id(running)
+        _assert_answered(third, "third")
+        queue_id = _queue_id(fleet)
         client.execute_command("ACL", "SETUSER", "app", "-publish")
         for turn in range(3):
             for proxy in (*healthy, third):
-                _answered(proxy, f"{turn} {proxy.target}")
+                _assert_answered(proxy, f"{turn} {proxy.target}")
         assert _readyz(third) == 200
-        assert _queue_id(running) == queue_id
+        assert _queue_id(fleet) == queue_id
         client.execute_command("ACL", "SETUSER", "app", *base)
         wait_for(
             lambda: read_metrics(third.http_url)["cache_proxy_degraded",] == 0, description="it returned"
         )
-        _answered(third, "after")
+        _assert_answered(third, "after")
 
 
 @pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
-def test_replica_checks_its_rights_when_redis_is_first_reached_after_its_start(
-    running: Fleet, tmp_path: Path
+def test_replica_checks_permissions_when_it_first_reaches_redis_after_start(
+    fleet: Fleet, tmp_path: Path
 ) -> None:
-    """It is ready, for Redis was away. It joins the queue once it has all rights; then its limits count."""
+    """It is ready, since Redis was down. It joins once it has all permissions, and then its limits apply."""
     password = tmp_path / "password"
     password.touch(0o600)
     password.write_text("s3cret")
-    wire = running.open_link()
-    wire.drop_traffic()
-    late = running.start_replica(
+    link = fleet.open_link()
+    link.drop_traffic()
+    late = fleet.start_replica(
         "--model-calls-per-second",
         "0",
         "--model-rate",
@@ -284,39 +276,38 @@ def test_replica_checks_its_rights_when_redis_is_first_reached_after_its_start(
         "app",
         "--cache-password-file",
         str(password),
-        link=wire,
+        link=link,
     )
     assert _readyz(late) == 200
-    with running.redis.client() as client:
+    with fleet.redis.client() as client:
         base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
-        client.execute_command("ACL", "SETUSER", "app", *base, "-lpush")  # which no heartbeat uses
-        wire.restore()
-        wait_for(lambda: "command 'lpush'" in late.log, description="it says what it lacks")
+        # No heartbeat uses LPUSH.
+        client.execute_command("ACL", "SETUSER", "app", *base, "-lpush")
+        link.restore()
+        wait_for(lambda: "command 'lpush'" in late.log, description="it logs what it lacks")
         assert read_metrics(late.http_url)["cache_proxy_degraded",] == 1
         assert _readyz(late) == 200
-        assert client.hget(f"{{{running.key_prefix}}}:limit", "pairs_per_second") is None
+        assert client.hget(f"{{{fleet.key_prefix}}}:limit", "pairs_per_second") is None
         client.execute_command("ACL", "SETUSER", "app", *base)
         wait_for(lambda: read_metrics(late.http_url)["cache_proxy_degraded",] == 0, description="it joined")
-        assert client.hget(f"{{{running.key_prefix}}}:limit", "pairs_per_second")
-    _answered(late, "late")
+        assert client.hget(f"{{{fleet.key_prefix}}}:limit", "pairs_per_second")
+    _assert_answered(late, "late")
 
 
 @pytest.mark.parametrize("redis_program", ["redis"], indirect=True)
-def test_replica_that_returns_leaves_the_limits_of_one_that_started_later(
-    running: Fleet, tmp_path: Path
-) -> None:
-    """The newest start's limits count, whatever right an older replica lost and was given back."""
+def test_returning_replica_keeps_the_limits_of_a_later_start(fleet: Fleet, tmp_path: Path) -> None:
+    """The limits of the last start apply, whatever permission an older replica lost and got back."""
     password = tmp_path / "password"
     password.touch(0o600)
     password.write_text("s3cret")
     base = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
-    limit = f"{{{running.key_prefix}}}:limit"
-    with running.redis.client() as client:
+    limit = f"{{{fleet.key_prefix}}}:limit"
+    with fleet.redis.client() as client:
         client.execute_command("ACL", "SETUSER", "app", *base)
-        old = running.start_replica(
+        old = fleet.start_replica(
             "--model-rate", "500", "--cache-username", "app", "--cache-password-file", str(password)
         )
-        running.start_replica("--model-rate", "900")
+        fleet.start_replica("--model-rate", "900")
         newest = client.hget(limit, "pairs_per_second")
         for right in ("-zadd", "-evalsha"):
             client.execute_command("ACL", "SETUSER", "app", right)
@@ -332,19 +323,19 @@ def test_replica_that_returns_leaves_the_limits_of_one_that_started_later(
 
 
 def test_redis_client_error_texts_are_known() -> None:
-    """What Redis 6.2 says in a script, where no server of that release is installed."""
+    """The error texts of Redis 6.2 in a script are recognized. No server of that release is installed."""
     for text in (
-        "ERR Error running script: @user_script: 1: The user executing the script can't run this command",
+        "ERR Error fleet script: @user_script: 1: The user executing the script can't run this command",
         "NOPERM this user has no permissions to run the 'publish' command or its subcommand",
-        "ERR Error running script (call to f_1): @user_script: 1: Unknown Redis command called from Lua",
+        "ERR Error fleet script (call to f_1): @user_script: 1: Unknown Redis command called from Lua",
     ):
         assert is_access_denied(text)
         assert is_access_denied(redis.ResponseError(text))
     assert not is_access_denied("WRONGTYPE Operation against a key holding the wrong kind of value")
 
 
-def test_access_check_tries_every_command_that_scripts_use() -> None:
-    """A command that is added to a script is added to the check."""
+def test_access_check_tries_each_command_that_scripts_use() -> None:
+    """A command that is added to a script must be added to the check."""
     texts = {path.name: path.read_text() for path in (ROOT / "services/cache_proxy").rglob("*.lua")}
     tried = set(re.findall(r"try\('([A-Z]+)'", texts.pop("check_access.lua")))
     used = {name for text in texts.values() for name in re.findall(r"'([A-Z]{3,})'", text)}
@@ -358,15 +349,15 @@ def _contents(client: "redis.Redis", prefix: str) -> dict[bytes, object]:
 
 
 @pytest.mark.parametrize("right", sorted({"resetkeys", "resetchannels", *QUEUE_RIGHTS}))
-async def test_script_that_is_refused_a_right_changes_nothing(right: str, server: RedisServer) -> None:
-    """Half a script's work, as a pair that has a record and is in no lane, would let others wait for good."""
-    place = QueueLocation.create(server.url.replace("//", "//app:s3cret@"))
-    prefix = place.keys.limit.strip("{}").partition("}")[0]
+async def test_script_without_a_permission_changes_nothing(right: str, server: RedisServer) -> None:
+    """A script must not fail halfway: a pair with a record that is not queued would wait forever."""
+    location = QueueLocation.create(server.url.replace("//", "//app:s3cret@"))
+    prefix = location.keys.limit.strip("{}").partition("}")[0]
     everything = ("reset", "on", ">s3cret", "~*", "&*", "+@all")
     unavailable = ModelUnavailableError("the model is away", retry_after_seconds=1)
     with server.client() as client:
         client.execute_command("ACL", "SETUSER", "app", *everything)
-        async with replicas(place, 2) as (replica, other):
+        async with replicas(location, 2) as (replica, other):
             await replica.enqueue(numbered_pairs(range(8)))
             claim = await replica.claim_batch()
             await other.enqueue(numbered_pairs(range(2, 12)))
@@ -380,7 +371,7 @@ async def test_script_that_is_refused_a_right_changes_nothing(right: str, server
                 lambda: replica.queue.cancel([one.digest for one in numbered_pairs(range(8))]),
                 replica.session._heartbeat,
             )
-            refused = 0
+            denied_steps = 0
             for step in steps:
                 client.execute_command("ACL", "SETUSER", "app", right)
                 before = _contents(client, prefix)
@@ -388,6 +379,6 @@ async def test_script_that_is_refused_a_right_changes_nothing(right: str, server
                     await step()
                 except StoreError:
                     assert _contents(client, prefix) == before
-                    refused += 1
+                    denied_steps += 1
                 client.execute_command("ACL", "SETUSER", "app", *everything)
-            assert refused
+            assert denied_steps

@@ -1,4 +1,4 @@
-"""These tests need what only `make k8s-check` installs."""
+"""Skip these tests where the packages that `make k8s-check` installs are missing."""
 
 from importlib.util import find_spec
 

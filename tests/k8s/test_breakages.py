@@ -1,4 +1,7 @@
-"""`make k8s-check` finds what it is there to find: each breakage of a good build is named."""
+"""`make k8s-check` reports each breakage of a good build by name.
+
+The module is longer than 250 lines, since the formatter gives each breakage of its tables several lines.
+"""
 
 import shutil
 from pathlib import Path
@@ -13,10 +16,12 @@ from tests.support.processes import ROOT
 
 pytestmark = pytest.mark.k8s
 
-_DEV, _PROD, _ALL = MONITORED_BUILD, "overlays/prod", "overlays/prod with all"
+_DEV = MONITORED_BUILD
+_PROD = "overlays/prod"
+_ALL = "overlays/prod with all"
 
-_MISFITS = [
-    # What a container is told.
+_INCONSISTENCIES = [
+    # Arguments and variables of containers.
     (
         _PROD,
         "CACHE_PROXY_DRAIN_DELAY: 10s",
@@ -62,7 +67,7 @@ _MISFITS = [
     (_PROD, "rediss://redis.example.com:6379", "rediss://:pw@redis.example.com:6379", "has a password in it"),
     (_PROD, "  CACHE_PROXY_CACHE_URL: rediss", "  SOMETHING: rediss", "has no CACHE_PROXY_CACHE_URL"),
     (_PROD, "CACHE_PROXY_CACHE_URL", "AWS_CACHE_URL", "nothing sets --cache-url"),
-    # Certificates: every file that a setting names is looked for, also in the URL.
+    # Certificates: each file that a setting or the URL names must be mounted.
     (
         _PROD,
         "rediss://redis.example.com:6379",
@@ -167,7 +172,7 @@ _MISFITS = [
         "podSelector:\n    matchLabels:\n      app: x",
         "NetworkPolicy/augmenter: it selects no pods",
     ),
-    # How many.
+    # Numbers of replicas.
     (_PROD, "maxReplicas: 6", "maxReplicas: 7", "there can be 8 proxies"),
     (_DEV, "maxReplicas: 2", "maxReplicas: 4", "there can be 6 proxies"),
     (
@@ -201,7 +206,7 @@ _MISFITS = [
         "authenticationRef:\n      name: other",
         "no TriggerAuthentication other",
     ),
-    # Who is called.
+    # Addresses of other services.
     (
         _DEV,
         "CACHE_PROXY_MODEL_TARGET: model-stub:50051",
@@ -239,7 +244,7 @@ _MISFITS = [
         "runAsNonRoot: true",
         "may not open the socket",
     ),
-    # What is watched.
+    # Monitoring.
     (
         _DEV,
         "cache_proxy_pairs_total",
@@ -261,7 +266,7 @@ _MISFITS = [
     (_DEV, "port: cache-http\n  selector", "port: http\n  selector", "PodMonitor/cache-proxy-sidecars"),
 ]
 
-_AGAINST_A_SCHEMA = [
+_SCHEMA_VIOLATIONS = [
     (_PROD, "maxReplicas: 6", "maxReplicas: six", "'six' is not of type 'integer'"),
     (_PROD, "enableServiceLinks", "enableServiceLink", "'enableServiceLink' was unexpected"),
     (_PROD, "policy/v1", "policy/v1beta1", "Couldn't find schema for kind PodDisruptionBudget"),
@@ -281,36 +286,38 @@ _AGAINST_A_SCHEMA = [
 
 @pytest.fixture(scope="session")
 def builds() -> Builds:
-    """All builds as they are committed."""
+    """Return all builds, unmodified."""
     return build.all_builds(ROOT / "deploy")
 
 
-def test_good(builds: Builds) -> None:
-    """What is committed has no findings, or the others would prove nothing."""
+def test_unmodified_builds_have_no_findings(builds: Builds) -> None:
+    """Otherwise the tests of breakages would prove nothing."""
     assert list(checks.check(builds)) == []
 
 
-@pytest.mark.parametrize(("name", "old", "new", "expected"), _MISFITS)
-def test_misfit(builds: Builds, name: str, old: str, new: str, expected: str | None) -> None:
-    """A build in which one thing does not fit any more is found, by that thing's name."""
+@pytest.mark.parametrize(("name", "old", "new", "expected"), _INCONSISTENCIES)
+def test_inconsistent_build_is_reported(
+    builds: Builds, name: str, old: str, new: str, expected: str | None
+) -> None:
+    """A build in which one value does not match the others is reported with that value's name."""
     found = list(checks.check({MONITORED_BUILD: _broken(builds, name, old, new)}))
     assert any(str(expected) in finding for finding in found), found
 
 
-@pytest.mark.parametrize(("name", "old", "new", "expected"), _AGAINST_A_SCHEMA)
-def test_schema(builds: Builds, name: str, old: str, new: str, expected: str) -> None:
-    """An object that the API would refuse, or a field that it would drop, is found; custom resources too."""
+@pytest.mark.parametrize(("name", "old", "new", "expected"), _SCHEMA_VIOLATIONS)
+def test_schema_violation_is_reported(builds: Builds, name: str, old: str, new: str, expected: str) -> None:
+    """Objects that the API would reject and fields that it would drop are reported, also in custom resources."""
     found = list(schemas.check({name: _broken(builds, name, old, new)}))
     assert any(expected in finding for finding in found), found
 
 
-def test_schemas_good(builds: Builds) -> None:
-    """What is committed is valid for the oldest and the newest version."""
+def test_unmodified_builds_match_the_schemas(builds: Builds) -> None:
+    """They are valid for the oldest and the newest supported version."""
     assert list(schemas.check(builds)) == []
 
 
-def test_policy(builds: Builds) -> None:
-    """Containers that may write to their root, or may be root, are found, and nothing else is."""
+def test_policy_reports_writable_roots_and_root_users(builds: Builds) -> None:
+    """Containers with a writable root file system or the root user are reported, and no others."""
     exceptions = ROOT / "deploy" / "k8s" / "trivyignore"
     writable = _broken(builds, _PROD, "readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false")
     root = _broken(builds, _PROD, "runAsNonRoot: true", "runAsNonRoot: false")
@@ -319,16 +326,16 @@ def test_policy(builds: Builds) -> None:
     assert ids == {("writable", "KSV-0014"), ("root", "KSV-0012")}
 
 
-def test_build_fails(tmp_path: Path) -> None:
-    """A kustomization that refers to nothing is an error with its name, not a build with less in it."""
+def test_missing_file_of_a_kustomization_is_an_error(tmp_path: Path) -> None:
+    """The error names the file. The build does not just lack it."""
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
     (tmp_path / "deploy/k8s/base/cache-proxy/scaling.yaml").unlink()
     with pytest.raises(build.KustomizeError, match=r"scaling\.yaml"):
         build.all_builds(tmp_path / "deploy")
 
 
-def test_metric_names() -> None:
-    """A metric is known by the names that a scrape really has."""
+def test_metric_names_are_those_of_a_scrape() -> None:
+    """They include the suffixes that a scrape has."""
     names = watching.metric_names()
     assert {
         "cache_proxy_pairs_total",
@@ -338,11 +345,11 @@ def test_metric_names() -> None:
     assert not {"cache_proxy_pairs", "cache_proxy_model_duration_seconds", "augmenter_files"} & names
 
 
-def test_rules_drift() -> None:
-    """The PrometheusRule holds the plain rules' groups, and changes when they do."""
+def test_prometheus_rule_contains_the_rules_groups() -> None:
+    """The PrometheusRule contains the groups of the rules file and changes with them."""
     rules = "groups:\n- name: a\n  rules:\n  - {alert: A, expr: up == 0}\n"
-    made = yaml.safe_load(prometheus_rule.render(rules))
-    assert made["spec"] == yaml.safe_load(rules)
+    rendered = yaml.safe_load(prometheus_rule.render(rules))
+    assert rendered["spec"] == yaml.safe_load(rules)
     assert prometheus_rule.render(rules) != prometheus_rule.render(rules.replace("up ==", "down =="))
 
 

@@ -1,4 +1,4 @@
-"""What the check understands of a manifest by itself."""
+"""How the check evaluates label selectors."""
 
 import pytest
 
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.k8s
 
 
 @pytest.mark.parametrize(
-    ("operator", "values", "fits"),
+    ("operator", "values", "matches"),
     [
         ("In", ["proxy", "x"], True),
         ("In", ["x"], False),
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.k8s
         ("DoesNotExist", [], False),
     ],
 )
-def test_selectors_fit_as_kubernetes_has_them(operator: str, values: list[str], *, fits: bool) -> None:
-    """By labels and by expressions, all of which must hold; of a label that is missing, NotIn does."""
+def test_selectors_match_as_in_kubernetes(operator: str, values: list[str], *, matches: bool) -> None:
+    """All labels and expressions must match. NotIn matches a missing label."""
     expression = {"key": "app", "operator": operator, "values": values}
     selector = {"matchLabels": {"tier": "a"}, "matchExpressions": [expression]}
-    assert selects(selector, {"app": "proxy", "tier": "a"}) is fits
+    assert selects(selector, {"app": "proxy", "tier": "a"}) is matches
     assert not selects(selector, {"app": "proxy", "tier": "b"})
     assert selects({"matchExpressions": [expression]}, {}) is (operator in {"NotIn", "DoesNotExist"})

@@ -1,4 +1,4 @@
-"""Whatever goes wrong over a pair, no log at info has a word of it."""
+"""Logs at level info never contain the text of a pair, whatever fails."""
 
 import json
 import time
@@ -19,25 +19,25 @@ from tests.support.model_server import (
 )
 from tests.support.processes import cache_proxy, run_command
 
-pytestmark = pytest.mark.slow  # two processes and what they go through
+pytestmark = pytest.mark.slow
 
-_WORDS = "cannot rate the Canary Chief of Canary & Co"
+_ERROR_TEXT = "cannot rate the Canary Chief of Canary & Co"
 _CALLER = "can-ary"
 
 
-def _by_company(call: ReceivedCall) -> Answers:
-    """Fail over a pair as its company says, in words that quote it."""
+def _behave_by_company(call: ReceivedCall) -> Answers:
+    """Fail in the way that the last word of a company selects, with a message that quotes the pair."""
     kind = max({company.split()[-1] for company, _ in call.pairs}, key=lambda one: one != "well")
     if kind == "refused":
-        raise AbortCallError(StatusCode.INVALID_ARGUMENT, _WORDS)
+        raise AbortCallError(StatusCode.INVALID_ARGUMENT, _ERROR_TEXT)
     if kind == "named":
         raise AbortCallError(
-            StatusCode.INVALID_ARGUMENT, _WORDS, bad_request_details(("batch[0].title", _WORDS))
+            StatusCode.INVALID_ARGUMENT, _ERROR_TEXT, bad_request_details(("batch[0].title", _ERROR_TEXT))
         )
     if kind == "broken":
-        raise ValueError(_WORDS)
+        raise ValueError(_ERROR_TEXT)
     if kind == "down":
-        raise AbortCallError(StatusCode.UNAVAILABLE, _WORDS)
+        raise AbortCallError(StatusCode.UNAVAILABLE, _ERROR_TEXT)
     if kind == "absurd":
         return [(uuid, 99) for uuid in call.ids]
     if kind == "mute":
@@ -45,10 +45,11 @@ def _by_company(call: ReceivedCall) -> Answers:
     return answer_all(call)
 
 
-def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
-    """Pairs that the model refuses, breaks down over, or answers absurdly, lines that cannot be read, a file
-    that is given up: callers and rejects learn the model's words, the logs of both services do not.
-    """  # noqa: D205 - one thought
+def test_pairs_that_fail_are_in_no_log(tmp_path: Path) -> None:
+    """The model rejects pairs, fails and returns invalid levels; lines are invalid; a file fails.
+
+    Callers and the rejects file get the model's message. The logs of both services do not contain it.
+    """
     source = tmp_path / "in"
     source.mkdir()
     (source / "bad.jsonl").write_text(
@@ -59,7 +60,7 @@ def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
     (source / "down.jsonl").write_text('{"company": "Canary & Co down", "title": "Canary Chief"}\n')
     replies: dict[str, RpcResult] = {}
     with (
-        scripted_model(_by_company) as model,
+        scripted_model(_behave_by_company) as model,
         cache_proxy(
             "--model-target",
             model.target,
@@ -71,12 +72,13 @@ def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
             "--model-retry-window",
             "500ms",
         ) as proxy,
-        open_caller(proxy.target) as asking,
+        open_caller(proxy.target) as caller,
     ):
         for kind in ("refused", "named", "broken", "down", "absurd", "mute", "well", "long" * 30):
             pair = (f"Canary & Co {kind}", "Canary Chief")
-            replies[kind] = asking.start_infer([pair], metadata=[("x-caller", _CALLER)]).result()
-            time.sleep((replies[kind].pushback_ms or 0) / 1000)  # until then the model counts as down
+            replies[kind] = caller.infer([pair], metadata=[("x-caller", _CALLER)])
+            # Until then the proxy regards the model as down.
+            time.sleep((replies[kind].pushback_ms or 0) / 1000)
         for target, log_format in ((proxy.target, "text"), (model.target, "json")):
             ended = run_command(
                 "services.augmenter",
@@ -99,7 +101,7 @@ def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
             assert "retrying" in ended.stderr
             assert "Canary" not in ended.stderr + ended.stdout + (tmp_path / "summary.json").read_text()
             rejects = next(tmp_path.glob(f"out-{target[-5:]}/_rejects/*.reasons.jsonl")).read_text()
-            assert _WORDS in rejects
+            assert _ERROR_TEXT in rejects
         assert proxy.stop() == 0
     codes = {kind[:7]: reply.code.name for kind, reply in replies.items()}
     assert codes == {
@@ -112,7 +114,7 @@ def test_no_pair_is_in_a_log(tmp_path: Path) -> None:
         "well": "OK",
         "longlon": "INVALID_ARGUMENT",
     }
-    assert all(_WORDS in replies[kind].message for kind in ("refused", "named", "broken", "down"))
+    assert all(_ERROR_TEXT in replies[kind].message for kind in ("refused", "named", "broken", "down"))
     assert "a call to the model failed, trying again" in proxy.log
     assert "the model answers again" in proxy.log
     assert "Canary" not in proxy.log

@@ -1,4 +1,4 @@
-"""Tracing between real processes: whole, to a real collector; harmless without one; absent when off."""
+"""Tracing between processes: complete traces with a collector, no harm without one, nothing when off."""
 
 import json
 import os
@@ -11,21 +11,25 @@ import pytest
 from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
 from tests.support.caller import open_caller, read_metrics
 from tests.support.model_server import scripted_model
-from tests.support.processes import ServiceProcess, cache_proxy, run_command
+from tests.support.processes import ROOT, ServiceProcess, cache_proxy, run_command
 from tests.support.redis_server import wait_for
 from tests.support.trace_collector import ReceivedSpan, TraceCollector, trace_collector
 
-pytestmark = pytest.mark.slow  # several processes each
+pytestmark = pytest.mark.slow
 
 _CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-_INTERNAL, _SERVER, _CLIENT, _CONSUMER = 1, 2, 3, 5  # OTLP's kinds
+# The kinds of spans in OTLP.
+_INTERNAL = 1
+_SERVER = 2
+_CLIENT = 3
+_CONSUMER = 5
 
 
 @pytest.fixture(scope="module")
-def collecting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceCollector]:
-    """A collector for these tests."""
-    with trace_collector(tmp_path_factory.mktemp("collector")) as running:
-        yield running
+def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TraceCollector]:
+    """Run a collector for all tests of the module."""
+    with trace_collector(tmp_path_factory.mktemp("collector")) as started:
+        yield started
 
 
 def _postings(folder: Path, count: int) -> Path:
@@ -35,17 +39,18 @@ def _postings(folder: Path, count: int) -> Path:
     return folder
 
 
-def _lines(proxy: ServiceProcess) -> list[dict[str, object]]:
+def _rpc_log_lines(proxy: ServiceProcess) -> list[dict[str, object]]:
     return [line for line in map(json.loads, proxy.log.splitlines()) if line.get("event") == "rpc"]
 
 
-def test_one_trace_from_the_file_to_the_batch(
-    tmp_path: Path, shared_redis: str, collecting: TraceCollector
+def test_trace_reaches_from_the_file_to_the_batch(
+    tmp_path: Path, shared_redis: str, collector: TraceCollector
 ) -> None:
-    """A file goes through one replica and a caller's pairs through another, and share the model's next call.
+    """The pairs of a file at one replica and of a caller at another share a call to the model.
 
-    Each trace is whole, down to store and queue; the batch, a trace of its own on whichever replica sent it,
-    links to both RPCs; the model is told of the call; both log lines have their ids; and no span has a text.
+    Each trace is complete, with spans for store and queue. The batch is a separate trace of the replica that
+    sent it and links to both RPCs. The model gets the trace context, both log lines have their ids, and no
+    span contains text of a pair.
     """
     flags = [
         "--cache-url",
@@ -61,13 +66,13 @@ def test_one_trace_from_the_file_to_the_batch(
         "debug",
     ]
     with scripted_model() as model:
-        started = {"env": collecting.grpc_environment}
+        started = {"env": collector.grpc_environment}
         with (
             cache_proxy("--model-target", model.target, *flags, **started) as for_files,
             cache_proxy("--model-target", model.target, *flags, **started) as for_callers,
-            open_caller(for_callers.target) as asking,
+            open_caller(for_callers.target) as caller,
         ):
-            asked = asking.start_infer(
+            rpc_of_caller = caller.start_infer(
                 [(f"Canary Other {number}", "Chief Canary") for number in range(10)],
                 metadata=[("x-caller", "pricing"), ("traceparent", _CALLER)],
             )
@@ -84,15 +89,16 @@ def test_one_trace_from_the_file_to_the_batch(
                 str(tmp_path / "out"),
                 "--target",
                 for_files.target,
-                env=collecting.http_environment | {"OTEL_SERVICE_NAME": "nightly"},
+                env=collector.http_environment | {"OTEL_SERVICE_NAME": "nightly"},
             )
             assert (ended.returncode, ended.stderr) == (0, "")
-            assert len(asked.result().levels) == 10
-            [batch] = collecting.wait_for_spans("model.batch")
-            [file] = collecting.wait_for_spans("file")
+            assert len(rpc_of_caller.result().levels) == 10
+            [batch] = collector.wait_for_spans("model.batch")
+            [file] = collector.wait_for_spans("file")
             for proxy in (for_files, for_callers):
-                assert proxy.stop() == 0  # so all that it had to tell is told
-    spans = collecting.spans()
+                # At its end a process exports its last spans.
+                assert proxy.stop() == 0
+    spans = collector.spans()
 
     def one(name: str, kind: int, parent: str) -> ReceivedSpan:
         [span] = [span for span in spans if (span.name, span.kind, span.parent_id) == (name, kind, parent)]
@@ -124,7 +130,7 @@ def test_one_trace_from_the_file_to_the_batch(
     [call] = model.calls
     assert str(call.metadata["traceparent"]).startswith(f"00-{batch.trace_id}-{inferred.span_id}-")
     for proxy, rpc in ((for_files, filed), (for_callers, called)):
-        [line] = _lines(proxy)
+        [line] = _rpc_log_lines(proxy)
         assert (line["trace_id"], line["span_id"], line["pairs"]) == (
             rpc.trace_id,
             rpc.span_id,
@@ -133,8 +139,8 @@ def test_one_trace_from_the_file_to_the_batch(
     assert not [span for span in spans if span.failed or "Canary" in span.text]
 
 
-def test_what_went_wrong_is_in_the_trace(collecting: TraceCollector) -> None:
-    """A caller's own mistake is no failure of the proxy's, but its status is told; and none of its words."""
+def test_error_status_is_in_the_trace(collector: TraceCollector) -> None:
+    """An invalid request is no failure of the span, but its status is recorded, and no text of the pair."""
     traceparent = "00-00000000000000000000000000001234-b7ad6b7169203331-01"
     with (
         scripted_model() as model,
@@ -145,23 +151,23 @@ def test_what_went_wrong_is_in_the_trace(collecting: TraceCollector) -> None:
             "memory:",
             "--max-field-bytes",
             "20",
-            env=collecting.grpc_environment,
+            env=collector.grpc_environment,
         ) as proxy,
-        open_caller(proxy.target) as asking,
+        open_caller(proxy.target) as caller,
     ):
-        asking.start_infer([("Canary & Co" * 9, "Chief")], metadata=[("traceparent", traceparent)]).result()
+        caller.infer([("Canary & Co" * 9, "Chief")], metadata=[("traceparent", traceparent)])
         assert proxy.stop() == 0
     wait_for(
-        lambda: any(span.trace_id.endswith("1234") for span in collecting.spans()),
+        lambda: any(span.trace_id.endswith("1234") for span in collector.spans()),
         description="the RPC's span",
     )
-    [rpc] = [span for span in collecting.spans() if span.trace_id.endswith("1234")]
+    [rpc] = [span for span in collector.spans() if span.trace_id.endswith("1234")]
     assert (rpc.attributes["code"], rpc.attributes["failed"], rpc.failed) == ("INVALID_ARGUMENT", 1, False)
     assert "Canary" not in rpc.text
 
 
-def test_a_dead_collector_costs_nothing() -> None:
-    """RPCs are answered as ever, one line says that traces are dropped, and the end waits for nobody."""
+def test_unreachable_collector_delays_nothing() -> None:
+    """RPCs are answered, one log line reports dropped traces, and the process ends without delay."""
     env = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",
         "OTEL_EXPORTER_OTLP_TIMEOUT": "0.1",
@@ -172,48 +178,56 @@ def test_a_dead_collector_costs_nothing() -> None:
         cache_proxy(
             "--model-target", model.target, "--cache-url", "memory:", *UNLIMITED_RATE_FLAGS, env=env
         ) as proxy,
-        open_caller(proxy.target) as asking,
+        open_caller(proxy.target) as caller,
     ):
-        assert asking.start_infer([("c", "t")]).result().levels
-        wait_for(lambda: "traces" in proxy.log, description="it is said that traces are dropped")
+        assert caller.infer([("c", "t")]).levels
+        wait_for(lambda: "traces" in proxy.log, description="dropped traces are logged")
         for number in range(50):
-            assert asking.start_infer([(f"c{number}", "t")]).result().levels
-        began = time.monotonic()
+            assert caller.infer([(f"c{number}", "t")]).levels
+        stopped_at = time.monotonic()
         assert proxy.stop() == 0
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - stopped_at < 20
     lines = [json.loads(line) for line in proxy.log.splitlines()]
-    about = [line["message"] for line in lines if "collector" in line["message"]]
-    assert len(about) == 1
-    assert about[0].startswith("the collector does not take traces, they are dropped")
+    messages = [line["message"] for line in lines if "collector" in line["message"]]
+    assert len(messages) == 1
+    assert messages[0].startswith("the collector does not take traces, they are dropped")
     assert {line["logger"].split(".")[0] for line in lines} == {"services"}
 
 
 @pytest.fixture
-def poison(tmp_path: Path) -> dict[str, str]:
-    """An environment where OpenTelemetry is not installed."""
+def without_opentelemetry(tmp_path: Path) -> dict[str, str]:
+    """Return the environment of a process in which OpenTelemetry cannot be imported."""
     package = tmp_path / "poison" / "opentelemetry"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
         "raise ModuleNotFoundError('No module named opentelemetry', name='opentelemetry')\n"
     )
-    root = Path(__file__).parents[3]
-    return {"PYTHONPATH": os.pathsep.join([str(package.parent), str(root)])}
+    return {"PYTHONPATH": os.pathsep.join([str(package.parent), str(ROOT)])}
 
 
-def test_off_needs_no_opentelemetry(tmp_path: Path, poison: dict[str, str]) -> None:
-    """Without its variables both services work where it is not installed, so they never import it; with
-    them, a command ends with exit code 2 and the pip line.
-    """  # noqa: D205 - one thought
-    source, out = _postings(tmp_path / "in", 3), str(tmp_path / "out")
+def test_services_without_tracing_never_import_opentelemetry(
+    tmp_path: Path, without_opentelemetry: dict[str, str]
+) -> None:
+    """Both services work where it is not installed, unless variables turn tracing on.
+
+    Then a command ends with exit code 2 and the pip command that installs it.
+    """
+    source = _postings(tmp_path / "in", 3)
+    out = str(tmp_path / "out")
     with (
         scripted_model() as model,
         cache_proxy(
-            "--model-target", model.target, "--cache-url", "memory:", *UNLIMITED_RATE_FLAGS, env=poison
+            "--model-target",
+            model.target,
+            "--cache-url",
+            "memory:",
+            *UNLIMITED_RATE_FLAGS,
+            env=without_opentelemetry,
         ) as proxy,
     ):
         augment = ("services.augmenter", "run", str(source), out, "--target", proxy.target)
-        assert run_command(*augment, env=poison).returncode == 0
+        assert run_command(*augment, env=without_opentelemetry).returncode == 0
         assert not any(name == "traceparent" for name in model.calls[0].metadata)
-        ended = run_command(*augment, env=poison | {"OTEL_TRACES_EXPORTER": "otlp"})
+        ended = run_command(*augment, env=without_opentelemetry | {"OTEL_TRACES_EXPORTER": "otlp"})
         assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
         assert "pip install '.[tracing]'" in ended.stderr

@@ -154,6 +154,6 @@ def sqs_run_args(bucket: Bucket, queue: SqsQueue, target: str) -> list[str]:
 
 
 def read_reasons(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Return the reasons beside rejected lines."""
+    """Return the reasons that were written for a file's rejected lines."""
     path = folder / f"{name}.reasons.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -79,7 +79,7 @@ def source(tmp_path: Path) -> Path:
 def test_run_with_certificate_and_token_succeeds(
     augment: RunAugmenter, source: Path, certificates: Path, guarded: ScriptedModel
 ) -> None:
-    """Mutual TLS with the token of the file."""
+    """A run with a client certificate and a token file augments its input over mutual TLS."""
     result = augment(
         source,
         f"{source.parent}/out/",
@@ -111,7 +111,7 @@ def test_run_without_valid_certificate_or_token_fails(
     wrong: dict[str, str | None],
     code: str,
 ) -> None:
-    """The run fails with the status, and the token is not logged."""
+    """Without a valid certificate or token, the run fails with the status and does not log the token."""
     _write_token(certificates / "stranger.key.token", "not-the-secret")
     given = {name: file for name, file in (_VALID_FILES | wrong).items() if file}
     result = augment(
@@ -153,7 +153,7 @@ def test_run_without_valid_certificate_or_token_fails(
 def test_invalid_credential_file_is_a_usage_error(
     augment: RunAugmenter, source: Path, certificates: Path, given: dict[str, str | None], named: str
 ) -> None:
-    """Exit code 2 and one line that names the flag, before anything is written."""
+    """A missing or invalid certificate, key or token file is a usage error that names the flag."""
     flags = {name: file for name, file in (_VALID_FILES | given).items() if file}
     result = augment(
         source,
@@ -172,7 +172,7 @@ def test_invalid_credential_file_is_a_usage_error(
 def test_token_without_tls_is_sent_to_this_machine_only(
     augment: RunAugmenter, source: Path, certificates: Path
 ) -> None:
-    """Any other target without TLS is a usage error."""
+    """Without TLS, a token is sent to a local target only. Any other target is a usage error."""
     flags = [*_flags(certificates, token_file="token"), "--retry-budget", "5s"]
     result = augment(source, f"{source.parent}/out/", "--target", "proxy.example:50051", *flags)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
@@ -183,7 +183,7 @@ def test_token_without_tls_is_sent_to_this_machine_only(
 
 
 def test_changed_token_is_sent_with_the_next_call(augment: RunAugmenter, tmp_path: Path) -> None:
-    """The file changes between two RPCs, and the second one has the new token."""
+    """A token file that changes between two RPCs is read again: the second RPC has the new token."""
     token = tmp_path / "token"
     source = tmp_path / "in"
     _write_token(token, "first")

@@ -13,7 +13,7 @@ from tests.integration.augmenter.conftest import RunAugmenter, RunningStub
 def test_first_failures_are_named_at_the_end_and_others_when_they_happen(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each failure is counted, and named once."""
+    """All failures are counted. The first are named at the end of the run, the others when they happen."""
     monkeypatch.setattr(stats, "MAX_NAMED_FAILURES", 2)
     source = tmp_path / "in"
     source.mkdir()

@@ -21,9 +21,10 @@ def _server(own: SignedCertificate) -> grpc.ServerCertificateConfiguration:
 
 
 def test_renewed_certificates_are_used_without_restart(augment: RunAugmenter, tmp_path: Path) -> None:
-    """CA, certificate and key are replaced by those of another authority between two RPCs.
+    """When CA, certificate and key are replaced during a run, the next connection uses the new ones.
 
-    A connection with the new ones is established during the second RPC, and all files are done.
+    The files are replaced between two RPCs, by those of another authority. A connection with the new ones is
+    established during the second RPC, and all files are done.
     """
     old = CertificateAuthority(tmp_path, "old")
     new = CertificateAuthority(tmp_path, "new")

@@ -57,7 +57,7 @@ def test_pairs_of_concurrent_files_are_sent_once(augment: RunAugmenter, tmp_path
 
 
 def test_repeated_pair_of_a_file_is_sent_once(augment: RunAugmenter, tmp_path: Path) -> None:
-    """All blocks of a file send a pair once, with or without a level yet. The next run sends it again."""
+    """A pair that occurs in many blocks of a file is sent once in a run, and once more in the next run."""
     lines = b"".join(make_posting(f"C{i % 50}", filler="x" * 1000) + b"\n" for i in range(3000))
     (tmp_path / "in.jsonl").write_bytes(lines)
     with scripted_model(answer_all) as model:
@@ -73,7 +73,10 @@ def test_repeated_pair_of_a_file_is_sent_once(augment: RunAugmenter, tmp_path: P
 def test_number_of_large_files_in_progress_is_bounded(
     augment: RunAugmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, suffix: str, size: int
 ) -> None:
-    """A compressed file counts by its approximate text. All files are done in the end."""
+    """Only as many large files are processed at a time as fit into the memory budget, and all in the end.
+
+    A compressed file counts by the approximate size of its text.
+    """
     monkeypatch.setattr(file_pipeline, "_FILES_BUDGET_BYTES", 3 * size)
     monkeypatch.setattr(file_pipeline, name, size)
     source = tmp_path / "in"
@@ -97,7 +100,7 @@ def test_number_of_large_files_in_progress_is_bounded(
 
 
 async def test_pair_that_failed_for_another_file_is_sent_again() -> None:
-    """A file whose budget is spent fails alone: a file that waits for its pairs sends them itself."""
+    """When a file fails, another file that waits for the same pairs sends them with its own retry budget."""
     first_call_received = asyncio.Event()
     loop = asyncio.get_running_loop()
 

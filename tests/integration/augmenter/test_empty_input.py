@@ -16,7 +16,7 @@ from tests.support.sqs_server import object_created_event
 def test_files_with_known_suffixes_are_read_in_any_case(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """The other names are counted by suffix, in the summary and in its JSON."""
+    """Files with a known suffix, in any case, are read. The summary counts the others by suffix."""
     source = tmp_path / "in"
     (source / "_rejects").mkdir(parents=True)
     names = ["1.jsonl", "2.ndjson", "3.jl", "4.json", "5.JSONL", "6.NdJson"]
@@ -34,7 +34,7 @@ def test_files_with_known_suffixes_are_read_in_any_case(
 def test_folder_without_a_file_is_an_error(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, flags: list[str]
 ) -> None:
-    """Exit code 1 and one line with what was ignored. --ok-empty accepts it."""
+    """A folder without an input file ends the run with exit code 1, unless --ok-empty is set."""
     source = tmp_path / "in"
     source.mkdir()
     args = (source, tmp_path / "out", "--target", stub.target, *flags)
@@ -57,7 +57,7 @@ def test_folder_without_a_file_is_an_error(
 
 
 def test_shard_without_a_file_succeeds(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """A shard without a file has not failed, and neither has a run that finds all files done."""
+    """A shard without a file of its own succeeds, and so does a run that finds all files done."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(make_posting())
     args = (tmp_path / "in", tmp_path / "out", "--target", stub.target)
@@ -69,7 +69,7 @@ def test_shard_without_a_file_succeeds(augment: RunAugmenter, stub: RunningStub,
 def test_empty_prefix_is_reported_with_a_hint(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket
 ) -> None:
-    """A wrong or partial prefix, a single key, and a key of an unknown format."""
+    """For a wrong or partial prefix, the error line suggests prefixes that exist."""
     bucket.put("job-postings-raw/1.jsonl", make_posting())
     bucket.put("exports/2024/a.csv", b"company,title")
     bucket.put("exports/2024/b.NDJSON", make_posting())
@@ -119,7 +119,7 @@ def test_empty_prefix_is_reported_with_a_hint(
 
 
 def test_help_names_known_suffixes_and_excluded_names() -> None:
-    """The help of `augmenter run` lists both."""
+    """The help of `augmenter run` lists the suffixes that are read and the names that are not."""
     result = run_command("services.augmenter", "run", "--help", env={"COLUMNS": "1000"})
     help_text = " ".join(result.stdout.split())
     assert "end in .jsonl, .ndjson, .jl, .json, each also with .gz or .zst, in any case" in help_text
@@ -128,7 +128,7 @@ def test_help_names_known_suffixes_and_excluded_names() -> None:
 
 @pytest.mark.slow
 def test_watch_logs_once_that_it_waits_for_files(stub: RunningStub, tmp_path: Path) -> None:
-    """One warning, at the first listing only, and the names that it ignored are counted once."""
+    """`--watch` on an empty folder logs one warning, at the first listing, and counts ignored names once."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.csv").touch()
     args = (
@@ -160,7 +160,7 @@ def test_watch_logs_once_that_it_waits_for_files(stub: RunningStub, tmp_path: Pa
 def test_message_about_ignored_name_is_deleted_and_counted(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
-    """A message about a key in INPUT that is not an input file is deleted, and its name is counted."""
+    """A queue message about a key that is not an input file is deleted, and counted as ignored."""
     queue = make_queue()
     queue.send(object_created_event(bucket.name, "raw/notes.txt"))
     result = augment(*sqs_run_args(bucket, queue, stub.target), "--summary-json", tmp_path / "s.json")

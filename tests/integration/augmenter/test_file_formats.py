@@ -52,7 +52,7 @@ _DECODED = {
 def test_recognised_encoding_is_decoded(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, kind: str
 ) -> None:
-    """Every posting is augmented, in its own bytes and order, and each is a line of the summary."""
+    """Compressed, UTF-16 and concatenated text is decoded, whatever the name of the file."""
     (tmp_path / "a.jsonl").write_bytes(_DECODED[kind])
     result = augment(
         tmp_path / "a.jsonl",
@@ -106,7 +106,7 @@ _UNSUPPORTED = {
 def test_unsupported_content_fails_with_its_format(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, kind: str, flags: list[str]
 ) -> None:
-    """One line names the content's format. No output and no rejects are written, whatever is tolerated."""
+    """A file of another format fails with one line that names the format, and has no output."""
     data, message = _UNSUPPORTED[kind]
     if kind == "refused pairs" and flags == ["--dry-run"]:
         return
@@ -121,7 +121,7 @@ def test_unsupported_content_fails_with_its_format(
 def test_damaged_object_rejects_the_rest_of_its_line(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """Objects before the damaged one count as lines. The rest of the line is rejected as a whole."""
+    """Of several objects on one line, those before a damaged one are read, and the rest is rejected."""
     bad = b'{"company":"Ac' + _LINES[2] + _LINES[3]
     (tmp_path / "a.jsonl").write_bytes(
         _LINES[0] + b'{"company":"a"}' + _LINES[1] + bad + b"\n" + _LINES[4] + b"\nbad\n"
@@ -139,7 +139,7 @@ def test_damaged_object_rejects_the_rest_of_its_line(
 def test_line_over_the_limit_is_rejected(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, suffix: str
 ) -> None:
-    """The line is in the rejects byte for byte, in order and with its reason, and the file goes on."""
+    """A line over --max-line-bytes is rejected with its reason. The other lines are augmented."""
     long = [make_posting(text="x" * 5 * 2**20, id=i) for i in range(2)]
     lines = [_LINES[0], long[0], b"bad", _LINES[1], long[1] + b"\r", _LINES[2]]
     text = b"\n".join(lines)
@@ -159,7 +159,7 @@ def test_line_over_the_limit_is_rejected(
 def test_limits_of_line_and_zstd_window_are_settings(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """A line of exactly the limit is accepted. A zstd window over the limit is not."""
+    """--max-line-bytes accepts a line of exactly the limit, and --max-zstd-window rejects a larger window."""
     line = make_posting(text="x" * 2000)
     (tmp_path / "a.jsonl").write_bytes(line + b"\n" + make_posting(text="x" * 2001))
     args = ("--target", stub.target, "--max-line-bytes", str(len(line)), "--max-zstd-window", "1MiB")
@@ -177,7 +177,7 @@ def test_limits_of_line_and_zstd_window_are_settings(
 def test_megabytes_of_objects_without_line_ends_are_augmented(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """Any number of objects on one line is augmented. One over the limit is rejected alone."""
+    """Megabytes of objects on one line are augmented. Only an object over the limit is rejected."""
     lines = [
         make_posting(f"C{i % 9}", "}{" if i % 7 else '"}{"', id=i, text="é}{" * 30) for i in range(8_000)
     ]

@@ -75,7 +75,7 @@ def slow_model() -> Iterator[SlowModel]:
 def test_kill_leaves_no_partial_output_and_next_run_cleans_up(
     source: Path, tmp_path: Path, slow_model: SlowModel
 ) -> None:
-    """A kill -9 leaves at most a hidden file, which the next run of that file removes."""
+    """A run killed by SIGKILL leaves at most a hidden temporary file, which the next run removes."""
     sink = tmp_path / "out"
     with augmenter_process(source, sink, "--target", slow_model.target) as process:
         _wait_for_bytes(sink)
@@ -171,7 +171,7 @@ _MANY_LINES = 550_000
 
 @pytest.mark.slow
 def test_memory_is_bounded_while_the_target_is_slow(tmp_path: Path) -> None:
-    """300 MB that are answered more slowly than they are read wait on the disk: all within 300 MiB."""
+    """A file of 300 MB is augmented within 300 MiB of memory, even if the target is slower than reading."""
     with (tmp_path / "many.jsonl").open("wb") as file:
         for i in range(_MANY_LINES // 100):
             file.write((make_posting(f"C{i}", text="x" * 500) + b"\n") * 100)
@@ -189,7 +189,7 @@ def test_memory_is_bounded_while_the_target_is_slow(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_is_bounded_for_short_lines_while_the_target_is_slow(tmp_path: Path) -> None:
-    """A million distinct lines of 30 bytes wait for a slow model: all within 300 MiB."""
+    """A million distinct lines of 30 bytes are augmented by a slow model within 300 MiB of memory."""
     with (tmp_path / "many.jsonl").open("wb") as file:
         for i in range(1_000_000):
             file.write(b'{"company":"%x","title":"b"}\n' % i)
@@ -225,7 +225,7 @@ def test_memory_is_bounded_for_files_of_the_longest_lines(stub_with: StartStub, 
 def test_memory_is_bounded_for_uploads_of_rejected_lines(
     stub_with: StartStub, bucket: Bucket, tmp_path: Path
 ) -> None:
-    """Four files of the longest lines, every second one rejected, each with two uploads, within 300 MiB."""
+    """Four files of the longest lines, with every second line rejected, are augmented within 300 MiB."""
     source = tmp_path / "in"
     source.mkdir()
     good = make_posting(text="x" * (MAX_LINE_BYTES - 100)) + b"\n"

@@ -77,7 +77,7 @@ def _wait_for_parts(bucket: Bucket, paused_model: PausedModel) -> None:
 def test_kill_during_an_upload_loses_one_file(
     bucket: Bucket, paused_model: PausedModel, tmp_path: Path
 ) -> None:
-    """After a kill -9 the object does not exist. The next run processes that file, and skips the done one."""
+    """A run killed during an upload leaves no object, and the next run processes only that file."""
     bucket.put("raw/1.jsonl", make_posting("B0"))
     etag = bucket.put("raw/2.jsonl", b"\n".join(_lines("C")))
     args = [*_args(bucket, paused_model.target), "--summary-json", tmp_path / "s.json"]
@@ -119,7 +119,7 @@ def _proxy(model_target: str, listen: str) -> AbstractContextManager[ServiceProc
 
 
 def test_restart_of_a_killed_proxy_fails_no_file(tmp_path: Path) -> None:
-    """The proxy dies during a run and starts again on its port: RPCs are retried, and every line is right."""
+    """If the proxy is killed during a run and restarted, RPCs are retried and no file fails."""
     source = tmp_path / "in"
     sink = tmp_path / "out"
     source.mkdir()
@@ -154,7 +154,7 @@ def test_restart_of_a_killed_proxy_fails_no_file(tmp_path: Path) -> None:
 
 
 def test_sigterm_aborts_an_upload(bucket: Bucket, paused_model: PausedModel) -> None:
-    """SIGTERM during an upload ends `--once` with 143 and leaves neither an object nor parts."""
+    """SIGTERM during an upload ends `--once` with exit code 143, and leaves neither an object nor parts."""
     bucket.put("raw/2.jsonl", b"\n".join(_lines("C")))
     with augmenter_process(*_args(bucket, paused_model.target), env=dict(os.environ)) as process:
         _wait_for_parts(bucket, paused_model)
@@ -165,7 +165,7 @@ def test_sigterm_aborts_an_upload(bucket: Bucket, paused_model: PausedModel) -> 
 
 
 def test_sigterm_of_watch_completes_an_upload(bucket: Bucket, paused_model: PausedModel) -> None:
-    """SIGTERM during an upload: `--watch` completes it and ends with 0."""
+    """SIGTERM during an upload lets `--watch` complete it and end with exit code 0."""
     bucket.put("raw/2.jsonl", b"\n".join(_lines("C")))
     with augmenter_process(*_args(bucket, paused_model.target), "--watch", env=dict(os.environ)) as process:
         _wait_for_parts(bucket, paused_model)
@@ -177,7 +177,7 @@ def test_sigterm_of_watch_completes_an_upload(bucket: Bucket, paused_model: Paus
 
 
 def test_sigterm_ends_an_idle_watch_at_once(bucket: Bucket, paused_model: PausedModel) -> None:
-    """When idle, `--watch` ends with 0 without waiting for its next listing."""
+    """SIGTERM ends an idle `--watch` at once, without waiting for its next listing."""
     bucket.put("raw/1.jsonl", make_posting("B0"))
     args = [*_args(bucket, paused_model.target), "--watch", "--poll-interval", "1h"]
     with augmenter_process(*args, env=dict(os.environ)) as process:

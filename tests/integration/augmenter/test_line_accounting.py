@@ -52,7 +52,7 @@ def test_lost_line_fails_the_file_without_output(
     lines: list[bytes],
     message: str,
 ) -> None:
-    """A line lost by a defect fails its file, with the counts. Neither output nor rejects are written."""
+    """If a defect loses a line, the file fails with its line counts, and has no output and no rejects."""
     monkeypatch.setattr(line_blocks, "parse_blocks", _drop_last_lines(line_blocks.parse_blocks))
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     result = augment(tmp_path / "a.jsonl", f"{tmp_path}/out/", "--target", stub.target)

@@ -95,7 +95,7 @@ def test_existing_levels_are_replaced_and_counted(
 def test_existing_levels_are_kept_if_requested(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """Such lines are written unchanged, whatever else they lack, and no pair is sent for them."""
+    """With --keep-existing, lines that have a level are written unchanged, and no pair is sent for them."""
     kept = [
         b' {"company": "Never asked", "title": "x", "seniority" : null }\t\r',
         b'{"\\u0073eniority":"Lead/Director"}',
@@ -153,7 +153,7 @@ def test_existing_levels_are_kept_if_requested(
 def test_invalid_setting_is_a_usage_error(
     augment: RunAugmenter, tmp_path: Path, flag: str, value: str
 ) -> None:
-    """Exit code 2 and one line that names the flag."""
+    """An invalid field name or limit is a usage error that names the flag."""
     result = augment(tmp_path, f"{tmp_path}-out/", "--target", "127.0.0.1:1", flag, value)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
     assert flag in result.stderr

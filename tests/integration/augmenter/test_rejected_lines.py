@@ -15,7 +15,7 @@ def _level(company: str = "Acme", title: str = "Clerk") -> bytes:
 def test_bad_lines_are_rejected_and_the_others_augmented(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """Bad lines are in the rejects byte for byte, with number and reason."""
+    """Bad lines are written to the rejects byte for byte, with number and reason, others augmented."""
     good = make_posting()
     big = make_posting(text="x" * 2**20)
     data = b"\n".join(

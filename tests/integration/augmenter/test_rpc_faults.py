@@ -62,7 +62,7 @@ def run(augment: RunAugmenter, tmp_path: Path) -> Run:
     ],
 )
 def test_transient_failure_is_retried_and_logged_once(run: Run, tmp_path: Path, step: Behaviour) -> None:
-    """A transient status or an invalid response is retried. Failure and recovery are logged once each."""
+    """A transient status or an invalid response is retried, and failure and recovery are logged once each."""
     with scripted_model(in_sequence(step, step)) as model:
         result = run(model.target)
     assert result.exit_code == 0
@@ -88,7 +88,7 @@ def test_transient_failure_is_retried_and_logged_once(run: Run, tmp_path: Path, 
     ],
 )
 def test_permanent_failure_fails_the_file_without_retry(run: Run, tmp_path: Path, step: AbortWith) -> None:
-    """A status that will not pass, or not within the budget, fails the file after one call.
+    """A permanent status, or a pushback beyond the retry budget, fails the file after one call.
 
     The server's text is not shown, since it may quote a pair.
     """
@@ -104,7 +104,7 @@ def test_permanent_failure_fails_the_file_without_retry(run: Run, tmp_path: Path
 
 
 def test_pushback_is_honoured(run: Run) -> None:
-    """A retry is not sent before the server allows it."""
+    """A failed RPC is not retried before the delay that the server demanded."""
     with scripted_model(
         in_sequence(AbortWith(StatusCode.UNAVAILABLE, trailers=((_PUSHBACK, "600"),)))
     ) as model:
@@ -172,7 +172,7 @@ def test_named_pairs_are_rejected_with_their_reasons(run: Run, tmp_path: Path, c
 def test_rejection_without_named_pairs_is_bisected(
     run: Run, tmp_path: Path, trailers: tuple[tuple[str, bytes], ...]
 ) -> None:
-    """The batch is bisected until the rejected pair is found."""
+    """If the server rejects a batch without naming pairs, the batch is bisected until the pair is found."""
     rejection = AbortWith(StatusCode.INVALID_ARGUMENT, message="no", trailers=trailers)
     good = answer_threes
     with scripted_model(in_sequence(rejection, good, rejection, good, rejection, rejection, good)) as model:
@@ -199,7 +199,7 @@ def test_caller_and_priority_are_sent_and_cache_trailers_counted(run: Run, tmp_p
 
 
 def test_cache_hits_of_a_retry_are_not_counted(run: Run, tmp_path: Path) -> None:
-    """The failed call may have filled the cache, so the hits of its retry do not count."""
+    """Cache hits of a retried call are not counted, since the failed call may have filled the cache."""
     trailers = (("x-cache-hits", "4"), ("x-cache-misses", "0"))
     rejection = AbortWith(StatusCode.INVALID_ARGUMENT, trailers=bad_request_details(("batch[1]", "too odd")))
     with scripted_model(

@@ -9,7 +9,7 @@ from tests.support.postings import make_posting
 
 
 def test_exit_codes_of_rejects_and_failures(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """3 for rejected lines, 0 if they are tolerated, 1 if a file failed, which is named."""
+    """The exit code is 3 for rejected lines, 0 if they are tolerated, and 1 if a file failed."""
     source = tmp_path / "in"
     source.mkdir()
     (source / "a.jsonl").write_bytes(b"bad\n" + make_posting())
@@ -28,7 +28,7 @@ def test_exit_codes_of_rejects_and_failures(augment: RunAugmenter, stub: Running
 
 
 def test_unreachable_target_fails_the_file_by_name(augment: RunAugmenter, tmp_path: Path) -> None:
-    """The retry budget ends the file, with one warning and one line that names it."""
+    """If the target is unreachable, the file fails once its retry budget is spent, in one line."""
     source = tmp_path / "a.jsonl"
     source.write_bytes(make_posting())
     result = augment(source, tmp_path / "b.jsonl", "--target", "127.0.0.1:1", "--retry-budget", "1s")
@@ -64,7 +64,7 @@ def test_unusable_input_or_output_is_one_line(
 def test_output_that_cannot_be_written_fails_one_file(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """A folder at the path of an output fails that file only."""
+    """A folder at the path of an output fails that file, and no other."""
     (tmp_path / "in").mkdir()
     for name in ("a", "b"):
         (tmp_path / "in" / f"{name}.jsonl").write_bytes(make_posting())

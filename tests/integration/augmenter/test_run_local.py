@@ -20,7 +20,7 @@ def _level(company: str = "Acme", title: str = "Clerk") -> bytes:
 
 
 def test_folder_keeps_names_order_and_bytes(augment: RunAugmenter, stub: RunningStub, tmp_path: Path) -> None:
-    """Files at any depth and in every format are augmented under their names."""
+    """Files of a folder, at any depth and in every format, are written under their names with levels."""
     lines = [make_posting(f"C{i % 7}", f"Engineer {i % 3}", id=i) for i in range(50)]
     text = b"".join(line + b"\n" for line in lines)
     source = tmp_path / "in"
@@ -68,7 +68,7 @@ def test_file_without_postings_gives_an_empty_output(
 def test_finished_file_is_skipped_and_changed_one_is_redone(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """An output of the same input is kept. A changed input and --overwrite replace it."""
+    """A file whose output exists is skipped, unless the input has changed or --overwrite is set."""
     source = tmp_path / "in"
     sink = tmp_path / "out"
     source.mkdir()
@@ -126,7 +126,7 @@ def test_batch_of_long_texts_stays_below_the_message_limit(
 
 
 def test_dry_run_counts_and_writes_nothing(augment: RunAugmenter, tmp_path: Path) -> None:
-    """Lines, distinct pairs over all files, calls and time are reported. Nothing is sent or written."""
+    """A dry run reports lines, distinct pairs, calls and time, and sends and writes nothing."""
     source = tmp_path / "in"
     source.mkdir()
     for name in ("a", "b"):
@@ -144,7 +144,7 @@ def test_dry_run_counts_and_writes_nothing(augment: RunAugmenter, tmp_path: Path
 def test_progress_bar_and_metrics_endpoint_are_optional(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path
 ) -> None:
-    """The progress bar is drawn on standard error, and the HTTP endpoint's address is logged."""
+    """--progress draws a bar on standard error, and --http-listen logs the address of the metrics."""
     (tmp_path / "a.jsonl").write_bytes(make_posting())
     result = augment(
         tmp_path / "a.jsonl",

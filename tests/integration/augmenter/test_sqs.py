@@ -25,7 +25,10 @@ from tests.support.sqs_server import SqsQueue, object_created_event
 def test_messages_about_input_are_deleted_and_others_stay(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
-    """Messages of files that are done are deleted, as are a test event's and a duplicate's."""
+    """Messages about INPUT are deleted once their files are done, duplicates and test events included.
+
+    Messages about other buckets and prefixes stay in the queue.
+    """
     queue = make_queue()
     for key in ("raw/1.jsonl", "raw/a b+ü/2.jsonl"):
         bucket.put(key, make_posting())
@@ -57,7 +60,7 @@ def test_messages_about_input_are_deleted_and_others_stay(
 def test_foreign_message_does_not_hide_the_others(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """A foreign message comes back while others wait: the run ends when the queue has no others."""
+    """A foreign message that comes back does not keep a run from the messages after it, or from its end."""
     queue = make_queue(visible_seconds=1)
     queue.send(object_created_event(bucket.name, "elsewhere/0.jsonl"))
     for i in range(60):
@@ -94,7 +97,10 @@ def test_failing_messages_go_to_the_dead_letter_queue(
 
 @pytest.mark.slow
 def test_message_stays_hidden_while_its_file_is_in_progress(bucket: Bucket, make_queue: MakeQueue) -> None:
-    """A file may take longer than the visibility timeout. If its worker is killed, another one takes it."""
+    """A message stays hidden while its worker lives, even for longer than the visibility timeout.
+
+    If the worker is killed, another worker receives the message.
+    """
     queue = make_queue(visible_seconds=_VISIBLE_SECONDS)
     first_received = threading.Event()
     received_again = threading.Event()
@@ -143,7 +149,7 @@ def _wait_for_output(bucket: Bucket, name: str, *, unless: threading.Event) -> N
 def test_sigterm_releases_messages(
     bucket: Bucket, make_queue: MakeQueue, mode: str, grace_seconds: int, code: int
 ) -> None:
-    """A file that is not finished within the grace leaves no object, and its message is visible at once.
+    """SIGTERM makes the messages of unfinished files visible at once, and such files leave no object.
 
     The same is true of a message that is not about INPUT.
     """
@@ -177,7 +183,7 @@ def test_sigterm_releases_messages(
 
 @pytest.mark.slow
 def test_sigterm_ends_an_idle_worker(stub: RunningStub, bucket: Bucket, make_queue: MakeQueue) -> None:
-    """SIGTERM ends `--watch` with 0 after the current receive. A message that it returns is released."""
+    """SIGTERM ends an idle `--watch` after the current receive. A message that it returns is released."""
     queue = make_queue(visible_seconds=600)
     bucket.put("raw/1.jsonl", make_posting())
     queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
@@ -198,7 +204,7 @@ def test_sigterm_ends_an_idle_worker(stub: RunningStub, bucket: Bucket, make_que
 def test_workers_share_a_queue(
     stub: RunningStub, bucket: Bucket, make_queue: MakeQueue, tmp_path: Path, workers: int
 ) -> None:
-    """Any number of workers share a queue with duplicate messages: every file is done, and once."""
+    """Any number of workers share a queue with duplicate messages, and each file is done exactly once."""
     queue = make_queue()
     files = 60
     for i in range(files):

@@ -85,7 +85,7 @@ def test_foreign_message_is_not_received_again_at_once(
 def test_once_tries_a_failing_file_once(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """A message that comes back while the run waits for others does not keep `--once` from ending."""
+    """With --once, a failing file is tried once, even if its message comes back during the run."""
     queue = make_queue(visible_seconds=1, receives=1000)
     queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
     result = augment(*sqs_run_args(bucket, queue, stub.target))
@@ -95,7 +95,7 @@ def test_once_tries_a_failing_file_once(
 
 @pytest.mark.slow
 def test_watch_names_a_failure_once(stub: RunningStub, bucket: Bucket, make_queue: MakeQueue) -> None:
-    """A failure is logged once while its reason stays the same, however often its message comes back."""
+    """With --watch, a failing file is logged once while its reason stays the same."""
     queue = make_queue(visible_seconds=1, receives=4)
     queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
     with augmenter_process(
@@ -117,7 +117,7 @@ def test_watch_names_a_failure_once(stub: RunningStub, bucket: Bucket, make_queu
 def test_message_of_a_file_without_a_valid_line_stays(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """A pretty-printed file has failed, even if rejects are tolerated: its message is not deleted."""
+    """The message of a file without a valid line is not deleted, even if rejected lines are tolerated."""
     queue = make_queue()
     bucket.put("raw/1.jsonl", b'{\n "company": "Acme",\n "title": "Clerk"\n}\n')
     bucket.put("raw/2.jsonl", b"company,title\nAcme,Clerk\n")

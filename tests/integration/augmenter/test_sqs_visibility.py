@@ -28,7 +28,7 @@ from tests.support.sqs_server import object_created_event
     ],
 )
 def test_invalid_queue_url_is_a_usage_error(augment: RunAugmenter, text: str) -> None:
-    """A queue's name or ARN would otherwise be reported as a queue that does not exist."""
+    """A value of --sqs-queue-url that is not a URL, such as a queue's name or ARN, is a usage error."""
     result = augment("s3://b/raw/", "s3://b/mod/", "--target", "127.0.0.1:1", "--sqs-queue-url", text)
     assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
     assert "not the URL of a queue" in result.stderr
@@ -42,7 +42,7 @@ def test_queue_in_another_region_is_found(
     make_queue: MakeQueue,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The queue's region is taken from its URL, not from the environment."""
+    """The region of the queue is taken from its URL, not from the environment."""
     queue = make_queue(region="eu-west-3")
     bucket.put("raw/1.jsonl", make_posting())
     queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
@@ -57,7 +57,7 @@ def test_queue_in_another_region_is_found(
 def test_lost_lease_is_logged_once(
     augment: RunAugmenter, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    """The lease is not extended any more, the file is done, and the run succeeds."""
+    """If the lease of a message is lost, one warning is logged, and its file is still done."""
     bucket.put("raw/1.jsonl", make_posting())
     failing = {"ChangeMessageVisibility": code, "DeleteMessage": code}
     with scripted_sqs(
@@ -91,7 +91,7 @@ def test_lost_lease_is_logged_once(
 def test_queue_without_attributes_has_the_default_timeout(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some servers that are compatible with SQS have no queue attributes."""
+    """If the server has no queue attributes, the default visibility timeout of SQS is used."""
     bucket.put("raw/1.jsonl", make_posting())
     with scripted_sqs(
         object_created_event(bucket.name, "raw/1.jsonl"), visible_seconds=None, failing={}

@@ -80,7 +80,7 @@ def test_invalid_arguments_are_a_usage_error(
     args: tuple[str, ...],
     named: str,
 ) -> None:
-    """Exit code 2, one line that names the argument, and nothing written."""
+    """Invalid or conflicting arguments end with exit code 2 and one line that names the argument."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain.txt").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -91,7 +91,7 @@ def test_invalid_arguments_are_a_usage_error(
 
 
 def test_target_is_required(augment: RunAugmenter, source: Path, tmp_path: Path) -> None:
-    """Only a dry run needs no --target."""
+    """A run without --target is a usage error, unless it is a dry run."""
     result = augment(source, tmp_path / "out")
     assert (result.exit_code, result.stderr) == (
         2,
@@ -100,7 +100,7 @@ def test_target_is_required(augment: RunAugmenter, source: Path, tmp_path: Path)
 
 
 def test_failed_file_is_one_line_whatever_its_name(augment: RunAugmenter, tmp_path: Path) -> None:
-    """Control characters are escaped, so that no part of a name looks like a line of its own."""
+    """Control characters in the name of a failed file are escaped, so that its error is one line."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a\naugmenter: \x1b[31mb\r.jsonl").write_bytes(b"bad\n")
     result = augment(tmp_path / "in", tmp_path / "out", "--target", "127.0.0.1:1")
@@ -109,7 +109,7 @@ def test_failed_file_is_one_line_whatever_its_name(augment: RunAugmenter, tmp_pa
 
 
 def test_dangling_link_is_ignored(augment: RunAugmenter, source: Path, tmp_path: Path) -> None:
-    """The other files are found."""
+    """A dangling link in the input folder is ignored, and the other files are found."""
     (source / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     result = augment(source, tmp_path / "out", "--dry-run")
     assert (result.exit_code, "1 to do" in result.stdout) == (0, True)
@@ -134,7 +134,7 @@ def test_help_names_environment_variables() -> None:
 def test_invalid_aws_settings_are_one_line(
     augment: RunAugmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
-    """Exit code 1 and one line, as for a missing bucket."""
+    """Invalid AWS settings end the run with exit code 1 and one line."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     result = augment("s3://bucket/raw/", str(tmp_path / "out"), "--target", "127.0.0.1:1")
@@ -143,7 +143,10 @@ def test_invalid_aws_settings_are_one_line(
 
 
 def test_modules_for_s3_and_terminals_are_not_imported_at_start() -> None:
-    """Importing them would take longer than augmenting 100,000 lines."""
+    """Modules that only S3 or a terminal needs are not imported by a run without them.
+
+    Importing them would take longer than augmenting 100,000 lines.
+    """
     code = "import sys, services.augmenter.cli; print(*{'aiobotocore', 'aiohttp', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == []

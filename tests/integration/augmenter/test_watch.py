@@ -16,7 +16,7 @@ from tests.support.redis_server import wait_for
 
 @pytest.mark.slow
 def test_new_files_are_done_until_sigterm(stub: RunningStub, tmp_path: Path) -> None:
-    """Existing, new, late and changed files are processed. SIGTERM ends the run with 0."""
+    """`--watch` processes existing, new, late and changed files until SIGTERM, and ends with exit code 0."""
     source = tmp_path / "in"
     sink = tmp_path / "out"
     source.mkdir()
@@ -39,7 +39,7 @@ def test_new_files_are_done_until_sigterm(stub: RunningStub, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_failed_file_is_logged_and_retried(stub: RunningStub, tmp_path: Path) -> None:
-    """A file that fails is one warning. Once it can be processed it is, and no failure remains."""
+    """With `--watch`, a failed file is logged once and retried, and no failure remains once it is done."""
     source = tmp_path / "in"
     sink = tmp_path / "out"
     source.mkdir()
@@ -61,7 +61,7 @@ def test_failed_file_is_logged_and_retried(stub: RunningStub, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_sigterm_completes_files_in_progress(tmp_path: Path) -> None:
-    """After SIGTERM, the current file is finished within the grace, and no other is begun."""
+    """After SIGTERM, `--watch` finishes the current file within the grace, and begins no other."""
     source = tmp_path / "in"
     sink = tmp_path / "out"
     source.mkdir()

@@ -22,7 +22,7 @@ from services.common.errors import UsageError
 def test_input_and_output_are_parsed_as_written(
     source_text: str, sink_text: str, expected: tuple[object, ...]
 ) -> None:
-    """A prefix, a bucket or a key, by its form. Names with a common prefix are distinct."""
+    """INPUT and OUTPUT are parsed as prefix, bucket, key or path, by how they are written."""
     run_paths = resolve_paths(source_text, sink_text, None)
     assert (run_paths.source, run_paths.sink, run_paths.output_name) == expected
     assert run_paths.rejects == run_paths.sink.join("_rejects/")
@@ -40,6 +40,6 @@ def test_input_and_output_are_parsed_as_written(
     ],
 )
 def test_nested_prefixes_are_a_usage_error(source_text: str, sink_text: str, rejects: str | None) -> None:
-    """Prefixes are compared by their segments, as folders are."""
+    """INPUT, OUTPUT and --rejects must not contain each other, compared by path segments."""
     with pytest.raises(UsageError):
         resolve_paths(source_text, sink_text, rejects)

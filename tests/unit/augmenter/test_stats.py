@@ -6,7 +6,7 @@ from services.augmenter import stats
 
 
 def test_resolved_failure_frees_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file counts once however often it fails, and no more once it is done."""
+    """A file that failed counts once, and no more once it is done, so that another can be named."""
     monkeypatch.setattr(stats, "MAX_NAMED_FAILURES", 2)
     failures = stats.Failures()
     assert [failures.add(name, "broken") for name in "abac"] == [True, True, True, False]

@@ -45,7 +45,7 @@ def _finish(batch: InFlightBatch, outcomes: list[str]) -> None:
 def test_pair_is_in_one_unfinished_batch_and_its_level_reaches_every_table(
     blocks: list[tuple[list[Pair], int, list[str], bool]],
 ) -> None:
-    """For any pairs, outcomes and tables: a pair is in one unfinished batch, and its level is by its id."""
+    """A pair is never in two unfinished batches, and each table has its level under the pair's id."""
     table = PairTable()
     in_flight: list[tuple[int, InFlightBatch, list[str]]] = []
     seen: list[tuple[PairTable, list[Pair], array[int]]] = []
@@ -74,7 +74,7 @@ def test_pair_is_in_one_unfinished_batch_and_its_level_reaches_every_table(
 
 
 def test_only_failed_pair_is_sent_again() -> None:
-    """A pair with a level, a rejected one and a failed one, as the next block finds them."""
+    """A pair that failed is sent again by the next block, but not one with a level or a rejection."""
     table = PairTable()
     _, batch = table.assign_ids(_PAIRS[:3])
     _finish(batch, ["level", "refused", "nothing", "", "", ""])
@@ -96,7 +96,7 @@ def test_table_is_replaced_after_last_file() -> None:
 
 
 def test_pairs_are_sent_again_when_their_iterable_fails() -> None:
-    """Pairs that were parsed before an error are new again to the next block that has them."""
+    """If parsing fails after some pairs have ids, the next block that has these pairs sends them."""
 
     def pairs() -> Iterator[Pair]:
         yield from _PAIRS[:2]
@@ -114,7 +114,7 @@ def test_pairs_are_sent_again_when_their_iterable_fails() -> None:
 
 
 def test_replaced_table_is_freed_without_garbage_collection() -> None:
-    """A table takes megabytes, and the garbage collector runs rarely."""
+    """A replaced table is freed by reference counting: it takes megabytes, and the collector runs rarely."""
     table = PairTable()
     _, batch = table.assign_ids(_PAIRS)
     later = PairTable(table.pending())
@@ -130,7 +130,7 @@ def test_replaced_table_is_freed_without_garbage_collection() -> None:
 
 
 def test_unfinished_batch_does_not_keep_tables_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pair may wait for minutes, while a hundred other tables come and go around it."""
+    """A batch that waits for minutes holds no reference to the many tables that come and go meanwhile."""
     monkeypatch.setattr(dedup, "_MAX_TABLE_TEXT_BYTES", 0)
     deduplicator = PairDeduplicator()
     with deduplicator.track_file():
@@ -147,7 +147,7 @@ def test_unfinished_batch_does_not_keep_tables_alive(monkeypatch: pytest.MonkeyP
 
 
 def test_closed_table_has_levels_but_no_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that wait in it get their levels, but the look-up, most of its bytes, is dropped."""
+    """A closed table still returns levels by id, but its look-up, most of its memory, is dropped."""
     monkeypatch.setattr(dedup, "_MAX_TABLE_TEXT_BYTES", 0)
     deduplicator = PairDeduplicator()
     with deduplicator.track_file():
@@ -161,7 +161,10 @@ def test_closed_table_has_levels_but_no_look_up(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_inherited_pairs_do_not_fill_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise, with more in-flight pairs than a table may hold, each block would start a new table."""
+    """In-flight pairs that a table inherits do not count against its limit of pairs.
+
+    Otherwise, with more in-flight pairs than a table may hold, each block would start a new table.
+    """
     deduplicator = PairDeduplicator()
     with deduplicator.track_file():
         deduplicator.table_for(1).assign_ids(_PAIRS[:4])
@@ -177,7 +180,7 @@ def test_inherited_pairs_do_not_fill_a_table(monkeypatch: pytest.MonkeyPatch) ->
     ("name", "limit"), [("_MAX_TABLE_TEXT_BYTES", 9), ("_MAX_TABLE_PAIRS", 2), ("_MAX_TABLE_SECONDS", -1.0)]
 )
 def test_table_is_replaced_at_its_limit(monkeypatch: pytest.MonkeyPatch, name: str, limit: float) -> None:
-    """At the limit of bytes, pairs or seconds, a new table starts, and inherits the in-flight pairs."""
+    """At its limit of bytes, pairs or seconds, a table is replaced by one with the in-flight pairs."""
     deduplicator = PairDeduplicator()
     with deduplicator.track_file():
         first = deduplicator.table_for(5)

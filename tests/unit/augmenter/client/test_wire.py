@@ -15,7 +15,7 @@ _TEXTS = st.text(max_size=6) | st.sampled_from(
 
 @given(st.lists(st.builds(Pair, _TEXTS, _TEXTS), min_size=1, max_size=5), st.sampled_from([1, 150]))
 def test_request_equals_protobufs(pairs: list[Pair], times: int) -> None:
-    """Decoded by protobuf, a request has the pairs with their uuids.
+    """A request encoded by hand is decoded by protobuf to the pairs with their uuids.
 
     Its bytes are the same as protobuf's unless a text is empty.
     """
@@ -48,7 +48,7 @@ def _response(levels: list[tuple[int, int]]) -> bytes:
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=300))
 def test_response_in_order_is_decoded(levels: list[int]) -> None:
-    """The levels of a response in the order of the request are read as they stand."""
+    """The levels of a response in the order of the request are decoded by hand."""
     assert wire.decode_ordered_levels(_response(list(enumerate(levels, FIRST_UUID))), len(levels)) == bytes(
         levels
     )
@@ -60,7 +60,7 @@ def test_response_in_order_is_decoded(levels: list[int]) -> None:
     st.integers(1, 130),
 )
 def test_other_responses_are_left_to_protobuf(answers: list[tuple[int, int]], count: int) -> None:
-    """Another order or count, or an invalid level, is never decoded by hand."""
+    """A response with another order or count, or with an invalid level, is not decoded by hand."""
     decoded = wire.decode_ordered_levels(_response(answers), count)
     if decoded is not None:
         assert answers == list(enumerate(decoded, FIRST_UUID))

@@ -16,7 +16,7 @@ _GOOD = b'"company":"Acme","title":"Clerk"'
 
 
 def _parse_lines(*texts: bytes) -> list[jsonl.ParsedLine]:
-    """Return what a block makes of lines, by either parser."""
+    """Return the parsed lines of a block, whichever parser reads it."""
     blocks: list[line_blocks.ParsedBlock] = []
     (pairs,) = line_blocks.parse_blocks([LineBlock(b"\n".join(texts), len(texts))], parsed_blocks=blocks)
     (block,) = blocks
@@ -26,7 +26,7 @@ def _parse_lines(*texts: bytes) -> list[jsonl.ParsedLine]:
 
 
 def _parse_line(text: bytes) -> jsonl.ParsedLine:
-    """Return the result of a line. It is the same alone, among good lines, and beside a bad one."""
+    """Return a parsed line, and check that the lines beside it make no difference."""
     good = b"{" + _GOOD + b"}"
     alone = _parse_lines(text)[0]
     among = _parse_lines(good, text, b"not JSON")[1]
@@ -98,7 +98,7 @@ def test_bad_line_is_rejected_with_its_reason(text: bytes, reason: str) -> None:
     ],
 )
 def test_unusual_valid_line_is_parsed_and_keeps_its_bytes(text: bytes, pair: tuple[str, str]) -> None:
-    """The pair has the texts that JSON readers see, and the line keeps its bytes."""
+    """An unusual but valid line gives the pair that JSON parsers read, and its bytes are kept."""
     entry = _parse_line(text)
     assert isinstance(entry, Posting)
     assert entry.pair == Pair(*pair)
@@ -122,7 +122,7 @@ def test_blank_line_is_no_posting() -> None:
 @given(st.binary(max_size=12), st.integers(0, 40), st.integers(0, 12))
 @example(b"\xef\xbb\xbf", 0, 0)
 def test_accepted_line_is_valid_for_a_strict_parser(noise: bytes, start: int, length: int) -> None:
-    """However a good line is damaged: if it is accepted, `json` reads the same pair in it."""
+    """Whatever bytes damage a line, if it is accepted, `json` reads the same pair in it."""
     good = b'{"company":"Acme","title":"Clerk","x":[1,2e3,true,null,"y"]}'
     text = good[:start] + noise.replace(b"\n", b"") + good[start + length :]
     entry = _parse_lines(text)[0]
@@ -157,7 +157,7 @@ def test_accepted_line_is_valid_for_a_strict_parser(noise: bytes, start: int, le
 @example([b'{"company":"a",', b'"title":"b"}'])
 @example([b'{"company":"a","title":"b"}{"company":"c","title":"d"}', b'{"company":"a",', b'"title":"b"}'])
 def test_block_gives_same_result_as_its_lines_alone(lines: list[bytes]) -> None:
-    """Values that share a line, or span two, never pass as one a line: each line is read as if alone."""
+    """Each line of a block is parsed as if alone, also if JSON values share a line or span two."""
     for line, entry in zip(lines, _parse_lines(*lines), strict=True):
         alone = _parse_lines(line)[0]
         if isinstance(alone, Posting):

@@ -37,7 +37,7 @@ def max_two_mixed_lines() -> object:
 def test_each_line_gets_its_own_level_or_reason(
     given_lines: list[tuple[bytes, int]], sizes: list[int]
 ) -> None:
-    """For any lines and any cuts: each line has its level, its reason or neither, and all are counted."""
+    """Each line of a file gets its own level or reason, however the file is cut into blocks."""
     parsed: list[ParsedBlock] = []
     lines = iter([line for line, _ in given_lines])
     chunks = [list(itertools.islice(lines, size)) for size in sizes]

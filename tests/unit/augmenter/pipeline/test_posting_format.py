@@ -57,7 +57,7 @@ def _lines(draw: st.DrawFn) -> bytes:
 
 
 def _value_at(value: Any, path: tuple[str, ...]) -> Any:
-    """Return what `json` finds at a path."""
+    """Return the value that `json` finds at a path of member names."""
     for step in path:
         value = value.get(step) if isinstance(value, dict) else None
     return value
@@ -74,7 +74,7 @@ def _value_at(value: Any, path: tuple[str, ...]) -> Any:
 def test_lines_are_augmented_as_json_reads_them(
     given_lines: list[bytes], company: tuple[str, ...], title: tuple[str, ...], level: str, keep: bool
 ) -> None:
-    """With any field names, the pair is what `json` finds, or the line is rejected.
+    """With any field names, a line is augmented if `json` finds a pair in it, and rejected otherwise.
 
     Only the level is replaced.
     """

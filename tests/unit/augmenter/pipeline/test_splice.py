@@ -49,7 +49,7 @@ def _members(text: bytes) -> list[tuple[str, Any]]:
 
 @given(_objects(), st.integers(1, 7))
 def test_result_is_the_object_with_one_seniority_at_its_end(text: bytes, level: int) -> None:
-    """Parsed, the result has the input's other members in order, repeated ones too, and then the level."""
+    """The result has the other members of the object in order, repeated ones too, and then the level."""
     others = [member for member in _members(text) if member[0] != "seniority"]
     assert _members(splice_level(text, level, replace=True)) == [*others, ("seniority", level)]
 
@@ -63,7 +63,7 @@ def test_splicing_again_only_replaces_the_level(text: bytes, first: int, second:
 
 @given(_objects(), st.integers(1, 7))
 def test_without_a_seniority_every_byte_is_kept(text: bytes, level: int) -> None:
-    """With nothing to remove, the result is the input with the member before the closing brace."""
+    """In an object without a level, every byte is kept, and the level stands before the closing brace."""
     if any(name == "seniority" for name, _ in _members(text)):
         return
     expected = text[:-1] + b', "seniority": %d}\n' % level
@@ -93,12 +93,12 @@ def test_without_a_seniority_every_byte_is_kept(text: bytes, level: int) -> None
     ],
 )
 def test_existing_seniority_is_removed_with_one_comma(text: bytes, expected: bytes) -> None:
-    """A member of the object itself is removed at any position. Nested ones and texts stay."""
+    """A level at any position in the object is removed with one comma. Nested members are kept."""
     assert splice_level(text, 4, replace=True) == expected
 
 
 def test_deep_nesting_is_skipped_without_recursion() -> None:
-    """A value nested 100,000 deep before the member does not exhaust the stack."""
+    """A value nested 100,000 levels deep does not exhaust the stack."""
     deep = b"[" * 100_000 + b"]" * 100_000
     assert (
         splice_level(b'{"a":' + deep + b',"seniority":1}', 2, replace=True)

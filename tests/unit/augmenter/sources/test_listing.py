@@ -9,7 +9,7 @@ from tests.support.postings import make_posting
 
 
 async def test_listings_are_merged(tmp_path: Path) -> None:
-    """The outputs of INPUT's names are found, whatever other names both folders have."""
+    """Merging the listings of INPUT and OUTPUT finds which files have an output, whatever else is there."""
     source = tmp_path / "in"
     sink = tmp_path / "out"
     for folder, names in ((source, "abcdeé"), (sink, "0bdxé")):

@@ -4,7 +4,7 @@ from services.augmenter.sources.lru_set import LruSet
 
 
 def test_lru_set_drops_least_recently_used_name() -> None:
-    """Names that were neither added nor found for the longest time are dropped."""
+    """A full set drops the name that was neither added nor found for the longest time."""
     names = LruSet(max_size=2)
     for name in "ab":
         names.add(name)

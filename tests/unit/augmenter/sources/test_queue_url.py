@@ -9,7 +9,7 @@ _HOST = "vpce-0a1b-2c3d.sqs.us-east-1.vpce.amazonaws.com"
 
 @pytest.fixture(autouse=True)
 def _no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove endpoints of the developer from the environment."""
+    """Remove endpoints that the developer has configured from the environment."""
     for name in ("AWS_ENDPOINT_URL_SQS", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -42,12 +42,12 @@ def _no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_region_and_endpoint_are_those_of_the_url(host: str, region: str | None, is_endpoint: bool) -> None:
-    """Every kind of AWS host is recognised. Other hosts are left to the environment."""
+    """Region and endpoint are derived from any AWS host. Other hosts are left to the environment."""
     url = f"https://{host}/123456789012/postings"
     assert queue_endpoint(url) == QueueEndpoint(region, f"https://{host}" if is_endpoint else None)
 
 
 def test_endpoint_of_the_environment_overrides_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the region is taken from the URL then."""
+    """If the environment has an endpoint for SQS, only the region is taken from the queue's URL."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_SQS", "http://127.0.0.1:9")
     assert queue_endpoint(f"https://{_HOST}/1/q") == QueueEndpoint("us-east-1")

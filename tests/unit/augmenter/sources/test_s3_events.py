@@ -14,7 +14,7 @@ from tests.support.sqs_server import object_created_event
 
 
 def _parse(body: object) -> list[tuple[str, str, bool]]:
-    """Return bucket, key and whether the object can be read, of each event."""
+    """Return bucket, key and readability of the object of each event in a message."""
     text = body if isinstance(body, str) else json.dumps(body)
     return [(event.bucket, event.key, event.is_readable) for event in s3_events.parse_message(text).events]
 
@@ -26,7 +26,7 @@ def record(name: str, bucket: str = "b", key: str = "raw/1.jsonl", **more: Any) 
 
 
 def event_bridge(detail_type: str, key: str = "raw/1.jsonl", **more: Any) -> dict[str, Any]:
-    """Return one of EventBridge's events of S3."""
+    """Return an EventBridge event of S3."""
     detail = {"version": "0", "bucket": {"name": "b"}, "object": {"key": key, "version-id": "v1"}}
     return {"version": "0", "source": "aws.s3", "detail-type": detail_type, "detail": detail, **more}
 
@@ -64,7 +64,7 @@ def cloudtrail(call: str, key: str | None = "raw/1.jsonl", **more: Any) -> dict[
     ],
 )
 def test_event_of_a_new_or_restored_object_is_readable(event: object) -> None:
-    """Directly from S3, through SNS, through EventBridge and from CloudTrail."""
+    """Events of new and restored objects are readable, from S3, SNS, EventBridge and CloudTrail."""
     assert _parse(event) == [("b", "raw/1.jsonl", True)]
 
 
@@ -85,7 +85,7 @@ def test_event_of_a_new_or_restored_object_is_readable(event: object) -> None:
     ],
 )
 def test_other_events_name_their_object_but_are_not_readable(event: object) -> None:
-    """After such an event there is nothing to read, or nothing new."""
+    """Events of removed or tagged objects, and of failed calls, are not readable."""
     assert _parse(event) == [("b", "raw/1.jsonl", False)]
 
 
@@ -102,7 +102,7 @@ def test_other_events_name_their_object_but_are_not_readable(event: object) -> N
     ],
 )
 def test_key_is_decoded_only_where_it_is_encoded(event: object, key: str) -> None:
-    """S3's own notifications encode keys. EventBridge and CloudTrail do not."""
+    """Keys are URL-decoded in S3's own notifications, but not in events of EventBridge and CloudTrail."""
     assert _parse(event) == [("b", key, True)]
 
 
@@ -117,12 +117,12 @@ def test_key_is_decoded_only_where_it_is_encoded(event: object, key: str) -> Non
     ],
 )
 def test_event_of_another_service_names_no_object(event: object) -> None:
-    """Whatever its detail contains, it is not an event of S3."""
+    """An event of another service names no object, whatever its detail contains."""
     assert _parse(event) == [("", "", False)]
 
 
 def test_array_of_events_is_read_event_by_event() -> None:
-    """An unreadable event does not hide the others, and the message has the reason."""
+    """In an array of events, an unreadable one does not hide the others, and its reason is kept."""
     events = [event_bridge("Object Created", "1"), {"Records": [record("ObjectCreated:Put", key="2")]}]
     assert [key for _, key, _ in _parse(events)] == ["1", "2"]
     for other, reason in (
@@ -136,20 +136,20 @@ def test_array_of_events_is_read_event_by_event() -> None:
 
 
 def test_test_event_names_its_bucket() -> None:
-    """S3 sends this event when a notification is configured."""
+    """The test event that S3 sends for a new notification names its bucket."""
     event = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}
     expected = ObjectEvent("b", "", is_readable=False, is_test=True, event_name="s3:TestEvent")
     assert s3_events.parse_message(json.dumps(event)).events == [expected]
 
 
 def test_event_is_logged_in_a_short_line() -> None:
-    """Its names come from outside, and may be long."""
+    """The text of an event in a log line is short, however long its names are."""
     assert str(ObjectEvent("b", "k", event_name="Object Deleted")) == "Object Deleted about s3://b/k"
     assert len(str(ObjectEvent("b", "k" * 200_000, event_name="x" * 200_000))) < 2_000
 
 
 def test_record_without_fields_does_not_hide_the_others() -> None:
-    """The other records are read, and the message has the reason."""
+    """In a notification, an unreadable record does not hide the others, and its reason is kept."""
     records = [record("ObjectCreated:Put", key="1"), {"eventName": "ObjectCreated:Put"}, 7]
     message = s3_events.parse_message(
         json.dumps({"Records": [*records, record("ObjectCreated:Put", key="2")]})
@@ -167,7 +167,7 @@ _JSON = st.recursive(
 
 @given(st.data())
 def test_any_json_in_any_member_is_parsed_or_unreadable(data: st.DataObject) -> None:
-    """Whatever stands where the formats have a member, only UnreadableMessageError is raised."""
+    """Any JSON value in any member of a message is parsed, or raises UnreadableMessageError."""
     events = [
         object_created_event("b", "k"),
         event_bridge("Object Created"),
@@ -215,6 +215,6 @@ def test_any_json_in_any_member_is_parsed_or_unreadable(data: st.DataObject) -> 
     ],
 )
 def test_message_in_no_known_format_is_unreadable(body: object, reason: str) -> None:
-    """The reason uses the format's own names, and no input raises another error."""
+    """A message in no known format raises UnreadableMessageError with the reason."""
     with pytest.raises(s3_events.UnreadableMessageError, match=reason):
         s3_events.parse_message(body if isinstance(body, str) else json.dumps(body))

@@ -11,7 +11,7 @@ from services.common.storage.protocol import FileInfo
 
 
 async def test_lookback_counts_from_the_newest_name() -> None:
-    """A later listing begins --lookback before the newest time in a name that is not in the future."""
+    """A later listing begins --lookback before the newest time in a name, ignoring times in the future."""
     listed_after: list[str] = []
 
     async def listing(after: str) -> AsyncGenerator[FileTask]:
@@ -28,7 +28,7 @@ async def test_lookback_counts_from_the_newest_name() -> None:
 
 
 async def test_failed_file_is_retried_after_the_lookback() -> None:
-    """A file that later listings pass is looked up by name until it is done, or gone."""
+    """A failed file that is older than --lookback is looked up by name until it is done, or gone."""
     names = ["1714000000.jsonl", "1714000001.jsonl", "1714605540.jsonl"]
     looked_up: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The proxy's flags: what they mean, which values are refused, and that no secret is ever shown."""
+"""The flags of the proxy: parsing, rejected values, and secrets that are never shown."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +15,12 @@ from services.cache_proxy.config.server_settings import ServerSettings
 from services.common import options
 from services.common.errors import UsageError
 
-Refused = Callable[..., str]
+UsageErrorRunner = Callable[..., str]
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """Run the command line in this process; its one line and exit code 2."""
+def usage_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> UsageErrorRunner:
+    """Run a command in this process. Return its one error line after exit code 2."""
 
     def run(*args: str, env: Mapping[str, str] | None = None, command: str = "serve") -> str:
         for name, value in (env or {}).items():
@@ -34,7 +34,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
-def _parsed(settings: type, *args: str) -> object:
+def _parse(settings: type, *args: str) -> object:
     command = cli.commands["serve"]
     with command.make_context("serve", ["--model-target", "m:1", *args]) as context:
         return options.read_settings(settings, context.params)
@@ -97,57 +97,59 @@ def _parsed(settings: type, *args: str) -> object:
         "--model-token-file t",
     ],
 )
-def test_a_bad_value_is_one_line_that_names_its_flag(refused: Refused, flag: str) -> None:
-    """Exit code 2, nothing on standard output, and one line with the flag in it."""
+def test_invalid_value_is_one_error_line_with_flag_name(usage_error: UsageErrorRunner, flag: str) -> None:
+    """The exit code is 2, and nothing is printed on standard output."""
     name, value = flag.split(" ", 1)
-    line = refused("--model-target", "m:1", name, value)
+    line = usage_error("--model-target", "m:1", name, value)
     assert name in line
 
 
 @pytest.mark.parametrize(
-    ("args", "named"),
+    ("args", "missing_flag"),
     [
         ("--tls-cert c --tls-client-ca a", "--tls-key"),
         ("--model-tls-cert c --model-tls-key k", "--model-tls-ca"),
         ("--model-tls-ca a --model-tls-key k", "--model-tls-cert"),
     ],
 )
-def test_certificates_come_whole(refused: Refused, args: str, named: str) -> None:
-    """Each with its key, and towards the model with the CA that says that the way is encrypted."""
-    assert named in refused("--model-target", "m:1", *args.split())
+def test_incomplete_certificate_files_are_rejected(
+    usage_error: UsageErrorRunner, args: str, missing_flag: str
+) -> None:
+    """A certificate needs its key, and one for the model also the CA that enables TLS."""
+    assert missing_flag in usage_error("--model-target", "m:1", *args.split())
 
 
-def test_a_token_for_the_model_goes_in_the_clear_to_this_machine_only(refused: Refused) -> None:
-    """Else it is refused; with TLS, or over loopback, it is not."""
-    line = refused("--model-target", "dns:///model.example:1", "--model-token-file", "t")
+def test_model_token_without_tls_is_allowed_on_loopback_only(usage_error: UsageErrorRunner) -> None:
+    """Without TLS a token for another machine is rejected."""
+    line = usage_error("--model-target", "dns:///model.example:1", "--model-token-file", "t")
     assert "model.example:1 would get it in the clear" in line
     for args in (("--model-tls-ca", "a"), ("--model-target", "127.0.0.1:1")):
-        parsed = _parsed(ModelAuthSettings, "--model-token-file", "t", *args)
+        parsed = _parse(ModelAuthSettings, "--model-token-file", "t", *args)
         assert isinstance(parsed, ModelAuthSettings)
         parsed.require_encrypted("m:1" if args[0] == "--model-tls-ca" else "127.0.0.1:1")
 
 
-def test_the_model_must_be_named(refused: Refused) -> None:
-    """There is no default for whom to ask, and an empty one is none."""
-    assert "--model-target" in refused()
-    assert "--model-target" in refused("--model-target", " ")
+def test_model_target_is_required(usage_error: UsageErrorRunner) -> None:
+    """There is no default, and an empty target is rejected."""
+    assert "--model-target" in usage_error()
+    assert "--model-target" in usage_error("--model-target", " ")
 
 
-def test_a_bad_variable_is_named_too(refused: Refused) -> None:
-    """A value that came from the environment fails like a flag's, naming either."""
-    line = refused("--model-target", "m:1", env={"CACHE_PROXY_MAX_WAIT": "soon"})
+def test_invalid_environment_variable_is_named(usage_error: UsageErrorRunner) -> None:
+    """A value from the environment fails like that of a flag."""
+    line = usage_error("--model-target", "m:1", env={"CACHE_PROXY_MAX_WAIT": "soon"})
     assert "max-wait" in line
     assert "soon" in line
 
 
-def test_a_flag_wins_over_its_variable_and_unknown_variables_are_ignored(
+def test_flag_overrides_variable_and_unknown_variables_are_ignored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both spellings of a setting reach it; nothing else in the environment matters."""
+    """Both ways to set a value work, and nothing else in the environment matters."""
     monkeypatch.setenv("CACHE_PROXY_MODEL_RATE", "5")
     monkeypatch.setenv("CACHE_PROXY_LINGER", "1s")
     monkeypatch.setenv("CACHE_PROXY_NO_SUCH_THING", "1")
-    settings = _parsed(ModelSettings, "--model-rate", "7")
+    settings = _parse(ModelSettings, "--model-rate", "7")
     assert isinstance(settings, ModelSettings)
     assert (settings.model_rate, settings.linger_seconds) == (7, 1)
 
@@ -161,20 +163,20 @@ def test_a_flag_wins_over_its_variable_and_unknown_variables_are_ignored(
         ([], " h:1 , h:2,"),
     ],
 )
-def test_lists_go_by_comma_or_by_repetition(
+def test_list_flag_accepts_commas_and_repetition(
     args: list[str], variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`--listen` may be said twice, or once with commas, in the environment too."""
+    """`--listen` may be repeated or have commas, also in the environment."""
     monkeypatch.setenv("CACHE_PROXY_LISTEN", variable)
-    settings = _parsed(ServerSettings, *args)
+    settings = _parse(ServerSettings, *args)
     assert isinstance(settings, ServerSettings)
     assert settings.listen == ("h:1", "h:2")
 
 
-def test_the_defaults_are_the_contracts() -> None:
-    """What the table of flags promises to those who give none."""
+def test_defaults_match_contract() -> None:
+    """The defaults are those of the table of flags."""
     server, model, cache, answers = (
-        _parsed(part) for part in (ServerSettings, ModelSettings, CacheSettings, AnswerSettings)
+        _parse(part) for part in (ServerSettings, ModelSettings, CacheSettings, AnswerSettings)
     )
     assert server == ServerSettings(
         listen=("0.0.0.0:50051",),
@@ -203,15 +205,15 @@ def test_the_defaults_are_the_contracts() -> None:
         model_deadline_seconds=30,
     )
     assert cache == CacheSettings(cache_url="embedded:", cache_timeout_seconds=0.25)
-    assert _parsed(CallerAuthSettings) == CallerAuthSettings()
-    assert _parsed(ModelAuthSettings) == ModelAuthSettings()
+    assert _parse(CallerAuthSettings) == CallerAuthSettings()
+    assert _parse(ModelAuthSettings) == ModelAuthSettings()
     assert answers == AnswerSettings(cache_ttl_seconds=0, serve_stale=False, previous_model_version=None)
 
 
-def test_an_age_is_in_whole_days() -> None:
-    """However it is written."""
+def test_cache_ttl_is_in_whole_days() -> None:
+    """In any unit."""
     for text, days in (("0", 0), ("30d", 30), ("48h", 2)):
-        answers = _parsed(AnswerSettings, "--cache-ttl", text, "--serve-stale")
+        answers = _parse(AnswerSettings, "--cache-ttl", text, "--serve-stale")
         assert isinstance(answers, AnswerSettings)
         assert (answers.ttl_days, answers.serve_stale) == (days, True)
 
@@ -233,23 +235,23 @@ def test_an_age_is_in_whole_days() -> None:
         "redis+sentinel://:hunter2@h:x/s",
     ],
 )
-def test_a_password_is_never_shown(refused: Refused, url: str) -> None:
-    """Neither where the URL is logged nor in the line that refuses it, however it is written."""
+def test_password_is_never_shown(usage_error: UsageErrorRunner, url: str) -> None:
+    """Neither in the redacted URL nor in the error line, however the URL is written."""
     assert "hunter2" not in redact_url(url)
-    line = refused(
+    line = usage_error(
         "--model-target", "m:1", "--cache-url", url.replace("redis", "radish").replace("unix", "x")
     )
     assert "hunter2" not in line
 
 
-def test_a_url_without_a_secret_is_shown_as_it_is() -> None:
-    """An operator reads where the cache is."""
+def test_redacted_url_keeps_host_and_database() -> None:
+    """An operator can read where the cache is."""
     assert redact_url("redis://cache.internal:6379/2") == "redis://cache.internal:6379/2"
     assert redact_url("redis://user:pw@cache.internal:6379/2") == "redis://***@cache.internal:6379/2"
 
 
-def test_a_secret_is_a_files_content_less_its_final_newline(tmp_path: Path) -> None:
-    """As editors write them; what is unreadable or empty is refused by the flag's name."""
+def test_secret_is_file_content_without_final_newline(tmp_path: Path) -> None:
+    """A file that is unreadable or empty is rejected with the name of the flag."""
     path = tmp_path / "secret"
     path.write_bytes(b" s\xffcret \r\n")
     assert read_secret(str(path), flag_name="--x") == b" s\xffcret "

@@ -1,4 +1,4 @@
-"""The call to the model, where what comes back is not even a message."""
+"""The model client with responses and pushbacks that are not valid."""
 
 import logging
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ from tests.support.replicas import numbered_pairs
 
 
 @contextmanager
-def _model_that_answers(answer: bytes) -> Iterator[str]:
+def _server_with_response(answer: bytes) -> Iterator[str]:
+    """Run a model server that returns the same bytes to every call."""
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(
         lambda _request, _context: answer
     )
@@ -34,32 +35,35 @@ def _model_that_answers(answer: bytes) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("answer", [b"\xff\xff\xff\xff", b"\x0a\x05hello"])
-async def test_an_answer_that_is_no_message_is_a_failed_call(
+async def test_unparsable_response_fails_call_without_traceback(
     answer: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is tried again as any breakdown of the model's, and no traceback tells of it."""
-    with _model_that_answers(answer) as target:
+    """The pairs are retried as after any fault of the model, and no traceback is logged."""
+    with _server_with_response(answer) as target:
         model = ModelClient(target, deadline_seconds=5, metrics=ProxyMetrics(CollectorRegistry()))
-        answering = await model.send(model.prepare(numbered_pairs([1, 2])))
+        task = await model.send(model.prepare(numbered_pairs([1, 2])))
         with pytest.raises(CallFailedError) as failed:
-            await answering
+            await task
         await model.close()
     assert failed.value.code is grpc.StatusCode.INTERNAL
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(
-    ("told", "meant"), [("1500", 1.5), ("9000000", 3600.0), ("-1", None), ("x", None), ("9" * 5000, None)]
+    ("pushback", "expected_seconds"),
+    [("1500", 1.5), ("9000000", 3600.0), ("-1", None), ("x", None), ("9" * 5000, None)],
 )
-async def test_a_pushback_is_at_most_an_hour(told: str, meant: float | None) -> None:
-    """The queue believes no moment further off; what is no number of milliseconds says nothing."""
+async def test_pushback_is_limited_to_one_hour_and_ignored_if_invalid(
+    pushback: str, expected_seconds: float | None
+) -> None:
+    """The queue ignores later moments, and text that is no number of milliseconds counts as no pushback."""
 
     def busy(_call: ReceivedCall) -> Answers:
-        raise AbortCallError(grpc.StatusCode.UNAVAILABLE, trailers=(("grpc-retry-pushback-ms", told),))
+        raise AbortCallError(grpc.StatusCode.UNAVAILABLE, trailers=(("grpc-retry-pushback-ms", pushback),))
 
     with scripted_model(busy) as server:
         model = ModelClient(server.target, deadline_seconds=5, metrics=ProxyMetrics(CollectorRegistry()))
         with pytest.raises(CallFailedError) as failed:
             await (await model.send(model.prepare(numbered_pairs([1]))))
         await model.close()
-    assert failed.value.retry_after_seconds == meant
+    assert failed.value.retry_after_seconds == expected_seconds

@@ -1,4 +1,4 @@
-"""The metrics of RPCs: what `/metrics` says of what was counted."""
+"""The RPC metrics, as they are collected."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,11 +14,12 @@ def _metrics(registry: CollectorRegistry) -> RpcMetrics:
 
 
 @given(st.lists(st.sampled_from([0.0, 0.0005, 0.001, 0.0011, 0.01, 0.5, 1, 1.0001, 99]), max_size=30))
-def test_durations_are_counted_as_the_library_counts_them(seconds: list[float]) -> None:
-    """Bucket by bucket, on their bounds too, the histogram is `prometheus_client`'s own."""
-    registry, theirs = CollectorRegistry(), CollectorRegistry()
+def test_histogram_equals_that_of_prometheus_client(seconds: list[float]) -> None:
+    """Bucket by bucket, also for values on the bounds."""
+    registry = CollectorRegistry()
+    reference = CollectorRegistry()
     metrics = _metrics(registry)
-    histogram = Histogram("cache_proxy_request_duration_seconds", "t", registry=theirs, buckets=_BUCKETS)
+    histogram = Histogram("cache_proxy_request_duration_seconds", "t", registry=reference, buckets=_BUCKETS)
     for one in seconds:
         metrics.count(code="OK", seconds=one, caller="c", outcomes={})
         histogram.observe(one)
@@ -28,11 +29,11 @@ def test_durations_are_counted_as_the_library_counts_them(seconds: list[float]) 
         ("sum", {}),
     ]:
         name = f"cache_proxy_request_duration_seconds_{suffix}"
-        assert registry.get_sample_value(name, labels) == theirs.get_sample_value(name, labels), labels
+        assert registry.get_sample_value(name, labels) == reference.get_sample_value(name, labels), labels
 
 
-def test_outcomes_and_codes_are_there_before_the_first_rpc() -> None:
-    """A rate over a counter that is not there yet is no data, not zero."""
+def test_outcomes_and_codes_exist_before_first_rpc() -> None:
+    """A rate over a missing counter is "no data", not zero."""
     registry = CollectorRegistry()
     _metrics(registry)
     for outcome in ("l1", "l2", "stale", "coalesced", "inferred", "failed"):
@@ -40,8 +41,8 @@ def test_outcomes_and_codes_are_there_before_the_first_rpc() -> None:
     assert registry.get_sample_value("cache_proxy_requests_total", {"code": "UNAVAILABLE"}) == 0
 
 
-def test_callers_beyond_the_first_hundred_are_others() -> None:
-    """Labels are bounded, whoever calls: each pair is counted once, under its caller's name or `other`."""
+def test_callers_beyond_first_hundred_count_as_other() -> None:
+    """Labels are bounded, and each pair is counted once, under its caller or under `other`."""
     registry = CollectorRegistry()
     metrics = _metrics(registry)
     for number in range(150):
@@ -55,6 +56,7 @@ def test_callers_beyond_the_first_hundred_are_others() -> None:
     }
     assert len({caller for caller, _ in counted}) == 101
     assert counted["c99", "hit"] == 4
-    assert counted["c99", "failed"] == 0  # a share of what is not there would be no data
+    # A share of a missing series would be "no data".
+    assert counted["c99", "failed"] == 0
     assert (counted["other", "hit"], counted["other", "miss"]) == (50 * 4, 50 * 2)
     assert sum(counted.values()) == 150 * 2 * 3

@@ -55,7 +55,7 @@ class _AdmittedChunk:
 
 
 class Pipeline:
-    """Augments files. Holds what all files have in common."""
+    """Augments files, with the storage, the client and the memory budgets that all files share."""
 
     def __init__(
         self,

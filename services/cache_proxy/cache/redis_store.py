@@ -3,15 +3,10 @@
 On a Cluster, a batch takes one call for each tag that its pairs belong to.
 """
 
-import asyncio
 import itertools
 import logging
-import sys
 import time
-from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from services.cache_proxy.batching import MicroBatcher
@@ -24,8 +19,16 @@ from services.cache_proxy.cache.buckets import (
     tag_for_digest,
 )
 from services.cache_proxy.cache.cache_scripts import CLEAR, DELETE, GET, INSPECT, PUT, SWEEP
+from services.cache_proxy.cache.operation_limiter import OperationLimiter
 from services.cache_proxy.cache.store import AnswerStore
 from services.cache_proxy.cache.store_clock import StoreClock
+from services.cache_proxy.cache.store_replies import (
+    SweepResult,
+    TagInspection,
+    parse_inspection,
+    raise_if_error,
+    unpack_entries,
+)
 from services.cache_proxy.errors import StoreError, StoreRejectedError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.redis_client.backend import RedisBackend, ScriptCall, SlotMovingError
@@ -41,72 +44,44 @@ _MAX_GET_PAIRS = 1000
 _MAX_PUT_PAIRS = 334
 # About 60 pairs for each of the 64 tags.
 _MAX_CLUSTER_PAIRS = 4000
-_MAX_OPERATIONS = 16
 # A look-up of so many pairs reaches about every node of a Cluster.
 _ALL_NODES_PAIRS = 4 * TAGS
 # Of one tag; numbers in Lua are exact up to this one.
 _MAX_BUCKETS = 2**53
 
 
-@dataclass(frozen=True, slots=True)
-class SweepResult:
-    """What a step of the sweep did: the number of pairs removed, and whether old generations remain."""
-
-    removed: int
-    has_leftovers: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TagInspection:
-    """What a tag holds; `samples` are (encoding, pairs, bytes) of some of its buckets."""
-
-    generation: str
-    buckets: int
-    pairs: int
-    leftovers: bool
-    garbage: int
-    samples: list[tuple[str, int, int]]
-
-
 class RedisStore(AnswerStore):
     """Look up and store whole batches; every script may be run twice, so one retry is safe.
 
-    State: `_failure_count`, so that an operation that waited for its turn while the server became silent
-    fails at once instead of waiting for the server too; `_partially_unavailable`, whether one node of several
-    did not reply to the last look-up. Used from the event loop only.
+    State: `_partially_unavailable`, whether one node of several did not reply to the last look-up. Used from
+    the event loop only.
     """
 
     def __init__(
-        self,
-        backend: RedisBackend,
-        *,
-        base_key: str,
-        metrics: ProxyMetrics,
-        clock: StoreClock | None = None,
+        self, backend: RedisBackend, *, base_key: str, metrics: ProxyMetrics, clock: StoreClock | None = None
     ) -> None:
         self._backend = backend
         self._clock = clock or StoreClock()
         self._base_key = base_key
         self._metrics = metrics
-        # A wait for a slot does not mean that the server is slow: only the operation itself is timed out.
-        self._operation_slots = asyncio.Semaphore(_MAX_OPERATIONS)
-        self._failure_count = 0
+        self._operations = OperationLimiter(metrics)
         self._partially_unavailable = False
-        self._max_call_pairs = _MAX_CLUSTER_PAIRS if backend.one_tag_per_call else _MAX_GET_PAIRS
-        self._batcher = MicroBatcher(self._get_batch, size=len, max_size=self._max_call_pairs)
+        self._max_get_pairs = _MAX_CLUSTER_PAIRS if backend.one_tag_per_call else _MAX_GET_PAIRS
+        self._max_write_pairs = _MAX_CLUSTER_PAIRS if backend.one_tag_per_call else _MAX_PUT_PAIRS
+        self._batcher = MicroBatcher(self._get_batch, size=len, max_size=self._max_get_pairs)
 
     @override
     async def get(self, digests: Sequence[bytes]) -> Sequence[int]:
-        if 0 < len(digests) <= self._max_call_pairs:
+        if 0 < len(digests) <= self._max_get_pairs:
             return await self._get_chunk(digests)
         entries: list[int] = []
-        for chunk in _chunks(digests, self._max_call_pairs):
+        for chunk in _chunks(digests, self._max_get_pairs):
             entries += await self._get_chunk(chunk)
         return entries
 
     async def _get_chunk(self, digests: Sequence[bytes]) -> Sequence[int]:
         # A large look-up leaves little space for others in its call, so it does not wait to share one.
-        if len(digests) > self._max_call_pairs // 2:
+        if len(digests) > self._max_get_pairs // 2:
             return await self._get_all(digests)
         return await self._batcher.submit(digests)
 
@@ -115,18 +90,15 @@ class RedisStore(AnswerStore):
         return [list(itertools.islice(entries, len(chunk))) for chunk in chunks]
 
     async def _get_all(self, digests: Sequence[bytes]) -> Sequence[int]:
-        async with self._operation("get"):
+        async with self._operations.run("get"):
             if not self._backend.one_tag_per_call:
                 sent_at = time.monotonic()
-                [reply] = await self._run_script(GET, [(digests[0], [b"".join(digests)])])
+                [reply] = await self._run_script(GET, [self._call(digests[0], b"".join(digests))])
                 return await self._entries_from_reply(digests, reply, sent_at=sent_at)
             entries = [0] * len(digests)
             groups = self._group_by_tag(digests)
             sent_at = time.monotonic()
-            replies = await self._run_script(
-                GET,
-                [(digests[group[0]], [b"".join([digests[index] for index in group])]) for group in groups],
-            )
+            replies = await self._run_for_groups(GET, digests, groups)
             unread = 0
             reason = ""
             for group, reply in zip(groups, replies, strict=True):
@@ -163,7 +135,7 @@ class RedisStore(AnswerStore):
         self._clock.synchronize(float(server_seconds), sent_at=sent_at, received_at=time.monotonic())
         if garbage:
             self._metrics.store_garbage.inc(garbage)
-        return _unpack_entries(packed, count=len(digests))
+        return unpack_entries(packed, count=len(digests))
 
     async def _get_individually(self, digests: Sequence[bytes]) -> Sequence[int]:
         """Look up pairs of one tag whose slot moves to another node.
@@ -186,20 +158,12 @@ class RedisStore(AnswerStore):
     @override
     async def put(self, levels_by_digest: Mapping[bytes, int], *, day: int | None = None) -> None:
         """Store levels as `AnswerStore.put` does; those of an earlier `day` overwrite nothing newer."""
-        max_pairs = _MAX_CLUSTER_PAIRS if self._backend.one_tag_per_call else _MAX_PUT_PAIRS
         # Sorted by tag: a call that covers few tags has fewer states to read and to write.
-        for chunk in _chunks(sorted(levels_by_digest.items()), max_pairs):
+        for chunk in _chunks(sorted(levels_by_digest.items()), self._max_write_pairs):
             packed = [digest + bytes((level,)) for digest, level in chunk]
-            async with self._operation("put"):
-                groups = self._group_by_tag(packed)
+            async with self._operations.run("put"):
                 as_of = "" if day is None else day
-                replies = await self._run_script(
-                    PUT,
-                    [
-                        (packed[group[0]], [b"".join([packed[index] for index in group]), as_of])
-                        for group in groups
-                    ],
-                )
+                replies = await self._run_for_groups(PUT, packed, self._group_by_tag(packed), as_of)
                 failed = [reply for reply in replies if isinstance(reply, StoreError)]
                 if failed:
                     message = f"of {len(replies)} calls {len(failed)} failed: {failed[0]}"
@@ -209,15 +173,10 @@ class RedisStore(AnswerStore):
     @override
     async def delete(self, digests: Sequence[bytes]) -> int:
         removed = 0
-        max_pairs = _MAX_CLUSTER_PAIRS if self._backend.one_tag_per_call else _MAX_PUT_PAIRS
-        for chunk in _chunks(digests, max_pairs):
-            async with self._operation("forget"):
-                groups = self._group_by_tag(chunk)
-                replies = await self._run_script(
-                    DELETE,
-                    [(chunk[group[0]], [b"".join([chunk[index] for index in group])]) for group in groups],
-                )
-                removed += sum(map(_raise_if_error, replies))
+        for chunk in _chunks(digests, self._max_write_pairs):
+            async with self._operations.run("forget"):
+                replies = await self._run_for_groups(DELETE, chunk, self._group_by_tag(chunk))
+                removed += sum(map(raise_if_error, replies))
         return removed
 
     async def clear(self) -> int:
@@ -225,9 +184,9 @@ class RedisStore(AnswerStore):
 
         The memory is freed later, by `sweep`.
         """
-        async with self._operation("clear"):
+        async with self._operations.run("clear"):
             calls = [ScriptCall(tag_state_key(self._base_key, tag), []) for tag in range(TAGS)]
-            return sum(map(_raise_if_error, await self._backend.run_script(CLEAR, calls)))
+            return sum(map(raise_if_error, await self._backend.run_script(CLEAR, calls)))
 
     async def sweep(self, tag: int, *, retention_days: int = 0, buckets: int) -> SweepResult:
         """Delete expired pairs, garbage and leftovers from the next `buckets` of a tag.
@@ -235,27 +194,18 @@ class RedisStore(AnswerStore):
         `retention_days` 0 means that pairs do not expire. Ages are measured by Redis's clock, so that a
         replica with a wrong clock cannot empty the cache.
         """
-        async with self._operation("sweep"):
+        async with self._operations.run("sweep"):
             call = ScriptCall(tag_state_key(self._base_key, tag), [retention_days or "", buckets])
-            removed, garbage, more = _raise_if_error((await self._backend.run_script(SWEEP, [call]))[0])
+            removed, garbage, more = raise_if_error((await self._backend.run_script(SWEEP, [call]))[0])
             self._metrics.store_garbage.inc(garbage)
             return SweepResult(removed, bool(more))
 
     async def inspect(self, tag: int, *, samples: int, start: float) -> TagInspection:
         """Inspect a tag and `samples` of its buckets, beginning at the fraction `start` (0 to 1) of them."""
-        async with self._operation("inspect"):
+        async with self._operations.run("inspect"):
             call = ScriptCall(tag_state_key(self._base_key, tag), [samples, start])
-            reply = _raise_if_error((await self._backend.run_script(INSPECT, [call]))[0])
-        generation, buckets, pairs, leftovers, sampled, garbage = reply
-        triples = zip(sampled[::3], sampled[1::3], sampled[2::3], strict=True)
-        return TagInspection(
-            generation.decode("utf-8", "replace"),
-            buckets,
-            pairs,
-            bool(leftovers),
-            garbage,
-            [(encoding.decode(), pair_count, size_bytes) for encoding, pair_count, size_bytes in triples],
-        )
+            reply = raise_if_error((await self._backend.run_script(INSPECT, [call]))[0])
+        return parse_inspection(reply)
 
     @override
     async def close(self) -> None:
@@ -270,57 +220,27 @@ class RedisStore(AnswerStore):
             groups.setdefault(tag_for_digest(item), []).append(index)
         return list(groups.values())
 
-    async def _run_script(self, script: Script, calls: Sequence[tuple[bytes, list[Any]]]) -> list[Any]:
-        """Run a script for several (digest, arguments), each on the server that has the tag of its digest.
+    def _call(self, digest: bytes, *args: Any) -> ScriptCall:
+        """Return a call that runs on the server that has the tag of a digest."""
+        return ScriptCall(tag_state_key(self._base_key, tag_for_digest(digest)), args)
 
-        Return a reply or a `StoreError` for each. Raises only if every call failed.
-        """
-        replies = await self._backend.run_script(
-            script,
-            [
-                ScriptCall(tag_state_key(self._base_key, tag_for_digest(digest)), args)
-                for digest, args in calls
-            ],
-        )
+    async def _run_for_groups(
+        self, script: Script, items: Sequence[bytes], groups: Sequence[Sequence[int]], *args: Any
+    ) -> list[Any]:
+        """Run a script once for each group of items, with the joined items and `args` as arguments."""
+        calls = [
+            self._call(items[group[0]], b"".join([items[index] for index in group]), *args)
+            for group in groups
+        ]
+        return await self._run_script(script, calls)
+
+    async def _run_script(self, script: Script, calls: Sequence[ScriptCall]) -> list[Any]:
+        """Return a reply or a `StoreError` for each call. Raises `StoreError` only if every call failed."""
+        replies = await self._backend.run_script(script, calls)
         failed = [reply for reply in replies if isinstance(reply, StoreError)]
         if failed and len(failed) == len(replies) and not isinstance(failed[0], SlotMovingError):
             raise failed[0]
         return replies
-
-    @asynccontextmanager
-    async def _operation(self, name: str) -> AsyncIterator[None]:
-        """Limit concurrent operations, time them, and fail those that waited while another one failed."""
-        failure_count = self._failure_count
-        async with self._operation_slots:
-            if self._failure_count != failure_count:
-                raise StoreError("an operation before it failed")
-            try:
-                with self._metrics.store_duration.labels(name).time():
-                    yield
-            except StoreRejectedError:
-                # The server replied.
-                raise
-            except StoreError:
-                self._failure_count += 1
-                raise
-
-
-def _raise_if_error(reply: Any) -> Any:
-    if isinstance(reply, StoreError):
-        raise reply
-    return reply
-
-
-def _unpack_entries(reply: bytes, *, count: int) -> Sequence[int]:
-    """Return the entries in a reply of two bytes for each, the low byte first."""
-    entries = array("H")
-    if len(reply) != count * entries.itemsize:
-        message = f"the store answered {len(reply)} bytes for {count} look-ups"
-        raise StoreError(message)
-    entries.frombytes(reply)
-    if sys.byteorder == "big":
-        entries.byteswap()
-    return entries
 
 
 def _chunks(items: Sequence[Any], max_items: int) -> Iterator[Sequence[Any]]:

@@ -2,13 +2,9 @@
 
 redis-py knows the topology, and redirections are followed here. redis-py sends ASKING and the command that it
 belongs to as two commands, possibly on two connections (`RedisCluster._execute_command`, 8.1).
-
-The nodes that are queried for the topology are also chosen here: redis-py queries one after the other and
-forgets the configured nodes (redis/redis-py#3604).
 """
 
 import asyncio
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,44 +22,28 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.redis_client.backend import (
-    CLIENT_ERRORS,
     RedisBackend,
     ScriptCall,
     SlotMovingError,
     to_store_error,
 )
+from services.cache_proxy.redis_client.cluster_topology import CLUSTER_ERRORS, ClusterTopology
 from services.cache_proxy.redis_client.lua_script import Script
-from services.cache_proxy.redis_client.shared_attempt import SharedAttempt, first_success
 from services.common.compat import override
-from services.common.tasks import cancel_and_wait
 
 _MAX_REDIRECTIONS = 5
-_HASH_SLOTS = 16_384
-_REFRESH_INTERVAL_SECONDS = 0.5
-# redis-py raises a LookupError if no node has a slot, or any slot.
-_CLUSTER_ERRORS = (*CLIENT_ERRORS, LookupError)
 _DROPPED_CONNECTION_ERRORS = (RedisConnectionError, AttributeError)
 _LOST_NODE_ERRORS = (*_DROPPED_CONNECTION_ERRORS, RedisTimeoutError, ClusterDownError, OSError)
 
 
 class ClusterBackend(RedisBackend):
-    """The servers of a Cluster.
-
-    State: `_refreshed_at`, when the topology was last requested; `_refresh_task`, the task that requests it;
-    `_topology_known`, whether redis-py has known a topology since the last `close`. Used from the event loop
-    only.
-    """
+    """The servers of a Cluster; `ClusterTopology` finds the node for a slot."""
 
     one_tag_per_call = True
 
     def __init__(self, client: RedisCluster) -> None:
         self._client = client
-        self._configured_nodes = dict(client.nodes_manager.startup_nodes)
-        self._timeout_seconds = float(client.connection_kwargs["socket_timeout"])
-        self._discovery = SharedAttempt(self._discover_topology, failure_ttl_seconds=self._timeout_seconds)
-        self._topology_known = False
-        self._refreshed_at = 0.0
-        self._refresh_task: asyncio.Task[None] | None = None
+        self._topology = ClusterTopology(client)
 
     @override
     async def run_script(self, script: Script, calls: Sequence[ScriptCall]) -> list[Any]:
@@ -96,27 +76,21 @@ class ClusterBackend(RedisBackend):
 
     @override
     async def close(self) -> None:
-        if self._refresh_task is not None:
-            await cancel_and_wait([self._refresh_task])
-        await self._discovery.close()
-        self._topology_known = False
-        # redis-py may have forgotten the configured nodes, and then does not close their connections.
-        for node in self._configured_nodes.values():
-            await node.disconnect()
+        await self._topology.close()
         await self._client.aclose()
 
     async def node_for_key(self, key: str) -> ClusterNode:
         """Return the node that has the slot of a key. Raises the errors of redis-py."""
-        await self._ensure_topology()
+        await self._topology.ensure_known()
         return self._client.nodes_manager.get_node_from_slot(self._client.keyslot(key))
 
     async def _send(self, commands: Sequence[tuple[Any, ...]], keys: Sequence[str]) -> list[Any]:
         """Return the reply to each command, or the exception with which it failed; follow redirections."""
         replies: list[Any] = [None] * len(commands)
         try:
-            await self._ensure_topology()
+            await self._topology.ensure_known()
             slots = [self._client.keyslot(key) for key in keys]
-        except _CLUSTER_ERRORS as error:
+        except CLUSTER_ERRORS as error:
             return [error] * len(commands)
         # Index of each command to send -> the node to which an ASK redirection sent it, if any.
         pending: dict[int, ClusterNode | None] = dict.fromkeys(range(len(commands)))
@@ -127,7 +101,7 @@ class ClusterBackend(RedisBackend):
                     node = redirect_node or self._client.nodes_manager.get_node_from_slot(slots[index])
                 except (RedisClusterException, LookupError) as error:
                     replies[index] = error
-                    self._schedule_refresh()
+                    self._topology.schedule_refresh()
                 else:
                     by_node.setdefault(node.name, (node, []))[1].append(index)
             redirected = {index for index, redirect_node in pending.items() if redirect_node}
@@ -157,75 +131,13 @@ class ClusterBackend(RedisBackend):
                 else:
                     retries[index] = self._client.get_node(host=reply.host, port=reply.port)
                     if retries[index] is None:
-                        self._schedule_refresh()
+                        self._topology.schedule_refresh()
             elif isinstance(reply, _LOST_NODE_ERRORS):
-                self._schedule_refresh()
+                self._topology.schedule_refresh()
                 # The server may only have closed a connection that was idle for too long.
                 if first and isinstance(reply, _DROPPED_CONNECTION_ERRORS):
                     retries[index] = None
         return retries
-
-    def _schedule_refresh(self) -> None:
-        """Request the topology in the background, at most once in `_REFRESH_INTERVAL_SECONDS`."""
-        if time.monotonic() - self._refreshed_at < _REFRESH_INTERVAL_SECONDS:
-            return
-        if self._refresh_task is None or self._refresh_task.done():
-            self._refreshed_at = time.monotonic()
-            self._refresh_task = asyncio.create_task(self._refresh_topology())
-
-    async def _refresh_topology(self) -> None:
-        try:
-            await self._discovery.result()
-        except _CLUSTER_ERRORS:
-            # The next command fails as this one did and schedules another refresh.
-            return
-
-    async def _ensure_topology(self) -> None:
-        """Make redis-py know a topology. Raises the errors of redis-py."""
-        if not self._topology_known:
-            await self._discovery.result()
-        # Initialize again if another user of the client has closed it.
-        await self._client.initialize()
-
-    async def _discover_topology(self) -> None:
-        """Request the topology from a node that replies: configured nodes first, then discovered ones.
-
-        The address of a discovered node may belong to another Cluster by now. The names of configured nodes
-        are resolved again for each connection.
-        """
-        manager = self._client.nodes_manager
-        discovered = {
-            name: node for name, node in manager.nodes_cache.items() if name not in self._configured_nodes
-        }
-        configured_probes, discovered_probes = (
-            {asyncio.create_task(self._probe_node(node)) for node in nodes.values()}
-            for nodes in (self._configured_nodes, discovered)
-        )
-        try:
-            try:
-                node = await first_success(configured_probes)
-            except _CLUSTER_ERRORS:
-                if not discovered_probes:
-                    raise
-                node = await first_success(discovered_probes)
-        finally:
-            await cancel_and_wait([*configured_probes, *discovered_probes])
-        manager.startup_nodes = {node.name: node}
-        try:
-            await (manager.initialize() if self._topology_known else self._client.initialize())
-        finally:
-            # If no node of the Cluster has a slot yet, redis-py forgets even the nodes it was configured
-            # with.
-            if not manager.startup_nodes:
-                manager.startup_nodes = dict(self._configured_nodes)
-        self._topology_known = True
-
-    async def _probe_node(self, node: ClusterNode) -> ClusterNode:
-        """Return the node if it replies; later, if it does not know an owner for every slot."""
-        ranges = await node.execute_command("CLUSTER SLOTS")
-        if sum(last - first + 1 for first, last, *_ in ranges) < _HASH_SLOTS:
-            await asyncio.sleep(self._timeout_seconds)
-        return node
 
 
 async def _send_pipeline(
@@ -243,7 +155,7 @@ async def _send_pipeline(
         sent.append(PipelineCommand(index, *commands[index]))
     try:
         await node.execute_pipeline(sent)
-    except _CLUSTER_ERRORS as error:
+    except CLUSTER_ERRORS as error:
         for index in indices:
             replies[index] = error
         return

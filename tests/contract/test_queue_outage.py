@@ -1,4 +1,4 @@
-"""What both queues do while calls to the model fail: retry for a window, probe, refuse, resume."""
+"""Every queue while calls to the model fail: retry within a window, probe, reject, resume."""
 
 import asyncio
 import time
@@ -18,37 +18,37 @@ WINDOW_SECONDS = 0.4
 SHORT = queue_limits(batch_pairs=50, retry_window_seconds=WINDOW_SECONDS)
 
 
-async def _fail(subject: QueueSubject, claim: Claim, *, suspicious: bool = False) -> None:
-    """Fail a call for which the model gave no pushback; this replica waits no longer than the fleet."""
+async def _fail(subject: QueueSubject, claim: Claim, *, model_fault: bool = False) -> None:
+    """Fail a call without a pushback, and skip the extra backoff of this replica."""
     await asyncio.sleep(claim.send_at - time.monotonic())
-    await subject.queue.fail(claim, DOWN, model_fault=suspicious)
+    await subject.queue.fail(claim, DOWN, model_fault=model_fault)
     if hasattr(subject.queue, "_not_before"):
         subject.queue._not_before = 0.0
     await subject.receive_messages()
 
 
-def _ended(subject: QueueSubject) -> dict[int, Outcome]:
-    """How pairs ended, by number; the replica's own messages say the same again."""
+def _outcomes(subject: QueueSubject) -> dict[int, Outcome]:
+    """Return the outcomes by the number of the pair. The replica's own messages repeat them."""
     return {int.from_bytes(digest, "big"): outcome for digest, outcome in subject.resolved}
 
 
-async def _ask_until_queued(subject: QueueSubject, number: int) -> None:
-    while await _is_refused(subject, [numbered_pair(number)]):  # noqa: ASYNC110 - a backoff has no event
+async def _enqueue_until_accepted(subject: QueueSubject, number: int) -> None:
+    while await _try_enqueue(subject, [numbered_pair(number)]):  # noqa: ASYNC110 - a backoff has no event
         await asyncio.sleep(0.05)
 
 
-async def _is_refused(
-    subject: QueueSubject, wanted: list[Pair], patience: float = 60
+async def _try_enqueue(
+    subject: QueueSubject, pairs: list[Pair], timeout_seconds: float = 60
 ) -> ModelUnavailableError | None:
     try:
-        await subject.enqueue(wanted, request_context(timeout=patience))
+        await subject.enqueue(pairs, request_context(timeout=timeout_seconds))
     except ModelUnavailableError as error:
         return error
     return None
 
 
-async def _go_down(subject: QueueSubject) -> int:
-    """Fail every call until the window is over; how many there were."""
+async def _fail_until_down(subject: QueueSubject) -> int:
+    """Fail every call until the window is over. Return the number of calls."""
     calls = 0
     while not subject.resolved:
         await _fail(subject, await subject.claim_batch())
@@ -56,36 +56,37 @@ async def _go_down(subject: QueueSubject) -> int:
     return calls
 
 
-async def test_pairs_are_retried_for_the_window_and_then_all_end(opened: QueueFactory) -> None:
-    """Not by a count of tries: nothing ends before the window is over, and then all that waits ends at once,
-    with the reason, also what was never sent.
-    """  # noqa: D205 - one thought
+async def test_pairs_are_retried_for_window_and_then_all_fail(opened: QueueFactory) -> None:
+    """Not by a number of attempts: nothing ends before the window is over.
+
+    Then all waiting pairs end at once with the error, also those that were never sent.
+    """
     async with opened(SHORT) as subject:
         await subject.enqueue(numbered_pairs(range(60)))
-        begun_at = time.monotonic()
-        assert await _go_down(subject) >= 3
-        assert time.monotonic() - begun_at >= WINDOW_SECONDS
-        ended = _ended(subject)
-        assert set(ended) == set(range(60))
+        started_at = time.monotonic()
+        assert await _fail_until_down(subject) >= 3
+        assert time.monotonic() - started_at >= WINDOW_SECONDS
+        outcomes = _outcomes(subject)
+        assert set(outcomes) == set(range(60))
         assert all(
-            isinstance(end, ModelUnavailableError) and "out to lunch" in end.message for end in ended.values()
+            isinstance(end, ModelUnavailableError) and "out to lunch" in end.message
+            for end in outcomes.values()
         )
         assert await subject.is_empty()
 
 
-async def test_the_last_try_is_when_the_window_ends(opened: QueueFactory) -> None:
-    """A backoff that would go beyond the window is cut: nobody waits for a try that cannot help."""
+async def test_last_retry_is_at_end_of_window(opened: QueueFactory) -> None:
+    """A backoff beyond the window is cut, since no pair would profit from that retry."""
     async with opened(queue_limits(retry_window_seconds=0.9)) as subject:
         await subject.enqueue([numbered_pair(1)])
-        begun_at = time.monotonic()
-        await _go_down(subject)
-        assert (
-            time.monotonic() - begun_at < 5
-        )  # backoffs alone: 0.25, 0.5 and 1 s, and half a minute before the 9th
+        started_at = time.monotonic()
+        await _fail_until_down(subject)
+        # Without the cut, the backoffs of the retries would add up to half a minute.
+        assert time.monotonic() - started_at < 5
 
 
-async def test_while_calls_fail_one_small_call_at_a_time_probes(opened: QueueFactory) -> None:
-    """The other pairs stay queued; when the probe is answered, the next batch is full at once."""
+async def test_failing_model_is_probed_by_one_small_call_at_a_time(opened: QueueFactory) -> None:
+    """The other pairs stay queued. Once the probe is answered, the next batch is full."""
     async with opened(queue_limits(batch_pairs=50)) as subject:
         await subject.enqueue(numbered_pairs(range(200)))
         await _fail(subject, await subject.claim_batch())
@@ -99,8 +100,8 @@ async def test_while_calls_fail_one_small_call_at_a_time_probes(opened: QueueFac
         assert len((await subject.claim_batch()).pairs) == 50
 
 
-async def test_backoffs_grow_and_an_answer_ends_them(opened: QueueFactory) -> None:
-    """Each failed call doubles the wait; the next outage begins with a short one again."""
+async def test_backoff_doubles_until_model_answers(opened: QueueFactory) -> None:
+    """The next outage begins with a short backoff."""
     async with opened() as subject:
         await subject.enqueue(numbered_pairs(range(8)))
 
@@ -116,8 +117,8 @@ async def test_backoffs_grow_and_an_answer_ends_them(opened: QueueFactory) -> No
         assert await fail_once() < 0.35
 
 
-async def test_an_answer_of_the_store_ends_no_outage(opened: QueueFactory) -> None:
-    """Pairs of a probe that another replica had answered before say nothing of the model."""
+async def test_completion_from_store_does_not_end_outage(opened: QueueFactory) -> None:
+    """Pairs of a probe that another replica had answered show nothing about the model."""
     async with opened(queue_limits(batch_pairs=2)) as subject:
         await subject.enqueue(numbered_pairs(range(3)))
         await _fail(subject, await subject.claim_batch())
@@ -129,53 +130,54 @@ async def test_an_answer_of_the_store_ends_no_outage(opened: QueueFactory) -> No
         assert decision.wait_seconds > 0.35
 
 
-async def test_while_the_model_is_down_new_pairs_are_refused_at_once(opened: QueueFactory) -> None:
-    """With the reason and the time of the next probe. Whoever asks then is the probe, and the next again not;
-    when it is answered, all is as before.
-    """  # noqa: D205 - one thought
+async def test_new_pairs_are_rejected_while_model_is_down(opened: QueueFactory) -> None:
+    """With the error and the time of the next probe.
+
+    The request at that time becomes the probe. Once it is answered, all requests are accepted.
+    """
     async with opened(SHORT) as subject:
         await subject.enqueue([numbered_pair(1)])
-        await _go_down(subject)
-        refused = await _is_refused(subject, [numbered_pair(2), numbered_pair(3)])
-        assert refused
-        assert "out to lunch" in refused.message
-        assert refused.retry_after_seconds >= 1
-        await _ask_until_queued(subject, 4)
-        assert await _is_refused(subject, [numbered_pair(5)]), "one probe is enough"
-        assert 4 not in _ended(subject), "whoever is refused ends nobody else's wait"
+        await _fail_until_down(subject)
+        rejection = await _try_enqueue(subject, [numbered_pair(2), numbered_pair(3)])
+        assert rejection
+        assert "out to lunch" in rejection.message
+        assert rejection.retry_after_seconds >= 1
+        await _enqueue_until_accepted(subject, 4)
+        assert await _try_enqueue(subject, [numbered_pair(5)]), "one probe is enough"
+        assert 4 not in _outcomes(subject), "a rejected request does not end the wait of others"
         await subject.complete(await subject.claim_batch(), 6)
-        assert _ended(subject)[4] == 6
+        assert _outcomes(subject)[4] == 6
         assert (await subject.enqueue([numbered_pair(5)])).queued
 
 
-async def test_a_probe_that_fails_after_the_window_ends_its_pairs_at_once(opened: QueueFactory) -> None:
-    """Whoever asked it need not wait for another window."""
+async def test_failed_probe_after_window_fails_its_pairs(opened: QueueFactory) -> None:
+    """They do not wait for another window."""
     async with opened(SHORT) as subject:
         await subject.enqueue([numbered_pair(1)])
-        await _go_down(subject)
-        await _ask_until_queued(subject, 2)
+        await _fail_until_down(subject)
+        await _enqueue_until_accepted(subject, 2)
         await _fail(subject, await subject.claim_batch())
-        assert isinstance(_ended(subject)[2], ModelUnavailableError)
+        assert isinstance(_outcomes(subject)[2], ModelUnavailableError)
 
 
-async def test_nobody_waits_for_a_try_after_the_deadline(opened: QueueFactory) -> None:
-    """A caller whose deadline comes before the next try is refused, those who wait are told its moment."""
+async def test_deadline_before_next_retry_is_rejected(opened: QueueFactory) -> None:
+    """A new request is rejected, and waiting ones get the time of the retry."""
     async with opened() as subject:
         await subject.enqueue([numbered_pair(1)])
         before = time.monotonic()
         await subject.queue.fail(await subject.claim_batch(), DOWN, retry_after_seconds=20)
         await subject.receive_messages()
         assert any(abs(moment - before - 20) < 5 for moment in subject.backoff_deadlines)
-        late = await _is_refused(subject, [numbered_pair(2)], patience=5)
+        late = await _try_enqueue(subject, [numbered_pair(2)], timeout_seconds=5)
         assert late
         assert 15 < late.retry_after_seconds <= 20
-        assert await _is_refused(subject, [numbered_pair(1)], patience=5)
-        assert not subject.resolved, "whoever is refused ends nobody else's wait"
+        assert await _try_enqueue(subject, [numbered_pair(1)], timeout_seconds=5)
+        assert not subject.resolved, "a rejected request does not end the wait of others"
         assert (await subject.enqueue([numbered_pair(2)])).queued
 
 
-async def test_a_call_that_was_never_sent_frees_its_slot(opened: QueueFactory) -> None:
-    """There was no connection, so the model saw nothing: the slot is the next batch's."""
+async def test_unsent_call_returns_its_slot(opened: QueueFactory) -> None:
+    """Without a connection the model saw nothing, so the next batch gets the slot."""
     async with opened(queue_limits(batch_pairs=1, calls_per_second=1)) as subject:
         await subject.enqueue(numbered_pairs([1, 2]))
         decision = await subject.queue.claim()
@@ -188,58 +190,59 @@ async def test_a_call_that_was_never_sent_frees_its_slot(opened: QueueFactory) -
         assert isinstance(decision, Claim) or decision.wait_seconds < 0.5
 
 
-async def test_breakdowns_of_a_lone_pair_end_it_only_with_the_window(opened: QueueFactory) -> None:
-    """Nothing passed since, so the model may be broken for all: no count of tries ends it."""
+async def test_faults_of_lone_pair_fail_it_only_after_window(opened: QueueFactory) -> None:
+    """Nothing else passed meanwhile, so the model may be broken for all pairs."""
     async with opened(queue_limits(retry_window_seconds=60)) as subject:
         await subject.enqueue([numbered_pair(1)])
         for _ in range(4):
-            await _fail(subject, await subject.claim_batch(), suspicious=True)
+            await _fail(subject, await subject.claim_batch(), model_fault=True)
         await subject.complete(await subject.claim_batch(), 5)
-        assert _ended(subject) == {1: 5}
+        assert _outcomes(subject) == {1: 5}
 
 
 @pytest.mark.slow
-async def test_a_model_that_breaks_down_over_everything_is_down(opened: QueueFactory) -> None:
-    """After the window, and as many breakdowns as the search for one pair may take."""
+async def test_model_that_fails_on_everything_is_down(opened: QueueFactory) -> None:
+    """After the window, and as many faults as the search for one pair may take."""
     async with opened(SHORT) as subject:
         await subject.enqueue(numbered_pairs(range(4)))
         calls = 0
         while not subject.resolved:
-            await _fail(subject, await subject.claim_batch(), suspicious=True)
+            await _fail(subject, await subject.claim_batch(), model_fault=True)
             calls += 1
         assert calls >= MAX_MODEL_FAULTS
-        assert all(isinstance(end, ModelUnavailableError) for end in _ended(subject).values())
+        assert all(isinstance(end, ModelUnavailableError) for end in _outcomes(subject).values())
 
 
 @pytest.mark.slow
-async def test_of_two_pairs_the_one_that_breaks_the_model_is_found(opened: QueueFactory) -> None:
-    """Its lone probe says nothing while everything failed; the other's passes, and then it does."""
+async def test_one_of_two_pairs_that_breaks_model_is_found(opened: QueueFactory) -> None:
+    """Its lone probe proves nothing while everything fails. It does once the other pair has passed."""
     for bad in (1, 2):
         async with opened(queue_limits(batch_pairs=8)) as subject:
             await subject.enqueue(numbered_pairs([1, 2]))
-            while len(_ended(subject)) < 2:
+            while len(_outcomes(subject)) < 2:
                 claim = await subject.claim_batch()
                 if bad in pair_numbers(claim):
-                    await _fail(subject, claim, suspicious=True)
+                    await _fail(subject, claim, model_fault=True)
                 else:
                     await subject.complete(claim)
                 await subject.receive_messages()
-            ended = _ended(subject)
-            assert {number: type(end) for number, end in ended.items()} == {
+            outcomes = _outcomes(subject)
+            assert {number: type(end) for number, end in outcomes.items()} == {
                 bad: ModelUnavailableError,
                 3 - bad: int,
             }
 
 
 @pytest.mark.slow
-async def test_a_pair_that_kills_the_model_is_found_too(opened: QueueFactory) -> None:
-    """The model is gone for a moment whenever it gets that pair (`UNAVAILABLE`), and answers in between: the
-    batches that fail have it in common.
-    """  # noqa: D205 - one thought
+async def test_pair_that_crashes_model_is_found(opened: QueueFactory) -> None:
+    """The model is UNAVAILABLE whenever it gets that pair, and answers in between.
+
+    The failed batches have the pair in common.
+    """
     async with opened(queue_limits(batch_pairs=40)) as subject:
         await subject.enqueue(numbered_pairs(range(40)))
         calls = 0
-        while 33 not in _ended(subject) and calls < 100:
+        while 33 not in _outcomes(subject) and calls < 100:
             claim = await subject.claim_batch()
             calls += 1
             if 33 in pair_numbers(claim):
@@ -247,14 +250,15 @@ async def test_a_pair_that_kills_the_model_is_found_too(opened: QueueFactory) ->
             else:
                 await subject.complete(claim)
             await subject.receive_messages()
-            await subject.enqueue([numbered_pair(1000 + calls)])  # others ask meanwhile
-        ended = _ended(subject)
-        assert isinstance(ended[33], ModelUnavailableError)
-        assert all(isinstance(end, int) for number, end in ended.items() if number != 33)
+            # Other requests come meanwhile.
+            await subject.enqueue([numbered_pair(1000 + calls)])
+        outcomes = _outcomes(subject)
+        assert isinstance(outcomes[33], ModelUnavailableError)
+        assert all(isinstance(end, int) for number, end in outcomes.items() if number != 33)
 
 
-async def test_a_refusal_is_an_answer(opened: QueueFactory) -> None:
-    """The model is there: calls go on at the full rate."""
+async def test_rejection_ends_outage(opened: QueueFactory) -> None:
+    """The model is there, so calls go on at the full rate."""
     async with opened() as subject:
         await subject.enqueue(numbered_pairs([1, 2]))
         await _fail(subject, await subject.claim_batch())
@@ -264,8 +268,8 @@ async def test_a_refusal_is_an_answer(opened: QueueFactory) -> None:
         assert isinstance(await subject.queue.claim(), Claim)
 
 
-async def test_an_outage_long_ago_does_not_shorten_the_next(opened: QueueFactory) -> None:
-    """Nobody asked meanwhile: the first failure after it begins a window of its own."""
+async def test_old_outage_does_not_shorten_next_window(opened: QueueFactory) -> None:
+    """Without requests meanwhile, the first failure afterwards begins a new window."""
     async with opened(SHORT) as subject:
         await subject.enqueue([numbered_pair(1)])
         await _fail(subject, await subject.claim_batch())

@@ -1,4 +1,4 @@
-"""The page that is made of figures: what is hostile stays text, and what is unknown is called so."""
+"""The rendered status page: hostile text stays text, and unknown values are shown as unknown."""
 
 from html.parser import HTMLParser
 from typing import Any
@@ -23,8 +23,8 @@ HOSTILE = "</td><script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 RENDER = Renderer()
 
 
-class Elements(HTMLParser):
-    """Every element, its attributes, and the texts."""
+class ParsedPage(HTMLParser):
+    """The elements of a page with their attributes, and its text."""
 
     def __init__(self, document: bytes) -> None:
         super().__init__()
@@ -33,20 +33,20 @@ class Elements(HTMLParser):
         self.feed(document.decode())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """See `HTMLParser`."""
+        """Record an element, as `HTMLParser`."""
         self.elements.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        """See `HTMLParser`."""
+        """Record a text, as `HTMLParser`."""
         self.text += data
 
     def count(self, tag: str) -> int:
-        """How many there are."""
+        """Return the number of elements with a tag."""
         return sum(tag == found for found, _ in self.elements)
 
 
-def _overview(**changes: Any) -> QueueSnapshot:
-    figures: dict[str, Any] = {
+def _queue_snapshot(**changes: Any) -> QueueSnapshot:
+    fields: dict[str, Any] = {
         "now_seconds": NOW,
         "waiting": dict.fromkeys(("interactive", "bulk", "refresh"), 0),
         "next_call_seconds": 0.5,
@@ -58,35 +58,36 @@ def _overview(**changes: Any) -> QueueSnapshot:
         "live_replicas": 1,
         "silent_replicas": 0,
     }
-    return QueueSnapshot(**figures | changes)
+    return QueueSnapshot(**fields | changes)
 
 
-def _figures(
-    *minutes: MinuteReport, kind: str = "memory", overview: QueueSnapshot | None = None
+def _report(
+    *minutes: MinuteReport, kind: str = "memory", snapshot: QueueSnapshot | None = None
 ) -> StatusReport:
-    own = ReplicaInfo("0" * 16, StoreStatus(kind, "ok", None), 60.0)
+    replica = ReplicaInfo("0" * 16, StoreStatus(kind, "ok", None), 60.0)
     return replica_report(
-        "not shared", overview, own, [(int(NOW // 60), minute) for minute in minutes], now_seconds=NOW
+        "not shared", snapshot, replica, [(int(NOW // 60), minute) for minute in minutes], now_seconds=NOW
     )
 
 
-def test_what_is_hostile_stays_text() -> None:
-    """A caller, a store and a failure with markup for names add no element and no attribute to the page."""
+def test_hostile_names_add_no_element_or_attribute() -> None:
+    """A caller, a store and a failure whose names are markup are shown as text."""
     minute = MinuteReport(callers=[CallerTotals("plain", hits=1)])
-    plain = Elements(RENDER(_figures(minute, overview=_overview())))
+    plain = ParsedPage(RENDER(_report(minute, snapshot=_queue_snapshot())))
     minute = MinuteReport(callers=[CallerTotals(HOSTILE, hits=1)])
-    figures = _figures(minute, kind=HOSTILE, overview=_overview())
-    hostile = Elements(RENDER(figures))
+    report = _report(minute, kind=HOSTILE, snapshot=_queue_snapshot())
+    hostile = ParsedPage(RENDER(report))
     assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in plain.elements]
-    assert hostile.text.count(HOSTILE) == 3  # the caller; the store, twice
-    figures.store.last_failure = FailureInfo(HOSTILE, 1.0)
-    assert HOSTILE in Elements(RENDER(figures)).text
+    # The caller once, the store twice.
+    assert hostile.text.count(HOSTILE) == 3
+    report.store.last_failure = FailureInfo(HOSTILE, 1.0)
+    assert HOSTILE in ParsedPage(RENDER(report)).text
     assert all(not name.startswith("on") for _, attributes in hostile.elements for name in attributes)
 
 
-def test_the_page_asks_for_nothing_else() -> None:
-    """No element of it loads anything; what runs and what styles is inline, by its hash."""
-    page = Elements(RENDER(_figures(overview=_overview())))
+def test_page_loads_no_other_resource() -> None:
+    """Script and style are inline, and the policy allows only their hashes."""
+    page = ParsedPage(RENDER(_report(snapshot=_queue_snapshot())))
     loads = {"src", "srcset", "data", "poster", "action", "style"}
     assert not [attributes for _, attributes in page.elements if loads & attributes.keys()]
     links = [attributes["href"] for _, attributes in page.elements if "href" in attributes]
@@ -97,9 +98,9 @@ def test_the_page_asks_for_nothing_else() -> None:
     assert "unsafe" not in policy
 
 
-def test_what_is_unknown_is_called_unknown() -> None:
-    """Without any believable figure of the queue the page is still there, and tells no number for it."""
-    nothing = _overview(
+def test_unknown_values_are_shown_as_unknown() -> None:
+    """Without valid values of the queue the page is rendered, and shows no number for them."""
+    nothing = _queue_snapshot(
         waiting=dict.fromkeys(("interactive", "bulk", "refresh")),
         next_call_seconds=None,
         batch_pairs=None,
@@ -110,8 +111,8 @@ def test_what_is_unknown_is_called_unknown() -> None:
         live_replicas=None,
         silent_replicas=None,
     )
-    for overview in (nothing, None):
-        page = Elements(RENDER(_figures(overview=overview)))
+    for snapshot in (nothing, None):
+        page = ParsedPage(RENDER(_report(snapshot=snapshot)))
         assert page.text.count("unknown") >= 6
         assert "None" not in page.text
 
@@ -120,40 +121,42 @@ def test_what_is_unknown_is_called_unknown() -> None:
     ("limits", "taken", "filled"),
     [((1000.0, 1.0), 0.4, 0.2), ((1000.0, 0.0), 0.2, 0.2), ((0.0, 1.0), 0.4, 0.2), ((500.0, 1.0), 0.4, 0.4)],
 )
-def test_slot_use_is_a_share_of_the_scarcer_limit(
+def test_utilization_is_share_of_stricter_limit(
     limits: tuple[float, float], taken: float, filled: float
 ) -> None:
-    """Four calls of 500 pairs in ten seconds, by the limit of calls, of pairs, or both."""
+    """Four calls of 500 pairs in ten seconds, by a limit on calls, on pairs, or both."""
     minute = MinuteReport()
     minute.intervals[0] = Interval(calls=4, sent=2000)
     pairs_rate, calls_rate = limits
-    figures = _figures(minute, overview=_overview(pairs_per_second=pairs_rate, calls_per_second=calls_rate))
-    assert figures.slot_use
-    assert (figures.slot_use[-1].taken, figures.slot_use[-1].filled) == (taken, filled)
-    assert RENDER(figures)
+    report = _report(
+        minute, snapshot=_queue_snapshot(pairs_per_second=pairs_rate, calls_per_second=calls_rate)
+    )
+    assert report.slot_use
+    assert (report.slot_use[-1].taken, report.slot_use[-1].filled) == (taken, filled)
+    assert RENDER(report)
 
 
-def test_calls_saved_are_those_that_the_requests_would_have_cost() -> None:
-    """A call a request and a call for each full batch at least; what was called in vain is no saving."""
+def test_calls_saved_compare_with_calls_without_cache() -> None:
+    """Without a cache, at least a call a request and a call for each full batch. Extra calls save nothing."""
     minute = MinuteReport()
     minute.intervals[0] = Interval(requests=3, hits=4000, inferred=500, calls=1, sent=500)
-    figures = _figures(minute, overview=_overview())
-    assert (figures.calls_needed, figures.calls_saved) == (5, 4)
+    report = _report(minute, snapshot=_queue_snapshot())
+    assert (report.calls_needed, report.calls_saved) == (5, 4)
     minute.intervals[0] = Interval(requests=30, hits=30, calls=40)
-    figures = _figures(minute, overview=_overview())
-    assert (figures.calls_needed, figures.calls_saved) == (30, 0)
+    report = _report(minute, snapshot=_queue_snapshot())
+    assert (report.calls_needed, report.calls_saved) == (30, 0)
 
 
-def test_the_figures_are_told_by_name() -> None:
-    """As JSON, for other programs."""
-    figures = _figures(MinuteReport(callers=[CallerTotals("a", hits=2, failed=1)]), overview=_overview())
-    told = msgspec.json.decode(msgspec.json.encode(figures))
-    assert told["total"]["hits"] == 0
-    assert told["callers"] == [{"name": "a", "pairs": 3, "hits": 2, "misses": 0, "failed": 1}]
+def test_json_report_has_named_fields() -> None:
+    """Other programs read the JSON."""
+    report = _report(MinuteReport(callers=[CallerTotals("a", hits=2, failed=1)]), snapshot=_queue_snapshot())
+    decoded = msgspec.json.decode(msgspec.json.encode(report))
+    assert decoded["total"]["hits"] == 0
+    assert decoded["callers"] == [{"name": "a", "pairs": 3, "hits": 2, "misses": 0, "failed": 1}]
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("formatted", "expected"),
     [
         (formatting.format_percent(1.0), "100.0"),
         (formatting.format_percent(0.99999), "99.9"),
@@ -179,6 +182,6 @@ def test_the_figures_are_told_by_name() -> None:
         (formatting.format_clock(NOW), "08:00:00"),
     ],
 )
-def test_figures_are_said_as_people_read_them(said: str, expected: str) -> None:
-    """Units stay with their numbers, and nothing is rounded up to all or down to nothing."""
-    assert said.replace("\u00a0", " ") == expected
+def test_numbers_are_formatted_for_people(formatted: str, expected: str) -> None:
+    """Units stay with their numbers. Nothing is rounded up to 100 % or down to 0."""
+    assert formatted.replace("\u00a0", " ") == expected

@@ -89,6 +89,26 @@ class QueueKeys:
         """The base of the log and tombstones of invalidations, the same in every format."""
         self.invalidation_log = f"{self.invalidations}{_LOG}"
         self.tombstones = f"{self.invalidations}{_TOMBSTONES}"
+        self.replicas = f"{self.limit}:replicas"
+        self.paused = f"{self.limit}:paused"
+        self.standby = f"{self.limit}:standby"
+        self.spent = f"{self.limit}:spent"
+        self.pairs = f"{self.base}pairs"
+        self.claims = f"{self.base}claims"
+        self.meta = f"{self.base}meta"
+        self.quotas = f"{self.base}quotas"
+
+    def lane(self, lane: str) -> str:
+        """Return the key of a lane of waiting pairs."""
+        return f"{self.base}lane:{lane}"
+
+    def fair(self, lane: str) -> str:
+        """Return the key of the finish tags of a lane's callers."""
+        return f"{self.base}fair:{lane}"
+
+    def reports(self, minute: int) -> str:
+        """Return the key of the reports of all replicas for a minute since 1970."""
+        return f"{self.limit}:reports:{minute}"
 
     def channel(self, database: int) -> str:
         """Return the channel for messages of this queue. A server has one set for all databases."""

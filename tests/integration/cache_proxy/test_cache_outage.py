@@ -24,8 +24,10 @@ _MAX_MISS_SECONDS = 5.0
 _MAX_STOP_SECONDS = 3.0
 # A few --cache-timeout (250 ms), and the noise of two starts on a busy machine.
 _MAX_START_DELAY_SECONDS = 3.0
-_DOWN, _UP = "the store is down", "the store is back"
-_LOST, _BACK = "the shared queue is lost", "the shared queue is back"
+_DOWN = "the store is down"
+_UP = "the store is back"
+_LOST = "the shared queue is lost"
+_BACK = "the shared queue is back"
 
 
 @dataclass

@@ -284,7 +284,8 @@ def protected_servers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
     program = shutil.which("redis-server")
     if program is None or shutil.which("openssl") is None:
         pytest.skip("no redis-server (with TLS) and openssl are installed")
-    users, password = tmp_path / "users.acl", tmp_path / "password"
+    users = tmp_path / "users.acl"
+    password = tmp_path / "password"
     permissions = (_DEPLOY / "users.acl").read_text().replace("CHANGE-ME", "s3cret")
     users.write_text(permissions.replace("user default off", "user default on nopass ~* &* +@all"))
     password.touch(0o600)
@@ -342,7 +343,9 @@ def test_several_servers_are_reached_with_tls_and_minimal_permissions(
     protected_servers: _ProtectedServers,
 ) -> None:
     """Two proxies on a Cluster or behind Sentinels share one queue, and no permission is missing."""
-    url, flags, nodes = protected_servers.url, protected_servers.flags, protected_servers.nodes
+    url = protected_servers.url
+    flags = protected_servers.flags
+    nodes = protected_servers.nodes
     with (
         scripted_model() as model,
         cache_proxy("--model-target", model.target, "--cache-url", url, *flags, *UNLIMITED_RATE_FLAGS) as one,
@@ -376,7 +379,9 @@ def protected_sentinel(request: pytest.FixtureRequest, tmp_path: Path) -> Iterat
     program = shutil.which("redis-sentinel")
     if program is None:
         pytest.skip("redis-sentinel is not installed")
-    lines, flags, username = ["requirepass s3cret"], ["--sentinel-password-file", "password"], None
+    lines = ["requirepass s3cret"]
+    flags = ["--sentinel-password-file", "password"]
+    username = None
     if request.param == "user":
         username = "tester"
         lines = [
@@ -414,7 +419,8 @@ def test_sentinel_login_uses_its_separate_user_and_password(
     protected_sentinel: _ProtectedServers, tmp_path: Path
 ) -> None:
     """With a wrong password or none, store and queue log one line each that names the denied user."""
-    url, flags = protected_sentinel.url, protected_sentinel.flags
+    url = protected_sentinel.url
+    flags = protected_sentinel.flags
     wrong_password = tmp_path / "wrong"
     wrong_password.touch(0o600)
     wrong_password.write_text("something else\n")

@@ -13,7 +13,8 @@ from services.cache_proxy.cache.invalidation import InvalidationFollower, Invali
 from services.cache_proxy.redis_client.backend import RedisBackend, ScriptCall
 from services.common.tasks import cancel_and_wait
 
-_A, _B = b"a" * 16, b"b" * 16
+_A = b"a" * 16
+_B = b"b" * 16
 _ALL = b"all"
 
 

@@ -1,4 +1,4 @@
-"""Objects that cannot be read now: in cold storage, or gone before their message."""
+"""Tests of objects that cannot be read: in cold storage, or deleted before they are processed."""
 
 import json
 import os
@@ -21,8 +21,8 @@ from tests.support.tcp_relay import error_response, tcp_relay
 
 
 @pytest.fixture
-def cold(sqs: SqsServer, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    """A bucket whose server refuses to read what is in cold storage."""
+def cold_bucket(sqs: SqsServer, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """Create a bucket on a server that rejects reads of objects in cold storage."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     return Bucket(
@@ -46,9 +46,9 @@ def _outputs(bucket: Bucket) -> list[str]:
 
 
 def test_objects_in_cold_storage_are_skipped(
-    augment: RunAugmenter, stub: RunningStub, cold: Bucket, tmp_path: Path
+    augment: RunAugmenter, stub: RunningStub, cold_bucket: Bucket, tmp_path: Path
 ) -> None:
-    """They are counted and end the run with 3, whatever else is tolerated; a restored one is done."""
+    """Objects in cold storage are skipped and end the run with exit code 3. A restored one is processed."""
     for name, storage_class in (
         ("1", "STANDARD"),
         ("2", "GLACIER"),
@@ -56,82 +56,83 @@ def test_objects_in_cold_storage_are_skipped(
         ("4", "GLACIER_IR"),
         ("5", "GLACIER"),
     ):
-        cold.put(f"raw/{name}.jsonl", make_posting(), StorageClass=storage_class)
-    cold.restore_object("raw/5.jsonl")
-    args = [*_args(cold, stub.target), "--ok-rejects", "--summary-json", tmp_path / "s.json"]
-    ended = augment(*args)
-    assert (ended.exit_code, _outputs(cold)) == (3, ["mod/1.jsonl", "mod/4.jsonl", "mod/5.jsonl"])
-    assert [line.count("raw/2.jsonl: in cold storage") for line in ended.stderr.splitlines()] == [1]
-    assert "3 done, 2 skipped, 0 failed" in ended.stdout
-    assert "2 objects in cold storage were skipped" in ended.stdout
+        cold_bucket.put(f"raw/{name}.jsonl", make_posting(), StorageClass=storage_class)
+    cold_bucket.restore_object("raw/5.jsonl")
+    args = [*_args(cold_bucket, stub.target), "--ok-rejects", "--summary-json", tmp_path / "s.json"]
+    result = augment(*args)
+    assert (result.exit_code, _outputs(cold_bucket)) == (3, ["mod/1.jsonl", "mod/4.jsonl", "mod/5.jsonl"])
+    assert [line.count("raw/2.jsonl: in cold storage") for line in result.stderr.splitlines()] == [1]
+    assert "3 done, 2 skipped, 0 failed" in result.stdout
+    assert "2 objects in cold storage were skipped" in result.stdout
     assert read_summary(tmp_path / "s.json")["archived"] == 2
-    ended = augment(*args[:-2], "--dry-run")
-    assert (ended.exit_code, "3 already done" in ended.stdout) == (0, True)
-    assert "2 objects in cold storage were skipped" in ended.stdout
+    result = augment(*args[:-2], "--dry-run")
+    assert (result.exit_code, "3 already done" in result.stdout) == (0, True)
+    assert "2 objects in cold storage were skipped" in result.stdout
     for name in "23":
-        cold.restore_object(f"raw/{name}.jsonl")
-    ended = augment(*args)
-    assert (ended.exit_code, "2 done, 3 skipped" in ended.stdout) == (0, True)
+        cold_bucket.restore_object(f"raw/{name}.jsonl")
+    result = augment(*args)
+    assert (result.exit_code, "2 done, 3 skipped" in result.stdout) == (0, True)
 
 
 _INVALID_STATE = error_response(403, "InvalidObjectState")
 
 
-def test_archive_tier_that_only_reading_shows(
+def test_object_in_an_archive_tier_is_skipped_when_its_read_fails(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket
 ) -> None:
-    """A listing does not tell the tiers of INTELLIGENT_TIERING apart; such an object is skipped, too."""
+    """An archive tier of INTELLIGENT_TIERING is in no listing: the object is skipped when it is read."""
     bucket.put("raw/1.jsonl", make_posting(), StorageClass="INTELLIGENT_TIERING")
     read = f"GET /{bucket.name}/raw/1.jsonl".encode()
     with tcp_relay(
         bucket.endpoint_url, reject=lambda data: _INVALID_STATE if data.startswith(read) else None
-    ) as way:
-        args = [*_args(bucket, stub.target), "--endpoint-url", way.url]
-        ended = augment(*args)
-    assert (ended.exit_code, _outputs(bucket)) == (3, [])
-    assert "0 done, 1 skipped, 0 failed" in ended.stdout
+    ) as relay:
+        args = [*_args(bucket, stub.target), "--endpoint-url", relay.url]
+        result = augment(*args)
+    assert (result.exit_code, _outputs(bucket)) == (3, [])
+    assert "0 done, 1 skipped, 0 failed" in result.stdout
 
 
-def test_object_that_is_done_may_go_to_cold_storage(
-    augment: RunAugmenter, stub: RunningStub, cold: Bucket
+def test_finished_object_in_cold_storage_is_not_read(
+    augment: RunAugmenter, stub: RunningStub, cold_bucket: Bucket
 ) -> None:
-    """Its output is there, so it does not have to be read any more."""
-    cold.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")
-    cold.restore_object("raw/1.jsonl")
-    assert augment(*_args(cold, stub.target)).exit_code == 0
-    cold.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")  # as before, and not restored
-    ended = augment(*_args(cold, stub.target))
-    assert (ended.exit_code, ended.stderr) == (0, "")
-    assert augment(*_args(cold, stub.target), "--overwrite").exit_code == 3
+    """An object whose output exists need not be read, so it may be in cold storage."""
+    cold_bucket.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")
+    cold_bucket.restore_object("raw/1.jsonl")
+    assert augment(*_args(cold_bucket, stub.target)).exit_code == 0
+    # The same object, but not restored.
+    cold_bucket.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")
+    result = augment(*_args(cold_bucket, stub.target))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert augment(*_args(cold_bucket, stub.target), "--overwrite").exit_code == 3
 
 
 @pytest.mark.slow
-def test_restore_event_starts_the_file(
-    augment: RunAugmenter, stub: RunningStub, cold: Bucket, make_queue: MakeQueue
+def test_restore_event_leads_to_processing(
+    augment: RunAugmenter, stub: RunningStub, cold_bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """The message about an object that was put into cold storage is deleted; the restore brings another."""
+    """The message of an object in cold storage is deleted. That of its restore leads to its processing."""
     queue = make_queue()
-    cold.put("raw/1.jsonl", make_posting(), StorageClass="DEEP_ARCHIVE")
-    queue.send(object_created_event(cold.name, "raw/1.jsonl"))
-    ended = augment(*sqs_run_args(cold, queue, stub.target))
-    assert (ended.exit_code, _outputs(cold), queue.count()) == (3, [], 0)
-    cold.restore_object("raw/1.jsonl")
-    restored = json.dumps(object_created_event(cold.name, "raw/1.jsonl"))
+    cold_bucket.put("raw/1.jsonl", make_posting(), StorageClass="DEEP_ARCHIVE")
+    queue.send(object_created_event(cold_bucket.name, "raw/1.jsonl"))
+    result = augment(*sqs_run_args(cold_bucket, queue, stub.target))
+    assert (result.exit_code, _outputs(cold_bucket), queue.count()) == (3, [], 0)
+    cold_bucket.restore_object("raw/1.jsonl")
+    restored = json.dumps(object_created_event(cold_bucket.name, "raw/1.jsonl"))
     queue.send(restored.replace("ObjectCreated:Put", "ObjectRestore:Completed"))
-    ended = augment(*sqs_run_args(cold, queue, stub.target))
-    assert (ended.exit_code, _outputs(cold), queue.count()) == (0, ["mod/1.jsonl"], 0)
+    result = augment(*sqs_run_args(cold_bucket, queue, stub.target))
+    assert (result.exit_code, _outputs(cold_bucket), queue.count()) == (0, ["mod/1.jsonl"], 0)
 
 
 @pytest.mark.slow
-def test_watch_notices_a_restore(stub: RunningStub, cold: Bucket) -> None:
-    """Although the object's ETag and time of modification stay the same."""
-    cold.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")
-    args = [*_args(cold, stub.target), "--watch", "--poll-interval", "100ms"]
+def test_watch_processes_a_restored_object(stub: RunningStub, cold_bucket: Bucket) -> None:
+    """`--watch` processes a restored object, although its ETag and modification time are the same."""
+    cold_bucket.put("raw/1.jsonl", make_posting(), StorageClass="GLACIER")
+    args = [*_args(cold_bucket, stub.target), "--watch", "--poll-interval", "100ms"]
     with augmenter_process(*args, env=dict(os.environ)) as process:
         assert process.stderr
         assert "in cold storage" in process.stderr.readline()
-        cold.restore_object("raw/1.jsonl")
-        wait_for(lambda: _outputs(cold) == ["mod/1.jsonl"], description="the restored file is done")
+        cold_bucket.restore_object("raw/1.jsonl")
+        wait_for(lambda: _outputs(cold_bucket) == ["mod/1.jsonl"], description="the restored file is done")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
@@ -139,54 +140,58 @@ def test_watch_notices_a_restore(stub: RunningStub, cold: Bucket) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code", "left"), [("fail", 1, 1), ("skip", 0, 0)])
-def test_object_gone_before_its_message(
+@pytest.mark.parametrize(("missing_input", "code", "remaining_messages"), [("fail", 1, 1), ("skip", 0, 0)])
+def test_missing_object_of_a_message_is_failed_or_skipped(
     augment: RunAugmenter,
     stub: RunningStub,
     bucket: Bucket,
     make_queue: MakeQueue,
-    how: str,
+    missing_input: str,
     code: int,
-    left: int,
+    remaining_messages: int,
 ) -> None:
-    """`--missing-input` decides whether it is a failed file or a message without work."""
+    """An object that is missing when its message is read is a failed file, or skipped if configured."""
     queue = make_queue()
     bucket.put("raw/1.jsonl", make_posting())
     queue.send(object_created_event(bucket.name, "raw/gone.jsonl"))
     queue.send(object_created_event(bucket.name, "raw/1.jsonl"))
-    ended = augment(*sqs_run_args(bucket, queue, stub.target), "--missing-input", how)
-    assert (ended.exit_code, queue.count()) == (code, left)
-    assert "1 done" in ended.stdout
-    assert ("1 objects were gone" in ended.stdout) == (how == "skip")
+    result = augment(*sqs_run_args(bucket, queue, stub.target), "--missing-input", missing_input)
+    assert (result.exit_code, queue.count()) == (code, remaining_messages)
+    assert "1 done" in result.stdout
+    assert ("1 objects were gone" in result.stdout) == (missing_input == "skip")
 
 
 @pytest.mark.slow
-def test_no_bucket_is_no_missing_object(
+def test_missing_bucket_ends_the_run(
     augment: RunAugmenter, stub: RunningStub, bucket: Bucket, make_queue: MakeQueue
 ) -> None:
-    """A wrong endpoint must not delete the messages of all files: it ends the run in one line."""
+    """A missing bucket ends the run, so that its messages are not deleted as those of missing objects."""
     queue = make_queue()
     queue.send(object_created_event("no-such-bucket", "raw/1.jsonl"))
     args = sqs_run_args(bucket, queue, stub.target)[2:]
-    places = ("s3://no-such-bucket/raw/", f"s3://{bucket.name}/mod/")
-    ended = augment(*places, *args, "--missing-input", "skip")
-    assert (ended.exit_code, queue.count()) == (1, 1)
-    assert ended.stderr == "augmenter: s3://no-such-bucket/raw/: the bucket does not exist\n"
+    uris = ("s3://no-such-bucket/raw/", f"s3://{bucket.name}/mod/")
+    result = augment(*uris, *args, "--missing-input", "skip")
+    assert (result.exit_code, queue.count()) == (1, 1)
+    assert result.stderr == "augmenter: s3://no-such-bucket/raw/: the bucket does not exist\n"
 
 
 @pytest.mark.slow
-def test_bucket_that_goes_in_the_middle_of_a_run_is_no_missing_object(
-    stub: RunningStub, bucket: Bucket, cold: Bucket, make_queue: MakeQueue, tmp_path: Path
+def test_messages_stay_when_the_bucket_is_deleted(
+    stub: RunningStub, bucket: Bucket, cold_bucket: Bucket, make_queue: MakeQueue, tmp_path: Path
 ) -> None:
-    """Its messages stay in the queue; a HEAD alone answers the same for either."""
+    """If the bucket is deleted during a run, its messages stay, although a HEAD gives the same status."""
     queue = make_queue(visible_seconds=600)
-    places = (f"s3://{cold.name}/raw/", str(tmp_path / "out"), *sqs_run_args(cold, queue, stub.target)[2:])
-    args = [*places, "--missing-input", "skip", "--watch"]
-    queue.send(object_created_event(cold.name, "raw/never.jsonl"))
+    paths = (
+        f"s3://{cold_bucket.name}/raw/",
+        str(tmp_path / "out"),
+        *sqs_run_args(cold_bucket, queue, stub.target)[2:],
+    )
+    args = [*paths, "--missing-input", "skip", "--watch"]
+    queue.send(object_created_event(cold_bucket.name, "raw/never.jsonl"))
     with augmenter_process(*args, env=dict(os.environ)) as process:
         wait_for(lambda: queue.count() == 0, description="the missing object's message is deleted")
-        cold.delete_bucket()
-        queue.send(object_created_event(cold.name, "raw/1.jsonl"))
+        cold_bucket.delete_bucket()
+        queue.send(object_created_event(cold_bucket.name, "raw/1.jsonl"))
         wait_for(
             lambda: queue.count() == 1 and not queue.visible_count, description="the message is received"
         )
@@ -197,9 +202,11 @@ def test_bucket_that_goes_in_the_middle_of_a_run_is_no_missing_object(
     assert "1 skipped, 1 failed" in out
 
 
-@pytest.mark.parametrize("how", ["fail", "skip"])
-def test_object_gone_after_it_was_listed(augment: RunAugmenter, bucket: Bucket, how: str) -> None:
-    """The same holds without a queue."""
+@pytest.mark.parametrize("missing_input", ["fail", "skip"])
+def test_object_deleted_after_its_listing_is_failed_or_skipped(
+    augment: RunAugmenter, bucket: Bucket, missing_input: str
+) -> None:
+    """An object that is deleted after its listing is a failed file, or skipped if configured."""
     bucket.put("raw/1.jsonl", make_posting())
     bucket.put("raw/2.jsonl", make_posting())
 
@@ -208,12 +215,12 @@ def test_object_gone_after_it_was_listed(augment: RunAugmenter, bucket: Bucket, 
         return answer_all(call)
 
     with scripted_model(behave) as model:
-        ended = augment(*_args(bucket, model.target), "--concurrency", "1", "--missing-input", how)
-    assert (ended.exit_code, _outputs(bucket)) == (0 if how == "skip" else 1, ["mod/1.jsonl"])
+        result = augment(*_args(bucket, model.target), "--concurrency", "1", "--missing-input", missing_input)
+    assert (result.exit_code, _outputs(bucket)) == (0 if missing_input == "skip" else 1, ["mod/1.jsonl"])
 
 
 @pytest.mark.parametrize(
-    ("answer", "archived"),
+    ("response", "archived"),
     [
         ({}, False),
         ({"StorageClass": "STANDARD_IA"}, False),
@@ -227,6 +234,6 @@ def test_object_gone_after_it_was_listed(augment: RunAugmenter, bucket: Bucket, 
         ({"StorageClass": "INTELLIGENT_TIERING", "ArchiveStatus": "ARCHIVE_ACCESS"}, True),
     ],
 )
-def test_archived_objects_are_told_from_the_others(answer: dict[str, object], archived: bool) -> None:
-    """By what a listing or a HEAD says."""
-    assert is_archived(answer) == archived
+def test_archived_objects_are_recognised(response: dict[str, object], archived: bool) -> None:
+    """Whether an object is archived follows from the fields of a listing or a HEAD."""
+    assert is_archived(response) == archived

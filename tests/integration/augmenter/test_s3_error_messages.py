@@ -1,4 +1,4 @@
-"""What a run says of S3 that does not answer, of credentials that cannot be had, and how it is addressed."""
+"""Tests of messages about unreachable S3 servers, missing credentials and invalid settings."""
 
 import logging
 import socket
@@ -25,15 +25,15 @@ def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def s3() -> Iterator[ScriptedS3]:
-    """A server with one file in its bucket."""
+    """Start a server with one file in its bucket."""
     with scripted_s3() as server:
         server.put("in/a.jsonl", make_posting())
         yield server
 
 
 @pytest.fixture
-def closed() -> str:
-    """An address where nothing listens."""
+def unused_url() -> str:
+    """Return a URL on which no server listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
@@ -50,34 +50,34 @@ def _profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None
 
 
 def test_unreachable_endpoint_is_logged_at_its_first_failure(
-    augment: RunAugmenter, stub: RunningStub, closed: str, monkeypatch: pytest.MonkeyPatch
+    augment: RunAugmenter, stub: RunningStub, unused_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line while it is tried again, one at the end: neither repeats the request's address."""
+    """An unreachable endpoint is logged at the first failure and at the end, one line each."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
-    ended = _run(augment, stub, closed)
-    first, last = ended.stderr.splitlines()
+    result = _run(augment, stub, unused_url)
+    first, last = result.stderr.splitlines()
     assert first.endswith(
-        f"no answer from {closed}: Connection refused; retrying (attempt 1 of 2; "
+        f"no answer from {unused_url}: Connection refused; retrying (attempt 1 of 2; "
         "AWS_MAX_ATTEMPTS sets the limit)"
     )
-    assert (ended.exit_code, last) == (
+    assert (result.exit_code, last) == (
         1,
-        f"augmenter: s3://b/out/: no answer from {closed}: Connection refused",
+        f"augmenter: s3://b/out/: no answer from {unused_url}: Connection refused",
     )
 
 
 def test_silent_endpoint_is_logged_within_five_seconds(
     augment: RunAugmenter, stub: RunningStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that takes connections and says nothing is named long before its timeout."""
+    """A server that accepts connections but sends nothing is logged long before its timeout."""
     assert aws_reachability._FIRST_RESPONSE_SECONDS < 5
     monkeypatch.setattr(aws_reachability, "_FIRST_RESPONSE_SECONDS", 0.2)
     monkeypatch.setattr(aws_client, "_READ_TIMEOUT_SECONDS", 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        ended = _run(augment, stub, url)
-    first, last = ended.stderr.splitlines()
+        result = _run(augment, stub, url)
+    first, last = result.stderr.splitlines()
     assert f"no answer from {url} for 0 s; waiting" in first
     assert last == f"augmenter: s3://b/out/: no answer from {url}: Timeout on reading data from socket"
 
@@ -85,7 +85,7 @@ def test_silent_endpoint_is_logged_within_five_seconds(
 def test_silence_while_credentials_are_fetched_is_logged(
     augment: RunAugmenter, stub: RunningStub, s3: ScriptedS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """An STS that takes connections and says nothing: the line is not about the S3 server."""
+    """If an STS server sends nothing, the log line is about credentials, not about the S3 server."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     (tmp_path / "token").write_text("token")
@@ -97,30 +97,30 @@ def test_silence_while_credentials_are_fetched_is_logged(
         monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://127.0.0.1:{silent.getsockname()[1]}")
         closing = threading.Timer(1, silent.shutdown, [socket.SHUT_RDWR])
         closing.start()
-        ended = _run(augment, stub, s3.url)
+        result = _run(augment, stub, s3.url)
         closing.join()
-    assert f"no credentials for {s3.url} for 0 s; waiting" in ended.stderr.splitlines()[0]
-    assert (ended.exit_code, "credentials could not be refreshed" in ended.stderr) == (1, True)
+    assert f"no credentials for {s3.url} for 0 s; waiting" in result.stderr.splitlines()[0]
+    assert (result.exit_code, "credentials could not be refreshed" in result.stderr) == (1, True)
 
 
-def test_server_that_fails_for_a_while_is_logged_once_and_when_it_is_back(
+def test_outage_of_a_server_is_logged_once_with_its_end(
     augment: RunAugmenter, stub: RunningStub, s3: ScriptedS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several failures in a row are one line, their end another; the run succeeds."""
+    """Several failures in a row are logged in one line, and their end in another. The run succeeds."""
     monkeypatch.setattr(aws_reachability, "_FAILURE_SECONDS", 0)
     s3.faults = [Fault("ListObjectsV2", "503", times=2)]
-    ended = _run(augment, stub, s3.url)
-    down, up = ended.stderr.splitlines()
+    result = _run(augment, stub, s3.url)
+    down, up = result.stderr.splitlines()
     assert f"{s3.url} answered 503; retrying (attempt 1 of 8" in down
     assert up.endswith(f"{s3.url} answers again")
-    assert ended.exit_code == 0
+    assert result.exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("where", "attempts"), [("AWS_MAX_ATTEMPTS", 1), ("AWS_MAX_ATTEMPTS", 2), ("profile", 2)]
 )
 @pytest.mark.parametrize("mode", ["legacy", "standard"])
-def test_number_of_attempts_is_the_users(
+def test_number_of_attempts_is_configurable(
     augment: RunAugmenter,
     stub: RunningStub,
     s3: ScriptedS3,
@@ -130,7 +130,7 @@ def test_number_of_attempts_is_the_users(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """AWS_MAX_ATTEMPTS, or the profile's, with either retry mode: so often a failing call is made."""
+    """AWS_MAX_ATTEMPTS or the profile sets the number of attempts, in either retry mode."""
     monkeypatch.setenv("AWS_RETRY_MODE", mode)
     if where == "profile":
         _profile(tmp_path, monkeypatch, f"max_attempts = {attempts}")
@@ -142,7 +142,7 @@ def test_number_of_attempts_is_the_users(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("AWS_MAX_ATTEMPTS", "abc", "the S3 client: AWS_MAX_ATTEMPTS: invalid literal"),
         ("AWS_PROFILE", "nope", "the S3 client: The config profile (nope) could not be found"),
@@ -153,86 +153,92 @@ def test_number_of_attempts_is_the_users(
         ),
     ],
 )
-def test_settings_that_cannot_be_meant_are_one_line(
+def test_invalid_aws_setting_is_one_line(
     augment: RunAugmenter,
     stub: RunningStub,
-    closed: str,
+    unused_url: str,
     name: str,
     value: str,
-    told: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They end the run before anything is sent, and the setting is named."""
+    """An invalid AWS setting ends the run in one line that names it, before anything is sent."""
     monkeypatch.setenv(name, value)
-    ended = _run(augment, stub, closed)
-    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
-    assert ended.stderr.startswith(f"augmenter: {told}")
+    result = _run(augment, stub, unused_url)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith(f"augmenter: {message}")
 
 
 @pytest.mark.parametrize("scheme", ["https", "http"])
-def test_failed_handshakes_are_named(
+def test_failed_tls_handshake_is_named(
     augment: RunAugmenter, stub: RunningStub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
-    """A certificate that is not trusted, and a server without TLS, are named as what they are."""
+    """An untrusted certificate, and a server without TLS, are named in the error line."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    by_tls = scheme == "https"
-    with scripted_s3(CertificateAuthority(tmp_path).sign("server") if by_tls else None) as server:
-        ended = _run(augment, stub, server.url.replace("http:", "https:"))
-    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
-    said = "its certificate is not trusted: " if by_tls else "TLS failed: "
-    assert f"no answer from {server.url.replace('http:', 'https:')}: {said}" in ended.stderr
-    assert not by_tls or "AWS_CA_BUNDLE" in ended.stderr
+    has_tls = scheme == "https"
+    with scripted_s3(CertificateAuthority(tmp_path).sign("server") if has_tls else None) as server:
+        result = _run(augment, stub, server.url.replace("http:", "https:"))
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    message = "its certificate is not trusted: " if has_tls else "TLS failed: "
+    assert f"no answer from {server.url.replace('http:', 'https:')}: {message}" in result.stderr
+    assert not has_tls or "AWS_CA_BUNDLE" in result.stderr
 
 
 @pytest.mark.parametrize("operation", ["GetObject", "ListObjectsV2"])
-def test_errors_of_s3_name_the_place_once(
+def test_s3_error_names_the_file_or_prefix_once(
     augment: RunAugmenter, stub: RunningStub, s3: ScriptedS3, operation: str
 ) -> None:
-    """The file or the prefix, then the reason."""
+    """The line of an S3 error has the file or the prefix once, and then the reason."""
     s3.faults = [Fault(operation, "403", key="in/")]
-    ended = _run(augment, stub, s3.url)
-    place = "s3://b/in/a.jsonl" if operation == "GetObject" else "s3://b/in/"
-    assert (ended.exit_code, ended.stderr) == (1, f"augmenter: {place}: AccessDenied\n")
+    result = _run(augment, stub, s3.url)
+    uri = "s3://b/in/a.jsonl" if operation == "GetObject" else "s3://b/in/"
+    assert (result.exit_code, result.stderr) == (1, f"augmenter: {uri}: AccessDenied\n")
 
 
 def test_credentials_that_cannot_be_refreshed_are_one_line(
-    augment: RunAugmenter, stub: RunningStub, closed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    augment: RunAugmenter, stub: RunningStub, unused_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A role whose token file is gone, or whose STS does not answer: one line that names the credentials."""
+    """A missing token file, or an unreachable STS, is one line that names the credentials."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     token = tmp_path / "token"
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/augmenter")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
-    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", closed)
-    begin = "augmenter: s3://b/out/: credentials could not be refreshed: "
-    assert _run(augment, stub, closed).stderr == f"{begin}{token}: No such file or directory\n"
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", unused_url)
+    prefix = "augmenter: s3://b/out/: credentials could not be refreshed: "
+    assert _run(augment, stub, unused_url).stderr == f"{prefix}{token}: No such file or directory\n"
     token.write_text("token")
-    ended = _run(augment, stub, closed)
-    assert (ended.exit_code, ended.stderr) == (1, f"{begin}no answer from {closed}: Connection refused\n")
+    result = _run(augment, stub, unused_url)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"{prefix}no answer from {unused_url}: Connection refused\n",
+    )
 
 
 @pytest.mark.parametrize("command", ["/nowhere/at-all", "/bin/echo hello", "/bin/false", "/bin/echo {}"])
-def test_credentials_of_a_command_that_fails_are_one_line(
+def test_failing_credential_process_is_one_line(
     augment: RunAugmenter,
     stub: RunningStub,
-    closed: str,
+    unused_url: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     command: str,
 ) -> None:
-    """Whatever `credential_process` does, the run ends with one line, and no library's stack."""
+    """If `credential_process` fails in any way, the run ends with one line and no stack trace."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     _profile(tmp_path, monkeypatch, f"credential_process = {command}")
-    ended = _run(augment, stub, closed)
-    assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
-    assert ended.stderr.startswith("augmenter: the S3 client: credentials: ")
+    result = _run(augment, stub, unused_url)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("augmenter: the S3 client: credentials: ")
 
 
-def test_refresh_that_fails_early_is_logged_in_one_line_and_once(caplog: pytest.LogCaptureFixture) -> None:
-    """The library logs it with its stack and with every request, while the old credentials still serve."""
+def test_failed_early_refresh_of_credentials_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A failed early refresh of credentials is logged once, in one line.
+
+    The library would log it with a stack trace for every request, while the old credentials are still valid.
+    """
     shorten_credential_logs()
     log = logging.getLogger("aiobotocore.credentials")
     for _ in range(3):
@@ -248,7 +254,7 @@ def test_refresh_that_fails_early_is_logged_in_one_line_and_once(caplog: pytest.
 
 
 @pytest.mark.parametrize("style", ["virtual", "path", None])
-def test_addressing_style_of_the_profile_is_kept(
+def test_addressing_style_of_the_profile_is_used(
     augment: RunAugmenter,
     stub: RunningStub,
     s3: ScriptedS3,
@@ -256,13 +262,15 @@ def test_addressing_style_of_the_profile_is_kept(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Also with --endpoint-url; where the profile has none, the bucket is in the path."""
+    """The profile's addressing style is used also with --endpoint-url. The default is the path style."""
     if style:
         _profile(tmp_path, monkeypatch, f"s3 =\n  addressing_style = {style}")
-    monkeypatch.setenv("http_proxy", s3.url)  # no such host is known
-    s3.bucket = "bucket"  # a shorter name is no part of a host's
-    ended = _run(augment, stub, "http://s3.example.test", bucket=s3.bucket)
-    assert (ended.exit_code, ended.stderr) == (0, "")
+    # The host does not exist, so its requests go through a proxy.
+    monkeypatch.setenv("http_proxy", s3.url)
+    # A shorter name cannot be part of a host name.
+    s3.bucket = "bucket"
+    result = _run(augment, stub, "http://s3.example.test", bucket=s3.bucket)
+    assert (result.exit_code, result.stderr) == (0, "")
     host = "bucket.s3.example.test" if style == "virtual" else "s3.example.test"
     assert {call.headers["host"] for call in s3.requests} == {host}
     assert "out/a.jsonl" in s3.objects

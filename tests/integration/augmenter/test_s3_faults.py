@@ -1,4 +1,7 @@
-"""Each kind of call to S3 fails, before or after it has its effect: a file is whole, or failed and named."""
+"""Tests of each S3 operation that fails, before or after it has its effect.
+
+A file must be whole, or failed and named.
+"""
 
 import gzip
 import itertools
@@ -20,7 +23,8 @@ from tests.support.scripted_s3 import ALWAYS, ENVIRONMENT, OPERATIONS, Fault, Sc
 
 _BAD = b"not JSON"
 _SMALL = [make_posting(id=i) for i in range(50)]
-_LARGE = [make_posting(id=i, text="x" * 1_000) for i in range(11_000)]  # two parts and a rest
+# Two full parts and a smaller one.
+_LARGE = [make_posting(id=i, text="x" * 1_000) for i in range(11_000)]
 _INPUTS = {"small": _SMALL, "large": _LARGE}
 _MULTIPART_OPERATIONS = {
     "CreateMultipartUpload",
@@ -28,7 +32,7 @@ _MULTIPART_OPERATIONS = {
     "CompleteMultipartUpload",
     "AbortMultipartUpload",
 }
-# How a call fails: kind, whether it has its effect all the same, how often.
+# How a call fails: the kind, whether the call still has its effect, and how often.
 _FAULT_POINTS = [
     ("403", False, ALWAYS),
     ("503", False, 1),
@@ -42,7 +46,7 @@ _FAULT_POINTS = [
     ("stall", True, 1),
     ("stall", False, ALWAYS),
 ]
-_QUICK = {
+_NOT_SLOW = {
     ("PutObject", "403", False),
     ("UploadPart", "503", True),
     ("CompleteMultipartUpload", "reset", True),
@@ -51,14 +55,14 @@ _QUICK = {
 
 def _cases() -> Iterator[object]:
     for operation, (kind, applied, times) in itertools.product(OPERATIONS, _FAULT_POINTS):
-        marks = () if (operation, kind, applied) in _QUICK else pytest.mark.slow
+        marks = () if (operation, kind, applied) in _NOT_SLOW else pytest.mark.slow
         name = f"{operation}-{kind}-{'after' if applied else 'before'}-{'once' if times == 1 else 'always'}"
         yield pytest.param(operation, kind, applied, times, marks=marks, id=name)
 
 
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three attempts at everything, and next to no time between them."""
+    """Allow three attempts for each call, with almost no time between them."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("botocore.retryhandler.random", SimpleNamespace(random=lambda: 0.01))
@@ -69,7 +73,7 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def s3() -> Iterator[ScriptedS3]:
-    """A server with one bucket."""
+    """Start a server with one bucket."""
     with scripted_s3() as server:
         yield server
 
@@ -79,7 +83,7 @@ def _augmented(lines: list[bytes]) -> bytes:
 
 
 class Files:
-    """INPUT's files: each with a rejected line, but for one, so that there are rejects to be removed."""
+    """The files of INPUT. All but one have a rejected line, so that there are rejects to be removed."""
 
     def __init__(self, s3: ScriptedS3, *names: str) -> None:
         self._s3 = s3
@@ -89,7 +93,7 @@ class Files:
         s3.put("in/clean.jsonl.gz", gzip.compress(b"\n".join(_SMALL)))
 
     def run(self, augment: RunAugmenter, stub: RunningStub, path: Path) -> RunResult:
-        """Run over them."""
+        """Run the augmenter over the files."""
         path.unlink(missing_ok=True)
         return augment(
             f"s3://{self._s3.bucket}/in/",
@@ -105,7 +109,7 @@ class Files:
         )
 
     def check_contents(self, *, but: set[str]) -> None:
-        """Every file is there with all of its lines; one of `but` may be missing, not damaged."""
+        """Check that every output has all of its lines. Only those of `but` may be missing."""
         for name in self._names:
             output = f"out/{name}.jsonl"
             if output not in self._s3.objects:
@@ -120,30 +124,34 @@ class Files:
         else:
             assert "in/clean.jsonl.gz" in but
 
-    def check_outcome(self, ended: RunResult, path: Path) -> None:
-        """Done files are whole, the others are named; the books hold."""
-        if not path.exists():  # the run ended before its first file
-            assert (ended.exit_code, ended.stderr.count("\n")) == (1, 1)
+    def check_outcome(self, result: RunResult, path: Path) -> None:
+        """Check that done files are whole, that failed ones are named, and that the counts add up."""
+        # The run ended before its first file.
+        if not path.exists():
+            assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
             return
-        told = json.loads(path.read_text())
-        place = f"s3://{self._s3.bucket}/"
-        failed = {failure["file"].removeprefix(place) for failure in told["failures"]}
+        totals = json.loads(path.read_text())
+        bucket_uri = f"s3://{self._s3.bucket}/"
+        failed = {failure["file"].removeprefix(bucket_uri) for failure in totals["failures"]}
         for name in failed:
             assert (
-                sum(line.startswith(f"augmenter: {place}{name}: ") for line in ended.stderr.splitlines()) == 1
+                sum(
+                    line.startswith(f"augmenter: {bucket_uri}{name}: ") for line in result.stderr.splitlines()
+                )
+                == 1
             )
-        assert told["files"]["done"] + told["files"]["skipped"] == len(self._names) + 1 - len(failed)
+        assert totals["files"]["done"] + totals["files"]["skipped"] == len(self._names) + 1 - len(failed)
         self.check_contents(but=failed)
-        lines = told["lines"]
+        lines = totals["lines"]
         assert lines["in"] == lines["augmented"] + lines["rejected"] + lines["blank"]
         done = [name for name in self._names if f"in/{name}.jsonl" not in failed]
         clean = 0 if "in/clean.jsonl.gz" in failed else len(_SMALL)
         assert lines["augmented"] == sum(len(_INPUTS[name]) for name in done) + clean
-        assert ended.exit_code == (1 if failed else 3 if done else 0)
+        assert result.exit_code == (1 if failed else 3 if done else 0)
 
 
 @pytest.mark.parametrize(("operation", "kind", "applied", "times"), list(_cases()))
-def test_failed_call_costs_its_file_or_a_retry(
+def test_failed_call_fails_its_file_or_is_retried(
     augment: RunAugmenter,
     stub: RunningStub,
     s3: ScriptedS3,
@@ -153,7 +161,7 @@ def test_failed_call_costs_its_file_or_a_retry(
     applied: bool,
     times: int,
 ) -> None:
-    """A file counts as done only if it is whole, with its rejects; else it is named, and done next time."""
+    """When a call fails, its file is whole with its rejects, or failed and processed by the next run."""
     files = Files(s3, "large" if operation in _MULTIPART_OPERATIONS else "small")
     if operation == "HeadObject":
         s3.put("out/small.jsonl", _augmented(_SMALL), headers={"x-amz-meta-input-etag": "of another input"})
@@ -164,73 +172,78 @@ def test_failed_call_costs_its_file_or_a_retry(
     if operation == "AbortMultipartUpload":
         s3.faults.append(Fault("UploadPart", "403"))
     s3.faults.append(Fault(operation, kind, applied=applied, times=times))
-    ended = files.run(augment, stub, tmp_path / "summary.json")
+    result = files.run(augment, stub, tmp_path / "summary.json")
     assert s3.count_requests(operation) > 0
-    files.check_outcome(ended, tmp_path / "summary.json")
+    files.check_outcome(result, tmp_path / "summary.json")
     if times == 1 and operation != "AbortMultipartUpload":
-        assert ended.exit_code == 3  # retried
+        # The call was retried.
+        assert result.exit_code == 3
     s3.faults.clear()
-    again = files.run(augment, stub, tmp_path / "summary.json")
-    assert again.exit_code in {0, 3}
+    next_result = files.run(augment, stub, tmp_path / "summary.json")
+    assert next_result.exit_code in {0, 3}
     files.check_contents(but=set())
 
 
 @pytest.mark.parametrize("key", ["out/_rejects/small.jsonl", ".reasons.jsonl", "out/small.jsonl"])
 @pytest.mark.parametrize("kind", ["403", "503"])
-def test_output_never_appears_before_its_rejects(
+def test_output_is_not_written_without_its_rejects(
     augment: RunAugmenter, stub: RunningStub, s3: ScriptedS3, tmp_path: Path, key: str, kind: str
 ) -> None:
-    """Where the rejects or their reasons cannot be put, the output is not: it is the mark of a done file."""
+    """If rejects or reasons cannot be written, the output, which marks a done file, is not written."""
     files = Files(s3, "small")
     s3.faults = [Fault("PutObject", kind, key=key)]
-    ended = files.run(augment, stub, tmp_path / "summary.json")
-    files.check_outcome(ended, tmp_path / "summary.json")
+    result = files.run(augment, stub, tmp_path / "summary.json")
+    files.check_outcome(result, tmp_path / "summary.json")
     assert "out/small.jsonl" not in s3.objects
-    assert ended.stderr.startswith("augmenter: s3://b/in/small.jsonl: s3://b/out/")
+    assert result.stderr.startswith("augmenter: s3://b/in/small.jsonl: s3://b/out/")
 
 
-def test_error_inside_an_answer_of_status_200_is_an_error(
+def test_error_in_a_response_of_status_200_fails_the_file(
     augment: RunAugmenter, stub: RunningStub, s3: ScriptedS3, tmp_path: Path
 ) -> None:
-    """CompleteMultipartUpload may fail behind its status line: the object is not there, the file failed."""
+    """If CompleteMultipartUpload fails after its status line, the file fails and has no object."""
     files = Files(s3, "large")
     s3.faults = [Fault("CompleteMultipartUpload", "200")]
-    ended = files.run(augment, stub, tmp_path / "summary.json")
-    files.check_outcome(ended, tmp_path / "summary.json")
-    assert ended.exit_code == 1
+    result = files.run(augment, stub, tmp_path / "summary.json")
+    files.check_outcome(result, tmp_path / "summary.json")
+    assert result.exit_code == 1
     assert "out/large.jsonl" not in s3.objects
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_part_that_fails_fails_its_file(
+def test_failed_part_fails_its_file(
     augment: RunAugmenter, stub: RunningStub, s3: ScriptedS3, tmp_path: Path, number: int
 ) -> None:
-    """The first, a middle or the last part is refused: no object is made of the others."""
+    """If any part of an upload is rejected, its file fails, and no object is created from the other parts."""
     files = Files(s3, "large")
     s3.faults = [Fault("UploadPart", "403", skip=number)]
-    ended = files.run(augment, stub, tmp_path / "summary.json")
-    files.check_outcome(ended, tmp_path / "summary.json")
-    assert (ended.exit_code, s3.keys("out/large"), s3.uploads) == (1, [], {})
+    result = files.run(augment, stub, tmp_path / "summary.json")
+    files.check_outcome(result, tmp_path / "summary.json")
+    assert (result.exit_code, s3.keys("out/large"), s3.uploads) == (1, [], {})
 
 
-def test_conflict_with_a_write_under_way_is_waited_out(
+def test_conflict_with_a_concurrent_write_is_retried(
     augment: RunAugmenter, stub: RunningStub, s3: ScriptedS3, tmp_path: Path
 ) -> None:
-    """409 says that a write of the key is under way, perhaps our own first try: it is tried again."""
+    """A response of 409, for a concurrent write of the same key, is retried.
+
+    The concurrent write may be the first attempt of the same upload.
+    """
     files = Files(s3, "small")
     s3.faults = [Fault("PutObject", "409", key="out/small", times=2)]
-    ended = files.run(augment, stub, tmp_path / "summary.json")
-    files.check_outcome(ended, tmp_path / "summary.json")
-    assert ended.exit_code == 3
+    result = files.run(augment, stub, tmp_path / "summary.json")
+    files.check_outcome(result, tmp_path / "summary.json")
+    assert result.exit_code == 3
 
 
 @pytest.mark.slow
-def test_run_killed_before_it_removes_old_rejects_leaves_them_for_the_next_overwrite(
+def test_old_rejects_left_by_a_killed_run_are_removed_by_overwrite(
     augment: RunAugmenter, stub: RunningStub, s3: ScriptedS3, tmp_path: Path
 ) -> None:
-    """The new output is whole and marked, so a plain run skips it; `--overwrite` removes the old rejects.
+    """If a run is killed before it removes old rejects, a run with `--overwrite` removes them.
 
-    docs/augmenter.md says so. To remove them before the output would lose them if the run ended there.
+    The new output is whole, so a plain run skips it, as docs/augmenter.md describes. If the rejects were
+    removed before the output, a run that is killed in between would lose them.
     """
     files = Files(s3, "small")
     assert files.run(augment, stub, tmp_path / "summary.json").exit_code == 3
@@ -254,7 +267,7 @@ def test_run_killed_before_it_removes_old_rejects_leaves_them_for_the_next_overw
         process.kill()
     s3.faults.clear()
     for code, flags, rejects in ((0, (), 2), (0, ("--overwrite",), 0)):
-        ended = augment(*arguments[:-1], *flags)
-        assert ended.exit_code == code, ended.stderr
+        result = augment(*arguments[:-1], *flags)
+        assert result.exit_code == code, result.stderr
         assert s3.objects["out/small.jsonl"].data == _augmented(_SMALL)
         assert len(s3.keys("out/_rejects/small")) == rejects

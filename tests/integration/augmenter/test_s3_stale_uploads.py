@@ -1,4 +1,4 @@
-"""What killed runs left of uploads: ended when it is old by the server's clock, and nobody adds to it."""
+"""Tests of unfinished uploads that killed runs left: they are aborted once they are old and idle."""
 
 import datetime as dt
 import logging
@@ -18,18 +18,18 @@ from tests.support.tcp_relay import deny_upload_listings, tcp_relay
 pytestmark = pytest.mark.slow
 
 _KEYS = ["p/_rejects/a.jsonl.gz", "p/a.jsonl"]
-_OF_OTHERS = ["elsewhere/a.jsonl", "p/notes.txt"]
+_FOREIGN_KEYS = ["elsewhere/a.jsonl", "p/notes.txt"]
 _LATER = dt.timedelta(hours=7)
 _LARGE = FileInfo("large.jsonl", 1, '"its-etag"', 0)
 
 
 @pytest.fixture
 async def client(bucket: Bucket) -> AsyncIterator[Any]:
-    """A client of the bucket, in which a run left uploads of one part, and others theirs."""
+    """Create a client of a bucket with unfinished uploads of a run and of others."""
     async with aws_client("s3", endpoint_url=bucket.endpoint_url, max_connections=4) as client:
-        for key in _KEYS + _OF_OTHERS:
-            made = await client.create_multipart_upload(Bucket=bucket.name, Key=key)
-            part = {"Bucket": bucket.name, "Key": key, "UploadId": made["UploadId"], "PartNumber": 1}
+        for key in _KEYS + _FOREIGN_KEYS:
+            upload = await client.create_multipart_upload(Bucket=bucket.name, Key=key)
+            part = {"Bucket": bucket.name, "Key": key, "UploadId": upload["UploadId"], "PartNumber": 1}
             await client.upload_part(**part, Body=b"x")
         yield client
 
@@ -39,8 +39,8 @@ async def _remaining_uploads(client: Any, bucket: Bucket) -> list[str]:
     return sorted(upload["Key"] for upload in page.get("Uploads", ()))
 
 
-def _server_is_later(parsed: Any, **_: object) -> None:
-    """As the server would say it hours after."""
+def _advance_server_clock(parsed: Any, **_: object) -> None:
+    """Advance the date of a response by hours."""
     parsed["ResponseMetadata"]["HTTPHeaders"]["date"] = format_datetime(dt.datetime.now(dt.UTC) + _LATER)
 
 
@@ -49,38 +49,41 @@ def _started_earlier(parsed: Any, **_: object) -> None:
         upload["Initiated"] -= _LATER
 
 
-def _without_date(parsed: Any, **_: object) -> None:
+def _remove_date(parsed: Any, **_: object) -> None:
     del parsed["ResponseMetadata"]["HTTPHeaders"]["date"]
 
 
-async def test_a_killed_runs_uploads_are_ended_when_they_are_old(client: Any, bucket: Bucket) -> None:
-    """The next run leaves them; one that comes hours later by the server's clock ends them, not others'."""
+async def test_stale_uploads_are_aborted_after_hours(client: Any, bucket: Bucket) -> None:
+    """A run aborts unfinished uploads of its outputs hours after they began, by the server's clock.
+
+    It leaves younger ones, and those of other keys.
+    """
     await S3Store(client, bucket=bucket.name, prefix="p/").check_writable()
-    assert await _remaining_uploads(client, bucket) == sorted(_KEYS + _OF_OTHERS)
-    client.meta.events.register("after-call.s3.ListMultipartUploads", _server_is_later)
+    assert await _remaining_uploads(client, bucket) == sorted(_KEYS + _FOREIGN_KEYS)
+    client.meta.events.register("after-call.s3.ListMultipartUploads", _advance_server_clock)
     await S3Store(client, bucket=bucket.name, prefix="p/").check_writable()
-    assert await _remaining_uploads(client, bucket) == _OF_OTHERS
+    assert await _remaining_uploads(client, bucket) == _FOREIGN_KEYS
 
 
-async def test_an_upload_that_still_grows_is_somebodys(client: Any, bucket: Bucket) -> None:
-    """Begun hours ago, its last part just now: another process is at work on it."""
+async def test_old_upload_with_a_recent_part_is_not_aborted(client: Any, bucket: Bucket) -> None:
+    """An upload that began hours ago, but has a recent part, belongs to a running process and is kept."""
     client.meta.events.register("after-call.s3.ListMultipartUploads", _started_earlier)
     await S3Store(client, bucket=bucket.name, prefix="p/").check_writable()
-    assert await _remaining_uploads(client, bucket) == sorted(_KEYS + _OF_OTHERS)
+    assert await _remaining_uploads(client, bucket) == sorted(_KEYS + _FOREIGN_KEYS)
 
 
-async def test_a_run_that_goes_on_ends_them_too(
+async def test_stale_uploads_are_aborted_during_a_long_run(
     client: Any, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a start: with the next large file, once the last look is some while ago."""
+    """A run that goes on checks for stale uploads again, with the next large file after an interval."""
     store = S3Store(client, bucket=bucket.name, prefix="p/")
     await store.check_writable()
-    client.meta.events.register("after-call.s3.ListMultipartUploads", _server_is_later)
+    client.meta.events.register("after-call.s3.ListMultipartUploads", _advance_server_clock)
     await _write_large(store)
-    assert await _remaining_uploads(client, bucket) == sorted(_KEYS + _OF_OTHERS)
+    assert await _remaining_uploads(client, bucket) == sorted(_KEYS + _FOREIGN_KEYS)
     monkeypatch.setattr(s3_stale_uploads, "_CHECK_INTERVAL_SECONDS", 0)
     await _write_large(store)
-    assert await _remaining_uploads(client, bucket) == _OF_OTHERS
+    assert await _remaining_uploads(client, bucket) == _FOREIGN_KEYS
 
 
 async def _write_large(store: S3Store) -> None:
@@ -89,26 +92,26 @@ async def _write_large(store: S3Store) -> None:
         await upload.complete()
 
 
-async def test_a_server_that_does_not_list_them_is_told_of_once(
+async def test_denied_listing_of_uploads_is_logged_once(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where uploads may not be listed, large files are made all the same: one warning a store."""
+    """If uploads may not be listed, one warning is logged, and large files are still written."""
     monkeypatch.setattr(s3_stale_uploads, "_CHECK_INTERVAL_SECONDS", 0)
-    with tcp_relay(bucket.endpoint_url, reject=deny_upload_listings) as way:
-        async with aws_client("s3", endpoint_url=way.url, max_connections=4) as client:
+    with tcp_relay(bucket.endpoint_url, reject=deny_upload_listings) as relay:
+        async with aws_client("s3", endpoint_url=relay.url, max_connections=4) as client:
             store = S3Store(client, bucket=bucket.name, prefix="p/")
             await store.check_writable()
             for _ in range(2):
                 await _write_large(store)
-    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said == [f"s3://{bucket.name}/p/: unfinished uploads are left as they are: Access Denied."]
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert messages == [f"s3://{bucket.name}/p/: unfinished uploads are left as they are: Access Denied."]
 
 
-async def test_a_server_without_a_clock_keeps_them(
+async def test_uploads_are_kept_if_the_server_has_no_clock(
     client: Any, bucket: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nobody's age can be told then: they are left, and the run says so."""
-    client.meta.events.register("after-call.s3.ListMultipartUploads", _without_date)
+    """If responses have no date, the age of uploads is unknown: they are kept, and the run logs it."""
+    client.meta.events.register("after-call.s3.ListMultipartUploads", _remove_date)
     await S3Store(client, bucket=bucket.name, prefix="p/").check_writable()
-    assert await _remaining_uploads(client, bucket) == sorted(_KEYS + _OF_OTHERS)
+    assert await _remaining_uploads(client, bucket) == sorted(_KEYS + _FOREIGN_KEYS)
     assert "does not tell the time" in caplog.text

@@ -97,6 +97,7 @@ PYTHON = (
     Target(
         path="services/common/storage/s3_upload.py",
         tests=(
+            "tests/integration/augmenter/test_s3_listing_order.py",
             "tests/integration/augmenter/test_s3_compatibility.py",
             "tests/integration/augmenter/test_s3_faults.py",
         ),
@@ -112,7 +113,7 @@ PYTHON = (
         path="services/common/storage/s3_listing.py",
         tests=(
             "tests/unit/common/storage/test_s3_listing.py",
-            "tests/integration/augmenter/test_s3_compatibility.py",
+            "tests/integration/augmenter/test_s3_listing_order.py",
         ),
     ),
 )

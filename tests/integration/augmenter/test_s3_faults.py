@@ -1,6 +1,6 @@
 """Tests of each S3 operation that fails, before or after it has its effect.
 
-A file must be whole, or failed and named.
+A file must be whole, or failed and named. One module, since all tests check their outcome by `Files`.
 """
 
 import gzip

@@ -1,8 +1,10 @@
--- Forget pairs.
--- ARGV[1]  the digests, 16 bytes each
--- Returns  how many were there
-local digests, removed = ARGV[1], 0
-go_on_when_full()
+-- Delete pairs.
+--
+-- ARGV[1]  digests, 16 bytes each
+-- Reply    how many of them there were
+local digests = ARGV[1]
+local deleted = 0
+allow_writes_when_full()
 for at = 1, #digests, 16 do
   local b0, b1, b2, b3 = byte(digests, at, at + 3)
   local column = b0 % COLUMNS
@@ -12,7 +14,7 @@ for at = 1, #digests, 16 do
     states[tag] = state
     local reply = try('HDEL', bucket_of(state, column, b1, b2, b3), sub(digests, at + 1, at + 11))
     if not is_error(reply) then
-      removed = removed + reply
+      deleted = deleted + reply
       state.pairs = state.pairs - reply
     elseif not is_wrong_type(reply) then
       error(reply)
@@ -20,6 +22,6 @@ for at = 1, #digests, 16 do
   end
 end
 for _, state in pairs(states) do
-  save(state)
+  save_state(state)
 end
-return removed
+return deleted

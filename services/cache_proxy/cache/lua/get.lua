@@ -1,13 +1,19 @@
 -- Look up a batch of pairs.
--- ARGV[1]  the digests, 16 bytes each, one after the other
--- Returns  {two bytes a digest: day * 8 + level, the low byte first, 0 if there is none; how much was garbage;
---          this server's time, by which answers age: seconds since 1970 with their decimals}
+--
+-- ARGV[1]  digests, 16 bytes each, one after the other
+-- Reply    {two bytes for each digest: day * 8 + level, the low byte first, 0 if there is no answer,
+--           values that were garbage,
+--           the time of this server, by which answers age: seconds since 1970 with decimals}
 local digests = ARGV[1]
-local prefixes, firsts, scales = {}, {}, {} -- prefix: by tag, false if it has no state
-local entries, count = {}, 0
-local known = { [false] = '\0\0' } -- value -> entry: a batch has few different ones
 
-local function look_at(tag)
+-- By tag the prefix of its buckets' names, false if it has no state; by first byte the parameters of its
+-- column.
+local prefixes, firsts, scales = {}, {}, {}
+local entries, count = {}, 0
+-- Value -> entry: a batch has few different values.
+local known = { [false] = '\0\0' }
+
+local function load_tag(tag)
   local state = load_state(tag_key(tag))
   prefixes[tag] = state and state.prefix or false
   if state then
@@ -30,12 +36,12 @@ local function entry_of(value)
   return entry
 end
 
--- Numbers in hexadecimal: there are few, and to spell one takes longer than to look it up.
+-- Hexadecimal digits of numbers: there are few different ones, and formatting takes longer than a look-up.
 local plain, padded = {}, {}
 
-local function spelled(spellings, form, number)
-  spellings[number] = format(form, number)
-  return spellings[number]
+local function format_once(formatted, form, number)
+  formatted[number] = format(form, number)
+  return formatted[number]
 end
 
 for at = 1, #digests, 16 do
@@ -44,7 +50,7 @@ for at = 1, #digests, 16 do
   local tag = (b0 - column) / COLUMNS
   local prefix = prefixes[tag]
   if prefix == nil then
-    look_at(tag)
+    load_tag(tag)
     prefix = prefixes[tag]
   end
   local value = false
@@ -52,11 +58,12 @@ for at = 1, #digests, 16 do
     local number = bucket_number(b1, b2, b3, firsts[b0], scales[b0]) * COLUMNS + column
     local bucket
     if number < 256 then
-      bucket = prefix .. (plain[number] or spelled(plain, '%x', number))
+      bucket = prefix .. (plain[number] or format_once(plain, '%x', number))
     else
       local low = number % 256
       local high = (number - low) / 256
-      bucket = prefix .. (plain[high] or spelled(plain, '%x', high)) .. (padded[low] or spelled(padded, '%02x', low))
+      local first_digits = plain[high] or format_once(plain, '%x', high)
+      bucket = prefix .. first_digits .. (padded[low] or format_once(padded, '%02x', low))
     end
     value = try('HGET', bucket, sub(digests, at + 1, at + 11))
   end

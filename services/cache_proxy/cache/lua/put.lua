@@ -1,16 +1,20 @@
--- Remember a batch of levels. Repeating it changes nothing.
--- ARGV[1]  17 bytes an answer: the digest, then the level as one byte
--- ARGV[2]  the day that they were inferred on; empty: today. Of an earlier day nothing newer is overwritten.
--- Returns  how much was garbage, and is healed
-local answers, day = ARGV[1], tonumber(ARGV[2])
-local is_new = not day or day >= today
+-- Store a batch of levels. Repeating it changes nothing.
+--
+-- ARGV[1]  17 bytes for each answer: the digest, then the level as one byte
+-- ARGV[2]  the day on which they were inferred; empty: today. With an earlier day, newer answers are kept
+-- Reply    how many values were garbage, and were replaced
+local answers = ARGV[1]
+local day = tonumber(ARGV[2])
+local is_today = not day or day >= today
 day = math.min(day or today, today)
+
+-- Tag -> pairs that are new; level -> value.
 local added, values = {}, {}
 for level = 1, 7 do
   values[level] = format('%d', pack_value(level, day))
 end
 
-local function is_known(bucket, field)
+local function is_newer(bucket, field)
   local value = try('HGET', bucket, field)
   local _, known_day = unpack_value(value)
   return known_day and known_day > day
@@ -27,24 +31,28 @@ for at = 1, #answers, 17 do
     for each = 0, COLUMNS - 1 do
       firsts[each], firsts.scales[each] = column_of(state.buckets, each)
     end
-    state.firsts, added[tag] = firsts, 0
+    state.firsts = firsts
+    added[tag] = 0
   end
   local number = bucket_number(b1, b2, b3, firsts[column], firsts.scales[column])
-  local bucket, field = state.prefix .. format('%x', number * COLUMNS + column), sub(answers, at + 1, at + 11)
-  if is_new or not is_known(bucket, field) then
-    added[tag] = added[tag] + write(bucket, field, values[byte(answers, at + 16)])
+  local bucket = state.prefix .. format('%x', number * COLUMNS + column)
+  local field = sub(answers, at + 1, at + 11)
+  if is_today or not is_newer(bucket, field) then
+    added[tag] = added[tag] + set_fields(bucket, field, values[byte(answers, at + 16)])
   end
 end
+
+-- Split buckets of tags that have grown: twice as fast as pairs come, so that the split catches up, and with
+-- a bound, so that Redis is not blocked.
 for tag, count in pairs(added) do
   local state = states[tag]
   state.pairs = state.pairs + count
-  -- Twice as fast as pairs come, so that it catches up; bounded, so that Redis is not held.
-  for _ = 1, 2 + floor(count * 2 / LOAD) do
-    if state.pairs <= LOAD * state.buckets then
+  for _ = 1, 2 + floor(count * 2 / MEAN_PAIRS) do
+    if state.pairs <= MEAN_PAIRS * state.buckets then
       break
     end
-    split(state)
+    split_bucket(state)
   end
-  save(state)
+  save_state(state)
 end
 return garbage

@@ -1,221 +1,289 @@
--- Take the next batch and its slot, if a call is allowed now.
--- ARGV[1]  replica   ARGV[2]  the claim's id, chosen by the claimer: repeated, it gives the same batch
--- ARGV[3]  pairs a second   ARGV[4]  calls a second   (0: no limit)   ARGV[5]  most pairs in a batch
---          (of these three the deployment's own, in Redis, come first)
--- ARGV[6]  most bytes in a batch   ARGV[7]  linger, ms   ARGV[8]  lease, ms
--- ARGV[9]  how long before its slot a full batch may be claimed, ms
--- ARGV[10] the server that the replica's last heartbeat reached
--- ARGV[11] ms ago that the replica's own last call failed; -1: it was answered, or too long ago to matter
--- Returns  {'wait', ms; -1 if nothing waits}
---          {'aside', ms}: another replica's calls are answered, and this one's are not
---          {'batch', ms until it may be sent, ms until its slot, msgpack list of {digest, company, title, ms waited},
---           contexts of the spans that wait for them, at most MAX_LINKS,
---           the request that queued all of them, '' if there were several}
-local replica, id, ahead = ARGV[1], ARGV[2], tonumber(ARGV[9])
-own = { pairs_per_second = tonumber(ARGV[3]), calls_per_second = tonumber(ARGV[4]), batch_pairs = tonumber(ARGV[5]) }
-local settings = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second')
-local pairs_rate, calls_rate = rate_of(settings[1]) or own.pairs_per_second, rate_of(settings[2]) or own.calls_per_second
-local batch_pairs, batch_bytes, linger = pairs_in_batch(own.batch_pairs), tonumber(ARGV[6]), tonumber(ARGV[7])
-local LEAD_MS = 15 -- from here to the model takes about so long: the slot of a batch that could go at once
-local PAIRS_A_MS = 50 -- and so many pairs take a millisecond more
-local HEARTBEAT_MS, QUIET_MS = 300, 1200
-local SUSPECT_EVERY = 3 -- at most every fourth call is a probe while others wait
-local GATHER_MS = 50 -- where nothing but quotas holds pairs back, so many ms' worth of them go together
+-- Claim the next batch and its slot, if a call is allowed now.
+--
+-- ARGV[1]   replica
+-- ARGV[2]   id of the claim, chosen by the replica: repeated, it returns the same batch
+-- ARGV[3]   pairs per second, [4] calls per second (0: no limit), [5] maximum pairs in a batch: used if Redis
+--           has none
+-- ARGV[6]   maximum bytes in a batch
+-- ARGV[7]   linger, ms
+-- ARGV[8]   lease, ms
+-- ARGV[9]   how long before its slot a full batch may be claimed, ms
+-- ARGV[10]  run id of the server that the last heartbeat of the replica reached
+-- ARGV[11]  ms since the replica's own last call failed; -1 if it was answered, or failed too long ago
+-- Reply     {'wait', ms; -1 if nothing waits}
+--           {'aside', ms}: the calls of another replica are answered, and those of this one are not
+--           {'batch', ms until it may be sent, ms until its slot,
+--            msgpack list of {digest, company, title, ms waited},
+--            contexts of the spans of callers that wait for the pairs, at most MAX_LINKS,
+--            the request that enqueued all of them, '' if there were several}
+local replica = ARGV[1]
+local id = ARGV[2]
+local batch_bytes = tonumber(ARGV[6])
+local linger_ms = tonumber(ARGV[7])
+local lease_ms = tonumber(ARGV[8])
+local ahead_ms = tonumber(ARGV[9])
+local failed_ms_ago = tonumber(ARGV[11])
+own_limits = {
+  pairs_per_second = tonumber(ARGV[3]),
+  calls_per_second = tonumber(ARGV[4]),
+  batch_pairs = tonumber(ARGV[5]),
+}
+local pairs_rate, calls_rate
+do
+  local settings = redis.call('HMGET', LIMIT, 'pairs_per_second', 'calls_per_second')
+  pairs_rate = to_rate(settings[1]) or own_limits.pairs_per_second
+  calls_rate = to_rate(settings[2]) or own_limits.calls_per_second
+end
+local batch_pairs = deployment_batch_pairs(own_limits.batch_pairs)
+-- The way from here to the model takes LEAD_MS, which is the slot of a batch that could be sent at once, and
+-- one millisecond more for each PAIRS_PER_MS pairs.
+local LEAD_MS, PAIRS_PER_MS = 15, 50
+local HEARTBEAT_MS, TAKEOVER_QUIET_MS = 300, 1200
+-- At most every fourth call is a probe of suspects while other pairs wait.
+local CALLS_BETWEEN_PROBES = 3
+-- Pairs that only quotas hold back are sent together, as many as the quotas allow in GATHER_MS.
+local GATHER_MS = 50
 
-local function as_batch(claim)
-  local batch, contexts, known, request = {}, {}, {}, nil
+local function batch_reply(claim)
+  local batch, contexts, known_contexts, request = {}, {}, {}, nil
   for _, digest in ipairs(claim.digests) do
     local pair = records[digest]
     if pair and pair.claim == id then
       batch[#batch + 1] = { digest, pair.company, pair.title, claim.at - pair.at }
-      local queued_by = type(pair.request) == 'string' and pair.request or ''
-      request = (request or queued_by) == queued_by and queued_by or ''
+      local enqueued_by = type(pair.request) == 'string' and pair.request or ''
+      request = (request or enqueued_by) == enqueued_by and enqueued_by or ''
       for _, context in ipairs(pair.trace and #contexts < MAX_LINKS and contexts_of(pair) or {}) do
-        if not known[context] then
-          known[context], contexts[#contexts + 1] = true, context
+        if not known_contexts[context] then
+          known_contexts[context] = true
+          contexts[#contexts + 1] = context
         end
       end
     end
   end
-  return { 'batch', math.ceil(claim.send_at - now), math.ceil(claim.slot_at - now), cmsgpack.pack(batch), contexts,
-    request or '' }
+  local until_send_ms = math.ceil(claim.send_at - now)
+  local until_slot_ms = math.ceil(claim.slot_at - now)
+  return { 'batch', until_send_ms, until_slot_ms, cmsgpack.pack(batch), contexts, request or '' }
 end
 
-local mine = load_claim(id)
-if mine then
-  load_pairs(mine.digests)
-  return as_batch(mine)
-end
--- A replica numbers its claims. One that was granted before is over: this is a copy of the script that took long on its
--- way, and the replica has stopped waiting for its reply. What it would take would go nowhere until the claim is reaped.
+-- The script is repeated when its reply was lost.
 do
-  local MOST_COPIES_LATE = 10000 -- ids: what is further ahead was not given by this replica
-  local function serial_of(name)
-    return type(name) == 'string' and number(string.match(name, '%.(%d+)$')) or nil
+  local known_claim = load_claim(id)
+  if known_claim then
+    load_pairs(known_claim.digests)
+    return batch_reply(known_claim)
   end
-  local granted, serial = serial_of(redis.pcall('HGET', BASE .. 'granted:' .. replica, 'id')), serial_of(id)
-  if granted and serial and serial <= granted and granted - serial < MOST_COPIES_LATE then
+end
+
+-- A replica numbers its claims. If a later one was granted, this script was delayed on its way, and the
+-- replica no longer waits for its reply: what it would claim would be lost until the claim is reaped. A
+-- serial number that is much higher was not given by this replica.
+do
+  local MAX_DELAYED_CLAIMS = 10000
+  local function serial_of(name)
+    return type(name) == 'string' and to_number(string.match(name, '%.(%d+)$')) or nil
+  end
+  local granted = serial_of(redis.pcall('HGET', BASE .. 'granted:' .. replica, 'id'))
+  local serial = serial_of(id)
+  if granted and serial and serial <= granted and granted - serial < MAX_DELAYED_CLAIMS then
     return { 'wait', 1 }
   end
 end
 reap()
 
--- The limit: two theoretical arrival times (GCRA). What is not there, cannot be, or is another server's (a restart,
--- a failover that may have lost the last write), means that all may just have been spent.
-local function interval(per_second, cost)
+-- The limit: two theoretical arrival times (GCRA). If they are absent, impossible or those of another server
+-- (after a restart, or a failover that may have lost the last write), the limit counts as fully used now.
+local function interval_ms(per_second, cost)
   return per_second > 0 and cost * 1000 / per_second or 0
 end
-local run = this_run()
-if ARGV[10] ~= run then -- what it may just have spent elsewhere is not told here yet: see heartbeat.lua
+local run_id = server_run_id()
+-- What the replica may just have sent by its own time slots is not recorded here before its heartbeat (see
+-- heartbeat.lua).
+if ARGV[10] ~= run_id then
   return { 'wait', HEARTBEAT_MS / 2 }
 end
-local limit = redis.call('HMGET', LIMIT, 'run', 'pairs_tat', 'calls_tat', 'not_before')
-local pairs_tat, calls_tat, not_before = number(limit[2]), number(limit[3]), not_before_of(limit[4])
-local failing, most_pairs = false, batch_pairs
+local pairs_tat, calls_tat, not_before
+-- While calls fail, one small call at a time finds out whether the model works again.
+local is_failing, max_pairs = false, batch_pairs
 do
-  local failures, backoff_until, breaking = model.backoff()
+  local limit = redis.call('HMGET', LIMIT, 'run', 'pairs_tat', 'calls_tat', 'not_before')
+  pairs_tat = to_number(limit[2])
+  calls_tat = to_number(limit[3])
+  not_before = to_not_before(limit[4])
+  local failures, backoff_until, is_breaking = model.backoff()
   not_before = math.max(not_before, backoff_until)
-  if failures > 0 and not breaking then -- one small call at a time finds out whether the model is back
-    failing, most_pairs = true, math.min(model.PROBE_PAIRS, batch_pairs)
+  if failures > 0 and not is_breaking then
+    is_failing = true
+    max_pairs = math.min(model.PROBE_PAIRS, batch_pairs)
   end
-end
-local burst = math.max(interval(pairs_rate, batch_pairs), interval(calls_rate, 1))
-local latest = now + burst + ahead + LEAD_MS + batch_pairs / PAIRS_A_MS + LATE_MS
-if limit[1] ~= run or not pairs_tat or not calls_tat or pairs_tat > latest or calls_tat > latest then
-  pairs_tat, calls_tat = now + burst, now + burst
-  if limit[1] and limit[1] ~= run and burst > 0 then
-    -- The server before this one may still serve others: a planned failover has two masters for a second. Until each
-    -- side knows the other for silent, and keeps to its own moments, this one is.
-    not_before = math.max(not_before, now + QUIET_MS)
-    redis.call('HSET', LIMIT, 'not_before', not_before)
+
+  local burst_ms = math.max(interval_ms(pairs_rate, batch_pairs), interval_ms(calls_rate, 1))
+  local latest_tat = now + burst_ms + ahead_ms + LEAD_MS + batch_pairs / PAIRS_PER_MS + MAX_LATE_MS
+  local is_known = limit[1] == run_id and pairs_tat and calls_tat
+  if not is_known or pairs_tat > latest_tat or calls_tat > latest_tat then
+    pairs_tat = now + burst_ms
+    calls_tat = now + burst_ms
+    if limit[1] and limit[1] ~= run_id and burst_ms > 0 then
+      -- The server before this one may still serve other replicas: during a planned failover there are two
+      -- masters for about a second. This one is quiet until the replicas of each side take those of the other
+      -- side for silent, and keep to their own time slots.
+      not_before = math.max(not_before, now + TAKEOVER_QUIET_MS)
+      redis.call('HSET', LIMIT, 'not_before', not_before)
+    end
+    redis.call('HSET', LIMIT, 'run', run_id, 'pairs_tat', pairs_tat, 'calls_tat', calls_tat)
+    -- What was consumed before is not returned.
+    redis.call('HDEL', LIMIT, 'last')
+    assume_quotas_spent()
   end
-  redis.call('HSET', LIMIT, 'run', run, 'pairs_tat', pairs_tat, 'calls_tat', calls_tat)
-  redis.call('HDEL', LIMIT, 'last') -- what was spent before is not given back
-  suspect_quotas()
 end
 
--- Replicas that may have lost Redis have their share of every quota, as they have moments of their own.
+-- Replicas that may have lost Redis have their share of every quota, as they have time slots of their own.
 load_quotas()
-local silent, members, quiet = silent_replicas(replica), {}, {}
+local silent, members, is_silent = silent_replicas(replica), {}, {}
 if #silent > 0 then
-  for _, gone in ipairs(silent) do
-    quiet[gone] = true
+  for _, name in ipairs(silent) do
+    is_silent[name] = true
   end
-  local all = 0
+  local connected = 0
   for member in string.gmatch(redis.call('HGET', LIMIT, 'members') or '', '[^,]+') do
     members[#members + 1] = member
-    all = all + (quiet[member] and 0 or 1)
+    connected = connected + (is_silent[member] and 0 or 1)
   end
   for _, account in ipairs(accounts) do
-    rates[account] = rates[account] * math.max(1, all) / math.max(1, #members)
+    rates[account] = rates[account] * math.max(1, connected) / math.max(1, #members)
   end
 end
 
--- What may go out now, by lane, and who came first of it. An account's interactive pairs go first.
-local waiting, oldest, held_until = 0, nil, nil
+-- Count what may be sent now, by lane, and find the oldest pair of it. The interactive pairs of an account go
+-- first.
+local waiting, oldest_at, held_until = 0, nil, nil
 local counts, offered = {}, {}
-local function offer(lane, most)
+local function offer(lane, max_count)
   local count = redis.call('ZCARD', lane_key(lane))
   counts[lane] = count
   local first = count > 0 and redis.call('ZRANGE', lane_key(lane), 0, 0) or {}
   load_pairs(first)
   local pair = records[first[1]]
-  offered[lane] = math.min(count, math.max(most, pair and pair.paid and 1 or 0))
+  offered[lane] = math.min(count, math.max(max_count, pair and pair.paid and 1 or 0))
   waiting = waiting + offered[lane]
-  if pair and offered[lane] > 0 and (not oldest or pair.at < oldest) then
-    oldest = math.min(now, pair.at)
+  if pair and offered[lane] > 0 and (not oldest_at or pair.at < oldest_at) then
+    oldest_at = math.min(now, pair.at)
   end
   return count
 end
-for _, priority in ipairs(LANES) do
+for _, priority in ipairs(PRIORITIES) do
   offer(priority, math.huge)
 end
 for _, account in ipairs(accounts) do
   local rate, count = rates[account], 0
-  local left = may_send(account, rate, now + LEAD_MS)
-  for _, priority in ipairs(ASKED) do
-    local there = offer(lane_of(priority, account), left)
-    left, count = math.max(0, left - there), count + there
+  local left = sendable_pairs(account, rate, now + LEAD_MS)
+  for _, priority in ipairs(CALLER_PRIORITIES) do
+    local lane_count = offer(lane_of(priority, account), left)
+    left = math.max(0, left - lane_count)
+    count = count + lane_count
   end
   if count > 0 and rate > 0 then
-    local spent, burst = quota_of(account, rate)
-    local again = spent + 1000 / rate - burst - LEAD_MS
-    held_until = math.min(held_until or again, again)
+    local tat, quota_burst = quota_tat(account, rate)
+    local next_at = tat + 1000 / rate - quota_burst - LEAD_MS
+    held_until = math.min(held_until or next_at, next_at)
   end
 end
-local groups = redis.call('LLEN', GROUPS)
+local groups = redis.call('LLEN', SUSPECT_GROUPS)
 if waiting == 0 and groups == 0 then
   return { 'wait', held_until and math.ceil(math.max(GATHER_MS, held_until - now)) or -1 }
 end
 
--- A replica whose own calls fail leaves the slots to those whose calls are answered, and tells them that pairs wait.
-local AGAIN_MS = 200
-if tonumber(ARGV[11]) >= 0 then
-  local other = redis.call('HMGET', META, 'answered_by', 'answered_at')
-  if other[1] and other[1] ~= replica and (number(other[2]) or 0) > now - tonumber(ARGV[11])
-    and now - (number(redis.call('ZSCORE', REPLICAS, other[1])) or 0) <= SILENT_MS then
+-- A replica whose own calls fail leaves the slots to replicas whose calls are answered, and publishes that
+-- pairs wait.
+local RETRY_MS = 200
+if failed_ms_ago >= 0 then
+  local answered = redis.call('HMGET', META, 'answered_by', 'answered_at')
+  if answered[1] and answered[1] ~= replica and (to_number(answered[2]) or 0) > now - failed_ms_ago
+    and now - (to_number(redis.call('ZSCORE', REPLICAS, answered[1])) or 0) <= SILENT_MS then
     publish('', {})
-    return { 'aside', AGAIN_MS }
+    return { 'aside', RETRY_MS }
   end
 end
-if failing and redis.call('HEXISTS', CLAIMS, redis.call('HGET', MODEL, 'probe') or '') == 1 then
-  return { 'wait', AGAIN_MS }
+if is_failing and redis.call('HEXISTS', CLAIMS, redis.call('HGET', MODEL, 'probe') or '') == 1 then
+  return { 'wait', RETRY_MS }
 end
 
-local probing = groups > 0 and (waiting == 0 or meta('since_probe') >= SUSPECT_EVERY)
+-- Whether the batch is a probe of suspects, and when it may be sent: a batch that is not full waits for the
+-- linger time, unless it is a probe.
+local is_probe = groups > 0 and (waiting == 0 or meta_number('since_probe') >= CALLS_BETWEEN_PROBES)
 local group = {}
-if probing then
-  local packed = unpack_safely(redis.call('LINDEX', GROUPS, -1))
-  group = packed and type(packed[1]) == 'string' and split(packed[1]) or {}
+if is_probe then
+  local packed = unpack_safely(redis.call('LINDEX', SUSPECT_GROUPS, -1))
+  group = packed and type(packed[1]) == 'string' and split_digests(packed[1]) or {}
 end
-local count = math.min(most_pairs, probing and #group or waiting)
-local company_until = not probing and not failing and waiting < batch_pairs and oldest and oldest + linger or now
-local wait = math.max(0, company_until - now, not_before - now, calls_rate > 0 and calls_tat - now or 0,
-  pairs_rate > 0 and pairs_tat + interval(pairs_rate, count) - interval(pairs_rate, batch_pairs) - now or 0)
-local early = waiting >= batch_pairs and not failing and ahead or LEAD_MS
-if wait > early or company_until > now then
-  return { 'wait', math.ceil(math.max(company_until - now, wait - early, 1)) }
-end
--- Somebody who may have lost Redis calls the model at moments of his own: then all keep to theirs. Moments are
--- `slot` apart; members have them in turn, a block each; those of the silent are left alone,
--- and so is the last of each block when they are close together. (See slots.py.)
-local slot = moment_ms()
-if #silent > 0 and slot > 0 then
-  local block = math.ceil(1000 / slot)
-  local moment = math.floor((now + LEAD_MS) / slot)
-  local owner = members[math.floor(moment / block) % math.max(1, #members) + 1]
-  local between = block > 2 and moment % block == block - 1
-  if (owner and quiet[owner]) or between or math.abs(moment * slot - now) > LEAD_MS then
-    return { 'wait', math.max(1, (moment + 1) * slot - now) }
+local count = math.min(max_pairs, is_probe and #group or waiting)
+local wait_ms
+do
+  local linger_until = now
+  if not is_probe and not is_failing and waiting < batch_pairs and oldest_at then
+    linger_until = oldest_at + linger_ms
+  end
+  local calls_wait_ms = calls_rate > 0 and calls_tat - now or 0
+  local pairs_wait_ms = 0
+  if pairs_rate > 0 then
+    pairs_wait_ms = pairs_tat + interval_ms(pairs_rate, count) - interval_ms(pairs_rate, batch_pairs) - now
+  end
+  wait_ms = math.max(0, linger_until - now, not_before - now, calls_wait_ms, pairs_wait_ms)
+  local early_ms = waiting >= batch_pairs and not is_failing and ahead_ms or LEAD_MS
+  if wait_ms > early_ms or linger_until > now then
+    return { 'wait', math.ceil(math.max(linger_until - now, wait_ms - early_ms, 1)) }
   end
 end
 
--- It may be sent from `send_at` on, a little before which it is claimed, so that a busy Redis costs no slot.
-local chosen, size, looked = {}, 0, 0
-local claim = { replica = replica, lease_until = now + wait + tonumber(ARGV[8]), at = now,
-  send_at = now + wait, slot_at = now + math.max(wait, LEAD_MS + count / PAIRS_A_MS) }
+-- A replica that may have lost Redis calls the model in time slots of its own. Then all replicas keep to time
+-- slots. Members have them in turn, in blocks of about a second. Those of silent members are left free, and
+-- so is the last one of each block if they are close together (see time_slots.py).
+local time_slot = time_slot_ms()
+if #silent > 0 and time_slot > 0 then
+  local slots_per_turn = math.ceil(1000 / time_slot)
+  local slot_index = math.floor((now + LEAD_MS) / time_slot)
+  local owner = members[math.floor(slot_index / slots_per_turn) % math.max(1, #members) + 1]
+  local is_guard_slot = slots_per_turn > 2 and slot_index % slots_per_turn == slots_per_turn - 1
+  if (owner and is_silent[owner]) or is_guard_slot or math.abs(slot_index * time_slot - now) > LEAD_MS then
+    return { 'wait', math.max(1, (slot_index + 1) * time_slot - now) }
+  end
+end
+
+-- The batch may be sent from `send_at` on. It is claimed a little before, so that a busy Redis costs no slot.
+local chosen, size, visited = {}, 0, 0
+local claim = {
+  replica = replica,
+  lease_until = now + wait_ms + lease_ms,
+  at = now,
+  send_at = now + wait_ms,
+  slot_at = now + math.max(wait_ms, LEAD_MS + count / PAIRS_PER_MS),
+}
 local function is_wanted(digest)
   local pair = records[digest]
-  if pair and not anybody_waits(pair) then
-    forget(digest)
+  if pair and not has_waiters(pair) then
+    remove_pair(digest)
     return false
   end
   return pair ~= false
 end
-local function add(digest, most, strictly)
-  local more = records[digest].size
-  if (#chosen > 0 or strictly) and size + more > most then -- what is too large alone goes alone
+
+-- Add a pair if it fits. A pair that is larger than a batch is sent alone, unless `is_strict`.
+local function add(digest, max_bytes, is_strict)
+  local pair_bytes = records[digest].size
+  if (#chosen > 0 or is_strict) and size + pair_bytes > max_bytes then
     return false
   end
-  size = size + more
+  size = size + pair_bytes
   chosen[#chosen + 1] = digest
   return true
 end
 
 local rest
-local spending = {} -- account -> pairs that its quota is spent for
-if probing then
-  redis.call('RPOP', GROUPS)
+-- Account -> pairs for which its quota is charged.
+local charged = {}
+if is_probe then
+  -- Probe one half of a group of suspects. It is split between callers where possible, so that the pairs of
+  -- one caller do not wait because of another's.
+  redis.call('RPOP', SUSPECT_GROUPS)
   load_pairs(group)
   local alive = {}
   for _, digest in ipairs(group) do
@@ -223,25 +291,24 @@ if probing then
       alive[#alive + 1] = digest
     end
   end
-  local function caller(at)
+  local function caller_at(at)
     return records[alive[at]].caller
   end
-  -- By caller first: whose pairs are fine should not wait for whose are not.
   table.sort(alive, function(one, other)
     if records[one].caller ~= records[other].caller then
       return records[one].caller < records[other].caller
     end
     return one < other
   end)
-  local function boundary(at)
-    return at == #alive or caller(at) ~= caller(at + 1)
+  local function is_boundary(at)
+    return at == #alive or caller_at(at) ~= caller_at(at + 1)
   end
   local half = math.ceil(#alive / 2)
   local below, above = half, half
-  while below > 0 and not boundary(below) do
+  while below > 0 and not is_boundary(below) do
     below = below - 1
   end
-  while above < #alive and not boundary(above) do
+  while above < #alive and not is_boundary(above) do
     above = above + 1
   end
   if below > 0 and (above == #alive or half - below <= above - half) then
@@ -250,68 +317,86 @@ if probing then
     half = above
   end
   rest = {}
-  local full = false
+  local is_full = false
   for at, digest in ipairs(alive) do
-    full = full or at > half or #chosen == most_pairs or not add(digest, batch_bytes)
-    if full then
+    is_full = is_full or at > half or #chosen == max_pairs or not add(digest, batch_bytes)
+    if is_full then
       rest[#rest + 1] = digest
     end
   end
 else
-  -- A stream is what a lane may send now, in its order; `tag` is its first pair's place among all of the priority's.
-  local taken = {}
-  local function advance(stream, room)
+  -- Choose pairs from the lanes. A stream is what a lane may send now, in its order, and `tag` is the
+  -- position of its first pair among all pairs of the priority. A pair may be in several lanes, so it is
+  -- taken once.
+  local is_taken = {}
+
+  -- Move a stream to its next pair that is wanted. Return whether there is one.
+  local function advance(stream, space)
     while true do
       stream.at = stream.at + 1
       if stream.at > #stream.found then
-        if looked >= AT_ONCE + batch_pairs then
+        if visited >= MAX_PAIRS_PER_SCRIPT + batch_pairs then
           return false
         end
-        local most = math.min(CHUNK, room, stream.account and 2 * #stream.found + 16 or CHUNK)
-        stream.found = redis.call('ZRANGE', lane_key(stream.lane), stream.from, stream.from + most - 1)
-        stream.from, stream.at = stream.from + #stream.found, 1
+        local max_found = stream.account and 2 * #stream.found + 16 or CHUNK_ARGUMENTS
+        local last = stream.from + math.min(CHUNK_ARGUMENTS, space, max_found) - 1
+        stream.found = redis.call('ZRANGE', lane_key(stream.lane), stream.from, last)
+        stream.from = stream.from + #stream.found
+        stream.at = 1
         if #stream.found == 0 then
           return false
         end
         load_pairs(stream.found)
       end
-      looked = looked + 1
+      visited = visited + 1
       local digest = stream.found[stream.at]
       local pair = records[digest]
-      local tag = pair and not pair.claim and not pair.suspect and tag_in(pair, stream.lane)
+      local tag = pair and not pair.claim and not pair.suspect and tag_in_lane(pair, stream.lane)
       if not tag then
-        place(stream.lane, digest, false) -- it does not belong here
-      elseif not taken[digest] and is_wanted(digest) then
+        -- It does not belong here.
+        set_lane_tag(stream.lane, digest, false)
+      elseif not is_taken[digest] and is_wanted(digest) then
         if stream.account and not pair.paid and stream.left < 1 then
           return false
         end
-        stream.digest, stream.own_tag = digest, tag
-        stream.tag = stream.account and account_tag(stream.priority, stream.account) or tag
+        stream.digest = digest
+        stream.own_tag = tag
+        stream.tag = stream.account and account_start_tag(stream.priority, stream.account) or tag
         return true
       end
     end
   end
-  local heaps = {} -- priority -> its streams, a binary heap by tag
+
+  -- Priority -> its streams, as a binary heap by tag.
+  local heaps = {}
   local function sift_down(heap)
     local at = 1
     while true do
-      local least = at
+      local smallest = at
       for child = 2 * at, math.min(2 * at + 1, #heap) do
-        least = heap[child].tag < heap[least].tag and child or least
+        smallest = heap[child].tag < heap[smallest].tag and child or smallest
       end
-      if least == at then
+      if smallest == at then
         return
       end
-      heap[at], heap[least], at = heap[least], heap[at], least
+      heap[at], heap[smallest] = heap[smallest], heap[at]
+      at = smallest
     end
   end
-  local function heap_of(priority, room)
+  local function heap_of(priority, space)
     if not heaps[priority] then
       local heap = {}
       for _, lane in ipairs(lanes_of(priority)) do
-        local stream = { lane = lane, priority = priority, account = account_of(lane), left = offered[lane],
-          from = 0, at = 0, found = {} }
-        if offered[lane] > 0 and advance(stream, room) then
+        local stream = {
+          lane = lane,
+          priority = priority,
+          account = account_of(lane),
+          left = offered[lane],
+          from = 0,
+          at = 0,
+          found = {},
+        }
+        if offered[lane] > 0 and advance(stream, space) then
           heap[#heap + 1] = stream
         end
       end
@@ -322,121 +407,153 @@ else
     end
     return heaps[priority]
   end
-  local function fill(priority, most_pairs, most_bytes, strictly)
-    if most_pairs < 1 then
+
+  -- Charge a pair of an account, and let the account's next pair start behind those of the others.
+  local function charge(priority, stream, digest)
+    virtual_times[stream.lane] = math.max(virtual_time(stream.lane), stream.own_tag)
+    advance_account(priority, stream.account, stream.tag)
+    if not records[digest].paid and rates[stream.account] > 0 then
+      stream.left = stream.left - 1
+      records[digest].paid = id
+      charged[stream.account] = (charged[stream.account] or 0) + 1
+    end
+  end
+
+  local function fill(priority, max_count, max_bytes, is_strict)
+    if max_count < 1 then
       return
     end
-    local room, heap = most_pairs, heap_of(priority, most_pairs)
-    while room > 0 and #heap > 0 do
+    local space, heap = max_count, heap_of(priority, max_count)
+    while space > 0 and #heap > 0 do
       local stream = heap[1]
       local digest = stream.digest
-      if not taken[digest] and records[digest] then -- not by another stream meanwhile
-        if not add(digest, most_bytes, strictly) then
+      -- Another stream may have taken it meanwhile.
+      if not is_taken[digest] and records[digest] then
+        if not add(digest, max_bytes, is_strict) then
           return
         end
-        taken[digest], room = true, room - 1
-        virtuals[priority] = math.max(virtual(priority), stream.tag)
+        is_taken[digest] = true
+        space = space - 1
+        virtual_times[priority] = math.max(virtual_time(priority), stream.tag)
         if stream.account then
-          virtuals[stream.lane] = math.max(virtual(stream.lane), stream.own_tag)
-          take_turn(priority, stream.account, stream.tag)
-          if not records[digest].paid and rates[stream.account] > 0 then
-            stream.left = stream.left - 1
-            records[digest].paid = id
-            spending[stream.account] = (spending[stream.account] or 0) + 1
-          end
+          charge(priority, stream, digest)
         end
       end
-      if not advance(stream, math.max(room, 1)) then
+      if not advance(stream, math.max(space, 1)) then
         heap[1] = heap[#heap]
         heap[#heap] = nil
       end
       sift_down(heap)
     end
   end
-  -- Nothing is taken out of a lane before all is chosen, so places in it hold.
-  if most_pairs > 1 then
-    fill('bulk', math.ceil(most_pairs / BULK_SHARE), math.floor(batch_bytes / BULK_SHARE), true)
+
+  -- Bulk has its tenth, then each priority what is left. No pair leaves its lane before all are chosen, so
+  -- positions in the lanes stay valid.
+  if max_pairs > 1 then
+    fill('bulk', math.ceil(max_pairs / BULK_DIVISOR), math.floor(batch_bytes / BULK_DIVISOR), true)
   end
-  for _, lane in ipairs(LANES) do
-    fill(lane, most_pairs - #chosen, batch_bytes)
+  for _, priority in ipairs(PRIORITIES) do
+    fill(priority, max_pairs - #chosen, batch_bytes)
   end
 end
 for _, digest in ipairs(chosen) do
   local pair = records[digest]
   if not pair.suspect then
-    leave_lanes(digest)
+    remove_from_lanes(digest)
   end
-  pair.claim, pair.suspect = id, nil
-  save(digest)
+  pair.claim = id
+  pair.suspect = nil
+  mark_changed(digest)
 end
-write()
-write_ends()
-local function begin_anew(lane, turns)
-  redis.call('DEL', fair_key(turns))
-  redis.call('HDEL', META, 'virtual:' .. lane)
-end
-for _, priority in ipairs(LANES) do
-  local lanes, any = lanes_of(priority), false
-  for _, lane in ipairs(lanes) do
-    local exists = counts[lane] > 0 and redis.call('EXISTS', lane_key(lane)) == 1
-    any = any or exists
-    if exists and virtuals[lane] then
-      redis.call('HSET', META, 'virtual:' .. lane, virtuals[lane])
-    end
-    if counts[lane] > 0 and not exists and lane ~= priority then -- nobody waits in it: whoever comes next starts anew
-      begin_anew(lane, lane)
-    elseif exists and redis.call('HLEN', fair_key(lane)) >= MAX_CALLERS then
-      local over, callers = {}, redis.call('HGETALL', fair_key(lane))
-      for at = 1, #callers, 2 do
-        if (number(callers[at + 1]) or 0) <= virtual(lane) then
-          over[#over + 1] = callers[at]
-        end
+write_changes()
+write_finish_tags()
+
+-- Write virtual times. The tags of a lane that is empty now begin at 0 again, and in a lane with very many
+-- callers those are removed that have nothing ahead of the virtual time.
+do
+  local function reset_tags(lane, flows)
+    redis.call('DEL', fair_key(flows))
+    redis.call('HDEL', META, 'virtual:' .. lane)
+  end
+  for _, priority in ipairs(PRIORITIES) do
+    local lanes, has_pairs = lanes_of(priority), false
+    for _, lane in ipairs(lanes) do
+      local exists = counts[lane] > 0 and redis.call('EXISTS', lane_key(lane)) == 1
+      has_pairs = has_pairs or exists
+      if exists and virtual_times[lane] then
+        redis.call('HSET', META, 'virtual:' .. lane, virtual_times[lane])
       end
-      in_chunks('HDEL', fair_key(lane), over)
+      if counts[lane] > 0 and not exists and lane ~= priority then
+        reset_tags(lane, lane)
+      elseif exists and redis.call('HLEN', fair_key(lane)) >= MAX_CALLERS then
+        local idle, callers = {}, redis.call('HGETALL', fair_key(lane))
+        for at = 1, #callers, 2 do
+          if (to_number(callers[at + 1]) or 0) <= virtual_time(lane) then
+            idle[#idle + 1] = callers[at]
+          end
+        end
+        in_chunks('HDEL', fair_key(lane), idle)
+      end
+    end
+    if not has_pairs then
+      reset_tags(priority, priority)
+      redis.call('DEL', fair_key(account_flows(priority)))
+    elseif #lanes > 1 and virtual_times[priority] then
+      redis.call('HSET', META, 'virtual:' .. priority, virtual_times[priority])
     end
   end
-  if not any then
-    begin_anew(priority, priority)
-    redis.call('DEL', fair_key(turns_of(priority)))
-  elseif #lanes > 1 and virtuals[priority] then
-    redis.call('HSET', META, 'virtual:' .. priority, virtuals[priority])
-  end
 end
+
+-- Forget accounts that have had no pairs for long.
 for _, account in ipairs(accounts) do
-  local there = counts[lane_of('interactive', account)] + counts[lane_of('bulk', account)]
-  if there == 0 and seen_at[account] < now - REFUSED_MS then
+  local account_pairs = counts[lane_of('interactive', account)] + counts[lane_of('bulk', account)]
+  if account_pairs == 0 and account_seen_at[account] < now - REJECTED_MS then
     redis.call('HDEL', QUOTAS, account)
   end
 end
 if #chosen == 0 then
-  suspects(rest or {})
+  add_suspect_group(rest or {})
   return { 'wait', 1 }
 end
 
+-- Grant the claim.
 claim.digests = chosen
-if failing then
+if is_failing then
   redis.call('HSET', MODEL, 'probe', id)
 end
-redis.call('HSET', CLAIMS, id, cmsgpack.pack({ replica = claim.replica, at = claim.at, send_at = claim.send_at,
-  slot_at = claim.slot_at, lease_until = claim.lease_until, lease_ms = claim.lease_until - claim.at, run = run }))
-redis.call('UNLINK', BASE .. 'granted:' .. replica) -- of whatever type
+redis.call('HSET', CLAIMS, id, cmsgpack.pack({
+  replica = claim.replica,
+  at = claim.at,
+  send_at = claim.send_at,
+  slot_at = claim.slot_at,
+  lease_until = claim.lease_until,
+  lease_ms = claim.lease_until - claim.at,
+  run = run_id,
+}))
+-- The key is deleted first, because it may have any type.
+redis.call('UNLINK', BASE .. 'granted:' .. replica)
 redis.call('HSET', BASE .. 'granted:' .. replica, 'id', id)
 redis.call('PEXPIRE', BASE .. 'granted:' .. replica, 600000)
-local spent = {}
-for account, count in pairs(spending) do
-  local before = quota_of(account, rates[account])
-  local after = math.max(before, claim.slot_at) + count * 1000 / rates[account]
-  spent[account] = { before, after }
-  redis.call('ZADD', SPENT, string.format('%.17g', after), account)
+
+-- Charge the quotas.
+local tats = {}
+for account, account_pairs in pairs(charged) do
+  local before = quota_tat(account, rates[account])
+  local after = math.max(before, claim.slot_at) + account_pairs * 1000 / rates[account]
+  tats[account] = { before, after }
+  redis.call('ZADD', QUOTA_TATS, string.format('%.17g', after), account)
 end
-if next(spent) then
-  redis.call('ZREMRANGEBYSCORE', SPENT, '-inf', now - HOUR_MS)
+if next(tats) then
+  redis.call('ZREMRANGEBYSCORE', QUOTA_TATS, '-inf', now - HOUR_MS)
 end
-redis.call('HSET', CLAIMED, id,
-  cmsgpack.pack({ table.concat(chosen), rest and table.concat(rest) or false, next(spent) and spent or nil }))
-redis.call('HSET', META, 'since_probe', probing and 0 or meta('since_probe') + 1)
-local pairs_after = math.max(pairs_tat, claim.slot_at) + interval(pairs_rate, #chosen)
-local calls_after = math.max(calls_tat, claim.slot_at) + interval(calls_rate, 1)
+redis.call('HSET', CLAIM_PAIRS, id,
+  cmsgpack.pack({ table.concat(chosen), rest and table.concat(rest) or false, next(tats) and tats or nil }))
+redis.call('HSET', META, 'since_probe', is_probe and 0 or meta_number('since_probe') + 1)
+
+-- Consume the limit. What it was before is kept, so that the slot can be returned while no later claim relies
+-- on it.
+local pairs_after = math.max(pairs_tat, claim.slot_at) + interval_ms(pairs_rate, #chosen)
+local calls_after = math.max(calls_tat, claim.slot_at) + interval_ms(calls_rate, 1)
 redis.call('HSET', LIMIT, 'last', id, 'pairs_before', pairs_tat, 'calls_before', calls_tat,
   'pairs_after', pairs_after, 'calls_after', calls_after, 'pairs_tat', pairs_after, 'calls_tat', calls_after)
-return as_batch(claim)
+return batch_reply(claim)

@@ -1,23 +1,42 @@
--- Have pairs wait, or learn how they ended. Repeating it changes nothing: it is also the waiters' poll.
--- ARGV[1]  replica   ARGV[2]  most pairs, [3] most bytes that may be held
--- ARGV[4]  pairs in a batch, if the deployment's were lost
--- ARGV[5]  ms for which pairs are retried while the model answers nothing
--- ARGV[6]  requests: msgpack list of {caller, lane, ms that the caller will wait, pairs and bytes of the request
---          that follow in further calls, token (the request's name; what follows was admitted with the first new pair), polling (1:
---          admitted before), list of {digest, company, title, size}, context of the caller's span or '', and, if
---          there is one, the caller's quota: {account, pairs a second, pairs that may wait} (0: any number)}
--- Returns  msgpack list of a reply a request, by position:
---          {'full' | 'late' | 'queued' | 'slow', ms to wait, held pairs or bytes}: nothing was queued; the
---          last two are the quota's: pairs that may wait, pairs a second
---          {'down', ms to wait, the error of the last failed call or false}: nothing was queued
---          {'ok', one byte a pair: 1-7 its level, 16 queued by this call, 17 joined, 18 failed,
---           list of the errors of those that failed, ms after which a call is for the replica to see to: 0 if this
---           changed what waits, or if nobody else sees to it; else no call is possible before}
-local replica, most_pairs, most_bytes = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local batch_pairs, batch_ms, window = pairs_in_batch(tonumber(ARGV[4])), slot_ms(), tonumber(ARGV[5])
+-- Let the pairs of requests wait, or return how they ended. Repeating it changes nothing: replicas also poll
+-- with it.
+--
+-- ARGV[1]  replica
+-- ARGV[2]  maximum pairs, [3] maximum bytes of texts that the queue may hold
+-- ARGV[4]  pairs in a batch: used if Redis has none
+-- ARGV[5]  the retry window, ms: for so long pairs are retried while the model answers nothing
+-- ARGV[6]  msgpack list of requests, each a list:
+--           1  caller
+--           2  priority
+--           3  ms that the caller will wait
+--           4  pairs of the request that follow in further calls
+--           5  bytes of their texts
+--           6  token of the request: what follows was admitted with its first new pair
+--           7  1 if it polls: it was admitted before
+--           8  list of {digest, company, title, size}
+--           9  context of the caller's span, or ''
+--          10  the caller's quota, if there is one: {account, pairs per second, pairs that may wait} (0: any
+--              number)
+-- Reply    msgpack list of a reply for each request, in their order:
+--          {'full' | 'late' | 'queued' | 'slow', ms to wait, pairs or bytes held}: nothing was enqueued.
+--            'queued' and 'slow' are limits of the quota: pairs that wait, pairs per second
+--          {'down', ms to wait, the error of the last failed call or false}: nothing was enqueued
+--          {'ok', states, errors, ms}
+--            states: a byte for each pair: 1-7 its level, 16 enqueued by this call, 17 joined, 18 failed
+--            errors: those of the pairs that failed
+--            ms: 0 if the replica should claim now, since this call changed what waits or no other replica
+--                claims it; otherwise no call is possible before
+local replica = ARGV[1]
+local max_held_pairs = tonumber(ARGV[2])
+local max_held_bytes = tonumber(ARGV[3])
+local batch_pairs = deployment_batch_pairs(tonumber(ARGV[4]))
+local batch_ms = slot_ms()
+local window_ms = tonumber(ARGV[5])
 local requests = cmsgpack.unpack(ARGV[6])
 local RESERVATION_MS = 10000
+local QUEUED, JOINED, FAILED = 16, 17, 18
 
+-- Load all records, and for pairs without one how they ended.
 local wanted = {}
 for _, request in ipairs(requests) do
   for _, item in ipairs(request[8]) do
@@ -31,199 +50,225 @@ for _, digest in ipairs(wanted) do
     missing[#missing + 1] = digest
   end
 end
-local outcomes = recall(missing)
+local outcomes = recent_outcomes(missing)
 
--- What is held, and what waits in front of whom.
+-- Count what is held and what waits. `added` counts the pairs of this script by lane, which are not in Redis
+-- yet.
 load_quotas()
-local held, held_bytes = redis.call('HLEN', PAIRS), meta('bytes')
-local counts, added = {}, {} -- lane -> pairs that wait there, and those of this script, which are not yet in Redis
+local held = redis.call('HLEN', PAIRS)
+local held_bytes = meta_number('bytes')
+local counts, added = {}, {}
 local function count_of(lane)
   counts[lane] = counts[lane] or redis.call('ZCARD', lane_key(lane))
   return counts[lane] + (added[lane] or 0)
 end
-local reserved, reserved_of = {}, {} -- token -> {pairs, bytes, account}; account -> pairs
-local stored = redis.call('HGETALL', RESERVED)
+
+-- Reservations: what was admitted of requests and follows. By token {pairs, bytes}, and by account the pairs.
+local reserved, reserved_of = {}, {}
+local stored = redis.call('HGETALL', RESERVATIONS)
 for at = 1, #stored, 2 do
-  local count, size, till, rest = string.match(stored[at + 1], '^(%d+):(%d+):(%d+)(.*)$')
-  if not count or tonumber(till) < now or tonumber(till) > now + RESERVATION_MS then
-    redis.call('HDEL', RESERVED, stored[at])
+  local count, size, until_ms, suffix = string.match(stored[at + 1], '^(%d+):(%d+):(%d+)(.*)$')
+  if not count or tonumber(until_ms) < now or tonumber(until_ms) > now + RESERVATION_MS then
+    redis.call('HDEL', RESERVATIONS, stored[at])
   else
-    local account = string.match(rest, '^:(.*)$')
+    local account = string.match(suffix, '^:(.*)$')
     reserved[stored[at]] = { tonumber(count), tonumber(size) }
     if account then
       reserved_of[account] = (reserved_of[account] or 0) + tonumber(count)
     end
-    held, held_bytes = held + tonumber(count), held_bytes + tonumber(size)
+    held = held + tonumber(count)
+    held_bytes = held_bytes + tonumber(size)
   end
 end
+
+-- When the next call is possible. An arrival time that no call can have caused (by another clock, for
+-- instance) is replaced by the next claim; but a replica whose requests are rejected never claims.
 local limit = redis.call('HMGET', LIMIT, 'not_before', 'calls_tat', 'pairs_tat')
 local failures, backoff_until = model.backoff()
-local not_before = math.max(not_before_of(limit[1]), backoff_until)
+local not_before = math.max(to_not_before(limit[1]), backoff_until)
 local outage = redis.call('HMGET', META, 'down', 'failing_at', 'reason')
-local is_down = outage[1] == '1' and not model.is_over(number(outage[2]) or 0, backoff_until, window)
--- What no call can have spent (by another clock, say) the next claim puts right; but who is refused never claims.
-local function spent_until(tat)
-  return math.min(number(tat) or 0, now + batch_ms + LATE_MS)
+local is_outage_over = model.outage_is_over(to_number(outage[2]) or 0, backoff_until, window_ms)
+local is_down = outage[1] == '1' and not is_outage_over
+local function bounded_tat(tat)
+  return math.min(to_number(tat) or 0, now + batch_ms + MAX_LATE_MS)
 end
-local first_wait = math.max(0, math.max(spent_until(limit[2]), not_before) - now)
+local first_wait_ms = math.max(0, math.max(bounded_tat(limit[2]), not_before) - now)
 
--- How many of the pairs that wait in a lane may go within so many ms, as the quota has it.
-local function may_go(lane, within)
-  local count, account = count_of(lane), account_of(lane)
-  return account and math.min(count, may_send(account, rates[account] or 0, now + within)) or count
+-- Return how many of the pairs that wait in a lane its quota lets go within some time.
+local function sendable_in_lane(lane, within_ms)
+  local count = count_of(lane)
+  local account = account_of(lane)
+  return account and math.min(count, sendable_pairs(account, rates[account] or 0, now + within_ms)) or count
 end
 
-local function all_that_may_go(priority, within)
+local function sendable_in_priority(priority, within_ms)
   local sum = 0
   for _, lane in ipairs(lanes_of(priority)) do
-    sum = sum + may_go(lane, within)
+    sum = sum + sendable_in_lane(lane, within_ms)
   end
   return sum
 end
 
--- In how many calls at the latest the first so many pairs of a priority go out: bulk has its tenth of each, and what
--- interactive leaves.
-local function calls_until(priority, ahead, within)
-  local interactive = priority ~= 'interactive' and all_that_may_go('interactive', within)
+-- Return in how many calls, at the latest, the first `ahead` pairs of a priority are sent. Bulk has its tenth
+-- of each call, and what interactive leaves.
+local function calls_until(priority, ahead, within_ms)
+  local bulk_part = batch_pairs > 1 and math.ceil(batch_pairs / BULK_DIVISOR) or 0
   if priority == 'interactive' then
-    local kept = batch_pairs > 1 and all_that_may_go('bulk', within) > 0 and math.ceil(batch_pairs / BULK_SHARE) or 0
+    local kept = bulk_part > 0 and sendable_in_priority('bulk', within_ms) > 0 and bulk_part or 0
     return math.ceil(ahead / (batch_pairs - kept))
-  elseif priority == 'bulk' then
-    local tenth = batch_pairs > 1 and math.ceil(batch_pairs / BULK_SHARE) or 0
-    local behind = math.ceil((interactive + ahead) / batch_pairs)
-    return tenth > 0 and math.min(behind, math.ceil(ahead / tenth)) or behind
   end
-  return math.ceil((interactive + all_that_may_go('bulk', within) + ahead) / batch_pairs)
+  local interactive = sendable_in_priority('interactive', within_ms)
+  if priority == 'bulk' then
+    local behind = math.ceil((interactive + ahead) / batch_pairs)
+    return bulk_part > 0 and math.min(behind, math.ceil(ahead / bulk_part)) or behind
+  end
+  return math.ceil((interactive + sendable_in_priority('bulk', within_ms) + ahead) / batch_pairs)
 end
 
-local function wait_of(count, calls)
-  local pairs_wait = spent_until(limit[3]) + math.min(1, count / batch_pairs) * batch_ms - batch_ms - now
-  return math.max(first_wait, pairs_wait) + (math.max(1, calls) - 1) * batch_ms
+-- Return the ms until the last of some calls, if `count` pairs wait for the first one.
+local function wait_for_calls(count, calls)
+  local pairs_wait_ms = bounded_tat(limit[3]) + math.min(1, count / batch_pairs) * batch_ms - batch_ms - now
+  return math.max(first_wait_ms, pairs_wait_ms) + (math.max(1, calls) - 1) * batch_ms
 end
 
--- How long until the pairs up to a place in a lane are out, with `more` of this script's own that wait there too, as
--- the limit has it and as the quota has it; `within`: what is later than that is too late anyway.
-local function waits_at(lane, tag, more, within)
-  local priority, account = priority_of(lane), account_of(lane)
-  local rate, quota_wait = rates[account] or 0, 0
-  -- If even all that is held goes out in time, nobody's place needs to be known but for the quota.
-  local least_left = batch_pairs - (batch_pairs > 1 and math.ceil(batch_pairs / BULK_SHARE) or 0)
-  local at_most = wait_of(math.max(1, more), math.ceil((held + more) / least_left))
-  if at_most <= within and rate == 0 then
-    return at_most, 0
+-- Return how long it takes until the pairs up to a position in a lane are sent, with `more` pairs of this
+-- script that wait there too: by the limit, and by the quota. What is later than `within_ms` is too late
+-- anyway.
+local function waits_at(lane, tag, more, within_ms)
+  local priority = priority_of(lane)
+  local account = account_of(lane)
+  local rate, quota_wait_ms = rates[account] or 0, 0
+
+  -- If even all pairs that are held are sent in time, the position matters for the quota alone.
+  local min_batch = batch_pairs - (batch_pairs > 1 and math.ceil(batch_pairs / BULK_DIVISOR) or 0)
+  local longest_ms = wait_for_calls(math.max(1, more), math.ceil((held + more) / min_batch))
+  if longest_ms <= within_ms and rate == 0 then
+    return longest_ms, 0
   end
   local ahead = redis.call('ZCOUNT', lane_key(lane), '-inf', tag) + more
   if account then
     if rate > 0 then
-      local spent, burst = quota_of(account, rate)
-      local first = priority == 'bulk' and count_of(lane_of('interactive', account)) or 0
-      quota_wait = math.max(0, math.max(spent, now) + (first + ahead) * 1000 / rate - burst - now)
+      local tat, burst_ms = quota_tat(account, rate)
+      local before = priority == 'bulk' and count_of(lane_of('interactive', account)) or 0
+      quota_wait_ms = math.max(0, math.max(tat, now) + (before + ahead) * 1000 / rate - burst_ms - now)
     end
-    if at_most <= within then
-      return at_most, quota_wait
+    if longest_ms <= within_ms then
+      return longest_ms, quota_wait_ms
     end
-    tag = account_tag(priority, account) + ahead - 1
+    -- From the position among the account's pairs to that among all pairs of the priority.
+    tag = account_start_tag(priority, account) + ahead - 1
     ahead = ahead + redis.call('ZCOUNT', lane_key(priority), '-inf', tag)
   end
   for _, other in ipairs(accounts) do
     if other ~= account and priority ~= 'refresh' then
-      local before = math.floor(tag - account_tag(priority, other)) + 1
-      ahead = ahead + math.max(0, math.min(before, may_go(lane_of(priority, other), within)))
+      local before = math.floor(tag - account_start_tag(priority, other)) + 1
+      local sendable = sendable_in_lane(lane_of(priority, other), within_ms)
+      ahead = ahead + math.max(0, math.min(before, sendable))
     end
   end
-  return wait_of(math.max(1, more), calls_until(priority, ahead, within)), quota_wait
+  return wait_for_calls(math.max(1, more), calls_until(priority, ahead, within_ms)), quota_wait_ms
 end
 
--- The shortest wait of a pair's, of all its places.
-local function wait_where_it_is(pair, within)
-  local least = math.huge
-  each_place(pair, function(lane, tag)
-    least = math.min(least, math.max(waits_at(lane, tag, 0, within)))
+-- Return the shortest wait of a pair, over all its positions.
+local function wait_of_pair(pair, within_ms)
+  local shortest_ms = math.huge
+  each_position(pair, function(lane, tag)
+    shortest_ms = math.min(shortest_ms, math.max(waits_at(lane, tag, 0, within_ms)))
   end)
-  return least
+  return shortest_ms
 end
 
--- Of `turn` pairs that would wait in the caller's own turn, of which `count` are new and would be held, and of those
--- joined that go out last.
-local function refusal(caller, lane, patience, turn, count, size, joined_wait, quota)
-  -- While the model is down, whoever asks next when a call is due is the probe. Nobody waits for a call that comes
-  -- after his deadline.
-  if count > 0 and is_down and (backoff_until > now or held > 0)
-    or failures > 0 and backoff_until - now > patience and count + turn + joined_wait > 0 then
+-- Return the reply that rejects a request, or nil.
+--   own_pairs       pairs that would wait in the caller's own flow: new ones, and those joined that go last
+--   count, size     new pairs and their bytes, which would be held
+--   joined_wait_ms  the longest wait of the other pairs that were joined
+local function rejection(caller, lane, patience_ms, own_pairs, count, size, joined_wait_ms, quota)
+  -- While the model is down, the first request after the backoff is the probe. No caller waits for a call
+  -- that comes after its deadline.
+  local waits_for_probe = count > 0 and is_down and (backoff_until > now or held > 0)
+  local is_too_late = failures > 0 and backoff_until - now > patience_ms
+  if waits_for_probe or is_too_late and count + own_pairs + joined_wait_ms > 0 then
     return { 'down', math.max(0, backoff_until - now), unpack_safely(outage[3]) or false }
   end
-  local wait, quota_wait = joined_wait, 0
-  if turn > 0 then
-    local last = first_tag(lane, turn_of(lane, caller)) + turn - 1
-    local own_wait
-    own_wait, quota_wait = waits_at(lane, last, (added[lane] or 0) + turn, patience)
-    wait = math.max(wait, own_wait)
+  local wait_ms, quota_wait_ms = joined_wait_ms, 0
+  if own_pairs > 0 then
+    local last_tag = start_tag(lane, flow_of(lane, caller)) + own_pairs - 1
+    local own_wait_ms
+    own_wait_ms, quota_wait_ms = waits_at(lane, last_tag, (added[lane] or 0) + own_pairs, patience_ms)
+    wait_ms = math.max(wait_ms, own_wait_ms)
   end
-  if count > 0 and quota and quota.room < count then
-    local until_room = quota.rate > 0 and (count - quota.room) * 1000 / quota.rate or 0
-    return { 'queued', math.ceil(math.max(wait, until_room)), tostring(quota.waiting) }
-  elseif count > 0 and held + count > most_pairs then
-    return { 'full', math.ceil(wait), held .. ' pairs' }
-  elseif count > 0 and held_bytes + size > most_bytes then
-    return { 'full', math.ceil(wait), held_bytes .. ' bytes' }
-  elseif quota_wait > math.max(wait, patience) then
-    return { 'slow', math.ceil(quota_wait), '' }
-  elseif wait > patience then
-    return { 'late', math.ceil(wait), '' }
+  if count > 0 and quota and quota.space < count then
+    local until_space_ms = quota.rate > 0 and (count - quota.space) * 1000 / quota.rate or 0
+    return { 'queued', math.ceil(math.max(wait_ms, until_space_ms)), tostring(quota.waiting) }
+  elseif count > 0 and held + count > max_held_pairs then
+    return { 'full', math.ceil(wait_ms), held .. ' pairs' }
+  elseif count > 0 and held_bytes + size > max_held_bytes then
+    return { 'full', math.ceil(wait_ms), held_bytes .. ' bytes' }
+  elseif quota_wait_ms > math.max(wait_ms, patience_ms) then
+    return { 'slow', math.ceil(quota_wait_ms), '' }
+  elseif wait_ms > patience_ms then
+    return { 'late', math.ceil(wait_ms), '' }
   end
 end
 
+-- Set what is reserved for the rest of a request.
 local function reserve(token, count, size, account)
   local before = reserved[token] or { 0, 0 }
-  held, held_bytes = held + count - before[1], held_bytes + size - before[2]
+  held = held + count - before[1]
+  held_bytes = held_bytes + size - before[2]
   if account then
     reserved_of[account] = (reserved_of[account] or 0) + count - before[1]
   end
   if count > 0 then
     reserved[token] = { count, size }
-    redis.call('HSET', RESERVED, token,
-      string.format('%d:%d:%d', count, size, now + RESERVATION_MS) .. (account and ':' .. account or ''))
+    local suffix = account and ':' .. account or ''
+    local value = string.format('%d:%d:%d', count, size, now + RESERVATION_MS) .. suffix
+    redis.call('HSET', RESERVATIONS, token, value)
   elseif reserved[token] then
     reserved[token] = nil
-    redis.call('HDEL', RESERVED, token)
+    redis.call('HDEL', RESERVATIONS, token)
   end
 end
 
-local claims, groups -- counted when needed
+-- Return whether a part of the queue was lost: the pair is in no claim and no group, and perhaps in no lane.
+local claims, groups
 local function is_lost(pair)
   if pair.claim then
     return redis.call('HEXISTS', CLAIMS, pair.claim) == 0
   end
-  claims, groups = claims or redis.call('HLEN', CLAIMS), groups or redis.call('LLEN', GROUPS)
+  claims = claims or redis.call('HLEN', CLAIMS)
+  groups = groups or redis.call('LLEN', SUSPECT_GROUPS)
   return not pair.suspect or claims + groups == 0
 end
 
--- An account has pairs here, at this rate: the last word counts.
-local function know(account, rate)
+-- An account has pairs here, at this rate. The rate of the last request counts.
+local function set_rate(account, rate)
   if not rates[account] then
     accounts[#accounts + 1] = account
   end
   rates[account] = rate
 end
 
--- What becomes of a pair that waits when somebody joins it. Who is in the same lane with a worse priority moves; if
--- no place of the pair's is as good and free of quotas, it gets one more: it goes out with whichever turn and quota
--- comes first, and no caller waits for another's.
-local function better_place(pair, priority, account)
-  local free, same, places = nil, nil, 0 -- the best rank of a place without a quota; the place in the account's lanes
-  each_place(pair, function(lane)
+-- Return what changes for a pair that waits when a request joins it: 'move' it from a lane of the same
+-- account with a lower priority, 'add' a position, or nil. It gets a position if none that it has is as good
+-- and free of quotas: it is sent with the first turn and quota that come, and no caller waits for the quota
+-- of another. Also return the lane to move from.
+local function better_position(pair, priority, account)
+  -- The best rank of a position without a quota, and the position in the account's lanes.
+  local free_rank, same_lane, positions = nil, nil, 0
+  each_position(pair, function(lane)
     local other = account_of(lane)
-    places = places + 1
+    positions = positions + 1
     if other == account then
-      same = lane
+      same_lane = lane
     end
     if not other or (rates[other] or 0) == 0 then
-      free = math.min(free or #LANES, rank_of(lane))
+      free_rank = math.min(free_rank or #PRIORITIES, rank_of(lane))
     end
   end)
-  if same then
-    return RANK[priority] < rank_of(same) and 'move' or nil, same
-  elseif places < MAX_PLACES and not (free and free <= RANK[priority]) then
+  if same_lane then
+    return PRIORITY_RANK[priority] < rank_of(same_lane) and 'move' or nil, same_lane
+  elseif positions < MAX_POSITIONS and not (free_rank and free_rank <= PRIORITY_RANK[priority]) then
     return 'add'
   end
 end
@@ -232,13 +277,16 @@ local function step_of(pair, priority, account)
   if pair.claim or pair.suspect then
     return nil
   end
-  return better_place(pair, priority, account)
+  return better_position(pair, priority, account)
 end
 
-local stirred -- whether a request has changed what waits, and so perhaps when the next call is due
-local function set_place(pair, lane, tag, caller, instead_of)
+-- Whether a request has changed what waits, and so perhaps when the next call is possible.
+local is_changed
+local function set_position(pair, lane, tag, caller, instead_of)
   if pair.lane == instead_of then
-    pair.lane, pair.caller, pair.tag = lane, caller, tag
+    pair.lane = lane
+    pair.caller = caller
+    pair.tag = tag
     if pair.also then
       pair.also[lane] = nil
     end
@@ -251,26 +299,26 @@ local function set_place(pair, lane, tag, caller, instead_of)
   end
 end
 
-local function put(digest, lane, caller, instead_of)
-  local tag = next_tag(lane, turn_of(lane, caller))
-  stirred = true
+local function add_position(digest, lane, caller, instead_of)
+  local tag = take_start_tag(lane, flow_of(lane, caller))
+  is_changed = true
   if instead_of then
-    place(instead_of, digest, false)
+    set_lane_tag(instead_of, digest, false)
   end
-  set_place(records[digest], lane, tag, caller, instead_of)
+  set_position(records[digest], lane, tag, caller, instead_of)
   added[lane] = (added[lane] or 0) + 1
-  wait_in_lane(digest)
+  put_in_lanes(digest)
 end
 
--- Whether a replica that is heard of waits for a pair too, and so sees to its call.
-local heard = {}
+-- Return whether another replica with heartbeats waits for a pair, and so will claim it.
+local is_alive = {}
 local function others_wait(pair)
   for other, deadline in pairs(pair.interest) do
     if other ~= replica and type(deadline) == 'number' and deadline > now then
-      if heard[other] == nil then
-        heard[other] = now - (number(redis.call('ZSCORE', REPLICAS, other)) or 0) <= SILENT_MS
+      if is_alive[other] == nil then
+        is_alive[other] = now - (to_number(redis.call('ZSCORE', REPLICAS, other)) or 0) <= SILENT_MS
       end
-      if heard[other] then
+      if is_alive[other] then
         return true
       end
     end
@@ -278,130 +326,159 @@ local function others_wait(pair)
   return false
 end
 
-local promised = {} -- lanes in which pairs in flight or suspect wait if they do so again
-local function join(digest, priority, account, caller, until_ms, polling, room, context)
+-- Join a pair that waits or is in-flight. `space` is how many positions the quota's bound on waiting pairs
+-- still allows; return what is left of it. `promised` has the lanes in which pairs that are in-flight or
+-- suspect will wait if they wait again (see `return_pairs`).
+local promised = {}
+local function join(digest, priority, account, caller, until_ms, is_polling, space, context)
   local pair = records[digest]
-  if polling and is_lost(pair) then -- part of the queue was lost: in no claim, no group, perhaps in no lane
-    stirred = true
-    wait_in_lane(digest)
+  if is_polling and is_lost(pair) then
+    is_changed = true
+    put_in_lanes(digest)
   end
-  stirred = stirred or not pair.claim and not others_wait(pair)
+  is_changed = is_changed or not pair.claim and not others_wait(pair)
+
+  -- The caller's quota is another than it was.
   local had = priority_of(pair.lane)
-  if polling and pair.caller == caller and had ~= 'refresh' and account_of(pair.lane) ~= account
-    and not pair.claim and not pair.suspect then -- the caller's quota is another than it was
-    put(digest, lane_of(had, account), caller, pair.lane)
+  if is_polling and pair.caller == caller and had ~= 'refresh' and account_of(pair.lane) ~= account
+    and not pair.claim and not pair.suspect then
+    add_position(digest, lane_of(had, account), caller, pair.lane)
   end
-  local lane, step, same = lane_of(priority, account), better_place(pair, priority, account)
-  local changes = step == 'move' or step == 'add' and room > 0
-  if changes and (pair.claim or pair.suspect) then -- it waits there once it waits again: see give_back
-    set_place(pair, lane, virtual(lane), caller, same)
+
+  local lane = lane_of(priority, account)
+  local step, same_lane = better_position(pair, priority, account)
+  local changes = step == 'move' or step == 'add' and space > 0
+  if changes and (pair.claim or pair.suspect) then
+    set_position(pair, lane, virtual_time(lane), caller, same_lane)
     promised[lane] = true
-    save(digest)
+    mark_changed(digest)
   elseif changes then
-    put(digest, lane, caller, same)
+    add_position(digest, lane, caller, same_lane)
   end
   if changes and step == 'add' then
-    room = room - 1
+    space = space - 1
   end
-  if not number(pair.interest[replica]) or pair.interest[replica] < until_ms then
+  if not to_number(pair.interest[replica]) or pair.interest[replica] < until_ms then
     pair.interest[replica] = until_ms
-    save(digest)
+    mark_changed(digest)
   end
   if add_context(pair, context) then
-    save(digest)
+    mark_changed(digest)
   end
-  return room
+  return space
 end
 
--- Of the pairs joined: how many would wait in the caller's own turn, and the longest wait of the others.
-local function joining(digests, priority, account, patience, room)
-  local turn, wait, last = 0, 0, {} -- last: lane -> the last place in it, of pairs that wait in no other
+-- Return, of the pairs that a request would join, how many would wait in the caller's own flow, and the
+-- longest wait of the others.
+local function joined_waits(digests, priority, account, patience_ms, space)
+  -- Lane -> the last tag in it, of pairs that wait in no other lane.
+  local last_tags = {}
+  local own_pairs, wait_ms = 0, 0
   for _, digest in ipairs(digests) do
     local pair = records[digest]
     local step = step_of(pair, priority, account)
-    if step == 'add' and room > 0 then
-      room = room - 1
-      turn = turn + (wait_where_it_is(pair, patience) > patience and 1 or 0)
+    if step == 'add' and space > 0 then
+      space = space - 1
+      own_pairs = own_pairs + (wait_of_pair(pair, patience_ms) > patience_ms and 1 or 0)
     elseif step == 'move' then
-      turn = turn + 1
+      own_pairs = own_pairs + 1
     elseif not pair.claim and not pair.suspect then
       if pair.also then
-        wait = math.max(wait, wait_where_it_is(pair, patience))
+        wait_ms = math.max(wait_ms, wait_of_pair(pair, patience_ms))
       else
-        last[pair.lane] = math.max(last[pair.lane] or pair.tag, pair.tag)
+        last_tags[pair.lane] = math.max(last_tags[pair.lane] or pair.tag, pair.tag)
       end
     end
   end
-  for lane, tag in pairs(last) do
-    wait = math.max(wait, waits_at(lane, tag, 0, patience))
+  for lane, tag in pairs(last_tags) do
+    wait_ms = math.max(wait_ms, waits_at(lane, tag, 0, patience_ms))
   end
-  return turn, wait
+  return own_pairs, wait_ms
 end
 
+-- Enqueue the pairs of one request, and return its reply.
 local function enqueue(
-  caller, priority, patience, following, following_bytes, token, polling, asked, context, quota)
-  local states, errors, fresh, fresh_bytes, joined = {}, {}, {}, 0, {}
-  local account, limits, room = quota and quota[1], nil, math.huge
+  caller, priority, patience_ms, following, following_bytes, token, polling, items, context, quota)
+  local states, errors, new_items, new_bytes, joined = {}, {}, {}, 0, {}
+  local account = quota and quota[1]
   local lane = lane_of(priority, account)
   if account then
-    know(account, quota[2])
+    set_rate(account, quota[2])
   end
-  for index, item in ipairs(asked) do
+
+  -- Sort the pairs: they wait already, have ended recently, or are new.
+  for index, item in ipairs(items) do
     local digest = item[1]
     local outcome = outcomes[digest]
     if records[digest] then
-      states[index] = 17
+      states[index] = JOINED
       joined[#joined + 1] = digest
     elseif type(outcome) == 'number' then
       states[index] = outcome
     elseif outcome then
-      states[index] = 18
+      states[index] = FAILED
       errors[#errors + 1] = outcome
     else
-      states[index] = 16
-      fresh[#fresh + 1] = item
-      fresh_bytes = fresh_bytes + item[4]
+      states[index] = QUEUED
+      new_items[#new_items + 1] = item
+      new_bytes = new_bytes + item[4]
     end
   end
-  local count = #fresh > 0 and #fresh + following or 0
+
+  -- Admit the request as a whole, with what follows in further calls.
+  local count = #new_items > 0 and #new_items + following or 0
+  local quota_state, space = nil, math.huge
   if account and quota[3] > 0 then
-    local there = reserved_of[account] or 0
-    for _, asked_for in ipairs(ASKED) do
-      there = there + count_of(lane_of(asked_for, account))
+    local waiting = reserved_of[account] or 0
+    for _, of_caller in ipairs(CALLER_PRIORITIES) do
+      waiting = waiting + count_of(lane_of(of_caller, account))
     end
-    limits = { room = quota[3] - there, waiting = there, rate = quota[2] }
-    room = limits.room - (reserved[token] and 0 or count)
+    quota_state = { space = quota[3] - waiting, waiting = waiting, rate = quota[2] }
+    space = quota_state.space - (reserved[token] and 0 or count)
   end
   if polling ~= 1 and not reserved[token] then
-    local turn, joined_wait = joining(joined, priority, account, patience, room)
-    local refused =
-      refusal(caller, lane, patience, count + turn, count, fresh_bytes + following_bytes, joined_wait, limits)
-    if refused then
-      return refused
+    local own_pairs, joined_wait_ms = joined_waits(joined, priority, account, patience_ms, space)
+    local size = new_bytes + following_bytes
+    local rejected =
+      rejection(caller, lane, patience_ms, count + own_pairs, count, size, joined_wait_ms, quota_state)
+    if rejected then
+      return rejected
     end
   end
-  if #fresh > 0 and polling ~= 1 then
-    reserve(token, following, following_bytes, account)
-  elseif reserved[token] then
+  if #new_items > 0 and polling ~= 1 or reserved[token] then
     reserve(token, following, following_bytes, account)
   end
 
-  stirred = #fresh > 0 or failures > 0 or redis.call('HEXISTS', META, 'failing_since') == 1 -- whose calls fail waits a little longer than others
+  -- While calls fail, each replica claims: the way of another one to the model may be what is broken, and a
+  -- replica whose calls failed waits a little longer than the others.
+  is_changed = #new_items > 0 or failures > 0 or redis.call('HEXISTS', META, 'failing_since') == 1
   for _, digest in ipairs(joined) do
-    room = join(digest, priority, account, caller, now + patience, polling == 1, room, context)
+    space = join(digest, priority, account, caller, now + patience_ms, polling == 1, space, context)
   end
-  local turn = #fresh > 0 and turn_of(lane, caller)
-  for _, item in ipairs(fresh) do
+  local flow = #new_items > 0 and flow_of(lane, caller)
+  for _, item in ipairs(new_items) do
     local digest = item[1]
-    if not records[digest] then -- the same pair may be in one call twice
+    -- The same pair may be in one call twice.
+    if not records[digest] then
       records[digest] = {
-        lane = lane, tag = next_tag(lane, turn), caller = caller, at = now, attempts = 0, deaths = 0, refusals = 0,
-        company = item[2], title = item[3], size = item[4], interest = { [replica] = now + patience },
+        lane = lane,
+        tag = take_start_tag(lane, flow),
+        caller = caller,
+        at = now,
+        attempts = 0,
+        deaths = 0,
+        refusals = 0,
+        company = item[2],
+        title = item[3],
+        size = item[4],
+        interest = { [replica] = now + patience_ms },
         request = polling ~= 1 and token or nil,
       }
       add_context(records[digest], context)
-      wait_in_lane(digest)
-      bytes, held, held_bytes = bytes + item[4], held + 1, held_bytes + item[4]
+      put_in_lanes(digest)
+      bytes_delta = bytes_delta + item[4]
+      held = held + 1
+      held_bytes = held_bytes + item[4]
       added[lane] = (added[lane] or 0) + 1
     end
   end
@@ -411,13 +488,14 @@ local function enqueue(
   for index, state in ipairs(states) do
     states[index] = string.char(state)
   end
-  return { 'ok', table.concat(states), errors, stirred and 0 or math.max(1, math.ceil(wait_of(held, 1))) }
+  local claim_after_ms = is_changed and 0 or math.max(1, math.ceil(wait_for_calls(held, 1)))
+  return { 'ok', table.concat(states), errors, claim_after_ms }
 end
 
 local replies = {}
 for index, request in ipairs(requests) do
   replies[index] = enqueue(unpack(request))
 end
-write()
-write_ends()
+write_changes()
+write_finish_tags()
 return cmsgpack.pack(replies)

@@ -1,41 +1,59 @@
--- A replica is alive, and really holds these claims.
--- ARGV[1]  replica   ARGV[2]  msgpack list of the ids of the claims that it holds   ARGV[3]  host:port of its HTTP
--- ARGV[4]  1 after it was without Redis: it may just have called the model in a slot of its own
--- ARGV[5]  pairs a second, [6] calls a second, [7] pairs in a batch: if they were lost or cannot be read
--- ARGV[8]  msgpack list of the keys of the logs of invalidations that it follows
--- ARGV[9]  the server that its last heartbeat reached; empty: this is the first. Under another, too, it may just have called
--- ARGV[10] msgpack list of {minute, report}: what it counted, for the status page
--- Returns  msgpack {now ms, published, queue's id, {interactive, bulk, refresh waiting},
---          ms since the oldest came for which a caller waits, members (who has which slot if Redis is lost),
---          {replica, address} of those to knock at, ms between moments,
---          subscribers that this server has for the replica, the last entry of each log, false if it has none,
---          this server, pairs that wait because their accounts' quotas are spent,
---          names of what was garbage in Redis and is replaced}
-local replica, held = ARGV[1], {}
-local FORGOTTEN_MS, LATE_MS, MAX_NAME = 600000, 500, 64
+-- Record that a replica runs, and that it really holds these claims; return what it needs to know of the
+-- queue.
+--
+-- ARGV[1]   replica
+-- ARGV[2]   msgpack list of the ids of the claims that it holds
+-- ARGV[3]   host:port of its HTTP endpoint
+-- ARGV[4]   1 after it was without Redis: it may just have called the model in a time slot of its own
+-- ARGV[5]   pairs per second, [6] calls per second, [7] pairs in a batch: used if Redis has none, or garbage
+-- ARGV[8]   msgpack list of the keys of the logs of invalidations that it follows
+-- ARGV[9]   run id of the server that its last heartbeat reached, empty for the first one. If it was another
+--           server, the replica may just have called the model too
+-- ARGV[10]  msgpack list of {minute, report} for the status page
+-- Reply     msgpack list:
+--            1  now, ms                          2  messages published so far
+--            3  id of the queue                  4  {interactive, bulk, refresh}: pairs that wait
+--            5  ms since the oldest pair came for which a caller waits
+--            6  members, separated by commas: the order of the time slots without Redis
+--            7  {replica, address} of each that is late with its heartbeat, to be probed
+--            8  ms between time slots            9  subscribers that this server has for the replica
+--           10  the last entry of each log, false if it has none
+--           11  run id of this server           12  pairs that wait only because a quota is used up
+--           13  names of the values that were garbage and were replaced
+local replica = ARGV[1]
+local FORGOTTEN_MS, LATE_HEARTBEAT_MS, MAX_NAME_BYTES = 600000, 500, 64
+local held = {}
 for _, id in ipairs(cmsgpack.unpack(ARGV[2])) do
   held[id] = true
 end
 local garbage = {}
-local function is_garbage(name, value, is_sound)
-  garbage[#garbage + 1] = value and not is_sound and name or nil
-  return value and not is_sound
+local function is_garbage(name, value, is_valid)
+  garbage[#garbage + 1] = value and not is_valid and name or nil
+  return value and not is_valid
 end
+
+-- Replace limits that cannot be read by those of this replica.
 for at, setting in ipairs({ 'pairs_per_second', 'calls_per_second', 'batch_pairs' }) do
   local value = redis.call('HGET', LIMIT, setting)
-  local is_sound = setting == 'batch_pairs' and pairs_in_batch(false) or setting ~= 'batch_pairs' and rate_of(value)
-  if not value or is_garbage(setting, value, is_sound) then
+  local is_valid = to_rate(value)
+  if setting == 'batch_pairs' then
+    is_valid = deployment_batch_pairs(false)
+  end
+  if not value or is_garbage(setting, value, is_valid) then
     redis.call('HSET', LIMIT, setting, ARGV[at + 4])
   end
 end
--- Without an arrival time all may just have been spent: see claim.lua.
-for _, moment in ipairs({ 'pairs_tat', 'calls_tat', 'not_before', 'quotas_since' }) do
-  local value = redis.call('HGET', LIMIT, moment)
-  local at = number(value)
-  if is_garbage(moment, value, at and at <= now + slot_ms() + HOUR_MS) then
-    redis.call('HDEL', LIMIT, moment)
+
+-- Delete times that are impossible. Without its arrival time a limit counts as fully used (see claim.lua).
+for _, time in ipairs({ 'pairs_tat', 'calls_tat', 'not_before', 'quotas_since' }) do
+  local value = redis.call('HGET', LIMIT, time)
+  local at = to_number(value)
+  if is_garbage(time, value, at and at <= now + slot_ms() + HOUR_MS) then
+    redis.call('HDEL', LIMIT, time)
   end
 end
+
+-- The replica is a member that uses the shared queue, so the fleet has its format.
 if redis.call('HGET', LIMIT, 'format') ~= tostring(FORMAT) then
   redis.call('HSET', LIMIT, 'format', FORMAT)
 end
@@ -45,71 +63,94 @@ redis.call('HSET', ADDRESSES, replica, ARGV[3])
 redis.call('HDEL', PAUSED, replica)
 redis.call('HDEL', ALONE, replica)
 reap(replica, held)
+
+-- Remove members that have been silent for long, and garbage.
 local known = redis.call('ZRANGE', REPLICAS, 0, -1, 'WITHSCORES')
 for at = 1, #known, 2 do
-  local one, heard = known[at], number(known[at + 1])
-  local is_sound = #one <= MAX_NAME and string.find(one, '^%x+$') and heard and heard <= now + FORGOTTEN_MS
-  if is_garbage('replicas', one, is_sound) or heard <= now - FORGOTTEN_MS then
-    redis.call('ZREM', REPLICAS, one)
-    redis.call('HDEL', ADDRESSES, one)
-    redis.call('HDEL', PAUSED, one)
-    redis.call('HDEL', ALONE, one)
+  local name = known[at]
+  local heartbeat_at = to_number(known[at + 1])
+  local is_valid = #name <= MAX_NAME_BYTES and string.find(name, '^%x+$')
+    and heartbeat_at and heartbeat_at <= now + FORGOTTEN_MS
+  if is_garbage('replicas', name, is_valid) or heartbeat_at <= now - FORGOTTEN_MS then
+    redis.call('ZREM', REPLICAS, name)
+    redis.call('HDEL', ADDRESSES, name)
+    redis.call('HDEL', PAUSED, name)
+    redis.call('HDEL', ALONE, name)
   end
 end
-local run = this_run()
-if ARGV[4] == '1' or (ARGV[9] ~= '' and ARGV[9] ~= run) then
+
+-- The replica may just have called the model without this server: the limit counts as used by one batch, and
+-- what a claim consumed before is not returned.
+local run_id = server_run_id()
+if ARGV[4] == '1' or (ARGV[9] ~= '' and ARGV[9] ~= run_id) then
   redis.call('HSET', LIMIT,
-    'calls_tat', math.max(number(redis.call('HGET', LIMIT, 'calls_tat')) or 0, now + slot_ms()),
-    'pairs_tat', math.max(number(redis.call('HGET', LIMIT, 'pairs_tat')) or 0, now + slot_ms()))
-  redis.call('HDEL', LIMIT, 'last') -- what a claim spent before is not given back
-  suspect_quotas()
+    'calls_tat', math.max(to_number(redis.call('HGET', LIMIT, 'calls_tat')) or 0, now + slot_ms()),
+    'pairs_tat', math.max(to_number(redis.call('HGET', LIMIT, 'pairs_tat')) or 0, now + slot_ms()))
+  redis.call('HDEL', LIMIT, 'last')
+  assume_quotas_spent()
 end
 
-local waiting, oldest, held_back, any = {}, now, 0, redis.call('EXISTS', PAIRS) == 1
-for at, priority in ipairs(LANES) do
+-- Count what waits. Refreshed pairs have no caller that waits for them, so they do not count for the oldest.
+local waiting, oldest_at, held_back = {}, now, 0
+local has_pairs = redis.call('EXISTS', PAIRS) == 1
+for at, priority in ipairs(PRIORITIES) do
   waiting[at] = 0
-  for _, lane in ipairs(any and lanes_of(priority) or {}) do
-    local count, account = redis.call('ZCARD', lane_key(lane)), account_of(lane)
+  for _, lane in ipairs(has_pairs and lanes_of(priority) or {}) do
+    local count = redis.call('ZCARD', lane_key(lane))
+    local account = account_of(lane)
     waiting[at] = waiting[at] + count
-    if count > 0 and priority ~= 'refresh' then -- for that nobody waits
+    if count > 0 and priority ~= 'refresh' then
       local first = redis.call('ZRANGE', lane_key(lane), 0, 0)
       load_pairs(first)
       if records[first[1]] then
-        oldest = math.min(oldest, records[first[1]].at)
+        oldest_at = math.min(oldest_at, records[first[1]].at)
       end
-      if account and may_send(account, rates[account], now) == 0 then
+      if account and sendable_pairs(account, rates[account], now) == 0 then
         held_back = held_back + count
       end
     end
   end
 end
-local late = redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', '(' .. (now - LATE_MS))
-for at, gone in ipairs(late) do
-  late[at] = { gone, redis.call('HGET', ADDRESSES, gone) or '' }
+
+-- While a member is silent, the list stays as that member knows it: both sides must agree on the time slots.
+-- A replica that came since has none.
+local late = redis.call('ZRANGEBYSCORE', REPLICAS, '-inf', '(' .. (now - LATE_HEARTBEAT_MS))
+for at, name in ipairs(late) do
+  late[at] = { name, redis.call('HGET', ADDRESSES, name) or '' }
 end
--- While somebody is silent, slots stay as the silent one knows them; who came since has none.
 if #late == 0 then
   local all = redis.call('ZRANGE', REPLICAS, 0, -1)
   table.sort(all)
   redis.call('HSET', LIMIT, 'members', table.concat(all, ','))
 end
-local logs = cmsgpack.unpack(ARGV[8])
-for at, log in ipairs(logs) do
-  local last = redis.pcall('LINDEX', log, -1)
-  logs[at] = type(last) == 'table' and 'garbage' or last
-end
--- A report replaces the replica's own of that minute, so whoever says it twice counts nothing twice.
-local REPORT_MINUTES, MOST_REPORTS = 12, 256
+local logs = last_log_entries(cmsgpack.unpack(ARGV[8]))
+
+-- A report replaces the one that the replica sent for the same minute, so a repeated report counts once.
+local REPORT_MINUTES, MAX_REPORTS = 12, 256
 for _, report in ipairs(unpack_safely(ARGV[10]) or {}) do
-  local minute, key = report[1], report_key(report[1])
+  local minute = report[1]
+  local key = report_key(minute)
   if redis.call('TYPE', key).ok ~= 'hash' then
     redis.call('DEL', key)
   end
   if math.abs(minute - now / 60000) < REPORT_MINUTES
-    and (redis.call('HLEN', key) < MOST_REPORTS or redis.call('HEXISTS', key, replica) == 1)
+    and (redis.call('HLEN', key) < MAX_REPORTS or redis.call('HEXISTS', key, replica) == 1)
     and redis.call('HSET', key, replica, report[2]) == 1 then
     redis.call('PEXPIRE', key, REPORT_MINUTES * 60000)
   end
 end
-return cmsgpack.pack({ now, meta('published'), queue_id(), waiting, now - oldest,
-  redis.call('HGET', LIMIT, 'members') or replica, late, moment_ms(), subscribers_of(replica), logs, run, held_back, garbage })
+return cmsgpack.pack({
+  now,
+  meta_number('published'),
+  queue_id(),
+  waiting,
+  now - oldest_at,
+  redis.call('HGET', LIMIT, 'members') or replica,
+  late,
+  time_slot_ms(),
+  subscribers_of(replica),
+  logs,
+  run_id,
+  held_back,
+  garbage,
+})

@@ -1,26 +1,38 @@
--- Heartbeat of a replica whose queue format differs from that of the replicas that use the shared queue. It reads and
--- writes the fleet's membership alone, which all formats share, and no record of the queue.
+-- Heartbeat of a replica whose queue format differs from that of the replicas that use the shared queue.
 --
--- While it stands by, the replica is for the others one that has lost Redis: a silent member. It calls the model in the
--- moments that the members' list gives it, which the others leave alone (see claim.lua). The list changes only while every
--- replica is heard of. So whenever a replica that stands by is not in the list, all that stand by are heard of for a
--- moment, and call nobody until the list has them and they have been silent again.
+-- It reads and writes only the membership of the fleet, which all formats share, and no record of the queue.
+-- While it stands by, the replica is for the others a member that lost Redis: a silent one. It calls the
+-- model only in the time slots that the list of members gives it, which the others leave free (see
+-- claim.lua).
 --
--- ARGV[1]  replica   ARGV[2]  host:port of its HTTP
--- ARGV[3]  pairs a second, [4] calls a second, [5] pairs in a batch: if Redis has none that can be read
+-- The list changes only while all members send heartbeats. So while a replica that stands by is not in it,
+-- all that stand by send heartbeats that the others see, and call nothing, until the list has them and they
+-- have been silent again.
+--
+-- ARGV[1]  replica
+-- ARGV[2]  host:port of its HTTP endpoint
+-- ARGV[3]  pairs per second, [4] calls per second, [5] pairs in a batch: used if Redis has none, or garbage
 -- ARGV[6]  msgpack list of the keys of the logs of invalidations that it follows
 -- ARGV[7]  1 if the replica ends: then it leaves the membership
--- Returns  msgpack {true}: the shared queue has this replica's format now, perhaps since this very call
---          msgpack {false, the format found, now ms, members, ms between moments, ms since this replica was last heard
---          of as others see it, the last entry of each log, false if it has none}
-local CONNECTED_MS = 1500 -- two heartbeats that follow each other are closer together
-local GONE_MS = 3000 -- whoever uses the shared queue and is silent for so long has ended, or lost Redis
+-- Reply    msgpack list:
+--          {true} if the shared queue has this replica's format now, perhaps since this call; otherwise
+--          {false, the format in use, now ms, members, ms between time slots, ms since the others last saw a
+--          heartbeat of this replica, the last entry of each log (false if it has none)}
+
+-- Two heartbeats that follow each other are closer together than CONNECTED_MS. A replica that uses the shared
+-- queue and is silent for GONE_MS has ended, or lost Redis.
+local CONNECTED_MS, GONE_MS = 1500, 3000
 local RENEWED_MS, FORGOTTEN_MS, MAX_STANDBY = 300000, 600000, 1000
-local replica, address = ARGV[1], ARGV[2]
-own = { pairs_per_second = tonumber(ARGV[3]), calls_per_second = tonumber(ARGV[4]), batch_pairs = tonumber(ARGV[5]) }
+local replica = ARGV[1]
+local address = ARGV[2]
+own_limits = {
+  pairs_per_second = tonumber(ARGV[3]),
+  calls_per_second = tonumber(ARGV[4]),
+  batch_pairs = tonumber(ARGV[5]),
+}
 
 if redis.call('TYPE', STANDBY).ok ~= 'hash' or redis.call('HLEN', STANDBY) > MAX_STANDBY then
-  redis.call('UNLINK', STANDBY) -- garbage, or nothing
+  redis.call('UNLINK', STANDBY)
 end
 if ARGV[7] == '1' then
   redis.call('HDEL', STANDBY, replica)
@@ -29,36 +41,38 @@ if ARGV[7] == '1' then
   return cmsgpack.pack({ true })
 end
 
--- Who else stands by: replica -> when it was last heard of.
-local standing_by, found = {}, fleet_format()
-do
-  local stored = redis.call('HGETALL', STANDBY)
-  for at = 1, #stored, 2 do
-    local seen = number(string.match(stored[at + 1], '^%d+:(%d+)$'))
-    if seen and math.abs(now - seen) <= FORGOTTEN_MS then
-      standing_by[stored[at]] = seen
-    else
-      redis.call('HDEL', STANDBY, stored[at])
-    end
+-- All replicas that stand by, and when each sent its last heartbeat.
+local standing_by = {}
+local stored = redis.call('HGETALL', STANDBY)
+for at = 1, #stored, 2 do
+  local seen_at = to_number(string.match(stored[at + 1], '^%d+:(%d+)$'))
+  if seen_at and math.abs(now - seen_at) <= FORGOTTEN_MS then
+    standing_by[stored[at]] = seen_at
+  else
+    redis.call('HDEL', STANDBY, stored[at])
   end
 end
 
--- The queue changes its format when no replica that uses it is left. One that was killed, or has lost Redis, counts as
--- gone after a while, in which this replica has had Redis itself: after an outage all come back, in any order.
-if found ~= FORMAT then
-  local is_used, is_heard = false, false
+-- Whether a replica uses the shared queue, in whatever format.
+local function is_queue_used()
+  local is_used, is_alive = false, false
   local known = redis.call('ZRANGE', REPLICAS, 0, -1, 'WITHSCORES')
   for at = 1, #known, 2 do
     if known[at] ~= replica and not standing_by[known[at]] then
       is_used = true
-      is_heard = is_heard or now - (number(known[at + 1]) or 0) <= GONE_MS
+      is_alive = is_alive or now - (to_number(known[at + 1]) or 0) <= GONE_MS
     end
   end
+  -- Replicas that were killed stay in the membership. They count as gone if they were silent while this
+  -- replica had Redis: after an outage, all replicas come back in any order.
   local was_connected = standing_by[replica] and now - standing_by[replica] <= CONNECTED_MS
-  if not is_used or (was_connected and not is_heard) then
-    found = FORMAT
-    redis.call('HSET', LIMIT, 'format', FORMAT)
-  end
+  return is_used and (is_alive or not was_connected)
+end
+
+local found = fleet_format()
+if found ~= FORMAT and not is_queue_used() then
+  found = FORMAT
+  redis.call('HSET', LIMIT, 'format', FORMAT)
 end
 redis.call('HSET', ADDRESSES, replica, address)
 if found == FORMAT then
@@ -67,24 +81,23 @@ if found == FORMAT then
   return cmsgpack.pack({ true })
 end
 
+-- Send a heartbeat that the others see only if the list of members has to change, or before they forget this
+-- replica.
 standing_by[replica] = now
 redis.call('HSET', STANDBY, replica, FORMAT .. ':' .. now)
 redis.call('HDEL', PAUSED, replica)
-local members, is_member, is_complete = redis.call('HGET', LIMIT, 'members') or '', {}, true
+local members = redis.call('HGET', LIMIT, 'members') or ''
+local is_member, is_complete = {}, true
 for member in string.gmatch(members, '[^,]+') do
   is_member[member] = true
 end
-for other, seen in pairs(standing_by) do
-  is_complete = is_complete and (is_member[other] or now - seen > CONNECTED_MS)
+for other, seen_at in pairs(standing_by) do
+  is_complete = is_complete and (is_member[other] or now - seen_at > CONNECTED_MS)
 end
-local heard = number(redis.call('ZSCORE', REPLICAS, replica))
-if not is_complete or not heard or heard > now or now - heard > RENEWED_MS then
+local heartbeat_at = to_number(redis.call('ZSCORE', REPLICAS, replica))
+if not is_complete or not heartbeat_at or heartbeat_at > now or now - heartbeat_at > RENEWED_MS then
   redis.call('ZADD', REPLICAS, now, replica)
-  heard = now
+  heartbeat_at = now
 end
-local logs = cmsgpack.unpack(ARGV[6])
-for at, log in ipairs(logs) do
-  local last = redis.pcall('LINDEX', log, -1)
-  logs[at] = type(last) == 'table' and 'garbage' or last
-end
-return cmsgpack.pack({ false, found, now, members, moment_ms(), now - heard, logs })
+local logs = last_log_entries(cmsgpack.unpack(ARGV[6]))
+return cmsgpack.pack({ false, found, now, members, time_slot_ms(), now - heartbeat_at, logs })

@@ -37,8 +37,9 @@ from services.cache_proxy.queue.queue_factory import open_queue, watch_quotas
 from services.cache_proxy.queue.waiters import WaiterRegistry
 from services.cache_proxy.resolver import Resolver
 from services.cache_proxy.rpc.inbound_limiter import InboundLimiter, InboundLimits
+from services.cache_proxy.rpc.recorder import RpcRecorder
 from services.cache_proxy.rpc.server import GrpcServer, bind_server
-from services.cache_proxy.rpc.servicer import RequestLimits, RpcRecorder, SeniorityServicer
+from services.cache_proxy.rpc.servicer import RequestLimits, SeniorityServicer
 from services.cache_proxy.rpc.tracing import TracedServicer, TracingRecorder
 from services.cache_proxy.status.page import StatusPage
 from services.common import logs

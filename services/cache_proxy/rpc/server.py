@@ -15,8 +15,8 @@ from services.cache_proxy.rpc import channel_args, reflection, unknown_methods
 from services.cache_proxy.rpc.connections import ServerConnections
 from services.cache_proxy.rpc.health import Health
 from services.cache_proxy.rpc.inbound_limiter import InboundLimiter, InboundLimits
+from services.cache_proxy.rpc.infer_method import SERVICE_NAME
 from services.cache_proxy.rpc.service_registrar import BoundedServiceRegistrar
-from services.cache_proxy.rpc.servicer import SERVICE_NAME
 from services.cache_proxy.rpc.unix_socket import UnixSocketLock
 from services.common.grpc_ports import add_ports
 

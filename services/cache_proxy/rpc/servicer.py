@@ -4,15 +4,14 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import grpc
 from grpc import aio
 
-from protos import seniority_pb2
 from services.cache_proxy.auth.caller import ANONYMOUS, Authenticator, Caller, Context
 from services.cache_proxy.errors import (
     AccessDeniedError,
@@ -26,11 +25,11 @@ from services.cache_proxy.queue.interface import RequestContext
 from services.cache_proxy.resolver import Resolver, ResolveResult
 from services.cache_proxy.rpc.grpc_status import GrpcStatus, to_grpc_status
 from services.cache_proxy.rpc.inbound_limiter import InboundLimiter
+from services.cache_proxy.rpc.infer_method import register_infer
+from services.cache_proxy.rpc.recorder import RpcRecorder
 from services.cache_proxy.wire import batches, request_parser
 from services.common.checkpoint import iter_chunks
 from services.common.tracing import OFF, Tracing
-
-SERVICE_NAME = seniority_pb2.DESCRIPTOR.services_by_name["SeniorityModel"].full_name
 
 _RESPONSE_CHUNK_PAIRS = 5000
 _SINGLE_L1_OUTCOME = {"l1": 1}
@@ -38,16 +37,6 @@ _SINGLE_HIT_TRAILERS = (("x-cache-hits", "1"), ("x-cache-misses", "0"))
 _log = logging.getLogger(__name__)
 
 SplitRequest = list[bytes] | InvalidRequestError
-
-
-class RpcRecorder(Protocol):
-    """Records finished RPCs, as `RpcMetrics` does."""
-
-    def count(self, *, code: str, seconds: float, caller: str, outcomes: Mapping[str, int]) -> None:
-        """Count one RPC, and its pairs by outcome."""
-
-    def count_quota_rejection(self, *, account: str, quota: str) -> None:
-        """Count one RPC that was rejected because of a quota."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,16 +235,6 @@ class SeniorityServicer:
             self._tracing.current_context(),
             request_id=secrets.token_hex(8),
         )
-
-
-def register_infer(server: aio.Server, infer: Callable[[object, Context], Awaitable[bytes]]) -> None:
-    """Register `infer` as the handler of InferSeniority, like generated code does but from bytes to bytes.
-
-    It is registered with a stream of requests, which looks the same on the wire. `InboundLimiter` then
-    decides what is read.
-    """
-    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_unary_rpc_method_handler(infer)
-    server.add_registered_method_handlers(SERVICE_NAME, {"InferSeniority": handler})
 
 
 def _caller_name(caller: Caller | InvalidRequestError) -> str:

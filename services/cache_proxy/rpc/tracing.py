@@ -7,7 +7,9 @@ from grpc import aio
 
 from services.cache_proxy.auth.caller import Context
 from services.cache_proxy.observability.rpc_metrics import outcome_kind
-from services.cache_proxy.rpc.servicer import RpcRecorder, SeniorityServicer, register_infer
+from services.cache_proxy.rpc.infer_method import register_infer
+from services.cache_proxy.rpc.recorder import RpcRecorder
+from services.cache_proxy.rpc.servicer import SeniorityServicer
 from services.common.compat import override
 from services.common.tracing import Tracing
 

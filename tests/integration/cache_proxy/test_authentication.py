@@ -1,125 +1,22 @@
-"""Authentication by mutual TLS and tokens between callers, proxy and model."""
+"""Authentication by mutual TLS between callers, proxy and model, with tokens besides."""
 
-import hashlib
 import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 from grpc import StatusCode
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS, ProxyEnvironment
+from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
 from tests.support.caller import RpcResult, make_pairs, open_caller, read_metrics
+from tests.support.caller_tokens import CALLER_TOKENS, bearer_metadata, caller_list_line
 from tests.support.certificates import CertificateAuthority, MountedSecret, SignedCertificate
-from tests.support.http2_peer import grpc_statuses, open_peer
 from tests.support.model_server import Answers, ReceivedCall, ScriptedModel, answer_all, scripted_model
 from tests.support.processes import ServiceProcess, cache_proxy, run_command
 from tests.support.redis_server import wait_for
-
-_TOKENS = {name: f"s3cret-of-{name}" for name in ("pricing", "gone", "unknown", "the-proxy")}
-
-
-def _line(name: str) -> str:
-    return f"{name} sha256:{hashlib.sha256(_TOKENS[name].encode()).hexdigest()}\n"
-
-
-def _bearer(name: str) -> list[tuple[str, str]]:
-    return [("authorization", f"Bearer {_TOKENS[name]}")]
-
-
-@pytest.fixture(scope="module")
-def by_token(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProxyEnvironment]:
-    """Start a plaintext proxy that admits callers by token, with its log level at debug."""
-    caller_list = tmp_path_factory.mktemp("tokens") / "callers"
-    caller_list.write_text(_line("pricing") + _line("gone") + "gone denied\n")
-    with (
-        scripted_model() as model,
-        cache_proxy(
-            "--model-target",
-            model.target,
-            "--cache-url",
-            "memory:",
-            *UNLIMITED_RATE_FLAGS,
-            "--caller-tokens-file",
-            str(caller_list),
-            "--log-level",
-            "debug",
-        ) as proxy,
-        open_caller(proxy.target) as client,
-    ):
-        yield ProxyEnvironment(client, proxy, model)
-
-
-def test_caller_without_token_gets_no_cached_level_either(by_token: ProxyEnvironment) -> None:
-    """For one pair or several, cached or new: `UNAUTHENTICATED`, no pair counted, no call to the model."""
-    known = make_pairs("known", 2)
-    assert by_token.caller.infer(known, metadata=_bearer("pricing")).levels
-    before, calls = read_metrics(by_token.proxy.http_url), len(by_token.model.calls)
-    for pairs in (known[:1], known, make_pairs("new", 3), []):
-        for metadata in ([], [("x-caller", "pricing")], _bearer("unknown")):
-            reply = by_token.caller.infer(pairs, metadata=metadata)
-            assert reply.code is StatusCode.UNAUTHENTICATED
-            assert reply.trailers.keys() == set()
-            assert not any(token in reply.message for token in _TOKENS.values())
-    after = read_metrics(by_token.proxy.http_url)
-    changed = {
-        name[1:]: after[name] - before[name]
-        for name in after
-        if name[0] in {"cache_proxy_requests_total", "cache_proxy_pairs_total"}
-        and after[name] != before[name]
-    }
-    assert changed == {("UNAUTHENTICATED",): 12}
-    assert len(by_token.model.calls) == calls
-
-
-def test_denied_caller_gets_permission_denied_with_its_name(by_token: ProxyEnvironment) -> None:
-    """The name is the one that the token identifies."""
-    reply = by_token.caller.infer(make_pairs("denied", 1), metadata=_bearer("gone"))
-    assert (reply.code, reply.message) == (StatusCode.PERMISSION_DENIED, "gone may not call this proxy")
-
-
-def test_caller_is_counted_under_the_name_of_its_token(by_token: ProxyEnvironment) -> None:
-    """The name in `x-caller` is ignored."""
-    pairs = make_pairs("name", 3)
-    metadata = [*_bearer("pricing"), ("x-caller", "somebody-else")]
-    before = read_metrics(by_token.proxy.http_url).get(
-        ("cache_proxy_caller_pairs_total", "pricing", "miss"), 0
-    )
-    assert by_token.caller.infer(pairs, metadata=metadata).misses == 3
-    after = read_metrics(by_token.proxy.http_url)
-    assert after["cache_proxy_caller_pairs_total", "pricing", "miss"] == before + 3
-    assert not [name for name in after if "somebody-else" in name]
-
-
-def test_health_and_reflection_need_no_token(by_token: ProxyEnvironment) -> None:
-    """Any caller may check the health and read the public protos."""
-    channel = by_token.caller.channel
-    health_stub: Any = health_pb2_grpc.HealthStub(channel)
-    reflection_stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-    health = health_stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
-    assert health.status == health_pb2.HealthCheckResponse.SERVING
-    listing = reflection_pb2.ServerReflectionRequest(list_services="")
-    answers = reflection_stub.ServerReflectionInfo(iter([listing]), timeout=60)
-    assert "SeniorityModel" in {one.name for one in next(answers).list_services_response.service}
-
-
-def test_tokens_are_in_no_log_metric_or_process_listing(by_token: ProxyEnvironment) -> None:
-    """Also at log level debug."""
-    for name, token in _TOKENS.items():
-        by_token.caller.infer(make_pairs("seen", 1), metadata=_bearer(name))
-        with open_peer(by_token.proxy.target) as odd:
-            odd.send_request(b"", [("authorization", f"Bearer {token}".encode() + b"\xff")])
-            wait_for(lambda: odd.receive(1) and grpc_statuses(odd), description="it is answered")
-    process = Path("/proc") / str(by_token.proxy.process.pid)
-    text = by_token.proxy.log + str(read_metrics(by_token.proxy.http_url))
-    text += "".join((process / file).read_text() for file in ("cmdline", "environ"))
-    assert not [token for token in _TOKENS.values() if token in text]
 
 
 @dataclass(frozen=True)
@@ -141,7 +38,7 @@ class _Deployment:
         roots = (ca or self.authority.certificate).read_bytes()
         own = () if shown is None else shown.pem[1:]
         with open_caller(self.proxy.target, grpc.ssl_channel_credentials(roots, *own)) as client:
-            return client.infer(make_pairs(company, 1), metadata=_bearer(token) if token else ())
+            return client.infer(make_pairs(company, 1), metadata=bearer_metadata(token) if token else ())
 
     def wait_for_reloads(self, files: str, outcome: str, count: int) -> None:
         """Wait until the proxy has counted this many reloads of these files with this outcome."""
@@ -162,7 +59,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Deployment
     callers, token = folder / "callers", folder / "token"
     callers.write_text("pricing.example certificate\n")
     token.touch(0o600)
-    token.write_text(_TOKENS["the-proxy"])
+    token.write_text(CALLER_TOKENS["the-proxy"])
     ca, key, certificate = authority.sign("model").pem
     credentials = grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)
     with (
@@ -198,7 +95,7 @@ def test_caller_and_model_connections_use_mutual_tls(
     """A caller with a listed certificate is answered. The model gets the proxy's certificate and token."""
     assert deployment.infer(pricing, "mutual").levels
     call = deployment.model.calls_with("mutual")[0]
-    assert (call.certificate, call.authorization) == ("the-proxy", f"Bearer {_TOKENS['the-proxy']}")
+    assert (call.certificate, call.authorization) == ("the-proxy", f"Bearer {CALLER_TOKENS['the-proxy']}")
     assert (
         read_metrics(deployment.proxy.http_url)["cache_proxy_caller_pairs_total", "pricing.example", "miss"]
         >= 1
@@ -251,11 +148,11 @@ def test_changed_caller_list_applies_within_seconds(
     deployment: _Deployment, pricing: SignedCertificate
 ) -> None:
     """Added callers are admitted, removed ones are not. An invalid list is counted and changes nothing."""
-    deployment.callers.write_text("pricing.example certificate\n" + _line("pricing"))
+    deployment.callers.write_text("pricing.example certificate\n" + caller_list_line("pricing"))
     deployment.wait_for_reloads("caller_tokens", "done", 1)
     other = deployment.authority.sign("other", "DNS:other.example")
     assert deployment.infer(other, "added", token="pricing").levels
-    deployment.callers.write_text("pricing.example " + _TOKENS["gone"])
+    deployment.callers.write_text("pricing.example " + CALLER_TOKENS["gone"])
     deployment.wait_for_reloads("caller_tokens", "failed", 1)
     assert read_metrics(deployment.proxy.http_url)["cache_proxy_renewal_failing", "caller_tokens"] == 1
     assert deployment.infer(pricing, "broken").levels
@@ -265,7 +162,7 @@ def test_changed_caller_list_applies_within_seconds(
     assert read_metrics(deployment.proxy.http_url)["cache_proxy_renewal_failing", "caller_tokens"] == 0
     assert deployment.infer(other, "taken off", token="pricing").code is StatusCode.PERMISSION_DENIED
     assert deployment.infer(pricing, "left").levels
-    assert not [token for token in _TOKENS.values() if token in deployment.proxy.log]
+    assert not [token for token in CALLER_TOKENS.values() if token in deployment.proxy.log]
 
 
 @pytest.mark.slow

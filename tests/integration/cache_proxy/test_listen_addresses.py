@@ -1,4 +1,7 @@
-"""Listen addresses: IPv4 and IPv6, Unix sockets with a mode, with and without TLS, and their errors."""
+"""Listen addresses: IPv4 and IPv6, Unix sockets with a mode, with and without TLS, and their errors.
+
+Over 250 lines, because some tests run small programs in a network namespace or as another user.
+"""
 
 import os
 import re

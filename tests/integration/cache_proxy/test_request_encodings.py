@@ -1,4 +1,7 @@
-"""Any encoding of a batch is answered or rejected as if it was parsed by protobuf."""
+"""Any encoding of a batch is answered or rejected as if it was parsed by protobuf.
+
+Over 250 lines, because the strategies that generate requests belong to the tests that use them.
+"""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,7 @@
-"""Authentication of callers by certificate, by token, by `x-caller`, or not at all."""
+"""Authentication of callers by certificate, by token, by `x-caller`, or not at all.
+
+Over 250 lines, because of the tables of certificates, tokens and expected callers.
+"""
 
 import hashlib
 import re

@@ -12,7 +12,12 @@ _QUEUE_TESTS = (
     "tests/contract/test_quotas.py",
     "tests/unit/cache_proxy/queue/test_redis_queue_corruption.py",
 )
-_STORE_TESTS = ("tests/contract/test_answer_store.py", "tests/unit/cache_proxy/cache/test_namespace.py")
+_STORE_TESTS = (
+    "tests/unit/cache_proxy/cache/test_redis_store.py",
+    "tests/unit/cache_proxy/cache/test_redis_store_deletion.py",
+    "tests/unit/cache_proxy/cache/test_resilient_store.py",
+    "tests/unit/cache_proxy/cache/test_namespace.py",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,10 @@ from tests.integration.cache_proxy.conftest import (
 from tests.support.caller import make_pairs, open_caller, read_metrics
 from tests.support.model_server import scripted_level, scripted_model
 from tests.support.processes import ServiceProcess, cache_proxy, run_command
-from tests.support.redis_server import RedisServer, redis_process, wait_for
+from tests.support.redis_server import RedisServer, wait_for
 
 # For tests of the content of Redis: a busy machine must not make Redis count as lost.
 LONG_TIMEOUT_FLAGS = ("--cache-timeout", "10s")
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """Yield a server for this test only, to kill and to pause."""
-    with redis_process(tmp_path) as server:
-        yield server
 
 
 def test_proxies_on_one_redis_share_answers_of_one_model_version(

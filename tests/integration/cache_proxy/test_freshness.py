@@ -1,6 +1,5 @@
 """Answers that are expired, invalidated or of the previous version, as callers of proxies see them."""
 
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tests.support.caller import make_pairs, open_caller, read_metrics
 from tests.support.faulty_link import faulty_link
 from tests.support.model_server import Answers, ReceivedCall, answer_all, scripted_level
 from tests.support.processes import ROOT, cache_proxy, run_command
-from tests.support.redis_server import RedisServer, redis_process, wait_for
+from tests.support.redis_server import RedisServer, wait_for
 
 _prefixes = (f"versions{number}" for number in count())
 
@@ -25,13 +24,6 @@ _prefixes = (f"versions{number}" for number in count())
 def flags(shared_redis: str) -> tuple[str, ...]:
     """Return the flags of a deployment for this test only."""
     return ("--cache-url", shared_redis, "--key-prefix", next(_prefixes), *UNLIMITED_RATE_FLAGS)
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """Yield a server for this test only."""
-    with redis_process(tmp_path) as server:
-        yield server
 
 
 def _answer_next_levels(call: ReceivedCall) -> Answers:

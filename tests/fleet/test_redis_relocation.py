@@ -31,7 +31,8 @@ from tests.support.faulty_link import faulty_link
 from tests.support.fleet import ProxyGroup, proxy_group
 from tests.support.load_callers import LoadStats
 from tests.support.processes import ServiceProcess
-from tests.support.redis_cluster import Cluster, redis_cluster, run_sentinels
+from tests.support.redis_cluster import Cluster, redis_cluster
+from tests.support.redis_sentinel import run_sentinels
 from tests.support.redis_server import RedisServer, free_port, redis_process, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(120)]

@@ -1,4 +1,4 @@
-"""A real Redis Cluster and real Sentinels for tests, and the operations of an operator on them."""
+"""A real Redis Cluster for tests, and the operations of an operator on it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,12 +9,11 @@ from typing import Any
 import redis
 from redis.cluster import RedisCluster
 
-from tests.support.redis_server import RedisServer, free_port, local_server_program, redis_process, wait_for
+from tests.support.redis_server import RedisServer, free_port, redis_process, wait_for
 
 # Each master has one replica.
 _MASTERS = 3
 _NODES = 6
-_SENTINELS = 3
 _SLOTS = 16_384
 _SETTINGS = (
     "--cluster-enabled",
@@ -167,120 +166,3 @@ def _is_replica_in_sync(node: RedisServer) -> bool:
     with node.client() as client:
         info = client.info("replication")
     return bool(info.get("role") == "slave" and info.get("master_link_status") == "up")
-
-
-class SentinelServer(RedisServer):
-    """A Sentinel that watches one master, with its settings in `folder`."""
-
-    def __init__(
-        self,
-        program: str,
-        folder: Path,
-        *,
-        settings: Sequence[str] = (),
-        master_port: int,
-        master_name: str,
-        quorum: int,
-        username: str | None = None,
-        password: str | None = None,
-    ) -> None:
-        super().__init__(program, folder)
-        self._master_name = master_name
-        self._username = username
-        self._password = password
-        path = folder / "sentinel.conf"
-        path.write_text(
-            f"port {self.port}\nbind 127.0.0.1\ndir {folder}\n"
-            f"sentinel monitor {master_name} 127.0.0.1 {master_port} {quorum}\n"
-            f"sentinel down-after-milliseconds {master_name} 500\n"
-            f"sentinel failover-timeout {master_name} 2000\n" + "".join(f"{line}\n" for line in settings)
-        )
-        self._command = [program, str(path), "--sentinel"]
-
-    def client(self) -> "redis.Redis":
-        """Return a new client."""
-        return redis.Redis(port=self.port, username=self._username, password=self._password, socket_timeout=5)
-
-    def _is_answering(self) -> bool:
-        try:
-            with self.client() as client:
-                return bool(client.sentinel_slaves(self._master_name))
-        except redis.RedisError:
-            return False
-
-
-@contextmanager
-def sentinel_servers(
-    folder: Path, *settings: str, master_port: int, master_name: str, program: str | None = None
-) -> Iterator[list[SentinelServer]]:
-    """Run three Sentinels with a quorum of two."""
-    with ExitStack() as stack:
-        servers = []
-        for number in range(_SENTINELS):
-            sentinel_folder = folder / f"sentinel{number}"
-            sentinel_folder.mkdir()
-            servers.append(
-                SentinelServer(
-                    program or local_server_program(),
-                    sentinel_folder,
-                    settings=settings,
-                    master_port=master_port,
-                    master_name=master_name,
-                    quorum=2,
-                )
-            )
-            servers[-1].start()
-            stack.callback(servers[-1].kill)
-        for server in servers:
-            wait_for(
-                partial(_sees_other_sentinels, server, master_name),
-                description="the Sentinels know each other",
-            )
-        yield servers
-
-
-@contextmanager
-def run_sentinels(
-    folder: Path, *settings: str, master_port: int, master_name: str, program: str | None = None
-) -> Iterator[list[int]]:
-    """Run three Sentinels with a quorum of two, and yield their ports."""
-    with sentinel_servers(
-        folder, *settings, master_port=master_port, master_name=master_name, program=program
-    ) as servers:
-        yield [server.port for server in servers]
-
-
-def _sees_other_sentinels(server: SentinelServer, master_name: str) -> bool:
-    with server.client() as client:
-        return len(client.sentinel_sentinels(master_name)) == _SENTINELS - 1
-
-
-@contextmanager
-def single_sentinel(
-    folder: Path,
-    *settings: str,
-    master_port: int,
-    master_name: str,
-    program: str | None = None,
-    username: str | None = None,
-    password: str | None = None,
-) -> Iterator[int]:
-    """Run one Sentinel with a quorum of one, and yield its port.
-
-    The test itself logs in with `username` and `password`.
-    """
-    server = SentinelServer(
-        program or local_server_program(),
-        folder,
-        settings=settings,
-        master_port=master_port,
-        master_name=master_name,
-        quorum=1,
-        username=username,
-        password=password,
-    )
-    server.start()
-    try:
-        yield server.port
-    finally:
-        server.kill()

@@ -1,4 +1,7 @@
-"""Outages of the cache for every kind of URL: the effect on misses, starts and stops."""
+"""Outages of the cache for every kind of URL: the effect on misses, starts and stops.
+
+One module of more than 250 lines: all tests use the same kinds of servers and of outages.
+"""
 
 import socket
 import time
@@ -13,7 +16,8 @@ from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
 from tests.support.caller import make_pairs, open_caller, read_metrics
 from tests.support.model_server import scripted_level, scripted_model
 from tests.support.processes import ServiceProcess, cache_proxy
-from tests.support.redis_cluster import redis_cluster, sentinel_servers
+from tests.support.redis_cluster import redis_cluster
+from tests.support.redis_sentinel import sentinel_servers
 from tests.support.redis_server import RedisServer, redis_process, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]

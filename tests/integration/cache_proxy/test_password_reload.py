@@ -13,7 +13,8 @@ from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
 from tests.support.caller import make_pairs, open_caller, read_metrics
 from tests.support.model_server import scripted_model
 from tests.support.processes import ServiceProcess, cache_proxy, run_command
-from tests.support.redis_cluster import redis_cluster, single_sentinel
+from tests.support.redis_cluster import redis_cluster
+from tests.support.redis_sentinel import single_sentinel
 from tests.support.redis_server import redis_process, wait_for
 
 pytestmark = pytest.mark.slow

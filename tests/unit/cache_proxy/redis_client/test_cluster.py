@@ -1,4 +1,7 @@
-"""The store on a real Redis Cluster and behind a real Sentinel: moving slots and lost nodes."""
+"""The store on a real Redis Cluster and behind a real Sentinel: moving slots and lost nodes.
+
+One module of more than 250 lines: the tests share one Cluster of six servers, whose start takes seconds.
+"""
 
 import asyncio
 import contextlib
@@ -23,7 +26,8 @@ from services.cache_proxy.redis_client.backend import CLIENT_ERRORS, RedisBacken
 from services.cache_proxy.redis_client.client_factory import backend_for, create_client
 from services.cache_proxy.redis_client.node import QueueNode
 from services.cache_proxy.redis_keys import tag_state_key
-from tests.support.redis_cluster import Cluster, redis_cluster, single_sentinel
+from tests.support.redis_cluster import Cluster, redis_cluster
+from tests.support.redis_sentinel import single_sentinel
 from tests.support.redis_server import redis_process, wait_for
 
 # Six servers run, and failovers take seconds.

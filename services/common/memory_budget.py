@@ -1,4 +1,4 @@
-"""How much text may be in work at a time, all files together: what bounds memory."""
+"""A budget of bytes that concurrent work shares, which bounds memory."""
 
 import asyncio
 from collections import deque
@@ -7,9 +7,11 @@ from contextlib import asynccontextmanager
 
 
 class MemoryBudget:
-    """First come, first served. What is larger than all of it gets in alone.
+    """A weighted semaphore over bytes, in the order of requests.
 
-    State: `_used` (bytes), `_waiting` (in order; who is given room is counted in `_used` at once).
+    A request larger than the whole budget is granted alone.
+
+    State: `_used_bytes`; `_waiters`, in order, each counted in `_used_bytes` as soon as it is granted.
     """
 
     def __init__(self, *, limit_bytes: int) -> None:
@@ -18,23 +20,25 @@ class MemoryBudget:
         self._waiters: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def acquire(self, size_bytes: int) -> None:
-        """Wait until there is room for so much more."""
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append((size_bytes, place))
+        """Wait until `size_bytes` are available, and take them."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append((size_bytes, waiter))
         self._admit_waiters()
         try:
-            await place
+            await waiter
         except asyncio.CancelledError:
-            if place.cancelled() or not place.done():
-                place.cancel()
-                self._admit_waiters()  # it may have stood in front of others
-            else:  # admitted and cancelled at once
+            if waiter.cancelled() or not waiter.done():
+                waiter.cancel()
+                # Requests behind this one may fit now.
+                self._admit_waiters()
+            else:
+                # The bytes were granted just before the cancellation.
                 self.release(size_bytes)
             raise
 
     @asynccontextmanager
     async def reserve(self, size_bytes: int) -> AsyncIterator[None]:
-        """Room for so much, around what needs it."""
+        """Hold `size_bytes` while the block runs."""
         await self.acquire(size_bytes)
         try:
             yield
@@ -42,16 +46,16 @@ class MemoryBudget:
             self.release(size_bytes)
 
     def release(self, size_bytes: int) -> None:
-        """It is no longer in use."""
+        """Return bytes that are no longer in use."""
         self._used_bytes -= size_bytes
         self._admit_waiters()
 
     def _admit_waiters(self) -> None:
         while self._waiters:
-            size_bytes, place = self._waiters[0]
-            if not place.done():
+            size_bytes, waiter = self._waiters[0]
+            if not waiter.done():
                 if self._used_bytes and self._used_bytes + size_bytes > self._limit_bytes:
                     return
                 self._used_bytes += size_bytes
-                place.set_result(None)
+                waiter.set_result(None)
             self._waiters.popleft()

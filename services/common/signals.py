@@ -1,11 +1,11 @@
-"""SIGTERM: first no new files, then, when the grace is over, what is in work is abandoned."""
+"""SIGTERM: first no new work begins, and after a grace period the work in progress is cancelled."""
 
 import asyncio
 import signal
 
 
 class ShutdownSignal:
-    """Made by the task that does all; it is cancelled in the end.
+    """Handles SIGTERM for the task that creates it, which is cancelled after the grace period.
 
     State: `stopping`, set by the first SIGTERM. A second one ends the process at once.
     """

@@ -104,7 +104,7 @@ class FileLister:
         name_counts = self._name_counts
         self._name_counts = None
         outputs = _SortedNames(self._sink.list(after=after))
-        async for file in self._source.list(after=after, listing=name_counts):
+        async for file in self._source.list(after=after, name_counts=name_counts):
             if name_counts is not None:
                 name_counts.files += 1
             if not self._shard.contains(file.name):

@@ -1,1 +1,1 @@
-"""Folders and buckets behind one small protocol."""
+"""Local folders and S3 buckets behind one protocol."""

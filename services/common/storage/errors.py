@@ -1,24 +1,24 @@
-"""Errors of folders and buckets. Each is one sentence that a person can act on."""
+"""Errors of folders and buckets. The message of each is one sentence that a user can act on."""
 
 from services.common.errors import FileError
 
 
 class InputChangedError(FileError):
-    """The input is not what it was when it was listed."""
+    """The input has changed since it was listed."""
 
     def __init__(self) -> None:
         super().__init__("the input changed while it was read; run again")
 
 
 class AlreadyDoneError(FileError):
-    """Another process made the same output from the same input meanwhile: nothing is left to do."""
+    """Another process has written the same output from the same input, so nothing is left to do."""
 
     def __init__(self) -> None:
         super().__init__("another process made this output meanwhile")
 
 
 class OutputConflictError(FileError):
-    """Another process wrote the output, or ended our upload of it, meanwhile."""
+    """Another process has written the output, or has aborted its upload."""
 
     def __init__(self) -> None:
         super().__init__("another process is writing the same output; run again")
@@ -34,8 +34,8 @@ class StorageError(FileError):
 
 
 class FileMissingError(StorageError):
-    """A file or an object is not there (any more)."""
+    """A file or an object does not exist, or no longer."""
 
 
 class FileArchivedError(StorageError):
-    """An object is in cold storage and not restored: it cannot be read now."""
+    """An object is in cold storage and not restored, so it cannot be read."""

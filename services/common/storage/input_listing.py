@@ -1,4 +1,4 @@
-"""What a listing of INPUT found, and what it ignored."""
+"""Counts of the names in a listing of INPUT: files to augment, and names that are ignored."""
 
 from collections import Counter
 
@@ -7,18 +7,23 @@ from services.common.file_names import REASONS_SUFFIX, REJECTS_FOLDER
 _COMPRESSIONS = frozenset({"gz", "zst", "bz2", "xz", "zip", "lz4", "br", "snappy", "lzma", "z"})
 _MAX_SUFFIXES = 20
 _MAX_SUFFIX_CHARACTERS = 12
-_OTHER, _HIDDEN, _NONE = "other", "hidden", "no suffix"
+_OTHER = "other"
+_HIDDEN = "hidden"
+_NONE = "no suffix"
 
 
 class NameCounts:
-    """Counts names. State: `files`, those to augment, of every shard; `ignored`, the others by suffix."""
+    """Counts of listed names.
+
+    State: `files`, those to augment, of every shard; `ignored`, the others by suffix.
+    """
 
     def __init__(self) -> None:
         self.files = 0
         self.ignored: Counter[str] = Counter()
 
     def count_ignored(self, name: str) -> None:
-        """Count a name that is none of a file to augment. One that ends in "/" is no file at all."""
+        """Count a name that is not a file to augment. A name that ends in "/" is a folder and not counted."""
         if name and not name.endswith("/"):
             suffix = ignored_suffix(name)
             if suffix not in self.ignored and len(self.ignored) >= _MAX_SUFFIXES:
@@ -26,13 +31,13 @@ class NameCounts:
             self.ignored[suffix] += 1
 
     def describe_ignored(self) -> str:
-        """Return the counts for people, largest first."""
+        """Return the counts as text, largest first."""
         largest_first = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
         return ", ".join(f"{count:,} {suffix}" for suffix, count in largest_first)
 
 
 def ignored_suffix(name: str) -> str:
-    """Return why a name is ignored: its suffix, in lower case, or the folder that it is in."""
+    """Return the suffix under which a name is counted, in lower case, or the folder that it is in."""
     folders = name.split("/")
     if REJECTS_FOLDER in folders:
         return REJECTS_FOLDER

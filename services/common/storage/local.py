@@ -1,4 +1,4 @@
-"""A local folder: hidden temporary files, renamed into place when they are whole."""
+"""Storage in a local folder: hidden temporary files, renamed once they are whole."""
 
 import asyncio
 import contextlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from services.common.compat import override
 from services.common.file_names import is_input
 from services.common.storage.errors import (
     AlreadyDoneError,
@@ -22,87 +23,91 @@ from services.common.storage.errors import (
     StorageError,
 )
 from services.common.storage.input_listing import NameCounts
-from services.common.storage.protocol import ABSENT, ExistingOutput, FileInfo
+from services.common.storage.protocol import ABSENT, ExistingOutput, FileInfo, Storage, Upload
 
 _READ_BYTES = 2**20
 _TEMPORARY_SUFFIX = ".augmenter-tmp"
 _IS_A_FOLDER = "a folder stands there"
 
 
-class LocalStore:
-    """The files under `root`."""
+class LocalStore(Storage):
+    """The files under `root`. Links to files are followed, links to folders are not."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     @property
+    @override
     def is_unordered(self) -> bool:
-        """Never: `list` sorts the names."""
         return False
 
+    @override
     def uri(self, name: str) -> str:
-        """The path."""
         return str(self._root / name)
 
-    async def list(self, *, after: str = "", listing: NameCounts | None = None) -> AsyncIterator[FileInfo]:
-        """Links to files are followed, links to folders are not."""
+    @override
+    async def list(
+        self, *, after: str = "", name_counts: NameCounts | None = None
+    ) -> AsyncIterator[FileInfo]:
         with _translate_errors(str(self._root)):
-            names = await asyncio.to_thread(lambda: sorted(self._list_names(listing), key=str.encode))
+            names = await asyncio.to_thread(lambda: sorted(self._list_names(name_counts), key=str.encode))
             for name in names[bisect_right(names, after.encode(), key=str.encode) :]:
-                if item := self._info_or_none(name):
-                    yield item
+                if file := self._info_or_none(name):
+                    yield file
 
+    @override
     async def explain_empty(self) -> str:
-        """There is nothing to add."""
         return ""
 
-    def _list_names(self, listing: NameCounts | None) -> Iterator[str]:
-        if not self._root.exists():  # an OUTPUT that is not made yet has no files
+    def _list_names(self, name_counts: NameCounts | None) -> Iterator[str]:
+        # An OUTPUT that does not exist yet has no files.
+        if not self._root.exists():
             return
         for folder, _, names in os.walk(self._root, onerror=_reraise):
             for name in names:
                 relative = Path(folder, name).relative_to(self._root).as_posix()
                 if is_input(relative) and _is_encodable(relative):
                     yield relative
-                elif listing is not None:
-                    listing.count_ignored(relative)
+                elif name_counts is not None:
+                    name_counts.count_ignored(relative)
 
     def _info_or_none(self, name: str) -> FileInfo | None:
-        """None: no file, a link to nowhere, or gone since the listing."""
+        """Return a file's information. None: not a file, a dangling link, or removed since the listing."""
         try:
             return self._info(name) if self._path(name).is_file() else None
         except FileNotFoundError:
             return None
 
+    @override
     async def get_info(self, name: str) -> FileInfo:
-        """One file."""
         with _translate_errors(self.uri(name)):
             return self._info(name)
 
-    async def read(self, item: FileInfo) -> AsyncGenerator[bytes]:
-        """The file's bytes; checked at the end against what `item` says."""
-        with _translate_errors(self.uri(item.name)):
-            file = await asyncio.to_thread(self._path(item.name).open, "rb")
-        with file:  # a buffered file: its lock keeps `close` behind a read that was abandoned
-            while data := await self._read_chunk(item.name, file):
+    @override
+    async def read(self, file: FileInfo) -> AsyncGenerator[bytes]:
+        with _translate_errors(self.uri(file.name)):
+            stream = await asyncio.to_thread(self._path(file.name).open, "rb")
+        # The file is buffered: its lock makes `close` wait for a read that was cancelled in its thread.
+        with stream:
+            while data := await self._read_chunk(file.name, stream):
                 yield data
-            with _translate_errors(self.uri(item.name)):
-                if _version(os.fstat(file.fileno())) != item.version:
+            with _translate_errors(self.uri(file.name)):
+                if _version(os.fstat(stream.fileno())) != file.version:
                     raise InputChangedError
 
     async def _read_chunk(self, name: str, file: BinaryIO) -> bytes:
         with _translate_errors(self.uri(name)):
             return await asyncio.to_thread(file.read, _READ_BYTES)
 
+    @override
     async def check_writable(self) -> None:
-        """Make the folder, and see that files can be made in it."""
         with _translate_errors(str(self._root)):
             self._root.mkdir(parents=True, exist_ok=True)
             if not os.access(self._root, os.W_OK | os.X_OK):
                 raise StorageError(uri=str(self._root), reason="not writable")
 
+    @override
     async def existing_output(self, name: str, source: FileInfo) -> ExistingOutput | None:
-        """The output carries its input's time of modification."""
         with _translate_errors(self.uri(name)):
             try:
                 status = self._path(name).stat()
@@ -110,15 +115,15 @@ class LocalStore:
                 return None
         return ExistingOutput(_version(status), is_from_input=status.st_mtime_ns == source.modified_ns)
 
+    @override
     def create(self, name: str, source: FileInfo, *, expected_version: str | None = None) -> "LocalUpload":
-        """Begin `name`."""
         with _translate_errors(self.uri(name)):
             return LocalUpload(
                 self._path(name), modified_ns=source.modified_ns, expected_version=expected_version
             )
 
+    @override
     async def remove(self, name: str) -> None:
-        """Remove `name` if it is there."""
         with _translate_errors(self.uri(name)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             self._path(name).unlink()
 
@@ -127,14 +132,17 @@ class LocalStore:
         return FileInfo(name, status.st_size, _version(status), status.st_mtime_ns)
 
     def _path(self, name: str) -> Path:
-        """The path of `name`, which a bucket may have given: it must not lead anywhere else."""
+        """Return the path of `name`. A name from a bucket must not lead out of the folder."""
         if not name or any(part in {"", ".", ".."} for part in name.split("/")):
             raise StorageError(uri=f"{self._root}/{name}", reason="not a name for a local file")
         return self._root / name
 
 
-class LocalUpload:
-    """A hidden file beside the one to be, locked by its writer; removed unless completed."""
+class LocalUpload(Upload):
+    """A hidden temporary file beside the output, locked by its writer, and removed unless completed.
+
+    The output has the modification time of its input, by which it is recognised.
+    """
 
     def __init__(self, path: Path, *, modified_ns: int, expected_version: str | None) -> None:
         self._path = path
@@ -143,12 +151,13 @@ class LocalUpload:
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
         self._file: BinaryIO | None = None
 
+    @override
     async def __aenter__(self) -> Self:
-        """Make the folder and the file; remove what a killed run left of this one."""
         with _translate_errors(str(self._path)):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.is_dir():
                 raise StorageError(uri=str(self._path), reason=_IS_A_FOLDER)
+            # Remove temporary files that killed runs left for this output.
             for stale in self._path.parent.glob(
                 f".{_escape_glob(self._path.name)}.????????{_TEMPORARY_SUFFIX}"
             ):
@@ -156,18 +165,19 @@ class LocalUpload:
             self._file = _create_locked(self._temporary)
         return self
 
+    @override
     async def write(self, data: bytes) -> None:
-        """Add bytes."""
         assert self._file  # noqa: S101 - entered
         with _translate_errors(str(self._path)):
             await asyncio.to_thread(self._file.write, data)
 
+    @override
     async def complete(self) -> None:
-        """Make it durable, then let it appear in one step."""
         with _translate_errors(str(self._path)):
             await asyncio.to_thread(self._complete)
 
     def _complete(self) -> None:
+        """Make the file durable, and rename it in one step."""
         assert self._file  # noqa: S101 - entered
         with self._file as file:
             file.flush()
@@ -175,30 +185,36 @@ class LocalUpload:
             os.fsync(file.fileno())
             self._check_no_conflict()
             self._temporary.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
+        folder_fd = os.open(self._path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(folder_fd)
         finally:
-            os.close(folder)
+            os.close(folder_fd)
 
     def _check_no_conflict(self) -> None:
-        """A look just before: that narrows the race; two at the same instant both write it, each whole."""
+        """Check that the output is still the expected one, just before it is replaced.
+
+        Two writers that check at the same moment both write the output. Each time it is whole.
+        """
         try:
-            there = self._path.stat()
+            existing = self._path.stat()
         except FileNotFoundError:
-            there = None
-        if self._expected_version is None or self._expected_version == (_version(there) if there else ABSENT):
+            existing = None
+        if self._expected_version is None or self._expected_version == (
+            _version(existing) if existing else ABSENT
+        ):
             return
-        if there and stat.S_ISDIR(there.st_mode):  # of a key that goes on behind this one's name and "/"
+        # A key of the bucket has this output's name and "/" as a prefix.
+        if existing and stat.S_ISDIR(existing.st_mode):
             raise StorageError(uri=str(self._path), reason=_IS_A_FOLDER)
-        if there and there.st_mtime_ns == self._modified_ns:
+        if existing and existing.st_mtime_ns == self._modified_ns:
             raise AlreadyDoneError
         raise OutputConflictError
 
+    @override
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the temporary file, which is no longer there after `complete`."""
         with contextlib.suppress(OSError):  # of no use to anyone: another error is on its way
             if self._file:
                 self._file.close()
@@ -206,7 +222,10 @@ class LocalUpload:
 
 
 def _create_locked(path: Path) -> BinaryIO:
-    """A new file that others see is in work; made again if it was taken for abandoned before its lock."""
+    """Create a file and lock it, which marks it as in progress.
+
+    If another process removes the file before it is locked, taking it for abandoned, create it again.
+    """
     while True:
         file = path.open("xb")
         try:
@@ -220,7 +239,7 @@ def _create_locked(path: Path) -> BinaryIO:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """The lock goes with its process, however that ended."""
+    """Remove a temporary file unless it is locked. The lock ends with the process that holds it."""
     with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
@@ -231,7 +250,7 @@ def _version(status: os.stat_result) -> str:
 
 
 def _is_encodable(name: str) -> bool:
-    """Whether the name is text: others cannot be told to anyone."""
+    """Return whether the name is text. Other names cannot be shown in messages."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -248,12 +267,13 @@ def _reraise(error: OSError) -> None:
 
 
 @contextmanager
-def _translate_errors(place: str) -> Iterator[None]:
-    """Name the place in every error of the operating system."""
+def _translate_errors(uri: str) -> Iterator[None]:
+    """Translate errors of the operating system to StorageError with the URI."""
     try:
         yield
     except OSError as error:
         kind = FileMissingError if isinstance(error, FileNotFoundError) else StorageError
-        raise kind(uri=place, reason=error.strerror or str(error)) from error
-    except ValueError as error:  # a name that no file can have
-        raise StorageError(uri=place, reason=str(error)) from error
+        raise kind(uri=uri, reason=error.strerror or str(error)) from error
+    except ValueError as error:
+        # No file can have this name.
+        raise StorageError(uri=uri, reason=str(error)) from error

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a folder, wherever it is."""
+"""The protocol of storage: a local folder, or a prefix of an S3 bucket."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ from services.common.storage.input_listing import NameCounts
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file as it was when it was looked at. `version` changes when the content does.
+    """A file as found by a listing or a lookup.
 
-    `is_archived`: an object in cold storage that is not restored, so it cannot be read.
+    `name` is relative to its storage, with "/". `version` changes when the content does. `is_archived`: an
+    object in cold storage that is not restored, so it cannot be read.
     """
 
-    name: str  # relative to its store, with "/"
+    name: str
     size_bytes: int
     version: str
     modified_ns: int
@@ -23,77 +24,78 @@ class FileInfo:
 
     @property
     def state(self) -> tuple[str, bool]:
-        """What changes when there is something new to do: a restore leaves the version as it is."""
+        """Return what changes when the file has to be processed again. A restore keeps the version."""
         return self.version, self.is_archived
 
 
 @dataclass(frozen=True, slots=True)
 class ExistingOutput:
-    """An output that is there: its own version, and whether it was made from the input in question."""
+    """An existing output: its own version, and whether it was made from the input in question."""
 
     version: str
     is_from_input: bool
 
 
-ABSENT = ""  # no version of an object
+# The version of an object that does not exist.
+ABSENT = ""
 
 
 class Upload(Protocol):
-    """An output in the making: it appears whole at `complete`, or not at all."""
+    """An output being written. It appears as a whole at `complete`, or not at all."""
 
     async def write(self, data: bytes) -> None:
-        """Add bytes."""
+        """Write the next bytes."""
 
     async def complete(self) -> None:
-        """Let it appear."""
+        """Publish the output."""
 
     async def __aenter__(self) -> Self:
-        """Begin."""
+        """Begin the upload."""
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
-        """Forget it, unless it was completed."""
+        """Abort the upload, unless it was completed."""
 
 
 class Storage(Protocol):
-    """A local folder, or a prefix of a bucket. Every failure is a StoreError that names the place."""
+    """A local folder, or a prefix of a bucket. Every failure is a StorageError that names the URI."""
 
     @property
     def is_unordered(self) -> bool:
-        """Whether a listing has shown another order than that of the names."""
+        """Return whether a listing has shown that names are not in order."""
 
     def uri(self, name: str) -> str:
-        """The full address of a name, for people."""
+        """Return the full address of a name, for messages."""
 
-    def list(self, *, after: str = "", listing: NameCounts | None = None) -> AsyncIterator[FileInfo]:
-        """Every file to augment, whatever its depth, by name in the order of UTF-8; those behind `after`.
+    def list(self, *, after: str = "", name_counts: NameCounts | None = None) -> AsyncIterator[FileInfo]:
+        """Yield every file to augment at any depth, in UTF-8 order of names, with names greater than `after`.
 
-        Where the server has no order: in any, some perhaps twice. Names that are ignored are counted in
-        `listing`.
+        If the server has no order, files come in any order, and some perhaps twice. Ignored names are counted
+        in `name_counts`.
         """
 
     async def explain_empty(self) -> str:
-        """Say why there is no file at all, or "". Raises UsageError if this is no folder but a file."""
+        """Return why there is no file, or "". Raises UsageError if the URI is a file and not a folder."""
 
     async def get_info(self, name: str) -> FileInfo:
-        """One file."""
+        """Return the information about one file."""
 
-    def read(self, item: FileInfo) -> AsyncGenerator[bytes]:
-        """The file's bytes in pieces; InputChangedError if it is no longer what `item` says."""
+    def read(self, file: FileInfo) -> AsyncGenerator[bytes]:
+        """Yield the file's bytes in chunks. Raises InputChangedError if it is not the version in `file`."""
 
     async def check_writable(self) -> None:
-        """Fail now if files could not be written here."""
+        """Raise StorageError if files cannot be written here."""
 
     async def existing_output(self, name: str, source: FileInfo) -> ExistingOutput | None:
-        """The output `name`, if it is there."""
+        """Return the output `name` if it exists, and whether it was made from `source`."""
 
     def create(self, name: str, source: FileInfo, *, expected_version: str | None = None) -> Upload:
-        """Begin `name`, to be marked as made from `source`.
+        """Return an upload of `name`, to be marked as made from `source`.
 
-        `onto` is the version that it may replace, NOTHING if there was none: whoever comes second among
-        several writers is told by OutputTakenError, where the store can tell. None: it replaces anything.
+        `expected_version` is the version that the upload may replace, or ABSENT. Of several writers, a later
+        one gets OutputConflictError, if the storage can detect it. None: the upload replaces anything.
         """
 
     async def remove(self, name: str) -> None:
-        """Remove `name` if it is there."""
+        """Remove `name` if it exists."""

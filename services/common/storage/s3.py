@@ -1,15 +1,16 @@
-"""A prefix of a bucket: listed page by page, read as a stream that goes on where it broke."""
+"""Storage in a prefix of an S3 bucket."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from botocore.exceptions import ClientError
 
+from services.common.compat import override
 from services.common.file_names import is_input
 from services.common.memory_budget import MemoryBudget
 from services.common.storage import s3_hints
 from services.common.storage.input_listing import NameCounts
-from services.common.storage.protocol import ExistingOutput, FileInfo
+from services.common.storage.protocol import ExistingOutput, FileInfo, Storage
 from services.common.storage.s3_archive import is_archived
 from services.common.storage.s3_client import error_code, require_field, translate_errors
 from services.common.storage.s3_download import S3Download
@@ -25,10 +26,10 @@ from services.common.storage.s3_upload import (
 _NOT_FOUND_CODES = {"404", "NoSuchKey"}
 
 
-class S3Store:
+class S3Store(Storage):
     """The objects whose keys begin with `prefix` (empty, or ending in "/").
 
-    `parts_room`: what the parts on their way to all stores of this process may have of its memory.
+    `part_budget` bounds the memory of all parts being uploaded by this process, to any storage.
     """
 
     def __init__(
@@ -42,31 +43,33 @@ class S3Store:
         self._stale_uploads = StaleUploads(client, bucket=bucket, prefix=prefix)
         self._listing = KeyListing(client, bucket=bucket, prefix=prefix)
 
+    @override
     def uri(self, name: str) -> str:
-        """The object's address."""
         return f"s3://{self._bucket}/{self._prefix}{name}"
 
+    @override
     async def explain_empty(self) -> str:
-        """What else is in the bucket."""
         return await s3_hints.explain_empty_prefix(self._client, bucket=self._bucket, prefix=self._prefix)
 
     @property
+    @override
     def is_unordered(self) -> bool:
-        """Whether a listing has shown it."""
         return self._listing.is_unordered
 
-    async def list(self, *, after: str = "", listing: NameCounts | None = None) -> AsyncIterator[FileInfo]:
-        """In the order of their keys, a page of 1000 at a time; where the server has an order."""
+    @override
+    async def list(
+        self, *, after: str = "", name_counts: NameCounts | None = None
+    ) -> AsyncIterator[FileInfo]:
         with translate_errors(self.uri("")):
             async for entry in self._listing.entries(after=after):
                 name = entry["Key"].removeprefix(self._prefix)
                 if is_input(name):
-                    yield _to_file_info(name, entry, size="Size", place=self.uri(name))
-                elif listing is not None:
-                    listing.count_ignored(name)
+                    yield _to_file_info(name, entry, size="Size", uri=self.uri(name))
+                elif name_counts is not None:
+                    name_counts.count_ignored(name)
 
+    @override
     async def get_info(self, name: str) -> FileInfo:
-        """One object."""
         with translate_errors(self.uri(name)):
             try:
                 head = await self._client.head_object(**self._object_args(name))
@@ -74,29 +77,30 @@ class S3Store:
                 if error_code(error) in _NOT_FOUND_CODES:
                     await self._check_bucket()
                 raise
-        return _to_file_info(name, head, size="ContentLength", place=self.uri(name))
+        return _to_file_info(name, head, size="ContentLength", uri=self.uri(name))
 
     async def _check_bucket(self) -> None:
-        """Raise ClientError if the bucket is gone. The answer to a HEAD has no body, which would say so."""
+        """Raise ClientError if the bucket is missing, which the response to a HEAD does not show."""
         try:
             await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         except ClientError as error:
             if error_code(error) == "NoSuchBucket":
                 raise
 
-    def read(self, item: FileInfo) -> AsyncGenerator[bytes]:
-        """The object's bytes, of the very version that was listed; a stream that breaks is taken up again."""
-        target, place = self._object_args(item.name), self.uri(item.name)
-        return S3Download(self._client, uri=place, target=target, item=item).chunks()
+    @override
+    def read(self, file: FileInfo) -> AsyncGenerator[bytes]:
+        uri = self.uri(file.name)
+        return S3Download(self._client, uri=uri, target=self._object_args(file.name), file=file).chunks()
 
+    @override
     async def check_writable(self) -> None:
-        """See that the bucket is there and answers us; end what killed runs left of uploads."""
+        # Whether objects can be written shows with the first one: only the bucket is checked here.
         with translate_errors(self.uri("")):
             await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         await self._stale_uploads.abort_stale()
 
+    @override
     async def existing_output(self, name: str, source: FileInfo) -> ExistingOutput | None:
-        """The output's metadata carries its input's version."""
         with translate_errors(self.uri(name)):
             try:
                 head = await self._client.head_object(**self._object_args(name))
@@ -104,13 +108,13 @@ class S3Store:
                 if error_code(error) in _NOT_FOUND_CODES:
                     return None
                 raise
-        mark = head.get("Metadata", {}).get(ETAG_METADATA_KEY)
+        input_etag = head.get("Metadata", {}).get(ETAG_METADATA_KEY)
         return ExistingOutput(
-            require_field(head, "ETag", place=self.uri(name)), is_from_input=bool(mark == source.version)
+            require_field(head, "ETag", uri=self.uri(name)), is_from_input=bool(input_etag == source.version)
         )
 
+    @override
     def create(self, name: str, source: FileInfo, *, expected_version: str | None = None) -> S3Upload:
-        """Begin `name`."""
         return S3Upload(
             self._client,
             uri=self.uri(name),
@@ -122,8 +126,8 @@ class S3Store:
             part_budget=self._part_budget,
         )
 
+    @override
     async def remove(self, name: str) -> None:
-        """Remove `name` if it is there (S3 does not mind if it is not)."""
         with translate_errors(self.uri(name)):
             await self._client.delete_object(**self._object_args(name))
 
@@ -131,7 +135,8 @@ class S3Store:
         return {"Bucket": self._bucket, "Key": self._prefix + name}
 
 
-def _to_file_info(name: str, answer: Any, *, size: str, place: str) -> FileInfo:
-    modified_ns = int(require_field(answer, "LastModified", place=place).timestamp()) * 1_000_000_000
-    etag = require_field(answer, "ETag", place=place)
-    return FileInfo(name, require_field(answer, size, place=place), etag, modified_ns, is_archived(answer))
+def _to_file_info(name: str, response: Any, *, size: str, uri: str) -> FileInfo:
+    modified_ns = int(require_field(response, "LastModified", uri=uri).timestamp()) * 1_000_000_000
+    etag = require_field(response, "ETag", uri=uri)
+    size_bytes = require_field(response, size, uri=uri)
+    return FileInfo(name, size_bytes, etag, modified_ns, is_archived(response))

@@ -1,4 +1,4 @@
-"""The client of every bucket and queue, and what its errors are called here."""
+"""The client of buckets and queues, and the translation of its errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def allow_tenant_buckets(client: Any) -> None:
-    """Let an S3 client send bucket names of Ceph's form `tenant:bucket`, which botocore refuses itself.
+    """Allow bucket names of Ceph's form `tenant:bucket` in a client, which botocore would reject.
 
     https://docs.ceph.com/en/latest/radosgw/multitenancy/
     """
@@ -38,25 +38,24 @@ def allow_tenant_buckets(client: Any) -> None:
 
 
 @contextmanager
-def translate_errors(place: str) -> Iterator[None]:
-    """Name the place in every error of the service or of the connection to it."""
+def translate_errors(uri: str) -> Iterator[None]:
+    """Translate errors of the service, or of the connection to it, to StorageError with the URI."""
     try:
         yield
     except ClientError as error:
         code = error_code(error)
         reason = _BAD_REQUEST if code == "400" else error_reason(error)
-        raise _ERRORS_BY_CODE.get(code, StorageError)(uri=place, reason=reason) from error
-    except (
-        *CONNECTION_ERRORS,
-        RuntimeError,
-    ) as error:  # botocore's, for new credentials that have expired already
-        raise StorageError(uri=place, reason=error_reason(error)) from error
-    except ValueError as error:  # a key that cannot be sent
-        raise StorageError(uri=place, reason=strip_userinfo(str(error))) from error
+        raise _ERRORS_BY_CODE.get(code, StorageError)(uri=uri, reason=reason) from error
+    except (*CONNECTION_ERRORS, RuntimeError) as error:
+        # botocore raises RuntimeError for new credentials that have expired already.
+        raise StorageError(uri=uri, reason=error_reason(error)) from error
+    except ValueError as error:
+        # The key cannot be sent.
+        raise StorageError(uri=uri, reason=strip_userinfo(str(error))) from error
 
 
-def require_field(answer: dict[str, Any], name: str, *, place: str) -> Any:
-    """Return what an answer must have. Raises StoreError."""
-    if name not in answer:
-        raise StorageError(uri=place, reason=f"the server's answer has no {name}")
-    return answer[name]
+def require_field(response: dict[str, Any], name: str, *, uri: str) -> Any:
+    """Return a field that a response must have. Raises StorageError."""
+    if name not in response:
+        raise StorageError(uri=uri, reason=f"the server's answer has no {name}")
+    return response[name]

@@ -1,4 +1,4 @@
-"""An object's bytes: of the version that was listed, resumed where the stream broke, checked at the end."""
+"""Downloads an object: the listed version, resumed after a broken stream, and checked at the end."""
 
 import asyncio
 import base64
@@ -21,28 +21,28 @@ _READ_BYTES = 2**20
 _MAX_CONSECUTIVE_BREAKS = 5
 _FIRST_RETRY_SECONDS = 0.2
 _PARTIAL_CONTENT = 206
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 
 class S3Download:
-    """One read of an object.
+    """One download of an object.
 
-    The client checks a whole object against the checksum that the server sends with it. A resumed one is
-    checked here, because the client sees two parts of it.
+    The client checks a whole object against the checksum that the server sends with it. A resumed download is
+    checked here, because the client sees only parts of it.
 
-    State: `_position`, `_checksum` (of the bytes so far, and the server's of the object).
+    State: `_position`; `_checksum`, of the bytes so far, and the server's for the object.
     """
 
-    def __init__(self, client: Any, *, uri: str, target: dict[str, str], item: FileInfo) -> None:
+    def __init__(self, client: Any, *, uri: str, target: dict[str, str], file: FileInfo) -> None:
         self._client = client
         self._uri = uri
         self._target = target
-        self._item = item
+        self._file = file
         self._position = 0
         self._checksum = _Checksum({})
 
     async def chunks(self) -> AsyncGenerator[bytes]:
-        """Yield the bytes in pieces. Raises InputChangedError or StoreError."""
+        """Yield the bytes in chunks. Raises InputChangedError or StorageError."""
         attempts = self._client.meta.config.retries.get("total_max_attempts", _MAX_CONSECUTIVE_BREAKS + 1)
         breaks = 0
         while True:
@@ -56,61 +56,64 @@ class S3Download:
                 raise StorageError(uri=self._uri, reason=error_reason(error)) from error
             except CONNECTION_ERRORS as error:
                 reason = error_reason(error)
-            if self._position >= self._item.size_bytes:  # whatever broke behind the last byte
+            # All bytes are there, so an error after the last one does not matter.
+            if self._position >= self._file.size_bytes:
                 self._check_whole()
                 return
             breaks += 1
-            message = f"the download broke at byte {self._position} of {self._item.size_bytes}: {reason}"
+            message = f"the download broke at byte {self._position} of {self._file.size_bytes}: {reason}"
             if breaks > min(_MAX_CONSECUTIVE_BREAKS, attempts - 1):
                 raise StorageError(uri=self._uri, reason=message)
             _log.debug("%s: %s", self._uri, message)
             await asyncio.sleep(_FIRST_RETRY_SECONDS * 2 ** (breaks - 1))
 
     async def _stream(self) -> AsyncGenerator[bytes]:
-        answer = await self._request()
-        body = answer["Body"]
+        response = await self._request()
+        body = response["Body"]
         try:
-            if answer.get("ETag") != self._item.version:  # the server ignores conditions
+            # Some servers ignore the condition of the request.
+            if response.get("ETag") != self._file.version:
                 raise InputChangedError
-            to_skip = self._bytes_to_skip(answer)
+            to_skip = self._bytes_to_skip(response)
             while data := await body.read(_READ_BYTES):
                 skipped = min(to_skip, len(data))
                 to_skip -= skipped
-                fresh = data[skipped:] if skipped else data
-                if fresh:
-                    self._position += len(fresh)
-                    self._checksum.update(fresh)
-                    yield fresh
+                new_data = data[skipped:] if skipped else data
+                if new_data:
+                    self._position += len(new_data)
+                    self._checksum.update(new_data)
+                    yield new_data
         finally:
             body.close()
 
     async def _request(self) -> Any:
-        """Request what is missing; the client has retried what failed here."""
-        wanted = {"Range": f"bytes={self._position}-"} if self._position else {}
+        """Request the missing bytes. The client itself retries failed requests."""
+        range_args = {"Range": f"bytes={self._position}-"} if self._position else {}
         with translate_errors(self._uri):
             try:
-                return await self._client.get_object(**self._target, **wanted, IfMatch=self._item.version)
+                return await self._client.get_object(**self._target, **range_args, IfMatch=self._file.version)
             except ClientError as error:
                 if error_code(error) in {"PreconditionFailed", "412"}:
                     raise InputChangedError from error
                 raise
 
-    def _bytes_to_skip(self, answer: Any) -> int:
-        """Note the object's checksum; return how many bytes of this stream are known already."""
+    def _bytes_to_skip(self, response: Any) -> int:
+        """Return how many bytes of this response to skip, and keep the checksum of the first response."""
         if not self._position:
-            self._checksum = _Checksum(answer)
+            self._checksum = _Checksum(response)
             return 0
-        if answer["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL_CONTENT:  # the server ignores ranges
+        # Some servers ignore ranges and send the whole object again.
+        if response["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL_CONTENT:
             return self._position
-        begins = f"bytes {self._position}-"
-        if not answer.get("ContentRange", begins).startswith(begins):
-            message = f"the server sent {answer['ContentRange']} when asked for {begins}"
+        expected_start = f"bytes {self._position}-"
+        if not response.get("ContentRange", expected_start).startswith(expected_start):
+            message = f"the server sent {response['ContentRange']} when asked for {expected_start}"
             raise StorageError(uri=self._uri, reason=message)
         return 0
 
     def _check_whole(self) -> None:
-        if self._position > self._item.size_bytes:
-            message = f"the server sent {self._position} bytes of an object of {self._item.size_bytes}"
+        if self._position > self._file.size_bytes:
+            message = f"the server sent {self._position} bytes of an object of {self._file.size_bytes}"
             raise StorageError(uri=self._uri, reason=message)
         if self._checksum.mismatch:
             message = f"checksum mismatch: {self._checksum.mismatch}"
@@ -118,7 +121,7 @@ class S3Download:
 
 
 class _Crc32:
-    """CRC32 as hashlib has its algorithms."""
+    """CRC32 with the interface of hashlib's algorithms."""
 
     def __init__(self) -> None:
         self._value = 0
@@ -130,7 +133,7 @@ class _Crc32:
         return self._value.to_bytes(4, "big")
 
 
-# What the client checks itself without another library: names in the answer, in its order.
+# The algorithms that the client checks without another library: their names in the response, in its order.
 _ALGORITHMS: dict[str, Callable[[], Any]] = {
     "ChecksumCRC32": _Crc32,
     "ChecksumSHA1": partial(hashlib.sha1, usedforsecurity=False),
@@ -139,13 +142,13 @@ _ALGORITHMS: dict[str, Callable[[], Any]] = {
 
 
 class _Checksum:
-    """The whole object's checksum, if the server sent one: not one of its parts' checksums (`…-3`)."""
+    """The checksum of the whole object, if the server sent one. Checksums of parts (`…-3`) do not count."""
 
-    def __init__(self, answer: Any) -> None:
-        usable = (name for name in _ALGORITHMS if answer.get(name) and "-" not in answer[name])
+    def __init__(self, response: Any) -> None:
+        usable = (name for name in _ALGORITHMS if response.get(name) and "-" not in response[name])
         self._name = next(usable, "")
         self._algorithm = _ALGORITHMS[self._name]() if self._name else None
-        self._expected = answer.get(self._name, "")
+        self._expected = response.get(self._name, "")
 
     def update(self, data: bytes) -> None:
         """Add the next bytes."""
@@ -154,6 +157,6 @@ class _Checksum:
 
     @property
     def mismatch(self) -> str:
-        """How it differs, or ""."""
+        """Return how the checksum differs, or ""."""
         found = base64.b64encode(self._algorithm.digest()).decode() if self._algorithm else self._expected
         return "" if found == self._expected else f"{self._name} is {self._expected}, of the bytes {found}"

@@ -1,4 +1,4 @@
-"""Why a prefix holds no file: what else is there, in a few requests."""
+"""Explains why a prefix has no file, by what else is in the bucket, in a few requests."""
 
 from typing import Any
 
@@ -11,27 +11,28 @@ _MAX_NAMES = 3
 
 
 async def explain_empty_prefix(client: Any, *, bucket: str, prefix: str) -> str:
-    """Return what may have been meant, "" if that cannot be seen.
+    """Return which prefix may have been meant, or "" if that cannot be determined.
 
-    Raises UsageError if the prefix is the key of an object whose name says no format.
+    Raises UsageError if the prefix is the key of an object of an unknown format.
     """
     key = prefix.rstrip("/")
     try:
         if key and await _is_object(client, bucket, key):
-            place = f"s3://{bucket}/{key}"
+            uri = f"s3://{bucket}/{key}"
             if format_for_name(key) is None:
-                message = f"{place}: the name must end in one of {SUFFIX_HELP}"
+                message = f"{uri}: the name must end in one of {SUFFIX_HELP}"
                 raise UsageError(message)
-            return f"did you mean {place}?"
-        alike = await _list_names(client, bucket, key, exclude=prefix)
-        if key and alike:
-            return f"did you mean {_join_uris(bucket, alike)}?"
+            return f"did you mean {uri}?"
+        similar_names = await _list_names(client, bucket, key, exclude=prefix)
+        if key and similar_names:
+            return f"did you mean {_join_uris(bucket, similar_names)}?"
         parent = key.rpartition("/")[0]
         for folder in dict.fromkeys([f"{parent}/" if parent else "", ""]):
             found = await _list_names(client, bucket, folder, exclude=prefix)
             if found:
                 return f"s3://{bucket}/{folder} has {_join_uris(bucket, found)}"
-    except StorageError:  # whoever may list INPUT need not be allowed to look elsewhere
+    except StorageError:
+        # A caller who may list INPUT may not be allowed to list anything else.
         return ""
     return "the bucket is empty"
 
@@ -46,7 +47,7 @@ async def _is_object(client: Any, bucket: str, key: str) -> bool:
 
 
 async def _list_names(client: Any, bucket: str, prefix: str, *, exclude: str) -> list[str]:
-    """Return the first folders and objects whose names begin so."""
+    """Return the first folders and objects whose names begin with `prefix`."""
     with translate_errors(f"s3://{bucket}/{prefix}"):
         page = await client.list_objects_v2(
             Bucket=bucket, Prefix=prefix, Delimiter="/", MaxKeys=2 * _MAX_NAMES + 2

@@ -1,4 +1,4 @@
-"""The keys below a prefix, page by page, from servers with and without an order."""
+"""Lists the keys under a prefix page by page, from servers with and without an order."""
 
 import logging
 from collections.abc import AsyncGenerator
@@ -8,13 +8,13 @@ from botocore.exceptions import ClientError
 
 _UNSUPPORTED_STATUSES = {400, 405, 501}
 _Page: TypeAlias = list[dict[str, Any]]
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 
 class KeyListing:
-    """Lists the keys of one store.
+    """Lists the keys of one storage.
 
-    State: `is_unordered` (a page has shown it), `_starts_after` (until the server refuses that).
+    State: `is_unordered`, that a page has shown it; `_supports_start_after`, until the server rejects it.
     """
 
     def __init__(self, client: Any, *, bucket: str, prefix: str) -> None:
@@ -25,15 +25,16 @@ class KeyListing:
         self.is_unordered = False
 
     async def entries(self, *, after: str = "") -> AsyncGenerator[dict[str, Any]]:
-        """Yield what the server has of each key, of those behind `after` (a name below the prefix).
+        """Yield the server's entry of each key that is greater than `after` (a name under the prefix).
 
-        In the order of the keys, unless `is_unordered`: then in any order, some of them perhaps twice. It is
-        set before the first entry of the page that shows it. Raises ClientError.
+        The keys are in order unless `is_unordered`. Then they are in any order, and some perhaps come twice.
+        It is set before the first entry of the page that shows it. Raises ClientError.
         """
         first = (self._prefix + after).encode()
         async for page in self._pages({"StartAfter": self._prefix + after} if after else {}):
             for entry in page:
-                if not after or entry["Key"].encode() > first:  # a server may ignore StartAfter
+                # A server may ignore StartAfter.
+                if not after or entry["Key"].encode() > first:
                     yield entry
 
     async def _pages(self, start: dict[str, str]) -> AsyncGenerator[_Page]:
@@ -56,7 +57,7 @@ class KeyListing:
             _log.info(
                 "s3://%s/%s: no StartAfter at this server; all keys are listed", self._bucket, self._prefix
             )
-        # From the beginning: where there is no order, keys that are wanted may stand in front of `start`.
+        # List from the beginning: without an order, keys that are wanted may come before `start`.
         self._supports_start_after = False
         async for page in self._pages({}):
             yield page

@@ -1,4 +1,4 @@
-"""Uploads that killed runs left: ended once nobody has added to them for hours, by the server's own clock."""
+"""Aborts unfinished uploads of killed runs, once they have been idle for hours by the server's clock."""
 
 import datetime as dt
 import logging
@@ -12,20 +12,21 @@ from services.common.codec import format_for_name
 from services.common.storage.errors import StorageError
 from services.common.storage.s3_client import error_code, translate_errors
 
-# Longer than any file is between two parts of its output or of its rejects: in six hours the model answers
-# more pairs than 5 GB have lines. Ending a live one would cost its file's work, never an output.
+# Longer than any file waits between two parts of its output or of its rejects: in six hours, the model
+# answers more pairs than 5 GB have lines. If a live upload were aborted, its file would have to be processed
+# again, but no output would be lost.
 _IDLE_TIME = dt.timedelta(hours=6)
 _CHECK_INTERVAL_SECONDS = 3600.0
-_log = logging.getLogger("augmenter")
+_log = logging.getLogger(__name__)
 
 
 class StaleUploads:
-    """Those under one store's prefix.
+    """The unfinished uploads under the prefix of one storage.
 
-    An upload does not say whose it is, and another process may be at work on the same key. So one is left
-    alone until it shows no sign of life: it was begun, and its last part arrived, hours ago.
+    An upload does not show who owns it, and another process may be writing the same key. So an upload is
+    aborted only if both its start and its last part are hours ago.
 
-    State: `_looked_at`, when the last look began; `_said`, that the server does not let us look.
+    State: `_checked_at`, when the last check began; `_has_warned`, that the server denies the listing.
     """
 
     def __init__(self, client: Any, *, bucket: str, prefix: str) -> None:
@@ -36,29 +37,31 @@ class StaleUploads:
         self._has_warned = False
 
     async def abort_stale(self) -> None:
-        """At most once an hour, for runs that go on for months. It does not fail.
+        """Abort stale uploads, at most once an hour, since a run may go on for months. Never raises.
 
-        A server that cannot list uploads, or may not, keeps what is left: a rule of the bucket must end it.
+        If the server cannot list uploads, or denies it, they stay until a lifecycle rule of the bucket ends
+        them.
         """
         now = time.monotonic()
         if self._checked_at is not None and now - self._checked_at < _CHECK_INTERVAL_SECONDS:
             return
         self._checked_at = now
-        place = f"s3://{self._bucket}/{self._prefix}"
+        uri = f"s3://{self._bucket}/{self._prefix}"
         try:
-            with translate_errors(place):
-                await self._abort_all(place)
+            with translate_errors(uri):
+                await self._abort_all(uri)
         except StorageError as error:
             level = logging.DEBUG if self._has_warned else logging.WARNING
-            _log.log(level, "%s: unfinished uploads are left as they are: %s", place, error.reason)
+            _log.log(level, "%s: unfinished uploads are left as they are: %s", uri, error.reason)
             self._has_warned = True
 
-    async def _abort_all(self, place: str) -> None:
+    async def _abort_all(self, uri: str) -> None:
         pages = self._client.get_paginator("list_multipart_uploads")
         async for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
-            before = _required_server_time(page, place) - _IDLE_TIME
+            before = _required_server_time(page, uri) - _IDLE_TIME
             for upload in page.get("Uploads", ()):
-                if format_for_name(upload["Key"]) and upload["Initiated"] < before:  # else it cannot be ours
+                # Other uploads have keys that the augmenter does not write.
+                if format_for_name(upload["Key"]) and upload["Initiated"] < before:
                     await self._abort_if_idle({"Key": upload["Key"], "UploadId": upload["UploadId"]}, before)
 
     async def _abort_if_idle(self, upload: dict[str, str], before: dt.datetime) -> None:
@@ -69,21 +72,22 @@ class StaleUploads:
                     return
             await self._client.abort_multipart_upload(Bucket=self._bucket, **upload)
         except ClientError as error:
-            if error_code(error) != "NoSuchUpload":  # it ended by itself
+            # An upload that does not exist any more has ended by itself.
+            if error_code(error) != "NoSuchUpload":
                 raise
 
 
-def _required_server_time(answer: Any, place: str) -> dt.datetime:
-    found = server_time(answer)
-    if found is None:
-        raise StorageError(uri=place, reason="the server does not tell the time")
-    return found
+def _required_server_time(response: Any, uri: str) -> dt.datetime:
+    sent_at = server_time(response)
+    if sent_at is None:
+        raise StorageError(uri=uri, reason="the server does not tell the time")
+    return sent_at
 
 
-def server_time(answer: Any) -> dt.datetime | None:
-    """Return the time that an answer was sent at: this machine's clock may be wrong."""
+def server_time(response: Any) -> dt.datetime | None:
+    """Return the time at which the server sent a response. The clock of this machine may be wrong."""
     try:
-        found = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        sent_at = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
     except (KeyError, ValueError):
         return None
-    return found if found.tzinfo else found.replace(tzinfo=dt.UTC)
+    return sent_at if sent_at.tzinfo else sent_at.replace(tzinfo=dt.UTC)

@@ -1,4 +1,4 @@
-"""SSE-C: S3 encrypts objects with a key that comes with each request and that it does not keep.
+"""SSE-C: S3 encrypts objects with a key that each request contains, and does not store the key.
 
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/ServerSideEncryptionCustomerKeys.html
 """
@@ -17,7 +17,8 @@ from services.common.file_reload import read_file
 from services.common.grpc_target import is_local_target
 from services.common.redaction import warn_if_world_readable
 
-_KEY_BYTES = 32  # AES-256
+# The size of a key for AES-256.
+_KEY_BYTES = 32
 _OPERATIONS = (
     "HeadObject",
     "GetObject",
@@ -29,7 +30,7 @@ _OPERATIONS = (
 
 
 def read_key(path: str, *, flag_name: str) -> bytes:
-    """Return the key in a file: its 32 bytes, or their base64. Raises UsageError, which never shows it."""
+    """Return the key in a file: its 32 bytes, or their base64. Raises UsageError without the key's value."""
     content = read_file(path, flag_name=flag_name)
     warn_if_world_readable(Path(path), flag_name=flag_name)
     if len(content) == _KEY_BYTES:
@@ -45,7 +46,7 @@ def read_key(path: str, *, flag_name: str) -> bytes:
 
 
 def send_key(client: Any, key: bytes, *, flag_name: str) -> None:
-    """Have an S3 client send the key with every request about an object's content. Raises UsageError."""
+    """Configure an S3 client to send the key with each request about an object. Raises UsageError."""
     endpoint = urlsplit(client.meta.endpoint_url)
     if endpoint.scheme != "https" and not is_local_target(f"{endpoint.hostname}:0"):
         message = f"{flag_name}: {endpoint.hostname} would get the key in the clear; use an https endpoint"
@@ -62,5 +63,5 @@ def send_key(client: Any, key: bytes, *, flag_name: str) -> None:
 
 
 def _with_key(params: dict[str, Any], *, key: bytes, **_: Any) -> dict[str, Any]:
-    """Return a request's parameters with the key, to which botocore adds the checksum."""
+    """Return the parameters of a request with the key. botocore adds the key's checksum."""
     return {**params, "SSECustomerAlgorithm": "AES256", "SSECustomerKey": key}

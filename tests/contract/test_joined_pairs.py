@@ -13,6 +13,7 @@ from services.cache_proxy.domain import PRIORITY_CLASSES
 from services.cache_proxy.errors import ModelUnavailableError, PairRejectedError, QueueFullError, StoreError
 from services.cache_proxy.queue.interface import Claim
 from services.cache_proxy.queue.quotas import Quota, Quotas
+from services.cache_proxy.queue.redis_queue import RedisQueue
 from services.cache_proxy.queue.waiters import Waiter
 from services.cache_proxy.queue.waiting_pairs import Requester, WaitingPair
 from tests.support.queue_subjects import QueueFactory
@@ -85,8 +86,8 @@ async def test_pair_joined_in_flight_waits_again_with_the_best_priority(
             await subject.queue.release(claim)
         else:  # the one that is named ends, the other waits again
             await subject.queue.reject(claim, REFUSED, {numbered_pair(8).digest: REFUSED})
-        if hasattr(subject.queue, "_not_before"):
-            subject.queue._not_before = 0.0
+        if isinstance(subject.queue, RedisQueue):
+            subject.queue.claims.deferral.not_before = 0.0
         await subject.enqueue(numbered_pairs(range(4)), request_context("c", "interactive"))
         assert 9 in pair_numbers(await subject.claim_batch())
 

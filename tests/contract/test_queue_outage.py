@@ -10,6 +10,7 @@ from services.cache_proxy.domain import Outcome, Pair
 from services.cache_proxy.errors import ModelUnavailableError, PairRejectedError
 from services.cache_proxy.queue.interface import Claim, ClaimDeferred
 from services.cache_proxy.queue.outage import MAX_MODEL_FAULTS, PROBE_PAIRS
+from services.cache_proxy.queue.redis_queue import RedisQueue
 from tests.support.queue_subjects import QueueFactory, QueueSubject
 from tests.support.replicas import numbered_pair, numbered_pairs, pair_numbers, queue_limits, request_context
 
@@ -22,8 +23,8 @@ async def _fail(subject: QueueSubject, claim: Claim, *, model_fault: bool = Fals
     """Fail a call without a pushback, and skip the extra backoff of this replica."""
     await asyncio.sleep(claim.send_at - time.monotonic())
     await subject.queue.fail(claim, DOWN, model_fault=model_fault)
-    if hasattr(subject.queue, "_not_before"):
-        subject.queue._not_before = 0.0
+    if isinstance(subject.queue, RedisQueue):
+        subject.queue.claims.deferral.not_before = 0.0
     await subject.receive_messages()
 
 
@@ -184,8 +185,8 @@ async def test_unsent_call_returns_its_slot(opened: QueueFactory) -> None:
         assert isinstance(decision, ClaimDeferred)
         await asyncio.sleep(decision.wait_seconds)
         await subject.queue.fail(await subject.claim_batch(), DOWN, retry_after_seconds=0, unsent=True)
-        if hasattr(subject.queue, "_not_before"):
-            subject.queue._not_before = 0.0
+        if isinstance(subject.queue, RedisQueue):
+            subject.queue.claims.deferral.not_before = 0.0
         decision = await subject.queue.claim()
         assert isinstance(decision, Claim) or decision.wait_seconds < 0.5
 

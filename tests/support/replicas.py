@@ -216,7 +216,7 @@ class Replica:
             bounds,
             limiter=limiter,
             metrics=metrics,
-            on_outcome=lambda digest, outcome: self.queue.resolve({digest: outcome}),
+            on_outcome=self.queue.interest.resolve,
             replicas=lambda: limiter.replicas or 1,
             quotas=quotas,
         )
@@ -275,7 +275,7 @@ class Replica:
                 message["data"] != mark
             ):
                 if message is not None and not lost:
-                    self.session._apply_message(message["data"])
+                    self.session.subscription.apply_message(message["data"])
 
     async def heartbeat(self) -> None:
         """A heartbeat, and what follows from it."""
@@ -284,8 +284,8 @@ class Replica:
 
     async def recover(self) -> None:
         """Ask again if something may have been missed."""
-        if self.session._messages_missed.is_set():
-            self.session._messages_missed.clear()
+        if self.session.subscription.missed.is_set():
+            self.session.subscription.missed.clear()
             await self.queue.re_enqueue()
 
     async def enqueue(

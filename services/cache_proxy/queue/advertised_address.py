@@ -11,11 +11,15 @@ from services.common.tasks import cancel_and_wait
 
 _LOOKUP_TIMEOUT_SECONDS = 1.0
 _LOOPBACK = "127.0.0.1"
+_ALL_ADDRESSES = frozenset({"", "0.0.0.0", "[::]", "::"})  # noqa: S104 - compared, not bound
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdvertisedAddress:
-    """`http_bound` is where HTTP listens, `redis_url` the value of `--cache-url`."""
+    """Finds the address of this replica's HTTP endpoint for other replicas.
+
+    `http_bound` is the address on which HTTP listens, `redis_url` the value of `--cache-url`.
+    """
 
     http_bound: str
     redis_url: str
@@ -28,13 +32,15 @@ class AdvertisedAddress:
         address leads to another process.
         """
         host, _, port = self.http_bound.rpartition(":")
-        listens_on_all = host in {"", "0.0.0.0", "[::]", "::"}  # noqa: S104 - compared, not bound
+        listens_on_all = host in _ALL_ADDRESSES
         if not listens_on_all and not _is_loopback(host):
             return self.http_bound
         own = await self._source_address()
         if not listens_on_all:
             return self.http_bound if _is_loopback(own) else ""
-        return f"[{own}]:{port}" if ":" in own else own and f"{own}:{port}"
+        if not own:
+            return ""
+        return f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
 
     async def _source_address(self) -> str:
         hosts = cache_url.parse(self.redis_url).hosts
@@ -54,11 +60,13 @@ def _first_source_address(addresses: Sequence[str]) -> str:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((address, cache_url.DEFAULT_REDIS_PORT))  # a datagram socket: nothing is sent
+                # Connecting a datagram socket only chooses the route, and sends nothing.
+                probe.connect((address, cache_url.DEFAULT_REDIS_PORT))
                 own: str = probe.getsockname()[0]
                 return own
         except OSError:
-            continue  # no route to this one
+            # There is no route to this address.
+            continue
     return ""
 
 

@@ -1,4 +1,8 @@
-"""The queue that callers see: the one in Redis while that can be reached, else a local one."""
+"""The queue that requests use: the shared one while Redis can be reached, else a local one.
+
+The module has more than 250 lines, for it wraps each method of the queue: what is left of one failover would
+be hard to follow in two places.
+"""
 
 import asyncio
 import itertools
@@ -16,31 +20,42 @@ from services.cache_proxy.errors import (
     StoreDamagedError,
     StoreError,
 )
-from services.cache_proxy.queue.interface import Claim, ClaimDeferred, EnqueueResult, RequestContext
+from services.cache_proxy.queue.interface import Claim, ClaimDeferred, EnqueueResult, Queue, RequestContext
 from services.cache_proxy.queue.local.local_queue import LocalQueue
 from services.cache_proxy.queue.outage import MIN_BACKOFF_SECONDS
 from services.cache_proxy.queue.redis_queue import RedisQueue
 from services.cache_proxy.queue.snapshot import QueueSnapshot
 from services.cache_proxy.queue.time_slots import Membership, TimeSlotLimiter
+from services.common.compat import override
 
 _log = logging.getLogger(__name__)
 
-_SILENCE_GRACE_SECONDS = (
-    1.2  # after its last word, those who still have Redis leave the moments of a replica alone
-)
-_PAUSE_DETECTION_SECONDS = 2.5  # nobody who runs takes so long to find Redis lost
+# So long after a replica's last heartbeat, those who still have Redis leave its slots free.
+_SILENCE_GRACE_SECONDS = 1.2
+
+# A process that runs finds Redis lost sooner than this: one that took longer was paused.
+_PAUSE_DETECTION_SECONDS = 2.5
+
 _MAX_UNPUBLISHED_OUTCOMES = 200_000
-_DAMAGED_ADVICE = "a key of the queue is damaged, and making the queue anew did not mend it"
 _PUBLISH_CHUNK_PAIRS = 500
+_DAMAGED_ADVICE = "a key of the queue is damaged, and making the queue anew did not mend it"
 
 
-class FailoverQueue:
-    """State: `_lost`, `_heard_at`, `_local_claims` (to know whose a claim is), `_unpublished`.
+class FailoverQueue(Queue):
+    """Queue that moves waiting pairs between the shared queue and a local one.
 
-    `_heard_at` is when Redis last heard of this replica; `_unpublished` is what Redis was not told.
-    `shared` always knows all that somebody here waits for. While Redis is lost the same pairs wait in `local`
-    too; when it is back, those that are not in flight are taken out there and asked again here. What ends in
-    `local` ends in `shared` (its `settle` is `shared.end`), so nothing that ended is asked again.
+    The interest table of the shared queue always has all pairs for which requests wait here. While Redis is
+    lost, the same pairs wait in the local queue, too. When Redis is back, those that are not in flight are
+    taken out of the local queue and enqueued in the shared one. A pair that ends in the local queue is
+    resolved in the interest table, so it is never enqueued again.
+
+    State, touched only from the event loop:
+
+    - `_is_redis_lost`: which of the two queues is in use.
+    - `_local_claims`: the claims of the local queue, to know which queue a claim belongs to.
+    - `_unpublished_outcomes`: outcomes of which Redis has not been told.
+    - `_last_heartbeat_at`: when Redis last received a heartbeat of this replica.
+    - `_other_format`: the format of the shared queue, if it is not this replica's.
     """
 
     def __init__(self, *, shared: RedisQueue, local: LocalQueue, limiter: TimeSlotLimiter) -> None:
@@ -51,64 +66,67 @@ class FailoverQueue:
         self._last_heartbeat_at = -math.inf
         self._local_claims: set[Claim] = set()
         self._unpublished_outcomes: dict[bytes, Outcome] = {}
+        self._other_format: int | None = None
         self._changed = asyncio.Event()
         self._access_granted = asyncio.Event()
         self._access_granted.set()
         self.blocking_error: StoreError | None = None
-        """Why this replica may not use Redis though Redis answers; None while it may."""
+        """Why this replica may not use the shared queue although Redis answers; None while it may."""
         self.last_loss: tuple[str, float] | None = None
         """Why Redis was lost, and when, on time.monotonic."""
-        self._other_format: int | None = None
 
     @property
     def is_redis_lost(self) -> bool:
-        """Whether Redis is lost."""
+        """Return whether the local queue is in use."""
         return self._is_redis_lost
 
     @property
-    def stands_by(self) -> bool:
-        """Whether the shared queue is used by replicas of another queue format."""
+    def is_on_standby(self) -> bool:
+        """Return whether replicas of another queue format use the shared queue."""
         return self._other_format is not None
 
     async def wait_for_access(self) -> None:
-        """See `ProxyQueue.admitted`."""
+        """Return when Redis denies this replica nothing, or did not when the replica became ready."""
         await self._access_granted.wait()
 
     def on_access_granted(self) -> None:
-        """Redis refuses this replica nothing of what it needs."""
+        """Record that a check found all rights that this replica needs."""
         if self.blocking_error is not None:
             self.blocking_error = None
             _log.info("Redis refuses this replica nothing any more")
         self._access_granted.set()
 
     @property
+    @override
     def store_before_complete(self) -> bool:
-        """See `Queue.answers_live_elsewhere`."""
         return self._shared.store_before_complete
 
+    @override
     async def enqueue(self, pairs: Sequence[Pair], context: RequestContext) -> EnqueueResult:
-        """See `Queue.enqueue`."""
         if not self._is_redis_lost:
             try:
                 return await self._shared.enqueue(pairs, context)
             except StoreError as error:
                 await self.fail_over(error)
-        added = self._shared.register_interest(pairs, context)
-        enqueued = await self._local.enqueue(pairs, context)
-        self._shared.add_requester(pairs, context)
-        self._shared.apply_known_outcomes(enqueued.outcomes, new_digests=added)
-        return enqueued
+        # The interest table must have the pairs before the local queue does: it resolves them if they end
+        # while they are admitted.
+        interest = self._shared.interest
+        new_digests = interest.register(pairs, context)
+        result = await self._local.enqueue(pairs, context)
+        interest.add_requester(pairs, context)
+        interest.apply_known_outcomes(result.outcomes, new_digests=new_digests)
+        return result
 
+    @override
     async def cancel(self, digests: Sequence[bytes]) -> None:
-        """See `Queue.leave`."""
         await self._local.cancel(digests)
         try:
             await self._shared.cancel(digests, notify_redis=not self._is_redis_lost)
         except StoreError as error:
             await self.fail_over(error)
 
+    @override
     async def claim(self) -> Claim | ClaimDeferred:
-        """See `Queue.claim`."""
         if not self._is_redis_lost:
             try:
                 return await self._shared.claim()
@@ -119,8 +137,8 @@ class FailoverQueue:
             self._local_claims.add(decision)
         return decision
 
+    @override
     async def postpone_slot(self, claim: Claim, *, seconds: float) -> bool:
-        """See `Queue.late`."""
         if claim in self._local_claims:
             return await self._local.postpone_slot(claim, seconds=seconds)
         if not self._is_redis_lost:
@@ -128,25 +146,27 @@ class FailoverQueue:
                 return await self._shared.postpone_slot(claim, seconds=seconds)
             except StoreError as error:
                 await self.fail_over(error)
+        # The slot was Redis's, and it cannot be moved any more.
         return False
 
+    @override
     async def release(self, claim: Claim) -> None:
-        """See `Queue.put_back`."""
         if claim in self._local_claims:
             await self._local.release(claim)
             await self._after_local_claim(claim)
         else:
             await self._after_shared_claim(claim, self._shared.release(claim))
 
+    @override
     async def complete(
         self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True
     ) -> None:
-        """See `Queue.fulfil`. Whatever became of Redis meanwhile, whoever waits here is answered."""
+        # The waiting requests get their outcomes whatever the state of Redis, and whichever queue the claim
+        # came from. A local claim is kept until all of its pairs have ended: some may end before the call,
+        # since they were found in the cache.
         if claim in self._local_claims:
             await self._local.complete(claim, outcomes, inferred=inferred)
-            if not self._local.has_unfinished_pairs(
-                claim
-            ):  # a part may have ended before: found in the cache, say
+            if not self._local.has_unfinished_pairs(claim):
                 self._local_claims.discard(claim)
         else:
             self._local.complete_elsewhere(outcomes)
@@ -157,11 +177,13 @@ class FailoverQueue:
                 await self.fail_over(error)
             else:
                 return
-        self._shared.complete_locally(claim, outcomes)
+        # Redis is told on the return; beyond a bound the oldest outcomes are dropped.
+        self._shared.claims.complete_locally(claim, outcomes)
         self._unpublished_outcomes.update(outcomes)
         while len(self._unpublished_outcomes) > _MAX_UNPUBLISHED_OUTCOMES:
             del self._unpublished_outcomes[next(iter(self._unpublished_outcomes))]
 
+    @override
     async def fail(
         self,
         claim: Claim,
@@ -171,38 +193,32 @@ class FailoverQueue:
         model_fault: bool = False,
         unsent: bool = False,
     ) -> None:
-        """See `Queue.fail`."""
         if claim in self._local_claims:
             await self._local.fail(
                 claim, error, retry_after_seconds=retry_after_seconds, model_fault=model_fault, unsent=unsent
             )
             await self._after_local_claim(claim)
         else:
+            # The local queue keeps to the backoff, too, if it is the one in use next.
             backoff_seconds = MIN_BACKOFF_SECONDS if retry_after_seconds is None else retry_after_seconds
-            self._limiter.block_until(time.monotonic() + backoff_seconds)  # whichever queue is next
-            telling = self._shared.fail(
+            self._limiter.block_until(time.monotonic() + backoff_seconds)
+            report = self._shared.fail(
                 claim, error, retry_after_seconds=retry_after_seconds, model_fault=model_fault, unsent=unsent
             )
-            await self._after_shared_claim(claim, telling)
+            await self._after_shared_claim(claim, report)
 
+    @override
     async def reject(
         self, claim: Claim, error: PairError, errors_by_digest: Mapping[bytes, PairError]
     ) -> None:
-        """See `Queue.refuse`."""
         if claim in self._local_claims:
             await self._local.reject(claim, error, errors_by_digest)
             await self._after_local_claim(claim)
         else:
             await self._after_shared_claim(claim, self._shared.reject(claim, error, errors_by_digest))
 
-    async def snapshot(self, *, minutes: int) -> QueueSnapshot:
-        """See `ProxyQueue.overview`. Who only looks on does not decide that Redis is lost."""
-        if self._is_redis_lost:
-            return await self._local.snapshot(minutes=minutes)
-        return await self._shared.snapshot(minutes=minutes)
-
+    @override
     async def wait_for_change(self) -> None:
-        """See `Queue.changed`."""
         events = (self._shared.wait_for_change(), self._local.wait_for_change(), self._changed.wait())
         waits: list[asyncio.Future[object]] = [asyncio.ensure_future(event) for event in events]
         try:
@@ -212,64 +228,75 @@ class FailoverQueue:
             for wait in waits:
                 wait.cancel()
 
+    async def snapshot(self, *, minutes: int) -> QueueSnapshot:
+        """Return the state of the queue in use. Raises `StoreError`, which does not count as lost Redis."""
+        if self._is_redis_lost:
+            return await self._local.snapshot(minutes=minutes)
+        return await self._shared.snapshot(minutes=minutes)
+
     def discard(self, digest: bytes) -> None:
-        """See `ProxyQueue.discard`. The others are not told of it either."""
+        """Forget a remembered outcome of this pair, and do not publish it: it was invalidated."""
         self._local.discard(digest)
         self._unpublished_outcomes.pop(digest, None)
 
     def discard_all(self) -> None:
-        """See `ProxyQueue.discard_all`."""
+        """Forget all remembered outcomes, and publish none."""
         self._local.discard_all()
         self._unpublished_outcomes.clear()
 
     def fail_all(self, error: PairError) -> None:
-        """See `LocalQueue.end_all`."""
+        """End every pair with the error: the process is about to end."""
         self._local.fail_all(error)
-        self._shared.fail_all(error)
+        self._shared.interest.fail_all(error)
 
     def show_local_metrics(self) -> None:
-        """See `LocalQueue.show_alone`."""
+        """Set the gauges that describe all replicas to the local queue's state."""
         self._local.show_local_metrics()
 
     def on_heartbeat(self, membership: Membership, *, received_after: float) -> None:
-        """Redis answered a heartbeat that it got at this time or later."""
+        """Record the reply of a heartbeat that Redis received at this time or later, on time.monotonic."""
         self._limiter.update_membership(membership)
         self._last_heartbeat_at = received_after
         self._limiter.not_before = received_after + _SILENCE_GRACE_SECONDS
 
+    def stand_by(self, membership: Membership, *, not_before: float) -> None:
+        """Use the slots of a member beside replicas of another queue format, but none before a time."""
+        self._limiter.not_before = not_before
+        if self._limiter.stand_by(membership):
+            self._changed.set()
+
     async def fail_over(self, error: StoreError) -> None:
-        """Redis is lost: what waits here waits in the local queue from now on."""
+        """Use the local queue from now on, and let the waiting pairs wait there: Redis is lost."""
         self._record_blocking_error(error)
-        self._note_format(error)
+        self._record_format(error)
         if self._is_redis_lost:
             return
         self._is_redis_lost = True
         self.last_loss = (error.kind, time.monotonic())
-        if self.blocking_error is None and not self.stands_by:
+        if self.blocking_error is None and not self.is_on_standby:
             _log.warning("the shared queue is lost, going on alone: %s", error)
         self._local.reset_quotas()
+        # After a pause of this process the others may already be using its slots. It waits until they have
+        # noticed that it is back but silent.
         now = time.monotonic()
-        if (
-            now - self._last_heartbeat_at > _PAUSE_DETECTION_SECONDS
-        ):  # it was paused: the others may be using its moments
+        if now - self._last_heartbeat_at > _PAUSE_DETECTION_SECONDS:
             self._limiter.not_before = now + _SILENCE_GRACE_SECONDS
         self._activate_local()
 
     def _record_blocking_error(self, error: StoreError) -> None:
-        """Log once what Redis refuses. A replica that was ready before stays ready."""
+        """Log once what Redis denies. A replica that was ready before stays ready."""
         if not isinstance(error, StoreAccessDeniedError | StoreDamagedError):
             return
         if self.blocking_error is None or str(self.blocking_error) != str(error):
-            advice = (
-                "see deploy/redis/users.acl" if isinstance(error, StoreAccessDeniedError) else _DAMAGED_ADVICE
-            )
+            is_denied = isinstance(error, StoreAccessDeniedError)
+            advice = "see deploy/redis/users.acl" if is_denied else _DAMAGED_ADVICE
             _log.error("this replica leaves the shared queue until that is mended: %s (%s)", error, advice)
         self.blocking_error = error
         if not math.isfinite(self._last_heartbeat_at):
             self._access_granted.clear()
 
-    def _note_format(self, error: StoreError) -> None:
-        """Log once that the shared queue has another format, and call the model as a silent member does."""
+    def _record_format(self, error: StoreError) -> None:
+        """Log once that the shared queue has another format, and use the slots of a silent member."""
         if not isinstance(error, QueueFormatError):
             return
         self._limiter.stand_by()
@@ -282,30 +309,19 @@ class FailoverQueue:
             )
         self._other_format = error.found
 
-    def stand_by(self, membership: Membership, *, begins_at: float) -> None:
-        """Use these moments, not before `begins_at`, on time.monotonic."""
-        self._limiter.not_before = begins_at
-        if self._limiter.stand_by(membership):
-            self._changed.set()
-
     def _activate_local(self) -> None:
-        for pair, asker in self._shared.unclaimed_pairs():
-            self._local.adopt(pair, asker)
+        for pair, context in self._shared.unclaimed_pairs():
+            self._local.adopt(pair, context)
         self._changed.set()
 
     async def fail_back(self) -> None:
-        """Redis is back: what waits and is not in flight waits there again. Raises `StoreError`.
+        """Use the shared queue again, and let the waiting pairs wait there. Raises `StoreError`.
 
-        What comes meanwhile still waits in the local queue; so there is a second, short round, after which
-        nothing can. It is also of what was left and asked again meanwhile, and of what others joined.
+        Pairs that are in flight stay in the local queue until their calls end.
         """
-        while self._unpublished_outcomes:
-            some = dict(itertools.islice(self._unpublished_outcomes.items(), _PUBLISH_CHUNK_PAIRS))
-            await self._shared.publish(some)
-            for digest, outcome in some.items():
-                if self._unpublished_outcomes.get(digest) is outcome:
-                    del self._unpublished_outcomes[digest]
-        noted = self._shared.snapshot_waiting()
+        await self._publish_outcomes()
+        # First round, while requests still use the local queue. If it fails, the pairs go back there.
+        earlier = self._shared.interest.snapshot()
         try:
             await self._shared.re_enqueue(exclude=self._local.remove_waiting())
         except StoreError:
@@ -315,22 +331,41 @@ class FailoverQueue:
         self._other_format = None
         _log.info("the shared queue is back")
         self._changed.set()
+        # Second, short round for what changed during the first: pairs that came, that were cancelled and
+        # requested again, and that other requests joined. Nothing more can come to the local queue.
         try:
-            await self._shared.re_enqueue(
-                exclude=self._shared.unchanged_since(noted) | self._local.remove_waiting()
-            )
+            unchanged = self._shared.interest.unchanged_since(earlier)
+            await self._shared.re_enqueue(exclude=unchanged | self._local.remove_waiting())
         except StoreError as error:
             await self.fail_over(error)
 
+    async def _publish_outcomes(self) -> None:
+        """Publish, chunk by chunk, what ended while Redis was lost."""
+        while self._unpublished_outcomes:
+            chunk = dict(itertools.islice(self._unpublished_outcomes.items(), _PUBLISH_CHUNK_PAIRS))
+            await self._shared.claims.publish(chunk)
+            # An outcome that was discarded or replaced while the script ran is not removed.
+            for digest, outcome in chunk.items():
+                if self._unpublished_outcomes.get(digest) is outcome:
+                    del self._unpublished_outcomes[digest]
+
     async def _after_local_claim(self, claim: Claim) -> None:
+        """Forget a local claim that has ended.
+
+        If Redis came back meanwhile, its pairs without an outcome must wait in the shared queue.
+        """
         self._local_claims.discard(claim)
-        if not self._is_redis_lost:  # Redis came back meanwhile: what was not answered waits there
+        if not self._is_redis_lost:
             try:
                 await self._shared.re_enqueue(exclude=self._local.remove_waiting())
             except StoreError as error:
                 await self.fail_over(error)
 
     async def _after_shared_claim(self, claim: Claim, report: Coroutine[None, None, None]) -> None:
+        """Report to Redis how a claim of the shared queue ended.
+
+        If Redis is lost, the pairs of the claim for which requests still wait go to the local queue instead.
+        """
         if not self._is_redis_lost:
             try:
                 await report
@@ -339,6 +374,6 @@ class FailoverQueue:
             else:
                 return
         report.close()
-        for pair, asker in self._shared.abandon_claim(claim):
-            self._local.adopt(pair, asker)
+        for pair, context in self._shared.abandon_claim(claim):
+            self._local.adopt(pair, context)
         self._changed.set()

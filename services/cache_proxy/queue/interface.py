@@ -1,7 +1,7 @@
 """The miss queue: pairs that wait for the model, and the slots in which it may be called.
 
-`Queue` is what the rest of the proxy knows of it. An implementation decides (who waits, what goes into
-the next call, when a call is allowed); it never calls the model and never touches the cache.
+`Queue` is all that the rest of the proxy knows of it. An implementation decides which pairs wait, what goes
+into the next call, and when a call is allowed. It never calls the model, and never touches the cache.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,27 +14,32 @@ from services.cache_proxy.errors import ModelUnavailableError, PairError
 SLOT_TOLERANCE_SECONDS = 0.010
 """How long after its slot began a batch may leave: half of what pacing makes up for."""
 
-MAX_TRACES_PER_PAIR = 4  # of those who wait for one pair, in which its call is named
-MAX_FAILED_BATCHES = (
-    3  # that one pair may have been in, with others answered in between, before it is suspected
-)
-MAX_REJECTIONS = 32  # refused batches that one pair may have been in before it is taken for the bad one
-INVALID_RESPONSE_TTL_SECONDS = (
-    5.0  # for which nonsense is remembered when it comes twice; doubled each time it comes again
-)
+MAX_TRACES_PER_PAIR = 4
+"""Waiting requests of one pair whose traces are linked to the call."""
+
+MAX_FAILED_BATCHES = 3
+"""Failed batches that a pair may have been in, with others answered in between, before it is suspected."""
+
+MAX_REJECTIONS = 32
+"""Rejected batches that a pair may have been in before it is taken for the invalid one."""
+
+INVALID_RESPONSE_TTL_SECONDS = 5.0
+"""How long a second invalid response for a pair is remembered. The time doubles with each further one."""
 
 OutcomeCallback = Callable[[bytes, Outcome], None]
-"""Told of every pair that ends, by its digest."""
+"""Called with the digest and outcome of every pair that ends."""
 
 ModelBackoffCallback = Callable[[float, PairError], None]
-"""Told that the model is not called before a moment on the event loop's clock, and why."""
+"""Called with the time on the event loop's clock before which the model is not called, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """Who asks: `deadline` is on the event loop's clock; `trace` as `Tracing.here` gives it, mostly empty.
+    """What the queue needs to know of a request.
 
-    `request` names the RPC, as no other one of any replica is named.
+    - `deadline`: on the event loop's clock.
+    - `trace_context`: the caller's trace as `Tracing.current_context` gives it, empty for most requests.
+    - `request_id`: an id of the RPC that no other one has at any replica.
     """
 
     caller: str
@@ -46,7 +51,11 @@ class RequestContext:
 
 @dataclass(frozen=True, slots=True)
 class EnqueueResult:
-    """What became of a request's pairs: ended already, or queued by this very request; the rest joined."""
+    """What became of a request's pairs.
+
+    Pairs of `outcomes` had ended already, and those of `queued` were queued by this request. All others
+    waited or were in flight, and the request joined them.
+    """
 
     outcomes: Mapping[bytes, Outcome]
     queued: frozenset[bytes]
@@ -54,30 +63,35 @@ class EnqueueResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """A batch whose slot is spent: the claimer sends it in time, or says that it is late, or puts it back.
+    """A batch whose slot is taken: its owner sends it in time, reports that it is late, or releases it.
 
-    `traces` are of some who wait for its pairs, as their `Asker` had it, or whatever Redis gave instead.
-    `request` is the one that queued all of its pairs, empty if there were several.
+    - `send_at`: the time before which it must not be sent, on time.monotonic.
+    - `slot_at`: when its slot begins, so the latest time at which it is expected to be sent.
+    - `trace_contexts`: traces of some requests that wait for its pairs. From Redis they may be any bytes.
+    - `request_id`: the request that queued all of its pairs, empty if there were several.
     """
 
     id: str
     pairs: Sequence[Pair]
-    send_at: float  # not before, on time.monotonic
-    slot_at: float  # when its slot begins, so the latest that it is thought to leave
+    send_at: float
+    slot_at: float
     trace_contexts: Sequence[bytes] = ()
     request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimDeferred:
-    """No batch now; ask again after so long, or when the queue changes. `inf`: nothing waits."""
+    """No batch may be claimed now.
+
+    Try again after `wait_seconds`, or when the queue changes. It is `inf` while nothing waits.
+    """
 
     wait_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueueLimits:
-    """Bounds of the queue and of the calls; a rate of 0 means no limit."""
+    """Limits of the queue and of the calls to the model. A rate of 0 means no limit."""
 
     batch_pairs: int
     batch_bytes: int
@@ -90,54 +104,63 @@ class QueueLimits:
 
     @property
     def slot_seconds(self) -> float:
-        """How far apart full batches are, as they are spent; 0 if nothing limits them."""
+        """Return the time between two full batches at the paced rate, 0 without a limit."""
         pairs_rate, calls_rate, batch_pairs = self.paced_limits
         return max(batch_pairs / pairs_rate if pairs_rate else 0.0, 1 / calls_rate if calls_rate else 0.0)
 
     @property
     def paced_limits(self) -> tuple[float, float, int]:
-        """Pairs a second and calls a second as they are spent, a little below the limit; pairs in a batch."""
+        """Return pairs a second, calls a second, and pairs in a batch.
+
+        The rates are a little below the limits, which makes up for calls that leave late.
+        """
         return self.pairs_per_second * PACE, self.calls_per_second * PACE, self.batch_pairs
 
 
 class Queue(Protocol):
-    """Each method is one decision: all or nothing, and safe to call from any number of tasks."""
+    """The miss queue of one process, or of all replicas.
+
+    Each method is one decision, taken as a whole or not at all. All are safe to call from any number of
+    tasks.
+    """
 
     @property
     def store_before_complete(self) -> bool:
-        """Whether answers are kept on other servers than the queue.
+        """Return whether answers must be stored before their pairs are completed.
 
-        Then they are kept before their pairs end: the queue may be lost alone, with what it remembers of
-        those that ended.
+        True where the cache is on other servers than the queue. The queue may then be lost alone, together
+        with the outcomes that it remembers, and pairs that are in no store would be inferred again.
         """
 
     async def enqueue(self, pairs: Sequence[Pair], context: RequestContext) -> EnqueueResult:
-        """Have pairs wait; one that waits or is in flight already is joined.
+        """Let a request's pairs wait for the model; pairs that wait or are in flight already are joined.
 
-        Raises `QueueFullError`, or `ModelUnavailableError` while the model is down or is not called
-        before the deadline. Then nothing was queued.
+        Raises `QueueFullError`, or `ModelUnavailableError` while the model is down or is not called before
+        the request's deadline. Then nothing was queued.
         """
 
     async def cancel(self, digests: Sequence[bytes]) -> None:
-        """Nobody here waits for these any more: those not yet sent are forgotten."""
+        """Drop the pairs for which no request waits here any more, unless they are in flight."""
 
     async def claim(self) -> Claim | ClaimDeferred:
-        """Take the next batch and its slot, if a call is allowed now."""
+        """Claim the next batch together with its slot, if a call is allowed now."""
 
     async def postpone_slot(self, claim: Claim, *, seconds: float) -> bool:
-        """The batch leaves, or left, so long after its slot began: the next slot is as much later. False if
-        others count on that slot already: then it must not leave.
-        """  # noqa: D205 - one thought
+        """Move the next slot by as much as a batch leaves, or left, after its own slot began.
+
+        The last call for a claim counts. Returns False if the next slot is taken already: then the batch must
+        not be sent.
+        """
 
     async def release(self, claim: Claim) -> None:
-        """Undo a claim whose batch was not sent: the pairs wait at the front, the slot is free again."""
+        """Undo a claim whose batch was not sent: its pairs wait at the front, and its slot is free again."""
 
     async def complete(
         self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True
     ) -> None:
-        """End pairs of a claim and tell whoever waits; those not in `outcomes` are still in flight.
+        """End pairs of a claim with their outcomes; those not in `outcomes` stay in flight.
 
-        `inferred`: the model answered; else the store did, which ends no outage.
+        `inferred` is False if the cache had the outcomes: that does not show that the model is up again.
         """
 
     async def fail(
@@ -149,19 +172,21 @@ class Queue(Protocol):
         model_fault: bool = False,
         unsent: bool = False,
     ) -> None:
-        """The call failed: its pairs are tried again, or end with `error` if the retry window is over.
+        """Retry the pairs of a failed call, or end them with `error` if the retry window is over.
 
-        `retry_after_seconds` is what the model asked for, None for a backoff that grows. `suspicious`: the
-        model broke down in it, perhaps over one of its pairs: then that one is looked for. `unsent`: the
-        model never got it, so the slot is free again.
+        - `retry_after_seconds`: the model's pushback, None for a backoff that grows with each failure.
+        - `model_fault`: the model failed on the batch, perhaps on one of its pairs. If that happens again,
+          the queue searches for the pair.
+        - `unsent`: the model never received the call, so its slot is free again.
         """
 
     async def reject(
         self, claim: Claim, error: PairError, errors_by_digest: Mapping[bytes, PairError]
     ) -> None:
-        """The model refused the batch: end the pairs that it named. If it named none, one of them is bad:
-        find it; the others are none the worse.
-        """  # noqa: D205 - one thought
+        """End the pairs that the model named when it rejected a batch.
+
+        If it named none, one of the pairs is invalid: the queue searches for it, and the others are answered.
+        """
 
     async def wait_for_change(self) -> None:
         """Return when a claim may be worth trying again."""

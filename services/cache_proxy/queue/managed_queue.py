@@ -1,4 +1,4 @@
-"""Builds the queue: one of this process alone, or, with a Redis that replicas share, the one of all."""
+"""Builds the queue of one process, or of all replicas that share a Redis, and manages its life."""
 
 import logging
 import secrets
@@ -30,42 +30,42 @@ from services.cache_proxy.redis_keys import QueueKeys
 
 _log = logging.getLogger(__name__)
 
-# Of `QueueLimits.paced`, in its order; and what it is of the setting.
+# For each value of `QueueLimits.paced_limits`: its name, and what it is of the setting.
 _LIMIT_NAMES_AND_PACE = (("pairs/s", PACE), ("calls/s", PACE), ("pairs a batch", 1))
 
 
 class ManagedQueue(Queue, Protocol):
-    """A queue that can be told that answers are invalidated, and that the process ends."""
+    """Queue of a running proxy: its health, invalidations, and the end of the process."""
 
     last_loss: tuple[str, float] | None
-    """Why what is shared could not be reached, and when, on time.monotonic."""
+    """Why Redis was last lost, and when, on time.monotonic."""
+
+    blocking_error: StoreError | None
+    """Why this replica may not use the shared queue although Redis answers; None while it may."""
 
     @property
     def is_redis_lost(self) -> bool:
-        """Whether it is shared, and what is shared cannot be reached."""
-
-    blocking_error: StoreError | None
-    """Why this replica may not use a Redis that answers; None while it may."""
+        """Return whether the queue is shared, but Redis cannot be used."""
 
     async def wait_for_access(self) -> None:
-        """Return at once, but where Redis refuses this replica what it needs: once that was mended."""
+        """Return when Redis grants this replica all rights that it needs, at once if it does."""
 
     def discard(self, digest: bytes) -> None:
-        """Remember no answer of this pair's that came of late: it was invalidated."""
+        """Forget a remembered outcome of this pair: it was invalidated."""
 
     def discard_all(self) -> None:
-        """Remember no answer."""
+        """Forget all remembered outcomes."""
 
     def fail_all(self, error: PairError) -> None:
-        """End every pair with `error`."""
+        """End every pair with the error."""
 
     async def snapshot(self, *, minutes: int) -> QueueSnapshot:
-        """How it stands, with the reports of so many minutes if it is shared. Raises `StoreError`."""
+        """Return the queue's state, with all replicas' reports of the last minutes. Raises `StoreError`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedQueueConfig:
-    """A Redis that replicas share, and what this one needs in it."""
+    """What a replica needs to share the queue in a Redis."""
 
     client: RedisClient
     url: str
@@ -75,11 +75,11 @@ class SharedQueueConfig:
     http_bound: str
     user: str = "default"
     store_key: str = ""
-    """A key of the cache, with the hash tag of some of them."""
+    """A key of the cache, as an example for the access check."""
     log_callbacks: Mapping[str, LogTailCallback] = field(default_factory=dict)
-    """Keys of the logs of invalidations, and who is to be told their last entries."""
+    """What to call with the last entry of each invalidation log, by the log's key."""
     report_source: ReportSource | None = None
-    """Of what the status page tells of this replica."""
+    """Where the reports of this replica for the status page come from."""
 
 
 def create_local_queue(
@@ -91,7 +91,7 @@ def create_local_queue(
     quotas: QuotaProvider = no_quotas,
     on_model_backoff: ModelBackoffCallback = lambda *_: None,
 ) -> LocalQueue:
-    """The queue of a process that shares nothing, so keeps to its share of the rate and of every quota."""
+    """Return the queue of a process that shares none: it keeps to its share of the rate and of each quota."""
     limiter = _create_limiter(limits, replicas=expected_replicas)
     queue = LocalQueue(
         limits,
@@ -109,7 +109,7 @@ def create_local_queue(
 @asynccontextmanager
 async def open_shared_queue(
     limits: QueueLimits,
-    shared: SharedQueueConfig,
+    config: SharedQueueConfig,
     *,
     replica: str,
     on_outcome: OutcomeCallback,
@@ -117,71 +117,76 @@ async def open_shared_queue(
     quotas: QuotaProvider = no_quotas,
     on_model_backoff: ModelBackoffCallback = lambda *_: None,
 ) -> AsyncIterator[ManagedQueue]:
-    """The queue of all replicas, for as long as the block lasts. Redis need not be there yet."""
-    home = QueueNode(shared.client, key=shared.keys.limit, user=shared.user)
-    scripts = Scripts(home, shared.keys, metrics=metrics)
-    limiter = TimeSlotLimiter(_create_limiter(limits, replicas=shared.expected_replicas))
-    asked = RedisQueue(
+    """Take part in the queue of all replicas for the length of the block.
+
+    If Redis cannot be reached, the queue starts as a local one.
+    """
+    node = QueueNode(config.client, key=config.keys.limit, user=config.user)
+    scripts = Scripts(node, config.keys, metrics=metrics)
+    limiter = TimeSlotLimiter(_create_limiter(limits, replicas=config.expected_replicas))
+    shared = RedisQueue(
         scripts,
         replica=replica,
         limits=limits,
-        lease_seconds=shared.lease_seconds,
+        lease_seconds=config.lease_seconds,
         on_outcome=on_outcome,
         metrics=metrics,
         quotas=quotas,
         on_model_backoff=on_model_backoff,
     )
+    # What ends in the local queue is resolved in the shared one's interest table: that has all waiting pairs.
     local = LocalQueue(
         limits,
         limiter=limiter,
-        on_outcome=lambda digest, outcome: asked.resolve({digest: outcome}),
+        on_outcome=shared.interest.resolve,
         metrics=metrics,
-        replicas=lambda: limiter.replicas or shared.expected_replicas,
+        replicas=lambda: limiter.replicas or config.expected_replicas,
         quotas=quotas,
         on_model_backoff=on_model_backoff,
     )
-    queue = FailoverQueue(shared=asked, local=local, limiter=limiter)
+    queue = FailoverQueue(shared=shared, local=local, limiter=limiter)
     access = AccessCheck(
-        node=home,
-        key_prefixes=[shared.keys.limit, *shared.keys.bases, shared.store_key],
+        node=node,
+        key_prefixes=[config.keys.limit, *config.keys.bases, config.store_key],
         channel=scripts.channel,
-        user=shared.user,
+        user=config.user,
     )
+    are_limits_published = False
 
-    is_configured = False
-
-    async def join() -> None:
-        nonlocal is_configured
+    async def check_access() -> None:
+        # The limits are published once: a replica that starts later replaces them with its own, and they must
+        # not be overwritten when this one comes back to Redis.
+        nonlocal are_limits_published
         await access.run()
-        if not is_configured:  # once: a replica that started later has its limits there since
-            is_configured = await _publish_limits(scripts, limits, metrics)
+        if not are_limits_published:
+            are_limits_published = await _publish_limits(scripts, limits, metrics)
 
     try:
-        await join()
+        await check_access()
     except StoreError as error:
         await queue.fail_over(error)
-    listener = ReplicaSession(
-        home,
+    session = ReplicaSession(
+        node,
         scripts,
         queue=queue,
-        shared=asked,
-        find_address=AdvertisedAddress(http_bound=shared.http_bound, redis_url=shared.url).find,
+        shared=shared,
+        find_address=AdvertisedAddress(http_bound=config.http_bound, redis_url=config.url).find,
         limits=limits,
         metrics=metrics,
-        log_callbacks=shared.log_callbacks,
-        report_source=shared.report_source,
-        check_access=join,
+        log_callbacks=config.log_callbacks,
+        report_source=config.report_source,
+        check_access=check_access,
     )
-    await listener.start()
+    await session.start()
     try:
         yield queue
     finally:
-        await listener.stop()
-        await home.close()
+        await session.stop()
+        await node.close()
 
 
 def new_replica_id() -> str:
-    """A name that no other replica has."""
+    """Return a random id for a replica."""
     return secrets.token_hex(8)
 
 
@@ -195,16 +200,20 @@ def _create_limiter(limits: QueueLimits, *, replicas: int) -> RateLimiter:
 
 
 async def _publish_limits(scripts: Scripts, limits: QueueLimits, metrics: ProxyMetrics) -> bool:
-    """Make this replica's limits the deployment's, as the newest start's count. Return whether it did."""
-    mine = limits.paced_limits
+    """Make this replica's limits those of the deployment: the limits of the last start count.
+
+    Return whether Redis has them. Raises `QueueFormatError`.
+    """
+    own_values = limits.paced_limits
     try:
-        before = await scripts.run("configure", list(mine))
+        values_before = await scripts.run("configure", list(own_values))
     except QueueFormatError:
         raise
     except StoreError:
-        return False  # the heartbeat will say that Redis is not there
+        # The heartbeat will find that Redis is lost.
+        return False
     changes = []
-    for (name, pace), found, own in zip(_LIMIT_NAMES_AND_PACE, before, mine, strict=True):
+    for (name, pace), found, own in zip(_LIMIT_NAMES_AND_PACE, values_before, own_values, strict=True):
         known = read_number(found, minimum=0)
         if found is not None and known is None:
             metrics.store_garbage.inc()

@@ -1,25 +1,42 @@
-"""Failed calls to the model in a row: when the next one is due, and when the model counts as down.
+"""Consecutive failed calls to the model: when the next call is due, and when the model counts as down.
 
-`lua/fail.lua` decides the same for all replicas. The figures stand here.
+`lua/fail.lua` decides the same for all replicas, with the constants of this module as its arguments.
 """
 
 import math
 
 from services.cache_proxy.errors import ModelUnavailableError
 
-MIN_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.25, 5.0
-MAX_MODEL_FAULT_BACKOFF_SECONDS = 0.5  # the model is there, and one pair may be the cause: it is looked for
+MIN_BACKOFF_SECONDS = 0.25
+MAX_BACKOFF_SECONDS = 5.0
 BACKOFF_JITTER = (0.8, 1.2)
-PROBE_PAIRS = 10  # in a call while calls fail
-_SLACK_SECONDS = 0.02  # a call may be claimed a little before it is due
-MAX_MODEL_FAULTS = 10  # in a row before the model counts as down: the search for one pair may take so many
+
+MAX_MODEL_FAULT_BACKOFF_SECONDS = 0.5
+"""The longest backoff after a fault of the model itself: it is up, and the search for the pair goes on."""
+
+MAX_MODEL_FAULTS = 10
+"""Consecutive faults before the model counts as down: the search for one pair may take so many calls."""
+
+PROBE_PAIRS = 10
+"""The maximum of pairs in a call while calls fail."""
+
+# A call may be claimed a little before it is due.
+_SLACK_SECONDS = 0.02
 
 
 class Outage:
-    """State: `failures` in a row, `not_before` which there is no call, `is_down`, the last `error`.
+    """Consecutive failed calls. All times are on the caller's clock.
 
-    And `_since`, when the first of the failures was noticed, and `failed_at`, when the last one was. A
-    failure long after the one before begins another outage, for nothing was tried in between.
+    A failure long after the one before starts another outage, because no call was made in between.
+
+    State:
+
+    - `failures`: their number, 0 without an outage, and `error`, the last one.
+    - `_started_at` and `failed_at`: when the first and the last of them were noticed.
+    - `not_before`: no call before this time.
+    - `is_model_fault`: the last failure was a fault of the model itself, which a pair may have caused.
+    - `is_pushback`: the model gave the backoff of the last failure.
+    - `is_down`: the failures have lasted for the retry window.
     """
 
     def __init__(self, *, window_seconds: float) -> None:
@@ -35,18 +52,18 @@ class Outage:
 
     @property
     def next_call_is_probe(self) -> bool:
-        """Whether the next call is a small one.
+        """Return whether the next call has only a few pairs.
 
-        After a breakdown it is not: whole batches are judged. After a pushback neither: the model is there,
-        and said when it takes a batch again.
+        After a fault of the model it has not: the search for the pair needs whole batches. Nor after a
+        pushback: the model is up, and has given the time at which it accepts a batch again.
         """
         return self.defers_to_others and not self.is_pushback
 
     @property
     def defers_to_others(self) -> bool:
-        """Whether the failure may be of the own way to the model, so that others' calls go first.
+        """Return whether the failure may be this replica's own, so that others should make the next calls.
 
-        A breakdown is not: the model is reached.
+        A fault of the model is not: the call reached it.
         """
         return self.failures > 0 and not self.is_model_fault
 
@@ -60,7 +77,10 @@ class Outage:
         model_fault: bool,
         jitter: float = 1.0,
     ) -> None:
-        """Note a failed call. Those that were under way together fail together, as one."""
+        """Record a failed call. Calls that were in flight together fail together, and count as one.
+
+        `pushback_seconds` is the backoff that the model gave, if it gave one. `jitter` scales the others.
+        """
         self.expire(now=now)
         if not self.failures:
             self._started_at = now
@@ -71,7 +91,8 @@ class Outage:
         if pushback_seconds is None:
             longest = MAX_MODEL_FAULT_BACKOFF_SECONDS if model_fault else MAX_BACKOFF_SECONDS
             backoff_seconds = jitter * min(longest, MIN_BACKOFF_SECONDS * 2.0 ** min(self.failures - 1, 20))
-            if now < window_ends and not model_fault:  # the last try is when the window ends
+            # The last try is when the retry window ends.
+            if now < window_ends and not model_fault:
                 backoff_seconds = min(backoff_seconds, window_ends + _SLACK_SECONDS - now)
         else:
             backoff_seconds = pushback_seconds
@@ -82,15 +103,16 @@ class Outage:
         self.error = error
 
     def expire(self, *, now: float) -> None:
-        """Forget failures so long ago that they say nothing any more."""
+        """Reset the outage if its last failure is too long ago to tell anything about the model."""
         longest = self._window_seconds + MAX_BACKOFF_SECONDS * BACKOFF_JITTER[1]
         if now > max(self.failed_at, self.not_before) + longest:
             self.reset()
 
     def reset(self) -> None:
-        """The model answered: calls go on at the full rate at once."""
+        """Record that the model answered: calls continue at the full rate at once."""
         self.failures = 0
         self.not_before = -math.inf
-        self.is_model_fault = self.is_pushback = False
+        self.is_model_fault = False
+        self.is_pushback = False
         self.is_down = False
         self.error = None

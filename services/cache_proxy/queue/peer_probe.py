@@ -1,15 +1,18 @@
-"""Knocks at the doors of replicas that Redis does not hear, to tell the dead and the paused from the cut-off.
+"""HTTP probes of replicas whose heartbeats have stopped.
 
-Only a replica that lives and lost Redis calls the model at moments of its own, so only its moments must be
-left free. A refused connection, or another replica behind the door, means that it is gone; a door that opens
-and nobody speaks, that it is paused. Whatever else is found (no route, say) proves nothing: its moments stay
-free.
+A probe tells a replica that ended or is paused from one that runs but lost Redis. Only the last one calls the
+model in slots of its own, so only its slots must be left free:
 
-The addresses come from Redis, so whoever writes there chooses them: a knock is one short GET of one path, led
-nowhere else, and few are under way.
+- A refused connection, or an answer with another replica's id, means that the replica has ended.
+- A connection without an answer means that it is paused.
+- Anything else, no route for instance, proves nothing, and its slots stay free.
+
+The addresses come from Redis, so anyone who may write there chooses them. A probe is therefore one short GET
+of one path without redirections, and only a few run at a time.
 """
 
 import asyncio
+import enum
 import re
 
 import aiohttp
@@ -19,17 +22,30 @@ from services.cache_proxy.queue.queue_scripts import Scripts
 from services.common.tasks import cancel_and_wait
 
 REPLICA_ID_PATH = "/replica"
+
 _CONNECT_TIMEOUT_SECONDS = 0.2
-_STATE_TTL_MS = 3000
 _TIMEOUT = aiohttp.ClientTimeout(
     total=1.0, sock_connect=_CONNECT_TIMEOUT_SECONDS, sock_read=_CONNECT_TIMEOUT_SECONDS
 )
+_STATE_TTL_MS = 3000
 _MAX_PROBES = 16
+_MAX_ID_BYTES = 200
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}")
 
 
+class PeerState(enum.StrEnum):
+    """What a probe found about a replica. The values are the arguments of `set_peer_state.lua`."""
+
+    ALIVE = "alive"
+    GONE = "gone"
+    PAUSED = "paused"
+
+
 class PeerProber:
-    """State: `_knocking`, one knock at a time at each door."""
+    """Probes replicas, and records in Redis what it finds.
+
+    State, touched only from the event loop: `_probes`, the probe under way for each replica.
+    """
 
     def __init__(self, scripts: Scripts) -> None:
         self._scripts = scripts
@@ -37,7 +53,7 @@ class PeerProber:
         self._probes: dict[str, asyncio.Task[None]] = {}
 
     def probe(self, replica: str, address: str) -> None:
-        """Find out about a replica, and tell Redis; it takes less than a second."""
+        """Start a probe of a replica, unless one is under way. It takes about a second at most."""
         if not _ADDRESS.fullmatch(address) or len(self._probes) >= _MAX_PROBES:
             return
         if replica not in self._probes:
@@ -46,31 +62,35 @@ class PeerProber:
             task.add_done_callback(lambda _: self._probes.pop(replica, None))
 
     async def close(self) -> None:
-        """Stop knocking."""
+        """Cancel all probes."""
         await cancel_and_wait(list(self._probes.values()))
         if self._session is not None:
             await self._session.close()
 
     async def _probe_and_record(self, replica: str, address: str) -> None:
-        found = await self._probe_once(replica, address)
-        if found:
-            try:
-                await self._scripts.run("set_peer_state", [replica, found, _STATE_TTL_MS])
-            except StoreError:
-                return  # the heartbeat finds out about Redis
+        state = await self._probe_once(replica, address)
+        if state is None:
+            return
+        try:
+            await self._scripts.run("set_peer_state", [replica, state.value, _STATE_TTL_MS])
+        except StoreError:
+            # The next heartbeat notices that Redis is lost.
+            return
 
-    async def _probe_once(self, replica: str, address: str) -> str | None:
+    async def _probe_once(self, replica: str, address: str) -> PeerState | None:
+        """Return the state of a replica, None if the probe proves nothing."""
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=_TIMEOUT, cookie_jar=aiohttp.DummyCookieJar())
+        url = f"http://{address}{REPLICA_ID_PATH}"
         try:
-            async with self._session.get(
-                f"http://{address}{REPLICA_ID_PATH}", allow_redirects=False
-            ) as answer:
-                there = (await answer.content.read(200)).decode("ascii", "replace").strip()
-                return "alive" if there == replica else "gone"
+            async with self._session.get(url, allow_redirects=False) as response:
+                body = await response.content.read(_MAX_ID_BYTES)
         except aiohttp.ClientConnectorError as error:
-            return "gone" if isinstance(error.os_error, ConnectionRefusedError) else None
+            is_refused = isinstance(error.os_error, ConnectionRefusedError)
+            return PeerState.GONE if is_refused else None
         except aiohttp.SocketTimeoutError:
-            return "paused"
+            return PeerState.PAUSED
         except (aiohttp.ClientError, TimeoutError, ValueError):
             return None
+        found = body.decode("ascii", "replace").strip()
+        return PeerState.ALIVE if found == replica else PeerState.GONE

@@ -1,4 +1,4 @@
-"""The queue as the settings want it: shared where Redis is, with its limits and quotas."""
+"""Opens the queue that the settings describe: shared if the cache is a Redis, with its limits and quotas."""
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -26,7 +26,7 @@ from services.common.file_reload import ReloadingFile
 
 
 @asynccontextmanager
-async def open_queue(  # noqa: PLR0913 - each is a part of its own
+async def open_queue(  # noqa: PLR0913 - collaborators, all by keyword
     settings: Settings,
     client: "redis.asyncio.Redis | None",
     *,
@@ -39,8 +39,9 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
     report_source: ReportSource,
     quota_provider: QuotaProvider,
 ) -> AsyncIterator[ManagedQueue]:
-    """The queue of all replicas, or without `client` this process's own."""
-    limits, share = _queue_limits(settings), settings.model.expected_replicas
+    """Open the queue of all replicas, or without `client` one of this process alone."""
+    limits = _queue_limits(settings)
+    expected_replicas = settings.model.expected_replicas
     metrics.set_limit_gauges(
         calls_per_second=limits.calls_per_second,
         pairs_per_second=limits.pairs_per_second,
@@ -50,14 +51,14 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
     if client is None:
         yield create_local_queue(
             limits,
-            expected_replicas=share,
+            expected_replicas=expected_replicas,
             on_outcome=on_outcome,
             on_model_backoff=on_model_backoff,
             metrics=metrics,
             quotas=quota_provider,
         )
         return
-    shared = SharedQueueConfig(
+    config = SharedQueueConfig(
         client=client,
         url=settings.cache.cache_url,
         keys=QueueKeys(
@@ -65,7 +66,7 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
             namespace=settings.key.namespace,
             model_target=settings.model.model_target,
         ),
-        expected_replicas=share,
+        expected_replicas=expected_replicas,
         lease_seconds=settings.model.model_deadline_seconds,
         http_bound=http_bound,
         user=acl_user(settings.cache),
@@ -75,7 +76,7 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
     )
     async with open_shared_queue(
         limits,
-        shared,
+        config,
         replica=replica,
         on_outcome=on_outcome,
         on_model_backoff=on_model_backoff,
@@ -85,16 +86,19 @@ async def open_queue(  # noqa: PLR0913 - each is a part of its own
         yield queue
 
 
-def watch_quotas(settings: Settings, renewals: FileReloader) -> QuotaProvider:
-    """The quotas of the file as it is just now. Raises UsageError."""
+def watch_quotas(settings: Settings, reloader: FileReloader) -> QuotaProvider:
+    """Return a provider of the quotas in the quota file, which is read again when it changes.
+
+    Raises `UsageError`.
+    """
     path = settings.server.caller_quotas_file
     if path is None:
         return quotas.no_quotas
-    followed = ReloadingFile(
-        [path], partial(quotas.read_quotas, path), on_reload=renewals.on_reload("caller_quotas")
+    quota_file = ReloadingFile(
+        [path], partial(quotas.read_quotas, path), on_reload=reloader.on_reload("caller_quotas")
     )
-    renewals.add(followed.reload_if_changed)
-    return lambda: followed.value
+    reloader.add(quota_file.reload_if_changed)
+    return lambda: quota_file.value
 
 
 def _queue_limits(settings: Settings) -> QueueLimits:

@@ -1,11 +1,11 @@
-"""The file of quotas: how much of the model each caller may have, and how much of the queue.
+"""The quota file: the rate at which each caller's pairs are sent to the model, and its share of the queue.
 
     {"callers": {"pricing": {"pairs_per_second": 50, "queued_pairs": 1000}, "search": {}},
      "others": {"pairs_per_second": 100}}
 
-A caller that it names has an account of its own. All whom it does not name share one, `others`, if the file
-has that: a name may be made up, and so that gets nobody more than a share of that one. Without `others` they
-are bound by nothing.
+Each caller under `callers` has a separate account. All other callers share one account, with the limits of
+`others`: a caller may send any name, and would otherwise get a quota for each name that it makes up. Without
+`others` they have no quota.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -18,17 +18,25 @@ from services.common.errors import UsageError
 from services.common.file_reload import read_file
 
 _FLAG_NAME = "--caller-quotas-file"
-_MAX_NAME_LENGTH = 255  # characters of a caller's that a certificate or a token names
-_MAX_CALLERS = 1000  # each is a turn of its own in every call to the model
+
+# In characters, as for callers that a certificate or a token names.
+_MAX_NAME_LENGTH = 255
+
+# Each account takes a turn in every call to the model.
+_MAX_CALLERS = 1000
+
 _MAX_VALUE = 1e9
-_MIN_RATE = 1e-6  # a pair in eleven days; at a rate of almost nothing the wait for one is no number
+
+# A pair in eleven days. At still lower rates the wait for a pair overflows.
+_MIN_RATE = 1e-6
+
 DEFAULT_ACCOUNT = ""
-"""The account of those whom the file does not name: no caller's name is empty."""
+"""The account of all callers that the file does not name. A caller's name is never empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What an account may have, of all replicas together; 0: as much as there is."""
+    """Limits of one account over all replicas; 0 means no limit."""
 
     account: str
     pairs_per_second: float = 0.0
@@ -37,33 +45,33 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Quotas:
-    """Who may have how much."""
+    """The quotas of all callers."""
 
     callers: Mapping[str, Quota] = field(default_factory=dict)
     others: Quota | None = None
 
     def for_caller(self, caller: str) -> Quota | None:
-        """The quota of a caller; None: it is bound by nothing but its turn."""
+        """Return the quota of a caller, None if it has none."""
         return self.callers.get(caller, self.others)
 
     def for_account(self, name: str) -> Quota:
-        """What an account may have; as much as there is, if the file has it no more."""
+        """Return the quota of an account, one without limits if the file has no such account any more."""
         found = self.others if name == DEFAULT_ACCOUNT else self.callers.get(name)
         return found or Quota(name)
 
 
 NO_QUOTAS = Quotas()
 QuotaProvider = Callable[[], Quotas]
-"""The quotas as they are by now; the same object as long as they are the same."""
+"""Returns the current quotas: the same object until the file changes."""
 
 
 def no_quotas() -> Quotas:
-    """Where there is no file."""
+    """Return the quotas of a proxy without a quota file."""
     return NO_QUOTAS
 
 
 def read_quotas(path: str) -> Quotas:
-    """What the file says. Raises UsageError, with one line that names the place."""
+    """Return the quotas in a file. Raises `UsageError` with one line that names the invalid entry."""
     content = read_file(path, flag_name=_FLAG_NAME)
     try:
         found = _decode(content, _File)
@@ -71,9 +79,9 @@ def read_quotas(path: str) -> Quotas:
         callers = {
             name: _parse_quota(name, item, f"callers: {name!r}") for name, item in found.callers.items()
         }
-        others = (
-            None if bytes(found.others) == b"null" else _parse_quota(DEFAULT_ACCOUNT, found.others, "others")
-        )
+        others = None
+        if bytes(found.others) != b"null":
+            others = _parse_quota(DEFAULT_ACCOUNT, found.others, "others")
     except _InvalidFileError as error:
         message = f"{_FLAG_NAME} {path}: {error}"
         raise UsageError(message) from error
@@ -81,7 +89,7 @@ def read_quotas(path: str) -> Quotas:
 
 
 class _InvalidFileError(Exception):
-    """Why the file cannot be meant."""
+    """The file has another form than a quota file."""
 
 
 class _QuotaEntry(msgspec.Struct, forbid_unknown_fields=True):

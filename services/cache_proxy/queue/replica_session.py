@@ -1,4 +1,4 @@
-"""Keeps a replica in touch: what is published, and a heartbeat that tells what is held and was missed."""
+"""Keeps a replica a member of the shared queue: its heartbeat, its subscription, and what both bring."""
 
 import asyncio
 import contextlib
@@ -6,169 +6,63 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-from redis.asyncio.client import PubSub
 
 from services.cache_proxy.domain import PRIORITY_CLASSES
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.observability.metrics import ProxyMetrics
 from services.cache_proxy.queue.failover import FailoverQueue
+from services.cache_proxy.queue.heartbeat import ClockOffset, HeartbeatReply, StandbyReply
 from services.cache_proxy.queue.interface import QueueLimits
-from services.cache_proxy.queue.peer_probe import PeerProber
+from services.cache_proxy.queue.peer_probe import PeerProber, PeerState
 from services.cache_proxy.queue.queue_scripts import Scripts
 from services.cache_proxy.queue.redis_queue import RedisQueue
 from services.cache_proxy.queue.serialization import pack, unpack
 from services.cache_proxy.queue.snapshot import ReportSource
+from services.cache_proxy.queue.subscription import MessageSubscription
 from services.cache_proxy.queue.time_slots import Membership
-from services.cache_proxy.redis_client.backend import CLIENT_ERRORS
-from services.cache_proxy.redis_client.eviction_policy import EvictionPolicyCheck
 from services.cache_proxy.redis_client.node import QueueNode
 from services.common.tasks import cancel_and_wait, restart_on_failure
 
 _log = logging.getLogger(__name__)
 
 _HEARTBEAT_SECONDS = 0.3
-_RE_ENQUEUE_SECONDS = 15.0  # whatever else may have been lost
-_RECONNECT_SECONDS = 0.2
-_SUBSCRIPTION_TIMEOUT_SECONDS = 1.0
-_FAIL_BACK_RETRY_SECONDS = 5.0
-_STANDBY_QUIET_SECONDS = 1.2  # after which the others take a member for silent, and leave its moments alone
-_MAX_MISSED_SUBSCRIPTIONS = 2  # the first may have been on its way when the subscription was
-LogTailCallback = Callable[[bytes | None], Awaitable[None]]
-"""Told the last entry of a log, None if it has none."""
 
-_ACCESS_CHECK_SECONDS, _MAX_ACCESS_CHECK_SECONDS = (
-    1.0,
-    15.0,
-)  # between checks of what Redis refuses this replica
+# All waiting pairs are enqueued again this often, against losses that nothing else shows.
+_RE_ENQUEUE_SECONDS = 15.0
+
+# A replica whose heartbeats arrive but whose return fails sends none for so long: only a silent replica may
+# call the model in slots of its own.
+_FAIL_BACK_RETRY_SECONDS = 5.0
+
+# After this time without a heartbeat the others take a member for silent, and leave its slots free.
+_STANDBY_QUIET_SECONDS = 1.2
+
+# Between checks of what Redis denies this replica.
+_ACCESS_CHECK_SECONDS = 1.0
+_MAX_ACCESS_CHECK_SECONDS = 15.0
+
+LogTailCallback = Callable[[bytes | None], Awaitable[None]]
+"""Called with the last entry of an invalidation log, None if the log is empty."""
 
 
 async def _skip_access_check() -> None:
-    """For a queue that needs no rights."""
-
-
-_CLOCK_RESOLUTION_SECONDS = 0.001  # Redis's clock is told in whole ones
-
-
-@dataclass(slots=True)
-class _SubscriptionState:
-    """`published` of the last message, and of the heartbeat before this one; the queue's own id; Redis's
-    clock less time.monotonic.
-    """  # noqa: D205 - one thought
-
-    sequence: int = 0
-    previous_sequence: int = 0
-    queue_id: bytes = b""
-    clock_offset_seconds: float | None = None
-    subscription_stale: bool = False  # something was published, and nothing came since
-    missed_subscriptions: int = (
-        0  # in a row, that reached a server which knows of no subscription of this replica's
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class HeartbeatReply:
-    """What a heartbeat brings (see `heartbeat.lua`)."""
-
-    now_ms: int
-    last_sequence: int
-    queue_id: bytes
-    waiting_pairs: Sequence[int]
-    oldest_ms: float
-    members: tuple[str, ...]
-    silent_replicas: Sequence[tuple[str, str]]
-    slot_interval_ms: float
-    subscriptions: int
-    last_log_entries: Sequence[bytes | None]
-    server_run_id: str
-    quota_held_pairs: int
-    unreadable_values: Sequence[str]
-
-    @classmethod
-    def decode(cls, reply: Any) -> "HeartbeatReply":
-        """Raises `StoreError` if it is none."""
-        try:
-            (
-                now_ms,
-                published,
-                queue_id,
-                waiting,
-                oldest_ms,
-                members,
-                late,
-                moment_ms,
-                subscribed,
-                logs,
-                run,
-                held_back,
-                garbage,
-            ) = reply
-            return cls(
-                int(now_ms),
-                int(published),
-                bytes(queue_id),
-                [int(count) for count in waiting],
-                float(oldest_ms),
-                tuple(members.decode("ascii", "replace").split(",")),
-                [
-                    (replica.decode("ascii", "replace"), address.decode("ascii", "replace"))
-                    for replica, address in late
-                ],
-                float(moment_ms),
-                int(subscribed),
-                [last if isinstance(last, bytes) else None for last in logs],
-                run.decode("ascii", "replace"),
-                int(held_back),
-                [name.decode("ascii", "replace") for name in garbage],
-            )
-        except (ValueError, TypeError, AttributeError) as error:
-            message = "the heartbeat's reply cannot be read"
-            raise StoreError(message) from error
-
-
-@dataclass(frozen=True, slots=True)
-class _StandbyReply:
-    """What a heartbeat of a replica that stands by brings (see `standby.lua`)."""
-
-    other_format: int
-    now_ms: int
-    members: tuple[str, ...]
-    moment_ms: float
-    heard_ms_ago: float
-    logs: Sequence[bytes | None]
-
-    @classmethod
-    def read(cls, reply: Any) -> "_StandbyReply | None":
-        """Return None if the shared queue has this replica's format. Raise `StoreError` for no reply."""
-        try:
-            joins, *rest = reply
-            if joins:
-                return None
-            other_format, now_ms, members, moment_ms, heard_ms_ago, logs = rest
-            return cls(
-                int(other_format),
-                int(now_ms),
-                tuple(members.decode("ascii", "replace").split(",")),
-                float(moment_ms),
-                float(heard_ms_ago),
-                [last if isinstance(last, bytes) else None for last in logs],
-            )
-        except (ValueError, TypeError, AttributeError) as error:
-            message = "the heartbeat's reply cannot be read"
-            raise StoreError(message) from error
+    """Check nothing, for a queue that needs no rights."""
 
 
 class ReplicaSession:
-    """Asks everything again when messages may have been missed; that changes nothing if none was.
+    """Membership of one replica in the shared queue.
 
-    State: `_heard`; `_address`, where other replicas reach this one, None until it is looked up: again after
-    an outage, when names may resolve that did not before. Event loop only. A gap in the numbers, another
-    queue's id or a new subscription mean that something may have been missed.
+    State, touched only from the event loop:
+
+    - `subscription`: the messages that came, and whether any may have been missed.
+    - `_address`: where other replicas reach this one. None until it is looked up: at the start, and again
+      after an outage, when names may resolve that did not before.
+    - `_access_errors` and `_access_error_at`: consecutive checks in which Redis denied this replica
+      something, and the time of the last one.
     """
 
-    def __init__(  # noqa: PLR0913 - each is a part of its own
+    def __init__(  # noqa: PLR0913 - collaborators, all by keyword
         self,
         node: QueueNode,
         scripts: Scripts,
@@ -182,92 +76,51 @@ class ReplicaSession:
         report_source: ReportSource | None = None,
         check_access: Callable[[], Awaitable[None]] = _skip_access_check,
     ) -> None:
-        self._check_access = check_access
-        self._access_errors = 0  # since Redis last refused nothing for a minute
-        self._access_error_at = -math.inf
-        self._node = node
         self._scripts = scripts
-        self._channels = (scripts.channel, f"{scripts.channel}:{shared.replica}")
         self._queue = queue
         self._shared = shared
         self._replica = shared.replica
         self._find_address = find_address
-        self._address: str | None = None
         self._limits = limits.paced_limits
         self._metrics = metrics
         self._log_callbacks = log_callbacks
         self._report_source = report_source
-        self._subscription = _SubscriptionState()
-        self._messages_missed = asyncio.Event()
+        self._check_access = check_access
+        self._address: str | None = None
+        self._access_errors = 0
+        self._access_error_at = -math.inf
+        self._clock_offset = ClockOffset()
         self._peer_prober = PeerProber(scripts)
-        self._eviction_check = EvictionPolicyCheck(node, metrics=metrics)
         self._tasks: list[asyncio.Task[None]] = []
+        self.subscription = MessageSubscription(
+            node,
+            channels=(scripts.channel, f"{scripts.channel}:{shared.replica}"),
+            shared=shared,
+            metrics=metrics,
+        )
 
     async def start(self) -> None:
-        """Begin to listen. It does not wait for Redis to be there."""
-        for work in (self._subscribe_loop, self._heartbeat_loop, self._recover_loop):
-            self._tasks.append(
-                asyncio.create_task(restart_on_failure(work, name="keeping in touch with the queue"))
-            )
+        """Start the loops. Does not wait until Redis is reached."""
+        for loop in (self.subscription.run, self._heartbeat_loop, self._recover_loop):
+            task = restart_on_failure(loop, name="keeping in touch with the queue")
+            self._tasks.append(asyncio.create_task(task))
 
     async def stop(self) -> None:
-        """Say goodbye and stop."""
+        """Stop the loops, and leave the membership."""
         await cancel_and_wait(self._tasks)
         await self._peer_prober.close()
         with contextlib.suppress(StoreError):
-            if self._queue.stands_by:
-                await self._run_standby(ends=True)
+            if self._queue.is_on_standby:
+                await self._run_standby(is_leaving=True)
             else:
-                await self._scripts.run("set_peer_state", [self._replica, "gone", 0])
-
-    async def _subscribe_loop(self) -> None:
-        while True:
-            try:
-                async with await self._node.create_pubsub() as pubsub:
-                    await pubsub.subscribe(*self._channels)
-                    self._messages_missed.set()
-                    await self._eviction_check.check()
-                    self._subscription.subscription_stale, self._subscription.missed_subscriptions = False, 0
-                    while (
-                        self._subscription.missed_subscriptions < _MAX_MISSED_SUBSCRIPTIONS
-                        and await self._receive(pubsub)
-                    ):
-                        pass
-            except CLIENT_ERRORS:
-                await asyncio.sleep(_RECONNECT_SECONDS)
-
-    async def _receive(self, pubsub: PubSub) -> bool:
-        """Take what comes next, if anything does; whether the subscription is still good for something."""
-        message = await pubsub.get_message(timeout=_SUBSCRIPTION_TIMEOUT_SECONDS)
-        if message is None:
-            return not self._subscription.subscription_stale  # the connection is dead, though nobody said so
-        self._subscription.subscription_stale = False
-        self._apply_message(message["data"])
-        return True
-
-    def _apply_message(self, data: Any) -> None:
-        try:
-            number, levels, errors, all_error, queue_id, *pause = unpack(data)
-            if queue_id != self._subscription.queue_id:
-                # Of another queue, or of this one since it was lost and made again: the next heartbeat says
-                # which. Until then nothing of it is believed, and what waits is asked for again.
-                self._messages_missed.set()
-                return
-            if number > self._subscription.sequence + 1 and self._subscription.sequence:
-                self._messages_missed.set()
-            self._subscription.sequence = max(self._subscription.sequence, number)
-            self._shared.apply_outcomes(levels, errors, all_error, *pause)
-        except (StoreError, ValueError, TypeError, IndexError):
-            self._metrics.store_garbage.inc()
-            self._messages_missed.set()
+                await self._scripts.run("set_peer_state", [self._replica, PeerState.GONE, 0])
 
     async def _heartbeat_loop(self) -> None:
         while True:
             try:
-                if not self._queue.stands_by or await self._may_join():
-                    if (
-                        self._queue.is_redis_lost
-                    ):  # whatever is there now may have other rights than what was lost
+                if not self._queue.is_on_standby or await self._may_join():
+                    # The Redis that is there now may grant other rights than the one that was lost.
+                    if self._queue.is_redis_lost:
                         if self._queue.blocking_error is not None:
                             await asyncio.sleep(self._access_check_backoff_seconds())
                         await self._check_access()
@@ -279,127 +132,129 @@ class ReplicaSession:
             await asyncio.sleep(_HEARTBEAT_SECONDS)
 
     def _access_check_backoff_seconds(self) -> float:
-        """Return how long to leave Redis alone: longer, the sooner it refused something again."""
+        """Return how long to leave Redis alone: longer, the sooner it denied something again."""
         now = time.monotonic()
-        self._access_errors = (
-            0 if now - self._access_error_at > 2 * _MAX_ACCESS_CHECK_SECONDS else self._access_errors + 1
-        )
+        is_first = now - self._access_error_at > 2 * _MAX_ACCESS_CHECK_SECONDS
+        self._access_errors = 0 if is_first else self._access_errors + 1
         self._access_error_at = now
         return min(_MAX_ACCESS_CHECK_SECONDS, _ACCESS_CHECK_SECONDS * 1.5 ** min(self._access_errors, 20))
 
     async def _may_join(self) -> bool:
-        """Return whether the shared queue has this replica's format now; else learn its moments."""
-        asked_at = time.monotonic()
-        reply = _StandbyReply.read(unpack(await self._run_standby()))
+        """Return whether the shared queue has this replica's format now. If not, update its slots."""
+        requested_at = time.monotonic()
+        reply = StandbyReply.decode(unpack(await self._run_standby()))
         if reply is None:
             return True
-        replied_at = time.monotonic()
+        received_at = time.monotonic()
         membership = Membership(
             replica=self._replica,
             members=reply.members,
-            slot_interval_seconds=reply.moment_ms / 1000,
-            clock_offset_seconds=self._update_clock_offset(reply.now_ms / 1000, asked_at, replied_at),
+            slot_interval_seconds=reply.slot_interval_ms / 1000,
+            clock_offset_seconds=self._clock_offset.update(
+                reply.now_ms / 1000, requested_at=requested_at, received_at=received_at
+            ),
         )
-        silent_at = replied_at - reply.heard_ms_ago / 1000 + _STANDBY_QUIET_SECONDS
-        self._queue.stand_by(membership, begins_at=silent_at)
+        silent_at = received_at - reply.last_heartbeat_age_ms / 1000 + _STANDBY_QUIET_SECONDS
+        self._queue.stand_by(membership, not_before=silent_at)
         self._queue.show_local_metrics()
-        for hear, last in zip(self._log_callbacks.values(), reply.logs, strict=False):
-            await hear(last)
+        await self._follow_logs(reply.last_log_entries)
         return False
 
-    async def _run_standby(self, *, ends: bool = False) -> Any:
-        if self._address is None:
-            self._address = await self._find_address()
-        arguments = [self._replica, self._address, *self._limits, pack(list(self._log_callbacks)), int(ends)]
+    async def _run_standby(self, *, is_leaving: bool = False) -> Any:
+        log_keys = pack(list(self._log_callbacks))
+        address = await self._own_address()
+        arguments = [self._replica, address, *self._limits, log_keys, int(is_leaving)]
         return await self._scripts.run("standby", arguments)
 
     async def _heartbeat(self) -> None:
-        if self._address is None:
-            self._address = await self._find_address()
-        lost, asked_at = self._queue.is_redis_lost, time.monotonic()
+        """Send one heartbeat, and act on its reply."""
+        address = await self._own_address()
+        was_lost = self._queue.is_redis_lost
+        requested_at = time.monotonic()
         reports = self._report_source.pending_reports() if self._report_source else []
         arguments = [
             self._replica,
-            pack(self._shared.claim_ids),
-            self._address,
-            int(lost),
+            pack(self._shared.claims.ids),
+            address,
+            int(was_lost),
             *self._limits,
             pack(list(self._log_callbacks)),
-            self._shared.server_run_id,
+            self._shared.claims.server_run_id,
             pack(reports),
         ]
-        pulse = HeartbeatReply.decode(unpack(await self._scripts.run("heartbeat", arguments)))
-        clock_offset_seconds = self._update_clock_offset(pulse.now_ms / 1000, asked_at, time.monotonic())
-        if pulse.unreadable_values:
-            self._metrics.store_garbage.inc(len(pulse.unreadable_values))
-            _log.warning(
-                "values in Redis that could not be read were replaced by this replica's settings (%s)",
-                ", ".join(sorted(set(pulse.unreadable_values))),
-            )
+        reply = HeartbeatReply.decode(unpack(await self._scripts.run("heartbeat", arguments)))
+        clock_offset_seconds = self._clock_offset.update(
+            reply.now_ms / 1000, requested_at=requested_at, received_at=time.monotonic()
+        )
+        self._report_unreadable(reply.unreadable_values)
         if self._report_source:
             self._report_source.mark_reported(reports, clock_offset_seconds=clock_offset_seconds)
-        self._detect_gap(pulse.queue_id, pulse.last_sequence)
-        # If it has none, the queue has moved from where this replica listens: to another node or master.
-        self._subscription.missed_subscriptions = (
-            0 if pulse.subscriptions else self._subscription.missed_subscriptions + 1
+        is_new_queue = self.subscription.on_heartbeat(
+            queue_id=reply.queue_id,
+            last_sequence=reply.last_sequence,
+            subscriptions=reply.subscriptions,
         )
-        self._queue.on_heartbeat(
-            Membership(
-                replica=self._replica,
-                members=pulse.members,
-                slot_interval_seconds=pulse.slot_interval_ms / 1000,
-                clock_offset_seconds=clock_offset_seconds,
-            ),
-            received_after=asked_at,
+        if is_new_queue and self._report_source:
+            self._report_source.resend_all()
+        membership = Membership(
+            replica=self._replica,
+            members=reply.members,
+            slot_interval_seconds=reply.slot_interval_ms / 1000,
+            clock_offset_seconds=clock_offset_seconds,
         )
-        self._shared.server_run_id = pulse.server_run_id
-        # Only now: from the heartbeat on, the others do not leave this replica's moments alone any more. And
-        # before anything is told that may have been invalidated.
-        for hear, last in zip(self._log_callbacks.values(), pulse.last_log_entries, strict=False):
-            await hear(last)
-        if lost:
-            try:
-                await self._queue.fail_back()
-            except StoreError:  # heard, but not served: only a silent replica has moments of its own
-                await asyncio.sleep(_FAIL_BACK_RETRY_SECONDS)
-                raise
-            self._address = None
-        for replica, address in pulse.silent_replicas:
-            self._peer_prober.probe(replica, address)
-        for priority, count in zip(PRIORITY_CLASSES, pulse.waiting_pairs, strict=True):
+        self._queue.on_heartbeat(membership, received_after=requested_at)
+        self._shared.claims.server_run_id = reply.server_run_id
+        # The logs are followed only now: since the heartbeat the other replicas use this one's slots. And
+        # before the return to the shared queue, so that no invalidated answer is published.
+        await self._follow_logs(reply.last_log_entries)
+        if was_lost:
+            await self._fail_back()
+        for replica, peer_address in reply.silent_replicas:
+            self._peer_prober.probe(replica, peer_address)
+        self._show_metrics(reply)
+
+    async def _fail_back(self) -> None:
+        """Return to the shared queue. Raises `StoreError`, after a pause in which this replica is silent."""
+        try:
+            await self._queue.fail_back()
+        except StoreError:
+            await asyncio.sleep(_FAIL_BACK_RETRY_SECONDS)
+            raise
+        self._address = None
+
+    async def _follow_logs(self, last_entries: Sequence[bytes | None]) -> None:
+        for callback, last_entry in zip(self._log_callbacks.values(), last_entries, strict=False):
+            await callback(last_entry)
+
+    async def _own_address(self) -> str:
+        if self._address is None:
+            self._address = await self._find_address()
+        return self._address
+
+    def _report_unreadable(self, names: Sequence[str]) -> None:
+        if names:
+            self._metrics.store_garbage.inc(len(names))
+            _log.warning(
+                "values in Redis that could not be read were replaced by this replica's settings (%s)",
+                ", ".join(sorted(set(names))),
+            )
+
+    def _show_metrics(self, reply: HeartbeatReply) -> None:
+        for priority, count in zip(PRIORITY_CLASSES, reply.waiting_pairs, strict=True):
             self._metrics.queue_global_pairs.labels(priority).set(count)
-        self._metrics.quota_held_pairs.set(pulse.quota_held_pairs)
-        self._metrics.queue_oldest_seconds.set(pulse.oldest_ms / 1000)
-        self._metrics.live_replicas.set(max(0, len(pulse.members) - len(pulse.silent_replicas)))
-
-    def _update_clock_offset(self, redis_now: float, requested_at: float, received_at: float) -> float:
-        """A reply bounds it, a slow one widely: what was known holds within the bounds."""
-        least, most = redis_now - received_at, redis_now + _CLOCK_RESOLUTION_SECONDS - requested_at
-        known = self._subscription.clock_offset_seconds
-        offset = (least + most) / 2 if known is None else min(most, max(least, known))
-        self._subscription.clock_offset_seconds = offset
-        return offset
-
-    def _detect_gap(self, queue_id: bytes, last_sequence: int) -> None:
-        heard = self._subscription
-        if queue_id != heard.queue_id or last_sequence < heard.previous_sequence:  # a failover lost some
-            heard.queue_id, heard.sequence, heard.previous_sequence = queue_id, last_sequence, last_sequence
-            self._messages_missed.set()
-            if self._report_source:
-                self._report_source.resend_all()
-        elif heard.sequence < heard.previous_sequence:  # published a heartbeat ago, and not here yet
-            heard.sequence = heard.previous_sequence
-            heard.subscription_stale = True
-            self._messages_missed.set()
-        heard.previous_sequence = last_sequence
+        self._metrics.quota_held_pairs.set(reply.quota_held_pairs)
+        self._metrics.queue_oldest_seconds.set(reply.oldest_ms / 1000)
+        self._metrics.live_replicas.set(max(0, len(reply.members) - len(reply.silent_replicas)))
 
     async def _recover_loop(self) -> None:
+        """Enqueue all waiting pairs again when messages may have been missed, and every now and then."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._messages_missed.wait(), _RE_ENQUEUE_SECONDS)
-            self._messages_missed.clear()
+                await asyncio.wait_for(self.subscription.missed.wait(), _RE_ENQUEUE_SECONDS)
+            self.subscription.missed.clear()
+            # The return to the shared queue enqueues all of them anyway.
             if self._queue.is_redis_lost:
-                continue  # whoever finds Redis again asks for everything
+                continue
             try:
                 await self._shared.re_enqueue()
             except StoreError as error:

@@ -1,6 +1,7 @@
-"""How the queue stands, for people: what waits and how long, whether the model answers, who shares it.
+"""State of the queue for the status page: waiting pairs, expected waits, failures, replicas, reports.
 
-What comes from Redis is hostile: a figure that none can be is None, and shown as unknown.
+Values in Redis may have been changed by anyone with access to it. A value that is out of range becomes None,
+which the page shows as unknown.
 """
 
 import math
@@ -8,40 +9,49 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from services.cache_proxy.domain import PACE, PRIORITY_CLASSES
+from services.cache_proxy.domain import BULK, INTERACTIVE, PACE, PRIORITY_CLASSES
 from services.cache_proxy.errors import StoreError
 from services.cache_proxy.queue.expected_calls import calls_until
 from services.cache_proxy.queue.serialization import unpack
 
 MAX_REPORTS = 256
-"""Replicas whose reports of one minute are kept."""
+"""How many replicas' reports of one minute are kept."""
 
 MAX_REPORT_BYTES = 4096
 _MAX_COUNT = 2**40
-_MAX_MILLISECONDS = 2**40  # of a duration: 34 years
+
+# A duration of 34 years.
+_MAX_MILLISECONDS = 2**40
 _MAX_RATE = 1e9
 _MAX_BATCH_PAIRS = 1000
 
 Report = tuple[int, bytes]
-"""A minute (of unix time, on Redis's clock), and what a replica counted in it: see `status/ledger.py`."""
+"""A minute of Unix time on Redis's clock, and what a replica counted in it (see `status/sampler.py`)."""
 
 
 class ReportSource(Protocol):
-    """What a replica has to report to the others, as the heartbeat knows it."""
+    """Source of what a replica reports to the others with its heartbeats."""
 
     def pending_reports(self) -> Sequence[Report]:
-        """What was not reported yet, or has changed since; few and small."""
+        """Return the reports that are new or have changed: few, and of `MAX_REPORT_BYTES` at most."""
 
     def mark_reported(self, reports: Sequence[Report], *, clock_offset_seconds: float) -> None:
-        """Redis has these; its clock is so far ahead of time.monotonic."""
+        """Record that Redis has these reports. `clock_offset_seconds`: its clock minus time.monotonic."""
 
     def resend_all(self) -> None:
-        """Redis has lost what it was told."""
+        """Return all reports again from now on: Redis has lost them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueueSnapshot:
-    """One moment; `reports` are of all replicas, None where nothing is shared. A rate of 0 means no limit."""
+    """State of the queue at one time. A figure that is not known is None, and a rate of 0 means no limit.
+
+    - `waiting`: the number of waiting pairs of each priority.
+    - `next_call_seconds`: the time until the next call that the limit allows.
+    - `batch_interval_seconds`: the time between two full batches.
+    - `reports`: those of all replicas; None for a queue that is not shared.
+    - `is_down`: the model has answered nothing for the retry window.
+    """
 
     now_seconds: float
     waiting: Mapping[str, int | None]
@@ -54,12 +64,14 @@ class QueueSnapshot:
     live_replicas: int | None
     silent_replicas: int | None
     reports: Sequence[Report] | None = None
-    is_down: bool = False  # the model has answered nothing for the retry window
+    is_down: bool = False
 
     def wait_seconds(self, priority: str) -> float | None:
-        """How long a pair that comes now would wait for its call if it went to the lane's end."""
-        ahead, batch_pairs = self.waiting[priority], self.batch_pairs
-        interactive, bulk = self.waiting["interactive"], self.waiting["bulk"]
+        """Return the expected wait of a new pair behind all pairs of its priority, None if it is unknown."""
+        ahead = self.waiting[priority]
+        interactive = self.waiting[INTERACTIVE]
+        bulk = self.waiting[BULK]
+        batch_pairs = self.batch_pairs
         if (
             ahead is None
             or interactive is None
@@ -76,7 +88,7 @@ class QueueSnapshot:
 
 
 def decode_snapshot(reply: Any) -> QueueSnapshot:
-    """What `snapshot.lua` returned. Raises `StoreError` if it is no reply at all."""
+    """Return the reply of `snapshot.lua` as an object. Raises `StoreError` if it has another form."""
     try:
         (
             now_ms,

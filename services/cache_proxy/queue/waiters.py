@@ -1,4 +1,4 @@
-"""Who, in this process, waits for which pairs."""
+"""The requests of this process that wait for pairs."""
 
 import asyncio
 import math
@@ -9,9 +9,10 @@ from services.cache_proxy.errors import PairError
 
 
 class Waiter:
-    """One request's wait for a number of distinct pairs; done when each has an outcome.
+    """One request that waits for distinct pairs, until each has an outcome.
 
-    `given_up` are those that ended for this request alone.
+    State: `_pending`, the pairs without an outcome; `outcomes`, those of the others; `abandoned`, the pairs
+    that were failed for this request alone.
     """
 
     def __init__(self, digests: Sequence[bytes], deadline: float) -> None:
@@ -22,7 +23,7 @@ class Waiter:
         self._all_resolved = asyncio.get_running_loop().create_future()
 
     def resolve(self, digest: bytes, outcome: Outcome) -> None:
-        """Note an outcome; the first one counts."""
+        """Record the outcome of a pair, unless it has one already."""
         if digest in self._pending:
             self._pending.remove(digest)
             self.outcomes[digest] = outcome
@@ -31,7 +32,7 @@ class Waiter:
 
     @property
     def pending(self) -> frozenset[bytes]:
-        """The pairs that have no outcome yet."""
+        """Return the pairs that have no outcome yet."""
         return frozenset(self._pending)
 
     async def wait(self) -> None:
@@ -41,13 +42,17 @@ class Waiter:
 
 
 class WaiterRegistry:
-    """State: `_waits`, all that are open; `_by_digest`, those of each pair that has not ended.
+    """Registry of all waiting requests of this process.
 
-    It is touched from the event loop only.
+    State, touched only from the event loop: `_waiters`, all that are registered; `_by_digest`, the waiters of
+    each pair that has not ended.
 
-    Racing events: a wait is opened *before* its pairs are enqueued, so an answer that is published while
-    the enqueue is under way finds it; it is closed whatever happens to the caller, by identity, so that the
-    last to go is known, and only then is the queue told that nobody waits here.
+    Events that race:
+
+    1. A waiter is registered before its pairs are enqueued, so an outcome that is published meanwhile
+       finds it.
+    2. It is unregistered however its request ends, and by identity. So it is known when the last waiter of a
+       pair goes, and only then is the pair cancelled in the queue.
     """
 
     def __init__(self) -> None:
@@ -55,47 +60,48 @@ class WaiterRegistry:
         self._by_digest: dict[bytes, set[Waiter]] = {}
 
     def register(self, digests: Sequence[bytes], *, deadline: float = math.inf) -> Waiter:
-        """Begin a wait; `deadline` is on the event loop's clock."""
-        wait = Waiter(digests, deadline)
-        self._waiters.add(wait)
+        """Add a waiter for these pairs. `deadline` is on the event loop's clock."""
+        waiter = Waiter(digests, deadline)
+        self._waiters.add(waiter)
         for digest in digests:
-            self._by_digest.setdefault(digest, set()).add(wait)
-        return wait
+            self._by_digest.setdefault(digest, set()).add(waiter)
+        return waiter
 
     def unregister(self, waiter: Waiter) -> list[bytes]:
-        """End a wait; the pairs without an outcome for which nobody waits any more."""
+        """Remove a waiter, and return its pairs without an outcome for which no other waits."""
         self._waiters.discard(waiter)
-        left = [digest for digest in waiter.abandoned if digest not in self._by_digest]
-        for digest in waiter.pending:
-            waits = self._by_digest.get(digest)
-            if waits is not None:
-                waits.discard(waiter)
-                if not waits:
-                    del self._by_digest[digest]
-                    left.append(digest)
-        return left
+        unwanted = [digest for digest in waiter.abandoned if digest not in self._by_digest]
+        unwanted += [digest for digest in waiter.pending if self._remove_from_pair(digest, waiter)]
+        return unwanted
 
     def resolve(self, digest: bytes, outcome: Outcome) -> None:
-        """Give an outcome to every wait for the pair."""
-        for wait in self._by_digest.pop(digest, ()):
-            wait.resolve(digest, outcome)
+        """Give a pair's outcome to all waiters for it."""
+        for waiter in self._by_digest.pop(digest, ()):
+            waiter.resolve(digest, outcome)
 
     def fail_with_deadline_before(self, moment: float, error: PairError) -> None:
-        """End the waits whose deadline comes before this moment, when the model is called next."""
-        for wait in [wait for wait in self._waiters if wait.deadline < moment]:
-            self.fail_waiter(wait, error)
+        """Fail the waiters whose deadline is before this time, at which the model is called next."""
+        for waiter in [waiter for waiter in self._waiters if waiter.deadline < moment]:
+            self.fail_waiter(waiter, error)
 
     def fail_waiter(self, waiter: Waiter, error: PairError) -> None:
-        """End what is open of one wait alone; the pairs go on for whoever else waits."""
+        """Fail all pending pairs of one waiter. Other waiters for the same pairs are not affected."""
         waiter.abandoned += waiter.pending
         self.resolve_one(waiter, [(digest, error) for digest in waiter.pending])
 
     def resolve_one(self, waiter: Waiter, outcomes: Iterable[tuple[bytes, Outcome]]) -> None:
-        """Give outcomes to one wait alone."""
+        """Give outcomes to one waiter only."""
         for digest, outcome in outcomes:
-            waits = self._by_digest.get(digest)
-            if waits is not None:
-                waits.discard(waiter)
-                if not waits:
-                    del self._by_digest[digest]
+            self._remove_from_pair(digest, waiter)
             waiter.resolve(digest, outcome)
+
+    def _remove_from_pair(self, digest: bytes, waiter: Waiter) -> bool:
+        """Remove a waiter from a pair. Return whether it was the pair's last one."""
+        waiters = self._by_digest.get(digest)
+        if waiters is None:
+            return False
+        waiters.discard(waiter)
+        if waiters:
+            return False
+        del self._by_digest[digest]
+        return True

@@ -222,8 +222,8 @@ async def _claim_batch(replica: Replica) -> Claim:
 
 async def _assert_nothing_left(replica: Replica) -> None:
     assert replica.location.leftover_keys() == {}
-    assert replica.queue.snapshot_waiting() == {}
-    assert replica.queue.claim_ids == []
+    assert replica.queue.interest.snapshot() == {}
+    assert replica.queue.claims.ids == []
     assert replica.failover._local._entries == {}
     assert not replica.failover._local_claims
 
@@ -391,7 +391,7 @@ async def test_what_ended_without_redis_is_not_asked_again(replica: Replica) -> 
     await replica.failover.complete(claim, {item.digest: 2 for item in claim.pairs})
     waits.append(await _enqueue(replica, [2]))
     assert all(not wait.pending for wait in waits)
-    assert replica.queue.snapshot_waiting() == {}
+    assert replica.queue.interest.snapshot() == {}
     await replica.failover.fail_back()
     await _assert_nothing_left(replica)
 
@@ -419,7 +419,7 @@ async def test_a_caller_that_leaves_without_redis_is_not_asked_for_on_return(rep
     await replica.failover.cancel(replica.waiters.unregister(wait))
     assert not isinstance(await replica.failover.claim(), Claim)
     await replica.failover.fail_back()
-    assert replica.queue.snapshot_waiting() == {}
+    assert replica.queue.interest.snapshot() == {}
 
 
 async def test_local_claim_that_ends_in_parts_is_dropped(replica: Replica) -> None:

@@ -111,13 +111,13 @@ async def test_recorded_messages_are_read(server: RedisServer, recording: Record
     """Take levels and errors from every message, and miss none."""
     messages = [message.encode("latin-1") for message in recording.messages]
     async with replicas(_place(server)) as (one,):
-        one.session._subscription.queue_id = msgpack.unpackb(messages[0], raw=True)[4]
-        one.session._subscription.sequence = 0
-        one.session._messages_missed.clear()
+        one.session.subscription.queue_id = msgpack.unpackb(messages[0], raw=True)[4]
+        one.session.subscription.sequence = 0
+        one.session.subscription.missed.clear()
         for message in messages:
-            one.session._apply_message(message)
+            one.session.subscription.apply_message(message)
         assert _garbage(one) == 0
-        assert not one.session._messages_missed.is_set()
+        assert not one.session.subscription.missed.is_set()
     outcomes = [outcome for _, outcome in one.resolved]
     for kind in (int, PairRejectedError, InvalidModelResponseError, ModelUnavailableError):
         assert any(isinstance(outcome, kind) for outcome in outcomes)

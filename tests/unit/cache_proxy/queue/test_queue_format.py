@@ -221,7 +221,7 @@ async def test_replica_that_stands_by_and_ends_leaves_nothing(shared_redis: str)
     other = _replica(_next_to(place), OTHER)
     async with replicas(place, bounds=queue_limits(pairs_per_second=40)) as (one,):
         await _stand_by(other, beside=[one])
-        await other.session._run_standby(ends=True)
+        await other.session._run_standby(is_leaving=True)
         with place.client() as client:
             kept = client.zrange(f"{place.keys.limit}:replicas", 0, -1)
             assert kept == [one.name.encode()]
@@ -237,9 +237,9 @@ async def test_other_format_is_logged_once(shared_redis: str, caplog: pytest.Log
     stood_by = []
     for _ in range(3):
         await queue.fail_over(QueueFormatError(found=7, expected=FORMAT))
-        stood_by.append(queue.stands_by)
+        stood_by.append(queue.is_on_standby)
     await other.subscribe()
-    stood_by.append(queue.stands_by)
+    stood_by.append(queue.is_on_standby)
     assert stood_by == [True, True, True, False]
     lost, back = (record.getMessage() for record in caplog.records)
     assert lost == (

@@ -279,7 +279,7 @@ async def test_published_nonsense_is_passed_over(shared_redis: str) -> None:
         wait, _ = await replica.enqueue(numbered_pairs([1]))
         digest = numbered_pairs([1])[0].digest
         chance = random.Random(1)
-        queue_id = replica.session._subscription.queue_id
+        queue_id = replica.session.subscription.queue_id
         messages = [
             msgpack.packb([5, digest + bytes([level]), [], False, queue_id], use_bin_type=False)
             for level in (0, 8, 255)

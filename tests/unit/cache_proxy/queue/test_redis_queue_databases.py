@@ -41,7 +41,7 @@ async def test_message_with_another_queue_id_is_not_believed(place: QueueLocatio
     """Whoever may publish on the channel, and what was published before a flush, ends no pair."""
     async with replicas(place) as (replica,):
         wait, _ = await replica.enqueue(numbered_pairs(range(3)))
-        number = replica.session._subscription.sequence
+        number = replica.session.subscription.sequence
         for queue_id in (b"", secrets.token_bytes(8), 7, None):
             levels = b"".join(one.digest + bytes([7]) for one in numbered_pairs(range(3)))
             forged = pack([number + 1, levels, [], False, queue_id])

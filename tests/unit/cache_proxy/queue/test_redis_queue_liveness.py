@@ -47,7 +47,7 @@ async def _lost_claim(replica: Replica) -> None:
             0,
             30000,
             60,
-            replica.queue.server_run_id,
+            replica.queue.claims.server_run_id,
             -1,
         ],
     )
@@ -107,7 +107,7 @@ async def test_a_claim_that_is_listed_stays(place: QueueLocation) -> None:
         await replica.heartbeat()
         assert not isinstance(await replica.queue.claim(), Claim)
         await replica.queue.complete(claim, {claim.pairs[1].digest: 1})
-        assert replica.queue.claim_ids == []
+        assert replica.queue.claims.ids == []
         assert place.leftover_keys() == {}
 
 
@@ -118,7 +118,7 @@ async def test_a_repeated_claim_is_the_same_batch(place: QueueLocation) -> None:
         replica.client.lost_replies = 2
         claim = await replica.claim_batch()
         assert sorted(pair_numbers(claim)) == [1, 2, 3]
-        assert replica.queue.claim_ids == [claim.id]
+        assert replica.queue.claims.ids == [claim.id]
         await other.enqueue(numbered_pairs([3]))
         assert not isinstance(await other.queue.claim(), Claim)
 
@@ -256,9 +256,7 @@ async def test_a_slow_heartbeat_does_not_move_the_moments(place: QueueLocation) 
         replica.client.delays = (0.2,)
         await replica.heartbeat()
         assert abs(offset() - known) < max(quick, 0.01)
-        replica.session._subscription.clock_offset_seconds = (
-            known - 3600
-        )  # as before a failover to another clock
+        replica.session._clock_offset.seconds = known - 3600  # as before a failover to another clock
         quick += await beat()
         assert abs(offset() - known) < max(quick, 0.01)
 
@@ -284,11 +282,11 @@ async def test_a_gap_between_messages_is_noticed_by_the_next_message(place: Queu
         await one.enqueue(numbered_pairs([1]))
         claim = await one.claim_batch()
         await other.heartbeat()
-        await one.queue.publish({numbered_pairs([8])[0].digest: 1})
+        await one.queue.claims.publish({numbered_pairs([8])[0].digest: 1})
         await other.receive_messages()
         await one.queue.complete(claim, {item.digest: 6 for item in claim.pairs})
         await other.receive_messages(lost=True)
-        await one.queue.publish({numbered_pairs([9])[0].digest: 1})
+        await one.queue.claims.publish({numbered_pairs([9])[0].digest: 1})
         await other.receive_messages()
         await other.recover()
         assert not wait.pending
@@ -298,7 +296,7 @@ async def test_a_failover_that_lost_the_last_writes_is_noticed(place: QueueLocat
     """The new master has published less than the old one: what waits is asked for again."""
     async with replicas(place) as (replica,):
         for number in range(5):
-            await replica.queue.publish({numbered_pairs([100 + number])[0].digest: 1})
+            await replica.queue.claims.publish({numbered_pairs([100 + number])[0].digest: 1})
         await replica.receive_messages()
         await replica.heartbeat()
         await replica.enqueue(numbered_pairs([1]))
@@ -315,15 +313,15 @@ async def test_a_subscription_that_fell_silent_is_made_anew(shared_redis: str) -
     assert port
     with faulty_link(port) as wire:
         async with replicas(QueueLocation.create(wire.url)) as (replica,):
-            listening = asyncio.create_task(replica.session._subscribe_loop())
-            while not replica.session._messages_missed.is_set():  # noqa: ASYNC110 - set when it has subscribed
+            listening = asyncio.create_task(replica.session.subscription.run())
+            while not replica.session.subscription.missed.is_set():  # noqa: ASYNC110 - set when it has subscribed
                 await asyncio.sleep(0.01)
             wire.mute_subscriptions()
             wait, _ = await replica.enqueue(numbered_pairs([1]))
             async with asyncio.timeout(10):
                 while wait.pending:
                     await replica.session._heartbeat()
-                    await replica.queue.publish({numbered_pairs([1])[0].digest: 3})
+                    await replica.queue.claims.publish({numbered_pairs([1])[0].digest: 3})
                     await asyncio.sleep(0.2)
             await cancel_and_wait([listening])
 

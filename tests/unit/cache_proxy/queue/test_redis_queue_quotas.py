@@ -93,7 +93,7 @@ async def test_a_replica_without_the_file_sends_what_others_let_in(held: Quotas,
     """As their file has it: a quota is kept by whoever was asked."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, BOUNDS, lambda: held) as (one, other):
-        other.queue._quotas = no_quotas
+        other.queue.interest._quotas = no_quotas
         await _start_quotas(place, one)
         await one.enqueue(numbered_pairs(range(50)))
         await other.enqueue(numbered_pairs(range(100, 105)))

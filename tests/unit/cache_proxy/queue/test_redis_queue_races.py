@@ -97,7 +97,7 @@ async def test_who_goes_while_asking_leaves_nothing(place: QueueLocation) -> Non
             await asyncio.gather(asking, return_exceptions=True)
             await replica.cancel(wait)
             assert _interest(place) == 0
-            assert replica.queue.snapshot_waiting() == {}
+            assert replica.queue.interest.snapshot() == {}
 
 
 async def test_who_is_refused_takes_nobodys_place(place: QueueLocation) -> None:
@@ -106,7 +106,9 @@ async def test_who_is_refused_takes_nobodys_place(place: QueueLocation) -> None:
         wait, _ = await replica.enqueue(numbered_pairs(range(500)))
         with pytest.raises(QueueFullError):
             await replica.enqueue(numbered_pairs(range(1200)))
-        assert replica.queue.snapshot_waiting().keys() == {item.digest for item in numbered_pairs(range(500))}
+        assert replica.queue.interest.snapshot().keys() == {
+            item.digest for item in numbered_pairs(range(500))
+        }
         assert _interest(place) == 500
         claim = await replica.claim_batch()
         await replica.queue.complete(claim, {item.digest: 2 for item in claim.pairs})
@@ -124,8 +126,8 @@ async def test_two_that_ask_at_once_do_not_share_a_refusal(place: QueueLocation)
         with pytest.raises(QueueFullError):
             await hasty
         wait, _ = await patient
-        assert numbered_pair(9).digest in replica.queue.snapshot_waiting()
-        await replica.queue.publish({numbered_pair(9).digest: 5})
+        assert numbered_pair(9).digest in replica.queue.interest.snapshot()
+        await replica.queue.claims.publish({numbered_pair(9).digest: 5})
         await replica.receive_messages()
         assert list(wait.outcomes.values()) == [5]
 
@@ -142,7 +144,7 @@ async def test_the_answer_of_a_claim_that_was_given_away_ends_both(place: QueueL
         await other.receive_messages()
         assert sorted(level for _, level in other.resolved) == [3, 3]  # type: ignore[type-var]
         await other.queue.reject(second, REFUSED, {})
-        assert other.queue.claim_ids == []
+        assert other.queue.claims.ids == []
         assert place.leftover_keys() == {}
         assert (await other.enqueue(numbered_pairs([1])))[1].outcomes == {numbered_pair(1).digest: 3}
 
@@ -188,7 +190,7 @@ async def test_a_model_that_is_down_ends_all_that_waits_everywhere(place: QueueL
         await one.enqueue(numbered_pairs(range(50)))
         wait, _ = await other.enqueue(numbered_pairs(range(30, 60)))
         while wait.pending:
-            one.queue._not_before = 0
+            one.queue.claims.deferral.not_before = 0
             claim = await one.claim_batch()
             await asyncio.sleep(claim.send_at - time.monotonic())
             await one.queue.fail(claim, DOWN)
@@ -212,7 +214,7 @@ async def test_what_is_in_flight_when_the_model_is_taken_for_down_may_be_answere
         flying = await one.claim_batch()
         wait, _ = await other.enqueue(numbered_pairs([2]))
         while wait.pending:
-            other.queue._not_before = 0
+            other.queue.claims.deferral.not_before = 0
             claim = await other.claim_batch()
             await asyncio.sleep(claim.send_at - time.monotonic())
             await other.queue.fail(claim, DOWN)
@@ -230,7 +232,7 @@ async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(
 ) -> None:
     """It stays away a little longer, and who was told that nothing waits is woken."""
     monkeypatch.setattr(
-        "services.cache_proxy.queue.redis_queue._DEFER_SECONDS", 60
+        "services.cache_proxy.queue.call_deferral._CLAIM_DELAY_AFTER_FAILURE_SECONDS", 60
     )  # longer than a slow test takes
     async with replicas(place, 2) as (broken, sound):
         await broken.enqueue(numbered_pairs([1]))
@@ -250,8 +252,8 @@ async def test_replica_whose_calls_are_answered_waits_for_the_next_slot_of_a_slo
     place: QueueLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It claims for another replica whose call failed, also when the next slot is far away."""
-    monkeypatch.setattr("services.cache_proxy.queue.redis_queue._HELP_SECONDS", 0.05)
-    monkeypatch.setattr("services.cache_proxy.queue.redis_queue._DEFER_SECONDS", 60)
+    monkeypatch.setattr("services.cache_proxy.queue.claims._ASSIST_SECONDS", 0.05)
+    monkeypatch.setattr("services.cache_proxy.queue.call_deferral._CLAIM_DELAY_AFTER_FAILURE_SECONDS", 60)
     async with replicas(place, 2, queue_limits(calls_per_second=3)) as (broken, sound):
         await broken.enqueue(numbered_pairs([1]))
         claim = await broken.claim_batch()
@@ -269,7 +271,8 @@ async def test_replica_whose_call_failed_leaves_the_next_slot_of_a_slow_limit_to
         await broken.enqueue(numbered_pairs([1]))
         with place.client() as client:
             client.hset(
-                place.keys.limit, mapping={"pairs_tat": 0, "calls_tat": 0, "run": broken.queue.server_run_id}
+                place.keys.limit,
+                mapping={"pairs_tat": 0, "calls_tat": 0, "run": broken.queue.claims.server_run_id},
             )
         claim = await broken.claim_batch()
         await broken.queue.fail(claim, DOWN)
@@ -432,14 +435,14 @@ async def test_who_only_joined_leaves_the_next_call_to_who_queued(place: QueueLo
     """It asks for none until that replica should have had one, and then does: that one may be gone."""
     async with replicas(place, 2) as (first, second):
         await first.enqueue(numbered_pairs([1, 2]))
-        assert first.queue._changed.is_set()
+        assert first.queue._changed._event.is_set()
         second.queue._changed.clear()
         await second.enqueue(numbered_pairs([1, 2]))
         await second.enqueue(numbered_pairs([2]))
-        assert not second.queue._changed.is_set()
+        assert not second.queue._changed._event.is_set()
         await asyncio.wait_for(second.queue.wait_for_change(), 30)
         await second.enqueue(numbered_pairs([2, 3]))
-        assert second.queue._changed.is_set()
+        assert second.queue._changed._event.is_set()
 
 
 @pytest.mark.parametrize(("before", "now"), [("bulk", "interactive"), ("refresh", "bulk")])
@@ -451,7 +454,7 @@ async def test_who_joins_with_a_better_priority_asks_for_a_call_at_once(
         await first.enqueue(numbered_pairs([1]), request_context(priority=before))
         second.queue._changed.clear()
         await second.enqueue(numbered_pairs([1]), request_context(priority=now))
-        assert second.queue._changed.is_set()
+        assert second.queue._changed._event.is_set()
 
 
 async def test_an_answer_wakes_only_who_still_waits(place: QueueLocation) -> None:
@@ -467,7 +470,7 @@ async def test_an_answer_wakes_only_who_still_waits(place: QueueLocation) -> Non
         await second.receive_messages()
         await first.receive_messages()
         await asyncio.wait_for(first.queue.wait_for_change(), 30)
-        assert not second.queue._changed.is_set()
+        assert not second.queue._changed._event.is_set()
 
 
 async def test_who_only_joined_hears_when_nobody_waits_any_more_where_it_was_queued(
@@ -478,14 +481,14 @@ async def test_who_only_joined_hears_when_nobody_waits_any_more_where_it_was_que
         one, _ = await first.enqueue(numbered_pairs([1]))
         other, _ = await first.enqueue(numbered_pairs([2]))
         await second.enqueue(numbered_pairs([1]))
-        assert second.queue._claim_timer
-        second.queue._claim_timer.cancel()
+        assert second.queue._changed._timer
+        second.queue._changed._timer.cancel()
         second.queue._changed.clear()
         await second.receive_messages()
-        heard = second.session._subscription.sequence
+        heard = second.session.subscription.sequence
         await first.cancel(one)
         await second.receive_messages()
-        assert second.session._subscription.sequence == heard
+        assert second.session.subscription.sequence == heard
         one, _ = await first.enqueue(numbered_pairs([1]))
         await first.cancel(other)
         await first.cancel(one)
@@ -500,7 +503,7 @@ async def test_while_calls_fail_who_joins_asks_for_one_at_once(place: QueueLocat
         await first.queue.fail(await first.claim_batch(), DOWN, retry_after_seconds=0)
         second.queue._changed.clear()
         await second.enqueue(numbered_pairs([1]))
-        assert second.queue._changed.is_set()
+        assert second.queue._changed._event.is_set()
 
 
 async def test_whose_reply_is_lost_knows_the_pairs_for_its_own(place: QueueLocation) -> None:
@@ -508,11 +511,11 @@ async def test_whose_reply_is_lost_knows_the_pairs_for_its_own(place: QueueLocat
     async with replicas(place, 2) as (first, second):
         first.client.lost_replies = 1
         await first.enqueue(numbered_pairs([1]))
-        assert first.queue._changed.is_set()
+        assert first.queue._changed._event.is_set()
         first.expire_heartbeat()
         second.queue._changed.clear()
         await second.enqueue(numbered_pairs([1]))
-        assert second.queue._changed.is_set()
+        assert second.queue._changed._event.is_set()
 
 
 async def test_a_long_question_asks_for_calls_meanwhile(place: QueueLocation) -> None:
@@ -526,7 +529,7 @@ async def test_a_long_question_asks_for_calls_meanwhile(place: QueueLocation) ->
         replica.queue._changed.clear()
         asking.cancel()
         await asyncio.wait([asking])
-        assert replica.queue._changed.is_set()  # what it sent may be queued all the same
+        assert replica.queue._changed._event.is_set()  # what it sent may be queued all the same
 
 
 async def test_an_error_that_cannot_be_read_is_counted_and_may_be_retried(place: QueueLocation) -> None:
@@ -552,9 +555,9 @@ async def test_suspects_that_end_leave_no_group(how: str, place: QueueLocation) 
             assert "suspects" in place.leftover_keys()
             await replica.cancel(last)
         else:
-            await replica.queue.publish({item.digest: 3 for item in numbered_pairs([1, 2])})
+            await replica.queue.claims.publish({item.digest: 3 for item in numbered_pairs([1, 2])})
             assert "suspects" in place.leftover_keys()
-            await replica.queue.publish({numbered_pair(3).digest: 3})
+            await replica.queue.claims.publish({numbered_pair(3).digest: 3})
         assert place.leftover_keys() == {}
 
 
@@ -565,7 +568,7 @@ async def test_a_pause_of_another_target_gives_up_nobody(place: QueueLocation) -
             there.scripts.model_key = there.scripts._keys[3] = model
             wait, _ = await here.enqueue([numbered_pair(1)], request_context(timeout=5))
             await there.enqueue([numbered_pair(1)])
-            there.queue._not_before = 0.0
+            there.queue.claims.deferral.not_before = 0.0
             await there.queue.fail(await there.claim_batch(), DOWN, retry_after_seconds=20)
             await here.receive_messages()
             assert bool(wait.pending) is (model != place.keys.model)

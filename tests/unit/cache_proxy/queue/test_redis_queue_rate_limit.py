@@ -204,7 +204,7 @@ async def test_who_comes_from_another_server_has_just_called_there(shared_redis:
         with place.client() as client:
             await _claim_wait_seconds(other)
             client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})  # all is free
-            comes.queue.server_run_id = "0" * 40
+            comes.queue.claims.server_run_id = "0" * 40
             assert await _claim_wait_seconds(comes) < 0.25
             assert client.hget(place.keys.limit, "calls_tat") == b"1"
             await comes.heartbeat()

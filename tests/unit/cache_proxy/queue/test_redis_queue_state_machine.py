@@ -143,7 +143,7 @@ class QueueStateMachine:
             await queue.release(claim)
         elif how == "fail":
             await queue.fail(claim, DOWN, retry_after_seconds=0)
-            queue._not_before = 0
+            queue.claims.deferral.not_before = 0
         else:
             named = {claim.pairs[0].digest: REFUSED} if how == "name" else {}
             await queue.reject(claim, REFUSED, named)
@@ -202,7 +202,7 @@ class QueueStateMachine:
                 number = int.from_bytes(digest, "big")
                 assert isinstance(outcome, PairError) or outcome in self._given[number], (number, outcome)
             held = {claim.id for claim in here.claims}
-            assert set(here.replica.queue.claim_ids) <= held
+            assert set(here.replica.queue.claims.ids) <= held
 
     async def finish(self) -> None:
         """Messages are healed, claims end, and the model answers whatever is asked from now on."""
@@ -217,7 +217,7 @@ class QueueStateMachine:
         self._given[99] = set()
         for _ in range(100):
             for here in self._here:
-                here.replica.queue._not_before = 0
+                here.replica.queue.claims.deferral.not_before = 0
                 while isinstance(taken := await here.replica.queue.claim(), Claim):
                     for number in pair_numbers(taken):
                         self._given[number].add(3)
@@ -232,8 +232,8 @@ class QueueStateMachine:
         assert not last.pending
         for here in self._here:
             assert all(not wait.pending for wait in here.waits), "a caller waits for ever"
-            assert not here.replica.queue._waiting_pairs
-            assert not here.replica.queue.claim_ids
+            assert not here.replica.queue.interest
+            assert not here.replica.queue.claims.ids
         assert self._place.leftover_keys() == {}, "something is stuck"
         await self.check()
 

@@ -1,4 +1,4 @@
-"""Every query of the committed dashboards, and every alert."""
+"""Every query of the dashboards in the repository."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ RULES_TEST = ROOT / "deploy" / "prometheus" / "rules_test.yaml"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A panel's query: `place` names dashboard, panel and query."""
+    """A query of a panel."""
 
     dashboard: str
     panel: str
@@ -24,24 +24,24 @@ class Query:
 
     @property
     def location(self) -> str:
-        """For people."""
+        """Return dashboard, panel and query for messages."""
         return f"{self.dashboard}: {self.panel}: {self.ref}"
 
 
 @cache
-def dashboard(path: Path) -> dict[str, Any]:
-    """A dashboard as it is imported."""
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
+def load_dashboard(path: Path) -> dict[str, Any]:
+    """Load a dashboard."""
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
 
 
 def panels(path: Path) -> list[dict[str, Any]]:
-    """Its panels, rows aside."""
-    return [panel for panel in dashboard(path)["panels"] if panel["type"] != "row"]
+    """Return the panels of a dashboard without its rows."""
+    return [panel for panel in load_dashboard(path)["panels"] if panel["type"] != "row"]
 
 
 def dashboard_queries() -> list[Query]:
-    """Every query of every panel."""
+    """Return every query of every panel."""
     return [
         Query(path.stem, panel["title"], target["refId"], target["expr"])
         for path in DASHBOARDS

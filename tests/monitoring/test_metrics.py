@@ -1,4 +1,4 @@
-"""What dashboards and alerts may rely on: names, types and labels."""
+"""The names, types and labels that dashboards and alerts rely on."""
 
 from functools import cache
 
@@ -9,7 +9,8 @@ from scripts.metrics import MetricDescription, describe_metrics
 from services.cache_proxy.observability.metrics import ProxyMetrics
 
 _PRIORITIES = {"interactive", "bulk", "refresh"}
-_ANY: set[str] = set()  # values that nobody fixed
+# Values that are not fixed.
+_ANY: set[str] = set()
 _PROMISED: dict[str, tuple[str, dict[str, set[str]]]] = {
     "cache_proxy_requests_total": ("counter", {"code": _ANY}),
     "cache_proxy_request_duration_seconds": ("histogram", {}),
@@ -44,32 +45,32 @@ _PROMISED: dict[str, tuple[str, dict[str, set[str]]]] = {
 
 
 @cache
-def _told() -> dict[str, MetricDescription]:
+def _metrics_by_name() -> dict[str, MetricDescription]:
     return {metric.name: metric for metric in describe_metrics()}
 
 
 @pytest.mark.parametrize("name", _PROMISED)
-def test_what_is_promised_is_there(name: str) -> None:
-    """By name, type, labels and their values, before any load."""
+def test_promised_metric_exists(name: str) -> None:
+    """With its type, labels and their values, before any load."""
     kind, labels = _PROMISED[name]
-    told = _told()[name]
-    assert told.kind == kind
-    assert told.labels.keys() == labels.keys()
+    metric = _metrics_by_name()[name]
+    assert metric.kind == kind
+    assert metric.labels.keys() == labels.keys()
     for label, values in labels.items():
-        assert values in (_ANY, told.labels[label])
+        assert values in (_ANY, metric.labels[label])
 
 
-@pytest.mark.parametrize("name", _told())
-def test_every_metric_says_what_it_means(name: str) -> None:
-    """A page made of the help texts is only as good as they are: each tells something, and how to read it."""
-    assert _told()[name].meaning
-    assert _told()[name].reading.endswith(".")
+@pytest.mark.parametrize("name", _metrics_by_name())
+def test_every_metric_has_meaning_and_reading(name: str) -> None:
+    """The page of metrics is generated from the help texts."""
+    assert _metrics_by_name()[name].meaning
+    assert _metrics_by_name()[name].reading.endswith(".")
 
 
-@pytest.mark.parametrize(("calls", "told"), [(0, 1000), (1, 300), (10, 1000)])
-def test_the_limit_in_pairs_is_the_lesser_of_two(calls: float, told: float) -> None:
-    """Of the rate and what the calls hold, where calls are limited at all: shares are taken of it."""
+@pytest.mark.parametrize(("calls", "expected"), [(0, 1000), (1, 300), (10, 1000)])
+def test_limit_in_pairs_is_minimum_of_rate_and_calls(calls: float, expected: float) -> None:
+    """Dashboards show shares of this limit."""
     registry = CollectorRegistry()
-    limits = ProxyMetrics(registry).set_limit_gauges
-    limits(calls_per_second=calls, pairs_per_second=1000, batch_pairs=300, queued_pairs=1)
-    assert registry.get_sample_value("cache_proxy_limit_pairs_per_second") == told
+    set_limit_gauges = ProxyMetrics(registry).set_limit_gauges
+    set_limit_gauges(calls_per_second=calls, pairs_per_second=1000, batch_pairs=300, queued_pairs=1)
+    assert registry.get_sample_value("cache_proxy_limit_pairs_per_second") == expected

@@ -1,4 +1,4 @@
-"""A drain under load: answers, then UNAVAILABLE, and no other status, whatever a caller does meanwhile."""
+"""Draining under load: callers get answers, then UNAVAILABLE, and no other status."""
 
 import asyncio
 import signal
@@ -22,27 +22,31 @@ def _request(company: str, title: str) -> pb.SeniorityRequestBatch:
     return pb.SeniorityRequestBatch(batch=[pb.SeniorityRequest(uuid=1, company=company, title=title)])
 
 
-class _Load:
-    """Workers that ignore every pushback. State: `seen`, RPCs by status and whether they had a pushback."""
+class _DrainLoad:
+    """Workers that ignore every pushback.
+
+    State: `seen`, RPCs by status and whether they had a pushback.
+    """
 
     def __init__(self, target: str, stack: AsyncExitStack) -> None:
-        self._target, self._stack = target, stack
+        self._target = target
+        self._stack = stack
         self._shared: aio.Channel | None = None
         self.seen: Counter[tuple[StatusCode, bool]] = Counter()
-        self.is_going = asyncio.Event()
+        self.is_loaded = asyncio.Event()
 
-    async def channel(self, *, shared: bool) -> aio.Channel:
-        """One for all, or one for each."""
+    async def open_channel(self, *, shared: bool) -> aio.Channel:
+        """Return the shared channel, or a new one."""
         if shared and self._shared is not None:
             return self._shared
-        made = await self._stack.enter_async_context(aio.insecure_channel(self._target, options=_OPTIONS))
-        self._shared = made if shared else self._shared
-        return made
+        opened = await self._stack.enter_async_context(aio.insecure_channel(self._target, options=_OPTIONS))
+        self._shared = opened if shared else self._shared
+        return opened
 
     async def work(self, number: int) -> None:
-        """One RPC after the other; known pairs and new ones in turn. Until there is no connection."""
-        channel = await self.channel(shared=number % 2 == 0)
-        model = seniority_pb2_grpc.SeniorityModelStub(channel)
+        """Send one RPC after the other, with cached and new pairs in turn, until the connection is closed."""
+        open_channel = await self.open_channel(shared=number % 2 == 0)
+        model = seniority_pb2_grpc.SeniorityModelStub(open_channel)
         for count in range(1_000_000):
             request = _request(f"drain {number}", str(count if count % 2 else 0))
             try:
@@ -55,11 +59,11 @@ class _Load:
             else:
                 self.seen[StatusCode.OK, False] += 1
                 if self.seen[StatusCode.OK, False] == 10 * _WORKERS:
-                    self.is_going.set()
+                    self.is_loaded.set()
 
-    async def watch(self) -> None:
-        """Health, as a balanced channel watches it: on a connection that would never end by itself."""
-        health = health_pb2_grpc.HealthStub(await self.channel(shared=False))
+    async def watch_health(self) -> None:
+        """Watch health as a load-balancing channel does, on a connection that has no end of its own."""
+        health = health_pb2_grpc.HealthStub(await self.open_channel(shared=False))
         try:
             async for _ in health.Watch(health_pb2.HealthCheckRequest(service="SeniorityModel")):  # type: ignore[attr-defined]
                 pass
@@ -67,13 +71,13 @@ class _Load:
             self.seen[error.code(), False] += 1
 
 
-async def _drained(proxy: ServiceProcess) -> Counter[tuple[StatusCode, bool]]:
+async def _drain_under_load(proxy: ServiceProcess) -> Counter[tuple[StatusCode, bool]]:
     async with AsyncExitStack() as stack:
-        load = _Load(proxy.target, stack)
+        load = _DrainLoad(proxy.target, stack)
         tasks = [asyncio.create_task(load.work(number)) for number in range(_WORKERS)]
-        tasks.append(asyncio.create_task(load.watch()))
+        tasks.append(asyncio.create_task(load.watch_health()))
         async with asyncio.timeout(30):
-            await load.is_going.wait()
+            await load.is_loaded.wait()
         proxy.process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(60):
             await asyncio.gather(*tasks)
@@ -82,14 +86,15 @@ async def _drained(proxy: ServiceProcess) -> Counter[tuple[StatusCode, bool]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
-def test_a_drain_under_load_shows_answers_and_unavailable_alone(
+def test_drain_under_load_returns_answers_or_unavailable_only(
     stage_with: StartProxyEnvironment, number: int
 ) -> None:
-    """Of 64 workers on 33 connections none sees CANCELLED; who goes on is refused with a pushback."""
+    """None of 64 workers on 33 connections gets CANCELLED. Those that go on are rejected with a pushback."""
     stage = stage_with(*UNLIMITED_RATE_FLAGS)
-    seen = asyncio.run(_drained(stage.proxy))
+    seen = asyncio.run(_drain_under_load(stage.proxy))
     assert stage.proxy.process.wait(30) == 0
     assert {code for code, _ in seen} == {StatusCode.OK, StatusCode.UNAVAILABLE}
     assert seen[StatusCode.UNAVAILABLE, True] >= _WORKERS
-    assert seen[StatusCode.UNAVAILABLE, False] == _WORKERS + 1  # each one's connection was closed
+    # The connection of each worker was closed.
+    assert seen[StatusCode.UNAVAILABLE, False] == _WORKERS + 1
     assert "Traceback" not in stage.proxy.log

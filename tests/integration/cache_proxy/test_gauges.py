@@ -1,4 +1,4 @@
-"""The gauges of the fleet: what they tell while it is whole, and while Redis is gone."""
+"""The gauges of the fleet while Redis is there and while it is lost."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,29 +11,30 @@ from tests.support.redis_server import RedisServer, redis_process, wait_for
 
 
 @pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[RedisServer]:
-    """A server of the test's own, to kill."""
+def private_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """Run a Redis server that the test may kill."""
     with redis_process(tmp_path) as server:
         yield server
 
 
 @pytest.mark.slow
-def test_an_idle_replica_tells_that_redis_is_gone(
-    stage_with: StartProxyEnvironment, own_redis: RedisServer
+def test_idle_replicas_report_lost_redis(
+    stage_with: StartProxyEnvironment, private_redis: RedisServer
 ) -> None:
-    """Nobody asks anything, yet it is degraded, alone, and its queue empty, until Redis is back."""
-    flags = ("--cache-url", own_redis.url, "--model-calls-per-second", "1")
-    first, second = stage_with(*flags), stage_with(*flags)
+    """Without any request they report to be degraded and alone, until Redis is back."""
+    flags = ("--cache-url", private_redis.url, "--model-calls-per-second", "1")
+    first = stage_with(*flags)
+    second = stage_with(*flags)
 
-    def tells(live: int, degraded: int) -> bool:
-        found = [read_metrics(stage.proxy.http_url) for stage in (first, second)]
+    def all_report(live: int, degraded: int) -> bool:
+        metrics = [read_metrics(stage.proxy.http_url) for stage in (first, second)]
         return all(
             one["cache_proxy_live_replicas",] == live and one["cache_proxy_degraded",] == degraded
-            for one in found
+            for one in metrics
         )
 
-    wait_for(lambda: tells(2, 0), description="both are known")
-    own_redis.kill()
-    wait_for(lambda: tells(1, 1), description="each is alone")
-    own_redis.start()
-    wait_for(lambda: tells(2, 0), description="both are back")
+    wait_for(lambda: all_report(2, 0), description="two replicas")
+    private_redis.kill()
+    wait_for(lambda: all_report(1, 1), description="each is alone")
+    private_redis.start()
+    wait_for(lambda: all_report(2, 0), description="both are back")

@@ -1,4 +1,4 @@
-"""`cache-proxy infer`: for people."""
+"""The command `cache-proxy infer`."""
 
 import json
 import subprocess
@@ -15,25 +15,25 @@ INFER = ("services.cache_proxy", "infer")
 
 
 def test_one_pair_prints_its_level(stage: ProxyEnvironment) -> None:
-    """Just the number, on standard output."""
-    ended = run_command(*INFER, "--target", stage.proxy.target, "--company", "Infér", "--title", "Clerk")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == f"{scripted_level('Infér', 'Clerk')}\n"
+    """Only the number, on standard output."""
+    completed = run_command(*INFER, "--target", stage.proxy.target, "--company", "Infér", "--title", "Clerk")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout == f"{scripted_level('Infér', 'Clerk')}\n"
 
 
-def test_json_lines_print_a_level_and_the_pair_each(stage: ProxyEnvironment) -> None:
-    """In order, more than one batch, blank lines and other members passed over."""
+def test_json_lines_print_level_and_pair_in_order(stage: ProxyEnvironment) -> None:
+    """More than one batch. Blank lines and other members are ignored."""
     pairs = [(f"infer {number}", "T\u00e9") for number in range(1200)]
     lines = "".join(
         json.dumps({"title": title, "company": company, "x": 1}) + "\n\n" for company, title in pairs
     )
-    ended = run_command(*INFER, "--target", stage.proxy.target, stdin=lines)
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == "".join(f"{scripted_level(*pair)}\t{pair[0]}\t{pair[1]}\n" for pair in pairs)
+    completed = run_command(*INFER, "--target", stage.proxy.target, stdin=lines)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert completed.stdout == "".join(f"{scripted_level(*pair)}\t{pair[0]}\t{pair[1]}\n" for pair in pairs)
 
 
-def test_json_lines_may_have_other_fields(stage: ProxyEnvironment) -> None:
-    """A dotted path leads to company and title; a line without them is named with the path."""
+def test_json_lines_with_configured_fields(stage: ProxyEnvironment) -> None:
+    """A field may be a dotted path. An error names the path that is missing."""
     line = '\ufeff{"content": {"company": "Field", "role": "Clerk"}}\n'
     args = (
         *INFER,
@@ -44,10 +44,13 @@ def test_json_lines_may_have_other_fields(stage: ProxyEnvironment) -> None:
         "--title-field",
         "content.role",
     )
-    ended = run_command(*args, stdin=line)
-    assert (ended.returncode, ended.stdout) == (0, f"{scripted_level('Field', 'Clerk')}\tField\tClerk\n")
-    ended = run_command(*args, stdin='{"content": {"company": "Field"}}\n')
-    assert (ended.returncode, ended.stderr) == (1, "cache-proxy: line 1: content.role is missing\n")
+    completed = run_command(*args, stdin=line)
+    assert (completed.returncode, completed.stdout) == (
+        0,
+        f"{scripted_level('Field', 'Clerk')}\tField\tClerk\n",
+    )
+    completed = run_command(*args, stdin='{"content": {"company": "Field"}}\n')
+    assert (completed.returncode, completed.stderr) == (1, "cache-proxy: line 1: content.role is missing\n")
 
 
 @pytest.mark.parametrize(
@@ -62,17 +65,17 @@ def test_json_lines_may_have_other_fields(stage: ProxyEnvironment) -> None:
     ],
     ids=["text", "list", "half", "number", "surrogate", "deep"],
 )
-def test_a_bad_line_is_one_line_with_its_number(stage: ProxyEnvironment, line: str) -> None:
-    """Exit code 1, and which line it was."""
+def test_invalid_line_is_one_error_line_with_its_number(stage: ProxyEnvironment, line: str) -> None:
+    """The exit code is 1."""
     lines = f'{{"company": "c", "title": "t"}}\n{line}\n'
-    ended = run_command(*INFER, "--target", stage.proxy.target, stdin=lines)
-    assert ended.returncode == 1
-    assert ended.stderr.count("\n") == 1
-    assert "line 2" in ended.stderr
+    completed = run_command(*INFER, "--target", stage.proxy.target, stdin=lines)
+    assert completed.returncode == 1
+    assert completed.stderr.count("\n") == 1
+    assert "line 2" in completed.stderr
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "said"),
+    ("args", "code", "error_part"),
     [
         (("--company", "c"), 2, "--title"),
         (("--title", "t"), 2, "--company"),
@@ -82,32 +85,32 @@ def test_a_bad_line_is_one_line_with_its_number(stage: ProxyEnvironment, line: s
     ],
     ids=["company", "title", "deadline", "long", "bytes"],
 )
-def test_what_cannot_be_asked_is_one_line(
-    stage: ProxyEnvironment, args: tuple[str, ...], code: int, said: str
+def test_invalid_request_is_one_error_line(
+    stage: ProxyEnvironment, args: tuple[str, ...], code: int, error_part: str
 ) -> None:
-    """Half a pair, a bad value, a pair that the proxy refuses."""
-    ended = run_command(*INFER, "--target", stage.proxy.target, *args)
-    assert (ended.returncode, ended.stdout) == (code, "")
-    assert ended.stderr.count("\n") == 1
-    assert said in ended.stderr
+    """Half a pair, an invalid value, or a pair that the proxy rejects."""
+    completed = run_command(*INFER, "--target", stage.proxy.target, *args)
+    assert (completed.returncode, completed.stdout) == (code, "")
+    assert completed.stderr.count("\n") == 1
+    assert error_part in completed.stderr
 
 
-def test_a_proxy_that_is_not_there_is_one_line() -> None:
-    """With the target and what gRPC says."""
+def test_unreachable_proxy_is_one_error_line() -> None:
+    """The line has the target and the status of gRPC."""
     target = f"127.0.0.1:{free_port()}"
-    ended = run_command(*INFER, "--target", target, "--company", "c", "--title", "t")
-    assert ended.returncode == 1
-    assert ended.stderr.count("\n") == 1
-    assert target in ended.stderr
-    assert "UNAVAILABLE" in ended.stderr
+    completed = run_command(*INFER, "--target", target, "--company", "c", "--title", "t")
+    assert completed.returncode == 1
+    assert completed.stderr.count("\n") == 1
+    assert target in completed.stderr
+    assert "UNAVAILABLE" in completed.stderr
 
 
-def test_a_reader_that_has_enough_is_no_error() -> None:
+def test_closed_output_pipe_is_no_error() -> None:
     """`cache-proxy infer < many | head -1` ends without a traceback."""
     lines = "\n".join(f'{{"company": "c{number}", "title": "t"}}' for number in range(20_000))
     with model_stub("--rate", "0") as stub:
         command = f'"{sys.executable}" -m services.cache_proxy infer --target {stub.target} | head -1'
-        done = subprocess.run(
+        completed = subprocess.run(
             ["bash", "-c", command],
             input=lines,
             capture_output=True,
@@ -117,5 +120,5 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
             cwd=ROOT,
             env=clean_environment(),
         )
-    assert done.stdout.endswith("\tc0\tt\n")
-    assert done.stderr == ""
+    assert completed.stdout.endswith("\tc0\tt\n")
+    assert completed.stderr == ""

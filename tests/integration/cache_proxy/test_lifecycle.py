@@ -1,4 +1,4 @@
-"""A proxy's life: ready, health, HTTP, drain, and what it says when it cannot start."""
+"""Start, health, HTTP endpoints, draining and exit of a proxy."""
 
 import json
 import os
@@ -35,8 +35,8 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-class Held:
-    """A model that answers when it is let."""
+class HeldModel:
+    """A model that answers once `go` is set."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -66,8 +66,8 @@ def _watch(channel: grpc.Channel) -> Any:
     return stub.Watch(health_pb2.HealthCheckRequest())
 
 
-def test_health_and_readiness_are_green_whatever_the_model_does(stage_with: StartProxyEnvironment) -> None:
-    """From `ready` on, overall and for the service, with no model there; another name is not found."""
+def test_health_and_readiness_do_not_depend_on_model(stage_with: StartProxyEnvironment) -> None:
+    """Both are positive from the ready line on, without a model. An unknown service is not found."""
     stage = stage_with("--model-target", "127.0.0.1:1")
     assert _health(stage.caller.channel, "") == SERVING
     assert _health(stage.caller.channel, "SeniorityModel") == SERVING
@@ -79,8 +79,8 @@ def test_health_and_readiness_are_green_whatever_the_model_does(stage_with: Star
     assert _get(f"{stage.proxy.http_url}/nothing")[0] == 404
 
 
-def test_reflection_lists_the_public_services_alone(stage: ProxyEnvironment) -> None:
-    """The model's interface, health and reflection; a tool can learn the interface from it."""
+def test_reflection_lists_only_public_services(stage: ProxyEnvironment) -> None:
+    """The model's interface, health and reflection. A tool can read the interface from it."""
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(stage.caller.channel)
     requests = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
@@ -97,18 +97,16 @@ def test_reflection_lists_the_public_services_alone(stage: ProxyEnvironment) -> 
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
-def test_each_version_of_reflection_describes_every_service_that_it_lists(
-    stage: ProxyEnvironment, version: str
-) -> None:
-    """By the same messages; no file that is not public is found by either."""
-    ask: Any = stage.caller.channel.stream_stream(
+def test_both_reflection_versions_describe_all_listed_services(stage: ProxyEnvironment, version: str) -> None:
+    """They find no file that is not public."""
+    reflection_call: Any = stage.caller.channel.stream_stream(
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
         request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
         response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
     )
 
     def reflect(**request: str) -> Any:
-        [answer] = ask(iter([reflection_pb2.ServerReflectionRequest(**request)]), timeout=10)  # type: ignore[arg-type]
+        [answer] = reflection_call(iter([reflection_pb2.ServerReflectionRequest(**request)]), timeout=10)  # type: ignore[arg-type]
         return answer
 
     for service in reflect(list_services="").list_services_response.service:
@@ -121,20 +119,20 @@ def test_each_version_of_reflection_describes_every_service_that_it_lists(
         assert reflect(file_by_filename=private).error_response.error_code == StatusCode.NOT_FOUND.value[0]
 
 
-def test_health_lists_every_service_without_an_error(stage: ProxyEnvironment) -> None:
-    """Whoever asks; nothing of it is logged."""
+def test_health_list_has_all_services_and_logs_nothing(stage: ProxyEnvironment) -> None:
+    """The list is the same for every caller."""
     stub: Any = health_pb2_grpc.HealthStub(stage.caller.channel)
-    told = stage.proxy.log
+    log_before = stage.proxy.log
     listed = stub.List(health_pb2.HealthListRequest(), timeout=10).statuses  # type: ignore[attr-defined]
     assert {name: answer.status for name, answer in listed.items()} == {
         "": SERVING,
         "SeniorityModel": SERVING,
     }
-    assert stage.proxy.log == told
+    assert stage.proxy.log == log_before
 
 
-def test_the_ready_line_is_all_that_standard_output_gets(tmp_path: Path) -> None:
-    """One JSON line with the addresses it really has, a Unix socket's too; SIGTERM ends it with 0."""
+def test_ready_line_is_the_only_standard_output(tmp_path: Path) -> None:
+    """One JSON line with the bound addresses, also of a Unix socket. SIGTERM leads to exit code 0."""
     path = tmp_path / "proxy.sock"
     command = [
         sys.executable,
@@ -160,8 +158,8 @@ def test_the_ready_line_is_all_that_standard_output_gets(tmp_path: Path) -> None
         assert process.stdout
         ready = json.loads(process.stdout.readline())
         for address in ready["listen"]:
-            with open_caller(address) as asking:
-                assert asking.infer([]).code is StatusCode.OK
+            with open_caller(address) as caller:
+                assert caller.infer([]).code is StatusCode.OK
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
     assert (ready["event"], len(ready["listen"]), ready["listen"][1]) == ("ready", 2, f"unix:{path}")
@@ -170,15 +168,17 @@ def test_the_ready_line_is_all_that_standard_output_gets(tmp_path: Path) -> None
     assert all(json.loads(line) for line in err.splitlines())
 
 
-def test_drain_answers_what_is_in_flight_and_refuses_the_rest(stage_with: StartProxyEnvironment) -> None:
-    """SIGTERM: NOT_SERVING and not ready at once, the waiting caller gets its answer, a new one UNAVAILABLE
-    with pushback, then exit code 0.
-    """  # noqa: D205 - one thought
+def test_drain_answers_waiting_requests_and_rejects_new_ones(stage_with: StartProxyEnvironment) -> None:
+    """After SIGTERM the proxy is NOT_SERVING and not ready at once.
+
+    The waiting request is answered, new ones get UNAVAILABLE with a pushback, and the exit code is 0.
+    """
     stage = stage_with("--drain-delay", "300ms", *UNLIMITED_RATE_FLAGS)
     stage.caller.infer([("known", "t")])
-    held = stage.model.behaviour = Held()
-    waiting = stage.caller.start_infer(make_pairs("in flight", 3))
-    wait_for(lambda: stage.model.calls_with("in flight"), description="the call is at the model")
+    held_model = HeldModel()
+    stage.model.behaviour = held_model
+    waiting = stage.caller.start_infer(make_pairs("waiting", 3))
+    wait_for(lambda: stage.model.calls_with("waiting"), description="the call is at the model")
     watch = _watch(stage.caller.channel)
     assert next(watch).status == SERVING
     stage.proxy.process.send_signal(signal.SIGTERM)
@@ -186,21 +186,21 @@ def test_drain_answers_what_is_in_flight_and_refuses_the_rest(stage_with: StartP
     assert _get(f"{stage.proxy.http_url}/readyz")[0] == 503
     assert _get(f"{stage.proxy.http_url}/healthz")[0] == 200
     wait_for(
-        lambda: stage.caller.infer([]).code is StatusCode.UNAVAILABLE, description="new requests are refused"
+        lambda: stage.caller.infer([]).code is StatusCode.UNAVAILABLE, description="new requests are rejected"
     )
     for company in ("new", "known"):
-        refused = stage.caller.infer([(company, "t")])
-        assert refused.code is StatusCode.UNAVAILABLE
-        assert (refused.pushback_ms or 0) >= 1
+        rejected = stage.caller.infer([(company, "t")])
+        assert rejected.code is StatusCode.UNAVAILABLE
+        assert (rejected.pushback_ms or 0) >= 1
     assert not waiting.done
-    held.go.set()
-    assert waiting.result().levels == [scripted_level(*pair) for pair in make_pairs("in flight", 3)]
+    held_model.go.set()
+    assert waiting.result().levels == [scripted_level(*pair) for pair in make_pairs("waiting", 3)]
     assert stage.proxy.process.wait(20) == 0
     assert "Traceback" not in stage.proxy.log
 
 
-def test_a_watcher_of_health_does_not_hold_the_drain(stage_with: StartProxyEnvironment) -> None:
-    """Clients that watch health for ever are cut off as soon as nobody waits for an answer."""
+def test_health_watch_does_not_delay_drain(stage_with: StartProxyEnvironment) -> None:
+    """Endless watches are closed as soon as no request waits for an answer."""
     stage = stage_with("--drain-timeout", "60s", *UNLIMITED_RATE_FLAGS)
     watch = _watch(stage.caller.channel)
     assert next(watch).status == SERVING
@@ -209,22 +209,23 @@ def test_a_watcher_of_health_does_not_hold_the_drain(stage_with: StartProxyEnvir
     assert time.monotonic() - started_at < 30
 
 
-def test_a_drain_that_takes_too_long_ends_with_a_status(stage_with: StartProxyEnvironment) -> None:
-    """After `--drain-timeout` whoever waits gets UNAVAILABLE, and the exit code is 0."""
+def test_drain_timeout_ends_requests_with_unavailable(stage_with: StartProxyEnvironment) -> None:
+    """The exit code is 0."""
     stage = stage_with("--drain-timeout", "500ms", *UNLIMITED_RATE_FLAGS)
-    held = stage.model.behaviour = Held()
+    held_model = HeldModel()
+    stage.model.behaviour = held_model
     waiting = stage.caller.start_infer([("too long", "t")])
     wait_for(lambda: stage.model.calls, description="the call is at the model")
     stage.proxy.process.send_signal(signal.SIGTERM)
     reply = waiting.result()
-    held.go.set()
+    held_model.go.set()
     assert reply.code is StatusCode.UNAVAILABLE
     assert reply.pushback_ms
     assert stage.proxy.process.wait(20) == 0
 
 
-def test_a_second_signal_exits_at_once(stage_with: StartProxyEnvironment) -> None:
-    """Whoever insists does not wait for the drain; the exit code names the signal."""
+def test_second_signal_exits_at_once(stage_with: StartProxyEnvironment) -> None:
+    """The exit code names the signal."""
     stage = stage_with("--drain-delay", "60s")
     stage.proxy.process.send_signal(signal.SIGTERM)
     wait_for(lambda: "draining" in stage.proxy.log, description="the drain has begun")
@@ -234,21 +235,21 @@ def test_a_second_signal_exits_at_once(stage_with: StartProxyEnvironment) -> Non
 
 
 @pytest.mark.parametrize("flag", ["--listen", "--http-listen"])
-def test_a_port_that_is_taken_is_one_line(flag: str) -> None:
-    """Exit code 1, the address named, no traceback."""
+def test_port_in_use_is_one_error_line(flag: str) -> None:
+    """The exit code is 1, the address is named, and there is no traceback."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         others = {"--listen": "127.0.0.1:0", "--http-listen": "127.0.0.1:0"} | {flag: address}
         args = [part for pair in others.items() for part in pair]
-        ended = run_command(
+        completed = run_command(
             "services.cache_proxy", "serve", "--model-target", "h:1", "--cache-url", "memory:", *args
         )
-    assert ended.returncode == 1
-    assert ended.stdout == ""
-    assert ended.stderr.count("\n") == 1
-    assert address in ended.stderr
+    assert completed.returncode == 1
+    assert completed.stdout == ""
+    assert completed.stderr.count("\n") == 1
+    assert address in completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -263,9 +264,9 @@ def test_a_port_that_is_taken_is_one_line(flag: str) -> None:
     ],
     ids=["slash", "port", "parameter", "bracket", "key secret", "password"],
 )
-def test_what_cannot_be_opened_is_exit_code_2_and_one_line(args: list[str]) -> None:
-    """A bad URL or an unreadable secret is found at start, named, and never shown with its password."""
-    ended = run_command(
+def test_unusable_url_or_secret_file_is_one_error_line(args: list[str]) -> None:
+    """It is found at the start with exit code 2, and shown without its password."""
+    completed = run_command(
         "services.cache_proxy",
         "serve",
         "--model-target",
@@ -276,14 +277,14 @@ def test_what_cannot_be_opened_is_exit_code_2_and_one_line(args: list[str]) -> N
         "127.0.0.1:0",
         *args,
     )
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.count("\n") == 1
-    assert args[-2] in ended.stderr
-    assert "hunter2" not in ended.stderr.replace("/nowhere/hunter2", "")
-    assert "hun/ter2" not in ended.stderr
+    assert completed.returncode == 2, completed.stderr
+    assert completed.stderr.count("\n") == 1
+    assert args[-2] in completed.stderr
+    assert "hunter2" not in completed.stderr.replace("/nowhere/hunter2", "")
+    assert "hun/ter2" not in completed.stderr
 
 
-BLOCKED = """
+RUN_WITHOUT_MODULE = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -307,15 +308,19 @@ runpy.run_module({module!r}, run_name="__main__")
         ("services.augmenter", "click", "pip install '.[augmenter]'"),
     ],
 )
-def test_a_missing_extra_is_one_line_with_the_way_to_get_it(
+def test_missing_extra_is_one_error_line_with_pip_command(
     module: str, missing: str, line: str, tmp_path: Path
 ) -> None:
-    """Exit code 2 and the pip line, also where another service's extra brought some of the modules."""
+    """The exit code is 2, also where the extra of another service brought some of the modules."""
     args = ["serve", "--listen", "127.0.0.1:0"]
     if module == "services.cache_proxy":
         args += ["--model-target", "h:1", "--http-listen", "127.0.0.1:0"]
-    ended = subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(missing=missing, program="x", args=args, module=module)],
+    completed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            RUN_WITHOUT_MODULE.format(missing=missing, program="x", args=args, module=module),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -323,15 +328,16 @@ def test_a_missing_extra_is_one_line_with_the_way_to_get_it(
         cwd=tmp_path,
         env=clean_environment() | {"PYTHONPATH": str(ROOT)},
     )
-    assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
-    assert ended.stderr.count("\n") == 1
-    assert line in ended.stderr
+    assert (completed.returncode, completed.stdout) == (2, ""), completed.stderr
+    assert completed.stderr.count("\n") == 1
+    assert line in completed.stderr
 
 
-def test_every_pair_has_one_outcome_and_every_metric_its_name(stage_with: StartProxyEnvironment) -> None:
-    """After a mixed load the outcomes add up to the pairs sent, and the contract's names are there."""
+def test_outcomes_add_up_and_all_metrics_exist(stage_with: StartProxyEnvironment) -> None:
+    """After a mixed load the outcomes add up to the requested pairs."""
     stage = stage_with("--max-request-pairs", "500", "--max-wait", "2s", *UNLIMITED_RATE_FLAGS)
-    asking, sent = stage.caller, 0
+    caller = stage.caller
+    sent = 0
     for pairs, metadata in [
         (make_pairs("mixed", 300), [("x-caller", "night")]),
         (make_pairs("mixed", 400), []),
@@ -343,17 +349,19 @@ def test_every_pair_has_one_outcome_and_every_metric_its_name(stage_with: StartP
         (make_pairs("mixed", 1), [("x-priority", "none")]),
     ]:
         sent += len(pairs)
-        asking.infer(pairs, metadata=metadata)
-    held = stage.model.behaviour = Held()
-    gone = asking.start_infer(make_pairs("gone", 20))
+        caller.infer(pairs, metadata=metadata)
+    held_model = HeldModel()
+    stage.model.behaviour = held_model
+    cancelled_reply = caller.start_infer(make_pairs("gone", 20))
     wait_for(lambda: stage.model.calls_with("gone"), description="the call is at the model")
-    same = [asking.start_infer(make_pairs("gone", 20)) for _ in range(3)]
-    gone.cancel()
-    cancelled = "cache_proxy_requests_total", "CANCELLED"
+    same = [caller.start_infer(make_pairs("gone", 20)) for _ in range(3)]
+    cancelled_reply.cancel()
+    cancelled_rpcs = "cache_proxy_requests_total", "CANCELLED"
     wait_for(
-        lambda: read_metrics(stage.proxy.http_url).get(cancelled), description="the cancelled RPC is counted"
+        lambda: read_metrics(stage.proxy.http_url).get(cancelled_rpcs),
+        description="the cancelled RPC is counted",
     )
-    held.go.set()
+    held_model.go.set()
     assert all(reply.result().code is StatusCode.OK for reply in same)
     sent += 80
     found = read_metrics(stage.proxy.http_url)
@@ -393,8 +401,8 @@ def test_every_pair_has_one_outcome_and_every_metric_its_name(stage_with: StartP
     assert found["cache_proxy_queue_oldest_seconds",] == 0
 
 
-def test_large_bounds_are_no_overflow(stage_with: StartProxyEnvironment) -> None:
-    """A year as an age, and sizes beyond what gRPC counts in, mean `as much as there is`."""
+def test_very_large_limits_do_not_overflow(stage_with: StartProxyEnvironment) -> None:
+    """Durations of a year, and sizes beyond the range of gRPC, mean no limit."""
     stage = stage_with(
         "--max-connection-age",
         "365d",
@@ -414,12 +422,13 @@ def test_large_bounds_are_no_overflow(stage_with: StartProxyEnvironment) -> None
     assert stage.proxy.stop() == 0
 
 
-def test_nothing_is_left_of_a_killed_proxy_but_its_exit_code(stage_with: StartProxyEnvironment) -> None:
-    """A caller in flight learns of a kill -9 at once."""
+def test_killed_proxy_fails_waiting_request_at_once(stage_with: StartProxyEnvironment) -> None:
+    """After a kill -9 the caller gets UNAVAILABLE."""
     stage = stage_with(*UNLIMITED_RATE_FLAGS)
-    held = stage.model.behaviour = Held()
+    held_model = HeldModel()
+    stage.model.behaviour = held_model
     waiting = stage.caller.start_infer([("killed", "t")])
     wait_for(lambda: stage.model.calls, description="the call is at the model")
     os.kill(stage.proxy.process.pid, signal.SIGKILL)
     assert waiting.result().code is StatusCode.UNAVAILABLE
-    held.go.set()
+    held_model.go.set()

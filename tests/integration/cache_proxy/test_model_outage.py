@@ -1,4 +1,4 @@
-"""A model that goes away and comes back, as callers see it, with the queue of one process and of all."""
+"""A model that is lost and comes back, as callers see it, with a local and a shared queue."""
 
 import itertools
 import threading
@@ -26,11 +26,11 @@ from tests.support.processes import cache_proxy
 from tests.support.redis_server import free_port, wait_for
 
 _NAMES = itertools.count()
-_OUT = "out to lunch"
+_ERROR_MESSAGE = "out to lunch"
 
 
 def _down(_call: ReceivedCall) -> Answers:
-    raise AbortCallError(StatusCode.UNAVAILABLE, _OUT)
+    raise AbortCallError(StatusCode.UNAVAILABLE, _ERROR_MESSAGE)
 
 
 def _broken(_call: ReceivedCall) -> Answers:
@@ -38,70 +38,75 @@ def _broken(_call: ReceivedCall) -> Answers:
 
 
 @pytest.fixture(params=["memory", "redis"])
-def url(request: pytest.FixtureRequest) -> str:
-    """A queue of one process, and one that replicas share."""
+def cache_url(request: pytest.FixtureRequest) -> str:
+    """Return a URL for the queue of one process, and one for a shared queue."""
     return "memory:" if request.param == "memory" else str(request.getfixturevalue("shared_redis"))
 
 
 @pytest.fixture
-def staged(url: str, stage_with: StartProxyEnvironment) -> Callable[..., ProxyEnvironment]:
-    """A proxy with a deployment of its own."""
+def start_proxy(cache_url: str, stage_with: StartProxyEnvironment) -> Callable[..., ProxyEnvironment]:
+    """Return a function that starts a proxy with its own deployment."""
     return lambda *flags: stage_with(
-        *UNLIMITED_RATE_FLAGS, "--cache-url", url, "--key-prefix", f"outage{next(_NAMES)}", *flags
+        *UNLIMITED_RATE_FLAGS, "--cache-url", cache_url, "--key-prefix", f"outage{next(_NAMES)}", *flags
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [_down, _broken])
-def test_three_seconds_without_the_model_cost_no_answer(
-    staged: Callable[..., ProxyEnvironment], how: Callable[[ReceivedCall], Answers]
+@pytest.mark.parametrize("behaviour", [_down, _broken])
+def test_three_seconds_of_failing_calls_fail_no_request(
+    start_proxy: Callable[..., ProxyEnvironment], behaviour: Callable[[ReceivedCall], Answers]
 ) -> None:
-    """A caller with 25 s is answered, however the calls failed; the model sees few and small ones."""
-    stage = staged()
-    stage.model.behaviour = how
-    asked = stage.caller.start_infer(make_pairs("three seconds", 300), timeout_seconds=25)
+    """A caller with 25 s is answered, however the calls failed. The model gets few and small calls."""
+    stage = start_proxy()
+    stage.model.behaviour = behaviour
+    waiting = stage.caller.start_infer(make_pairs("three seconds", 300), timeout_seconds=25)
     time.sleep(3)
     calls = [len(call.pairs) for call in stage.model.calls]
     stage.model.behaviour = answer_all
-    assert asked.result().code is StatusCode.OK
-    if how is _down:
+    assert waiting.result().code is StatusCode.OK
+    if behaviour is _down:
         assert len(calls) <= 12
         assert all(pairs <= 10 for pairs in calls[1:])
-    assert len(calls) <= 30  # the search for a bad pair sends a half and the others
+    # The bisection sends one half and then the other.
+    assert len(calls) <= 30
 
 
 @pytest.mark.slow
-def test_a_model_that_nobody_serves_for_three_seconds_costs_no_answer(url: str) -> None:
-    """The same, where its port is closed."""
-    address, pairs = f"127.0.0.1:{free_port()}", make_pairs("closed", 20)
+def test_three_seconds_of_closed_model_port_fail_no_request(cache_url: str) -> None:
+    """The calls are refused by the system."""
+    address = f"127.0.0.1:{free_port()}"
+    pairs = make_pairs("closed", 20)
     flags = (
         "--model-target",
         address,
         "--cache-url",
-        url,
+        cache_url,
         "--key-prefix",
         f"outage{next(_NAMES)}",
         *UNLIMITED_RATE_FLAGS,
     )
-    with cache_proxy(*flags) as proxy, open_caller(proxy.target) as asking:
-        asked = asking.start_infer(pairs, timeout_seconds=25)
+    with cache_proxy(*flags) as proxy, open_caller(proxy.target) as caller:
+        waiting = caller.start_infer(pairs, timeout_seconds=25)
         time.sleep(3)
         with scripted_model(address=address):
-            assert asked.result().levels == [scripted_level(*pair) for pair in pairs]
+            assert waiting.result().levels == [scripted_level(*pair) for pair in pairs]
 
 
 @pytest.mark.slow
-def test_after_the_window_callers_get_the_reason_and_the_time_of_the_next_try(
-    staged: Callable[..., ProxyEnvironment],
+def test_callers_get_reason_and_pushback_after_window(
+    start_proxy: Callable[..., ProxyEnvironment],
 ) -> None:
-    """The caller whose pair failed reads the model's words; others are refused at once, and read the code."""
-    stage = staged("--model-retry-window", "1s")
+    """The caller whose pair failed gets the model's message.
+
+    Other callers are rejected at once, with the status only.
+    """
+    stage = start_proxy("--model-retry-window", "1s")
     stage.model.behaviour = _down
     first = stage.caller.infer([("first", "t")])
     calls = len(stage.model.calls)
     second = stage.caller.infer([("second", "t")])
     assert {first.code, second.code} == {StatusCode.UNAVAILABLE}
-    assert _OUT in first.message
+    assert _ERROR_MESSAGE in first.message
     assert stage.model.target in second.message
     assert "UNAVAILABLE" in second.message
     assert list(second.violations) == ["batch[0]"]
@@ -109,11 +114,11 @@ def test_after_the_window_callers_get_the_reason_and_the_time_of_the_next_try(
     assert len(stage.model.calls) == calls
 
 
-def test_a_caller_whose_deadline_comes_before_the_next_try_is_told_so(
-    staged: Callable[..., ProxyEnvironment],
+def test_deadline_before_next_retry_gets_unavailable_at_once(
+    start_proxy: Callable[..., ProxyEnvironment],
 ) -> None:
-    """UNAVAILABLE with the pushback, long before the deadline, for a pair that waits and for a new one."""
-    stage = staged()
+    """With a pushback, and for a waiting pair as for a new one."""
+    stage = start_proxy()
     tried = threading.Event()
 
     def busy(_call: ReceivedCall) -> Answers:
@@ -123,19 +128,19 @@ def test_a_caller_whose_deadline_comes_before_the_next_try_is_told_so(
     stage.model.behaviour = busy
     patient = stage.caller.start_infer([("short", "t")], timeout_seconds=60)
     wait_for(tried.is_set, description="the model is called")
-    begun_at = time.monotonic()
+    started_at = time.monotonic()
     for company in ("short", "another"):
         reply = stage.caller.infer([(company, "t")], timeout_seconds=20)
         assert reply.code is StatusCode.UNAVAILABLE
         assert 20_000 < (reply.pushback_ms or 0) <= 30_000
-    assert time.monotonic() - begun_at < 10
+    assert time.monotonic() - started_at < 10
     assert not patient.done
     patient.cancel()
 
 
 @pytest.mark.slow
-def test_a_new_model_version_that_is_down_costs_the_old_one_nothing(shared_redis: str) -> None:
-    """One limit for both, but failures and backoff are each target's."""
+def test_outage_of_new_model_version_does_not_affect_old_one(shared_redis: str) -> None:
+    """Both share the rate limit, but failures and backoff belong to one target."""
     flags = ("--cache-url", shared_redis, "--key-prefix", f"outage{next(_NAMES)}", *UNLIMITED_RATE_FLAGS)
     with (
         scripted_model() as old_model,
@@ -150,13 +155,13 @@ def test_a_new_model_version_that_is_down_costs_the_old_one_nothing(shared_redis
             "500ms",
             *flags,
         ) as new,
-        open_caller(old.target) as asking_old,
-        open_caller(new.target) as asking_new,
+        open_caller(old.target) as old_caller,
+        open_caller(new.target) as new_caller,
     ):
-        assert asking_new.infer([("canary", "t")]).code is StatusCode.UNAVAILABLE
-        canary = asking_new.start_infer(make_pairs("canary", 50))
+        assert new_caller.infer([("canary", "t")]).code is StatusCode.UNAVAILABLE
+        canary = new_caller.start_infer(make_pairs("canary", 50))
         for number in range(30):
-            begun_at = time.monotonic()
-            assert asking_old.infer([(f"old {number}", "t")]).code is StatusCode.OK
-            assert time.monotonic() - begun_at < 2
+            started_at = time.monotonic()
+            assert old_caller.infer([(f"old {number}", "t")]).code is StatusCode.OK
+            assert time.monotonic() - started_at < 2
         canary.result()

@@ -1,4 +1,4 @@
-"""The limit as the model sees it, full batches, linger, priorities."""
+"""The rate limit as the model sees it, full batches, linger and priorities."""
 
 import signal
 import time
@@ -25,16 +25,16 @@ _FOUR_CALLS_A_SECOND = {
 
 
 def _too_early(arrivals: Iterable[float], *, since: float, apart: float) -> list[int]:
-    """Which of the full batches that were sent after `since` came before the limit allows.
+    """Return the numbers of the full batches that came before the limit allows.
 
-    In a window that begins at `since` one may come at once and each further one `apart` later. A machine
-    that stalls only has them seen later: it can hide a call that is too early, but never make one.
+    In a window that begins at `since`, one may come at once and each further one `apart` seconds later. A
+    machine that stalls delays arrivals: it can hide a call that is too early, but never cause one.
     """
     return [number for number, at in enumerate(sorted(arrivals)) if at < since + number * apart]
 
 
-def _apart(calls: list[ReceivedCall]) -> float:
-    """How far calls are apart of which the machine took nothing: the lower quartile."""
+def _lower_quartile_gap(calls: list[ReceivedCall]) -> float:
+    """Return the lower quartile of the gaps between calls: those that the machine did not delay."""
     return quantiles(
         [later.monotonic_seconds - earlier.monotonic_seconds for earlier, later in pairwise(calls)]
     )[0]
@@ -43,25 +43,24 @@ def _apart(calls: list[ReceivedCall]) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["calls", "pairs"])
 def test_idle_time_is_not_saved_up(limit: str, stage_with: StartProxyEnvironment) -> None:
-    """After a second without a miss a backlog gets one batch at once, and each further one in its turn."""
+    """After a second without a miss, a backlog gets one batch at once. Each further one has to wait."""
     stage = stage_with(*_FOUR_CALLS_A_SECOND[limit])
     assert stage.caller.infer(make_pairs("first", 200)).code is StatusCode.OK
     time.sleep(1)
-    asked_at = time.monotonic()
+    requested_at = time.monotonic()
     assert stage.caller.infer(make_pairs("backlog", 1000)).code is StatusCode.OK
     calls = stage.model.calls_with("backlog")
     assert [len(call.pairs) for call in calls] == [200] * 5
-    assert not _too_early((call.monotonic_seconds for call in calls), since=asked_at, apart=0.25)
+    assert not _too_early((call.monotonic_seconds for call in calls), since=requested_at, apart=0.25)
 
 
 @pytest.mark.slow
-def test_a_proxy_that_stood_still_does_not_catch_up(stage_with: StartProxyEnvironment) -> None:
-    """Stopped for three slots under a backlog: they are lost, and those that follow keep their distance."""
+def test_stopped_proxy_does_not_catch_up(stage_with: StartProxyEnvironment) -> None:
+    """Slots during the stop are lost, and later calls keep their distance."""
     stage = stage_with(*_CALLS_EVERY_HALF_SECOND)
     waiting = stage.caller.start_infer(make_pairs("backlog", 5000))
-    wait_for(
-        lambda: len(stage.model.calls) == 2, description="two calls"
-    )  # so the next is half a second away
+    # The next call is half a second away then.
+    wait_for(lambda: len(stage.model.calls) == 2, description="two calls")
     stage.proxy.process.send_signal(signal.SIGSTOP)
     time.sleep(1.5)
     before = len(stage.model.calls)
@@ -73,8 +72,8 @@ def test_a_proxy_that_stood_still_does_not_catch_up(stage_with: StartProxyEnviro
     assert not _too_early((call.monotonic_seconds for call in calls), since=resumed_at, apart=0.5)
 
 
-def test_the_limit_begins_as_just_spent(stage_with: StartProxyEnvironment) -> None:
-    """A start is no free call: at one in a hundred seconds, a caller with twenty is told so."""
+def test_limit_starts_fully_spent(stage_with: StartProxyEnvironment) -> None:
+    """A start gives no free call: at one call in 100 s, a caller with 20 s is rejected."""
     stage = stage_with("--model-calls-per-second", "0.01")
     assert stage.caller.infer([("early", "t")], timeout_seconds=20).code is StatusCode.RESOURCE_EXHAUSTED
     assert not stage.model.calls
@@ -82,58 +81,56 @@ def test_the_limit_begins_as_just_spent(stage_with: StartProxyEnvironment) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["calls", "pairs"])
-def test_a_backlog_uses_the_rate(limit: str, stage_with: StartProxyEnvironment) -> None:
-    """Every batch is full, and they follow each other at 97 % of the rate or more; what the machine takes
-    from single ones is not held against the proxy, as long as no quarter of the slots is lost.
-    """  # noqa: D205 - one thought
+def test_backlog_uses_at_least_97_percent_of_rate(limit: str, stage_with: StartProxyEnvironment) -> None:
+    """Every batch is full. Calls that the machine delays do not count, up to a quarter of the slots."""
     stage = stage_with(*_FOUR_CALLS_A_SECOND[limit])
-    asked_at = time.monotonic()
+    requested_at = time.monotonic()
     assert stage.caller.infer(make_pairs("backlog", 3200)).code is StatusCode.OK
     calls = stage.model.calls
     assert [len(call.pairs) for call in calls] == [200] * 16
-    assert not _too_early((call.monotonic_seconds for call in calls), since=asked_at, apart=0.25)
-    assert _apart(calls) <= 0.25 / 0.97
+    assert not _too_early((call.monotonic_seconds for call in calls), since=requested_at, apart=0.25)
+    assert _lower_quartile_gap(calls) <= 0.25 / 0.97
     assert calls[-1].monotonic_seconds - calls[0].monotonic_seconds <= 15 * 0.25 / 0.75
 
 
 @pytest.mark.slow
-def test_the_limit_holds_while_the_cache_is_hammered(tmp_path: Path) -> None:
-    """A proxy busy with hits neither passes the limit nor starves the model, by the model's own log."""
+def test_limit_holds_under_load_of_cache_hits(tmp_path: Path) -> None:
+    """The proxy neither exceeds the limit nor leaves the model idle, by the model's own log."""
     log = tmp_path / "calls.jsonl"
     with (
         model_stub("--rate", "0", "--latency", "0s", "--log", str(log)) as stub,
         cache_proxy(
             "--model-target", stub.target, "--cache-url", "memory:", *_CALLS_EVERY_HALF_SECOND
         ) as proxy,
-        open_caller(proxy.target) as asking,
-        open_caller(proxy.target) as busy,
+        open_caller(proxy.target) as caller,
+        open_caller(proxy.target) as busy_caller,
     ):
         known = make_pairs("known", 200)
-        assert asking.infer(known).code is StatusCode.OK
-        asked_at = time.time()
-        waiting = asking.start_infer(make_pairs("backlog", 6000))
+        assert caller.infer(known).code is StatusCode.OK
+        requested_at = time.time()
+        waiting = caller.start_infer(make_pairs("backlog", 6000))
         while not waiting.done:
-            asked = [busy.start_infer(known * 25) for _ in range(2)]
-            assert all(one.result().hits == 5000 for one in asked)
+            replies = [busy_caller.start_infer(known * 25) for _ in range(2)]
+            assert all(one.result().hits == 5000 for one in replies)
         assert waiting.result().code is StatusCode.OK
     at = [call["at"] for call in read_stub_log(log)[1:]]
     assert len(at) == 6
-    assert not _too_early(at, since=asked_at, apart=0.5)
-    # How punctual it is depends on what time the machine has to spare; half of the slots there is always.
+    assert not _too_early(at, since=requested_at, apart=0.5)
+    # The machine may delay calls. At least half of the slots are used.
     assert at[-1] - at[0] <= 5 * 0.5 / 0.5
 
 
 @pytest.mark.slow
-def test_batches_that_nothing_limits_do_not_make_each_other_late(stage_with: StartProxyEnvironment) -> None:
-    """Fifty at once, which take longer than one may take to the model, are all sent in turn."""
+def test_unlimited_batches_are_all_sent(stage_with: StartProxyEnvironment) -> None:
+    """Fifty batches take longer together than one may be late, and are sent in turn."""
     stage = stage_with(*UNLIMITED_RATE_FLAGS)
     assert stage.caller.infer(make_pairs("many", 50_000), timeout_seconds=60).code is StatusCode.OK
     assert len(stage.model.received_pairs()) == 50_000
 
 
 @pytest.mark.slow
-def test_expected_replicas_divide_the_rate(stage_with: StartProxyEnvironment) -> None:
-    """Each of four takes a quarter."""
+def test_expected_replicas_divide_rate(stage_with: StartProxyEnvironment) -> None:
+    """One of four expected replicas takes a quarter."""
     stage = stage_with(
         "--model-calls-per-second",
         "20",
@@ -144,26 +141,27 @@ def test_expected_replicas_divide_the_rate(stage_with: StartProxyEnvironment) ->
         "--expected-replicas",
         "4",
     )
-    asked_at = time.monotonic()
+    requested_at = time.monotonic()
     assert stage.caller.infer(make_pairs("quarter", 800)).code is StatusCode.OK
     calls = stage.model.calls
-    assert not _too_early((call.monotonic_seconds for call in calls), since=asked_at, apart=0.2)
-    assert _apart(calls) < 0.4  # as an eighth would be
+    assert not _too_early((call.monotonic_seconds for call in calls), since=requested_at, apart=0.2)
+    # An eighth of the rate would be 0.4 s.
+    assert _lower_quartile_gap(calls) < 0.4
 
 
-def test_misses_share_a_call_and_a_full_batch_does_not_linger(stage_with: StartProxyEnvironment) -> None:
-    """Callers within the linger share a call, which goes as soon as it is full."""
+def test_misses_within_linger_share_one_call(stage_with: StartProxyEnvironment) -> None:
+    """The call is sent as soon as it is full."""
     stage = stage_with("--model-batch-size", "100", *UNLIMITED_RATE_FLAGS, "--linger", "60s")
-    asked = [
+    replies = [
         stage.caller.start_infer(make_pairs(f"company {number}", 5), timeout_seconds=30)
         for number in range(20)
     ]
-    assert all(one.result().code is StatusCode.OK for one in asked)
+    assert all(one.result().code is StatusCode.OK for one in replies)
     assert len(stage.model.calls) == 1
 
 
-def test_a_lone_miss_waits_for_company_no_longer_than_the_linger(stage_with: StartProxyEnvironment) -> None:
-    """It goes alone when the linger is over, and not before."""
+def test_single_miss_is_sent_when_linger_ends(stage_with: StartProxyEnvironment) -> None:
+    """It is not sent before."""
     stage = stage_with(*UNLIMITED_RATE_FLAGS, "--linger", "700ms")
     started_at = time.monotonic()
     assert stage.caller.infer([("alone", "t")], timeout_seconds=30).code is StatusCode.OK
@@ -171,8 +169,8 @@ def test_a_lone_miss_waits_for_company_no_longer_than_the_linger(stage_with: Sta
 
 
 @pytest.mark.slow
-def test_a_batch_closes_at_its_bytes(stage_with: StartProxyEnvironment) -> None:
-    """No message to the model is over `--model-batch-bytes`, and pairs that fit go together."""
+def test_batch_size_in_bytes_is_limited(stage_with: StartProxyEnvironment) -> None:
+    """No request is larger than `--model-batch-bytes`, and pairs that fit go together."""
     stage = stage_with("--model-batch-bytes", "20KiB", *UNLIMITED_RATE_FLAGS)
     pairs = [(f"{number} {'é' * 400}", "x" * 200) for number in range(100)]
     assert stage.caller.infer(pairs).code is StatusCode.OK
@@ -184,18 +182,19 @@ def test_a_batch_closes_at_its_bytes(stage_with: StartProxyEnvironment) -> None:
     assert small.caller.infer([alone, ("b", "t")]).code is StatusCode.OK
 
 
-def test_interactive_goes_first_and_bulk_keeps_its_tenth(stage_with: StartProxyEnvironment) -> None:
-    """Bulk that came first lets interactive pass, but for a tenth of each batch."""
+def test_interactive_goes_first_and_bulk_keeps_its_reserve(stage_with: StartProxyEnvironment) -> None:
+    """Earlier bulk pairs let interactive ones pass, except for a tenth of each batch."""
     stage = stage_with("--model-batch-size", "100", *UNLIMITED_RATE_FLAGS)
 
     def not_yet(call: ReceivedCall) -> Answers:
-        if call.number == 0:  # nothing is sent for three seconds: time for all of them to come
+        # Nothing is sent for three seconds, so that all requests arrive meanwhile.
+        if call.number == 0:
             raise AbortCallError(
                 StatusCode.RESOURCE_EXHAUSTED, "not yet", (("grpc-retry-pushback-ms", "3000"),)
             )
         return answer_all(call)
 
-    def wait(priority: str, pairs: int) -> None:
+    def wait_for_queue(priority: str, pairs: int) -> None:
         waiting = "cache_proxy_queue_pairs", priority
         wait_for(
             lambda: read_metrics(stage.proxy.http_url)[waiting] == pairs,
@@ -203,14 +202,15 @@ def test_interactive_goes_first_and_bulk_keeps_its_tenth(stage_with: StartProxyE
         )
 
     stage.model.behaviour = not_yet
-    asked = [stage.caller.start_infer([("quick opening", "t")])]
+    replies = [stage.caller.start_infer([("quick opening", "t")])]
     wait_for(lambda: stage.model.calls, description="the first call")
-    wait("interactive", 1)  # again
-    asked.append(stage.caller.start_infer(make_pairs("bulk", 300), metadata=[("x-priority", "bulk")]))
-    wait("bulk", 300)
-    asked.append(stage.caller.start_infer(make_pairs("quick", 179)))
-    wait("interactive", 180)
-    assert all(one.result().code is StatusCode.OK for one in asked)
+    # The pair of the failed call waits again.
+    wait_for_queue("interactive", 1)
+    replies.append(stage.caller.start_infer(make_pairs("bulk", 300), metadata=[("x-priority", "bulk")]))
+    wait_for_queue("bulk", 300)
+    replies.append(stage.caller.start_infer(make_pairs("quick", 179)))
+    wait_for_queue("interactive", 180)
+    assert all(one.result().code is StatusCode.OK for one in replies)
     calls = stage.model.calls[1:]
     assert sorted(len(call.pairs) for call in calls) == [80, 100, 100, 100, 100]
     shares = [sum(company.startswith("quick") for company, _ in call.pairs) for call in calls]
@@ -218,13 +218,13 @@ def test_interactive_goes_first_and_bulk_keeps_its_tenth(stage_with: StartProxyE
 
 
 @pytest.mark.slow
-def test_the_default_limit_is_one_batch_of_a_thousand_a_second(stage_with: StartProxyEnvironment) -> None:
-    """As the model sustains it: with the flags' own defaults, eight full batches take eight seconds."""
+def test_default_limit_is_one_batch_of_1000_pairs_a_second(stage_with: StartProxyEnvironment) -> None:
+    """With the default flags, eight full batches take eight seconds."""
     stage = stage_with()
-    asked_at = time.monotonic()
+    requested_at = time.monotonic()
     assert stage.caller.infer(make_pairs("default", 8000)).code is StatusCode.OK
     calls = stage.model.calls
     assert [len(call.pairs) for call in calls] == [1000] * 8
-    assert not _too_early((call.monotonic_seconds for call in calls), since=asked_at, apart=1)
-    assert _apart(calls) <= 1 / 0.97
+    assert not _too_early((call.monotonic_seconds for call in calls), since=requested_at, apart=1)
+    assert _lower_quartile_gap(calls) <= 1 / 0.97
     assert calls[-1].monotonic_seconds - calls[0].monotonic_seconds <= 7 / 0.9

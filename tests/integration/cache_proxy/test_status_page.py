@@ -1,4 +1,4 @@
-"""The status page as an operator sees it: a real browser, two replicas, their Redis, and the model's log."""
+"""The status page in a real browser: two replicas, their Redis, and the model's log."""
 
 import json
 import re
@@ -24,15 +24,15 @@ from tests.support.redis_server import wait_for
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"[:64]
 ENOUGH_CONTRAST = 4.5
-LOOKING_SECONDS = 2.0
+VIEWING_SECONDS = 2.0
 FAST = ("--model-rate", "50000", "--model-calls-per-second", "50")
-LOOKS = ("light", "dark")
+COLOR_SCHEMES = ("light", "dark")
 CALLERS = ("plain", HOSTILE)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What callers were told, in all."""
+class RequestTotals:
+    """How many requests were sent, and how many pairs were hits and misses."""
 
     requests: int
     hits: int
@@ -40,88 +40,88 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A fleet of two replicas that have answered, what they answered, and a browser."""
+class StatusScene:
+    """A fleet of two replicas that have answered requests, their totals, and a browser."""
 
     fleet: Fleet
-    asked: Asked
+    totals: RequestTotals
     browser: Browser
 
     @property
-    def http(self) -> str:
-        """The first replica's page."""
+    def http_url(self) -> str:
+        """Return the URL of the first replica's page."""
         return self.fleet.proxies[0].http_url
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """Each of two callers has asked each of two replicas for 300 pairs, of which the two share the half."""
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StatusScene]:
+    """Send 300 pairs from each of two callers to each of two replicas. Half of the pairs are the same."""
     with chromium() as browser, fleet(tmp_path_factory.mktemp("status")) as running:
         requests = hits = misses = 0
         for proxy in running.start_replicas(2, *FAST):
-            with open_caller(proxy.target) as asking:
+            with open_caller(proxy.target) as caller:
                 for name in CALLERS:
                     for prefix in ("all", name[:5]):
-                        reply = asking.infer(make_pairs(prefix, 150), metadata=[("x-caller", name)])
-                        requests, hits, misses = requests + 1, hits + reply.hits, misses + reply.misses
-        yield Scene(running, Asked(requests, hits, misses), browser)
+                        reply = caller.infer(make_pairs(prefix, 150), metadata=[("x-caller", name)])
+                        requests += 1
+                        hits += reply.hits
+                        misses += reply.misses
+        yield StatusScene(running, RequestTotals(requests, hits, misses), browser)
 
 
 @contextmanager
-def _page(scene: Scene, url: str | None = None, **options: Any) -> Iterator[Page]:
+def _page(scene: StatusScene, url: str | None = None, **options: Any) -> Iterator[Page]:
     context = scene.browser.new_context(**options)
     try:
         page = context.new_page()
-        page.goto(url or scene.http)
+        page.goto(url or scene.http_url)
         yield page
     finally:
         context.close()
 
 
-def _told(http: str) -> dict[str, Any]:
-    with urlopen(f"{http}/status.json", timeout=30) as response:
-        told: dict[str, Any] = json.load(response)
-    return told
+def _read_status(http_url: str) -> dict[str, Any]:
+    with urlopen(f"{http_url}/status.json", timeout=30) as response:
+        status: dict[str, Any] = json.load(response)
+    return status
 
 
-def _wait_for_fleet(scene: Scene, http: str) -> dict[str, Any]:
-    """What a replica tells once all reports have arrived."""
+def _wait_for_fleet_report(scene: StatusScene, http_url: str) -> dict[str, Any]:
+    """Return the report of a replica once the reports of all replicas have arrived."""
 
     def complete() -> dict[str, Any] | None:
-        told = _told(http)
-        pairs = told["total"]["hits"] + told["total"]["inferred"] + told["total"]["coalesced"]
-        arrived = pairs >= scene.asked.hits + scene.asked.misses and told["total"]["calls"]
-        return told if told["scope"] == "fleet" and arrived else None
+        status = _read_status(http_url)
+        pairs = status["total"]["hits"] + status["total"]["inferred"] + status["total"]["coalesced"]
+        arrived = pairs >= scene.totals.hits + scene.totals.misses and status["total"]["calls"]
+        return status if status["scope"] == "fleet" and arrived else None
 
-    found: dict[str, Any] = wait_for(
-        complete, timeout_seconds=60, description="both replicas' figures are told"
-    )
+    found: dict[str, Any] = wait_for(complete, timeout_seconds=60, description="the reports of both replicas")
     return found
 
 
-def _words(text: str) -> str:
+def _normalize_spaces(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("\u00a0", " ")).strip()
 
 
 @pytest.mark.slow
-def test_every_replica_tells_the_fleets_figures(scene: Scene) -> None:
-    """On both replicas pairs, hits, calls and callers are what trailers and the model's own log say."""
+def test_every_replica_shows_counts_of_fleet(scene: StatusScene) -> None:
+    """Pairs, hits, calls and callers equal the trailers and the model's own log."""
     calls = scene.fleet.model_calls
     for proxy in scene.fleet.proxies:
-        told = _wait_for_fleet(scene, proxy.http_url)
-        total = told["total"]
-        assert (total["requests"], total["hits"]) == (scene.asked.requests, scene.asked.hits)
-        assert total["inferred"] + total["coalesced"] == scene.asked.misses
+        status = _wait_for_fleet_report(scene, proxy.http_url)
+        total = status["total"]
+        assert (total["requests"], total["hits"]) == (scene.totals.requests, scene.totals.hits)
+        assert total["inferred"] + total["coalesced"] == scene.totals.misses
         assert (total["calls"], total["sent"]) == (len(calls), sum(len(call.pairs) for call in calls))
-        assert {line["name"]: line["pairs"] for line in told["callers"]} == dict.fromkeys(CALLERS, 600)
-        assert (told["live_replicas"], told["silent_replicas"]) == (2, 0)
-        assert told["calls_saved"] == scene.asked.requests - len(calls)
+        assert {line["name"]: line["pairs"] for line in status["callers"]} == dict.fromkeys(CALLERS, 600)
+        assert (status["live_replicas"], status["silent_replicas"]) == (2, 0)
+        assert status["calls_saved"] == scene.totals.requests - len(calls)
         with _page(scene, proxy.http_url) as page:
-            rate = scene.asked.hits / (scene.asked.hits + scene.asked.misses)
-            assert _words(page.inner_text("#hit-rate")) == f"{int(rate * 1000) / 10} %"
-            assert _words(page.inner_text("#calls-saved")) == str(told["calls_saved"])
-            assert _words(page.inner_text("#calls-made")) == str(len(calls))
-            assert _words(page.inner_text("#live-replicas")) == "2 live"
+            rate = scene.totals.hits / (scene.totals.hits + scene.totals.misses)
+            assert _normalize_spaces(page.inner_text("#hit-rate")) == f"{int(rate * 1000) / 10} %"
+            assert _normalize_spaces(page.inner_text("#calls-saved")) == str(status["calls_saved"])
+            assert _normalize_spaces(page.inner_text("#calls-made")) == str(len(calls))
+            assert _normalize_spaces(page.inner_text("#live-replicas")) == "2 live"
             assert page.inner_text("#state") == "Working"
             assert page.locator("#alone").count() == 0
             assert page.locator("#queue tbody tr").count() == 3
@@ -129,37 +129,35 @@ def test_every_replica_tells_the_fleets_figures(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_dead_replica_counted_is_still_told(scene: Scene) -> None:
-    """A third one answers, reports, and is killed: the others tell what it counted, and that they are two."""
-    before = _wait_for_fleet(scene, scene.http)["total"]
+def test_counts_of_dead_replica_are_kept(scene: StatusScene) -> None:
+    """A third replica answers, reports, and is killed. The others show its counts, and two replicas."""
+    before = _wait_for_fleet_report(scene, scene.http_url)["total"]
     third = scene.fleet.start_replica(*FAST)
-    with open_caller(third.target) as asking:
-        asking.infer(make_pairs("all", 150), metadata=[("x-caller", CALLERS[0])])
+    with open_caller(third.target) as caller:
+        caller.infer(make_pairs("all", 150), metadata=[("x-caller", CALLERS[0])])
 
     def counted() -> bool:
-        return bool(_told(scene.http)["total"]["hits"] == before["hits"] + 150)
+        return bool(_read_status(scene.http_url)["total"]["hits"] == before["hits"] + 150)
 
     wait_for(counted, timeout_seconds=60, description="the third replica has reported")
     third.stop(signal.SIGKILL)
     scene.fleet.proxies.remove(third)
-    told = wait_for(
-        lambda: (found := _told(scene.http))["live_replicas"] == 2 and found,
+    status = wait_for(
+        lambda: (found := _read_status(scene.http_url))["live_replicas"] == 2 and found,
         timeout_seconds=60,
         description="it is missed",
     )
-    assert told["total"]["hits"] == before["hits"] + 150
+    assert status["total"]["hits"] == before["hits"] + 150
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("look", LOOKS)
-def test_every_text_can_be_read(scene: Scene, look: str) -> None:
-    """In either colour scheme each text has a contrast of 4.5 and more with what is behind it, and the ground
-    is light or dark as it was asked for.
-    """  # noqa: D205 - one thought
-    with _page(scene, color_scheme=look) as page:
+@pytest.mark.parametrize("color_scheme", COLOR_SCHEMES)
+def test_every_text_has_sufficient_contrast(scene: StatusScene, color_scheme: str) -> None:
+    """In both colour schemes the contrast is at least 4.5, and the background is as requested."""
+    with _page(scene, color_scheme=color_scheme) as page:
         texts = page.evaluate(_TEXTS_JS)
-        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (_luminance(ground) > 0.5) == (look == "light")
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (_luminance(background) > 0.5) == (color_scheme == "light")
     assert len(texts) > 30
     poor = [
         (text, colour, behind)
@@ -183,7 +181,7 @@ _TEXTS_JS = """() => {
 
 
 def _luminance(colour: str) -> float:
-    """Relative, as WCAG has it."""
+    """Return the relative luminance as defined by WCAG."""
     linear = []
     for part in re.findall(r"[\d.]+", colour)[:3]:
         share = float(part) / 255
@@ -199,10 +197,11 @@ def _contrast(one: str, other: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("javascript", [True, False])
-def test_it_can_be_read_on_a_phone(scene: Scene, *, javascript: bool) -> None:
-    """360 pixels wide nothing is cut off or needs scrolling aside, also with the longest caller's name, and
-    without JavaScript.
-    """  # noqa: D205 - one thought
+def test_page_fits_phone_screen(scene: StatusScene, *, javascript: bool) -> None:
+    """At a width of 360 pixels nothing is cut off or scrolls sideways.
+
+    This holds for the longest caller name too, and the page does not need JavaScript.
+    """
     phone = {"width": 360, "height": 740}
     with _page(scene, viewport=phone, java_script_enabled=javascript, is_mobile=True) as page:
         boxes = page.locator("main *:not(svg *)").evaluate_all(
@@ -216,41 +215,39 @@ def test_it_can_be_read_on_a_phone(scene: Scene, *, javascript: bool) -> None:
 
 
 @pytest.mark.slow
-def test_a_hostile_caller_changes_nothing_but_its_line(scene: Scene) -> None:
-    """A name that is a script and an image stays a name: nothing runs, nothing is loaded, and the policy was
-    not even needed.
-    """  # noqa: D205 - one thought
-    _wait_for_fleet(scene, scene.http)
+def test_hostile_caller_name_is_shown_as_text(scene: StatusScene) -> None:
+    """No script runs and nothing is loaded, even without the content security policy."""
+    _wait_for_fleet_report(scene, scene.http_url)
     context = scene.browser.new_context()
     page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: complaints.append(dialog.message))
-    page.goto(scene.http)
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("dialog", lambda dialog: problems.append(dialog.message))
+    page.goto(scene.http_url)
     assert HOSTILE in page.locator("#callers bdi").all_inner_texts()
     assert page.title() == "Seniority cache"
     assert page.locator("img").count() == 0
-    assert complaints == []
+    assert problems == []
     context.close()
 
 
 @pytest.mark.slow
-def test_it_stays_with_its_origin_and_renews_itself(scene: Scene) -> None:
-    """The page asks its own replica for itself, time and again, and nobody else for anything; the figures are
-    exchanged in place, so what was opened or scrolled stays as it was.
-    """  # noqa: D205 - one thought
+def test_page_loads_only_itself_and_refreshes_in_place(scene: StatusScene) -> None:
+    """It requests only its own replica, and replaces its content without reloading."""
     context = scene.browser.new_context()
     page = context.new_page()
     requests: list[Request] = []
     page.on("request", lambda request: requests.append(request))  # noqa: PLW0108 - no builtin will do
-    page.goto(scene.http)
+    page.goto(scene.http_url)
     page.evaluate("window.same = true")
     shown = page.inner_text("header .sub")
     page.wait_for_function("shown => document.querySelector('header .sub').innerText !== shown", arg=shown)
     assert page.evaluate("window.same")
     assert len(requests) > 1
-    assert {request.url for request in requests if not request.url.startswith("data:")} == {f"{scene.http}/"}
+    assert {request.url for request in requests if not request.url.startswith("data:")} == {
+        f"{scene.http_url}/"
+    }
     headers = requests[0].response()
     assert headers
     assert headers.header_value("x-content-type-options") == "nosniff"
@@ -259,31 +256,31 @@ def test_it_stays_with_its_origin_and_renews_itself(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_any_number_of_viewers_cost_redis_one_read_a_second(scene: Scene) -> None:
-    """One look after the other: Redis is read as often as seconds passed, and once more."""
-    home: Any = SimpleNamespace(database=0)
+def test_redis_is_read_at_most_once_a_second(scene: StatusScene) -> None:
+    """However many viewers there are."""
+    node: Any = SimpleNamespace(database=0)
     metrics: Any = ProxyMetrics
-    scripts = Scripts(home, QueueKeys(prefix="p", namespace="n"), metrics=metrics)
+    scripts = Scripts(node, QueueKeys(prefix="p", namespace="n"), metrics=metrics)
     reading = scripts._scripts["snapshot"].sha
     with scene.fleet.redis.record_client_commands() as commands:
-        began_at = _told(scene.http)["at_seconds"]
-        looks, seconds = 1, 0.0
-        while seconds < LOOKING_SECONDS:
-            looks, seconds = looks + 1, _told(scene.http)["at_seconds"] - began_at
+        began_at = _read_status(scene.http_url)["at_seconds"]
+        views = 1
+        seconds = 0.0
+        while seconds < VIEWING_SECONDS:
+            views += 1
+            seconds = _read_status(scene.http_url)["at_seconds"] - began_at
     reads = sum(reading in command for command in commands)
     assert 1 <= reads <= seconds + 2
-    assert looks > reads
+    assert views > reads
 
 
 @pytest.mark.slow
-def test_without_redis_it_says_whose_figures_it_shows(scene: Scene) -> None:
-    """Redis is killed under the open page: it says that the figures are of this replica alone, and why; when
-    Redis is back they are the fleet's again.
-    """  # noqa: D205 - one thought
+def test_page_shows_single_replica_while_redis_is_lost(scene: StatusScene) -> None:
+    """The open page states the reason, and shows the fleet again once Redis is back."""
     with _page(scene) as page:
         scene.fleet.redis.kill()
         _wait_for_scope(scene, "redis lost")
-        page.evaluate(_LOOK_AGAIN_JS)
+        page.evaluate(_REFRESH_JS)
         page.wait_for_selector("#alone", timeout=60_000)
         assert "these figures are of this replica alone" in page.inner_text("#alone")
         assert page.inner_text("#store") == "cannot be reached"
@@ -292,24 +289,24 @@ def test_without_redis_it_says_whose_figures_it_shows(scene: Scene) -> None:
         assert "ConnectionError" in page.inner_text("dl")
         scene.fleet.redis.start()
         _wait_for_scope(scene, "fleet")
-        page.evaluate(_LOOK_AGAIN_JS)
+        page.evaluate(_REFRESH_JS)
         page.wait_for_selector("#alone", state="detached", timeout=60_000)
         assert "fleet, last 10 min" in page.inner_text("section:first-of-type")
 
 
-_LOOK_AGAIN_JS = "document.dispatchEvent(new Event('visibilitychange'))"
+_REFRESH_JS = "document.dispatchEvent(new Event('visibilitychange'))"
 
 
-def _wait_for_scope(scene: Scene, scope: str) -> None:
+def _wait_for_scope(scene: StatusScene, scope: str) -> None:
     wait_for(
-        lambda: _told(scene.http)["scope"] == scope,
+        lambda: _read_status(scene.http_url)["scope"] == scope,
         timeout_seconds=60,
-        description=f"figures are told of: {scope}",
+        description=f"figures are status of: {scope}",
     )
 
 
-def test_the_page_and_its_data_of_one_process(stage: ProxyEnvironment) -> None:
-    """With `memory:` they are there too, for GET alone, and say that the figures are of this replica."""
+def test_page_and_json_without_shared_redis(stage: ProxyEnvironment) -> None:
+    """With `memory:` both are served, and state that they are about this replica only."""
     stage.caller.infer(make_pairs("status", 3), metadata=[("x-caller", "page")])
     with urlopen(f"{stage.proxy.http_url}/", timeout=30) as response:
         page = response.read().decode()
@@ -319,7 +316,7 @@ def test_the_page_and_its_data_of_one_process(stage: ProxyEnvironment) -> None:
     assert headers["Content-Type"] == "text/html; charset=utf-8"
 
     def counted() -> bool:
-        return any(line["name"] == "page" for line in _told(stage.proxy.http_url)["callers"])
+        return any(line["name"] == "page" for line in _read_status(stage.proxy.http_url)["callers"])
 
     wait_for(counted, description="the page counts the request")
-    assert _told(stage.proxy.http_url)["scope"] == "not shared"
+    assert _read_status(stage.proxy.http_url)["scope"] == "not shared"

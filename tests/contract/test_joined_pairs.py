@@ -1,4 +1,4 @@
-"""Pairs that several callers wait for: the best priority of all and the latest deadline count, everywhere."""
+"""Tests of pairs for which several requests wait: the best priority and the latest deadline count."""
 
 import asyncio
 import random
@@ -38,7 +38,7 @@ WORSE = pytest.mark.parametrize("worse", ["bulk", "refresh"])
 
 @pytest.fixture
 async def replica(shared_redis: str) -> AsyncIterator[Replica]:
-    """One whose loss and return of Redis a test plays by hand."""
+    """Open a replica whose loss and return of Redis a test triggers."""
     async with replicas(QueueLocation.create(shared_redis), bounds=BOUNDS) as (opened,):
         await opened.heartbeat()
         yield opened
@@ -75,7 +75,7 @@ async def _fail_over(replica: Replica) -> None:
 async def test_pair_joined_in_flight_waits_again_with_the_best_priority(
     how: str, worse: str, opened: QueueFactory
 ) -> None:
-    """The batch ends without an answer: the pair goes before what is as urgent as its first caller."""
+    """Its batch ends without an answer."""
     async with opened(BOUNDS) as subject:
         await subject.enqueue([numbered_pair(8), numbered_pair(9)], request_context("b", worse))
         claim = await subject.claim_batch()
@@ -93,10 +93,10 @@ async def test_pair_joined_in_flight_waits_again_with_the_best_priority(
 
 
 @WORSE
-async def test_suspect_joined_by_a_better_caller_waits_again_with_its_priority(
+async def test_suspect_joined_with_better_priority_waits_again_with_it(
     worse: str, opened: QueueFactory
 ) -> None:
-    """The other half is refused, so the pair is presumed clean: it waits with its best priority."""
+    """The other half is rejected, so the pair is presumed valid."""
     async with opened(BOUNDS) as subject:
         await subject.enqueue([numbered_pair(8), numbered_pair(9)], request_context("b", worse))
         await subject.queue.reject(await subject.claim_batch(), REFUSED, {})
@@ -109,8 +109,8 @@ async def test_suspect_joined_by_a_better_caller_waits_again_with_its_priority(
 
 
 @WORSE
-async def test_poll_after_a_flush_enqueues_with_the_best_priority(worse: str, replica: Replica) -> None:
-    """Redis lost everything: the pair that an interactive caller joined is in the next batch."""
+async def test_re_enqueue_after_flush_uses_best_priority(worse: str, replica: Replica) -> None:
+    """The pair that an interactive request joined is in the next batch."""
     await _enqueue(replica, list(range(6)), "b", worse)
     await _enqueue(replica, [5], "i", "interactive")
     replica.location.flush()
@@ -121,7 +121,7 @@ async def test_poll_after_a_flush_enqueues_with_the_best_priority(worse: str, re
 
 @WORSE
 async def test_local_queue_takes_over_the_best_priority(worse: str, replica: Replica) -> None:
-    """Redis is gone: the joined pair is in the first batch without it."""
+    """The joined pair is in the first batch without Redis."""
     await _enqueue(replica, list(range(6)), "b", worse)
     await _enqueue(replica, [5], "i", "interactive")
     await _fail_over(replica)
@@ -131,7 +131,7 @@ async def test_local_queue_takes_over_the_best_priority(worse: str, replica: Rep
 @WORSE
 @pytest.mark.parametrize("flushed", [False, True])
 async def test_return_to_redis_keeps_the_best_priority(flushed: bool, worse: str, replica: Replica) -> None:
-    """Joined while Redis was lost: the pair is in the first batch after the return, whatever Redis kept."""
+    """A pair that was joined while Redis was lost is in the first batch after the return."""
     await _enqueue(replica, list(range(6)), "b", worse)
     await _fail_over(replica)
     await _enqueue(replica, [5], "i", "interactive")
@@ -144,7 +144,7 @@ async def test_return_to_redis_keeps_the_best_priority(flushed: bool, worse: str
 
 @WORSE
 async def test_pair_joined_during_the_return_keeps_the_best_priority(worse: str, replica: Replica) -> None:
-    """It was enqueued in Redis with its first caller's priority when the better one came."""
+    """It was being enqueued with its first request's priority when the better one came."""
     await _enqueue(replica, list(range(6)), "b", worse)
     await _fail_over(replica)
     replica.client.delays = (0.1,)
@@ -155,8 +155,11 @@ async def test_pair_joined_during_the_return_keeps_the_best_priority(worse: str,
     assert 5 in await _claim_batch(replica)
 
 
-async def test_pair_left_and_asked_again_during_the_return_waits_in_redis(replica: Replica) -> None:
-    """Its first caller left while it was asked for, so Redis forgot it: the second round asks for it."""
+async def test_pair_cancelled_and_requested_again_during_return_waits_in_redis(replica: Replica) -> None:
+    """Its first request was cancelled while it was enqueued.
+
+    The second round of the return enqueues it again.
+    """
     first = await _enqueue(replica, [1], "a", "interactive")
     await _fail_over(replica)
     replica.client.delays = (0.1, 0.1)  # the enqueue, and the leave that follows it
@@ -171,7 +174,7 @@ async def test_pair_left_and_asked_again_during_the_return_waits_in_redis(replic
 
 @pytest.mark.parametrize("path", ["poll", "failover", "return"])
 async def test_latest_deadline_counts_after_the_first_has_passed(path: str, replica: Replica) -> None:
-    """The first caller's time is over and it has gone: the pair is still sent for the second."""
+    """The first request has ended, and the pair is still sent for the second."""
     first = await _enqueue(replica, [1], "a", "interactive", 0.4)
     if path == "return":
         await _fail_over(replica)
@@ -191,7 +194,7 @@ async def test_latest_deadline_counts_after_the_first_has_passed(path: str, repl
 
 
 async def test_joining_extends_the_deadline_in_redis(replica: Replica) -> None:
-    """Nothing is asked again: the joined pair is claimed after the first caller's deadline."""
+    """The joined pair is claimed after the first request's deadline, without a repeated enqueue."""
     await _enqueue(replica, [1], "a", "interactive", 0.2)
     await _enqueue(replica, [1], "b", "interactive")
     await asyncio.sleep(0.25)
@@ -199,8 +202,10 @@ async def test_joining_extends_the_deadline_in_redis(replica: Replica) -> None:
 
 
 @pytest.mark.parametrize("path", ["poll", "failover", "return"])
-async def test_pair_is_sent_for_the_others_when_the_best_caller_leaves(path: str, replica: Replica) -> None:
-    """The interactive caller goes, on any path: the bulk caller is answered."""
+async def test_pair_is_sent_after_request_with_best_priority_is_cancelled(
+    path: str, replica: Replica
+) -> None:
+    """The bulk request is answered, with and without Redis."""
     bulk = await _enqueue(replica, [1, 2], "b", "bulk")
     better = await _enqueue(replica, [2], "i", "interactive")
     if path != "poll":
@@ -216,8 +221,8 @@ async def test_pair_is_sent_for_the_others_when_the_best_caller_leaves(path: str
     assert bulk.pending
 
 
-async def test_no_caller_waits_for_the_quota_of_one_that_joined(shared_redis: str) -> None:
-    """After a flush, and without Redis, the pair goes out in whichever turn comes first."""
+async def test_pair_does_not_wait_for_quota_of_joined_request(shared_redis: str) -> None:
+    """After a flush, and without Redis, the pair goes with the requester whose turn comes first."""
     quotas = Quotas({"slow": Quota("slow", pairs_per_second=0.001)})
     async with replicas(QueueLocation.create(shared_redis), bounds=BOUNDS, quotas=lambda: quotas) as (
         replica,
@@ -232,8 +237,8 @@ async def test_no_caller_waits_for_the_quota_of_one_that_joined(shared_redis: st
         assert await _claim_batch(replica) == [1]
 
 
-async def test_caller_that_is_refused_improves_no_priority(shared_redis: str) -> None:
-    """A request that joins and is refused leaves the pair where it was, also when it is enqueued again."""
+async def test_rejected_request_does_not_improve_priority(shared_redis: str) -> None:
+    """The pair keeps its priority, also when it is enqueued again."""
     async with replicas(
         QueueLocation.create(shared_redis), bounds=queue_limits(batch_pairs=2, max_pairs=6)
     ) as (replica,):
@@ -255,7 +260,7 @@ _turns = st.builds(
 def test_joining_keeps_the_best_priority_of_each_account_in_any_order(
     turns: list[Requester], shuffle: random.Random
 ) -> None:
-    """Who came first changes nothing, and who comes twice neither."""
+    """Neither order nor repetition of requests matters."""
 
     def joined(order: list[Requester]) -> dict[str | None, str]:
         asked = WaitingPair(LAST, (order[0],), 0.0, b"")

@@ -1,4 +1,4 @@
-"""One suite for both queues: that of one process, and that of all replicas in Redis."""
+"""Contract of the queue, for the local one and the shared one."""
 
 import asyncio
 import math
@@ -24,8 +24,8 @@ BAD = PairRejectedError(StatusCode.INVALID_ARGUMENT, "bad", ".title", "too odd")
 DOWN = ModelUnavailableError("down", retry_after_seconds=1.0)
 
 
-async def test_a_pair_is_queued_joined_sent_and_answered(opened: QueueFactory) -> None:
-    """Who asks first queues it, who asks next joins it, one batch has it, and the answer ends it."""
+async def test_pair_is_queued_joined_claimed_and_completed(opened: QueueFactory) -> None:
+    """The first request queues the pair, the next one joins it, and one batch contains it."""
     async with opened() as subject:
         assert (await subject.enqueue([numbered_pair(1), numbered_pair(2)])).queued == {
             numbered_pair(1).digest,
@@ -43,8 +43,8 @@ async def test_a_pair_is_queued_joined_sent_and_answered(opened: QueueFactory) -
         assert await subject.is_empty()
 
 
-async def test_texts_reach_the_batch_as_the_first_caller_spelled_them(opened: QueueFactory) -> None:
-    """Any text of the world's scripts, empty ones too, unchanged."""
+async def test_batch_has_texts_of_first_request(opened: QueueFactory) -> None:
+    """Texts of any script, and empty ones, are not changed."""
     texts = ["", "Zürich Größe", "株式会社", "a\x00b", "x" * 4096, "🙂" * 300]
     wanted = [Pair(number.to_bytes(16, "big"), text, text[::-1]) for number, text in enumerate(texts)]
     async with opened(queue_limits(batch_pairs=10)) as subject:
@@ -53,8 +53,8 @@ async def test_texts_reach_the_batch_as_the_first_caller_spelled_them(opened: Qu
         assert sorted(map(repr, (await subject.claim_batch()).pairs)) == sorted(map(repr, wanted))
 
 
-async def test_a_pair_that_nobody_waits_for_is_not_sent(opened: QueueFactory) -> None:
-    """Who leaves takes along what is unsent; what is in flight ends as it does."""
+async def test_cancelled_pair_is_not_sent(opened: QueueFactory) -> None:
+    """A cancelled pair in flight still ends, and its outcome is remembered."""
     async with opened(queue_limits(batch_pairs=2)) as subject:
         await subject.enqueue(numbered_pairs([1, 2]))
         claim = await subject.claim_batch()
@@ -65,8 +65,8 @@ async def test_a_pair_that_nobody_waits_for_is_not_sent(opened: QueueFactory) ->
         assert (await subject.enqueue([numbered_pair(1)])).outcomes == {numbered_pair(1).digest: 3}
 
 
-async def test_an_answer_is_remembered_and_a_whim_is_not(opened: QueueFactory) -> None:
-    """Who asks again is told a level and a refusal at once; nonsense is asked of the model anew, once."""
+async def test_answer_is_remembered_and_first_invalid_response_is_not(opened: QueueFactory) -> None:
+    """A level and a rejection are returned at once. A pair with an invalid response is inferred once more."""
     async with opened(queue_limits(batch_pairs=3)) as subject:
         await subject.enqueue(numbered_pairs([1, 2, 3]))
         claim = await subject.claim_batch()
@@ -94,8 +94,8 @@ async def test_an_answer_is_remembered_and_a_whim_is_not(opened: QueueFactory) -
         )
 
 
-async def test_a_batch_ends_in_parts(opened: QueueFactory) -> None:
-    """What the store knew ends first; the rest stays in flight, and can be put back and answered."""
+async def test_batch_ends_in_parts(opened: QueueFactory) -> None:
+    """The pairs that the cache had end first. The rest can be released and claimed again."""
     async with opened() as subject:
         await subject.enqueue(numbered_pairs([1, 2, 3, 4]))
         claim = await subject.claim_batch()
@@ -109,8 +109,8 @@ async def test_a_batch_ends_in_parts(opened: QueueFactory) -> None:
         assert await subject.is_empty()
 
 
-async def test_a_late_answer_counts(opened: QueueFactory) -> None:
-    """A batch that was put back and is answered all the same leaves nothing to send."""
+async def test_answer_of_released_batch_counts(opened: QueueFactory) -> None:
+    """Nothing of the batch is sent again."""
     async with opened() as subject:
         await subject.enqueue(numbered_pairs([1, 2]))
         claim = await subject.claim_batch()
@@ -120,8 +120,8 @@ async def test_a_late_answer_counts(opened: QueueFactory) -> None:
         assert await subject.is_empty()
 
 
-async def test_no_call_before_the_models_pushback(opened: QueueFactory) -> None:
-    """After a failed call everybody stays away for as long as was said."""
+async def test_no_claim_before_pushback_ends(opened: QueueFactory) -> None:
+    """A failed call brought a pushback."""
     async with opened() as subject:
         await subject.enqueue([numbered_pair(1)])
         await subject.queue.fail(await subject.claim_batch(), DOWN, retry_after_seconds=20)
@@ -130,8 +130,8 @@ async def test_no_call_before_the_models_pushback(opened: QueueFactory) -> None:
         assert 19 < decision.wait_seconds < 21
 
 
-async def test_a_batch_put_back_goes_first_again(opened: QueueFactory) -> None:
-    """It is in front of all that came since, even after its lane was empty."""
+async def test_released_batch_is_claimed_first(opened: QueueFactory) -> None:
+    """It precedes all pairs that came since, even after its lane was empty."""
     async with opened(queue_limits(batch_pairs=2)) as subject:
         for first in range(0, 40, 2):  # the lane's clock goes far
             await subject.enqueue(numbered_pairs([first, first + 1]))
@@ -144,8 +144,8 @@ async def test_a_batch_put_back_goes_first_again(opened: QueueFactory) -> None:
         assert sorted(pair_numbers(await subject.claim_batch())) == [38, 39]
 
 
-async def test_interactive_first_bulk_a_tenth_refresh_only_spare_places(opened: QueueFactory) -> None:
-    """A full batch has nine tenths interactive and one bulk; refresh gets what neither wants."""
+async def test_batch_has_interactive_first_a_tenth_bulk_and_refreshes_last(opened: QueueFactory) -> None:
+    """Refreshes get what the other priorities leave."""
     async with opened(queue_limits(batch_pairs=20)) as subject:
         await subject.enqueue(numbered_pairs(range(200, 240)), request_context(priority="refresh"))
         await subject.enqueue(numbered_pairs(range(100, 120)), request_context(priority="bulk"))
@@ -159,8 +159,8 @@ async def test_interactive_first_bulk_a_tenth_refresh_only_spare_places(opened: 
         assert seen == [(18, 2, 0), (18, 2, 0), (4, 16, 0), (0, 0, 20)]
 
 
-async def test_bulks_tenth_holds_in_bytes_too(opened: QueueFactory) -> None:
-    """Long interactive texts fill every batch, and still bulk gets its part of the bytes."""
+async def test_bulk_reserve_holds_in_bytes(opened: QueueFactory) -> None:
+    """Long interactive texts fill every batch."""
     async with opened(queue_limits(batch_pairs=100, batch_bytes=20_000)) as subject:
         await subject.enqueue(
             numbered_pairs(range(100, 150), text="b" * 400), request_context(priority="bulk")
@@ -173,8 +173,8 @@ async def test_bulks_tenth_holds_in_bytes_too(opened: QueueFactory) -> None:
         assert sum(item.size_bytes for item in claim.pairs) <= 20_000
 
 
-async def test_a_pair_above_the_bytes_of_a_batch_goes_alone(opened: QueueFactory) -> None:
-    """It is sent, with nothing else; and so are the others, without it."""
+async def test_pair_above_batch_bytes_is_sent_alone(opened: QueueFactory) -> None:
+    """The other pairs are sent without it."""
     async with opened(queue_limits(batch_pairs=10, batch_bytes=500)) as subject:
         await subject.enqueue([numbered_pair(1, text="x" * 4000), *numbered_pairs([2, 3])])
         sizes = []
@@ -185,8 +185,8 @@ async def test_a_pair_above_the_bytes_of_a_batch_goes_alone(opened: QueueFactory
         assert sorted(sizes) == [[1], [2, 3]]
 
 
-async def test_the_better_priority_of_two_counts(opened: QueueFactory) -> None:
-    """A bulk pair that somebody asks for interactively goes with the interactive ones, and never back."""
+async def test_better_priority_of_two_requests_counts(opened: QueueFactory) -> None:
+    """A bulk pair that an interactive request joins keeps the better priority."""
     async with opened(queue_limits(batch_pairs=2)) as subject:
         await subject.enqueue(numbered_pairs(range(6)), request_context("b", "bulk"))
         await subject.enqueue([numbered_pair(5)], request_context("i", "interactive"))
@@ -194,8 +194,8 @@ async def test_the_better_priority_of_two_counts(opened: QueueFactory) -> None:
         assert 5 in pair_numbers(await subject.claim_batch())
 
 
-async def test_a_small_caller_does_not_wait_for_a_big_one(opened: QueueFactory) -> None:
-    """Two pairs of one caller, asked after 5000 of another, are in the next batch."""
+async def test_small_caller_does_not_wait_for_large_one(opened: QueueFactory) -> None:
+    """Two pairs of one caller, enqueued after 5000 of another, are in the next batch."""
     async with opened(queue_limits(batch_pairs=100)) as subject:
         await subject.enqueue(numbered_pairs(range(5000)), request_context("big"))
         await subject.complete(await subject.claim_batch())
@@ -204,7 +204,7 @@ async def test_a_small_caller_does_not_wait_for_a_big_one(opened: QueueFactory) 
 
 
 async def test_callers_share_the_batches_evenly(opened: QueueFactory) -> None:
-    """Three callers with a backlog each get a third, whoever came first."""
+    """Three callers with a backlog each get a third, in whatever order they came."""
     async with opened(queue_limits(batch_pairs=30)) as subject:
         for caller in range(3):
             await subject.enqueue(
@@ -217,8 +217,8 @@ async def test_callers_share_the_batches_evenly(opened: QueueFactory) -> None:
             await subject.complete(claim)
 
 
-async def test_a_request_above_the_bound_in_pairs_is_refused_whole(opened: QueueFactory) -> None:
-    """Over several script calls' worth too: nothing of it is queued, and what joins needs no room."""
+async def test_request_above_max_pairs_is_rejected_as_a_whole(opened: QueueFactory) -> None:
+    """Also over several script calls. Pairs that a request joins do not count."""
     async with opened(queue_limits(batch_pairs=1000, max_pairs=1600)) as subject:
         with pytest.raises(QueueFullError) as full:
             await subject.enqueue(numbered_pairs(range(1601)))
@@ -232,8 +232,8 @@ async def test_a_request_above_the_bound_in_pairs_is_refused_whole(opened: Queue
         await subject.enqueue([numbered_pair(5000)])
 
 
-async def test_a_request_above_the_bound_in_bytes_is_refused_whole(opened: QueueFactory) -> None:
-    """The bytes of all of it count, not of its first part."""
+async def test_request_above_max_bytes_is_rejected_as_a_whole(opened: QueueFactory) -> None:
+    """All of its bytes count, not those of its first chunk."""
     async with opened(
         queue_limits(batch_pairs=1000, max_bytes=1000 * numbered_pair(10**6).size_bytes)
     ) as subject:
@@ -243,8 +243,8 @@ async def test_a_request_above_the_bound_in_bytes_is_refused_whole(opened: Queue
         await subject.enqueue(numbered_pairs(range(10**6, 10**6 + 1000)))
 
 
-async def test_a_request_that_joins_first_is_still_bounded(opened: QueueFactory) -> None:
-    """Pairs that wait already let nothing in that follows them, and a refused request leaves nothing."""
+async def test_request_whose_first_pairs_join_is_bounded(opened: QueueFactory) -> None:
+    """A rejected request leaves nothing behind."""
     async with opened(queue_limits(batch_pairs=1000, max_pairs=1000)) as subject:
         await subject.enqueue(numbered_pairs(range(600)))
         with pytest.raises(QueueFullError):
@@ -258,10 +258,12 @@ async def test_a_request_that_joins_first_is_still_bounded(opened: QueueFactory)
 SLOW = queue_limits(batch_pairs=10, calls_per_second=1, pairs_per_second=10)
 
 
-async def test_who_would_wait_too_long_is_told_at_once(opened: QueueFactory) -> None:
-    """With 30 batches of its own ahead, one a second, a deadline in five seconds is hopeless, for pairs that
-    wait already too; one in 60 is not. A refused request changes nothing.
-    """  # noqa: D205 - one thought
+async def test_request_with_too_long_wait_is_rejected_at_once(opened: QueueFactory) -> None:
+    """With 30 batches of the caller ahead, one a second, a deadline of 5 s is too short.
+
+    One of 60 s is not. That holds for pairs that wait already, too, and a rejected request changes
+    nothing.
+    """
     async with opened(SLOW) as subject:
         await subject.enqueue(numbered_pairs(range(300)), request_context("a", timeout=60))
         with pytest.raises(QueueFullError, match="would wait"):
@@ -274,10 +276,11 @@ async def test_who_would_wait_too_long_is_told_at_once(opened: QueueFactory) -> 
         ).queued == frozenset()
 
 
-async def test_a_small_caller_is_admitted_by_its_own_turn(opened: QueueFactory) -> None:
-    """Behind 30 batches of another's it goes out in the next call, so five seconds are enough; not for 80
-    pairs, to which every other place of a call is left.
-    """  # noqa: D205 - one thought
+async def test_small_caller_is_admitted_by_its_own_wait(opened: QueueFactory) -> None:
+    """Behind 30 batches of another caller its pairs go in the next call, so 5 s are enough.
+
+    They are not for 80 pairs, which get half of each call.
+    """
     async with opened(SLOW) as subject:
         await subject.enqueue(numbered_pairs(range(300)), request_context("a", timeout=60))
         await subject.enqueue(numbered_pairs([1000, 1001]), request_context("b", timeout=5))
@@ -285,8 +288,8 @@ async def test_a_small_caller_is_admitted_by_its_own_turn(opened: QueueFactory) 
             await subject.enqueue(numbered_pairs(range(2000, 2080)), request_context("c", timeout=5))
 
 
-async def test_bulk_is_admitted_by_its_tenth(opened: QueueFactory) -> None:
-    """With interactive enough for a minute, a bulk pair goes out in the next call; five take five."""
+async def test_bulk_is_admitted_by_its_reserve(opened: QueueFactory) -> None:
+    """With interactive pairs for a minute, a bulk pair goes in the next call, and five need five calls."""
     async with opened(SLOW) as subject:
         await subject.enqueue(numbered_pairs(range(600)), request_context("a", timeout=120))
         await subject.enqueue([numbered_pair(1000)], request_context("b", "bulk", timeout=3))
@@ -295,8 +298,8 @@ async def test_bulk_is_admitted_by_its_tenth(opened: QueueFactory) -> None:
         await subject.enqueue(numbered_pairs(range(1001, 1006)), request_context("b", "bulk", timeout=9))
 
 
-async def test_asking_with_a_better_priority_is_admitted_by_that(opened: QueueFactory) -> None:
-    """A bulk pair far behind is not too late for an interactive caller, who promotes it."""
+async def test_request_with_better_priority_is_admitted_by_it(opened: QueueFactory) -> None:
+    """A bulk pair far behind is not too late for an interactive request, which moves it forward."""
     async with opened(SLOW) as subject:
         await subject.enqueue(numbered_pairs(range(600)), request_context("a", "bulk", timeout=120))
         with pytest.raises(QueueFullError, match="would wait"):
@@ -306,8 +309,8 @@ async def test_asking_with_a_better_priority_is_admitted_by_that(opened: QueueFa
         assert 599 in pair_numbers(claim)
 
 
-async def test_a_batch_waits_for_company_but_not_when_it_is_full(opened: QueueFactory) -> None:
-    """The linger holds a lone pair back; a batch that is full goes at once."""
+async def test_linger_delays_partial_batch_only(opened: QueueFactory) -> None:
+    """A full batch is claimed at once."""
     async with opened(queue_limits(batch_pairs=3, linger_seconds=30)) as subject:
         await subject.enqueue([numbered_pair(1)])
         decision = await subject.queue.claim()
@@ -320,7 +323,7 @@ async def test_a_batch_waits_for_company_but_not_when_it_is_full(opened: QueueFa
 async def _find_bad(
     subject: QueueSubject, bad: set[int], end: Callable[[Claim], Awaitable[None]] | None = None
 ) -> list[list[int]]:
-    """Be a model that refuses any batch with one of `bad` in it (or ends it so); the batches it saw."""
+    """Reject, or end with `end`, all batches with a pair of `bad`; return the batches."""
     calls: list[list[int]] = []
     for _ in range(500):
         decision = await subject.queue.claim()
@@ -346,8 +349,8 @@ async def _ends(subject: QueueSubject, numbers: list[int]) -> dict[int, Outcome]
     }
 
 
-async def test_unnamed_bad_pairs_are_found_by_halving(opened: QueueFactory) -> None:
-    """Two of 64: exactly those are refused, all others answered, in about two calls a halving."""
+async def test_unnamed_invalid_pairs_are_found_by_bisection(opened: QueueFactory) -> None:
+    """Two of 64 pairs are rejected and the others answered, with about two calls for each bisection step."""
     async with opened(queue_limits(batch_pairs=64)) as subject:
         await subject.enqueue(numbered_pairs(range(64)))
         calls = await _find_bad(subject, {7, 50})
@@ -358,7 +361,7 @@ async def test_unnamed_bad_pairs_are_found_by_halving(opened: QueueFactory) -> N
 
 
 async def test_suspects_are_split_by_caller_first(opened: QueueFactory) -> None:
-    """The caller whose pairs are fine is answered by the first probe, not after the last."""
+    """A caller whose pairs are valid is answered by the first probe, not after the last."""
     async with opened(queue_limits(batch_pairs=40)) as subject:
         await subject.enqueue(numbered_pairs(range(100, 120)), request_context("bad"))
         await subject.enqueue(numbered_pairs(range(20)), request_context("good"))
@@ -366,8 +369,8 @@ async def test_suspects_are_split_by_caller_first(opened: QueueFactory) -> None:
         assert all(len({number // 100 for number in call}) == 1 for call in calls[1:])
 
 
-async def test_a_named_pair_ends_alone(opened: QueueFactory) -> None:
-    """The model says which: that one is refused in its words, the others are sent again together."""
+async def test_named_pair_ends_and_others_are_sent_again(opened: QueueFactory) -> None:
+    """It ends with the error that names it."""
     async with opened(queue_limits(batch_pairs=10)) as subject:
         await subject.enqueue(numbered_pairs(range(10)))
         claim = await subject.claim_batch()
@@ -382,7 +385,7 @@ async def test_a_named_pair_ends_alone(opened: QueueFactory) -> None:
 
 
 async def test_probes_are_every_fourth_call_while_others_wait(opened: QueueFactory) -> None:
-    """Bad pairs of one caller leave three calls of four to the others."""
+    """Invalid pairs of one caller leave three of four calls to others."""
     async with opened(queue_limits(batch_pairs=10)) as subject:
         await subject.enqueue(numbered_pairs(range(10)), request_context("bad"))
         first = await subject.claim_batch()
@@ -400,8 +403,8 @@ async def test_probes_are_every_fourth_call_while_others_wait(opened: QueueFacto
         assert sum(kinds) >= 3
 
 
-async def test_a_pair_refused_32_times_ends(opened: QueueFactory) -> None:
-    """A model that refuses everything ends every pair in the end, each with its error."""
+async def test_pair_rejected_32_times_ends(opened: QueueFactory) -> None:
+    """With a model that rejects everything, each pair ends with an error."""
     async with opened(queue_limits(batch_pairs=8)) as subject:
         await subject.enqueue(numbered_pairs(range(8)))
         await _find_bad(subject, set(range(8)))
@@ -411,8 +414,8 @@ async def test_a_pair_refused_32_times_ends(opened: QueueFactory) -> None:
 
 
 @pytest.mark.slow
-async def test_a_batch_that_leaves_late_moves_the_next_slot(opened: QueueFactory) -> None:
-    """By as much as it is late, the last word counts; not when the next slot is another's already."""
+async def test_late_batch_postpones_next_slot(opened: QueueFactory) -> None:
+    """By its lateness; the last report counts. If the next slot is taken already, it is not moved."""
     async with opened(queue_limits(batch_pairs=1, calls_per_second=0.5)) as subject:
         await subject.enqueue(numbered_pairs(range(3)))
         decision = await subject.queue.claim()
@@ -435,8 +438,8 @@ async def test_a_batch_that_leaves_late_moves_the_next_slot(opened: QueueFactory
         assert not await subject.queue.postpone_slot(first, seconds=0.5)
 
 
-async def test_a_batch_that_is_late_and_goes_back_leaves_the_slot_free(opened: QueueFactory) -> None:
-    """What was said of its lateness is undone with it."""
+async def test_released_late_batch_leaves_slot_free(opened: QueueFactory) -> None:
+    """The postponement is undone with the claim."""
     async with opened(queue_limits(batch_pairs=1, calls_per_second=0.5)) as subject:
         await subject.enqueue(numbered_pairs([1]))
         decision = await subject.queue.claim()
@@ -450,10 +453,11 @@ async def test_a_batch_that_is_late_and_goes_back_leaves_the_slot_free(opened: Q
         assert not await subject.queue.postpone_slot(claim, seconds=0.1)
 
 
-async def test_a_pair_that_breaks_the_model_is_found(opened: QueueFactory) -> None:
-    """Calls with it fail as the model's own breakdown: failed twice, the batch is halved, and only that pair
-    ends without a level, remembered for a while.
-    """  # noqa: D205 - one thought
+async def test_pair_that_causes_model_fault_is_found(opened: QueueFactory) -> None:
+    """A batch that failed twice is bisected.
+
+    Only the pair ends without a level, and its error is remembered for a while.
+    """
     async with opened(queue_limits(batch_pairs=8)) as subject:
         await subject.enqueue(numbered_pairs(range(8)))
 
@@ -470,12 +474,10 @@ async def test_a_pair_that_breaks_the_model_is_found(opened: QueueFactory) -> No
 
 
 @pytest.mark.parametrize("patience", [(0.3, 60.0), (60.0, 0.3)], ids=["joined later", "joined before"])
-async def test_a_pair_is_wanted_until_the_latest_deadline_of_all_who_wait(
+async def test_pair_waits_until_latest_deadline_of_its_requests(
     opened: QueueFactory, patience: tuple[float, float]
 ) -> None:
-    """Whoever joins it with more time keeps it, with less takes nothing from it; also after the queue was
-    asked for everything again.
-    """  # noqa: D205 - one thought
+    """A request that joins can only extend it. That holds after a repeated enqueue, too."""
     async with opened() as subject:
         for seconds in patience:
             await subject.enqueue([numbered_pair(1)], request_context(timeout=seconds))

@@ -1,4 +1,4 @@
-"""A queue of either kind, for the suites that both must pass: that of one process, that of all in Redis."""
+"""A local or shared queue with the same interface, for the suites that both must pass."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -36,16 +36,16 @@ AsyncAction = Callable[[], Awaitable[None]]
 
 @dataclass
 class MutableQuotas:
-    """The quotas, which a test may change."""
+    """Quotas that a test may change."""
 
     current: Quotas
 
 
 class QueueSubject:
-    """A queue, what it settled, and what a waiter does from time to time (`poll`).
+    """A queue under test and what it reported.
 
-    `age_quotas`: as if so many seconds had passed since they were spent. `hear`: take in what was published.
-    `given_up`: the moments before which it was told that there is no call.
+    `age_quotas(seconds)` makes the consumption of quotas older, and `poll` does what a waiting request
+    does from time to time.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class QueueSubject:
         self.backoff_deadlines = backoff_deadlines
 
     async def enqueue(self, pairs: list[Pair], context: RequestContext | None = None) -> EnqueueResult:
-        """Ask for pairs."""
+        """Enqueue pairs."""
         return await self.queue.enqueue(pairs, context or request_context())
 
     async def claim_batch(self) -> Claim:
-        """The next batch, which is due."""
+        """Claim the next batch, which must be due soon."""
         for _ in range(100):
             decision = await self.queue.claim()
             if isinstance(decision, Claim):
@@ -81,11 +81,11 @@ class QueueSubject:
         raise AssertionError("no batch")
 
     async def complete(self, claim: Claim, level: int = 3) -> None:
-        """Be the model."""
+        """Complete a claim with one level for all pairs."""
         await self.queue.complete(claim, {item.digest: level for item in claim.pairs})
 
     async def drain(self) -> list[int]:
-        """Be a dispatcher and a model until nothing may go for a while: the pairs that went."""
+        """Claim and complete until nothing is due for a while; return the numbers of the pairs."""
         gone = []
         while True:
             decision = await self.queue.claim()
@@ -98,11 +98,11 @@ class QueueSubject:
                 await asyncio.sleep(decision.wait_seconds)
 
     async def is_empty(self) -> bool:
-        """Whether a claim says so."""
+        """Return whether a claim finds no waiting pair."""
         return await self.queue.claim() == ClaimDeferred(inf)
 
     def outcomes(self) -> dict[int, Outcome]:
-        """How pairs ended, by number, each once."""
+        """Return the outcomes by pair number; each pair must have ended once."""
         found = {int.from_bytes(digest, "big"): outcome for digest, outcome in self.resolved}
         assert len(found) == len(self.resolved), "told twice"
         return found
@@ -112,9 +112,9 @@ QueueFactory = Callable[..., AbstractAsyncContextManager[QueueSubject]]
 
 
 def queue_factory(kind: str, redis_url: str) -> QueueFactory:
-    """Opens a queue of that kind, `local` or `redis`, with the limits and quotas that a test needs.
+    """Return a function that opens a `local` or `redis` queue with limits and quotas.
 
-    `begun`: it has sent something, so that quotas may be aged.
+    With `begun` it has sent a pair, so that quotas may be aged.
     """
 
     @asynccontextmanager

@@ -45,7 +45,7 @@ def queue_limits(
     max_bytes: int = 10**9,
     retry_window_seconds: float = 15,
 ) -> QueueLimits:
-    """No limit and no linger, unless a test wants one."""
+    """Return limits without a rate and a linger, unless given."""
     return QueueLimits(
         batch_pairs=batch_pairs,
         batch_bytes=batch_bytes,
@@ -59,24 +59,24 @@ def queue_limits(
 
 
 def numbered_pair(number: int, *, text: str = "t") -> Pair:
-    """A pair of a test; its digest tells its number."""
+    """Return a test pair whose digest is its number."""
     return Pair(number.to_bytes(16, "big"), f"c{number}", text)
 
 
 def numbered_pairs(numbers: Iterable[int], *, text: str = "t") -> list[Pair]:
-    """Some of them."""
+    """Return a test pair for each number."""
     return [numbered_pair(number, text=text) for number in numbers]
 
 
 def pair_numbers(claim: Claim) -> list[int]:
-    """The numbers of a batch's pairs, in its order."""
+    """Return the numbers of a batch's pairs, in order."""
     return [int.from_bytes(item.digest, "big") for item in claim.pairs]
 
 
 def request_context(
     caller: str = "c", priority: str = "interactive", *, timeout: float = TIMEOUT_SECONDS
 ) -> RequestContext:
-    """Who asks, by default with a minute's time."""
+    """Return a request context, by default with a timeout of a minute."""
     return RequestContext(caller, priority, asyncio.get_running_loop().time() + timeout)
 
 
@@ -85,11 +85,10 @@ async def _no_address() -> str:
 
 
 class LossyClient(redis.asyncio.Redis):
-    """A client whose connection may break after a script has run: `lose` of the next replies never arrive.
+    """Client with faults: `lost_replies`: how many of the next scripts' replies are lost.
 
-    `slow` are seconds that the next scripts take to reach the server, each on its own connection; what is
-    longer than `most_bytes` does not reach it. Before `forgotten` of the next ones the server loses all
-    scripts.
+    `delays`: seconds by which the next scripts are delayed, each on a connection. `max_command_bytes`:
+    longer commands fail. `script_flushes`: how many of the next calls are preceded by SCRIPT FLUSH.
     """
 
     lost_replies = 0
@@ -98,7 +97,7 @@ class LossyClient(redis.asyncio.Redis):
     script_flushes = 0
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Run it; then perhaps lose the reply."""
+        """Run the command, with the faults that are due."""
         if self.delays and args[0] == "EVALSHA":
             delay, self.delays = self.delays[0], self.delays[1:]
             await asyncio.sleep(delay)
@@ -118,27 +117,27 @@ class LossyClient(redis.asyncio.Redis):
 
 @dataclass(frozen=True, slots=True)
 class QueueLocation:
-    """Where a queue of a test lives in Redis."""
+    """A deployment's queue in Redis, and direct access to its keys."""
 
     url: str
     keys: QueueKeys
 
     @classmethod
     def create(cls, url: str, *, namespace: str = "n") -> "QueueLocation":
-        """A prefix that nobody else has."""
+        """Return a location with a random prefix."""
         return cls(url, QueueKeys(prefix=f"q{secrets.token_hex(6)}", namespace=namespace))
 
     def with_namespace(self, namespace: str) -> "QueueLocation":
-        """Another model version of the same deployment."""
+        """Return the location of another model version of the same deployment."""
         prefix = self.keys.limit.partition("}")[0].removeprefix("{")
         return QueueLocation(self.url, QueueKeys(prefix=prefix, namespace=namespace))
 
     def client(self) -> "redis.Redis":
-        """A client of the test's own."""
+        """Return a client for direct access."""
         return redis.Redis.from_url(self.url)
 
     def leftover_keys(self) -> dict[str, Any]:
-        """What of unended pairs is in Redis: nothing, when all have ended."""
+        """Return the keys of unended pairs and their types, nothing when all have ended."""
         base = self.keys.base
         with self.client() as client:
             found = {
@@ -160,14 +159,14 @@ class QueueLocation:
         return rest | ({"bytes": bytes_held} if bytes_held else {})
 
     def flush(self) -> None:
-        """Take all that this deployment has out of Redis, as FLUSHALL would."""
+        """Delete all keys of this deployment, as FLUSHALL would."""
         prefix = self.keys.limit.partition("}")[0].removeprefix("{")
         with self.client() as client:
             for key in client.scan_iter(f"*{prefix}*"):
                 client.delete(key)
 
     def age_quotas(self, milliseconds: int) -> None:
-        """As if that time had passed since they were spent."""
+        """Make the consumption of quotas older."""
         limit = self.keys.limit
         with self.client() as client:
             for account, until in client.zrange(f"{limit}:spent", 0, -1, withscores=True):
@@ -175,7 +174,7 @@ class QueueLocation:
             client.hincrby(limit, "quotas_since", -milliseconds)
 
     def age_claims(self, milliseconds: int) -> None:
-        """As if that time had passed since they were granted."""
+        """Make the claims older."""
         with self.client() as client:
             for claim_id, packed in client.hgetall(f"{self.keys.base}claims").items():
                 claim = msgpack.unpackb(packed, raw=True, strict_map_key=False)
@@ -185,7 +184,7 @@ class QueueLocation:
 
 
 class Replica:
-    """One replica: its queue, its waiters, and its subscription, whose messages are taken by hand."""
+    """One replica: queue, waiters, session, and a subscription that a test receives from step by step."""
 
     def __init__(
         self, location: QueueLocation, name: str, bounds: QueueLimits, quotas: QuotaProvider = no_quotas
@@ -238,7 +237,7 @@ class Replica:
         self.waiters.resolve(digest, outcome)
 
     async def subscribe(self) -> "Replica":
-        """Subscribe and be heard of."""
+        """Subscribe and send a heartbeat."""
         await self._pubsub.subscribe(self.scripts.channel, f"{self.scripts.channel}:{self.name}")
         for _ in range(2):  # the confirmations
             await self._pubsub.get_message(timeout=TIMEOUT_SECONDS)
@@ -246,13 +245,13 @@ class Replica:
         return self
 
     async def close_connections(self) -> None:
-        """Close what is open."""
+        """Close all connections."""
         await self.session._peer_prober.close()  # it may have knocked at what a heartbeat told it
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self.client.aclose()
 
     async def crash(self) -> None:
-        """End without a goodbye, some time ago."""
+        """End without leaving the membership, some time ago."""
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self.client.aclose()
         with self.location.client() as client:
@@ -261,13 +260,13 @@ class Replica:
         self.expire_heartbeat()
 
     def expire_heartbeat(self) -> None:
-        """As if its last heartbeat were five seconds ago."""
+        """Make the last heartbeat five seconds old."""
         with self.location.client() as client:
             then = client.time()[0] * 1000 - 5000
             client.zadd(f"{self.location.keys.limit}:replicas", {self.name: then})
 
     async def receive_messages(self, *, lost: bool = False) -> None:
-        """Take what was published until now, or lose it: all that comes before a mark of our own."""
+        """Receive, or lose, all messages until now: those before a marker that this publishes."""
         mark = secrets.token_bytes(16)
         await self.client.publish(f"{self.scripts.channel}:{self.name}", mark)
         async with asyncio.timeout(TIMEOUT_SECONDS):
@@ -278,12 +277,12 @@ class Replica:
                     self.session.subscription.apply_message(message["data"])
 
     async def heartbeat(self) -> None:
-        """A heartbeat, and what follows from it."""
+        """Send a heartbeat, and recover missed messages."""
         await self.session._heartbeat()
         await self.recover()
 
     async def recover(self) -> None:
-        """Ask again if something may have been missed."""
+        """Enqueue the waiting pairs again if messages may have been missed."""
         if self.session.subscription.missed.is_set():
             self.session.subscription.missed.clear()
             await self.queue.re_enqueue()
@@ -291,7 +290,7 @@ class Replica:
     async def enqueue(
         self, pairs: Sequence[Pair], context: RequestContext | None = None
     ) -> tuple[Waiter, EnqueueResult]:
-        """Ask as the resolver does. Raises `QueueFullError`."""
+        """Enqueue as the resolver does. Raises `QueueFullError`."""
         context = context or request_context()
         wait = self.waiters.register([item.digest for item in pairs], deadline=context.deadline)
         try:
@@ -303,11 +302,11 @@ class Replica:
         return wait, enqueued
 
     async def cancel(self, waiter: Waiter) -> None:
-        """A caller goes, answered or not."""
+        """End a request, answered or not."""
         await self.queue.cancel(self.waiters.unregister(waiter))
 
     async def claim_batch(self) -> Claim:
-        """A batch, which there must be, by now."""
+        """Claim the next batch, which must be due soon."""
         for _ in range(200):
             decision = await self.queue.claim()
             if isinstance(decision, Claim):
@@ -326,7 +325,10 @@ async def replicas(
     *,
     first_number: int = 1,
 ) -> AsyncIterator[list[Replica]]:
-    """So many, for as long as the block lasts. Their names count from `first`: no two have the same."""
+    """Open replicas for the length of the block.
+
+    Their names count from `first_number`: no two are the same.
+    """
     names = (f"{number:016x}" for number in itertools.count(first_number))
     opened = [Replica(location, next(names), bounds or queue_limits(), quotas) for _ in range(count)]
     try:

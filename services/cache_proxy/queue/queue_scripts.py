@@ -1,4 +1,4 @@
-"""The queue's Lua scripts, each one decision."""
+"""Runs the queue's Lua scripts, each of which is one decision, and repeats or resets where that helps."""
 
 import asyncio
 import itertools
@@ -57,12 +57,14 @@ _OPERATIONS = {
 """Values of the metric label `op`, which dashboards rely on, of scripts that have another name."""
 _MAX_ATTEMPTS = 4
 _MAX_CONCURRENT_CALLS = 8
-_SLOT_MIGRATION_SECONDS, _SLOT_MIGRATION_RETRY_SECONDS = (
-    0.5,
-    0.02,
-)  # an operator moves a slot of few keys in less
-# What a script's error says when data in Redis caused it: Lua's own words, and those of commands for numbers.
-# All else is the server's state: a new queue would mend nothing, and cost every replica its own.
+
+# A Cluster's hash slot with few keys is moved in less time than this.
+_SLOT_MIGRATION_SECONDS = 0.5
+_SLOT_MIGRATION_RETRY_SECONDS = 0.02
+
+# Texts in the error of a script that data in Redis caused: Lua's errors, and those of commands for numbers.
+# Any other error comes from the server's state. A reset would not repair that, and would delete the queue of
+# all replicas.
 _DATA_ERRORS = (
     "WRONGTYPE",
     "attempt to ",
@@ -80,11 +82,17 @@ _DENIED_COMMAND = re.compile(r"the '([^']{1,60})' command")
 
 
 class Scripts:
-    """Runs a script by name. Each may be run twice under one token, so a lost reply is asked for again.
+    """Runs scripts by name.
 
-    State: `_repaired_for`, the script whose failure made this replica repair the queue, until that script
-    works again; `_has_worked`, whether any other did since; `_repairs`, how many there were; event loop
-    only. The queue is not repaired again for the same script, nor while none works: that would mend nothing.
+    Every script may run twice with the same arguments, so it is repeated if its reply was lost. If a script
+    fails on data in Redis, the queue is reset, and all replicas enqueue their pairs again. It is not reset
+    again for the same script, nor while no script succeeds, since that would not repair it.
+
+    State, touched only from the event loop:
+
+    - `_reset_for`: the script whose failure led to the last reset, until that script succeeds.
+    - `_has_script_succeeded`: whether any script has succeeded since.
+    - `_resets`: the number of resets.
     """
 
     def __init__(self, node: QueueNode, keys: QueueKeys, *, metrics: ProxyMetrics) -> None:
@@ -107,19 +115,19 @@ class Scripts:
 
     @property
     def on_cluster(self) -> bool:
-        """Whether they run on one node of several."""
+        """Return whether the queue is on one node of several."""
         return self._node.is_cluster
 
     async def run(self, name: str, args: Sequence[Any]) -> Any:
-        """The script's reply. Raises `StoreError` when none came, however often it was asked for."""
+        """Run a script, and return its reply. Raises `StoreError` if no attempt brought one."""
         async with self._call_slots:
-            repairs = self._resets
+            known_resets = self._resets
             try:
                 return await self._run(name, args)
             except StoreError as error:
                 if not _is_data_error(error.__cause__):
                     raise
-                await self._reset_once(name, error, known_resets=repairs)
+                await self._reset_once(name, error, known_resets=known_resets)
             try:
                 return await self._run(name, args)
             except StoreError as error:
@@ -128,16 +136,17 @@ class Scripts:
                 raise
 
     async def _reset_once(self, name: str, error: StoreError, *, known_resets: int) -> None:
-        """Make the queue anew, unless that was done since there were so many `repairs`.
+        """Reset the queue, unless another script did so since there were `known_resets`.
 
-        Several scripts find the same damage at once. Raises `StoreError`.
+        Several scripts may find the same damage at once. Raises `StoreError`.
         """
         async with self._reset_lock:
             if self._resets != known_resets:
                 return
             if self._reset_for is not None and (self._reset_for == name or not self._has_script_succeeded):
                 raise StoreDamagedError(str(error)) from error
-            self._reset_for, self._has_script_succeeded = name, False
+            self._reset_for = name
+            self._has_script_succeeded = False
             _log.warning("the queue in Redis is damaged and made anew: %s", error)
             self._metrics.store_garbage.inc()
             await self._run("reset", [])
@@ -145,15 +154,15 @@ class Scripts:
 
     async def _run(self, name: str, args: Sequence[Any]) -> Any:
         script = self._scripts[name]
-        how = ("EVALSHA", script.sha)
-        moving_until = time.monotonic() + _SLOT_MIGRATION_SECONDS
+        command = ("EVALSHA", script.sha)
+        migration_deadline = time.monotonic() + _SLOT_MIGRATION_SECONDS
         for attempt in itertools.count(1):
             try:
                 with self._metrics.store_duration.labels(_OPERATIONS.get(name, name)).time():
-                    reply = await self._node.command(*how, len(self._keys), *self._keys, *args)
+                    reply = await self._node.command(*command, len(self._keys), *self._keys, *args)
             except StoreError as error:
-                how = await self._next_attempt(
-                    name, how, error, attempt=attempt, migration_deadline=moving_until
+                command = await self._next_attempt(
+                    name, command, error, attempt=attempt, migration_deadline=migration_deadline
                 )
             else:
                 if self._reset_for == name:
@@ -171,13 +180,14 @@ class Scripts:
         attempt: int,
         migration_deadline: float,
     ) -> tuple[str, str]:
-        """Return the command for the next attempt. Raises `StoreError` if there is to be none."""
+        """Return the command for the next attempt, or raise the error if another one is of no use."""
         cause = error.__cause__
         other_format = _OTHER_FORMAT.search(str(cause))
         if other_format:
             raise QueueFormatError(found=int(other_format[1]), expected=self._format)
         if isinstance(cause, AskError | TryAgainError) and time.monotonic() < migration_deadline:
-            await asyncio.sleep(_SLOT_MIGRATION_RETRY_SECONDS)  # it did not run, and soon will elsewhere
+            # The script did not run. Soon it can, on the node to which the slot is moved.
+            await asyncio.sleep(_SLOT_MIGRATION_RETRY_SECONDS)
             return command
         if is_access_denied(cause or error):
             raise self._access_error(name, error) from cause
@@ -195,9 +205,12 @@ class Scripts:
         return StoreAccessDeniedError(command=command, user=self._node.user, reason=str(error))
 
     def _is_retryable(self, cause: BaseException | None, attempt: int) -> bool:
-        """Whether only the reply was lost, or the connection. What is slow twice is slow."""
+        """Return whether only the reply or the connection was lost.
+
+        A timeout is retried once. Outside of a Cluster the client has done that already.
+        """
         if isinstance(cause, RedisTimeoutError | TimeoutError):
-            return self._node.is_cluster and attempt == 1  # elsewhere the client has asked twice
+            return self._node.is_cluster and attempt == 1
         return isinstance(cause, RedisConnectionError | OSError)
 
 
@@ -211,7 +224,7 @@ def _with_script_name(name: str, error: StoreError) -> StoreError:
 
 
 def _is_data_error(error: BaseException | None) -> bool:
-    """Whether a script failed over what it found in Redis, and not by the server's state."""
+    """Return whether data in Redis made a script fail, and not the server's state."""
     text = str(error)
     return (
         type(error) is ResponseError

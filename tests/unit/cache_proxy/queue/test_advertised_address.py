@@ -1,4 +1,4 @@
-"""Where other replicas can knock."""
+"""Tests of the address under which other replicas reach this one."""
 
 import asyncio
 import socket
@@ -29,17 +29,17 @@ from services.cache_proxy.queue.advertised_address import AdvertisedAddress
         ("127.0.0.1:9464", "redis+sentinel://192.0.2.1:26379,192.0.2.2:26379/cache", ""),
     ],
 )
-async def test_an_address_of_one_machine_is_none_for_those_on_others(
+async def test_loopback_address_is_advertised_only_where_redis_is_local(
     http: str, redis_url: str, address: str
 ) -> None:
-    """A loopback door leads whoever knocks from another machine to a stranger, who is not the replica."""
+    """From another machine, a loopback address would lead to another process."""
     assert await AdvertisedAddress(http_bound=http, redis_url=redis_url).find() == address
 
 
-async def test_a_name_server_that_does_not_answer_delays_the_address_for_a_second_and_nothing_else(
+async def test_silent_name_server_delays_address_for_a_second_without_blocking(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The event loop goes on meanwhile; without an address, other replicas do not look at this one's door."""
+    """The event loop goes on meanwhile. Without an address, other replicas do not probe this one."""
     answer = threading.Event()
 
     def silent(*_: object, **__: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Redis killed, frozen and back again under waiting pairs."""
+"""Tests of failover and return, with a Redis that is killed, paused and restarted."""
 
 import asyncio
 import logging
@@ -40,13 +40,13 @@ DOWN = ModelUnavailableError("down", retry_after_seconds=1.0)
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A Redis of the test's own."""
+    """Start a Redis for one test."""
     with redis_process(tmp_path) as running:
         yield running
 
 
 class ReplicaWithDispatcher:
-    """A replica as the proxy opens it, with a dispatcher and a model that answers 1 + number % 7."""
+    """Replica as the proxy opens it, with a dispatcher and a model that answers 1 + number % 7."""
 
     def __init__(self, queue: ManagedQueue, waiters: WaiterRegistry) -> None:
         self.queue = queue
@@ -54,7 +54,7 @@ class ReplicaWithDispatcher:
         self._waiters = waiters
 
     async def dispatch(self) -> None:
-        """As the dispatcher does, until cancelled."""
+        """Claim and answer batches as the dispatcher does, until cancelled."""
         while True:
             decision = await self.queue.claim()
             if isinstance(decision, Claim):
@@ -73,7 +73,7 @@ class ReplicaWithDispatcher:
                 continue
 
     async def enqueue(self, numbers: list[int]) -> Waiter:
-        """Ask, as the resolver does."""
+        """Enqueue pairs as the resolver does."""
         wanted = numbered_pairs(numbers)
         wait = self._waiters.register([item.digest for item in wanted])
         enqueued = await self.queue.enqueue(wanted, request_context())
@@ -119,7 +119,7 @@ async def _running_replicas(url: str, count: int) -> AsyncIterator[list[ReplicaW
 
 
 def _has_members(queue: ManagedQueue, members: int) -> bool:
-    """Whether it has heard that so many have moments."""
+    """Return whether the replica knows of so many members with time slots."""
     assert isinstance(queue, FailoverQueue)
     membership = queue._limiter._membership
     return membership is not None and len(membership.members) == members
@@ -130,12 +130,13 @@ def _levels(wait: Waiter) -> dict[int, Outcome]:
 
 
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_every_waiter_is_answered_without_redis_and_after(
+async def test_waiters_are_answered_while_redis_is_lost_and_after_its_return(
     how: str, server: RedisServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Killed or frozen under waiting pairs: each goes on alone and returns by itself, says so once, and no
-    answer that was given meanwhile is asked for again.
-    """  # noqa: D205 - one thought
+    """Each replica fails over and back without help and logs it once.
+
+    Answers of the time without Redis are not inferred again.
+    """
     caplog.set_level(logging.INFO, logger="services.cache_proxy.queue")
     async with _running_replicas(server.url, 2) as (one, other):
         first = await one.enqueue(list(range(40)))
@@ -169,8 +170,8 @@ async def test_every_waiter_is_answered_without_redis_and_after(
         assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 2
 
 
-async def test_redis_comes_and_goes(server: RedisServer) -> None:
-    """Three times in a row under a steady stream: every question is answered right."""
+async def test_repeated_loss_of_redis_under_load_answers_every_request(server: RedisServer) -> None:
+    """Redis is lost three times under a steady stream of requests."""
     async with _running_replicas(server.url, 2) as both:
         waits = []
         for turn in range(3):
@@ -192,7 +193,7 @@ async def test_redis_comes_and_goes(server: RedisServer) -> None:
 
 @pytest.fixture
 async def replica(shared_redis: str) -> AsyncIterator[Replica]:
-    """One whose loss and return a test plays by hand."""
+    """Open a replica whose loss and return of Redis a test triggers."""
     async with replicas(QueueLocation.create(shared_redis)) as (opened,):
         yield opened
 
@@ -229,10 +230,10 @@ async def _assert_nothing_left(replica: Replica) -> None:
 
 
 @pytest.mark.parametrize("how", ["fail", "refuse", "put back"])
-async def test_a_local_batch_that_ends_unanswered_after_the_return_is_not_stranded(
+async def test_local_claim_that_ends_unanswered_after_return_waits_in_redis(
     how: str, replica: Replica
 ) -> None:
-    """Claimed without Redis, ended with it: its pairs wait in Redis, once, and are answered."""
+    """Its pairs wait in Redis once, and are answered."""
     await _fail_over(replica)
     wait = await _enqueue(replica, [1, 2, 3])
     claim = await _claim_batch(replica)
@@ -251,8 +252,10 @@ async def test_a_local_batch_that_ends_unanswered_after_the_return_is_not_strand
 
 
 @pytest.mark.parametrize("how", ["fulfil", "fail", "put back", "in part"])
-async def test_a_shared_batch_that_ends_after_the_loss_is_not_stranded(how: str, replica: Replica) -> None:
-    """Claimed with Redis, ended without it: whoever waits here is answered or asked again, locally."""
+async def test_shared_claim_that_ends_after_loss_is_resolved_or_requeued_locally(
+    how: str, replica: Replica
+) -> None:
+    """Waiting requests get the outcomes, and pairs without one wait in the local queue."""
     wait = await _enqueue(replica, [1, 2, 3])
     claim = await _claim_batch(replica)
     await _fail_over(replica)
@@ -279,8 +282,8 @@ async def test_a_shared_batch_that_ends_after_the_loss_is_not_stranded(how: str,
     await _assert_nothing_left(replica)
 
 
-async def test_what_is_asked_during_the_return_waits_in_redis(replica: Replica) -> None:
-    """A question that comes between two steps of the return is neither lost nor left in the local queue."""
+async def test_pairs_enqueued_during_return_wait_in_redis(replica: Replica) -> None:
+    """A pair that arrives between two steps of the return is neither lost nor left in the local queue."""
     await _fail_over(replica)
     waits = [await _enqueue(replica, [1])]
     returning = asyncio.create_task(replica.failover.fail_back())
@@ -297,8 +300,11 @@ async def test_what_is_asked_during_the_return_waits_in_redis(replica: Replica) 
     await _assert_nothing_left(replica)
 
 
-async def test_no_call_of_its_own_while_it_returns(replica: Replica) -> None:
-    """The others count on its heartbeat: what comes during the return, or when that fails, waits."""
+async def test_no_local_claim_during_return(replica: Replica) -> None:
+    """Since the heartbeat, the other replicas use this one's time slots.
+
+    Pairs that arrive during the return wait.
+    """
     await replica.heartbeat()
     await _fail_over(replica)
     waits = [await _enqueue(replica, [1])]
@@ -314,8 +320,8 @@ async def test_no_call_of_its_own_while_it_returns(replica: Replica) -> None:
     await _assert_nothing_left(replica)
 
 
-async def test_no_call_of_its_own_while_it_reads_what_was_invalidated(replica: Replica) -> None:
-    """The log may be slow to read; the heartbeat before that has told the others that it is back."""
+async def test_no_local_claim_while_invalidation_log_is_read(replica: Replica) -> None:
+    """Reading the log may take long, and other replicas use this one's slots since the heartbeat."""
     decisions: list[Claim | ClaimDeferred] = []
 
     async def hear(_last: bytes | None) -> None:
@@ -336,8 +342,11 @@ async def test_no_call_of_its_own_while_it_reads_what_was_invalidated(replica: R
     assert not wait.pending
 
 
-async def test_a_return_that_fails_again_and_again_leaves_it_its_moments(replica: Replica) -> None:
-    """Heartbeats get through, questions do not: it is silent for a while each time, and calls meanwhile."""
+async def test_repeatedly_failing_return_keeps_time_slots(replica: Replica) -> None:
+    """Heartbeats succeed, other scripts fail.
+
+    The replica is silent after each attempt, and calls the model meanwhile.
+    """
     replica.client.max_command_bytes = 2000
     wait = await _enqueue(replica, list(range(100)))
     beating = asyncio.create_task(replica.session._heartbeat_loop())
@@ -353,8 +362,8 @@ async def test_a_return_that_fails_again_and_again_leaves_it_its_moments(replica
     assert replica.failover.is_redis_lost
 
 
-async def test_a_pushback_outlives_the_loss_of_redis(replica: Replica) -> None:
-    """The model wants no call for a while: going on alone does not make one."""
+async def test_pushback_holds_after_loss_of_redis(replica: Replica) -> None:
+    """The model asked for a pause, which the local queue keeps, too."""
     await replica.heartbeat()
     wait = await _enqueue(replica, [1])
     await replica.failover.fail(await _claim_batch(replica), DOWN, retry_after_seconds=5)
@@ -365,8 +374,11 @@ async def test_a_pushback_outlives_the_loss_of_redis(replica: Replica) -> None:
     await replica.failover.cancel(replica.waiters.unregister(wait))
 
 
-async def test_who_asks_again_is_not_forgotten_with_who_left(replica: Replica) -> None:
-    """A pair in flight without Redis, wanted by nobody, is asked for with it; Redis goes, the call fails."""
+async def test_pair_requested_again_after_cancel_survives_failover(replica: Replica) -> None:
+    """A cancelled pair in flight is requested again after the return.
+
+    Then Redis is lost again, and its call fails.
+    """
     await _fail_over(replica)
     left = await _enqueue(replica, [1])
     claim = await _claim_batch(replica)
@@ -380,8 +392,8 @@ async def test_who_asks_again_is_not_forgotten_with_who_left(replica: Replica) -
     assert not wait.pending
 
 
-async def test_what_ended_without_redis_is_not_asked_again(replica: Replica) -> None:
-    """Refused, failed for good or known already in the local queue: the return does not bring it back."""
+async def test_pair_that_ended_locally_is_not_enqueued_on_return(replica: Replica) -> None:
+    """Whether it was rejected, failed or known already."""
     await _fail_over(replica)
     waits = [await _enqueue(replica, [1])]
     for _ in range(4):
@@ -397,7 +409,7 @@ async def test_what_ended_without_redis_is_not_asked_again(replica: Replica) -> 
 
 
 async def test_answers_given_without_redis_are_published_on_return(shared_redis: str) -> None:
-    """Another replica that waits for the same pair is told, and who asks later too."""
+    """Another replica that waits for the same pair gets the answer, and so do later requests."""
     async with replicas(QueueLocation.create(shared_redis), 2) as (alone, other):
         wait, _ = await other.enqueue(numbered_pairs([1]))
         await _fail_over(alone)
@@ -412,8 +424,8 @@ async def test_answers_given_without_redis_are_published_on_return(shared_redis:
         assert other.location.leftover_keys() == {}
 
 
-async def test_a_caller_that_leaves_without_redis_is_not_asked_for_on_return(replica: Replica) -> None:
-    """Asked with Redis, gone without it: the return does not ask again."""
+async def test_request_cancelled_while_redis_is_lost_is_not_enqueued_on_return(replica: Replica) -> None:
+    """Its pair was enqueued in Redis before the loss."""
     wait = await _enqueue(replica, [1])
     await _fail_over(replica)
     await replica.failover.cancel(replica.waiters.unregister(wait))
@@ -422,8 +434,8 @@ async def test_a_caller_that_leaves_without_redis_is_not_asked_for_on_return(rep
     assert replica.queue.interest.snapshot() == {}
 
 
-async def test_local_claim_that_ends_in_parts_is_dropped(replica: Replica) -> None:
-    """A part of its pairs was found in the cache before the call: nothing of the claim is kept."""
+async def test_local_claim_that_ends_in_parts_is_forgotten(replica: Replica) -> None:
+    """A part of its pairs was found in the cache before the call."""
     await _fail_over(replica)
     wait = await _enqueue(replica, [1, 2, 3])
     claim = await _claim_batch(replica)

@@ -1,4 +1,4 @@
-"""Knocking at addresses that anybody may have written to Redis."""
+"""Tests of probes of addresses that anyone with access to Redis may have written."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ _ConnectionHandler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awai
 
 @asynccontextmanager
 async def _http_peer(talk: _ConnectionHandler) -> AsyncIterator[str]:
-    """Somebody who answers in a way of his own; his address."""
+    """Run a server with this connection handler, and yield its address."""
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     async with server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -24,7 +24,7 @@ async def _http_peer(talk: _ConnectionHandler) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _peer_prober() -> AsyncIterator[PeerProber]:
-    """Without Redis: what is found is looked at before it is told."""
+    """Open a prober without Redis, whose findings are examined before they are recorded."""
     doors = PeerProber(cast("Any", None))
     try:
         yield doors
@@ -50,8 +50,8 @@ def _responding(
     return talk
 
 
-async def test_a_redirect_is_not_followed() -> None:
-    """It is another behind the door, and whom it points at hears nothing."""
+async def test_redirect_means_gone_and_is_not_followed() -> None:
+    """The redirection's target receives no request."""
     seen: list[bytes] = []
     redirect = b"HTTP/1.1 302 Found\r\nlocation: http://%s/admin\r\ncontent-length: 0\r\n\r\n"
     async with _http_peer(_responding(b"", seen)) as victim:
@@ -74,8 +74,8 @@ async def test_a_redirect_is_not_followed() -> None:
     ],
     ids=["slow headers", "no body", "endless header"],
 )
-async def test_an_answer_without_end_is_left(head: bytes, drip: bytes, every_seconds: float) -> None:
-    """Within a second or so, and it proves nothing or that somebody else is there: never that it lives."""
+async def test_endless_response_is_abandoned(head: bytes, drip: bytes, every_seconds: float) -> None:
+    """The probe ends after about a second, and does not take the replica for alive."""
     async with (
         _http_peer(_responding(head, [], drip=drip, every_seconds=every_seconds)) as address,
         _peer_prober() as doors,
@@ -85,8 +85,8 @@ async def test_an_answer_without_end_is_left(head: bytes, drip: bytes, every_sec
         assert time.monotonic() - started_at < 10
 
 
-async def test_only_so_much_of_a_body_is_read() -> None:
-    """An endless one ends with its first bytes."""
+async def test_only_start_of_body_is_read() -> None:
+    """An endless body does not keep the probe busy."""
     talk = _responding(b"HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n", [], drip=b"y" * 65_536)
     async with _http_peer(talk) as address, _peer_prober() as doors:
         assert await doors._probe_once("replica", address) == "gone"
@@ -96,14 +96,14 @@ async def test_only_so_much_of_a_body_is_read() -> None:
     "address",
     ["", "h", "h:", "u:pw@h:1", "h:1/admin?x=", "h:1#", "h:80\r\nx: y", "[::1", "h:123456", "http://h:1"],
 )
-async def test_what_is_no_address_is_not_knocked_at(address: str) -> None:
-    """No other path, no login, no header: nothing is sent."""
+async def test_invalid_address_is_not_probed(address: str) -> None:
+    """No other path, credentials or header can be sent."""
     async with _peer_prober() as doors:
         doors.probe("replica", address)
         assert not doors._probes
 
 
-async def test_few_knocks_are_under_way() -> None:
+async def test_concurrent_probes_are_bounded() -> None:
     """Redis may name a thousand replicas."""
     async with _peer_prober() as doors:
         for number in range(1000):

@@ -1,4 +1,4 @@
-"""What the gauges of either queue tell."""
+"""Tests of the gauges of both queues."""
 
 import asyncio
 
@@ -9,8 +9,8 @@ from services.cache_proxy.queue.managed_queue import create_local_queue
 from tests.support.replicas import QueueLocation, numbered_pairs, queue_limits, replicas, request_context
 
 
-async def test_the_oldest_of_one_process_is_one_that_a_caller_waits_for() -> None:
-    """A refresh may wait for hours by design; it makes nobody's wait look long."""
+async def test_oldest_gauge_of_local_queue_ignores_refreshes() -> None:
+    """A refresh may wait for hours by design, and no caller waits for it."""
     metrics = ProxyMetrics(CollectorRegistry())
     queue = create_local_queue(queue_limits(), on_outcome=lambda *_: None, metrics=metrics)
     await queue.enqueue(numbered_pairs([1]), request_context(priority="refresh"))
@@ -21,8 +21,8 @@ async def test_the_oldest_of_one_process_is_one_that_a_caller_waits_for() -> Non
     assert _value(metrics.queue_oldest_seconds) > 0
 
 
-async def test_the_oldest_of_all_replicas_is_one_that_a_caller_waits_for(shared_redis: str) -> None:
-    """The same in Redis: every replica tells it, also one where nobody asked."""
+async def test_oldest_gauge_of_shared_queue_ignores_refreshes(shared_redis: str) -> None:
+    """Every replica shows the same value, also one without requests."""
     async with replicas(QueueLocation.create(shared_redis), 2) as (replica, other):
         await replica.enqueue(numbered_pairs([1]), request_context(priority="refresh"))
         await asyncio.sleep(0.005)

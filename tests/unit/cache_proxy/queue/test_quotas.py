@@ -1,4 +1,4 @@
-"""The file of quotas: what it may say, whose account a caller has, and how a bad one is refused."""
+"""Tests of the quota file: its entries, the account of each caller, and the errors for invalid files."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,12 @@ from services.common.errors import UsageError
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where a test writes one."""
+    """Return the path for a quota file."""
     return tmp_path / "quotas.json"
 
 
-def test_what_is_named_has_its_own_and_all_others_share_one(path: Path) -> None:
-    """By name, exactly; what is left out binds nobody."""
+def test_named_caller_has_own_account_and_others_share_one(path: Path) -> None:
+    """Names are compared exactly. A limit that is left out does not apply."""
     path.write_text(
         json.dumps(
             {
@@ -32,8 +32,8 @@ def test_what_is_named_has_its_own_and_all_others_share_one(path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", '{"callers": {}}', '{"others": null}'])
-def test_without_others_who_is_not_named_is_free(path: Path, text: str) -> None:
-    """Nobody has an account unless somebody says so."""
+def test_unnamed_caller_without_others_has_no_quota(path: Path, text: str) -> None:
+    """Only callers that the file names have an account."""
     path.write_text(text)
     assert read_quotas(str(path)) == Quotas({}, None)
 
@@ -67,8 +67,8 @@ def test_without_others_who_is_not_named_is_free(path: Path, text: str) -> None:
         ("\ud800", "."),
     ],
 )
-def test_a_bad_file_is_one_line_that_names_the_place(path: Path, text: str, words: str) -> None:
-    """Flag, file and what of it cannot be meant, whatever is in it."""
+def test_invalid_file_error_names_flag_file_and_entry(path: Path, text: str, words: str) -> None:
+    """The error is one line, whatever the file contains."""
     path.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(UsageError, match=words) as bad:
         read_quotas(str(path))
@@ -77,7 +77,7 @@ def test_a_bad_file_is_one_line_that_names_the_place(path: Path, text: str, word
     assert len(str(bad.value)) < 500
 
 
-def test_a_file_that_is_not_there_is_named(path: Path) -> None:
-    """With the system's own words."""
+def test_missing_file_error_names_file(path: Path) -> None:
+    """The reason is the system's."""
     with pytest.raises(UsageError, match="No such file"):
         read_quotas(str(path))

@@ -1,4 +1,4 @@
-"""Whatever somebody puts into the queue's keys: the fleet goes on, and no answer is made up."""
+"""Tests of a shared queue whose keys were changed by another client: it goes on, and no answer is made up."""
 
 import asyncio
 import random
@@ -55,7 +55,7 @@ QUOTAS = Quotas({"c": Quota("c", 1e6, 10**6)})  # c's pairs wait in lanes of its
 
 
 def _names(place: QueueLocation, key: str) -> list[str]:
-    """The keys behind a name; those of what was remembered change with time."""
+    """Return the keys behind a name; keys of remembered outcomes change with time."""
     if key == "MODEL":
         return [place.keys.model]
     if key.startswith("LIMIT"):
@@ -78,12 +78,12 @@ def _change_type(client: "redis.Redis", name: str) -> None:
 
 
 def _context_for(replica: Replica) -> RequestContext:
-    """Each replica's callers: the first one's have a quota."""
+    """Return a request context whose caller has a quota at the first replica only."""
     return request_context("c" if int(replica.name, 16) == 1 else "d")
 
 
 async def _run_requests(replica: Replica, numbers: range) -> None:
-    """Ask, send, refuse and answer, as if nothing were wrong, until all are answered with 1 + number % 7."""
+    """Enqueue, release, complete and cancel until all pairs are answered with 1 + number % 7."""
     for attempt in range(60):
         try:
             await replica.heartbeat()
@@ -115,8 +115,8 @@ async def _run_requests(replica: Replica, numbers: range) -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-async def test_a_key_of_another_type_stops_nobody(key: str, shared_redis: str) -> None:
-    """Replaced while pairs wait and are in flight: they and new ones are answered by the model."""
+async def test_key_of_another_type_does_not_stop_queue(key: str, shared_redis: str) -> None:
+    """The key is replaced while pairs wait and are in flight. They and new ones are answered by the model."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, quotas=lambda: QUOTAS) as (one, other):
         await one.enqueue(numbered_pairs(range(8)))
@@ -206,7 +206,7 @@ _FIELDS = [
 
 
 def _is_level(junk: bytes) -> bool:
-    """Whether Lua reads it as one: nobody can tell a forged level from a real one."""
+    """Return whether Lua reads it as a level: a forged level cannot be told from a real one."""
     text = junk.decode("latin-1").strip().lower()
     try:
         return (float.fromhex(text) if "0x" in text else float(text)) in range(1, 8)
@@ -215,7 +215,7 @@ def _is_level(junk: bytes) -> bool:
 
 
 def _merged(packed: bytes | str | None, junk: bytes) -> bytes:
-    """A record with some fields replaced, if both are records."""
+    """Return a record with some fields replaced, if both values are records."""
     try:
         record, change = msgpack.unpackb(packed or b"", raw=True), msgpack.unpackb(junk, raw=True)
         return bytes(msgpack.packb({**record, **change}, use_bin_type=False))
@@ -224,7 +224,7 @@ def _merged(packed: bytes | str | None, junk: bytes) -> bytes:
 
 
 def _corrupt(client: "redis.Redis", name: str, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
-    """Put something else into a key, of the right type."""
+    """Put another value of the right type into a key."""
     kind = client.type(name)
     if kind == b"hash":
         for field, value in list(client.hgetall(name).items()):
@@ -247,8 +247,8 @@ def _corrupt(client: "redis.Redis", name: str, draw: Callable[[st.SearchStrategy
 
 @settings(max_examples=25)
 @given(data=st.data())
-def test_hostile_values_stop_nobody_and_become_no_answers(data: st.DataObject, shared_redis: str) -> None:
-    """Any field of any key: in the end every question is answered by the model, or with an error."""
+def test_hostile_values_do_not_stop_queue_or_become_answers(data: st.DataObject, shared_redis: str) -> None:
+    """Any field of any key may change. In the end every request is answered by the model or fails."""
 
     async def run() -> None:
         place = QueueLocation.create(shared_redis)
@@ -272,8 +272,8 @@ def test_hostile_values_stop_nobody_and_become_no_answers(data: st.DataObject, s
     asyncio.run(run())
 
 
-async def test_published_nonsense_is_passed_over(shared_redis: str) -> None:
-    """Levels out of range, torn messages, other types: nobody is told a thing, and the answer arrives."""
+async def test_invalid_messages_are_ignored(shared_redis: str) -> None:
+    """Levels out of range, truncated messages and other types resolve no pair, and the answer arrives."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
         wait, _ = await replica.enqueue(numbered_pairs([1]))
@@ -302,8 +302,8 @@ async def test_published_nonsense_is_passed_over(shared_redis: str) -> None:
         assert list(wait.outcomes.values()) == [4]
 
 
-async def test_a_pair_whose_text_cannot_be_read_is_not_sent(shared_redis: str) -> None:
-    """Somebody changed its record: the rest of its batch is sent."""
+async def test_pair_with_unreadable_text_is_not_sent(shared_redis: str) -> None:
+    """The rest of its batch is sent."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
         await replica.enqueue(numbered_pairs([1, 2]))
@@ -316,16 +316,16 @@ async def test_a_pair_whose_text_cannot_be_read_is_not_sent(shared_redis: str) -
         assert pair_numbers(await replica.claim_batch()) == [2]
 
 
-async def test_scripts_that_are_flushed_as_they_are_loaded_are_loaded_again(shared_redis: str) -> None:
-    """Redis restarts, or an operator flushes, between load and call: that is no loss of the queue."""
+async def test_flushed_scripts_are_loaded_again(shared_redis: str) -> None:
+    """A restart or SCRIPT FLUSH between load and call does not count as lost Redis."""
     async with replicas(QueueLocation.create(shared_redis)) as (replica,):
         replica.client.script_flushes = 3
         await replica.enqueue(numbered_pairs([1]))
         assert pair_numbers(await replica.claim_batch()) == [1]
 
 
-async def test_redis_out_of_memory_still_carries_the_queue(tmp_path: Path) -> None:
-    """What the cache may not write, the queue still may: it is bounded, and what ends frees memory."""
+async def test_queue_works_while_redis_is_out_of_memory(tmp_path: Path) -> None:
+    """The queue is bounded and may write what the cache may not. Pairs that end free memory."""
     with redis_process(tmp_path) as server:
         place = QueueLocation.create(server.url)
         async with replicas(place, 1, queue_limits(batch_pairs=50)) as (replica,):
@@ -358,8 +358,8 @@ async def test_redis_out_of_memory_still_carries_the_queue(tmp_path: Path) -> No
         "lane:interactive:c",
     ],
 )
-async def test_a_key_that_is_gone_is_healed_by_the_next_poll(key: str, shared_redis: str) -> None:
-    """Deleted or evicted: whoever waits asks again, and is answered."""
+async def test_deleted_key_is_repaired_by_next_re_enqueue(key: str, shared_redis: str) -> None:
+    """Deleted or evicted: the waiting pairs are enqueued again, and answered."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, quotas=lambda: QUOTAS) as (replica,):
         wait, _ = await replica.enqueue(
@@ -380,8 +380,8 @@ async def test_a_key_that_is_gone_is_healed_by_the_next_poll(key: str, shared_re
         assert not wait.pending
 
 
-async def test_tombstones_of_another_type_are_none(shared_redis: str) -> None:
-    """Nothing was invalidated: the answer is remembered, and nobody's place in the queue is lost over it."""
+async def test_tombstones_of_another_type_are_ignored(shared_redis: str) -> None:
+    """The answer is remembered, and the other pairs keep their positions."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (one,):
         await one.enqueue(numbered_pairs(range(3)))
@@ -395,10 +395,10 @@ async def test_tombstones_of_another_type_are_none(shared_redis: str) -> None:
         assert enqueued.outcomes == {numbered_pairs([1])[0].digest: 3}
 
 
-async def test_queue_is_made_anew_once_for_a_failure_that_this_does_not_mend(
+async def test_queue_is_reset_once_for_failure_that_reset_does_not_repair(
     shared_redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A script that fails all the same leaves the queue as it is, until it has worked once."""
+    """A script that still fails resets the queue again only after it has succeeded once."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
         command, failing, repairs = replica.scripts._node.command, True, 0
@@ -429,8 +429,8 @@ async def test_queue_is_made_anew_once_for_a_failure_that_this_does_not_mend(
         assert repairs == 2
 
 
-async def test_damage_that_many_scripts_find_at_once_is_repaired_once(shared_redis: str) -> None:
-    """None of them fails: they wait for the one that repairs it, so the replica stays in the queue."""
+async def test_damage_found_by_concurrent_scripts_is_reset_once(shared_redis: str) -> None:
+    """None of them fails: they wait for the one that resets the queue, so the replica does not fail over."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
         await replica.enqueue(numbered_pairs(range(3)))
@@ -443,10 +443,10 @@ async def test_damage_that_many_scripts_find_at_once_is_repaired_once(shared_red
         assert pair_numbers(await replica.claim_batch()) == [0, 1, 2]
 
 
-async def test_queue_is_repaired_for_one_script_while_another_fails_for_good(
+async def test_queue_is_reset_for_one_script_while_another_keeps_failing(
     shared_redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A heartbeat that meets damage is not left to fail because claims do: without it nothing is claimed."""
+    """A heartbeat that finds damage repairs it although claims keep failing."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
         command = replica.scripts._node.command
@@ -482,10 +482,10 @@ async def test_queue_is_repaired_for_one_script_while_another_fails_for_good(
         "ERR something that nobody has seen yet script: 1, on @user_script:9.",
     ],
 )
-async def test_server_state_never_makes_the_queue_anew(
+async def test_server_state_never_resets_queue(
     words: str, shared_redis: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what data causes does: the fleet's queue is no one replica's to delete."""
+    """Only errors that data causes do: one replica must not delete the queue of all."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as (replica,):
         await replica.enqueue(numbered_pairs(range(3)))
@@ -509,10 +509,10 @@ JUNK_NUMBERS = [b"", b"garbage", b"\xff\x00", b"nan", b"inf", b"-inf", b"-1", b"
 
 
 @pytest.mark.parametrize("junk", JUNK_NUMBERS)
-async def test_limit_in_redis_that_cannot_be_read_is_replaced_by_the_settings(
+async def test_unreadable_limit_is_replaced_by_settings(
     junk: bytes, shared_redis: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the next heartbeat, which counts and logs it once; a replica without Redis keeps the limit."""
+    """The next heartbeat replaces, counts and logs it once. A replica without Redis keeps the limit."""
     place, bounds = QueueLocation.create(shared_redis), queue_limits(calls_per_second=2, pairs_per_second=8)
     async with replicas(place, 1, bounds) as (replica,):
         with place.client() as client:
@@ -540,10 +540,8 @@ async def test_limit_in_redis_that_cannot_be_read_is_replaced_by_the_settings(
 
 
 @pytest.mark.parametrize("junk", JUNK_NUMBERS)
-async def test_limit_that_cannot_be_read_leaves_the_moments_of_a_silent_replica_alone(
-    junk: bytes, shared_redis: str
-) -> None:
-    """Before any heartbeat has replaced it: claims go by the replica's own settings."""
+async def test_unreadable_limit_leaves_slots_of_silent_replica_free(junk: bytes, shared_redis: str) -> None:
+    """Until a heartbeat has replaced it, claims use the replica's own settings."""
     place, bounds = QueueLocation.create(shared_redis), queue_limits(calls_per_second=1e-6)
     async with replicas(place, 2, bounds) as (one, other):
         await one.enqueue(numbered_pairs([1]))
@@ -559,10 +557,10 @@ async def test_limit_that_cannot_be_read_leaves_the_moments_of_a_silent_replica_
     ("name", "score"),
     [(b"\xff,\x00", 0.0), (b"x,y,z", None), (b"ab" * 500, None), (b"abcd", 1e300), (b"abcd", float("inf"))],
 )
-async def test_replica_that_cannot_be_one_shares_nothing(
+async def test_invalid_replica_entry_has_no_share(
     name: bytes, score: float | None, shared_redis: str
 ) -> None:
-    """It has no share of the limit and no moments: by its name, or heard of at a time yet to come."""
+    """It has no share of the limit and no slots, if its name or its heartbeat's time is not possible."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, queue_limits(calls_per_second=2)) as (replica,):
         with place.client() as client:
@@ -575,8 +573,8 @@ async def test_replica_that_cannot_be_one_shares_nothing(
         assert replica.failover._limiter.replicas == 1
 
 
-async def test_verdict_on_a_replica_that_holds_for_years_is_none(shared_redis: str) -> None:
-    """It may have lost Redis alone, and call the model at its own moments: those are left alone."""
+async def test_peer_state_with_distant_expiry_is_ignored(shared_redis: str) -> None:
+    """The replica may have lost Redis and use its own slots, so they are left free."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, queue_limits(calls_per_second=1e-6)) as (one, other):
         await one.enqueue(numbered_pairs([1]))

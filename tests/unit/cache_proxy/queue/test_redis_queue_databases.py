@@ -1,4 +1,4 @@
-"""Deployments of one name in several databases of one server, which share their channels."""
+"""Tests of deployments of one name in several databases of a server, whose channels they share."""
 
 import secrets
 
@@ -10,12 +10,12 @@ from tests.support.replicas import QueueLocation, numbered_pair, numbered_pairs,
 
 @pytest.fixture
 def place(shared_redis: str) -> QueueLocation:
-    """A deployment of the test's own, in database 0."""
+    """Return a new deployment in database 0."""
     return QueueLocation.create(shared_redis)
 
 
 async def test_answer_in_one_database_reaches_no_caller_of_another(place: QueueLocation) -> None:
-    """The same pair waits in three databases. The answer given in one of them is heard there alone."""
+    """The same pair waits in three databases, and is answered in one."""
     elsewhere = [QueueLocation(f"{place.url}/{database}", place.keys) for database in (1, 2)]
     async with (
         replicas(place) as (first,),
@@ -37,8 +37,8 @@ async def test_answer_in_one_database_reaches_no_caller_of_another(place: QueueL
         ]
 
 
-async def test_message_with_another_queue_id_is_not_believed(place: QueueLocation) -> None:
-    """Whoever may publish on the channel, and what was published before a flush, ends no pair."""
+async def test_message_with_another_queue_id_is_ignored(place: QueueLocation) -> None:
+    """Neither forged messages nor those from before a flush resolve a pair."""
     async with replicas(place) as (replica,):
         wait, _ = await replica.enqueue(numbered_pairs(range(3)))
         number = replica.session.subscription.sequence
@@ -56,10 +56,10 @@ async def test_message_with_another_queue_id_is_not_believed(place: QueueLocatio
         await replica.cancel(wait)
 
 
-async def test_messages_after_a_flush_are_believed_once_the_heartbeat_has_seen_the_new_queue(
+async def test_messages_after_flush_are_applied_after_next_heartbeat(
     place: QueueLocation,
 ) -> None:
-    """The queue that is made after a flush has another id; nobody waits longer than a heartbeat for it."""
+    """The queue that is made after a flush has another id, which the heartbeat brings."""
     async with replicas(place, 2) as (asking, answering):
         await asking.enqueue([numbered_pair(1)])
         await answering.enqueue([numbered_pair(1)])

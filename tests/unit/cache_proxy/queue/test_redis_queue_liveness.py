@@ -1,4 +1,4 @@
-"""Who is alive, who only seems dead, and whose moments are left alone."""
+"""Tests of replicas that crash, pause or lose Redis: their claims, their time slots, and missed messages."""
 
 import asyncio
 import math
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.slow  # they wait for a replica to fall silent
 
 @pytest.fixture
 def place(shared_redis: str) -> QueueLocation:
-    """A deployment of the test's own."""
+    """Return a new deployment."""
     return QueueLocation.create(shared_redis)
 
 
 async def _lost_claim(replica: Replica) -> None:
-    """A batch is granted, and the reply never arrives."""
+    """Claim a batch whose reply is lost."""
     bounds = replica.limits
     await replica.scripts.run(
         "claim",
@@ -53,8 +53,11 @@ async def _lost_claim(replica: Replica) -> None:
     )
 
 
-async def test_a_dead_sockets_pairs_go_back_at_once(place: QueueLocation) -> None:
-    """Neither subscribed nor heard of: another's heartbeat frees what it held, and whoever waits is woken."""
+async def test_claims_of_crashed_replica_are_taken_back_at_once(place: QueueLocation) -> None:
+    """It has no subscription and no heartbeat.
+
+    Another one's heartbeat frees its pairs, and waiting replicas are woken.
+    """
     async with replicas(place, 2) as (dead, other):
         await dead.enqueue(numbered_pairs([1, 2]))
         await other.enqueue(numbered_pairs([1, 2]))
@@ -68,8 +71,8 @@ async def test_a_dead_sockets_pairs_go_back_at_once(place: QueueLocation) -> Non
         assert sorted(pair_numbers(await other.claim_batch())) == [1, 2]
 
 
-async def test_a_paused_process_keeps_its_pairs_until_its_lease_is_over(place: QueueLocation) -> None:
-    """Subscribed but unheard of: its call may be under way, so its pairs are not sent again yet."""
+async def test_paused_replica_keeps_claims_until_lease_ends(place: QueueLocation) -> None:
+    """It is subscribed without heartbeats. Its call may be in flight, so its pairs are not sent again yet."""
     async with replicas(place, 2) as (paused, other):
         await paused.enqueue(numbered_pairs([1]))
         await other.enqueue(numbered_pairs([1]))
@@ -85,8 +88,8 @@ async def test_a_paused_process_keeps_its_pairs_until_its_lease_is_over(place: Q
         assert await other.queue.claim() == ClaimDeferred(math.inf)
 
 
-async def test_a_claim_that_its_owner_does_not_list_goes_back(place: QueueLocation) -> None:
-    """Granted in a reply that never arrived; but not before that could have been asked for again."""
+async def test_unlisted_claim_is_taken_back(place: QueueLocation) -> None:
+    """Its reply was lost. It is kept for the time in which the owner may repeat the script."""
     async with replicas(place) as (replica,):
         await replica.enqueue(numbered_pairs([1, 2]))
         await _lost_claim(replica)
@@ -97,8 +100,8 @@ async def test_a_claim_that_its_owner_does_not_list_goes_back(place: QueueLocati
         assert sorted(pair_numbers(await replica.claim_batch())) == [1, 2]
 
 
-async def test_a_claim_that_is_listed_stays(place: QueueLocation) -> None:
-    """However long the call takes, within its lease; also when part of it was answered."""
+async def test_listed_claim_is_kept_within_its_lease(place: QueueLocation) -> None:
+    """However long the call takes, and also when a part of it is answered."""
     async with replicas(place) as (replica,):
         await replica.enqueue(numbered_pairs([1, 2]))
         claim = await replica.claim_batch()
@@ -111,8 +114,8 @@ async def test_a_claim_that_is_listed_stays(place: QueueLocation) -> None:
         assert place.leftover_keys() == {}
 
 
-async def test_a_repeated_claim_is_the_same_batch(place: QueueLocation) -> None:
-    """The reply is lost, the script runs again, and what ended meanwhile is not in it."""
+async def test_repeated_claim_returns_same_batch(place: QueueLocation) -> None:
+    """The reply was lost. Pairs that ended meanwhile are not in the batch."""
     async with replicas(place, 2) as (replica, other):
         await replica.enqueue(numbered_pairs([1, 2, 3]))
         replica.client.lost_replies = 2
@@ -123,8 +126,8 @@ async def test_a_repeated_claim_is_the_same_batch(place: QueueLocation) -> None:
         assert not isinstance(await other.queue.claim(), Claim)
 
 
-async def test_pairs_whose_owners_died_twice_go_alone(place: QueueLocation) -> None:
-    """Each in a call of its own; but a batch full of them in halves, or they would take every slot."""
+async def test_pairs_whose_owners_crashed_twice_are_sent_alone(place: QueueLocation) -> None:
+    """A full batch of them is sent in halves: single calls would take every slot."""
     async with replicas(place, 1, queue_limits(batch_pairs=100)) as (replica,):
         await replica.enqueue(numbered_pairs(range(5)))
         for _ in range(2):
@@ -148,8 +151,8 @@ async def test_pairs_whose_owners_died_twice_go_alone(place: QueueLocation) -> N
         assert place.leftover_keys() == {}
 
 
-async def test_the_claims_of_many_go_back_a_part_at_a_time(place: QueueLocation) -> None:
-    """A replica that dies with 10000 pairs in flight stops Redis for no longer than 2000 of them take."""
+async def test_many_claims_are_taken_back_in_parts(place: QueueLocation) -> None:
+    """A replica crashes with 10000 pairs in flight. Each heartbeat takes back about 2000 of them."""
     async with replicas(place, 2, queue_limits(batch_pairs=1000)) as (dead, other):
         await dead.enqueue(numbered_pairs(range(10_000)))
         await other.enqueue(numbered_pairs(range(10_000)))
@@ -166,12 +169,13 @@ async def test_the_claims_of_many_go_back_a_part_at_a_time(place: QueueLocation)
 
 
 @pytest.mark.parametrize(("verdict", "free"), [("alive", True), ("paused", False), (None, False)])
-async def test_the_claims_of_one_that_lost_redis_alone_go_back(
+async def test_claims_of_replica_that_lost_redis_are_taken_back(
     verdict: str | None, free: bool, place: QueueLocation
 ) -> None:
-    """It lives, still subscribed, and is silent for seconds: whoever else waits for its pairs need not wait
-    for the lease. Of a paused one, or one of which nobody knows, they stay.
-    """  # noqa: D205 - one thought
+    """It runs, is subscribed and silent for seconds.
+
+    Those of a paused replica, or of one in an unknown state, are kept until the lease ends.
+    """
     async with replicas(place, 2) as (silent, other):
         await silent.enqueue(numbered_pairs([1]))
         await other.enqueue(numbered_pairs([1]))
@@ -187,10 +191,10 @@ async def test_the_claims_of_one_that_lost_redis_alone_go_back(
 @pytest.mark.parametrize(
     ("verdict", "free"), [("gone", True), ("paused", True), ("alive", False), (None, False)]
 )
-async def test_the_silents_moments_are_left_alone_unless_it_is_known_to_call_nobody(
+async def test_slots_of_silent_replica_are_left_free_unless_it_is_gone_or_paused(
     verdict: str | None, free: bool, place: QueueLocation
 ) -> None:
-    """Who may have lost Redis alone keeps its moments; the dead and the paused have none."""
+    """A replica that may have lost Redis keeps its slots."""
     bounds = queue_limits(batch_pairs=1, calls_per_second=20)
     async with replicas(place, 2, bounds) as (silent, other):
         await other.heartbeat()
@@ -223,8 +227,8 @@ async def test_the_silents_moments_are_left_alone_unless_it_is_known_to_call_nob
         await other.session._peer_prober.close()
 
 
-async def test_members_stay_as_the_silent_one_knows_them(place: QueueLocation) -> None:
-    """Who comes while somebody is silent has no moments yet, and gets them when all are heard of."""
+async def test_members_do_not_change_while_one_is_silent(place: QueueLocation) -> None:
+    """A new replica gets slots when the heartbeats of all have been received."""
     async with replicas(place, 2) as (silent, other):
         await other.heartbeat()
         silent.expire_heartbeat()
@@ -237,8 +241,8 @@ async def test_members_stay_as_the_silent_one_knows_them(place: QueueLocation) -
         await other.session._peer_prober.close()
 
 
-async def test_a_slow_heartbeat_does_not_move_the_moments(place: QueueLocation) -> None:
-    """Redis is slow before it is lost: the clock is then still known as well as a quick reply told it."""
+async def test_slow_heartbeat_does_not_change_clock_offset(place: QueueLocation) -> None:
+    """Redis is often slow before it is lost. The offset stays as exact as a quick reply showed it."""
     async with replicas(place) as (replica,):
 
         def offset() -> float:
@@ -261,8 +265,8 @@ async def test_a_slow_heartbeat_does_not_move_the_moments(place: QueueLocation) 
         assert abs(offset() - known) < max(quick, 0.01)
 
 
-async def test_a_lost_message_is_noticed_by_the_next_but_one_heartbeat(place: QueueLocation) -> None:
-    """The number of what was published tells; what was missed is asked for again."""
+async def test_lost_message_is_noticed_by_second_heartbeat(place: QueueLocation) -> None:
+    """The heartbeat brings the number of the last message, and the waiting pairs are enqueued again."""
     async with replicas(place, 2) as (one, other):
         wait, _ = await other.enqueue(numbered_pairs([1]))
         await one.enqueue(numbered_pairs([1]))
@@ -275,8 +279,8 @@ async def test_a_lost_message_is_noticed_by_the_next_but_one_heartbeat(place: Qu
         assert list(wait.outcomes.values()) == [6]
 
 
-async def test_a_gap_between_messages_is_noticed_by_the_next_message(place: QueueLocation) -> None:
-    """A number that was skipped is asked for at once."""
+async def test_gap_in_message_numbers_is_noticed_by_next_message(place: QueueLocation) -> None:
+    """The waiting pairs are enqueued again at once."""
     async with replicas(place, 2) as (one, other):
         wait, _ = await other.enqueue(numbered_pairs([1]))
         await one.enqueue(numbered_pairs([1]))
@@ -292,8 +296,8 @@ async def test_a_gap_between_messages_is_noticed_by_the_next_message(place: Queu
         assert not wait.pending
 
 
-async def test_a_failover_that_lost_the_last_writes_is_noticed(place: QueueLocation) -> None:
-    """The new master has published less than the old one: what waits is asked for again."""
+async def test_redis_failover_that_lost_writes_is_noticed(place: QueueLocation) -> None:
+    """The new master has published fewer messages than the old one."""
     async with replicas(place) as (replica,):
         for number in range(5):
             await replica.queue.claims.publish({numbered_pairs([100 + number])[0].digest: 1})
@@ -307,8 +311,8 @@ async def test_a_failover_that_lost_the_last_writes_is_noticed(place: QueueLocat
         assert pair_numbers(await replica.claim_batch()) == [1]
 
 
-async def test_a_subscription_that_fell_silent_is_made_anew(shared_redis: str) -> None:
-    """Its connection is dead and nobody said so: heartbeats tell that messages are missed."""
+async def test_dead_subscription_is_replaced(shared_redis: str) -> None:
+    """Its connection is dead without an error. Heartbeats show that messages are missed."""
     port = urlsplit(shared_redis).port
     assert port
     with faulty_link(port) as wire:
@@ -326,8 +330,8 @@ async def test_a_subscription_that_fell_silent_is_made_anew(shared_redis: str) -
             await cancel_and_wait([listening])
 
 
-async def test_who_asked_before_is_told_what_the_next_one_learns(place: QueueLocation) -> None:
-    """The message was lost, and the next question finds the outcome: it ends the first one's wait too."""
+async def test_outcome_found_by_enqueue_resolves_earlier_request(place: QueueLocation) -> None:
+    """The message was lost. The next request for the pair finds its outcome."""
     async with replicas(place, 2) as (one, other):
         first, _ = await other.enqueue(numbered_pairs([1]))
         await one.enqueue(numbered_pairs([1]))
@@ -341,10 +345,10 @@ async def test_who_asked_before_is_told_what_the_next_one_learns(place: QueueLoc
 
 
 @pytest.mark.parametrize("ahead_seconds", [-60, 60])
-async def test_failover_to_a_server_with_another_clock_ends_no_lease(
+async def test_redis_failover_to_another_clock_ends_no_lease(
     place: QueueLocation, ahead_seconds: int
 ) -> None:
-    """The new server's clock is a minute off, the owner is not there yet: it keeps its pairs."""
+    """The new server's clock is a minute off, and the owner is not connected yet."""
     async with replicas(place, 2) as (one, two):
         await one.enqueue(numbered_pairs([1]))
         await two.enqueue(numbered_pairs([1]))
@@ -366,8 +370,8 @@ async def test_failover_to_a_server_with_another_clock_ends_no_lease(
         assert place.leftover_keys() == {}
 
 
-async def test_lease_of_a_claim_that_a_failover_moved_ends_in_time(place: QueueLocation) -> None:
-    """It begins again with the failover, and is over as late as it was to be."""
+async def test_lease_after_redis_failover_ends_in_time(place: QueueLocation) -> None:
+    """It starts again with the failover, with its usual length."""
     async with replicas(place, 2) as (one, two):
         await one.enqueue(numbered_pairs([1]))
         await two.enqueue(numbered_pairs([1]))
@@ -393,8 +397,8 @@ def _granted_by_another_server(place: QueueLocation) -> None:
             client.hset(f"{place.keys.base}claims", claim_id, msgpack.packb(claim, use_bin_type=False))
 
 
-async def test_copy_of_a_claim_that_arrives_after_its_end_takes_nothing(place: QueueLocation) -> None:
-    """Its reply was lost, a second copy was granted and answered: what came since is not taken for nobody."""
+async def test_repeated_claim_after_its_end_claims_nothing(place: QueueLocation) -> None:
+    """The first reply was lost, and the repeated script was granted and completed."""
     async with replicas(place) as (replica,):
         sent: list[list[Any]] = []
         run = replica.scripts.run

@@ -1,4 +1,4 @@
-"""Quotas that all replicas on a Redis keep together."""
+"""Tests of quotas that all replicas of one Redis keep together."""
 
 import asyncio
 import math
@@ -29,7 +29,7 @@ BURST_MS, LEAD_MS, PAIRS_A_MS = 1000, 15, 50  # where nothing limits calls; see 
 
 
 async def _start_quotas(place: QueueLocation, replica: Replica) -> None:
-    """The first claim on a server takes all quotas for spent: let that be long ago."""
+    """Claim once and age the quotas: the first claim on a server takes all quotas for spent."""
     await replica.enqueue(numbered_pairs([10**9]), request_context(priority="refresh"))
     await replica.queue.complete(await replica.claim_batch(), {numbered_pair(10**9).digest: 1})
     place.age_quotas(HOUR_MS)
@@ -45,12 +45,12 @@ async def _send_all(replica: Replica) -> int:
 
 @pytest.fixture
 def held() -> Quotas:
-    """Of a caller `c`."""
+    """Return quotas for the caller `c`."""
     return Quotas({"c": Quota("c", pairs_per_second=10, queued_pairs=100)})
 
 
-async def test_replicas_keep_one_quota_together(held: Quotas, shared_redis: str) -> None:
-    """In the queue and to the model: what one has let in or sent, the other counts."""
+async def test_replicas_share_one_quota(held: Quotas, shared_redis: str) -> None:
+    """Pairs that one replica queued or sent count for the other."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, BOUNDS, lambda: held) as (one, other):
         await _start_quotas(place, one)
@@ -62,7 +62,7 @@ async def test_replicas_keep_one_quota_together(held: Quotas, shared_redis: str)
         assert await _send_all(one) + await _send_all(other) == 0
 
 
-async def test_a_server_that_forgot_gives_nothing_away(held: Quotas, shared_redis: str) -> None:
+async def test_server_without_history_takes_quotas_for_spent(held: Quotas, shared_redis: str) -> None:
     """After a flush, or on a server that took over, all may just have been spent."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, BOUNDS, lambda: held) as (replica,):
@@ -78,8 +78,8 @@ async def test_a_server_that_forgot_gives_nothing_away(held: Quotas, shared_redi
         assert await _send_all(replica) == 0
 
 
-async def test_who_may_have_lost_redis_has_its_part(held: Quotas, shared_redis: str) -> None:
-    """Of two replicas the silent one is left half of every quota."""
+async def test_silent_replica_is_left_its_share_of_quotas(held: Quotas, shared_redis: str) -> None:
+    """Of two replicas, the one that may have lost Redis is left half of every quota."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, BOUNDS, lambda: held) as (one, other):
         await _start_quotas(place, one)
@@ -89,8 +89,8 @@ async def test_who_may_have_lost_redis_has_its_part(held: Quotas, shared_redis: 
         assert await _send_all(one) == 4
 
 
-async def test_a_replica_without_the_file_sends_what_others_let_in(held: Quotas, shared_redis: str) -> None:
-    """As their file has it: a quota is kept by whoever was asked."""
+async def test_replica_without_quota_file_claims_pairs_with_quotas(held: Quotas, shared_redis: str) -> None:
+    """The quota that applies is that of the replica that enqueued a pair."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, BOUNDS, lambda: held) as (one, other):
         other.queue.interest._quotas = no_quotas
@@ -100,8 +100,8 @@ async def test_a_replica_without_the_file_sends_what_others_let_in(held: Quotas,
         assert await _send_all(other) in {9 + 5, 10 + 5}
 
 
-async def test_quotas_leave_nothing_behind(shared_redis: str) -> None:
-    """Names that nobody has, fifty that the file has: when all is sent, Redis holds no lane of theirs."""
+async def test_quotas_leave_no_keys_behind(shared_redis: str) -> None:
+    """With callers in the file and others, Redis holds none of their lanes after all pairs are sent."""
     quotas = Quotas(
         {f"n{number}": Quota(f"n{number}", 1e6) for number in range(50)}, Quota(DEFAULT_ACCOUNT, 1e6)
     )
@@ -127,25 +127,25 @@ async def test_quotas_leave_nothing_behind(shared_redis: str) -> None:
 
 @dataclass
 class _QuotaModel:
-    """A GCRA in Python. A claim's moment is known within some ms, so `least` and `most` bound its state."""
+    """GCRA in Python. The time of a claim is known within some ms, so `least` and `most` bound its state."""
 
     rate: float  # pairs a ms
     least: float = 0.0
     most: float = 0.0
 
     def allows(self, at: float, until: float) -> int:
-        """So many, if it was spent until then."""
+        """Return how many pairs may be sent, if the quota is spent until then."""
         burst = max(BURST_MS, 1 / self.rate)
         return max(0, math.floor((at + burst - max(until, at)) * self.rate + 1e-6))
 
     def spend(self, count: int, before: float, after: float) -> None:
-        """They went out between these moments."""
+        """Record pairs that were sent between these times."""
         lead = max(LEAD_MS, LEAD_MS + count / PAIRS_A_MS)
         self.least = max(self.least, before + lead) + count / self.rate
         self.most = max(self.most, after + lead) + count / self.rate
 
     def age(self, ms: int) -> None:
-        """Time passes."""
+        """Let time pass."""
         self.least, self.most = self.least - ms, self.most - ms
 
 
@@ -160,10 +160,10 @@ def _now_ms(client: "redis.Redis") -> float:
     pairs_per_second=st.sampled_from([0.3, 7.0, 100.0]),
     steps=st.lists(st.tuples(st.integers(0, 4000), st.booleans()), min_size=1, max_size=8),
 )
-def test_the_script_is_the_gcra_that_it_is_thought_to_be(
+def test_script_matches_gcra_model(
     pairs_per_second: float, steps: list[tuple[int, bool]], shared_redis: str
 ) -> None:
-    """Whatever the pauses, sent or put back: as many pairs go as a GCRA in Python allows."""
+    """Whatever the pauses, and whether batches are sent or released."""
 
     async def run() -> None:
         place = QueueLocation.create(shared_redis)

@@ -1,4 +1,4 @@
-"""Events that meet: questions, goodbyes, late answers, refusals, a model that is down; and what it costs."""
+"""Tests of racing events in the shared queue, of a model that is down, and of the cost of script calls."""
 
 import asyncio
 import time
@@ -34,7 +34,7 @@ DOWN = ModelUnavailableError("down", retry_after_seconds=1.0)
 
 @pytest.fixture
 def place(shared_redis: str) -> QueueLocation:
-    """A deployment of the test's own."""
+    """Return a new deployment."""
     return QueueLocation.create(shared_redis)
 
 
@@ -43,8 +43,8 @@ def _interest(place: QueueLocation) -> int:
         return int(client.hlen(f"{place.keys.base}pairs"))
 
 
-async def test_a_goodbye_never_undoes_the_next_question(place: QueueLocation) -> None:
-    """One caller leaves while the next asks for the same pairs: these wait, whatever is sent first."""
+async def test_cancel_racing_with_enqueue_keeps_new_waiter(place: QueueLocation) -> None:
+    """One request is cancelled while another enqueues the same pairs."""
     async with replicas(place) as (replica,):
         for turn in range(20):
             numbers = range(turn * 700, turn * 700 + 700)
@@ -60,8 +60,10 @@ async def test_a_goodbye_never_undoes_the_next_question(place: QueueLocation) ->
 
 
 @pytest.mark.parametrize("slow", [(0.05,), (0.0, 0.05)])
-async def test_a_slow_connection_changes_no_order(slow: tuple[float, ...], place: QueueLocation) -> None:
-    """The goodbye, or the question after it, is long on its way: the pair waits all the same."""
+async def test_slow_connection_keeps_order_of_cancel_and_enqueue(
+    slow: tuple[float, ...], place: QueueLocation
+) -> None:
+    """The cancellation or the next enqueue takes long. The pair waits all the same."""
     async with replicas(place) as (replica,):
         wait, _ = await replica.enqueue([numbered_pair(1)])
         replica.client.delays = slow
@@ -72,8 +74,8 @@ async def test_a_slow_connection_changes_no_order(slow: tuple[float, ...], place
         assert _interest(place) == 1
 
 
-async def test_a_question_that_is_long_on_its_way_is_taken_back(place: QueueLocation) -> None:
-    """Its caller goes before it arrives: the goodbye arrives after it."""
+async def test_request_cancelled_during_slow_enqueue_leaves_no_interest(place: QueueLocation) -> None:
+    """The cancellation follows the enqueue in Redis."""
     async with replicas(place) as (replica,):
         wait = replica.waiters.register([numbered_pair(1).digest])
         replica.client.delays = (0.05,)
@@ -85,8 +87,8 @@ async def test_a_question_that_is_long_on_its_way_is_taken_back(place: QueueLoca
         assert _interest(place) == 0
 
 
-async def test_who_goes_while_asking_leaves_nothing(place: QueueLocation) -> None:
-    """Cancelled at any moment of asking for several calls' worth: no pair stays that nobody waits for."""
+async def test_request_cancelled_at_any_time_of_enqueue_leaves_nothing(place: QueueLocation) -> None:
+    """The request takes several script calls."""
     async with replicas(place) as (replica,):
         for delay in range(20):
             wanted = numbered_pairs(range(1300))
@@ -100,8 +102,8 @@ async def test_who_goes_while_asking_leaves_nothing(place: QueueLocation) -> Non
             assert replica.queue.interest.snapshot() == {}
 
 
-async def test_who_is_refused_takes_nobodys_place(place: QueueLocation) -> None:
-    """A request that does not fit joined pairs of another; that one is still answered."""
+async def test_rejected_request_does_not_cancel_pairs_of_others(place: QueueLocation) -> None:
+    """A request that does not fit joined pairs of another one, which is still answered."""
     async with replicas(place, 1, queue_limits(batch_pairs=1000, max_pairs=1000)) as (replica,):
         wait, _ = await replica.enqueue(numbered_pairs(range(500)))
         with pytest.raises(QueueFullError):
@@ -116,8 +118,8 @@ async def test_who_is_refused_takes_nobodys_place(place: QueueLocation) -> None:
         assert place.leftover_keys() == {}
 
 
-async def test_two_that_ask_at_once_do_not_share_a_refusal(place: QueueLocation) -> None:
-    """The one without time is refused, the other, for the same pair and at the same moment, waits."""
+async def test_concurrent_requests_do_not_share_a_rejection(place: QueueLocation) -> None:
+    """Of two requests for a pair, the one with a short deadline is rejected, and the other waits."""
     bounds = queue_limits(batch_pairs=1, calls_per_second=0.2)
     async with replicas(place, 1, bounds) as (replica,):
         await replica.enqueue(numbered_pairs(range(3)))
@@ -132,8 +134,8 @@ async def test_two_that_ask_at_once_do_not_share_a_refusal(place: QueueLocation)
         assert list(wait.outcomes.values()) == [5]
 
 
-async def test_the_answer_of_a_claim_that_was_given_away_ends_both(place: QueueLocation) -> None:
-    """Its owner was thought dead, another sends the pairs again: the first answer ends them."""
+async def test_answer_of_expired_claim_ends_both_claims(place: QueueLocation) -> None:
+    """Another replica has claimed the pairs again. The first answer ends them."""
     async with replicas(place, 2) as (slow, other):
         await slow.enqueue(numbered_pairs([1, 2]))
         await other.enqueue(numbered_pairs([1, 2]))
@@ -149,8 +151,8 @@ async def test_the_answer_of_a_claim_that_was_given_away_ends_both(place: QueueL
         assert (await other.enqueue(numbered_pairs([1])))[1].outcomes == {numbered_pair(1).digest: 3}
 
 
-async def test_nonsense_that_is_told_twice_is_a_whim_still(place: QueueLocation) -> None:
-    """The reply was lost, so the script ran again: whoever comes back is asked for, as after one answer."""
+async def test_invalid_response_completed_twice_counts_once(place: QueueLocation) -> None:
+    """The reply was lost, so the script ran again. The pair is inferred once more, as after one response."""
     async with replicas(place) as (replica,):
         await replica.enqueue(numbered_pairs([1]))
         claim = await replica.claim_batch()
@@ -163,8 +165,8 @@ async def test_nonsense_that_is_told_twice_is_a_whim_still(place: QueueLocation)
         assert not (await replica.enqueue(numbered_pairs([1])))[1].queued
 
 
-async def test_a_refusal_reaches_who_asked_meanwhile_elsewhere(place: QueueLocation) -> None:
-    """Another replica joined a pair in flight: it is told of the refusal, and so is who asks later."""
+async def test_rejection_reaches_request_that_joined_on_another_replica(place: QueueLocation) -> None:
+    """Later requests for the pair get the rejection, too."""
     async with replicas(place, 2) as (one, other):
         await one.enqueue(numbered_pairs([1]))
         claim = await one.claim_batch()
@@ -184,8 +186,8 @@ async def _is_refused(replica: Replica, wanted: list[Pair]) -> bool:
     return False
 
 
-async def test_a_model_that_is_down_ends_all_that_waits_everywhere(place: QueueLocation) -> None:
-    """After the retry window: everybody is told, nothing stays queued, the next are told at once."""
+async def test_model_down_ends_waiting_pairs_of_all_replicas(place: QueueLocation) -> None:
+    """After the retry window nothing stays queued, and new requests are rejected at once."""
     async with replicas(place, 2, queue_limits(retry_window_seconds=0.3)) as (one, other):
         await one.enqueue(numbered_pairs(range(50)))
         wait, _ = await other.enqueue(numbered_pairs(range(30, 60)))
@@ -205,10 +207,10 @@ async def test_a_model_that_is_down_ends_all_that_waits_everywhere(place: QueueL
         assert place.leftover_keys() == {}
 
 
-async def test_what_is_in_flight_when_the_model_is_taken_for_down_may_be_answered(
+async def test_pair_in_flight_while_model_is_down_may_be_answered(
     place: QueueLocation,
 ) -> None:
-    """It stays in its claim: nobody sends it a second time, and its answer counts."""
+    """It stays in its claim, so it is not sent again, and its answer counts."""
     async with replicas(place, 2, queue_limits(retry_window_seconds=0.3)) as (one, other):
         await one.enqueue(numbered_pairs([1]))
         flying = await one.claim_batch()
@@ -227,10 +229,10 @@ async def test_what_is_in_flight_when_the_model_is_taken_for_down_may_be_answere
         assert place.leftover_keys() == {}
 
 
-async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(
+async def test_replica_with_failed_call_leaves_next_slot_to_another(
     place: QueueLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stays away a little longer, and who was told that nothing waits is woken."""
+    """It waits a little longer than its backoff, and a replica with no waiting pairs is woken."""
     monkeypatch.setattr(
         "services.cache_proxy.queue.call_deferral._CLAIM_DELAY_AFTER_FAILURE_SECONDS", 60
     )  # longer than a slow test takes
@@ -248,10 +250,10 @@ async def test_a_replica_whose_calls_fail_lets_another_have_the_next_slot(
         assert pair_numbers(await sound.claim_batch()) == [1]
 
 
-async def test_replica_whose_calls_are_answered_waits_for_the_next_slot_of_a_slow_limit(
+async def test_assisting_replica_claims_when_next_slot_is_far_away(
     place: QueueLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It claims for another replica whose call failed, also when the next slot is far away."""
+    """It claims for another replica whose call failed."""
     monkeypatch.setattr("services.cache_proxy.queue.claims._ASSIST_SECONDS", 0.05)
     monkeypatch.setattr("services.cache_proxy.queue.call_deferral._CLAIM_DELAY_AFTER_FAILURE_SECONDS", 60)
     async with replicas(place, 2, queue_limits(calls_per_second=3)) as (broken, sound):
@@ -262,10 +264,10 @@ async def test_replica_whose_calls_are_answered_waits_for_the_next_slot_of_a_slo
         assert pair_numbers(await sound.claim_batch()) == [1]
 
 
-async def test_replica_whose_call_failed_leaves_the_next_slot_of_a_slow_limit_to_others(
+async def test_replica_with_failed_call_leaves_slot_of_slow_limit_to_others(
     place: QueueLocation,
 ) -> None:
-    """Its backoff may end before the limit allows a call: it stays away until another could have taken it."""
+    """Its backoff may end before the limit allows a call. It waits until another could have taken that."""
     bounds = queue_limits(calls_per_second=0.01)
     async with replicas(place, 1, bounds) as (broken,):
         await broken.enqueue(numbered_pairs([1]))
@@ -281,8 +283,8 @@ async def test_replica_whose_call_failed_leaves_the_next_slot_of_a_slow_limit_to
         assert decision.wait_seconds > bounds.slot_seconds
 
 
-async def test_callers_with_ever_new_names_take_bounded_memory(place: QueueLocation) -> None:
-    """Names are theirs to choose: beyond a thousand they share one turn, and nothing is lost."""
+async def test_many_caller_names_take_bounded_memory(place: QueueLocation) -> None:
+    """Callers choose their names. Beyond a thousand they share one turn, and no pair is lost."""
     async with replicas(place, 1, queue_limits(batch_pairs=500)) as (replica,):
         await asyncio.gather(
             *(
@@ -299,8 +301,8 @@ async def test_callers_with_ever_new_names_take_bounded_memory(place: QueueLocat
         assert sorted(seen) == list(range(3000))
 
 
-async def test_many_callers_are_asked_for_again_together(place: QueueLocation) -> None:
-    """A thousand callers of a pair each: the poll is a few calls of Redis, not one for each of them."""
+async def test_re_enqueue_of_many_callers_shares_script_calls(place: QueueLocation) -> None:
+    """A thousand callers with a pair each take a few calls."""
     async with replicas(place, 1, queue_limits(batch_pairs=1000)) as (replica,):
         await asyncio.gather(
             *(
@@ -320,8 +322,8 @@ async def test_many_callers_are_asked_for_again_together(place: QueueLocation) -
         assert len(pair_numbers(await replica.claim_batch())) == 1000
 
 
-async def test_long_texts_go_in_small_calls(place: QueueLocation) -> None:
-    """Of one request or of many at once, asked or asked again: no call is long enough to hold Redis up."""
+async def test_long_texts_are_split_into_small_calls(place: QueueLocation) -> None:
+    """For one request or many, enqueued or enqueued again."""
     wanted = [Pair(item.digest, item.company + "c" * 4000, "t" * 4000) for item in numbered_pairs(range(700))]
     async with replicas(place, 1, queue_limits(batch_pairs=1000, batch_bytes=10**7)) as (replica,):
         replica.client.max_command_bytes = 800_000
@@ -332,8 +334,8 @@ async def test_long_texts_go_in_small_calls(place: QueueLocation) -> None:
         assert _interest(place) == 700
 
 
-async def test_pairs_that_nobody_waits_for_any_more_are_cleared_away_in_parts(place: QueueLocation) -> None:
-    """A replica died with 10000 waiting pairs, whose time runs out: no script looks at all at once."""
+async def test_expired_pairs_are_removed_in_parts(place: QueueLocation) -> None:
+    """A replica died with 10000 waiting pairs. No script examines all of them."""
     async with replicas(place, 2, queue_limits(batch_pairs=1000)) as (dead, other):
         patience = 1.5
         await dead.enqueue(numbered_pairs(range(10_000)), request_context(timeout=patience))
@@ -354,8 +356,8 @@ async def test_pairs_that_nobody_waits_for_any_more_are_cleared_away_in_parts(pl
         assert place.leftover_keys() == {}
 
 
-async def test_a_thousand_pairs_cost_six_commands_and_no_long_stop_of_redis(place: QueueLocation) -> None:
-    """Two to ask, one to claim, two to answer; the fleet's other calls wait for none of them for long."""
+async def test_thousand_pairs_take_six_commands_and_do_not_block_redis(place: QueueLocation) -> None:
+    """Two commands enqueue, one claims and two complete."""
     async with replicas(place, 1, queue_limits(batch_pairs=1000)) as (replica,):
         with place.client() as client:
 
@@ -375,10 +377,8 @@ async def test_a_thousand_pairs_cost_six_commands_and_no_long_stop_of_redis(plac
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])
-async def test_what_is_invalidated_in_flight_is_given_to_its_waiters_alone(
-    shared_redis: str, all_of_them: bool
-) -> None:
-    """Whoever asks after its answer came has it asked anew; a pair that nobody invalidated is remembered."""
+async def test_answer_invalidated_in_flight_is_not_remembered(shared_redis: str, all_of_them: bool) -> None:
+    """Its waiters get it, and later requests infer the pair again. Other answers are remembered."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (one,):
         await one.enqueue(numbered_pairs([0]))
@@ -397,7 +397,7 @@ async def test_what_is_invalidated_in_flight_is_given_to_its_waiters_alone(
 
 
 async def test_answer_invalidated_in_flight_is_logged_as_its_pair_ends(shared_redis: str) -> None:
-    """The claimer may die before it stores the answer: memories that took it forget it all the same."""
+    """The claiming replica may crash before it stores the answer. Other caches that took it still drop it."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (one,):
         reached = backend_for(create_client(shared_redis, timeout_seconds=5))
@@ -417,8 +417,8 @@ async def test_answer_invalidated_in_flight_is_logged_as_its_pair_ends(shared_re
         await reached.close()
 
 
-async def test_a_late_answer_of_what_was_invalidated_is_not_remembered(shared_redis: str) -> None:
-    """When its claim is over nobody knows since when it was on its way, so any tombstone counts."""
+async def test_late_answer_of_invalidated_pair_is_not_remembered(shared_redis: str) -> None:
+    """After the claim has ended its start is unknown, so any tombstone counts."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (one,):
         await one.enqueue(numbered_pairs([1, 2]))
@@ -431,8 +431,8 @@ async def test_a_late_answer_of_what_was_invalidated_is_not_remembered(shared_re
         assert list(again.outcomes) == [numbered_pairs([2])[0].digest]
 
 
-async def test_who_only_joined_leaves_the_next_call_to_who_queued(place: QueueLocation) -> None:
-    """It asks for none until that replica should have had one, and then does: that one may be gone."""
+async def test_joining_replica_leaves_next_claim_to_queueing_replica(place: QueueLocation) -> None:
+    """It claims later, since the other replica may be gone."""
     async with replicas(place, 2) as (first, second):
         await first.enqueue(numbered_pairs([1, 2]))
         assert first.queue._changed._event.is_set()
@@ -446,10 +446,10 @@ async def test_who_only_joined_leaves_the_next_call_to_who_queued(place: QueueLo
 
 
 @pytest.mark.parametrize(("before", "now"), [("bulk", "interactive"), ("refresh", "bulk")])
-async def test_who_joins_with_a_better_priority_asks_for_a_call_at_once(
+async def test_replica_that_joins_with_better_priority_claims_at_once(
     before: str, now: str, place: QueueLocation
 ) -> None:
-    """What waits has changed, and perhaps when a call is due: who queued it does not know of that."""
+    """The time of the next call may have changed, which the other replica does not know."""
     async with replicas(place, 2) as (first, second):
         await first.enqueue(numbered_pairs([1]), request_context(priority=before))
         second.queue._changed.clear()
@@ -457,8 +457,8 @@ async def test_who_joins_with_a_better_priority_asks_for_a_call_at_once(
         assert second.queue._changed._event.is_set()
 
 
-async def test_an_answer_wakes_only_who_still_waits(place: QueueLocation) -> None:
-    """Of two replicas whose pairs are answered, the one that waits for others too asks for a call; soon."""
+async def test_answer_wakes_only_replica_with_waiting_pairs(place: QueueLocation) -> None:
+    """Of two replicas whose pair is answered, one waits for other pairs, too."""
     async with replicas(place, 2) as (first, second):
         await first.enqueue(numbered_pairs([1, 2]))
         claim = await first.claim_batch()
@@ -473,10 +473,10 @@ async def test_an_answer_wakes_only_who_still_waits(place: QueueLocation) -> Non
         assert not second.queue._changed._event.is_set()
 
 
-async def test_who_only_joined_hears_when_nobody_waits_any_more_where_it_was_queued(
+async def test_joining_replica_is_woken_when_queueing_replica_has_no_pairs_left(
     place: QueueLocation,
 ) -> None:
-    """That replica asks for no call now. Nor is anybody told as long as it waits for other pairs."""
+    """The other replica claims nothing from then on. Nothing is published while it waits for other pairs."""
     async with replicas(place, 2) as (first, second):
         one, _ = await first.enqueue(numbered_pairs([1]))
         other, _ = await first.enqueue(numbered_pairs([2]))
@@ -496,8 +496,8 @@ async def test_who_only_joined_hears_when_nobody_waits_any_more_where_it_was_que
         await asyncio.wait_for(second.queue.wait_for_change(), 30)
 
 
-async def test_while_calls_fail_who_joins_asks_for_one_at_once(place: QueueLocation) -> None:
-    """The way to the model of whoever queued them may be what is broken, and that replica stands back."""
+async def test_joining_replica_claims_at_once_while_calls_fail(place: QueueLocation) -> None:
+    """The replica that queued the pair may be the one that cannot reach the model."""
     async with replicas(place, 2) as (first, second):
         await first.enqueue(numbered_pairs([1]))
         await first.queue.fail(await first.claim_batch(), DOWN, retry_after_seconds=0)
@@ -506,8 +506,11 @@ async def test_while_calls_fail_who_joins_asks_for_one_at_once(place: QueueLocat
         assert second.queue._changed._event.is_set()
 
 
-async def test_whose_reply_is_lost_knows_the_pairs_for_its_own(place: QueueLocation) -> None:
-    """Asked again, it joins what it has queued itself; so do the callers of one that died and came back."""
+async def test_repeated_enqueue_after_lost_reply_counts_pairs_as_own(place: QueueLocation) -> None:
+    """A replica whose reply was lost joins what it has queued.
+
+    Pairs of a dead replica are claimed by those that join.
+    """
     async with replicas(place, 2) as (first, second):
         first.client.lost_replies = 1
         await first.enqueue(numbered_pairs([1]))
@@ -518,8 +521,8 @@ async def test_whose_reply_is_lost_knows_the_pairs_for_its_own(place: QueueLocat
         assert second.queue._changed._event.is_set()
 
 
-async def test_a_long_question_asks_for_calls_meanwhile(place: QueueLocation) -> None:
-    """As soon as it has queued a batch: others may have joined that."""
+async def test_long_enqueue_wakes_dispatcher_after_first_batch(place: QueueLocation) -> None:
+    """Other replicas may have joined the batch, and leave the claim to this one."""
     async with replicas(place, 1) as (replica,):
         replica.queue._changed.clear()
         replica.client.delays = (0, 60)
@@ -532,8 +535,8 @@ async def test_a_long_question_asks_for_calls_meanwhile(place: QueueLocation) ->
         assert replica.queue._changed._event.is_set()  # what it sent may be queued all the same
 
 
-async def test_an_error_that_cannot_be_read_is_counted_and_may_be_retried(place: QueueLocation) -> None:
-    """In a message or a reply: the pair ends, so nobody waits for ever, and the metric tells."""
+async def test_unreadable_error_is_counted_and_retryable(place: QueueLocation) -> None:
+    """In a message or a reply, the pair ends, so no request waits forever."""
     async with replicas(place, 1) as (replica,):
         wait, _ = await replica.enqueue(numbered_pairs([1]))
         replica.queue.apply_outcomes(b"", [(numbered_pair(1).digest, [b"refused", b"no such code"])], None)
@@ -544,7 +547,7 @@ async def test_an_error_that_cannot_be_read_is_counted_and_may_be_retried(place:
 
 @pytest.mark.parametrize("how", ["leave", "late answer"])
 async def test_suspects_that_end_leave_no_group(how: str, place: QueueLocation) -> None:
-    """A group of suspects goes with the last request that waits for one of them, and not before."""
+    """A group of suspects is removed with the last request that waits for one of them."""
     async with replicas(place) as (replica,):
         first, _ = await replica.enqueue(numbered_pairs([1, 2]))
         last, _ = await replica.enqueue(numbered_pairs([3]))
@@ -561,8 +564,8 @@ async def test_suspects_that_end_leave_no_group(how: str, place: QueueLocation) 
         assert place.leftover_keys() == {}
 
 
-async def test_a_pause_of_another_target_gives_up_nobody(place: QueueLocation) -> None:
-    """A replica's own target may take the pairs: only callers whose replica calls the same one are told."""
+async def test_backoff_of_another_model_target_fails_no_request(place: QueueLocation) -> None:
+    """A replica with another target may send the pairs itself."""
     async with replicas(place, 2) as (here, there):
         for model in (f"{place.keys.limit}:model:other", place.keys.model):
             there.scripts.model_key = there.scripts._keys[3] = model
@@ -574,8 +577,8 @@ async def test_a_pause_of_another_target_gives_up_nobody(place: QueueLocation) -
             assert bool(wait.pending) is (model != place.keys.model)
 
 
-async def test_a_lost_pair_is_asked_again_until_the_latest_deadline(place: QueueLocation) -> None:
-    """Redis was emptied: the caller who joined with more time is remembered here."""
+async def test_lost_pair_is_re_enqueued_until_latest_deadline(place: QueueLocation) -> None:
+    """Redis was emptied. The request that joined with more time is remembered here."""
     async with replicas(place, 1) as (replica,):
         for patience in (0.3, 60.0, 0.2):
             await replica.enqueue([numbered_pair(1)], request_context(timeout=patience))

@@ -1,4 +1,4 @@
-"""The limit on the model, on Redis's clock, as real claims spend it."""
+"""Tests of the rate limit on Redis's clock, as the claims of real scripts consume it."""
 
 import asyncio
 import math
@@ -32,7 +32,7 @@ SLACK_SECONDS = 0.003  # Redis's clock is read in whole milliseconds, and claims
 async def _slots(
     replica: Replica, *, seconds: float, sizes: list[int], put_back: frozenset[int] = frozenset()
 ) -> list[tuple[float, int]]:
-    """Claim as a dispatcher does, for so long; the slots of what was not put back, and their pairs."""
+    """Claim as a dispatcher does; return the slots of batches that were not released, and their pairs."""
     clock = replica.location.client()
     numbers = iter(range(10**6))
     taken: list[tuple[float, int]] = []
@@ -61,7 +61,7 @@ async def _slots(
 
 
 def _assert_within_limit(taken: list[tuple[float, int]], bounds: QueueLimits) -> None:
-    """No window has more than `calls * T + 1` calls, nor more than `rate * T + batch` pairs."""
+    """Assert at most `calls * T + 1` calls and `rate * T + batch` pairs in each window T."""
     for first in range(len(taken)):
         pairs_sent = 0
         for last in range(first, len(taken)):
@@ -80,7 +80,7 @@ def _assert_within_limit(taken: list[tuple[float, int]], bounds: QueueLimits) ->
 def test_no_window_is_above_the_limit(
     sizes: list[int], put_back: frozenset[int], pairs_per_second: float, shared_redis: str
 ) -> None:
-    """At 50 calls a second, whatever the sizes of batches and whichever are put back."""
+    """At 50 calls a second, whatever the sizes of batches, and whichever are released."""
     bounds = queue_limits(batch_pairs=8, calls_per_second=50, pairs_per_second=pairs_per_second)
 
     async def run() -> None:
@@ -91,8 +91,8 @@ def test_no_window_is_above_the_limit(
     asyncio.run(run())
 
 
-async def test_a_backlog_uses_the_rate(shared_redis: str) -> None:
-    """Two replicas with a backlog have slot after slot: none later than limit or claimer made it."""
+async def test_backlog_uses_the_whole_rate(shared_redis: str) -> None:
+    """With two replicas, no slot is later than the limit or the claiming replica made it."""
     bounds = queue_limits(batch_pairs=8, calls_per_second=20)
     async with replicas(QueueLocation.create(shared_redis), 2, bounds) as both:
         for replica in both:
@@ -135,8 +135,8 @@ async def _claim_wait_seconds(replica: Replica) -> float:
 
 
 @pytest.mark.parametrize("lost", ["all", "run", "nonsense", "far"])
-async def test_a_limit_that_was_lost_is_a_spent_one(lost: str, shared_redis: str) -> None:
-    """After a flush, under another server's id, with what is no number or lies far ahead: one interval."""
+async def test_lost_limit_state_counts_as_spent(lost: str, shared_redis: str) -> None:
+    """After a flush, with another server's id, or with values that are invalid or far ahead: one interval."""
     bounds = queue_limits(calls_per_second=0.5)
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, bounds) as (replica,):
@@ -156,8 +156,8 @@ async def test_a_limit_that_was_lost_is_a_spent_one(lost: str, shared_redis: str
 
 
 @pytest.mark.parametrize("far", ["pairs_tat", "calls_tat", "not_before", "backoff_until"])
-async def test_a_limit_that_lies_far_ahead_refuses_nobody(far: str, shared_redis: str) -> None:
-    """A clock that was wrong, say, wrote it: who asks is admitted, so that the next claim puts it right."""
+async def test_limit_state_far_ahead_rejects_no_request(far: str, shared_redis: str) -> None:
+    """A wrong clock may have written it. Requests are admitted, so that the next claim corrects it."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, queue_limits(calls_per_second=10)) as (replica,):
         with place.client() as client:
@@ -168,8 +168,8 @@ async def test_a_limit_that_lies_far_ahead_refuses_nobody(far: str, shared_redis
         assert pair_numbers(await replica.claim_batch()) == [1]
 
 
-async def test_a_limit_that_is_idle_is_free(shared_redis: str) -> None:
-    """After one interval a lone pair goes at once, and the next after an interval."""
+async def test_idle_limit_allows_a_call_at_once(shared_redis: str) -> None:
+    """A single pair goes at once after an idle interval, and the next one after another interval."""
     bounds = queue_limits(calls_per_second=0.5)
     async with replicas(QueueLocation.create(shared_redis), 1, bounds) as (replica,):
         await replica.enqueue(numbered_pairs([1]))
@@ -180,8 +180,11 @@ async def test_a_limit_that_is_idle_is_free(shared_redis: str) -> None:
         assert 1 < await _claim_wait_seconds(replica) <= 2 / PACE + 0.015
 
 
-async def test_a_server_that_takes_over_is_quiet_at_first(shared_redis: str) -> None:
-    """The one before may still serve others: nobody calls until each side knows the other for silent."""
+async def test_new_server_allows_no_call_at_first(shared_redis: str) -> None:
+    """The server before may still serve others.
+
+    No call is made until both sides take each other for silent.
+    """
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, queue_limits(calls_per_second=100)) as (replica,):
         await replica.enqueue(numbered_pairs([1]))
@@ -195,8 +198,8 @@ async def test_a_server_that_takes_over_is_quiet_at_first(shared_redis: str) -> 
         assert pair_numbers(await replica.claim_batch()) == [2]
 
 
-async def test_who_comes_from_another_server_has_just_called_there(shared_redis: str) -> None:
-    """It gets no call before its heartbeat came here too, and from then on nobody does for an interval."""
+async def test_replica_from_another_server_counts_as_just_called(shared_redis: str) -> None:
+    """It gets no call before its heartbeat arrives, and then all replicas wait for an interval."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, queue_limits(calls_per_second=2)) as (comes, other):
         await comes.enqueue(numbered_pairs([1]))
@@ -212,8 +215,8 @@ async def test_who_comes_from_another_server_has_just_called_there(shared_redis:
             assert 0.4 < await _claim_wait_seconds(replica) <= 0.5 / PACE
 
 
-async def test_only_the_last_claim_gives_its_slot_back(shared_redis: str) -> None:
-    """Put back at once, the slot is free; after another's claim, a reset or a return from loss it is not."""
+async def test_only_last_claim_returns_its_slot(shared_redis: str) -> None:
+    """A slot that is released at once is free, but not after another claim, a reset or lost Redis."""
     bounds = queue_limits(batch_pairs=2, calls_per_second=4)
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, bounds) as (replica,):
@@ -246,8 +249,8 @@ async def test_only_the_last_claim_gives_its_slot_back(shared_redis: str) -> Non
             assert calls_tat() == spent
 
 
-async def test_a_batch_found_in_the_store_gives_its_slot_back(shared_redis: str) -> None:
-    """All of it was answered by others before it was sent, so nothing was spent."""
+async def test_batch_found_in_cache_returns_its_slot(shared_redis: str) -> None:
+    """Other replicas answered all of it before it was sent."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, queue_limits(calls_per_second=1)) as (replica,):
         with place.client() as client:
@@ -260,7 +263,7 @@ async def test_a_batch_found_in_the_store_gives_its_slot_back(shared_redis: str)
 
 
 async def test_two_model_versions_share_one_limit_and_no_answers(shared_redis: str) -> None:
-    """What one namespace spends the other has not, and the same pair is asked in each."""
+    """The same pair is inferred in both namespaces."""
     bounds = queue_limits(calls_per_second=0.5)
     place = QueueLocation.create(shared_redis)
     async with (
@@ -279,8 +282,8 @@ async def test_two_model_versions_share_one_limit_and_no_answers(shared_redis: s
         assert [level for _, level in other.resolved] == [6]
 
 
-async def test_the_newest_start_sets_the_limit(shared_redis: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A replica that starts with another rate changes it for all, says so once, and a flush keeps it."""
+async def test_last_started_replica_sets_limit(shared_redis: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It replaces the limit of all and logs it once. After a flush the limit is kept."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, queue_limits(calls_per_second=1)) as (old,):
         await _publish_limits(old.scripts, old.limits, old.metrics)
@@ -297,8 +300,8 @@ async def test_the_newest_start_sets_the_limit(shared_redis: str, caplog: pytest
             assert client.hget(place.keys.limit, "calls_per_second") == str(1 * PACE).encode()
 
 
-async def test_the_newest_start_sets_the_batch_too(shared_redis: str) -> None:
-    """One that knows another size of batch neither sends more, nor takes what a full batch spent for free."""
+async def test_last_started_replica_sets_batch_size(shared_redis: str) -> None:
+    """A replica with another size sends no larger batch, and a full batch counts as a full one."""
     rate = 10
     place = QueueLocation.create(shared_redis)
     big = queue_limits(batch_pairs=20, pairs_per_second=rate)
@@ -320,7 +323,7 @@ async def test_the_newest_start_sets_the_batch_too(shared_redis: str) -> None:
 
 @pytest.mark.parametrize("calls", [0, 5])
 async def test_probes_keep_to_the_limit_in_pairs(calls: float, shared_redis: str) -> None:
-    """Half of a refused batch is so many pairs too."""
+    """Half of a rejected batch consumes the limit as any pairs do."""
     bounds = queue_limits(batch_pairs=100, pairs_per_second=50, calls_per_second=calls)
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, bounds) as (replica,):
@@ -339,7 +342,7 @@ def _refused() -> PairRejectedError:
 
 
 async def test_nothing_is_paced_without_a_limit(shared_redis: str) -> None:
-    """Rates of 0: batch after batch, each to be sent at once."""
+    """With rates of 0, each batch may be sent at once."""
     async with replicas(QueueLocation.create(shared_redis), 1, queue_limits(batch_pairs=2)) as (replica,):
         await replica.enqueue(numbered_pairs(range(40)), request_context())
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Several replicas over one Redis: deaths, lost replies and messages, repeated scripts, flushes."""
+"""Stateful test of several replicas of the shared queue against a simple model."""
 
 import asyncio
 import itertools
@@ -43,7 +43,7 @@ QUOTAS = Quotas(
 
 @dataclass
 class _LiveReplica:
-    """A replica, its open waits and the claims in work at it."""
+    """A replica, its waiting requests and its claims."""
 
     replica: Replica
     waits: list[Waiter] = field(default_factory=list)
@@ -51,7 +51,7 @@ class _LiveReplica:
 
 
 class QueueStateMachine:
-    """A simple account of who waits for what and what the model answered; one step at a time."""
+    """Model of the waiting pairs and of the model's answers, one step at a time."""
 
     def __init__(self, data: st.DataObject, url: str) -> None:
         self._draw = data.draw
@@ -63,12 +63,12 @@ class QueueStateMachine:
         self._excused: set[str] = set()  # claims whose pairs others may have by now
 
     async def start(self) -> None:
-        """Three replicas."""
+        """Start three replicas."""
         for _ in range(3):
             await self.join()
 
     async def join(self) -> None:
-        """A replica starts."""
+        """Start a replica."""
         if len(self._here) < 4:
             self._here.append(
                 _LiveReplica(
@@ -80,7 +80,7 @@ class QueueStateMachine:
         return self._draw(st.sampled_from(self._here))
 
     async def enqueue(self) -> None:
-        """A caller asks; perhaps a reply is lost on the way, and asked for again."""
+        """Enqueue pairs of a request; some replies may be lost, so that the script runs again."""
         here = self._draw_replica()
         numbers = self._draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=6, unique=True))
         who = request_context(
@@ -91,7 +91,7 @@ class QueueStateMachine:
         here.waits.append(wait)
 
     async def cancel(self) -> None:
-        """A caller goes, answered or not."""
+        """Cancel a request, whether it was answered or not."""
         here = self._draw_replica()
         if here.waits:
             wait = here.waits.pop(self._draw(st.integers(0, len(here.waits) - 1)))
@@ -99,7 +99,7 @@ class QueueStateMachine:
             await here.replica.cancel(wait)
 
     async def claim(self) -> None:
-        """A dispatcher takes a batch; the first replies may be lost, or all of them."""
+        """Claim a batch; the first replies may be lost, or all of them."""
         here = self._draw_replica()
         lost = self._draw(st.sampled_from([0, 0, 0, 0, 1, 4]))
         here.replica.client.lost_replies = lost
@@ -121,7 +121,7 @@ class QueueStateMachine:
         here.claims.append(claim)
 
     async def finish_claim(self) -> None:
-        """A batch ends in one of the ways in which batches end, told twice if the reply is lost."""
+        """End a batch in one of all ways; the report runs again if its reply is lost."""
         here = self._draw_replica()
         if not here.claims:
             return
@@ -157,17 +157,17 @@ class QueueStateMachine:
         return outcomes
 
     async def heartbeat(self) -> None:
-        """A heartbeat, with what it heals."""
+        """Send a heartbeat, and recover what it shows to be missed."""
         await self._draw_replica().replica.heartbeat()
 
     async def receive_messages(self) -> None:
-        """Messages arrive, or are lost."""
+        """Receive messages, or lose them."""
         await self._draw_replica().replica.receive_messages(
             lost=self._draw(st.sampled_from([False, False, True]))
         )
 
     async def crash(self) -> None:
-        """A replica ends without a goodbye; its callers are gone with it, its claims go back."""
+        """Crash a replica with its requests; its claims are taken back."""
         if len(self._here) > 1:
             here = self._here.pop(self._draw(st.integers(0, len(self._here) - 1)))
             await here.replica.crash()
@@ -175,28 +175,28 @@ class QueueStateMachine:
             self._dead.append(here)
 
     async def complete_late(self) -> None:
-        """The answer of a claim that was given away arrives after all, through another's hands."""
+        """Complete a claim that was taken back, through another replica."""
         if self._dead and self._dead[-1].claims:
             claim = self._dead[-1].claims.pop()
             await self._draw_replica().replica.queue.complete(claim, self._draw_outcomes(claim))
 
     async def expire_leases(self) -> None:
-        """Every lease is over."""
+        """Let every lease expire."""
         self._place.age_claims(60_000)
         self._excused.update(claim.id for here in self._here for claim in here.claims)
 
     async def release_unlisted_claims(self) -> None:
-        """Time passes, so a heartbeat gives back what its replica does not list."""
+        """Let time pass, so that a heartbeat takes back claims that its replica does not list."""
         self._place.age_claims(3_000)
         await self._draw_replica().replica.heartbeat()
 
     async def flush(self) -> None:
-        """Redis loses everything."""
+        """Delete all keys of the deployment."""
         self._place.flush()
         self._excused.update(claim.id for here in self._here for claim in here.claims)
 
     async def check(self) -> None:
-        """Nobody was told what the model did not say."""
+        """Assert that requests got only outcomes of the model."""
         for here in self._here:
             for digest, outcome in here.replica.resolved:
                 number = int.from_bytes(digest, "big")
@@ -205,7 +205,7 @@ class QueueStateMachine:
             assert set(here.replica.queue.claims.ids) <= held
 
     async def finish(self) -> None:
-        """Messages are healed, claims end, and the model answers whatever is asked from now on."""
+        """Recover all messages, end all claims and answer all pairs; then nothing may be left."""
         for here in self._here:
             for claim in here.claims:
                 await here.replica.queue.release(claim)
@@ -238,7 +238,7 @@ class QueueStateMachine:
         await self.check()
 
     async def _recover(self) -> None:
-        """Every message of now is lost; two heartbeats tell."""
+        """Lose all messages; two heartbeats show that."""
         for here in self._here:
             await here.replica.receive_messages(lost=True)
             await here.replica.heartbeat()
@@ -251,7 +251,7 @@ class QueueStateMachine:
         return itertools.count(number)
 
     async def close(self) -> None:
-        """Close what is open."""
+        """Close all connections."""
         for here in self._here:
             await here.replica.close_connections()
 
@@ -291,10 +291,11 @@ async def _run_state_machine(data: st.DataObject, url: str) -> None:
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_every_wait_ends_and_nothing_is_stuck_whatever_is_lost(
+def test_every_request_ends_and_nothing_is_left_after_any_losses(
     data: st.DataObject, shared_redis: str
 ) -> None:
-    """Through any order of asking, leaving, sending and ending, of deaths and of losses: no pair in two
-    batches at once, no answer that the model did not give, no wait without an end, nothing left behind.
-    """  # noqa: D205 - one thought
+    """In any order of requests, claims, crashes and losses.
+
+    No pair is in two batches at once, and no answer is made up.
+    """
     asyncio.run(_run_state_machine(data, shared_redis))

@@ -1,12 +1,12 @@
-"""The reasons that callers get for pairs that are not queued."""
+"""Tests of the errors for requests that are not queued."""
 
 import math
 
 from services.cache_proxy.queue import rejections
 
 
-def test_a_wait_without_an_end_is_told_in_words() -> None:
-    """A replica whose turn is not known says so, not `inf s`, and the pushback is a number."""
+def test_unknown_wait_is_described_without_infinity() -> None:
+    """The message has no `inf s`, and the pushback is finite."""
     for left_seconds in (2.0, math.inf):
         refusal = rejections.deadline_error(wait_seconds=math.inf, left_seconds=left_seconds)
         assert "inf s for the model" not in refusal.message

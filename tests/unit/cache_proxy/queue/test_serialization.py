@@ -1,4 +1,4 @@
-"""What goes through Redis and back: every error as it was, and nothing else taken for one."""
+"""Tests of the serialization of errors, and of values that are none."""
 
 import contextlib
 
@@ -45,8 +45,8 @@ JUNK = st.recursive(
 
 
 @given(ERRORS)
-def test_an_error_comes_back_as_it_was(error: PairError) -> None:
-    """Every field of every kind, through Redis and without."""
+def test_error_round_trip_keeps_all_fields(error: PairError) -> None:
+    """Every kind of error, as msgpack and as a list."""
     for found in (unpack_error(unpack(pack(pack_error(error)))), unpack_error(pack_error(error))):
         assert type(found) is type(error)
         assert {name: getattr(found, name) for name in error.__dataclass_fields__} == {  # type: ignore[attr-defined]
@@ -55,14 +55,14 @@ def test_an_error_comes_back_as_it_was(error: PairError) -> None:
         }
 
 
-def test_every_kind_of_error_is_tried() -> None:
-    """A new kind of error of a pair needs a line above, and in the codec."""
+def test_all_pair_errors_are_covered() -> None:
+    """A new kind of pair error needs a strategy above, and code in the module."""
     assert set(KINDS) == set(PairError.__subclasses__())
 
 
 @given(JUNK)
-def test_what_is_no_error_is_garbage(junk: object) -> None:
-    """Whatever somebody put into Redis raises the store's error, which is counted."""
+def test_value_that_is_no_error_raises_store_error(junk: object) -> None:
+    """Callers count these."""
     with pytest.raises(StoreError):
         unpack_error(unpack(pack(junk)))
 
@@ -82,33 +82,33 @@ def test_what_is_no_error_is_garbage(junk: object) -> None:
         [b"nonsense", b"\xff"],
     ],
 )
-def test_an_error_with_a_field_missing_or_of_another_type_is_garbage(packed: object) -> None:
-    """No field is made up."""
+def test_error_with_missing_or_invalid_field_raises_store_error(packed: object) -> None:
+    """No field gets a default."""
     with pytest.raises(StoreError):
         unpack_error(packed)
 
 
 @given(st.binary(max_size=60))
-def test_bytes_that_are_no_message_are_a_broken_reply(junk: bytes) -> None:
-    """Either they can be read or it is the store's error, never another."""
+def test_invalid_msgpack_raises_store_error_only(junk: bytes) -> None:
+    """Random bytes are either valid or raise no other error."""
     with contextlib.suppress(StoreError):
         unpack(junk)
 
 
-def test_a_long_message_is_cut() -> None:
-    """A model that answers with a book does not fill Redis with it."""
+def test_long_message_is_truncated() -> None:
+    """A model's long error message does not fill Redis."""
     packed = pack(
         pack_error(PairRejectedError(grpc.StatusCode.INVALID_ARGUMENT, "x" * 10**6, "", "y" * 10**6))
     )
     assert len(packed) < 2100
 
 
-def test_text_that_is_no_utf_8_can_be_packed() -> None:
-    """Half a surrogate pair in a message stops no script."""
+def test_lone_surrogate_is_replaced() -> None:
+    """Text that has no UTF-8 form stops no script."""
     assert unpack_error(pack_error(InvalidModelResponseError("\ud800!"))).message == "?!"  # type: ignore[attr-defined]
 
 
-def test_an_unknown_error_is_a_mistake_here() -> None:
-    """Only errors of pairs go through Redis."""
+def test_unknown_error_class_raises_type_error() -> None:
+    """Only errors of known classes pass through Redis."""
     with pytest.raises(TypeError):
         pack_error(PairError())

@@ -1,4 +1,4 @@
-"""What a queue tells of itself to the status page, over a real Redis, and what is not believed of it."""
+"""Tests of the queue's state for the status page, from a real Redis and from invalid values in it."""
 
 import math
 
@@ -22,24 +22,24 @@ MINUTES = 3
 
 
 class FixedReportSource:
-    """A replica that reports the same few bytes, until it hears that they arrived."""
+    """Source of the same reports, until a test changes them."""
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
 
     def pending_reports(self) -> list[Report]:
-        """See `Reporter`."""
+        """Return, or ignore, as `ReportSource` requires."""
         return self.reports
 
     def mark_reported(self, reports: list[Report], *, clock_offset_seconds: float) -> None:
-        """See `Reporter`."""
+        """Return, or ignore, as `ReportSource` requires."""
 
     def resend_all(self) -> None:
-        """See `Reporter`."""
+        """Return, or ignore, as `ReportSource` requires."""
 
 
-async def test_reports_ride_on_heartbeats_and_are_read_by_all(shared_redis: str) -> None:
-    """A replica's report of a minute is there once, however often its heartbeat said it, until it changes."""
+async def test_reports_of_heartbeats_are_read_by_all_replicas(shared_redis: str) -> None:
+    """A replica's report of a minute is there once, however often it is sent, and a new one replaces it."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2) as (one, other):
         this = int((await one.queue.snapshot(minutes=MINUTES)).now_seconds // 60)
@@ -67,8 +67,8 @@ async def test_reports_ride_on_heartbeats_and_are_read_by_all(shared_redis: str)
             assert 0 < client.pttl(f"{place.keys.limit}:reports:{this}") <= 12 * 60_000
 
 
-async def test_what_others_wrote_among_the_reports_is_left_out(shared_redis: str) -> None:
-    """A key of another type, too many fields, a report that is too long: the rest is told."""
+async def test_invalid_reports_are_left_out(shared_redis: str) -> None:
+    """A key of another type, too many fields, and a report that is too long."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (replica,):
         this = int((await replica.queue.snapshot(minutes=MINUTES)).now_seconds // 60)
@@ -88,8 +88,8 @@ async def test_what_others_wrote_among_the_reports_is_left_out(shared_redis: str
 
 
 @pytest.mark.parametrize("value", ["text", "-1", "1e400", "nan", str(2**60), ""])
-async def test_figures_in_redis_that_are_none_are_unknown(shared_redis: str, value: str) -> None:
-    """The limit and its state in Redis are anybody's: no figure is negative, endless or no number."""
+async def test_invalid_figures_are_unknown(shared_redis: str, value: str) -> None:
+    """No figure is negative, infinite or not a number, whatever is in Redis."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (replica,):
         with place.client() as client:
@@ -122,17 +122,19 @@ async def test_figures_in_redis_that_are_none_are_unknown(shared_redis: str, val
 @pytest.mark.parametrize(
     "reply", [None, 7, b"", b"\xc1", msgpack.packb([1, 2]), msgpack.packb([b"x", *[[]] * 10])]
 )
-def test_a_reply_that_is_none_is_an_error_of_the_store(reply: object) -> None:
-    """Never any other: the page then tells what this replica knows."""
+def test_invalid_reply_raises_store_error(reply: object) -> None:
+    """The page then shows what this replica knows."""
     with pytest.raises(StoreError):
         decode_snapshot(reply)
 
 
 @pytest.mark.parametrize("kind", ["local", "shared"])
-async def test_the_expected_wait_is_that_of_the_lanes_end(kind: str, shared_redis: str) -> None:
-    """Four pairs a call, one of them kept for bulk; 40 interactive pairs wait and one of bulk: who comes now
-    goes with the 14th call if it is interactive, with the second as bulk, with the eleventh behind all.
-    """  # noqa: D205 - one thought
+async def test_expected_wait_is_that_of_a_new_pair_of_each_priority(kind: str, shared_redis: str) -> None:
+    """Four pairs a call, one of them reserved for bulk, with 40 interactive pairs and one of bulk.
+
+    The next interactive pair goes with call 14, the next of bulk with call 2, and a refresh with call
+    11.
+    """
     bounds = queue_limits(batch_pairs=4, calls_per_second=1 / 60)
 
     def judge(overview: QueueSnapshot) -> None:

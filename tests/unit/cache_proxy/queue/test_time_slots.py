@@ -1,4 +1,4 @@
-"""The moments in which a replica without Redis calls the model: never another's, never too close."""
+"""Tests of the time slots of replicas without Redis: never another's, and never too close."""
 
 import math
 from itertools import pairwise
@@ -23,7 +23,7 @@ def _limiter(replica: str, members: tuple[str, ...], apart: float, offset: float
 
 
 def _calls(limiter: TimeSlotLimiter, *, begin: float, seconds: float, delays: list[float]) -> list[float]:
-    """When a dispatcher with a backlog calls that wakes up a little late every time."""
+    """Return when a dispatcher with a backlog calls, if it wakes up a little late every time."""
     now = begin
     made: list[float] = []
     while now < begin + seconds:
@@ -43,10 +43,10 @@ def _calls(limiter: TimeSlotLimiter, *, begin: float, seconds: float, delays: li
     st.lists(st.floats(-1e6, 2e9), min_size=5, max_size=5),
     st.lists(st.floats(0, 0.009), min_size=1, max_size=5),
 )
-def test_no_two_members_ever_have_the_same_moment(
+def test_members_never_share_a_slot(
     count: int, moment_ms: int, offsets: list[float], delays: list[float]
 ) -> None:
-    """Whatever each one's clock reads: on Redis's, calls are a moment apart, less a late one's lateness."""
+    """Whatever their own clocks read, calls are a slot apart on Redis's clock, minus one call's lateness."""
     members = tuple(f"replica {number}" for number in range(count))
     apart = moment_ms / 1000
     calls = []
@@ -66,8 +66,8 @@ def test_no_two_members_ever_have_the_same_moment(
 
 
 @given(st.integers(20, 1000), st.integers(2, 4))
-def test_close_moments_of_two_members_have_one_free_between_them(moment_ms: int, count: int) -> None:
-    """Where one's block ends and the next one's begins, a late call and a punctual one keep apart."""
+def test_close_slots_of_two_members_have_a_guard_slot_between(moment_ms: int, count: int) -> None:
+    """A late call at the end of one turn and a punctual one at the start of the next stay apart."""
     members = tuple(f"replica {number}" for number in range(count))
     apart = moment_ms / 1000
     calls = []
@@ -88,20 +88,20 @@ def test_close_moments_of_two_members_have_one_free_between_them(moment_ms: int,
 
 
 def test_all_members_together_use_the_rate() -> None:
-    """Two replicas at one call a second: nothing is lost but the room for their clocks."""
+    """Two replicas at one call a second lose only the tolerance for their clocks."""
     calls = []
     for member in "ab":
         calls += _calls(_limiter(member, ("a", "b"), 1.05, 0.0), begin=1e9, seconds=105.0, delays=[0.002])
     assert 98 <= len(calls) <= 102  # the windows of the two end at different moments
 
 
-def test_a_replica_that_nobody_knows_has_no_moments() -> None:
-    """It came while somebody was silent: it waits for Redis."""
+def test_replica_that_is_no_member_has_no_slots() -> None:
+    """It started while a member was silent, and waits for Redis."""
     assert _limiter("new", ("a", "b"), 1.0, 0.0).wait_seconds(1, now=5.0) == math.inf
 
 
-def test_a_replica_that_never_saw_redis_keeps_to_its_share() -> None:
-    """Its limiter is that of its share of the rate."""
+def test_replica_without_membership_keeps_to_its_share_of_the_rate() -> None:
+    """The share's limiter decides."""
     limiter, share = TimeSlotLimiter(_share()), _share()
     assert limiter.slot_seconds == share.slot_seconds
     assert limiter.wait_seconds(1, now=0.0) == share.wait_seconds(1, now=0.0)
@@ -110,8 +110,8 @@ def test_a_replica_that_never_saw_redis_keeps_to_its_share() -> None:
     assert limiter.wait_seconds(1, now=2.0) == share.wait_seconds(1, now=2.0) > 0
 
 
-def test_no_call_before_the_others_know_or_the_model_wants_one() -> None:
-    """For a while after the loss, and after the model's pushback, even an own moment is left out."""
+def test_no_call_before_grace_period_and_pushback_end() -> None:
+    """Slots of its own are left out, too."""
     limiter = _limiter("a", ("a",), 0.1, 0.0)
     limiter.not_before = 100.0
     assert limiter.wait_seconds(1, now=98.0) >= 2.0
@@ -126,8 +126,8 @@ def test_no_call_before_the_others_know_or_the_model_wants_one() -> None:
     assert limiter.wait_seconds(1, now=106.0) == 0
 
 
-def test_moments_that_became_fewer_or_another_clocks_do_not_stop_it() -> None:
-    """Lost a second time, under another limit or after a failover to a clock that is behind: it goes on."""
+def test_changed_interval_or_clock_does_not_stop_calls() -> None:
+    """Redis is lost again under another limit, or after a failover to a clock that is behind."""
     limiter = _limiter("a", ("a",), 0.05, 1e9)
     limiter.consume(1, now=10.0)
     limiter.update_membership(Membership("a", ("a",), 1.0, 1e9))
@@ -137,11 +137,11 @@ def test_moments_that_became_fewer_or_another_clocks_do_not_stop_it() -> None:
     assert limiter.wait_seconds(1, now=30.0) <= 1.0
 
 
-def test_how_far_apart_a_members_batches_are() -> None:
-    """As far as all members' moments together."""
+def test_slot_seconds_cover_slots_of_all_members() -> None:
+    """A member's batches are as far apart as one slot of each member."""
     assert _limiter("a", ("a", "b", "c"), 1.05, 0.0).slot_seconds == 1.05 * 3
 
 
-def test_a_replica_that_is_no_member_yet_may_call_where_nothing_is_limited() -> None:
-    """Redis was lost between its first heartbeat and the others' next: there is no limit to keep."""
+def test_replica_that_is_no_member_may_call_without_a_limit() -> None:
+    """Redis was lost between its first heartbeat and the others' next ones."""
     assert _limiter("new", ("a", "b"), 0.0, 0.0).wait_seconds(1, now=5.0) == 0.0

@@ -1,4 +1,4 @@
-"""How the contexts of callers' spans go with their pairs through the queue to whoever claims them."""
+"""Tests of the trace contexts that pass through the queue to the replica that claims the pairs."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,10 +27,11 @@ def _traced(context: bytes, caller: str = "c") -> RequestContext:
     return replace(request_context(caller), trace_context=context)
 
 
-async def test_another_replica_claims_with_the_traces(shared_redis: str) -> None:
-    """What callers of one replica are traced by, another learns with the batch, also of a pair that two
-    share; who is not traced adds nothing, and a batch that was put back keeps it.
-    """  # noqa: D205 - one thought
+async def test_claim_of_another_replica_has_trace_contexts(shared_redis: str) -> None:
+    """Also of a pair that two requests share.
+
+    A request without a trace adds none, and a released batch keeps them.
+    """
     async with replicas(QueueLocation.create(shared_redis), 2, queue_limits(batch_pairs=10)) as (
         asked,
         claimer,
@@ -45,8 +46,8 @@ async def test_another_replica_claims_with_the_traces(shared_redis: str) -> None
         assert sorted((await claimer.claim_batch()).trace_contexts) == [ONE, OTHER]
 
 
-async def test_what_redis_lost_is_asked_again_with_its_trace(shared_redis: str) -> None:
-    """After a flush the waiters' poll brings the contexts back with the pairs."""
+async def test_re_enqueued_pairs_keep_trace_contexts(shared_redis: str) -> None:
+    """After a flush the pairs are enqueued again with their contexts."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as [replica]:
         await replica.enqueue(numbered_pairs([1]), _traced(ONE))
@@ -57,8 +58,8 @@ async def test_what_redis_lost_is_asked_again_with_its_trace(shared_redis: str) 
         assert sorted((await replica.claim_batch()).trace_contexts) == [ONE, OTHER]
 
 
-async def test_who_is_not_traced_costs_redis_nothing(shared_redis: str) -> None:
-    """A pair's record has no field for a trace unless a caller is traced."""
+async def test_request_without_trace_adds_no_field(shared_redis: str) -> None:
+    """A pair's record has the field only if a caller is traced."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as [replica]:
         await replica.enqueue(numbered_pairs([1]))
@@ -66,8 +67,8 @@ async def test_who_is_not_traced_costs_redis_nothing(shared_redis: str) -> None:
         assert list((await replica.claim_batch()).trace_contexts) == []
 
 
-async def test_traces_are_bounded(shared_redis: str) -> None:
-    """Of many callers that wait for one pair, a few are named; of a batch not many more than a span takes."""
+async def test_trace_contexts_are_bounded(shared_redis: str) -> None:
+    """A pair has a few of its callers' traces, and a batch not many more than a span's links."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1, queue_limits(batch_pairs=100)) as [replica]:
         contexts = [number.to_bytes(CONTEXT_BYTES, "big") for number in range(1, 401)]
@@ -85,10 +86,8 @@ async def test_traces_are_bounded(shared_redis: str) -> None:
 @pytest.mark.parametrize(
     "trace", [7, 1.5, True, [1, 2], {"a": 1}, "", "short", bytes(range(1, 251)) * 400, None]
 )
-async def test_whatever_stands_where_traces_do(shared_redis: str, trace: Any) -> None:
-    """Hostile bytes in a record's trace cost no pair its call, and come out as a few strings or not at all;
-    whoever joins the pair then, too.
-    """  # noqa: D205 - one thought
+async def test_invalid_trace_contexts_in_redis_do_not_stop_claim(shared_redis: str, trace: Any) -> None:
+    """Hostile bytes come out as a few strings or not at all, also when another request joins the pair."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place) as [replica]:
         await replica.enqueue(numbered_pairs([1]))
@@ -104,8 +103,8 @@ async def test_whatever_stands_where_traces_do(shared_redis: str, trace: Any) ->
         assert replica.metrics.store_garbage._value.get() == 0  # the queue was not made anew for it
 
 
-async def test_one_process_claims_with_the_traces() -> None:
-    """The same of the queue that is in no Redis."""
+async def test_local_queue_claim_has_trace_contexts() -> None:
+    """As in the shared queue."""
     ignored: list[tuple[bytes, object]] = []
     queue = create_local_queue(
         queue_limits(batch_pairs=10),

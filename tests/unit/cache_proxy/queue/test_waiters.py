@@ -1,4 +1,4 @@
-"""Who waits for which pair, and who is told of its end."""
+"""Tests of the requests that wait for pairs, and of the pairs for which none waits any more."""
 
 import asyncio
 
@@ -8,8 +8,8 @@ from services.cache_proxy.queue.waiters import WaiterRegistry
 DOWN = ModelUnavailableError("down", 1.0)
 
 
-async def test_only_waits_whose_deadline_is_before_the_next_try_are_given_up() -> None:
-    """The pair goes on for those with more time; the queue hears of it when the last one leaves."""
+async def test_only_waiters_with_earlier_deadline_are_failed() -> None:
+    """The pair goes on for requests with more time, and is cancelled when the last one ends."""
     now, waiters = asyncio.get_running_loop().time(), WaiterRegistry()
     short = waiters.register([b"1", b"2"], deadline=now + 5)
     long = waiters.register([b"1"], deadline=now + 50)
@@ -24,8 +24,8 @@ async def test_only_waits_whose_deadline_is_before_the_next_try_are_given_up() -
     assert waiters.unregister(long) == []
 
 
-async def test_who_is_given_up_last_leaves_the_pair_to_the_queue() -> None:
-    """Nobody waits for it any more, so it need not be sent."""
+async def test_failed_waiters_return_pair_for_cancellation() -> None:
+    """No request waits for it any more, so it need not be sent."""
     waiters = WaiterRegistry()
     one, other = (waiters.register([b"1"], deadline=0.0) for _ in range(2))
     waiters.fail_with_deadline_before(1.0, DOWN)
@@ -35,8 +35,8 @@ async def test_who_is_given_up_last_leaves_the_pair_to_the_queue() -> None:
     assert not waiters._waiters
 
 
-async def test_who_waits_without_a_deadline_is_not_given_up() -> None:
-    """A refresh has all the time."""
+async def test_waiter_without_deadline_is_not_failed() -> None:
+    """A refresh has no deadline."""
     waiters = WaiterRegistry()
     wait = waiters.register([b"1"])
     waiters.fail_with_deadline_before(1e12, DOWN)

@@ -4,7 +4,7 @@
 
 Two replicas of the build run over a real Redis and a scripted model, through all that makes a record:
 
-- pairs that wait, also in lanes of quotas, and pairs in flight,
+- pairs that wait, also in lanes of quotas, and pairs in claims,
 - levels, invalid levels, rejected pairs, failed calls, and a pair that breaks the model,
 - a request that is enqueued in several chunks, and an invalidation.
 
@@ -45,7 +45,7 @@ PREFIX = "recorded"
 BASE = f"{{{PREFIX}}}:q1:fold1:1:"
 FILE = LAST_RELEASE / "queue.json"
 WAITING = "waiting"
-"""The moment at which pairs wait in several lanes and others are in flight."""
+"""The moment at which pairs wait in several lanes and others are in a claim."""
 
 _FLAGS = (
     *("--model-calls-per-second", "0.5", "--model-rate", "1000", "--model-batch-size", "4"),

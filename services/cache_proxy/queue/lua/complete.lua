@@ -10,8 +10,8 @@
 -- ARGV[6]  replica
 -- Reply    OK
 --
--- Tombstones (see cache/lua/add_tombstones.lua) say when pairs were invalidated, the log of invalidations
--- (see cache/invalidation.py) which pairs the replicas remove from their memory.
+-- Tombstones (see cache/lua/add_tombstones.lua) have the time at which pairs were invalidated, the log of
+-- invalidations (see cache/invalidation.py) which pairs the replicas remove from their memory.
 local id = ARGV[1]
 local levels = ARGV[2]
 local errors = cmsgpack.unpack(ARGV[3])

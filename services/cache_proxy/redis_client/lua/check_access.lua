@@ -1,6 +1,8 @@
 -- Try each command that the proxy sends to Redis by itself or in a script, on keys that nothing else uses.
--- KEYS[1]  how these keys begin   ARGV[1]  a channel that nobody subscribes to; empty: try none
--- Returns  {command, error} for each that failed, whatever the reason
+--
+-- KEYS[1]  what these keys begin with
+-- ARGV[1]  a channel without subscribers; empty: try no channel
+-- Reply    {command, error} for each that failed, whatever the reason
 local failed = {}
 
 local function try(name, ...)

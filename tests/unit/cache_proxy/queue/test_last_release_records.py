@@ -58,7 +58,7 @@ def _garbage(replica: Replica) -> float:
 async def test_recorded_pairs_are_claimed_once_with_their_texts(
     server: RedisServer, recording: Recording, name: str
 ) -> None:
-    """Take over what two replicas of the last release left behind: pairs in lanes, in flight and suspect."""
+    """Take over what two replicas of the last release left: pairs in lanes, in claims, and suspects."""
     place, expected = _place(server), _records(recording, name)
     with place.client() as client:
         load(recording.snapshots[name], client)

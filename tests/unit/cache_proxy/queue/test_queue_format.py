@@ -121,7 +121,7 @@ async def test_queue_without_the_field_has_the_first_format(shared_redis: str) -
 
 
 async def test_first_replica_of_a_deployment_sets_its_format(shared_redis: str) -> None:
-    """Need no takeover where nobody else is, as after a flush."""
+    """Need no takeover where no other replica is, as after a flush."""
     location = _location_of(shared_redis, queue_format=NEXT)
     async with replicas(location) as (one,):
         assert _format(location) == str(NEXT).encode()
@@ -231,7 +231,7 @@ async def test_replica_that_stands_by_and_ends_leaves_nothing(shared_redis: str)
 
 
 async def test_other_format_is_logged_once(shared_redis: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Name what was found and expected, and what to do; say when the queue is shared again."""
+    """Name what was found and expected, and what to do. Log once more when the queue is shared again."""
     caplog.set_level(logging.INFO)
     other = _replica(_location_of(shared_redis), OTHER)
     queue = other.failover

@@ -141,6 +141,10 @@ LUA = (
             "set_peer_state",
         )
     ),
+    Target(
+        path="services/cache_proxy/queue/lua/standby.lua",
+        tests=("tests/unit/cache_proxy/queue/test_queue_format.py",),
+    ),
     *(
         Target(path=f"services/cache_proxy/cache/lua/{name}.lua", tests=_STORE_TESTS)
         for name in ("get", "put", "delete", "sweep", "clear", "layout", "bucket_writes")

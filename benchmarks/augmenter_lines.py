@@ -15,8 +15,8 @@ import uvloop
 from benchmarks import postings
 from benchmarks.augmenter_run import SCALE, RunResult, proxy_and_model, run, start_cpu_seconds
 from benchmarks.report import Figure, show
+from services.common.aws_client import open_client
 from services.common.storage.s3 import S3Store
-from services.common.storage.s3_client import aws_client
 from tests.support.s3_server import S3Server, s3_server
 
 _WORK = Path(".bench/augmenter")
@@ -140,7 +140,7 @@ def _s3(s3: S3Server, target: str) -> list[Figure]:
 
 
 async def _fill(s3: S3Server) -> None:
-    async with aws_client("s3", endpoint_url=s3.endpoint_url, max_connections=2) as client:
+    async with open_client("s3", endpoint_url=s3.endpoint_url, max_connections=2) as client:
         await client.create_bucket(Bucket=_BUCKET)
         for path in sorted((_WORK / "eight").iterdir()):
             await client.put_object(Bucket=_BUCKET, Key=f"raw/{path.name}", Body=path.read_bytes())
@@ -158,7 +158,7 @@ def _copy(s3: S3Server) -> float:
 
 
 async def _copy_all(endpoint_url: str) -> float:
-    async with aws_client("s3", endpoint_url=endpoint_url, max_connections=4 * _CONCURRENCY) as client:
+    async with open_client("s3", endpoint_url=endpoint_url, max_connections=4 * _CONCURRENCY) as client:
         source = S3Store(client, bucket=_BUCKET, prefix="raw/")
         sink = S3Store(client, bucket=_BUCKET, prefix="copy/")
         places = asyncio.Semaphore(_CONCURRENCY)

@@ -108,6 +108,13 @@ PYTHON = (
         ),
     ),
     Target(
+        path="services/common/storage/s3_conditional.py",
+        tests=(
+            "tests/integration/augmenter/test_s3_compatibility.py",
+            "tests/integration/augmenter/test_s3_faults.py",
+        ),
+    ),
+    Target(
         path="services/common/storage/s3_download.py",
         tests=(
             "tests/integration/augmenter/test_s3_compatibility.py",

@@ -77,9 +77,9 @@ async def _run(
         storage = await open_run_storage(settings, run_paths, stack)
         show_progress = sys.stderr.isatty() if settings.progress is None else settings.progress
         if show_progress:
-            from services.augmenter.progress import progress_bar  # noqa: PLC0415 - see run_storage.py
+            from services.augmenter.progress import run_progress_bar  # noqa: PLC0415 - see run_storage.py
 
-            await stack.enter_async_context(progress_bar(stats))
+            await stack.enter_async_context(run_progress_bar(stats))
         dry_run = DryRunCounter(
             source=storage.source,
             stats=stats,
@@ -143,12 +143,12 @@ async def _process_files(
     concurrency = settings.concurrency
     if settings.sqs_queue_url:
         from services.augmenter.sources.sqs import SqsWorkers  # noqa: PLC0415
-        from services.common.storage.s3_client import aws_client  # noqa: PLC0415 - see run_storage.py
+        from services.common.aws_client import open_client  # noqa: PLC0415 - see run_storage.py
 
         assert isinstance(run_paths.source, S3Uri)  # noqa: S101 - checked with the places
         endpoint = queue_endpoint(settings.sqs_queue_url)
         client = await stack.enter_async_context(
-            aws_client(
+            open_client(
                 "sqs", endpoint_url=endpoint.url, region=endpoint.region, max_connections=4 * concurrency
             )
         )

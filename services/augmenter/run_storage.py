@@ -41,9 +41,10 @@ async def open_run_storage(settings: RunSettings, run_paths: RunPaths, stack: As
 
 
 async def _open_with_s3(settings: RunSettings, run_paths: RunPaths, stack: AsyncExitStack) -> RunStorage:
+    from services.common.aws_client import open_client  # noqa: PLC0415 - see the docstring
     from services.common.storage import sse_c  # noqa: PLC0415 - see the docstring
     from services.common.storage.s3 import S3Store  # noqa: PLC0415 - see the docstring
-    from services.common.storage.s3_client import allow_tenant_buckets, aws_client  # noqa: PLC0415
+    from services.common.storage.s3_client import allow_tenant_buckets  # noqa: PLC0415 - see the docstring
     from services.common.storage.s3_upload import PART_BUDGET_BYTES  # noqa: PLC0415
 
     part_budget = MemoryBudget(limit_bytes=PART_BUDGET_BYTES)
@@ -53,7 +54,7 @@ async def _open_with_s3(settings: RunSettings, run_paths: RunPaths, stack: Async
     async def get_client(key: _SseKey, *, serves_tenants: bool) -> Any:
         if key not in clients:
             client = await stack.enter_async_context(
-                aws_client("s3", endpoint_url=settings.endpoint_url, max_connections=connections)
+                open_client("s3", endpoint_url=settings.endpoint_url, max_connections=connections)
             )
             if key:
                 sse_c.send_key(client, key[1], flag_name=key[0])

@@ -103,8 +103,8 @@ class _LoggingExporter(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         try:
             result = self._exporter.export(spans)
-        # Traces are never worth more than a log line, whatever the exporter raises.
         except Exception as error:  # noqa: BLE001 - see above
+            # Traces are never worth more than a log line, whatever the exporter raises.
             result = SpanExportResult.FAILURE
             self._error_filter.last_error = type(error).__name__
         has_failed = result is not SpanExportResult.SUCCESS

@@ -89,7 +89,7 @@ async def restart_on_failure(
     while True:
         try:
             await work()
-        # Any error may occur here. A task that ends without a log line would be worse.
         except Exception:  # noqa: BLE001 - see above
+            # Any error may occur here. A task that ends without a log line would be worse.
             _log.exception("%s failed unexpectedly; it begins anew", name)
         await asyncio.sleep(delay_seconds)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from services.common.storage.s3_client import aws_client
+from services.common.aws_client import open_client
 from tests.support.s3_server import S3Server
 
 _T = TypeVar("_T")
@@ -20,7 +20,7 @@ class Bucket:
 
     def _run(self, operation: Callable[[Any], Coroutine[Any, Any, _T]]) -> _T:
         async def run() -> _T:
-            async with aws_client("s3", endpoint_url=self.endpoint_url, max_connections=2) as client:
+            async with open_client("s3", endpoint_url=self.endpoint_url, max_connections=2) as client:
                 return await operation(client)
 
         return asyncio.run(run())

@@ -7,8 +7,9 @@ from typing import Any, Self
 
 from botocore.exceptions import ClientError
 
+from services.common.aws_errors import error_code
 from services.common.storage.errors import StorageError
-from services.common.storage.s3_client import error_code, translate_errors
+from services.common.storage.s3_client import translate_errors
 from services.common.tasks import cancel_and_wait
 
 # From the following errors on, no extension can succeed: the message was deleted, its timeout passed and

@@ -1,1 +1,1 @@
-"""Local folders and S3 buckets behind one protocol."""
+"""Local folders and S3 buckets behind one interface."""

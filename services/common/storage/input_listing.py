@@ -1,4 +1,4 @@
-"""Counts of the names in a listing of INPUT: files to augment, and names that are ignored."""
+"""Count the names that a listing of INPUT found and ignored."""
 
 from collections import Counter
 
@@ -9,13 +9,13 @@ _MAX_SUFFIXES = 20
 _MAX_SUFFIX_CHARACTERS = 12
 _OTHER = "other"
 _HIDDEN = "hidden"
-_NONE = "no suffix"
+_NO_SUFFIX = "no suffix"
 
 
 class NameCounts:
-    """Counts of listed names.
+    """Number of listed names.
 
-    State: `files`, those to augment, of every shard; `ignored`, the others by suffix.
+    State: `files`, the inputs of every shard; `ignored`, the number of other names by suffix.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class NameCounts:
         self.ignored: Counter[str] = Counter()
 
     def count_ignored(self, name: str) -> None:
-        """Count a name that is not a file to augment. A name that ends in "/" is a folder and not counted."""
+        """Count a name that is no input's. A name that ends in "/" is a folder and not counted."""
         if name and not name.endswith("/"):
             suffix = ignored_suffix(name)
             if suffix not in self.ignored and len(self.ignored) >= _MAX_SUFFIXES:
@@ -37,7 +37,7 @@ class NameCounts:
 
 
 def ignored_suffix(name: str) -> str:
-    """Return the suffix under which a name is counted, in lower case, or the folder that it is in."""
+    """Return why a name is ignored: its suffix in lower case, or the kind of folder that it is in."""
     folders = name.split("/")
     if REJECTS_FOLDER in folders:
         return REJECTS_FOLDER
@@ -48,7 +48,7 @@ def ignored_suffix(name: str) -> str:
         return REASONS_SUFFIX
     stem, dot, suffix = base.rpartition(".")
     if not dot:
-        return _NONE
+        return _NO_SUFFIX
     if suffix in _COMPRESSIONS and "." in stem:
         suffix = f"{stem.rpartition('.')[2]}.{suffix}"
     if len(suffix) > _MAX_SUFFIX_CHARACTERS or suffix.isdigit() or not base.isprintable():

@@ -1,4 +1,8 @@
-"""Storage in a local folder: hidden temporary files, renamed once they are whole."""
+"""A local folder. Files are written under a hidden temporary name and renamed when they are complete.
+
+The writer stands beside the reader because both depend on the same versions and error texts; together they
+are a few lines over the usual size.
+"""
 
 import asyncio
 import contextlib
@@ -31,10 +35,15 @@ _IS_A_FOLDER = "a folder stands there"
 
 
 class LocalStore(Storage):
-    """The files under `root`. Links to files are followed, links to folders are not."""
+    """The files under `root`. Links to files are followed, links to folders are not.
 
-    def __init__(self, root: Path) -> None:
+    `is_strict=False` is for reading only: names that are not valid UTF-8 are listed, folders that may not be
+    read are skipped, and a file may change while it is read.
+    """
+
+    def __init__(self, root: Path, *, is_strict: bool = True) -> None:
         self._root = root
+        self._is_strict = is_strict
 
     @property
     @override
@@ -50,29 +59,33 @@ class LocalStore(Storage):
         self, *, after: str = "", name_counts: NameCounts | None = None
     ) -> AsyncIterator[FileInfo]:
         with _translate_errors(str(self._root)):
-            names = await asyncio.to_thread(lambda: sorted(self._list_names(name_counts), key=str.encode))
-            for name in names[bisect_right(names, after.encode(), key=str.encode) :]:
-                if file := self._info_or_none(name):
-                    yield file
+            names = await asyncio.to_thread(lambda: sorted(self._list_names(name_counts), key=os.fsencode))
+            for name in names[bisect_right(names, os.fsencode(after), key=os.fsencode) :]:
+                if info := self._info_or_none(name):
+                    yield info
 
     @override
     async def explain_empty(self) -> str:
         return ""
 
     def _list_names(self, name_counts: NameCounts | None) -> Iterator[str]:
-        # An OUTPUT that does not exist yet has no files.
+        # OUTPUT may not exist yet.
         if not self._root.exists():
             return
-        for folder, _, names in os.walk(self._root, onerror=_reraise):
+        for folder, _, names in os.walk(self._root, onerror=self._on_walk_error):
             for name in names:
                 relative = Path(folder, name).relative_to(self._root).as_posix()
-                if is_input(relative) and _is_encodable(relative):
+                if is_input(relative) and (_is_encodable(relative) or not self._is_strict):
                     yield relative
                 elif name_counts is not None:
                     name_counts.count_ignored(relative)
 
+    def _on_walk_error(self, error: OSError) -> None:
+        if self._is_strict or not isinstance(error, PermissionError):
+            raise error
+
     def _info_or_none(self, name: str) -> FileInfo | None:
-        """Return a file's information. None: not a file, a dangling link, or removed since the listing."""
+        """Return None for what is no file, for a broken link, and for a file that was removed meanwhile."""
         try:
             return self._info(name) if self._path(name).is_file() else None
         except FileNotFoundError:
@@ -86,18 +99,18 @@ class LocalStore(Storage):
     @override
     async def read(self, file: FileInfo) -> AsyncGenerator[bytes]:
         with _translate_errors(self.uri(file.name)):
-            stream = await asyncio.to_thread(self._path(file.name).open, "rb")
-        # The file is buffered: its lock makes `close` wait for a read that was cancelled in its thread.
-        with stream:
-            while data := await self._read_chunk(file.name, stream):
+            opened = await asyncio.to_thread(self._path(file.name).open, "rb")
+        # The lock of a buffered file lets `close` wait for a read that was abandoned in its thread.
+        with opened:
+            while data := await self._read_chunk(file.name, opened):
                 yield data
             with _translate_errors(self.uri(file.name)):
-                if _version(os.fstat(stream.fileno())) != file.version:
+                if self._is_strict and _version(os.fstat(opened.fileno())) != file.version:
                     raise InputChangedError
 
-    async def _read_chunk(self, name: str, file: BinaryIO) -> bytes:
+    async def _read_chunk(self, name: str, opened: BinaryIO) -> bytes:
         with _translate_errors(self.uri(name)):
-            return await asyncio.to_thread(file.read, _READ_BYTES)
+            return await asyncio.to_thread(opened.read, _READ_BYTES)
 
     @override
     async def check_writable(self) -> None:
@@ -113,6 +126,7 @@ class LocalStore(Storage):
                 status = self._path(name).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+        # An output carries the modification time of its input.
         return ExistingOutput(_version(status), is_from_input=status.st_mtime_ns == source.modified_ns)
 
     @override
@@ -132,17 +146,14 @@ class LocalStore(Storage):
         return FileInfo(name, status.st_size, _version(status), status.st_mtime_ns)
 
     def _path(self, name: str) -> Path:
-        """Return the path of `name`. A name from a bucket must not lead out of the folder."""
+        """Return the path of `name`, which may come from a bucket: it must not lead out of the folder."""
         if not name or any(part in {"", ".", ".."} for part in name.split("/")):
             raise StorageError(uri=f"{self._root}/{name}", reason="not a name for a local file")
         return self._root / name
 
 
 class LocalUpload(Upload):
-    """A hidden temporary file beside the output, locked by its writer, and removed unless completed.
-
-    The output has the modification time of its input, by which it is recognised.
-    """
+    """A hidden file beside its final path, locked by its writer. It is removed unless completed."""
 
     def __init__(self, path: Path, *, modified_ns: int, expected_version: str | None) -> None:
         self._path = path
@@ -157,7 +168,7 @@ class LocalUpload(Upload):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.is_dir():
                 raise StorageError(uri=str(self._path), reason=_IS_A_FOLDER)
-            # Remove temporary files that killed runs left for this output.
+            # Remove what killed runs left of this output.
             for stale in self._path.parent.glob(
                 f".{_escape_glob(self._path.name)}.????????{_TEMPORARY_SUFFIX}"
             ):
@@ -177,7 +188,7 @@ class LocalUpload(Upload):
             await asyncio.to_thread(self._complete)
 
     def _complete(self) -> None:
-        """Make the file durable, and rename it in one step."""
+        """Make the content durable, then rename the file into place."""
         assert self._file  # noqa: S101 - entered
         with self._file as file:
             file.flush()
@@ -185,26 +196,26 @@ class LocalUpload(Upload):
             os.fsync(file.fileno())
             self._check_no_conflict()
             self._temporary.replace(self._path)
-        folder_fd = os.open(self._path.parent, os.O_RDONLY)
+        folder = os.open(self._path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder_fd)
+            os.fsync(folder)
         finally:
-            os.close(folder_fd)
+            os.close(folder)
 
     def _check_no_conflict(self) -> None:
-        """Check that the output is still the expected one, just before it is replaced.
+        """Raise an error if another process has written the output.
 
-        Two writers that check at the same moment both write the output. Each time it is whole.
+        The check just before the rename only narrows the race: of two writers in the same instant both
+        rename, each a whole file.
         """
         try:
             existing = self._path.stat()
         except FileNotFoundError:
             existing = None
-        if self._expected_version is None or self._expected_version == (
-            _version(existing) if existing else ABSENT
-        ):
+        version = _version(existing) if existing else ABSENT
+        if self._expected_version is None or self._expected_version == version:
             return
-        # A key of the bucket has this output's name and "/" as a prefix.
+        # A folder appears here for an S3 key that continues this key with "/".
         if existing and stat.S_ISDIR(existing.st_mode):
             raise StorageError(uri=str(self._path), reason=_IS_A_FOLDER)
         if existing and existing.st_mtime_ns == self._modified_ns:
@@ -215,16 +226,18 @@ class LocalUpload(Upload):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # of no use to anyone: another error is on its way
+        # After `complete` the temporary file no longer exists. If removing it fails, another error is already
+        # on its way to the user.
+        with contextlib.suppress(OSError):
             if self._file:
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 
 def _create_locked(path: Path) -> BinaryIO:
-    """Create a file and lock it, which marks it as in progress.
+    """Create a file and lock it, so that other processes see that its writer is alive.
 
-    If another process removes the file before it is locked, taking it for abandoned, create it again.
+    Between creation and lock another process may remove it as abandoned. Then it is created again.
     """
     while True:
         file = path.open("xb")
@@ -239,7 +252,7 @@ def _create_locked(path: Path) -> BinaryIO:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove a temporary file unless it is locked. The lock ends with the process that holds it."""
+    """Remove a temporary file unless its writer is alive. The system releases the lock of a dead process."""
     with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
@@ -250,7 +263,7 @@ def _version(status: os.stat_result) -> str:
 
 
 def _is_encodable(name: str) -> bool:
-    """Return whether the name is text. Other names cannot be shown in messages."""
+    """Return whether the name is valid UTF-8. Other names cannot be written to messages and events."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -262,18 +275,14 @@ def _escape_glob(name: str) -> str:
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 
-def _reraise(error: OSError) -> None:
-    raise error
-
-
 @contextmanager
 def _translate_errors(uri: str) -> Iterator[None]:
-    """Translate errors of the operating system to StorageError with the URI."""
+    """Turn errors of the operating system into StorageError with the file's path."""
     try:
         yield
     except OSError as error:
         kind = FileMissingError if isinstance(error, FileNotFoundError) else StorageError
         raise kind(uri=uri, reason=error.strerror or str(error)) from error
     except ValueError as error:
-        # No file can have this name.
+        # The name holds a character that no file name can hold.
         raise StorageError(uri=uri, reason=str(error)) from error

@@ -1,4 +1,4 @@
-"""The protocol of storage: a local folder, or a prefix of an S3 bucket."""
+"""The interface of a folder of files, local or in a bucket."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -7,13 +7,16 @@ from typing import Protocol, Self
 
 from services.common.storage.input_listing import NameCounts
 
+ABSENT = ""
+"""The version of a file that does not exist."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """A file as found by a listing or a lookup.
+    """A file as it was listed.
 
     `name` is relative to its storage, with "/". `version` changes when the content does. `is_archived`: an
-    object in cold storage that is not restored, so it cannot be read.
+    object in cold storage that is not restored, so that it cannot be read.
     """
 
     name: str
@@ -24,77 +27,73 @@ class FileInfo:
 
     @property
     def state(self) -> tuple[str, bool]:
-        """Return what changes when the file has to be processed again. A restore keeps the version."""
+        """Return what changes when the file can be processed again. A restore keeps the version."""
         return self.version, self.is_archived
 
 
 @dataclass(frozen=True, slots=True)
 class ExistingOutput:
-    """An existing output: its own version, and whether it was made from the input in question."""
+    """An output that exists: its own version, and whether it was made from the input in question."""
 
     version: str
     is_from_input: bool
 
 
-# The version of an object that does not exist.
-ABSENT = ""
-
-
 class Upload(Protocol):
-    """An output being written. It appears as a whole at `complete`, or not at all."""
+    """A file that is being written. It appears as a whole at `complete`, or not at all."""
 
     async def write(self, data: bytes) -> None:
-        """Write the next bytes."""
+        """Append bytes."""
 
     async def complete(self) -> None:
-        """Publish the output."""
+        """Make the file appear."""
 
     async def __aenter__(self) -> Self:
-        """Begin the upload."""
+        """Start writing."""
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
-        """Abort the upload, unless it was completed."""
+        """Discard the file unless it was completed."""
 
 
 class Storage(Protocol):
-    """A local folder, or a prefix of a bucket. Every failure is a StorageError that names the URI."""
+    """A local folder, or a prefix of a bucket. Every failure is a StorageError that names the file."""
 
     @property
     def is_unordered(self) -> bool:
-        """Return whether a listing has shown that names are not in order."""
+        """Whether a listing was not in the order of the names."""
 
     def uri(self, name: str) -> str:
-        """Return the full address of a name, for messages."""
+        """Return the full address of a file, for messages."""
 
     def list(self, *, after: str = "", name_counts: NameCounts | None = None) -> AsyncIterator[FileInfo]:
-        """Yield every file to augment at any depth, in UTF-8 order of names, with names greater than `after`.
+        """Yield every input file at any depth whose name is behind `after`, in the UTF-8 order of the names.
 
-        If the server has no order, files come in any order, and some perhaps twice. Ignored names are counted
-        in `name_counts`.
+        A server without an order yields them in any order, some perhaps twice. Names that are no input's are
+        counted in `name_counts`.
         """
 
     async def explain_empty(self) -> str:
-        """Return why there is no file, or "". Raises UsageError if the URI is a file and not a folder."""
+        """Return why there is no file, or "". Raise UsageError if this is a file and not a folder."""
 
     async def get_info(self, name: str) -> FileInfo:
-        """Return the information about one file."""
+        """Return one file."""
 
     def read(self, file: FileInfo) -> AsyncGenerator[bytes]:
-        """Yield the file's bytes in chunks. Raises InputChangedError if it is not the version in `file`."""
+        """Yield the content in chunks. Raise InputChangedError if the file is no longer the one in `file`."""
 
     async def check_writable(self) -> None:
         """Raise StorageError if files cannot be written here."""
 
     async def existing_output(self, name: str, source: FileInfo) -> ExistingOutput | None:
-        """Return the output `name` if it exists, and whether it was made from `source`."""
+        """Return the output `name` of the input `source`, or None if it does not exist."""
 
     def create(self, name: str, source: FileInfo, *, expected_version: str | None = None) -> Upload:
-        """Return an upload of `name`, to be marked as made from `source`.
+        """Return an upload of `name`, which is marked as made from `source`.
 
-        `expected_version` is the version that the upload may replace, or ABSENT. Of several writers, a later
-        one gets OutputConflictError, if the storage can detect it. None: the upload replaces anything.
+        `expected_version` is the version that it may replace, ABSENT if none. Of several writers all but the
+        first get OutputConflictError, where the storage can detect that. None: replace any version.
         """
 
     async def remove(self, name: str) -> None:

@@ -1,10 +1,11 @@
-"""Storage in a prefix of an S3 bucket."""
+"""A prefix of a bucket as a storage."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from botocore.exceptions import ClientError
 
+from services.common.aws_errors import error_code
 from services.common.compat import override
 from services.common.file_names import is_input
 from services.common.memory_budget import MemoryBudget
@@ -12,16 +13,12 @@ from services.common.storage import s3_hints
 from services.common.storage.input_listing import NameCounts
 from services.common.storage.protocol import ExistingOutput, FileInfo, Storage
 from services.common.storage.s3_archive import is_archived
-from services.common.storage.s3_client import error_code, require_field, translate_errors
+from services.common.storage.s3_client import require_field, translate_errors
+from services.common.storage.s3_conditional import ETAG_METADATA_KEY, ConditionalWriteSupport
 from services.common.storage.s3_download import S3Download
 from services.common.storage.s3_listing import KeyListing
 from services.common.storage.s3_stale_uploads import StaleUploads
-from services.common.storage.s3_upload import (
-    ETAG_METADATA_KEY,
-    PART_BUDGET_BYTES,
-    ConditionalWriteSupport,
-    S3Upload,
-)
+from services.common.storage.s3_upload import PART_BUDGET_BYTES, S3Upload
 
 _NOT_FOUND_CODES = {"404", "NoSuchKey"}
 
@@ -29,7 +26,7 @@ _NOT_FOUND_CODES = {"404", "NoSuchKey"}
 class S3Store(Storage):
     """The objects whose keys begin with `prefix` (empty, or ending in "/").
 
-    `part_budget` bounds the memory of all parts being uploaded by this process, to any storage.
+    `part_budget` limits the memory for the parts that all stores of this process send at a time.
     """
 
     def __init__(
@@ -80,7 +77,7 @@ class S3Store(Storage):
         return _to_file_info(name, head, size="ContentLength", uri=self.uri(name))
 
     async def _check_bucket(self) -> None:
-        """Raise ClientError if the bucket is missing, which the response to a HEAD does not show."""
+        """Raise ClientError if the bucket does not exist: the response to a HEAD has no body to say so."""
         try:
             await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         except ClientError as error:
@@ -89,12 +86,11 @@ class S3Store(Storage):
 
     @override
     def read(self, file: FileInfo) -> AsyncGenerator[bytes]:
-        uri = self.uri(file.name)
-        return S3Download(self._client, uri=uri, target=self._object_args(file.name), file=file).chunks()
+        object_args = self._object_args(file.name)
+        return S3Download(self._client, uri=self.uri(file.name), object_args=object_args, file=file).chunks()
 
     @override
     async def check_writable(self) -> None:
-        # Whether objects can be written shows with the first one: only the bucket is checked here.
         with translate_errors(self.uri("")):
             await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         await self._stale_uploads.abort_stale()
@@ -108,9 +104,11 @@ class S3Store(Storage):
                 if error_code(error) in _NOT_FOUND_CODES:
                     return None
                 raise
-        input_etag = head.get("Metadata", {}).get(ETAG_METADATA_KEY)
+        # The metadata of an output carry the version of its input.
+        source_version = head.get("Metadata", {}).get(ETAG_METADATA_KEY)
         return ExistingOutput(
-            require_field(head, "ETag", uri=self.uri(name)), is_from_input=bool(input_etag == source.version)
+            require_field(head, "ETag", uri=self.uri(name)),
+            is_from_input=bool(source_version == source.version),
         )
 
     @override
@@ -118,7 +116,7 @@ class S3Store(Storage):
         return S3Upload(
             self._client,
             uri=self.uri(name),
-            target=self._object_args(name),
+            object_args=self._object_args(name),
             source_version=source.version,
             expected_version=expected_version,
             conditional_writes=self._conditional_writes,
@@ -128,6 +126,7 @@ class S3Store(Storage):
 
     @override
     async def remove(self, name: str) -> None:
+        # S3 reports success as well if the object does not exist.
         with translate_errors(self.uri(name)):
             await self._client.delete_object(**self._object_args(name))
 
@@ -138,5 +137,4 @@ class S3Store(Storage):
 def _to_file_info(name: str, response: Any, *, size: str, uri: str) -> FileInfo:
     modified_ns = int(require_field(response, "LastModified", uri=uri).timestamp()) * 1_000_000_000
     etag = require_field(response, "ETag", uri=uri)
-    size_bytes = require_field(response, size, uri=uri)
-    return FileInfo(name, size_bytes, etag, modified_ns, is_archived(response))
+    return FileInfo(name, require_field(response, size, uri=uri), etag, modified_ns, is_archived(response))

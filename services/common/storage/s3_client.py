@@ -1,4 +1,4 @@
-"""The client of buckets and queues, and the translation of its errors."""
+"""Translate errors of S3 and SQS requests into the errors of a storage."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,30 +7,20 @@ from typing import Any
 from botocore.exceptions import ClientError
 from botocore.handlers import validate_bucket_name
 
-from services.common.aws_client import open_client
 from services.common.aws_errors import CONNECTION_ERRORS, error_code, error_reason
 from services.common.redaction import strip_userinfo
 from services.common.storage.errors import FileArchivedError, FileMissingError, StorageError
 
-aws_client = open_client
 _ERRORS_BY_CODE = {
     "NoSuchKey": FileMissingError,
     "404": FileMissingError,
     "InvalidObjectState": FileArchivedError,
 }
 _BAD_REQUEST = "bad request; see that the SSE-C key flags fit how the object is encrypted"
-__all__ = [
-    "CONNECTION_ERRORS",
-    "allow_tenant_buckets",
-    "aws_client",
-    "error_code",
-    "require_field",
-    "translate_errors",
-]
 
 
 def allow_tenant_buckets(client: Any) -> None:
-    """Allow bucket names of Ceph's form `tenant:bucket` in a client, which botocore would reject.
+    """Let an S3 client send Ceph's bucket names `tenant:bucket`, which botocore rejects itself.
 
     https://docs.ceph.com/en/latest/radosgw/multitenancy/
     """
@@ -39,7 +29,7 @@ def allow_tenant_buckets(client: Any) -> None:
 
 @contextmanager
 def translate_errors(uri: str) -> Iterator[None]:
-    """Translate errors of the service, or of the connection to it, to StorageError with the URI."""
+    """Turn errors of the service and of the connection to it into StorageError with the address."""
     try:
         yield
     except ClientError as error:
@@ -47,15 +37,15 @@ def translate_errors(uri: str) -> Iterator[None]:
         reason = _BAD_REQUEST if code == "400" else error_reason(error)
         raise _ERRORS_BY_CODE.get(code, StorageError)(uri=uri, reason=reason) from error
     except (*CONNECTION_ERRORS, RuntimeError) as error:
-        # botocore raises RuntimeError for new credentials that have expired already.
+        # botocore raises RuntimeError when refreshed credentials have expired already.
         raise StorageError(uri=uri, reason=error_reason(error)) from error
     except ValueError as error:
-        # The key cannot be sent.
+        # A key that cannot be sent.
         raise StorageError(uri=uri, reason=strip_userinfo(str(error))) from error
 
 
 def require_field(response: dict[str, Any], name: str, *, uri: str) -> Any:
-    """Return a field that a response must have. Raises StorageError."""
+    """Return a field of a response. Raises StorageError if it is missing."""
     if name not in response:
         raise StorageError(uri=uri, reason=f"the server's answer has no {name}")
     return response[name]

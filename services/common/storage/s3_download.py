@@ -1,4 +1,4 @@
-"""Downloads an object: the listed version, resumed after a broken stream, and checked at the end."""
+"""Read the listed version of an object, resume a broken stream, and check the content at the end."""
 
 import asyncio
 import base64
@@ -12,10 +12,10 @@ from typing import Any
 
 from botocore.exceptions import ClientError, FlexibleChecksumError
 
-from services.common.aws_errors import error_reason
+from services.common.aws_errors import CONNECTION_ERRORS, error_code, error_reason
 from services.common.storage.errors import InputChangedError, StorageError
 from services.common.storage.protocol import FileInfo
-from services.common.storage.s3_client import CONNECTION_ERRORS, error_code, translate_errors
+from services.common.storage.s3_client import translate_errors
 
 _READ_BYTES = 2**20
 _MAX_CONSECUTIVE_BREAKS = 5
@@ -25,24 +25,24 @@ _log = logging.getLogger(__name__)
 
 
 class S3Download:
-    """One download of an object.
+    """One read of an object.
 
-    The client checks a whole object against the checksum that the server sends with it. A resumed download is
-    checked here, because the client sees only parts of it.
+    The client compares a whole object with the checksum that the server sends with it. A resumed read is
+    checked here, because the client sees it as two parts.
 
-    State: `_position`; `_checksum`, of the bytes so far, and the server's for the object.
+    State: `_position`, the number of bytes read; `_checksum`, of these bytes and of the whole object.
     """
 
-    def __init__(self, client: Any, *, uri: str, target: dict[str, str], file: FileInfo) -> None:
+    def __init__(self, client: Any, *, uri: str, object_args: dict[str, str], file: FileInfo) -> None:
         self._client = client
         self._uri = uri
-        self._target = target
+        self._object_args = object_args
         self._file = file
         self._position = 0
         self._checksum = _Checksum({})
 
     async def chunks(self) -> AsyncGenerator[bytes]:
-        """Yield the bytes in chunks. Raises InputChangedError or StorageError."""
+        """Yield the content in chunks. Raises InputChangedError or StorageError."""
         attempts = self._client.meta.config.retries.get("total_max_attempts", _MAX_CONSECUTIVE_BREAKS + 1)
         breaks = 0
         while True:
@@ -56,9 +56,9 @@ class S3Download:
                 raise StorageError(uri=self._uri, reason=error_reason(error)) from error
             except CONNECTION_ERRORS as error:
                 reason = error_reason(error)
-            # All bytes are there, so an error after the last one does not matter.
+            # A connection that broke behind the last byte has lost nothing.
             if self._position >= self._file.size_bytes:
-                self._check_whole()
+                self._check_content()
                 return
             breaks += 1
             message = f"the download broke at byte {self._position} of {self._file.size_bytes}: {reason}"
@@ -68,10 +68,11 @@ class S3Download:
             await asyncio.sleep(_FIRST_RETRY_SECONDS * 2 ** (breaks - 1))
 
     async def _stream(self) -> AsyncGenerator[bytes]:
+        """Yield the bytes from `_position` on, until the connection breaks."""
         response = await self._request()
         body = response["Body"]
         try:
-            # Some servers ignore the condition of the request.
+            # A server that ignores conditions sends another version than the requested one.
             if response.get("ETag") != self._file.version:
                 raise InputChangedError
             to_skip = self._bytes_to_skip(response)
@@ -87,22 +88,24 @@ class S3Download:
             body.close()
 
     async def _request(self) -> Any:
-        """Request the missing bytes. The client itself retries failed requests."""
+        """Request the missing bytes. The client itself retries a request that fails."""
         range_args = {"Range": f"bytes={self._position}-"} if self._position else {}
         with translate_errors(self._uri):
             try:
-                return await self._client.get_object(**self._target, **range_args, IfMatch=self._file.version)
+                return await self._client.get_object(
+                    **self._object_args, **range_args, IfMatch=self._file.version
+                )
             except ClientError as error:
                 if error_code(error) in {"PreconditionFailed", "412"}:
                     raise InputChangedError from error
                 raise
 
     def _bytes_to_skip(self, response: Any) -> int:
-        """Return how many bytes of this response to skip, and keep the checksum of the first response."""
+        """Return how many bytes of this stream were read before. Keep the checksum of a first response."""
         if not self._position:
             self._checksum = _Checksum(response)
             return 0
-        # Some servers ignore ranges and send the whole object again.
+        # A server that ignores ranges sends the whole object.
         if response["ResponseMetadata"]["HTTPStatusCode"] != _PARTIAL_CONTENT:
             return self._position
         expected_start = f"bytes {self._position}-"
@@ -111,7 +114,8 @@ class S3Download:
             raise StorageError(uri=self._uri, reason=message)
         return 0
 
-    def _check_whole(self) -> None:
+    def _check_content(self) -> None:
+        """Raise StorageError if the size or the checksum is wrong."""
         if self._position > self._file.size_bytes:
             message = f"the server sent {self._position} bytes of an object of {self._file.size_bytes}"
             raise StorageError(uri=self._uri, reason=message)
@@ -121,7 +125,7 @@ class S3Download:
 
 
 class _Crc32:
-    """CRC32 with the interface of hashlib's algorithms."""
+    """CRC32 with the methods of a hashlib algorithm."""
 
     def __init__(self) -> None:
         self._value = 0
@@ -133,7 +137,8 @@ class _Crc32:
         return self._value.to_bytes(4, "big")
 
 
-# The algorithms that the client checks without another library: their names in the response, in its order.
+# The checksums that the client can check without an extra library, by their names in the response, in the
+# client's order of preference.
 _ALGORITHMS: dict[str, Callable[[], Any]] = {
     "ChecksumCRC32": _Crc32,
     "ChecksumSHA1": partial(hashlib.sha1, usedforsecurity=False),
@@ -142,7 +147,7 @@ _ALGORITHMS: dict[str, Callable[[], Any]] = {
 
 
 class _Checksum:
-    """The checksum of the whole object, if the server sent one. Checksums of parts (`…-3`) do not count."""
+    """The checksum of a whole object, if the response has one. One of its parts (`…-3`) does not count."""
 
     def __init__(self, response: Any) -> None:
         usable = (name for name in _ALGORITHMS if response.get(name) and "-" not in response[name])
@@ -157,6 +162,6 @@ class _Checksum:
 
     @property
     def mismatch(self) -> str:
-        """Return how the checksum differs, or ""."""
-        found = base64.b64encode(self._algorithm.digest()).decode() if self._algorithm else self._expected
-        return "" if found == self._expected else f"{self._name} is {self._expected}, of the bytes {found}"
+        """Return how the checksum differs from the expected one, or ""."""
+        actual = base64.b64encode(self._algorithm.digest()).decode() if self._algorithm else self._expected
+        return "" if actual == self._expected else f"{self._name} is {self._expected}, of the bytes {actual}"

@@ -1,4 +1,4 @@
-"""Explains why a prefix has no file, by what else is in the bucket, in a few requests."""
+"""Explain to the user why a prefix holds no file, by a few requests for what else the bucket holds."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ _MAX_NAMES = 3
 
 
 async def explain_empty_prefix(client: Any, *, bucket: str, prefix: str) -> str:
-    """Return which prefix may have been meant, or "" if that cannot be determined.
+    """Return what the user may have meant, or "" if that is unknown.
 
-    Raises UsageError if the prefix is the key of an object of an unknown format.
+    Raises UsageError if the prefix is the key of an object whose name has no known format.
     """
     key = prefix.rstrip("/")
     try:
@@ -23,16 +23,16 @@ async def explain_empty_prefix(client: Any, *, bucket: str, prefix: str) -> str:
                 message = f"{uri}: the name must end in one of {SUFFIX_HELP}"
                 raise UsageError(message)
             return f"did you mean {uri}?"
-        similar_names = await _list_names(client, bucket, key, exclude=prefix)
-        if key and similar_names:
-            return f"did you mean {_join_uris(bucket, similar_names)}?"
+        similar = await _list_names(client, bucket, key, exclude=prefix)
+        if key and similar:
+            return f"did you mean {_join_uris(bucket, similar)}?"
         parent = key.rpartition("/")[0]
         for folder in dict.fromkeys([f"{parent}/" if parent else "", ""]):
-            found = await _list_names(client, bucket, folder, exclude=prefix)
-            if found:
-                return f"s3://{bucket}/{folder} has {_join_uris(bucket, found)}"
+            names = await _list_names(client, bucket, folder, exclude=prefix)
+            if names:
+                return f"s3://{bucket}/{folder} has {_join_uris(bucket, names)}"
     except StorageError:
-        # A caller who may list INPUT may not be allowed to list anything else.
+        # The right to list INPUT need not include the right to list other prefixes.
         return ""
     return "the bucket is empty"
 

@@ -1,4 +1,4 @@
-"""Lists the keys under a prefix page by page, from servers with and without an order."""
+"""List the keys below a prefix page by page, from servers with and without an order of keys."""
 
 import logging
 from collections.abc import AsyncGenerator
@@ -12,9 +12,10 @@ _log = logging.getLogger(__name__)
 
 
 class KeyListing:
-    """Lists the keys of one storage.
+    """Lists the keys of one store.
 
-    State: `is_unordered`, that a page has shown it; `_supports_start_after`, until the server rejects it.
+    State: `is_unordered`, whether a page was not in order; `_supports_start_after`, true until the server
+    rejects it.
     """
 
     def __init__(self, client: Any, *, bucket: str, prefix: str) -> None:
@@ -25,10 +26,10 @@ class KeyListing:
         self.is_unordered = False
 
     async def entries(self, *, after: str = "") -> AsyncGenerator[dict[str, Any]]:
-        """Yield the server's entry of each key that is greater than `after` (a name under the prefix).
+        """Yield the entry of each key whose name below the prefix is behind `after`. Raises ClientError.
 
-        The keys are in order unless `is_unordered`. Then they are in any order, and some perhaps come twice.
-        It is set before the first entry of the page that shows it. Raises ClientError.
+        Entries are in the order of the keys, unless `is_unordered`: then in any order, some perhaps twice.
+        `is_unordered` is set before the first entry of the page that is not in order.
         """
         first = (self._prefix + after).encode()
         async for page in self._pages({"StartAfter": self._prefix + after} if after else {}):
@@ -57,7 +58,7 @@ class KeyListing:
             _log.info(
                 "s3://%s/%s: no StartAfter at this server; all keys are listed", self._bucket, self._prefix
             )
-        # List from the beginning: without an order, keys that are wanted may come before `start`.
+        # List again from the beginning: without an order, wanted keys may be listed before `start`.
         self._supports_start_after = False
         async for page in self._pages({}):
             yield page

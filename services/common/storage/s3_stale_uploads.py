@@ -1,4 +1,7 @@
-"""Aborts unfinished uploads of killed runs, once they have been idle for hours by the server's clock."""
+"""Abort the multipart uploads that killed runs left behind.
+
+An upload counts as abandoned when no part was added for hours, by the server's clock.
+"""
 
 import datetime as dt
 import logging
@@ -8,25 +11,25 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from services.common.aws_errors import error_code
 from services.common.codec import format_for_name
 from services.common.storage.errors import StorageError
-from services.common.storage.s3_client import error_code, translate_errors
+from services.common.storage.s3_client import translate_errors
 
-# Longer than any file waits between two parts of its output or of its rejects: in six hours, the model
-# answers more pairs than 5 GB have lines. If a live upload were aborted, its file would have to be processed
-# again, but no output would be lost.
+# No file takes this long between two parts of its output or of its rejects: in six hours the model answers
+# more pairs than 5 GB have lines. Aborting a live upload would cost the work on its file, never an output.
 _IDLE_TIME = dt.timedelta(hours=6)
 _CHECK_INTERVAL_SECONDS = 3600.0
 _log = logging.getLogger(__name__)
 
 
 class StaleUploads:
-    """The unfinished uploads under the prefix of one storage.
+    """The unfinished uploads under one store's prefix.
 
-    An upload does not show who owns it, and another process may be writing the same key. So an upload is
-    aborted only if both its start and its last part are hours ago.
+    An upload does not say which process writes it, and another process may be writing the same key. So an
+    upload is aborted only if it was started, and its last part was received, hours ago.
 
-    State: `_checked_at`, when the last check began; `_has_warned`, that the server denies the listing.
+    State: `_checked_at`, when the last check began; `_has_warned`, whether a failed check was logged.
     """
 
     def __init__(self, client: Any, *, bucket: str, prefix: str) -> None:
@@ -37,10 +40,10 @@ class StaleUploads:
         self._has_warned = False
 
     async def abort_stale(self) -> None:
-        """Abort stale uploads, at most once an hour, since a run may go on for months. Never raises.
+        """Abort abandoned uploads, at most once an hour, since a run may take months. Never raise an error.
 
-        If the server cannot list uploads, or denies it, they stay until a lifecycle rule of the bucket ends
-        them.
+        If the server does not support or allow listing uploads, they are kept. Then only a lifecycle rule of
+        the bucket can remove them.
         """
         now = time.monotonic()
         if self._checked_at is not None and now - self._checked_at < _CHECK_INTERVAL_SECONDS:
@@ -60,7 +63,7 @@ class StaleUploads:
         async for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
             before = _required_server_time(page, uri) - _IDLE_TIME
             for upload in page.get("Uploads", ()):
-                # Other uploads have keys that the augmenter does not write.
+                # This program writes only keys with a known format.
                 if format_for_name(upload["Key"]) and upload["Initiated"] < before:
                     await self._abort_if_idle({"Key": upload["Key"], "UploadId": upload["UploadId"]}, before)
 
@@ -72,9 +75,18 @@ class StaleUploads:
                     return
             await self._client.abort_multipart_upload(Bucket=self._bucket, **upload)
         except ClientError as error:
-            # An upload that does not exist any more has ended by itself.
+            # Its writer may have completed or aborted it meanwhile.
             if error_code(error) != "NoSuchUpload":
                 raise
+
+
+def server_time(response: Any) -> dt.datetime | None:
+    """Return when the server sent a response, or None. This machine's clock may be wrong."""
+    try:
+        sent_at = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
+    except (KeyError, ValueError):
+        return None
+    return sent_at if sent_at.tzinfo else sent_at.replace(tzinfo=dt.UTC)
 
 
 def _required_server_time(response: Any, uri: str) -> dt.datetime:
@@ -82,12 +94,3 @@ def _required_server_time(response: Any, uri: str) -> dt.datetime:
     if sent_at is None:
         raise StorageError(uri=uri, reason="the server does not tell the time")
     return sent_at
-
-
-def server_time(response: Any) -> dt.datetime | None:
-    """Return the time at which the server sent a response. The clock of this machine may be wrong."""
-    try:
-        sent_at = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
-    except (KeyError, ValueError):
-        return None
-    return sent_at if sent_at.tzinfo else sent_at.replace(tzinfo=dt.UTC)

@@ -1,4 +1,4 @@
-"""SSE-C: S3 encrypts objects with a key that each request contains, and does not store the key.
+"""SSE-C: S3 encrypts objects with a key that each request carries and that S3 does not store.
 
 https://docs.aws.amazon.com/AmazonS3/latest/userguide/ServerSideEncryptionCustomerKeys.html
 """
@@ -17,7 +17,7 @@ from services.common.file_reload import read_file
 from services.common.grpc_target import is_local_target
 from services.common.redaction import warn_if_world_readable
 
-# The size of a key for AES-256.
+# AES-256.
 _KEY_BYTES = 32
 _OPERATIONS = (
     "HeadObject",
@@ -30,7 +30,7 @@ _OPERATIONS = (
 
 
 def read_key(path: str, *, flag_name: str) -> bytes:
-    """Return the key in a file: its 32 bytes, or their base64. Raises UsageError without the key's value."""
+    """Return the key in a file: 32 bytes, or their base64. Raises UsageError, which never shows the key."""
     content = read_file(path, flag_name=flag_name)
     warn_if_world_readable(Path(path), flag_name=flag_name)
     if len(content) == _KEY_BYTES:
@@ -46,7 +46,10 @@ def read_key(path: str, *, flag_name: str) -> bytes:
 
 
 def send_key(client: Any, key: bytes, *, flag_name: str) -> None:
-    """Configure an S3 client to send the key with each request about an object. Raises UsageError."""
+    """Make an S3 client send the key with every request that concerns an object's content.
+
+    Raises UsageError if the key would leave this machine unencrypted.
+    """
     endpoint = urlsplit(client.meta.endpoint_url)
     if endpoint.scheme != "https" and not is_local_target(f"{endpoint.hostname}:0"):
         message = f"{flag_name}: {endpoint.hostname} would get the key in the clear; use an https endpoint"

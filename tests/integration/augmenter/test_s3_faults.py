@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from services.common import aws_client
-from services.common.storage import s3_download, s3_upload
+from services.common.storage import s3_conditional, s3_download
 from services.model_stub.levels import infer_level
 from tests.integration.augmenter.conftest import RunAugmenter, RunningStub, RunResult
 from tests.support.augmenter_process import augmenter_process
@@ -67,7 +67,7 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("botocore.retryhandler.random", SimpleNamespace(random=lambda: 0.01))
     monkeypatch.setattr(aws_client, "_READ_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(s3_upload, "_CONFLICT_RETRY_SECONDS", (0.01,) * 3)
+    monkeypatch.setattr(s3_conditional, "_CONFLICT_RETRY_SECONDS", (0.01,) * 3)
     monkeypatch.setattr(s3_download, "_FIRST_RETRY_SECONDS", 0.01)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from services.common.aws_client import open_client
 from services.common.storage import s3_stale_uploads
 from services.common.storage.protocol import FileInfo
 from services.common.storage.s3 import S3Store
-from services.common.storage.s3_client import aws_client
 from tests.support.s3_bucket import Bucket
 from tests.support.tcp_relay import deny_upload_listings, tcp_relay
 
@@ -26,7 +26,7 @@ _LARGE = FileInfo("large.jsonl", 1, '"its-etag"', 0)
 @pytest.fixture
 async def client(bucket: Bucket) -> AsyncIterator[Any]:
     """Create a client of a bucket with unfinished uploads of a run and of others."""
-    async with aws_client("s3", endpoint_url=bucket.endpoint_url, max_connections=4) as client:
+    async with open_client("s3", endpoint_url=bucket.endpoint_url, max_connections=4) as client:
         for key in _KEYS + _FOREIGN_KEYS:
             upload = await client.create_multipart_upload(Bucket=bucket.name, Key=key)
             part = {"Bucket": bucket.name, "Key": key, "UploadId": upload["UploadId"], "PartNumber": 1}
@@ -98,7 +98,7 @@ async def test_denied_listing_of_uploads_is_logged_once(
     """If uploads may not be listed, one warning is logged, and large files are still written."""
     monkeypatch.setattr(s3_stale_uploads, "_CHECK_INTERVAL_SECONDS", 0)
     with tcp_relay(bucket.endpoint_url, reject=deny_upload_listings) as relay:
-        async with aws_client("s3", endpoint_url=relay.url, max_connections=4) as client:
+        async with open_client("s3", endpoint_url=relay.url, max_connections=4) as client:
             store = S3Store(client, bucket=bucket.name, prefix="p/")
             await store.check_writable()
             for _ in range(2):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from services.common.aws_client import open_client
 from services.common.storage.errors import (
     AlreadyDoneError,
     InputChangedError,
@@ -16,7 +17,6 @@ from services.common.storage.errors import (
 )
 from services.common.storage.protocol import ABSENT, FileInfo
 from services.common.storage.s3 import S3Store
-from services.common.storage.s3_client import aws_client
 from tests.support.s3_bucket import Bucket
 from tests.support.tcp_relay import SLOW_DOWN_RESPONSE, reject_conditional_writes, tcp_relay
 
@@ -26,7 +26,7 @@ _SOURCE = FileInfo("a.jsonl", 1, '"its-etag"', 0)
 @pytest.fixture
 async def store(bucket: Bucket) -> AsyncIterator[S3Store]:
     """Open a prefix of the bucket as storage."""
-    async with aws_client("s3", endpoint_url=bucket.endpoint_url, max_connections=4) as client:
+    async with open_client("s3", endpoint_url=bucket.endpoint_url, max_connections=4) as client:
         yield S3Store(client, bucket=bucket.name, prefix="p/")
 
 
@@ -63,7 +63,7 @@ async def test_object_that_changed_after_its_listing_is_an_error(store: S3Store)
 
 async def test_changed_object_is_detected_if_the_server_ignores_conditions(bucket: Bucket) -> None:
     """If the server ignores the condition of a read, the ETag of its response shows the change."""
-    async with aws_client("s3", endpoint_url=bucket.endpoint_url, max_connections=2) as client:
+    async with open_client("s3", endpoint_url=bucket.endpoint_url, max_connections=2) as client:
         store = S3Store(client, bucket=bucket.name, prefix="p/")
         await _write_output(store, b"first")
         listed = await store.get_info("a.jsonl")
@@ -87,7 +87,7 @@ async def test_broken_download_is_resumed(store: S3Store, bucket: Bucket) -> Non
         return 2**20 + 300_000 if number < 3 else None
 
     with tcp_relay(bucket.endpoint_url, plan) as relay:
-        async with aws_client("s3", endpoint_url=relay.url, max_connections=4) as client:
+        async with open_client("s3", endpoint_url=relay.url, max_connections=4) as client:
             unreliable = S3Store(client, bucket=bucket.name, prefix="p/")
             file = await store.get_info("a.jsonl")
             assert b"".join([chunk async for chunk in unreliable.read(file)]) == data
@@ -99,7 +99,7 @@ async def test_throttled_request_is_retried(store: S3Store, bucket: Bucket) -> N
     """A response of 503 Slow Down is retried and fails no file."""
     await _write_output(store, b"text")
     with tcp_relay(bucket.endpoint_url, lambda number: SLOW_DOWN_RESPONSE if number < 2 else None) as relay:
-        async with aws_client("s3", endpoint_url=relay.url, max_connections=1) as client:
+        async with open_client("s3", endpoint_url=relay.url, max_connections=1) as client:
             throttled = S3Store(client, bucket=bucket.name, prefix="p/")
             assert (await throttled.get_info("a.jsonl")).size_bytes == 4
     assert relay.connection_count >= 3
@@ -113,7 +113,7 @@ async def test_throttled_concurrent_requests_all_succeed(store: S3Store, bucket:
     with tcp_relay(
         bucket.endpoint_url, lambda _: SLOW_DOWN_RESPONSE if time.monotonic() < until else None
     ) as relay:
-        async with aws_client("s3", endpoint_url=relay.url, max_connections=32) as client:
+        async with open_client("s3", endpoint_url=relay.url, max_connections=32) as client:
             throttled = S3Store(client, bucket=bucket.name, prefix="p/")
             found = await asyncio.gather(*(throttled.get_info("a.jsonl") for _ in range(64)))
     assert [file.size_bytes for file in found] == [4] * 64
@@ -151,7 +151,7 @@ async def test_output_is_checked_first_without_conditional_writes(
 ) -> None:
     """Without conditional writes, each output is checked before it is replaced, after one warning."""
     with tcp_relay(bucket.endpoint_url, reject=reject_conditional_writes) as relay:
-        async with aws_client("s3", endpoint_url=relay.url, max_connections=4) as client:
+        async with open_client("s3", endpoint_url=relay.url, max_connections=4) as client:
             storage = S3Store(client, bucket=bucket.name, prefix="p/")
             first = ABSENT
             files = (FileInfo(f"{i}.jsonl", 1, "v", 0) for i in range(4))
@@ -190,7 +190,7 @@ async def test_two_writers_of_a_large_file_do_not_abort_each_other(store: S3Stor
 @pytest.mark.slow
 async def test_aborted_upload_of_another_process_is_a_conflict(store: S3Store, bucket: Bucket) -> None:
     """An upload that another process aborts fails with a conflict, and leaves no parts."""
-    async with aws_client("s3", endpoint_url=bucket.endpoint_url, max_connections=1) as client:
+    async with open_client("s3", endpoint_url=bucket.endpoint_url, max_connections=1) as client:
         async with store.create("a.jsonl", _SOURCE, expected_version=ABSENT) as upload:
             await upload.write(bytes(20 * 2**20))
             page = await client.list_multipart_uploads(Bucket=bucket.name)

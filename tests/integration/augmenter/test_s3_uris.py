@@ -9,9 +9,9 @@ from botocore.exceptions import ClientError
 
 from services.augmenter import paths
 from services.augmenter.paths import S3Uri
+from services.common.aws_client import open_client
 from services.common.errors import UsageError
 from services.common.storage.s3 import S3Store
-from services.common.storage.s3_client import aws_client
 from tests.integration.augmenter.conftest import RunAugmenter, RunningStub
 from tests.support.postings import make_posting
 from tests.support.s3_bucket import Bucket
@@ -183,7 +183,7 @@ async def test_request_to_an_access_point_is_sent_to_its_host(bucket: Bucket) ->
         urls.append(str(getattr(request, "url", "")))
         raise StopHereError
 
-    async with aws_client("s3", max_connections=1) as client:
+    async with open_client("s3", max_connections=1) as client:
         client.meta.events.register("before-send.s3", stop)
         with pytest.raises(StopHereError):
             await S3Store(client, bucket=_ACCESS_POINT, prefix="raw/").get_info("1.jsonl")

@@ -72,7 +72,7 @@ async def _fail_over(replica: Replica) -> None:
 
 @WORSE
 @pytest.mark.parametrize("how", ["fail", "put back", "refuse"])
-async def test_pair_joined_in_flight_waits_again_with_the_best_priority(
+async def test_pair_joined_in_a_call_waits_again_with_the_best_priority(
     how: str, worse: str, opened: QueueFactory
 ) -> None:
     """Its batch ends without an answer."""
@@ -263,12 +263,12 @@ def test_joining_keeps_the_best_priority_of_each_account_in_any_order(
     """Neither order nor repetition of requests matters."""
 
     def joined(order: list[Requester]) -> dict[str | None, str]:
-        asked = WaitingPair(LAST, (order[0],), 0.0, b"")
+        waiting = WaitingPair(LAST, (order[0],), 0.0, b"")
         for turn in order[1:]:
-            asked.add_requester(turn)
-        found = {turn.account: turn.priority for turn in asked.requesters}
-        assert len(found) == len(asked.requesters)
-        assert asked.priority == min(found.values(), key=PRIORITY_CLASSES.index)
+            waiting.add_requester(turn)
+        found = {turn.account: turn.priority for turn in waiting.requesters}
+        assert len(found) == len(waiting.requesters)
+        assert waiting.priority == min(found.values(), key=PRIORITY_CLASSES.index)
         return found
 
     expected: dict[str | None, str] = {}

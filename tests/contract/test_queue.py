@@ -54,7 +54,7 @@ async def test_batch_has_texts_of_first_request(opened: QueueFactory) -> None:
 
 
 async def test_cancelled_pair_is_not_sent(opened: QueueFactory) -> None:
-    """A cancelled pair in flight still ends, and its outcome is remembered."""
+    """A cancelled pair in a call still ends, and its outcome is remembered."""
     async with opened(queue_limits(batch_pairs=2)) as subject:
         await subject.enqueue(numbered_pairs([1, 2]))
         claim = await subject.claim_batch()
@@ -426,11 +426,11 @@ async def test_late_batch_postpones_next_slot(opened: QueueFactory) -> None:
         unsure = time.monotonic() - begun_at  # of when its slot is, for a queue with another clock
         for late_seconds in (0.3, 0.5, 0.5):
             assert await subject.queue.postpone_slot(first, seconds=late_seconds)
-            asked_at = time.monotonic()
+            requested_at = time.monotonic()
             decision = await subject.queue.claim()
             assert isinstance(decision, ClaimDeferred)
             earliest, latest = (
-                at + decision.wait_seconds - first.slot_at for at in (asked_at, time.monotonic())
+                at + decision.wait_seconds - first.slot_at for at in (requested_at, time.monotonic())
             )
             assert earliest - unsure - 0.1 <= 2 / PACE + late_seconds <= latest + unsure + 0.1
         await asyncio.sleep(decision.wait_seconds)

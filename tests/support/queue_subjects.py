@@ -104,7 +104,7 @@ class QueueSubject:
     def outcomes(self) -> dict[int, Outcome]:
         """Return the outcomes by pair number; each pair must have ended once."""
         found = {int.from_bytes(digest, "big"): outcome for digest, outcome in self.resolved}
-        assert len(found) == len(self.resolved), "told twice"
+        assert len(found) == len(self.resolved), "ended twice"
         return found
 
 
@@ -140,10 +140,10 @@ def queue_factory(kind: str, redis_url: str) -> QueueFactory:
             accounts._history_start -= seconds
             accounts._tat = {name: at - seconds for name, at in accounts._tat.items()}
 
-        async def hear() -> None:
+        async def receive_messages() -> None:
             pass
 
-        yield QueueSubject(queue, settled, held, poll, age_quotas, hear, given_up)
+        yield QueueSubject(queue, settled, held, poll, age_quotas, receive_messages, given_up)
 
     @asynccontextmanager
     async def shared(

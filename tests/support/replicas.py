@@ -246,7 +246,7 @@ class Replica:
 
     async def close_connections(self) -> None:
         """Close all connections."""
-        await self.session._peer_prober.close()  # it may have knocked at what a heartbeat told it
+        await self.session._peer_prober.close()
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
         await self.client.aclose()
 

@@ -1,4 +1,7 @@
-"""The batches that this replica claims from the shared queue, until their calls to the model end."""
+"""The batches that this replica claims from the shared queue, until their calls to the model end.
+
+The module has more than 250 lines: all ways in which a claim ends change the same table of claims.
+"""
 
 import math
 import random
@@ -129,7 +132,7 @@ class SharedClaims:
             self.deferral.not_before = now + reply[1] / 1000
             return ClaimDeferred(reply[1] / 1000)
         if reply[0] == b"wait":
-            # The queue is empty, and no replica asked for assistance while the script ran.
+            # The queue is empty, and no replica needed assistance while the script ran.
             if reply[1] < 0 and self._assist_until == assist_until:
                 self._assist_until = 0.0
             return ClaimDeferred(math.inf if reply[1] < 0 else max(reply[1] / 1000, 0.001))

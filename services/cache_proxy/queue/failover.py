@@ -1,7 +1,7 @@
 """The queue that requests use: the shared one while Redis can be reached, else a local one.
 
-The module has more than 250 lines, for it wraps each method of the queue: what is left of one failover would
-be hard to follow in two places.
+The module has more than 250 lines, since it wraps every method of the queue. Failover, return and the claims
+that end between the two share one state, and are easier to follow in one place.
 """
 
 import asyncio
@@ -38,14 +38,14 @@ _PAUSE_DETECTION_SECONDS = 2.5
 
 _MAX_UNPUBLISHED_OUTCOMES = 200_000
 _PUBLISH_CHUNK_PAIRS = 500
-_DAMAGED_ADVICE = "a key of the queue is damaged, and making the queue anew did not mend it"
+_DAMAGED_ADVICE = "a key of the queue is damaged, and resetting the queue did not repair it"
 
 
 class FailoverQueue(Queue):
     """Queue that moves waiting pairs between the shared queue and a local one.
 
     The interest table of the shared queue always has all pairs for which requests wait here. While Redis is
-    lost, the same pairs wait in the local queue, too. When Redis is back, those that are not in flight are
+    lost, the same pairs wait in the local queue, too. When Redis is back, those that are not in a call are
     taken out of the local queue and enqueued in the shared one. A pair that ends in the local queue is
     resolved in the interest table, so it is never enqueued again.
 
@@ -53,7 +53,7 @@ class FailoverQueue(Queue):
 
     - `_is_redis_lost`: which of the two queues is in use.
     - `_local_claims`: the claims of the local queue, to know which queue a claim belongs to.
-    - `_unpublished_outcomes`: outcomes of which Redis has not been told.
+    - `_unpublished_outcomes`: outcomes that were not published yet.
     - `_last_heartbeat_at`: when Redis last received a heartbeat of this replica.
     - `_other_format`: the format of the shared queue, if it is not this replica's.
     """
@@ -177,7 +177,7 @@ class FailoverQueue(Queue):
                 await self.fail_over(error)
             else:
                 return
-        # Redis is told on the return; beyond a bound the oldest outcomes are dropped.
+        # They are published on the return. Beyond a bound the oldest outcomes are dropped.
         self._shared.claims.complete_locally(claim, outcomes)
         self._unpublished_outcomes.update(outcomes)
         while len(self._unpublished_outcomes) > _MAX_UNPUBLISHED_OUTCOMES:
@@ -317,7 +317,7 @@ class FailoverQueue(Queue):
     async def fail_back(self) -> None:
         """Use the shared queue again, and let the waiting pairs wait there. Raises `StoreError`.
 
-        Pairs that are in flight stay in the local queue until their calls end.
+        Pairs that are in a call stay in the local queue until their calls end.
         """
         await self._publish_outcomes()
         # First round, while requests still use the local queue. If it fails, the pairs go back there.

@@ -119,7 +119,7 @@ class StandbyReply:
 
 
 class ClockOffset:
-    """Redis's clock minus time.monotonic, as well as the replies of heartbeats tell it.
+    """Redis's clock minus time.monotonic, as exactly as the replies of heartbeats show it.
 
     State, touched only from the event loop: `seconds`, None before the first reply.
     """

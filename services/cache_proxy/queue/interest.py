@@ -91,8 +91,9 @@ class InterestTable:
     ) -> None:
         """Remove pairs that the queue found to have ended when a request enqueued them.
 
-        That request gets the outcomes as its result. Other requests for the same pairs are told here, whether
-        they came before it or while it was enqueued. `new_digests` are the pairs that the request added.
+        That request gets the outcomes as its result. To other requests for the same pairs they are reported
+        here, whether those came before it or while it was enqueued. `new_digests` are the pairs that the
+        request added.
         """
         added = set(new_digests)
         for digest, outcome in outcomes.items():

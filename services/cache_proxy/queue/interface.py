@@ -54,7 +54,7 @@ class EnqueueResult:
     """What became of a request's pairs.
 
     Pairs of `outcomes` had ended already, and those of `queued` were queued by this request. All others
-    waited or were in flight, and the request joined them.
+    waited or were in a call, and the request joined them.
     """
 
     outcomes: Mapping[bytes, Outcome]
@@ -133,14 +133,14 @@ class Queue(Protocol):
         """
 
     async def enqueue(self, pairs: Sequence[Pair], context: RequestContext) -> EnqueueResult:
-        """Let a request's pairs wait for the model; pairs that wait or are in flight already are joined.
+        """Let a request's pairs wait for the model; pairs that wait or are in a call already are joined.
 
         Raises `QueueFullError`, or `ModelUnavailableError` while the model is down or is not called before
         the request's deadline. Then nothing was queued.
         """
 
     async def cancel(self, digests: Sequence[bytes]) -> None:
-        """Drop the pairs for which no request waits here any more, unless they are in flight."""
+        """Drop the pairs for which no request waits here any more, unless they are in a call."""
 
     async def claim(self) -> Claim | ClaimDeferred:
         """Claim the next batch together with its slot, if a call is allowed now."""
@@ -158,7 +158,7 @@ class Queue(Protocol):
     async def complete(
         self, claim: Claim, outcomes: Mapping[bytes, Outcome], *, inferred: bool = True
     ) -> None:
-        """End pairs of a claim with their outcomes; those not in `outcomes` stay in flight.
+        """End pairs of a claim with their outcomes; those not in `outcomes` stay in a call.
 
         `inferred` is False if the cache had the outcomes: that does not show that the model is up again.
         """

@@ -77,7 +77,7 @@ class Outage:
         model_fault: bool,
         jitter: float = 1.0,
     ) -> None:
-        """Record a failed call. Calls that were in flight together fail together, and count as one.
+        """Record a failed call. Calls that were in a call together fail together, and count as one.
 
         `pushback_seconds` is the backoff that the model gave, if it gave one. `jitter` scales the others.
         """
@@ -103,7 +103,7 @@ class Outage:
         self.error = error
 
     def expire(self, *, now: float) -> None:
-        """Reset the outage if its last failure is too long ago to tell anything about the model."""
+        """Reset the outage if its last failure is too long ago to show anything about the model."""
         longest = self._window_seconds + MAX_BACKOFF_SECONDS * BACKOFF_JITTER[1]
         if now > max(self.failed_at, self.not_before) + longest:
             self.reset()

@@ -1,7 +1,7 @@
 """HTTP probes of replicas whose heartbeats have stopped.
 
-A probe tells a replica that ended or is paused from one that runs but lost Redis. Only the last one calls the
-model in slots of its own, so only its slots must be left free:
+A probe distinguishes a replica that ended or is paused from one that runs but lost Redis. Only the last one
+calls the model in slots of its own, so only its slots must be left free:
 
 - A refused connection, or an answer with another replica's id, means that the replica has ended.
 - A connection without an answer means that it is paused.

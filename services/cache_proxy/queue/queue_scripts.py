@@ -147,7 +147,7 @@ class Scripts:
                 raise StoreDamagedError(str(error)) from error
             self._reset_for = name
             self._has_script_succeeded = False
-            _log.warning("the queue in Redis is damaged and made anew: %s", error)
+            _log.warning("the queue in Redis is damaged and is reset: %s", error)
             self._metrics.store_garbage.inc()
             await self._run("reset", [])
             self._resets += 1

@@ -181,8 +181,8 @@ class RedisQueue(Queue):
         - `levels`: digest and level of each pair that has a level, one after the other.
         - `errors`: digest and packed error of each pair that has none.
         - `error_for_all`: a packed error with which every waiting pair ends, if the model is down.
-        - `backoff`: for how many ms nobody calls a model target, the packed error why, and the target. For
-          another target than this replica's it is ignored: this replica may send the pairs itself.
+        - `backoff`: for how many ms no replica calls a model target, the packed error why, and the target.
+          For another target than this replica's it is ignored: this replica may send the pairs itself.
 
         A message with none of the first three means that a replica could not make its call. Raises
         `ValueError`, `TypeError` or `IndexError` if the message cannot be read.

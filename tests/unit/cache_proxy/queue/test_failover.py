@@ -113,7 +113,7 @@ async def _running_replicas(url: str, count: int) -> AsyncIterator[list[ReplicaW
             stack.callback(task.cancel)
             opened.append(proxy)
         async with asyncio.timeout(30):
-            while not all(_has_members(proxy.queue, count) for proxy in opened):  # noqa: ASYNC110 - nobody tells
+            while not all(_has_members(proxy.queue, count) for proxy in opened):  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         yield opened
 
@@ -150,7 +150,7 @@ async def test_waiters_are_answered_while_redis_is_lost_and_after_its_return(
             for wait in (first, second, third):
                 await wait.wait()
         assert _levels(first) == {number: 1 + number % 7 for number in range(40)}
-        assert max(one.sent_counts.values()) <= 2  # twice, if Redis went while it was in flight
+        assert max(one.sent_counts.values()) <= 2  # twice, if Redis went while it was in a call
         lost = [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert len(lost) == 2, [record.getMessage() for record in lost]
         sent = one.sent_counts + other.sent_counts
@@ -324,7 +324,7 @@ async def test_no_local_claim_while_invalidation_log_is_read(replica: Replica) -
     """Reading the log may take long, and other replicas use this one's slots since the heartbeat."""
     decisions: list[Claim | ClaimDeferred] = []
 
-    async def hear(_last: bytes | None) -> None:
+    async def record_claims(_last: bytes | None) -> None:
         for _ in range(30):
             decisions.append(await replica.failover.claim())
             await asyncio.sleep(0.01)
@@ -333,7 +333,7 @@ async def test_no_local_claim_while_invalidation_log_is_read(replica: Replica) -
     await _fail_over(replica)
     wait = await _enqueue(replica, [1])
     await asyncio.sleep(replica.failover._limiter.not_before - time.monotonic())  # then it has its moments
-    replica.session._log_callbacks = {replica.location.keys.invalidation_log: hear}
+    replica.session._log_callbacks = {replica.location.keys.invalidation_log: record_claims}
     await replica.session._heartbeat()
     assert decisions
     assert not [decision for decision in decisions if isinstance(decision, Claim)]
@@ -363,7 +363,7 @@ async def test_repeatedly_failing_return_keeps_time_slots(replica: Replica) -> N
 
 
 async def test_pushback_holds_after_loss_of_redis(replica: Replica) -> None:
-    """The model asked for a pause, which the local queue keeps, too."""
+    """The model's pushback holds for the local queue, too."""
     await replica.heartbeat()
     wait = await _enqueue(replica, [1])
     await replica.failover.fail(await _claim_batch(replica), DOWN, retry_after_seconds=5)
@@ -375,7 +375,7 @@ async def test_pushback_holds_after_loss_of_redis(replica: Replica) -> None:
 
 
 async def test_pair_requested_again_after_cancel_survives_failover(replica: Replica) -> None:
-    """A cancelled pair in flight is requested again after the return.
+    """A cancelled pair in a call is requested again after the return.
 
     Then Redis is lost again, and its call fails.
     """

@@ -25,11 +25,11 @@ async def _http_peer(talk: _ConnectionHandler) -> AsyncIterator[str]:
 @asynccontextmanager
 async def _peer_prober() -> AsyncIterator[PeerProber]:
     """Open a prober without Redis, whose findings are examined before they are recorded."""
-    doors = PeerProber(cast("Any", None))
+    prober = PeerProber(cast("Any", None))
     try:
-        yield doors
+        yield prober
     finally:
-        await doors.close()
+        await prober.close()
 
 
 def _responding(
@@ -58,9 +58,9 @@ async def test_redirect_means_gone_and_is_not_followed() -> None:
         here: list[bytes] = []
         async with (
             _http_peer(_responding(redirect % victim.encode(), here)) as address,
-            _peer_prober() as doors,
+            _peer_prober() as prober,
         ):
-            assert await doors._probe_once("replica", address) == "gone"
+            assert await prober._probe_once("replica", address) == "gone"
         assert here[0].startswith(f"GET {REPLICA_ID_PATH} HTTP/1.1\r\n".encode())
     assert seen == []
 
@@ -78,18 +78,18 @@ async def test_endless_response_is_abandoned(head: bytes, drip: bytes, every_sec
     """The probe ends after about a second, and does not take the replica for alive."""
     async with (
         _http_peer(_responding(head, [], drip=drip, every_seconds=every_seconds)) as address,
-        _peer_prober() as doors,
+        _peer_prober() as prober,
     ):
         started_at = time.monotonic()
-        assert await doors._probe_once("replica", address) != "alive"
+        assert await prober._probe_once("replica", address) != "alive"
         assert time.monotonic() - started_at < 10
 
 
 async def test_only_start_of_body_is_read() -> None:
     """An endless body does not keep the probe busy."""
     talk = _responding(b"HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n", [], drip=b"y" * 65_536)
-    async with _http_peer(talk) as address, _peer_prober() as doors:
-        assert await doors._probe_once("replica", address) == "gone"
+    async with _http_peer(talk) as address, _peer_prober() as prober:
+        assert await prober._probe_once("replica", address) == "gone"
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ async def test_only_start_of_body_is_read() -> None:
 )
 async def test_invalid_address_is_not_probed(address: str) -> None:
     """No other path, credentials or header can be sent."""
-    async with _peer_prober() as doors:
-        doors.probe("replica", address)
-        assert not doors._probes
+    async with _peer_prober() as prober:
+        prober.probe("replica", address)
+        assert not prober._probes
 
 
 async def test_concurrent_probes_are_bounded() -> None:
     """Redis may name a thousand replicas."""
-    async with _peer_prober() as doors:
+    async with _peer_prober() as prober:
         for number in range(1000):
-            doors.probe(f"replica {number}", "[::1]:9")
-        assert len(doors._probes) == 16
+            prober.probe(f"replica {number}", "[::1]:9")
+        assert len(prober._probes) == 16

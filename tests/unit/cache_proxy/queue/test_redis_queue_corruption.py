@@ -116,7 +116,7 @@ async def _run_requests(replica: Replica, numbers: range) -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 async def test_key_of_another_type_does_not_stop_queue(key: str, shared_redis: str) -> None:
-    """The key is replaced while pairs wait and are in flight. They and new ones are answered by the model."""
+    """The key is replaced while pairs wait and are in a call. They and new ones are answered by the model."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, quotas=lambda: QUOTAS) as (one, other):
         await one.enqueue(numbered_pairs(range(8)))
@@ -206,7 +206,7 @@ _FIELDS = [
 
 
 def _is_level(junk: bytes) -> bool:
-    """Return whether Lua reads it as a level: a forged level cannot be told from a real one."""
+    """Return whether Lua reads it as a level: a forged level cannot be distinguished from a real one."""
     text = junk.decode("latin-1").strip().lower()
     try:
         return (float.fromhex(text) if "0x" in text else float(text)) in range(1, 8)
@@ -264,7 +264,7 @@ def test_hostile_values_do_not_stop_queue_or_become_answers(data: st.DataObject,
                 for setting in (
                     "pairs_per_second",
                     "calls_per_second",
-                ):  # a limit that somebody set is a limit
+                ):  # a limit of another client is valid
                     client.hset(place.keys.limit, setting, 0)
             await _run_requests(one, range(12))
             await _run_requests(other, range(20))
@@ -479,7 +479,7 @@ async def test_queue_is_reset_for_one_script_while_another_keeps_failing(
         "BUSY Redis is busy running a script.",
         "MISCONF Redis is configured to save RDB snapshots script: 1, on @user_script:9.",
         "NOREPLICAS Not enough good replicas to write. script: 1, on @user_script:9.",
-        "ERR something that nobody has seen yet script: 1, on @user_script:9.",
+        "ERR an error of no known kind script: 1, on @user_script:9.",
     ],
 )
 async def test_server_state_never_resets_queue(

@@ -60,13 +60,13 @@ async def test_messages_after_flush_are_applied_after_next_heartbeat(
     place: QueueLocation,
 ) -> None:
     """The queue that is made after a flush has another id, which the heartbeat brings."""
-    async with replicas(place, 2) as (asking, answering):
-        await asking.enqueue([numbered_pair(1)])
-        await answering.enqueue([numbered_pair(1)])
+    async with replicas(place, 2) as (waiting, claiming):
+        await waiting.enqueue([numbered_pair(1)])
+        await claiming.enqueue([numbered_pair(1)])
         place.flush()
-        for replica in (asking, answering):
+        for replica in (waiting, claiming):
             await replica.heartbeat()
-        claim = await answering.claim_batch()
-        await answering.queue.complete(claim, {numbered_pair(1).digest: 3})
-        await asking.receive_messages()
-        assert set(asking.resolved) == {(numbered_pair(1).digest, 3)}
+        claim = await claiming.claim_batch()
+        await claiming.queue.complete(claim, {numbered_pair(1).digest: 3})
+        await waiting.receive_messages()
+        assert set(waiting.resolved) == {(numbered_pair(1).digest, 3)}

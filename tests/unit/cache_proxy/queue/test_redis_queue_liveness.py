@@ -72,7 +72,7 @@ async def test_claims_of_crashed_replica_are_taken_back_at_once(place: QueueLoca
 
 
 async def test_paused_replica_keeps_claims_until_lease_ends(place: QueueLocation) -> None:
-    """It is subscribed without heartbeats. Its call may be in flight, so its pairs are not sent again yet."""
+    """It is subscribed without heartbeats. Its call may be under way, so its pairs are not sent again yet."""
     async with replicas(place, 2) as (paused, other):
         await paused.enqueue(numbered_pairs([1]))
         await other.enqueue(numbered_pairs([1]))
@@ -152,7 +152,7 @@ async def test_pairs_whose_owners_crashed_twice_are_sent_alone(place: QueueLocat
 
 
 async def test_many_claims_are_taken_back_in_parts(place: QueueLocation) -> None:
-    """A replica crashes with 10000 pairs in flight. Each heartbeat takes back about 2000 of them."""
+    """A replica crashes with 10000 claimed pairs. Each heartbeat takes back about 2000 of them."""
     async with replicas(place, 2, queue_limits(batch_pairs=1000)) as (dead, other):
         await dead.enqueue(numbered_pairs(range(10_000)))
         await other.enqueue(numbered_pairs(range(10_000)))
@@ -253,7 +253,7 @@ async def test_slow_heartbeat_does_not_change_clock_offset(place: QueueLocation)
         async def beat() -> float:
             began = time.monotonic()
             await replica.heartbeat()
-            return time.monotonic() - began + 0.001  # as exactly as Redis tells its time
+            return time.monotonic() - began + 0.001  # as exactly as Redis's clock is read
 
         quick = await beat()  # which bounds how well the clock is known
         known = offset()
@@ -355,7 +355,7 @@ async def test_redis_failover_to_another_clock_ends_no_lease(
         claim = await one.claim_batch()
         place.age_claims(ahead_seconds * 1000)  # as the other clock has them
         _granted_by_another_server(place)
-        with place.client() as client:  # nor has the new server heard of it yet
+        with place.client() as client:  # nor has the new server received its heartbeat
             client.zadd(f"{place.keys.limit}:replicas", {one.name: 0})
         await one._pubsub.unsubscribe()
         with place.client() as client:

@@ -108,10 +108,10 @@ async def test_quotas_leave_no_keys_behind(shared_redis: str) -> None:
     place = QueueLocation.create(shared_redis)
     async with replicas(place, bounds=queue_limits(batch_pairs=1000), quotas=lambda: quotas) as (replica,):
         await _start_quotas(place, replica)
-        asks = [
+        requests = [
             replica.enqueue(numbered_pairs([number]), request_context(f"n{number}")) for number in range(300)
         ]
-        await asyncio.gather(*asks)
+        await asyncio.gather(*requests)
         assert await _send_all(replica) == 300
         with place.client() as client:
             keys = [key.decode() for key in client.scan_iter(f"{place.keys.base}*".replace("{", "[{]"))]

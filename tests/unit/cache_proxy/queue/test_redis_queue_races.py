@@ -79,10 +79,10 @@ async def test_request_cancelled_during_slow_enqueue_leaves_no_interest(place: Q
     async with replicas(place) as (replica,):
         wait = replica.waiters.register([numbered_pair(1).digest])
         replica.client.delays = (0.05,)
-        asking = asyncio.create_task(replica.queue.enqueue([numbered_pair(1)], request_context()))
+        enqueueing = asyncio.create_task(replica.queue.enqueue([numbered_pair(1)], request_context()))
         await asyncio.sleep(0.01)
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
+        enqueueing.cancel()
+        await asyncio.gather(enqueueing, return_exceptions=True)
         await replica.cancel(wait)
         assert _interest(place) == 0
 
@@ -93,10 +93,10 @@ async def test_request_cancelled_at_any_time_of_enqueue_leaves_nothing(place: Qu
         for delay in range(20):
             wanted = numbered_pairs(range(1300))
             wait = replica.waiters.register([item.digest for item in wanted])
-            asking = asyncio.create_task(replica.queue.enqueue(wanted, request_context()))
+            enqueueing = asyncio.create_task(replica.queue.enqueue(wanted, request_context()))
             await asyncio.sleep(delay * 0.002)
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            enqueueing.cancel()
+            await asyncio.gather(enqueueing, return_exceptions=True)
             await replica.cancel(wait)
             assert _interest(place) == 0
             assert replica.queue.interest.snapshot() == {}
@@ -207,7 +207,7 @@ async def test_model_down_ends_waiting_pairs_of_all_replicas(place: QueueLocatio
         assert place.leftover_keys() == {}
 
 
-async def test_pair_in_flight_while_model_is_down_may_be_answered(
+async def test_pair_in_a_call_while_model_is_down_may_be_answered(
     place: QueueLocation,
 ) -> None:
     """It stays in its claim, so it is not sent again, and its answer counts."""
@@ -377,7 +377,7 @@ async def test_thousand_pairs_take_six_commands_and_do_not_block_redis(place: Qu
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])
-async def test_answer_invalidated_in_flight_is_not_remembered(shared_redis: str, all_of_them: bool) -> None:
+async def test_answer_invalidated_in_a_call_is_not_remembered(shared_redis: str, all_of_them: bool) -> None:
     """Its waiters get it, and later requests infer the pair again. Other answers are remembered."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (one,):
@@ -396,7 +396,7 @@ async def test_answer_invalidated_in_flight_is_not_remembered(shared_redis: str,
         await one.claim_batch()
 
 
-async def test_answer_invalidated_in_flight_is_logged_as_its_pair_ends(shared_redis: str) -> None:
+async def test_answer_invalidated_in_a_call_is_logged_as_its_pair_ends(shared_redis: str) -> None:
     """The claiming replica may crash before it stores the answer. Other caches that took it still drop it."""
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 1) as (one,):
@@ -485,10 +485,10 @@ async def test_joining_replica_is_woken_when_queueing_replica_has_no_pairs_left(
         second.queue._changed._timer.cancel()
         second.queue._changed.clear()
         await second.receive_messages()
-        heard = second.session.subscription.sequence
+        sequence = second.session.subscription.sequence
         await first.cancel(one)
         await second.receive_messages()
-        assert second.session.subscription.sequence == heard
+        assert second.session.subscription.sequence == sequence
         one, _ = await first.enqueue(numbered_pairs([1]))
         await first.cancel(other)
         await first.cancel(one)
@@ -526,12 +526,12 @@ async def test_long_enqueue_wakes_dispatcher_after_first_batch(place: QueueLocat
     async with replicas(place, 1) as (replica,):
         replica.queue._changed.clear()
         replica.client.delays = (0, 60)
-        asking = asyncio.create_task(replica.enqueue(numbered_pairs(range(600))))
+        enqueueing = asyncio.create_task(replica.enqueue(numbered_pairs(range(600))))
         await asyncio.wait_for(replica.queue.wait_for_change(), 20)
-        assert not asking.done()
+        assert not enqueueing.done()
         replica.queue._changed.clear()
-        asking.cancel()
-        await asyncio.wait([asking])
+        enqueueing.cancel()
+        await asyncio.wait([enqueueing])
         assert replica.queue._changed._event.is_set()  # what it sent may be queued all the same
 
 

@@ -26,7 +26,7 @@ from tests.support.replicas import (
 
 pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
 
-SLACK_SECONDS = 0.003  # Redis's clock is read in whole milliseconds, and claims tell theirs in whole ones
+SLACK_SECONDS = 0.003
 
 
 async def _slots(
@@ -97,14 +97,14 @@ async def test_backlog_uses_the_whole_rate(shared_redis: str) -> None:
     async with replicas(QueueLocation.create(shared_redis), 2, bounds) as both:
         for replica in both:
             await replica.enqueue(numbered_pairs(range(2000)))
-        slots: list[tuple[float, float, float]] = []  # asked for when, claimed when, and for when
+        slots: list[tuple[float, float, float]] = []  # enqueued for when, claimed when, and for when
 
         async def dispatch(replica: Replica) -> None:
             while len(slots) < 31:
-                asked_at = time.monotonic()
+                requested_at = time.monotonic()
                 decision = await replica.queue.claim()
                 if isinstance(decision, Claim):
-                    slots.append((asked_at, time.monotonic(), decision.send_at))
+                    slots.append((requested_at, time.monotonic(), decision.send_at))
                     await replica.queue.complete(decision, {item.digest: 1 for item in decision.pairs})
                 else:
                     await asyncio.sleep(decision.wait_seconds)
@@ -119,9 +119,9 @@ async def test_backlog_uses_the_whole_rate(shared_redis: str) -> None:
         beating.cancel()
         slots.sort(key=lambda slot: slot[2])
         apart, gaps = 1 / (20 * PACE), 0
-        for (before, after, earlier), (asked_at, claimed_at, later) in pairwise(slots):
+        for (before, after, earlier), (requested_at, claimed_at, later) in pairwise(slots):
             # Redis's clock is known to a round trip, and counts whole milliseconds.
-            unsure = after - before + claimed_at - asked_at + 0.003
+            unsure = after - before + claimed_at - requested_at + 0.003
             assert later - earlier >= apart - unsure
             # Claimed in time, it follows at once; claimed late, it begins a moment after (`LEAD_MS`).
             gaps += later > max(earlier + apart, claimed_at) + 0.017 + unsure
@@ -163,8 +163,8 @@ async def test_limit_state_far_ahead_rejects_no_request(far: str, shared_redis: 
         with place.client() as client:
             key = place.keys.model if far == "backoff_until" else place.keys.limit
             client.hset(key, mapping={far: (time.time() + 86_400) * 1000, "failures": 9})
-        _, asked = await replica.enqueue(numbered_pairs([1]))
-        assert asked.queued
+        _, enqueued = await replica.enqueue(numbered_pairs([1]))
+        assert enqueued.queued
         assert pair_numbers(await replica.claim_batch()) == [1]
 
 
@@ -230,7 +230,7 @@ async def test_only_last_claim_returns_its_slot(shared_redis: str) -> None:
             spent = calls_tat()
             await replica.queue.release(first)
             assert calls_tat() < spent - 200
-            await replica.queue.release(first)  # said twice, it is given back once
+            await replica.queue.release(first)  # repeated, it has no effect
             assert calls_tat() < spent - 200
             second, third = await replica.claim_batch(), await replica.claim_batch()
             spent = calls_tat()

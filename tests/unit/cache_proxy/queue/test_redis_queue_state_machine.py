@@ -105,7 +105,7 @@ class QueueStateMachine:
         here.replica.client.lost_replies = lost
         try:
             claim = await here.replica.queue.claim()
-        except StoreError:  # granted perhaps, and nobody knows
+        except StoreError:  # the claim may have been granted
             assert lost == 4
             return
         finally:

@@ -44,11 +44,11 @@ async def test_reports_of_heartbeats_are_read_by_all_replicas(shared_redis: str)
     async with replicas(place, 2) as (one, other):
         this = int((await one.queue.snapshot(minutes=MINUTES)).now_seconds // 60)
         for replica, text in ((one, b"one"), (other, b"other")):
-            told = FixedReportSource()
-            told.reports = [(this, text), (this - 1, text), (this - 1000, b"too old")]
-            replica.session._report_source = told  # type: ignore[assignment]
+            source = FixedReportSource()
+            source.reports = [(this, text), (this - 1, text), (this - 1000, b"too old")]
+            replica.session._report_source = source  # type: ignore[assignment]
             await replica.heartbeat()
-            told.reports[0] = (this, text + b" again")
+            source.reports[0] = (this, text + b" again")
             for _ in range(2):
                 await replica.heartbeat()
         overview = await other.queue.snapshot(minutes=MINUTES)
@@ -79,9 +79,9 @@ async def test_invalid_reports_are_left_out(shared_redis: str) -> None:
             client.hset(key % this, mapping={"long": "x" * (MAX_REPORT_BYTES + 1), "fine": "x"})
         overview = await replica.queue.snapshot(minutes=MINUTES)
         assert list(overview.reports or ()) == [(this, b"x")]
-        told = FixedReportSource()
-        told.reports = [(this - 1, b"mine"), (this - 2, b"mine")]
-        replica.session._report_source = told  # type: ignore[assignment]
+        source = FixedReportSource()
+        source.reports = [(this - 1, b"mine"), (this - 2, b"mine")]
+        replica.session._report_source = source  # type: ignore[assignment]
         await replica.heartbeat()
         overview = await replica.queue.snapshot(minutes=MINUTES)
         assert sorted(overview.reports or ()) == [(this - 1, b"mine"), (this, b"x")]

@@ -33,13 +33,13 @@ async def test_claim_of_another_replica_has_trace_contexts(shared_redis: str) ->
     A request without a trace adds none, and a released batch keeps them.
     """
     async with replicas(QueueLocation.create(shared_redis), 2, queue_limits(batch_pairs=10)) as (
-        asked,
+        queueing,
         claimer,
     ):
         await claimer.enqueue(numbered_pairs([9]))
-        await asked.enqueue(numbered_pairs([1, 2]), _traced(ONE))
-        await asked.enqueue(numbered_pairs([2, 3]), _traced(OTHER, "d"))
-        await asked.enqueue(numbered_pairs([4]))
+        await queueing.enqueue(numbered_pairs([1, 2]), _traced(ONE))
+        await queueing.enqueue(numbered_pairs([2, 3]), _traced(OTHER, "d"))
+        await queueing.enqueue(numbered_pairs([4]))
         claim = await claimer.claim_batch()
         assert sorted(claim.trace_contexts) == [ONE, OTHER]
         await claimer.queue.release(claim)
@@ -100,7 +100,7 @@ async def test_invalid_trace_contexts_in_redis_do_not_stop_claim(shared_redis: s
         assert pair_numbers(claim) == [1]
         assert len(claim.trace_contexts) <= MAX_TRACES_PER_PAIR
         assert all(len(context) == CONTEXT_BYTES for context in claim.trace_contexts)
-        assert replica.metrics.store_garbage._value.get() == 0  # the queue was not made anew for it
+        assert replica.metrics.store_garbage._value.get() == 0
 
 
 async def test_local_queue_claim_has_trace_contexts() -> None:

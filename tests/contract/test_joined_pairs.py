@@ -84,7 +84,8 @@ async def test_pair_joined_in_a_call_waits_again_with_the_best_priority(
             await subject.queue.fail(claim, DOWN, retry_after_seconds=0)
         elif how == "put back":
             await subject.queue.release(claim)
-        else:  # the one that is named ends, the other waits again
+        else:
+            # The named pair ends, and the other one waits again.
             await subject.queue.reject(claim, REFUSED, {numbered_pair(8).digest: REFUSED})
         if isinstance(subject.queue, RedisQueue):
             subject.queue.claims.deferral.not_before = 0.0
@@ -162,7 +163,8 @@ async def test_pair_cancelled_and_requested_again_during_return_waits_in_redis(r
     """
     first = await _enqueue(replica, [1], "a", "interactive")
     await _fail_over(replica)
-    replica.client.delays = (0.1, 0.1)  # the enqueue, and the leave that follows it
+    # Delays of the enqueue and of the cancellation that follows it.
+    replica.client.delays = (0.1, 0.1)
     returning = asyncio.create_task(replica.failover.fail_back())
     await asyncio.sleep(0.03)
     await replica.failover.cancel(replica.waiters.unregister(first))

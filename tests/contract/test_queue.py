@@ -133,7 +133,8 @@ async def test_no_claim_before_pushback_ends(opened: QueueFactory) -> None:
 async def test_released_batch_is_claimed_first(opened: QueueFactory) -> None:
     """It precedes all pairs that came since, even after its lane was empty."""
     async with opened(queue_limits(batch_pairs=2)) as subject:
-        for first in range(0, 40, 2):  # the lane's clock goes far
+        # The virtual time of the lane advances far.
+        for first in range(0, 40, 2):
             await subject.enqueue(numbered_pairs([first, first + 1]))
         for _ in range(19):
             await subject.complete(await subject.claim_batch())
@@ -423,7 +424,8 @@ async def test_late_batch_postpones_next_slot(opened: QueueFactory) -> None:
         await asyncio.sleep(decision.wait_seconds)
         begun_at = time.monotonic()
         first = await subject.claim_batch()
-        unsure = time.monotonic() - begun_at  # of when its slot is, for a queue with another clock
+        # The time of the slot is known only so exactly, for a queue with another clock.
+        unsure = time.monotonic() - begun_at
         for late_seconds in (0.3, 0.5, 0.5):
             assert await subject.queue.postpone_slot(first, seconds=late_seconds)
             requested_at = time.monotonic()

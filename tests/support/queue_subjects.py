@@ -152,7 +152,8 @@ def queue_factory(kind: str, redis_url: str) -> QueueFactory:
         held = MutableQuotas(quotas)
         place = QueueLocation.create(redis_url)
         async with replicas(place, bounds=bounds, quotas=lambda: held.current) as (replica,):
-            if begun:  # else the first claim takes all quotas for spent
+            # The first claim of a queue takes all quotas for spent.
+            if begun:
                 await replica.queue.enqueue(
                     numbered_pairs([_WARM_UP_NUMBER]), request_context(priority="refresh")
                 )

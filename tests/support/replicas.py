@@ -145,6 +145,7 @@ class QueueLocation:
                 for key in client.scan_iter(f"{base}*".replace("{", "[{]").replace("}", "[}]"))
             }
             bytes_held = int(client.hget(f"{base}meta", "bytes") or 0)
+        # These are bounded in size or time.
         kept = (
             "meta",
             "recent:",
@@ -154,7 +155,7 @@ class QueueLocation:
             "fair:",
             "quotas",
             "granted:",
-        )  # each bounded in size or time
+        )
         rest: dict[str, Any] = {key: kind for key, kind in found.items() if not key.startswith(kept)}
         return rest | ({"bytes": bytes_held} if bytes_held else {})
 
@@ -239,7 +240,8 @@ class Replica:
     async def subscribe(self) -> "Replica":
         """Subscribe and send a heartbeat."""
         await self._pubsub.subscribe(self.scripts.channel, f"{self.scripts.channel}:{self.name}")
-        for _ in range(2):  # the confirmations
+        # Two confirmations of the subscription come first.
+        for _ in range(2):
             await self._pubsub.get_message(timeout=TIMEOUT_SECONDS)
         await self.heartbeat()
         return self

@@ -31,7 +31,8 @@ from tests.support.replicas import (
     request_context,
 )
 
-pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
+# They start and stop real servers, and run many examples.
+pytestmark = pytest.mark.slow
 
 BOUNDS = queue_limits(batch_pairs=4, calls_per_second=10)
 LOST = StoreError("no answer")
@@ -87,7 +88,8 @@ async def _running_replicas(url: str, count: int) -> AsyncIterator[list[ReplicaW
     async with AsyncExitStack() as stack:
         opened = []
         for number in range(count):
-            client = create_client(url, timeout_seconds=1.5)  # a busy machine is no lost Redis
+            # A busy machine must not count as lost Redis.
+            client = create_client(url, timeout_seconds=1.5)
             assert isinstance(client, Redis)
             stack.push_async_callback(client.aclose, close_connection_pool=True)
             shared = SharedQueueConfig(
@@ -150,7 +152,8 @@ async def test_waiters_are_answered_while_redis_is_lost_and_after_its_return(
             for wait in (first, second, third):
                 await wait.wait()
         assert _levels(first) == {number: 1 + number % 7 for number in range(40)}
-        assert max(one.sent_counts.values()) <= 2  # twice, if Redis went while it was in a call
+        # A pair is sent twice if Redis was lost while it was in a call.
+        assert max(one.sent_counts.values()) <= 2
         lost = [record for record in caplog.records if record.levelno >= logging.WARNING]
         assert len(lost) == 2, [record.getMessage() for record in lost]
         sent = one.sent_counts + other.sent_counts
@@ -200,7 +203,8 @@ async def replica(shared_redis: str) -> AsyncIterator[Replica]:
 
 async def _fail_over(replica: Replica) -> None:
     await replica.failover.fail_over(LOST)
-    replica.failover._limiter.not_before = 0.0  # the others know at once
+    # The other replicas leave its slots free at once.
+    replica.failover._limiter.not_before = 0.0
 
 
 async def _enqueue(replica: Replica, numbers: list[int]) -> Waiter:
@@ -308,7 +312,8 @@ async def test_no_local_claim_during_return(replica: Replica) -> None:
     await replica.heartbeat()
     await _fail_over(replica)
     waits = [await _enqueue(replica, [1])]
-    replica.client.delays = (0.0, 0.1)  # the heartbeat, and what follows from it
+    # Delays of the heartbeat and of the scripts that follow it.
+    replica.client.delays = (0.0, 0.1)
     returning = asyncio.create_task(replica.session._heartbeat())
     await asyncio.sleep(0.05)
     waits.append(await _enqueue(replica, [2]))
@@ -332,7 +337,8 @@ async def test_no_local_claim_while_invalidation_log_is_read(replica: Replica) -
     await replica.heartbeat()
     await _fail_over(replica)
     wait = await _enqueue(replica, [1])
-    await asyncio.sleep(replica.failover._limiter.not_before - time.monotonic())  # then it has its moments
+    # From then on it may use its time slots.
+    await asyncio.sleep(replica.failover._limiter.not_before - time.monotonic())
     replica.session._log_callbacks = {replica.location.keys.invalidation_log: record_claims}
     await replica.session._heartbeat()
     assert decisions

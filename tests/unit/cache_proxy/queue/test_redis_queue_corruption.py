@@ -26,7 +26,8 @@ from tests.support.replicas import (
     request_context,
 )
 
-pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
+# They start and stop real servers, and run many examples.
+pytestmark = pytest.mark.slow
 
 KEYS = [
     "pairs",
@@ -51,7 +52,8 @@ KEYS = [
     "LIMIT:spent",
     "MODEL",
 ]
-QUOTAS = Quotas({"c": Quota("c", 1e6, 10**6)})  # c's pairs wait in lanes of its own, d's in all others'
+# Pairs of `c` wait in lanes of its account, those of `d` in the shared ones.
+QUOTAS = Quotas({"c": Quota("c", 1e6, 10**6)})
 
 
 def _names(place: QueueLocation, key: str) -> list[str]:
@@ -88,7 +90,8 @@ async def _run_requests(replica: Replica, numbers: range) -> None:
         try:
             await replica.heartbeat()
             wait, _ = await replica.enqueue(numbered_pairs(numbers), _context_for(replica))
-            await replica.queue.re_enqueue()  # as the waiters' poll does every now and then
+            # The session does this every now and then.
+            await replica.queue.re_enqueue()
             claim = await replica.queue.claim()
             if isinstance(claim, Claim):
                 levels = {
@@ -107,7 +110,8 @@ async def _run_requests(replica: Replica, numbers: range) -> None:
                 ), wait.outcomes
                 return
         except StoreError:
-            continue  # as if Redis were lost for a moment
+            # As if Redis were lost for a moment.
+            continue
         if isinstance(claim, ClaimDeferred):
             replica.location.age_claims(3000)
             await asyncio.sleep(min(0.02, claim.wait_seconds))
@@ -261,10 +265,11 @@ def test_hostile_values_do_not_stop_queue_or_become_answers(data: st.DataObject,
                 for key in data.draw(st.lists(st.sampled_from(KEYS), min_size=1, max_size=3, unique=True)):
                     for name in _names(place, key):
                         _corrupt(client, name, data.draw)
+                # A limit that another client sets is valid, so it must not be a random one.
                 for setting in (
                     "pairs_per_second",
                     "calls_per_second",
-                ):  # a limit of another client is valid
+                ):
                     client.hset(place.keys.limit, setting, 0)
             await _run_requests(one, range(12))
             await _run_requests(other, range(20))
@@ -536,7 +541,8 @@ async def test_unreadable_limit_is_replaced_by_settings(
         assert replica.metrics.store_garbage._value.get() > before
         assert replica.failover._limiter.slot_seconds > 0.5
         await replica.enqueue(numbered_pairs([1]))
-        assert isinstance(await replica.queue.claim(), ClaimDeferred)  # all may just have been spent
+        # The whole limit may just have been used.
+        assert isinstance(await replica.queue.claim(), ClaimDeferred)
 
 
 @pytest.mark.parametrize("junk", JUNK_NUMBERS)
@@ -545,7 +551,8 @@ async def test_unreadable_limit_leaves_slots_of_silent_replica_free(junk: bytes,
     place, bounds = QueueLocation.create(shared_redis), queue_limits(calls_per_second=1e-6)
     async with replicas(place, 2, bounds) as (one, other):
         await one.enqueue(numbered_pairs([1]))
-        await one.queue.claim()  # notes the server
+        # The first claim records the server.
+        await one.queue.claim()
         other.expire_heartbeat()
         with place.client() as client:
             client.hset(place.keys.limit, "calls_per_second", junk)
@@ -578,7 +585,8 @@ async def test_peer_state_with_distant_expiry_is_ignored(shared_redis: str) -> N
     place = QueueLocation.create(shared_redis)
     async with replicas(place, 2, queue_limits(calls_per_second=1e-6)) as (one, other):
         await one.enqueue(numbered_pairs([1]))
-        await one.queue.claim()  # notes the server
+        # The first claim records the server.
+        await one.queue.claim()
         with place.client() as client:
             client.hset(f"{place.keys.limit}:paused", other.name, 2**52)
             client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})

@@ -23,7 +23,8 @@ from tests.support.replicas import (
     replicas,
 )
 
-pytestmark = pytest.mark.slow  # they wait for a replica to fall silent
+# They wait until a replica counts as silent.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -82,7 +83,8 @@ async def test_paused_replica_keeps_claims_until_lease_ends(place: QueueLocation
         assert not isinstance(await other.queue.claim(), Claim)
         place.age_claims(36_000)
         assert pair_numbers(await other.claim_batch()) == [1]
-        await paused.queue.complete(claim, {item.digest: 4 for item in claim.pairs})  # it wakes up
+        # The replica continues after its pause.
+        await paused.queue.complete(claim, {item.digest: 4 for item in claim.pairs})
         await other.receive_messages()
         assert [level for _, level in other.resolved] == [4]
         assert await other.queue.claim() == ClaimDeferred(math.inf)
@@ -253,14 +255,17 @@ async def test_slow_heartbeat_does_not_change_clock_offset(place: QueueLocation)
         async def beat() -> float:
             began = time.monotonic()
             await replica.heartbeat()
-            return time.monotonic() - began + 0.001  # as exactly as Redis's clock is read
+            # Redis's clock is read in whole milliseconds.
+            return time.monotonic() - began + 0.001
 
-        quick = await beat()  # which bounds how well the clock is known
+        # The length of a quick heartbeat bounds the error of the offset.
+        quick = await beat()
         known = offset()
         replica.client.delays = (0.2,)
         await replica.heartbeat()
         assert abs(offset() - known) < max(quick, 0.01)
-        replica.session._clock_offset.seconds = known - 3600  # as before a failover to another clock
+        # As before a failover to another clock.
+        replica.session._clock_offset.seconds = known - 3600
         quick += await beat()
         assert abs(offset() - known) < max(quick, 0.01)
 
@@ -353,9 +358,11 @@ async def test_redis_failover_to_another_clock_ends_no_lease(
         await one.enqueue(numbered_pairs([1]))
         await two.enqueue(numbered_pairs([1]))
         claim = await one.claim_batch()
-        place.age_claims(ahead_seconds * 1000)  # as the other clock has them
+        # The other clock differs by this.
+        place.age_claims(ahead_seconds * 1000)
         _granted_by_another_server(place)
-        with place.client() as client:  # nor has the new server received its heartbeat
+        # The new server has not received the owner's heartbeat yet.
+        with place.client() as client:
             client.zadd(f"{place.keys.limit}:replicas", {one.name: 0})
         await one._pubsub.unsubscribe()
         with place.client() as client:

@@ -25,7 +25,8 @@ from tests.support.replicas import (
 
 BOUNDS = queue_limits(batch_pairs=100)
 HOUR_MS = 3_600_000
-BURST_MS, LEAD_MS, PAIRS_A_MS = 1000, 15, 50  # where nothing limits calls; see `claim.lua`
+# For a deployment without a limit of calls; see `claim.lua`.
+BURST_MS, LEAD_MS, PAIRS_A_MS = 1000, 15, 50
 
 
 async def _start_quotas(place: QueueLocation, replica: Replica) -> None:
@@ -117,7 +118,8 @@ async def test_quotas_leave_no_keys_behind(shared_redis: str) -> None:
             keys = [key.decode() for key in client.scan_iter(f"{place.keys.base}*".replace("{", "[{]"))]
             assert client.hlen(f"{place.keys.base}quotas") == 51
             assert client.zcard(f"{place.keys.limit}:spent") == 51
-            client.hset(f"{place.keys.base}quotas", "n1", "5:0")  # last seen long ago
+            # The account was last seen long ago.
+            client.hset(f"{place.keys.base}quotas", "n1", "5:0")
         assert not [key for key in keys if "lane:" in key or "fair:" in key]
         await replica.enqueue(numbered_pairs([500]), request_context("n2"))
         await _send_all(replica)
@@ -129,7 +131,8 @@ async def test_quotas_leave_no_keys_behind(shared_redis: str) -> None:
 class _QuotaModel:
     """GCRA in Python. The time of a claim is known within some ms, so `least` and `most` bound its state."""
 
-    rate: float  # pairs a ms
+    # Pairs a ms.
+    rate: float
     least: float = 0.0
     most: float = 0.0
 

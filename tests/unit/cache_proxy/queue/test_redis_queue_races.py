@@ -233,9 +233,8 @@ async def test_replica_with_failed_call_leaves_next_slot_to_another(
     place: QueueLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waits a little longer than its backoff, and a replica with no waiting pairs is woken."""
-    monkeypatch.setattr(
-        "services.cache_proxy.queue.call_deferral._CLAIM_DELAY_AFTER_FAILURE_SECONDS", 60
-    )  # longer than a slow test takes
+    # This is longer than a slow test takes.
+    monkeypatch.setattr("services.cache_proxy.queue.call_deferral._CLAIM_DELAY_AFTER_FAILURE_SECONDS", 60)
     async with replicas(place, 2) as (broken, sound):
         await broken.enqueue(numbered_pairs([1]))
         await sound.enqueue(numbered_pairs([1]))
@@ -360,8 +359,8 @@ async def test_thousand_pairs_take_six_commands_and_do_not_block_redis(place: Qu
     """Two commands enqueue, one claims and two complete."""
     async with replicas(place, 1, queue_limits(batch_pairs=1000)) as (replica,):
         with place.client() as client:
-
-            def busy_seconds() -> float:  # what it worked, not what it waited for a busy machine
+            # CPU time of the server, which does not depend on other load of the machine.
+            def busy_seconds() -> float:
                 found = client.info("cpu")
                 return float(found["used_cpu_user"] + found["used_cpu_sys"])
 
@@ -410,7 +409,8 @@ async def test_answer_invalidated_in_a_call_is_logged_as_its_pair_ends(shared_re
         claim = await one.claim_batch()
         with place.client() as client:
             client.eval(ADD_TOMBSTONES.text, 1, f"{place.keys.base}tombs", numbered_pair(1).digest)
-        await one.enqueue(numbered_pairs([1]))  # it knows of the invalidation, and gets the answer of before
+        # The pair is in a call from before the invalidation.
+        await one.enqueue(numbered_pairs([1]))
         await one.queue.complete(claim, {item.digest: 3 for item in claim.pairs})
         await follower.poll()
         assert forgotten == [numbered_pair(1).digest]
@@ -532,7 +532,8 @@ async def test_long_enqueue_wakes_dispatcher_after_first_batch(place: QueueLocat
         replica.queue._changed.clear()
         enqueueing.cancel()
         await asyncio.wait([enqueueing])
-        assert replica.queue._changed._event.is_set()  # what it sent may be queued all the same
+        # The pairs that it sent may have been queued.
+        assert replica.queue._changed._event.is_set()
 
 
 async def test_unreadable_error_is_counted_and_retryable(place: QueueLocation) -> None:

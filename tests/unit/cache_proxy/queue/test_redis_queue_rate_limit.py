@@ -24,7 +24,8 @@ from tests.support.replicas import (
     request_context,
 )
 
-pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
+# They start and stop real servers, and run many examples.
+pytestmark = pytest.mark.slow
 
 SLACK_SECONDS = 0.003
 
@@ -97,7 +98,8 @@ async def test_backlog_uses_the_whole_rate(shared_redis: str) -> None:
     async with replicas(QueueLocation.create(shared_redis), 2, bounds) as both:
         for replica in both:
             await replica.enqueue(numbered_pairs(range(2000)))
-        slots: list[tuple[float, float, float]] = []  # enqueued for when, claimed when, and for when
+        # For each claim: when it was requested, when it was granted, and for when.
+        slots: list[tuple[float, float, float]] = []
 
         async def dispatch(replica: Replica) -> None:
             while len(slots) < 31:
@@ -125,7 +127,8 @@ async def test_backlog_uses_the_whole_rate(shared_redis: str) -> None:
             assert later - earlier >= apart - unsure
             # Claimed in time, it follows at once; claimed late, it begins a moment after (`LEAD_MS`).
             gaps += later > max(earlier + apart, claimed_at) + 0.017 + unsure
-        assert gaps <= 3  # where the machine stood still between two clocks; what loses slots loses most
+        # A few gaps come from a machine that stood still. A fault would lose more than these.
+        assert gaps <= 3
 
 
 async def _claim_wait_seconds(replica: Replica) -> float:
@@ -143,7 +146,8 @@ async def test_lost_limit_state_counts_as_spent(lost: str, shared_redis: str) ->
         await replica.enqueue(numbered_pairs([1]))
         with place.client() as client:
             await replica.queue.claim()
-            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})  # all is free
+            # The whole limit is free.
+            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
             if lost == "all":
                 place.flush()
                 await replica.queue.re_enqueue()
@@ -206,7 +210,8 @@ async def test_replica_from_another_server_counts_as_just_called(shared_redis: s
         await other.enqueue(numbered_pairs([1]))
         with place.client() as client:
             await _claim_wait_seconds(other)
-            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})  # all is free
+            # The whole limit is free.
+            client.hset(place.keys.limit, mapping={"pairs_tat": 1, "calls_tat": 1})
             comes.queue.claims.server_run_id = "0" * 40
             assert await _claim_wait_seconds(comes) < 0.25
             assert client.hget(place.keys.limit, "calls_tat") == b"1"
@@ -230,7 +235,8 @@ async def test_only_last_claim_returns_its_slot(shared_redis: str) -> None:
             spent = calls_tat()
             await replica.queue.release(first)
             assert calls_tat() < spent - 200
-            await replica.queue.release(first)  # repeated, it has no effect
+            # Repeated, the release has no effect.
+            await replica.queue.release(first)
             assert calls_tat() < spent - 200
             second, third = await replica.claim_batch(), await replica.claim_batch()
             spent = calls_tat()
@@ -242,7 +248,8 @@ async def test_only_last_claim_returns_its_slot(shared_redis: str) -> None:
             await replica.queue.release(third)
             assert calls_tat() == spent
             fourth = await replica.claim_batch()
-            heartbeat = [replica.name, b"\x90", "", 1, 0, 4, 2, b"\x90", ""]  # who was without Redis
+            # A heartbeat of a replica that had lost Redis.
+            heartbeat = [replica.name, b"\x90", "", 1, 0, 4, 2, b"\x90", ""]
             await replica.scripts.run("heartbeat", heartbeat)
             spent = calls_tat()
             await replica.queue.release(fourth)

@@ -30,15 +30,15 @@ from tests.support.replicas import (
     request_context,
 )
 
-pytestmark = pytest.mark.slow  # real servers that come and go, and many examples
+# They start and stop real servers, and run many examples.
+pytestmark = pytest.mark.slow
 
 BOUNDS = queue_limits(batch_pairs=4)
 REFUSED = PairRejectedError(StatusCode.INVALID_ARGUMENT, "bad")
 DOWN = ModelUnavailableError("down", retry_after_seconds=1.0)
 NUMBERS = range(1, 11)
-QUOTAS = Quotas(
-    {"a": Quota("a", pairs_per_second=1e6)}
-)  # never spent, but a's pairs wait in lanes of their own
+# The quota is never spent, but pairs of `a` wait in lanes of its account.
+QUOTAS = Quotas({"a": Quota("a", pairs_per_second=1e6)})
 
 
 @dataclass
@@ -60,7 +60,8 @@ class QueueStateMachine:
         self._here: list[_LiveReplica] = []
         self._dead: list[_LiveReplica] = []
         self._given: dict[int, set[Outcome]] = {number: set() for number in NUMBERS}
-        self._excused: set[str] = set()  # claims whose pairs others may have by now
+        # Claims whose pairs other replicas may have claimed since.
+        self._excused: set[str] = set()
 
     async def start(self) -> None:
         """Start three replicas."""
@@ -105,7 +106,8 @@ class QueueStateMachine:
         here.replica.client.lost_replies = lost
         try:
             claim = await here.replica.queue.claim()
-        except StoreError:  # the claim may have been granted
+        except StoreError:
+            # The claim may have been granted.
             assert lost == 4
             return
         finally:
@@ -226,7 +228,8 @@ class QueueStateMachine:
                 await here.replica.heartbeat()
             if not self._place.leftover_keys():
                 break
-            if not last.pending:  # only who waits claims: another caller comes
+            # Only a replica with waiting pairs claims, so another request is needed.
+            if not last.pending:
                 last, _ = await first.enqueue(numbered_pairs([next(self._fresh_numbers)]), request_context())
         await self._recover()
         assert not last.pending

@@ -18,7 +18,8 @@ from services.cache_proxy.queue.serialization import pack, pack_error, unpack, u
 
 TEXT = st.text(max_size=50).filter(lambda text: text.isprintable())
 CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
-WORDS = st.tuples(TEXT, TEXT.filter(bool)) | st.just(("", ""))  # without a request there are none
+# There is no message without the request that may read it.
+WORDS = st.tuples(TEXT, TEXT.filter(bool)) | st.just(("", ""))
 KINDS: dict[type[PairError], st.SearchStrategy[PairError]] = {
     PairRejectedError: st.builds(
         lambda code, message, field, reason, words: PairRejectedError(code, message, field, reason, *words),
@@ -70,7 +71,8 @@ def test_value_that_is_no_error_raises_store_error(junk: object) -> None:
 @pytest.mark.parametrize(
     "packed",
     [
-        [b"refused", b"OK", b"m", b"", b""],  # would end the caller's RPC as if it had succeeded
+        # This one would end the caller's RPC as if it had succeeded.
+        [b"refused", b"OK", b"m", b"", b""],
         [b"refused", b"INVALID_ARGUMENT", b"m", b""],
         [b"refused", b"INVALID_ARGUMENT", b"m", b"", b"", b"words"],
         [b"unavailable", b"m"],

@@ -52,7 +52,8 @@ def test_members_never_share_a_slot(
     calls = []
     for member, offset in zip(members, offsets, strict=False):
         limiter = _limiter(member, members, apart, offset)
-        begin = 2e9 - offset  # the same time for all
+        # This is the same time on Redis's clock for all.
+        begin = 2e9 - offset
         mine = _calls(limiter, begin=begin, seconds=max(8 * apart, 2.5 * count), delays=delays)
         assert all(later - earlier >= apart - 1e-5 for earlier, later in pairwise(mine))
         calls += [at + offset for at in mine]
@@ -92,7 +93,8 @@ def test_all_members_together_use_the_rate() -> None:
     calls = []
     for member in "ab":
         calls += _calls(_limiter(member, ("a", "b"), 1.05, 0.0), begin=1e9, seconds=105.0, delays=[0.002])
-    assert 98 <= len(calls) <= 102  # the windows of the two end at different moments
+    # The windows of the two end at different times.
+    assert 98 <= len(calls) <= 102
 
 
 def test_replica_that_is_no_member_has_no_slots() -> None:
@@ -117,7 +119,8 @@ def test_no_call_before_grace_period_and_pushback_end() -> None:
     assert limiter.wait_seconds(1, now=98.0) >= 2.0
     limiter.block_until(105.0)
     assert limiter.wait_seconds(1, now=98.0) >= 7.0
-    limiter = _limiter("a", ("a",), 0.0, 0.0)  # no limit at all
+    # There is no rate limit.
+    limiter = _limiter("a", ("a",), 0.0, 0.0)
     limiter.block_until(105.0)
     assert limiter.wait_seconds(1, now=98.0) == 7.0
     assert limiter.wait_seconds(1, now=106.0) == 0

@@ -1,1 +1,4 @@
-"""Figures, each beside its floor in the same run. `python -m benchmarks.NAME` runs one, `make bench` all."""
+"""Benchmarks. Each result stands beside a baseline of the same run.
+
+`python -m benchmarks.NAME` runs one, `make bench` all of them.
+"""

@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark of this package, one after the other."""
+"""`make bench`: run every benchmark of this package, one after the other."""
 
 import importlib
 
@@ -16,7 +16,7 @@ MODULES = (
 
 
 def main() -> None:
-    """Run them all."""
+    """Run all benchmarks."""
     for name in MODULES:
         importlib.import_module(f"benchmarks.{name}").main()
 

@@ -1,4 +1,7 @@
-"""A whole day on this machine: 1,440 files, 8M lines, 20M pairs known in Redis, and who spent what."""
+"""Augment the files of a whole day: 1,440 files, 8M lines, 20M pairs cached in Redis.
+
+The result has the time, and the processor time and memory of each process.
+"""
 
 import shutil
 import time
@@ -18,7 +21,7 @@ _FILL_BATCH_PAIRS = 1_000_000
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the JSON file."""
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
     postings.generate(_WORK / "day", files=_FILES, lines=_LINES, new=_NEW, known=_KNOWN)

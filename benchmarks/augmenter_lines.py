@@ -1,4 +1,4 @@
-"""Lines a second and processor time a line: local, and S3 to S3, beside what nobody can do without."""
+"""Lines per second and processor time per line, local and S3 to S3, beside the minimal work for them."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ _MAX_MIB = 300
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the JSON file."""
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
     postings.generate(_WORK / "one", files=1, lines=_LINES)
@@ -45,14 +45,15 @@ def main() -> None:
 def _local(target: str) -> list[Figure]:
     args = (str(_WORK / "one"), str(_WORK / "out"), "--overwrite", "--target", target)
     start = start_cpu_seconds(_WORK)
-    run(*args)  # the proxy learns
+    # The first run fills the cache of the proxy.
+    run(*args)
     loops, runs = [], []
     for _ in range(_ROUNDS):
         loops.append(_loop(next((_WORK / "one").iterdir())))
         runs.append(run(*args))
     rate, floor = _LINES / median(one.seconds for one in runs), _LINES / median(loops)
     cpu = median((one.cpu_seconds - start) / _LINES * 1e6 for one in runs)
-    asked = runs[-1].summary["pairs"]["asked"] / _LINES
+    requested = runs[-1].summary["pairs"]["asked"] / _LINES
     return [
         Figure(
             what="lines/s, local, one process",
@@ -60,7 +61,7 @@ def _local(target: str) -> list[Figure]:
             beside=f"json.loads and json.dumps: {floor:,.0f}",
             ratio=rate / floor,
             target=4,
-            note=f"{asked:.2f} pairs asked a line",
+            note=f"{requested:.2f} pairs asked a line",
         ),
         Figure(
             what="processor time a line, without the start",
@@ -105,7 +106,7 @@ print(time.perf_counter() - began)
 
 
 def _loop(path: Path) -> float:
-    """The seconds of the loop that looks nothing up, in a process of its own as well."""
+    """Return the seconds of a loop that parses and writes without lookups, in a separate process too."""
     done = subprocess.run(
         [sys.executable, "-c", _LOOP, str(path), str(_WORK / "loop.jsonl")],
         check=True,
@@ -147,7 +148,7 @@ async def _fill(s3: S3Server) -> None:
 
 
 def _copy(s3: S3Server) -> float:
-    """The same client, part size and number of files at a time, in a process of its own."""
+    """Return the seconds of a copy with the same client, part size and concurrency, in a separate process."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.augmenter_lines", s3.endpoint_url],
         check=True,

@@ -1,4 +1,4 @@
-"""One minute's file with its new pairs, from the start of work to the object, beside the model's own time."""
+"""Time to augment the file of one minute with its new pairs, beside the time of the model alone."""
 
 import json
 import os
@@ -26,12 +26,13 @@ _LINES, _NEW = 5_600, 40
 _ROUNDS = 7
 _MODEL_SECONDS = 0.2
 _MAX_SECONDS = 0.150
-_IDLE_SECONDS = 2.5  # more than a call a second: the model's next call may begin at once
+# After a pause longer than the interval of the model's calls, the next call may start at once.
+_IDLE_SECONDS = 2.5
 _BUCKET = "bench"
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the JSON file."""
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
     latency = f"{_MODEL_SECONDS * 1000:.0f}ms"
@@ -76,7 +77,7 @@ def main() -> None:
 
 @contextmanager
 def _running_watcher(s3: S3Server, target: str) -> Iterator[str]:
-    """A run that waits for files; where its metrics are."""
+    """Run the augmenter with --watch. Yield the address of its metrics."""
     process = subprocess.Popen(
         [
             sys.executable,
@@ -109,7 +110,7 @@ def _running_watcher(s3: S3Server, target: str) -> Iterator[str]:
 
 
 def _measure_file(client: Any, http: str, number: int) -> float:
-    """The seconds that a file took, as the augmenter says."""
+    """Put a new file and return the seconds that the augmenter's metrics report for it."""
     folder = _WORK / f"minute-{number}"
     postings.generate(folder, files=1, lines=_LINES, new=_NEW, first_new=postings.KNOWN + number * _NEW)
     name = f"{1_714_521_600 + 60 * number}.jsonl"

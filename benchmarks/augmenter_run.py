@@ -1,4 +1,4 @@
-"""Runs of the augmenter as processes: what they took, and the servers that they need."""
+"""Run the augmenter and the servers that it needs as processes, and measure what the runs use."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from benchmarks.load import peak_bytes
 from demo.processes import Server, environment, running_server
 
 SCALE = float(os.environ.get("BENCH_SCALE", "1"))
-"""The part of the lines that are made: 1 for the figures, less to see that the benchmark runs."""
+"""Share of the lines that are generated: 1 for a measurement, less to check that a benchmark works."""
 _POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """What a run took: `seconds` as it says itself, the rest as the system says."""
+    """What a run used: `seconds` from its own summary, the rest from the operating system."""
 
     seconds: float
     cpu_seconds: float
@@ -34,7 +34,7 @@ class RunResult:
 
 
 class AugmenterProcess:
-    """A run that goes on."""
+    """A running augmenter."""
 
     def __init__(self, *args: str, env: dict[str, str] | None = None) -> None:
         self._summary = Path(tempfile.mkstemp(suffix=".json")[1])
@@ -45,7 +45,7 @@ class AugmenterProcess:
         )
 
     def wait(self) -> RunResult:
-        """Its end."""
+        """Wait for the end of the run. Raises RuntimeError if it failed."""
         peak = 0
         while True:
             pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
@@ -53,7 +53,8 @@ class AugmenterProcess:
                 break
             try:
                 peak = max(peak, peak_bytes(self._process.pid))
-            except (FileNotFoundError, StopIteration):  # it is just ending
+            except (FileNotFoundError, StopIteration):
+                # The process is just ending.
                 continue
             time.sleep(_POLL_SECONDS)
         self._process.returncode = os.waitstatus_to_exitcode(status)
@@ -71,12 +72,12 @@ class AugmenterProcess:
 
 
 def run(*args: str, env: dict[str, str] | None = None) -> RunResult:
-    """Run it to its end."""
+    """Run the augmenter to its end."""
     return AugmenterProcess(*args, env=env).wait()
 
 
 def start_cpu_seconds(folder: Path) -> float:
-    """What it costs to start and to find nothing."""
+    """Return the processor time of a run that finds no file."""
     (folder / "none").mkdir()
     return run(
         str(folder / "none"), str(folder / "nothing"), "--ok-empty", "--target", "127.0.0.1:1"
@@ -87,7 +88,7 @@ def start_cpu_seconds(folder: Path) -> float:
 def proxy_and_model(
     work: Path, *, latency: str = "0s", limited: bool = False, cache_url: str = "memory:"
 ) -> Iterator[tuple[Server, Server]]:
-    """A proxy and the stub behind it."""
+    """Start a model stub and a proxy in front of it."""
     with ExitStack() as stack:
         stub_args = ["serve", "--listen", "127.0.0.1:0", "--rate", "0", "--latency", latency]
         stub_args += ["--log", str(work / "calls.jsonl")] if limited else []
@@ -99,7 +100,7 @@ def proxy_and_model(
 
 
 def metric_sums(http: str, sample_name: str, *, label: str) -> dict[str, float]:
-    """A metric's samples by one of their labels."""
+    """Return the samples of a metric by one of their labels."""
     with urlopen(f"http://{http}/metrics", timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
     return {

@@ -1,4 +1,4 @@
-"""1, 2 and 4 workers on one queue: a day's files are shared, and none is done twice."""
+"""Process files with 1, 2 and 4 workers on one queue: they share the files, and none is processed twice."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ _BUCKET = "bench"
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the JSON file."""
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
     postings.generate(_WORK / "day", files=_FILES, lines=_LINES)
@@ -29,7 +29,8 @@ def main() -> None:
     with s3_server(work) as s3, sqs_server(work, s3.environment) as sqs, proxy_and_model(work) as (proxy, _):
         os.environ.update(s3.environment | {"AWS_ENDPOINT_URL_SQS": sqs.endpoint_url})
         keys = _fill(s3)
-        _measure_workers(s3, sqs, proxy.target, keys, workers=2)  # the proxy learns
+        _measure_workers(s3, sqs, proxy.target, keys, workers=2)
+        # The first run only fills the cache of the proxy.
         figures = [_measure_workers(s3, sqs, proxy.target, keys, workers=workers) for workers in _WORKERS]
     show("augmenter_workers", figures)
 

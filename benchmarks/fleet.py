@@ -1,7 +1,6 @@
-"""One queue for all replicas: what a fleet of real processes over one real Redis costs the model.
+"""What a fleet of replicas over one Redis costs the model, counted in the call log of the model stub.
 
-The judge is the log of the stub that stands for the model; the floor beside each figure is what no system can
-be better than, or what the limit allows.
+The baseline beside each result is the theoretical optimum, or what the rate limit allows.
 """
 
 import asyncio
@@ -182,7 +181,7 @@ _SCENARIOS: tuple[Callable[[str], list[Figure]], ...] = (
 
 
 def main() -> None:
-    """Every scenario over each kind of server that is installed."""
+    """Run every scenario on each kind of Redis server that is installed."""
     for name, program in PROGRAMS.items():
         if program is not None:
             show(f"fleet-{name}", [figure for scenario in _SCENARIOS for figure in scenario(program)])

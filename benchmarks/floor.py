@@ -1,6 +1,6 @@
-"""The floor: plain `grpc.aio` with the generated classes, the proxy's own channel options and event loop.
+"""A baseline server: `grpc.aio` with the generated classes, and the proxy's channel options and event loop.
 
-It answers a constant, and looks nothing up. It also stands in for the model where a cache is to be filled.
+It answers a constant without any lookup. It also serves as the model where a cache has to be filled.
 """
 
 import asyncio
@@ -18,20 +18,20 @@ LEVEL = 4
 
 
 class Floor(seniority_pb2_grpc.SeniorityModelServicer):
-    """Written as anyone would write it first."""
+    """The straightforward implementation."""
 
     async def InferSeniority(  # noqa: N802 - the contract's name
         self,
         request: pb.SeniorityRequestBatch,
         context: aio.ServicerContext[pb.SeniorityRequestBatch, pb.SeniorityResponseBatch],  # noqa: ARG002
     ) -> pb.SeniorityResponseBatch:
-        """Answer the constant."""
+        """Return the constant level for every pair."""
         return pb.SeniorityResponseBatch(
             batch=[pb.SeniorityResponse(uuid=item.uuid, seniority=LEVEL) for item in request.batch]
         )
 
     def add_to(self, server: aio.Server) -> None:
-        """Serve on `server`."""
+        """Register the service with `server`."""
         seniority_pb2_grpc.add_SeniorityModelServicer_to_server(self, server)
 
 

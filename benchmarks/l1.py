@@ -1,6 +1,6 @@
-"""L1 hits beside a server that looks nothing up, and what a million of them take.
+"""Throughput of L1 hits beside a server without lookups, and the memory of a million entries.
 
-Pairs are drawn as a day's are: by rank, with Zipf exponent 1.1.
+Pairs are drawn as on a usual day: by rank, with Zipf exponent 1.1.
 """
 
 import random
@@ -28,7 +28,7 @@ _PACE = ("--model-calls-per-second", "0", "--model-rate", "20000", "--linger", "
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the JSON file."""
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
     with _floor() as floor:
@@ -55,11 +55,11 @@ def _compare(
     pairs: int,
     target: float,
 ) -> Figure:
-    """Alternating runs, so that both see the same machine; the median of each, and of their ratios."""
+    """Run both servers alternately and compare the medians, so that both see the same load of the machine."""
     runs = {"floor": list[load.LoadRun](), "proxy": list[load.LoadRun]()}
     for _ in range(_ROUNDS):
-        for name, asked in (("floor", floor), ("proxy", proxy)):
-            run = load.measure(asked.target, messages, pid=asked.pid, tasks=tasks, seconds=_SECONDS)
+        for name, measured in (("floor", floor), ("proxy", proxy)):
+            run = load.measure(measured.target, messages, pid=measured.pid, tasks=tasks, seconds=_SECONDS)
             runs[name].append(run)
     shown = {
         name: f"{median(run.rate for run in some) * pairs:,.0f}"
@@ -81,12 +81,13 @@ def _compare(
 
 
 def _memory(model: Server) -> Figure:
-    """A proxy that reads a million pairs out of its store: so no queue has held them in its memory."""
+    """Measure a proxy that reads a million pairs from its store, so that its queue has never held them."""
     store = f"embedded:{_WORK / 'cache'}"
     with _proxy(model, store) as filling:
         load.send_all(filling.target, _messages(range(_MEMORY_PAIRS)), tasks=4)
     with _proxy(model, store, "--l1-max-bytes", str(_L1_BYTES)) as proxy:
-        half = range(_MEMORY_PAIRS // 2)  # what was asked for twice has its own half of L1
+        # Pairs that were requested twice are in the protected half of L1.
+        half = range(_MEMORY_PAIRS // 2)
         for pairs in (half, half, range(half.stop, _MEMORY_PAIRS)):
             load.send_all(proxy.target, _messages(pairs), tasks=4)
         entries, peak = _metric(proxy, "cache_proxy_l1_entries"), load.peak_bytes(proxy.pid)

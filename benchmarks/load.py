@@ -1,4 +1,4 @@
-"""The load: RPCs one after the other on a few tasks, from bytes to bytes, for so many seconds."""
+"""Generate load: a few tasks send serialized requests one after the other for a number of seconds."""
 
 import asyncio
 import itertools
@@ -13,13 +13,14 @@ from grpc import aio
 from protos import seniority_pb2 as pb
 
 _METHOD = "/SeniorityModel/InferSeniority"
-_TICKS_A_SECOND = 100  # of /proc's clock, on every Linux
+# The unit of processor times in /proc, on every Linux.
+_TICKS_PER_SECOND = 100
 _OPTIONS = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadRun:
-    """What one run did, and the processor time that it cost the server."""
+    """The RPCs of one run, and the processor time that the server used for them."""
 
     rpcs: int
     seconds: float
@@ -27,22 +28,22 @@ class LoadRun:
 
     @property
     def rate(self) -> float:
-        """RPCs a second."""
+        """Return RPCs per second."""
         return self.rpcs / self.seconds
 
     @property
     def server_busy(self) -> float:
-        """The part of one core that the server used: well below 1, and it is the load that was measured."""
+        """Return the share of one core that the server used. Well below 1, the client was the bottleneck."""
         return self.server_cpu_seconds / self.seconds
 
     @property
     def server_us(self) -> float:
-        """Processor time an RPC, in microseconds."""
+        """Return the server's processor time per RPC in microseconds."""
         return self.server_cpu_seconds / self.rpcs * 1e6
 
 
 def message(pairs: Iterable[tuple[str, str]]) -> bytes:
-    """A request for these, with uuids from 0."""
+    """Return a serialized request for the pairs, with uuids from 0."""
     return pb.SeniorityRequestBatch(
         batch=[
             pb.SeniorityRequest(uuid=uuid, company=company, title=title)
@@ -57,7 +58,7 @@ def send_all(target: str, messages: Iterable[bytes], *, tasks: int) -> None:
 
 
 def measure(target: str, messages: Sequence[bytes], *, pid: int, tasks: int, seconds: float) -> LoadRun:
-    """Send the messages over and over."""
+    """Send the messages again and again for `seconds` and measure the server process `pid`."""
     before, started_at = cpu_seconds(pid), time.perf_counter()
     ends_at = started_at + seconds
     endless = itertools.takewhile(lambda _: time.perf_counter() < ends_at, itertools.cycle(messages))
@@ -66,9 +67,9 @@ def measure(target: str, messages: Sequence[bytes], *, pid: int, tasks: int, sec
     return LoadRun(rpcs=rpcs, seconds=took, server_cpu_seconds=cpu_seconds(pid) - before)
 
 
-def _run(asking: Coroutine[None, None, int]) -> int:
+def _run(requests: Coroutine[None, None, int]) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(asking)
+        return runner.run(requests)
 
 
 async def _send(target: str, messages: Iterable[bytes], *, tasks: int) -> int:
@@ -86,12 +87,12 @@ async def _send(target: str, messages: Iterable[bytes], *, tasks: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """The processor time that a process has had."""
+    """Return the processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS_A_SECOND
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
 
 
 def peak_bytes(pid: int) -> int:
-    """The most memory that a process ever had resident."""
+    """Return the peak resident memory of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024

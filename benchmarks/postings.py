@@ -1,7 +1,7 @@
-"""A day's postings: known pairs drawn by rank, Zipf exponent 1.1 of 20M, and new ones among them.
+"""Generate the postings of a day: known pairs by rank (Zipf exponent 1.1 of 20M), and new pairs among them.
 
-`python -m benchmarks.postings FOLDER FILES LINES NEW FIRST KNOWN` writes them, in a process of its own: what
-the benchmark holds would count as its children's memory.
+`python -m benchmarks.postings FOLDER FILES LINES NEW FIRST KNOWN` writes them in a separate process, because
+memory of the benchmark itself would count as memory of its child processes.
 """
 
 import math
@@ -19,7 +19,7 @@ _FIRST_MINUTE = 1_714_521_600
 
 
 def ranks(drawn: random.Random, known: int = KNOWN) -> Iterator[int]:
-    """Ranks from 0, without end: rejection-inversion (Hörmann and Derflinger 1996), without tables."""
+    """Yield ranks from 0 without end, by rejection-inversion (Hörmann, Derflinger 1996) without tables."""
     power = 1 - _EXPONENT
 
     def integral(x: float) -> float:
@@ -39,7 +39,7 @@ def ranks(drawn: random.Random, known: int = KNOWN) -> Iterator[int]:
 
 
 def posting_line(number: int, rank: int) -> str:
-    """A posting of about 200 bytes."""
+    """Return a posting of about 200 bytes."""
     company, title = pair(rank)
     return (
         f'{{"url": "https://jobs.example.com/posting/{number:012d}", "company": "{company}", '
@@ -51,7 +51,7 @@ def posting_line(number: int, rank: int) -> str:
 def write_files(
     folder: Path, *, files: int, lines: int, new: int, first_new: int = KNOWN, known: int = KNOWN
 ) -> None:
-    """So many files with so many lines in all, so many of them of pairs never seen, spread evenly."""
+    """Write `files` files with `lines` lines in total, `new` of them with new pairs, spread evenly."""
     folder.mkdir(parents=True)
     drawn = ranks(random.Random(_SEED), known)
     written = unseen = 0
@@ -69,7 +69,7 @@ def write_files(
 def generate(
     folder: Path, *, files: int, lines: int, new: int = 0, first_new: int = KNOWN, known: int = KNOWN
 ) -> None:
-    """The same, in a process of its own."""
+    """Write the files in a separate process."""
     numbers = map(str, (files, lines, new, first_new, known))
     subprocess.run([sys.executable, "-m", __name__, str(folder), *numbers], check=True)
 

@@ -1,4 +1,4 @@
-"""Figures as a table and as JSON."""
+"""Print results as a table and write them as JSON."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ _FILE_WIDTH = 200
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """What was measured, beside its floor; `ratio` is what has to reach `target`, or to stay below it."""
+    """A result beside its baseline. `ratio` has to reach `target`, or, if `at_most`, to stay below it."""
 
     what: str
     measured: str
@@ -27,12 +27,12 @@ class Figure:
 
     @property
     def reached(self) -> bool:
-        """Whether it is as good as it has to be."""
+        """Return whether the target is reached."""
         return self.ratio <= self.target if self.at_most else self.ratio >= self.target
 
 
 def show(name: str, figures: Sequence[Figure]) -> None:
-    """Print the table, write `.bench/NAME.json`."""
+    """Print the table and write `.bench/NAME.json`."""
     table = Table(box=box.SIMPLE, title=name, title_justify="left")
     for heading in ("what", "measured", "beside", "ratio", "to reach", "note"):
         table.add_column(heading, justify="right" if heading in {"ratio", "to reach"} else "left")

@@ -1,4 +1,4 @@
-"""What one would write first: MGET on string keys through redis-py, and the generated classes."""
+"""A baseline server: MGET on string keys by redis-py, with the generated classes."""
 
 import asyncio
 import sys
@@ -16,7 +16,7 @@ from services.common import logs
 
 
 class MgetProxy(seniority_pb2_grpc.SeniorityModelServicer):
-    """The same keys, server options and event loop as the proxy; all that it is asked for must be known."""
+    """A server with the proxy's digests, server options and event loop. Requested pairs must be stored."""
 
     def __init__(self, client: "redis.asyncio.Redis") -> None:
         self._client = client
@@ -26,7 +26,7 @@ class MgetProxy(seniority_pb2_grpc.SeniorityModelServicer):
         request: pb.SeniorityRequestBatch,
         context: aio.ServicerContext[pb.SeniorityRequestBatch, pb.SeniorityResponseBatch],  # noqa: ARG002
     ) -> pb.SeniorityResponseBatch:
-        """Look all of them up."""
+        """Look up all pairs."""
         keys = [string_key(digest(item.company, item.title)) for item in request.batch]
         values = await self._client.mget(keys)
         return pb.SeniorityResponseBatch(
@@ -37,7 +37,7 @@ class MgetProxy(seniority_pb2_grpc.SeniorityModelServicer):
         )
 
     def add_to(self, server: aio.Server) -> None:
-        """Serve on `server`."""
+        """Register the service with `server`."""
         seniority_pb2_grpc.add_SeniorityModelServicer_to_server(self, server)
 
 

@@ -1,4 +1,4 @@
-"""What a pair takes in Redis, and how fast a proxy without L1 finds it there, among few and among many."""
+"""Memory of a pair in Redis, and throughput of a proxy without L1, with few and with many stored pairs."""
 
 import random
 import shutil
@@ -20,7 +20,7 @@ _MAX_MS = 5
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the JSON file."""
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
     figures: list[Figure] = []
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _compare_bytes(count: int, each: float) -> list[Figure]:
-    """Beside a string key a pair with a TTL, in a server of its own."""
+    """Compare with one string key with a TTL for each pair, in a separate server."""
     with redis_process(_WORK / "strings") as strings:
         empty = strings.used_bytes
         fill_strings(strings, range(count))
@@ -71,7 +71,7 @@ def _compare_bytes(count: int, each: float) -> list[Figure]:
 
 
 def _script_duration(filled: RedisProcess) -> Figure:
-    """How long a script held Redis while the cache grew; on a busy machine with what it took from Redis."""
+    """Measure how long a script blocked Redis while the cache grew, on a machine that is busy with both."""
     slow = sorted(entry["duration"] / 1000 for entry in filled.client.slowlog_get(1000))
     stats = filled.client.info("commandstats")["cmdstat_evalsha"]
     mean_ms = stats["usec_per_call"] / 1000
@@ -86,13 +86,13 @@ def _script_duration(filled: RedisProcess) -> Figure:
     )
 
 
-def _alternating(asked: dict[str, tuple[Server, Sequence[bytes]]]) -> dict[str, list[load.LoadRun]]:
-    """Runs in turn, so that all see the same machine."""
-    runs: dict[str, list[load.LoadRun]] = {name: [] for name in asked}
-    for one, messages in asked.values():
+def _alternating(servers: dict[str, tuple[Server, Sequence[bytes]]]) -> dict[str, list[load.LoadRun]]:
+    """Run all servers alternately, so that all see the same load of the machine."""
+    runs: dict[str, list[load.LoadRun]] = {name: [] for name in servers}
+    for one, messages in servers.values():
         load.send_all(one.target, messages, tasks=_TASKS)
     for _ in range(_ROUNDS):
-        for name, (one, messages) in asked.items():
+        for name, (one, messages) in servers.items():
             runs[name].append(load.measure(one.target, messages, pid=one.pid, tasks=_TASKS, seconds=_SECONDS))
     return runs
 
@@ -118,7 +118,7 @@ def _format_runs(runs: Sequence[load.LoadRun]) -> str:
 
 
 def _batches(known: int) -> list[bytes]:
-    """Pairs from all that are known, each as likely: the worst for every cache on the way."""
+    """Return requests for pairs drawn uniformly, which is the worst case for every cache."""
     drawn = random.Random(1)
     return [load.message(pair(rank) for rank in drawn.sample(range(known), _BATCH)) for _ in range(200)]
 

@@ -1,4 +1,4 @@
-"""A Redis for a benchmark, filled with pairs as the proxy would keep them, or as string keys."""
+"""Start a Redis server and fill it with pairs, as the proxy stores them or as string keys."""
 
 import asyncio
 import shutil
@@ -29,20 +29,20 @@ digest = make_digester(normalize="fold", secret=None)
 
 @dataclass(frozen=True, slots=True)
 class RedisProcess:
-    """A server of the benchmark's own."""
+    """A Redis server that only the benchmark uses."""
 
     url: str
     client: "redis.Redis"
 
     @property
     def used_bytes(self) -> int:
-        """What it takes for its data; nothing else is connected."""
+        """Return the memory for its data; no other client is connected."""
         return int(self.client.info("memory")["used_memory"])
 
 
 @contextmanager
 def redis_process(folder: Path) -> Iterator[RedisProcess]:
-    """`redis-server` where it is installed, else the embedded store's; nothing is saved."""
+    """Start `redis-server`, or the server of the embedded store if it is not installed. Nothing is saved."""
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / "redis.sock").resolve()
     process = subprocess.Popen(
@@ -76,12 +76,12 @@ def redis_process(folder: Path) -> Iterator[RedisProcess]:
 
 
 def pair(rank: int) -> tuple[str, str]:
-    """A pair by its rank."""
+    """Return the pair of a rank."""
     return f"Company {rank:08}", f"Senior Title {rank % 997}"
 
 
 def fill_buckets(server: RedisProcess, ranks: range) -> None:
-    """As the proxy writes them."""
+    """Write pairs as the proxy does."""
     asyncio.run(_fill_buckets(server.url, ranks))
 
 
@@ -102,12 +102,12 @@ async def _fill_buckets(url: str, ranks: range) -> None:
 
 
 def string_key(pair_digest: bytes) -> bytes:
-    """The key of a digest, as one would write it first."""
+    """Return the string key of a digest."""
     return b"s:" + pair_digest.hex().encode()
 
 
 def fill_strings(server: RedisProcess, ranks: range, *, with_ttl: bool = True) -> None:
-    """A string key a pair, with a TTL."""
+    """Write a string key for each pair, with a TTL unless `with_ttl` is false."""
     fill = server.client.register_script(
         "for at = 1, #KEYS do redis.call('SET', KEYS[at], ARGV[at]"
         + (f", 'EX', {_TTL_SECONDS})" if with_ttl else ")")

@@ -1,4 +1,4 @@
-"""How fast `cache-proxy warm` puts pairs into an empty cache, all of them distinct and new."""
+"""Pairs per second that `cache-proxy warm` writes to an empty cache, all distinct."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _MIN_PAIRS_PER_SECOND = 100_000
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print the table and write the JSON file."""
     shutil.rmtree(_WORK, ignore_errors=True)
     _WORK.mkdir(parents=True)
     path = _WORK / "augmented.jsonl"

@@ -32,7 +32,7 @@ class DemoFailedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRun:
-    """One run of the augmenter: its own summary, and the calls that the model saw meanwhile."""
+    """One run of the augmenter: its summary, and the calls that the model received during it."""
 
     output: Path
     summary: dict[str, Any]
@@ -198,7 +198,7 @@ def _fold(text: str) -> str:
 
 
 def _search_calls(run: DemoRun) -> int:
-    """The calls but for the full ones: refused batches, and the halves that were probed."""
+    """Return the number of calls that searched for the rejected pair: the failed batch and the probes."""
     refused = next((at for at, call in enumerate(run.calls) if call["code"] != "OK"), len(run.calls))
     suspects = {tuple(pair) for call in run.calls[refused : refused + 1] for pair in call["pairs"]}
     return sum(all(tuple(pair) in suspects for pair in call["pairs"]) for call in run.calls)

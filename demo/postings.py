@@ -102,7 +102,7 @@ def write_postings(folder: Path, *, files: int, lines_per_file: int, distinct_pa
 
 
 def read_lines(path: Path) -> list[bytes]:
-    """A file's lines, whatever its format."""
+    """Return the lines of a file in any format."""
     content = path.read_bytes()
     if path.suffix == ".gz":
         content = gzip.decompress(content)
@@ -129,7 +129,7 @@ def _posting(company: str, title: str, minute: int, chance: random.Random) -> by
 
 
 def _respell(text: str, chance: random.Random) -> str:
-    """Now and then as another scraper would have it: the same pair, in other letters."""
+    """Return the text, sometimes in another spelling of the same pair, as another scraper would have it."""
     draw = chance.random()
     if draw < 0.03:  # noqa: PLR2004
         return text.upper()
@@ -137,7 +137,7 @@ def _respell(text: str, chance: random.Random) -> str:
 
 
 def parse_pairs(lines: list[bytes]) -> Iterator[tuple[str, str, int]]:
-    """Company, title and level of augmented lines."""
+    """Yield company, title and level of augmented lines."""
     for line in lines:
         posting = json.loads(line)
         yield posting["company"], posting["title"], posting["seniority"]

@@ -1,4 +1,4 @@
-"""The project's own commands as processes, ended with the block that started them."""
+"""Run the project's servers as processes that end with the block that started them."""
 
 import json
 import os
@@ -14,16 +14,16 @@ _READY_SECONDS = 60
 
 
 def environment() -> dict[str, str]:
-    """Ours, but gRPC goes to this machine directly, whatever proxy leads to a package index."""
+    """Return the environment of this process, with gRPC to this machine kept off any HTTP proxy."""
     return os.environ | {"no_grpc_proxy": "127.0.0.1,localhost"}
 
 
 class ServerFailedError(Exception):
-    """A server ended, or said nothing, before it was ready."""
+    """A server ended, or printed nothing, before it was ready."""
 
 
 class Server:
-    """A running server, known by what its `ready` line says."""
+    """A running server, with the addresses of its `ready` line."""
 
     def __init__(self, process: "subprocess.Popen[str]", ready: dict[str, Any]) -> None:
         self._process = process
@@ -32,14 +32,14 @@ class Server:
         self.http: str = ready.get("http", "")
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill the process, as a crash would."""
         self._process.kill()
         self._process.wait()
 
 
 @contextmanager
 def running_server(module: str, args: Sequence[str], *, log: Path) -> Iterator[Server]:
-    """Start `python -m module args`, wait for its `ready` line, stop it at the end."""
+    """Start `python -m module args`, wait for its `ready` line, and stop it at the end."""
     command = [sys.executable, "-m", module, *args]
     with log.open("a") as errors:
         process = subprocess.Popen(

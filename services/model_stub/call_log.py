@@ -12,7 +12,7 @@ from typing import TextIO
 
 
 class CallLog:
-    """Appends to a file, a whole line at a time; without a file it forgets."""
+    """Appends whole lines to a file. Without a file nothing is logged."""
 
     def __init__(self, path: str | None) -> None:
         self._file: TextIO | None = Path(path).open("a", encoding="utf-8") if path else None  # noqa: SIM115 - open for the process's life
@@ -26,7 +26,7 @@ class CallLog:
         pairs: Sequence[tuple[str, str]],
         levels: Sequence[int | None],
     ) -> None:
-        """Add one call."""
+        """Append one call."""
         if self._file is None:
             return
         line = {"at": at, "queued_seconds": queued_seconds, "code": code, "pairs": pairs, "levels": levels}

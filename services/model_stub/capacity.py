@@ -1,14 +1,14 @@
-"""The model's capacity: one batch at a time, each taking a slot, the rest queueing behind it."""
+"""The capacity of the model: one batch at a time, other batches wait for their slots."""
 
 import asyncio
 import time
 
 
 class Capacity:
-    """A batch occupies the model for `max_batch / rate` seconds, or longer if it holds more.
+    """Slots of the model. A batch takes `max_batch / rate` seconds, or longer if it holds more pairs.
 
-    A batch of one costs what a batch of `max_batch` costs: that is why the proxy sends full ones.
-    State: `_free_at` (monotonic seconds); read and written without an await between.
+    A batch of one pair costs as much as a full one, so the proxy should send full batches.
+    State: `_free_at` (monotonic seconds), read and written without an `await` in between.
     """
 
     def __init__(self, *, rate: float, max_batch: int) -> None:
@@ -17,7 +17,7 @@ class Capacity:
         self._free_at = time.monotonic()
 
     async def wait_for_slot(self, pairs: int) -> float:
-        """Wait for this batch's turn; seconds waited. `rate` 0 means no limit."""
+        """Wait for the slot of this batch. Return the seconds waited. `rate` 0 means no limit."""
         now = time.monotonic()
         start = max(now, self._free_at)
         if self._rate:

@@ -1,4 +1,4 @@
-"""`model-stub serve`: its flags, and the server's life."""
+"""The command `model-stub serve`: its flags, and the server."""
 
 import asyncio
 import signal
@@ -25,7 +25,7 @@ _MAX_MESSAGE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StubSettings:
-    """What a stub is told; times in seconds, `rate` in requests a second."""
+    """Settings of the stub. Times are in seconds, `rate` in requests per second."""
 
     listen: tuple[str, ...] = flag(
         "--listen", options.LIST, "127.0.0.1:50052", text="address; port 0 picks one"
@@ -37,7 +37,7 @@ class StubSettings:
     log: str | None = flag("--log", options.TEXT, text="file to which each call is appended, as JSON lines")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be listened on."""
+        """Reject invalid listen addresses. Raises UsageError."""
         for address in self.listen:
             check_address(address, flag_name="--listen", allow_unix=True)
 

@@ -1,4 +1,4 @@
-"""The failures that the stub can be told to show (`--fail`)."""
+"""The failures that the stub can simulate (`--fail`)."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """Shares are probabilities, 0 to 1, drawn independently a call (`code`, `hang`) or an answer."""
+    """Simulated failures. Shares are probabilities from 0 to 1, drawn for each call or each answer."""
 
     codes: tuple[tuple[grpc.StatusCode, float], ...] = ()
     hang_share: float = 0.0
@@ -27,7 +27,7 @@ class Faults:
 
 
 def parse_faults(specs: tuple[str, ...]) -> Faults:
-    """The faults in a list of `--fail` values. Raises ValueError with a sentence."""
+    """Parse the values of `--fail`. Raises ValueError with a sentence for the user."""
     codes: list[tuple[grpc.StatusCode, float]] = []
     shares = {"hang": 0.0, "missing": 0.0, "range": 0.0}
     texts: dict[str, list[str]] = {"poison": [], "poison-named": []}

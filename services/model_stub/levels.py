@@ -1,4 +1,4 @@
-"""The stub's notion of seniority: a pure function of the pair."""
+"""The level that the stub infers: a pure function of the pair."""
 
 import hashlib
 import unicodedata
@@ -18,7 +18,7 @@ _BASES = {word: base for base, words in _BASE_BY_WORD.items() for word in words}
 
 
 def infer_level(company: str, title: str) -> int:
-    """The level, 1 to 7: the title's highest-ranking word gives a base, the company shifts it.
+    """Return the level, 1 to 7: the highest-ranking word of the title gives a base, the company shifts it.
 
     Case, width and spacing of either text never matter.
     """
@@ -29,6 +29,6 @@ def infer_level(company: str, title: str) -> int:
 
 
 def fold(text: str) -> str:
-    """The text as the stub sees it: without case, width and spacing."""
+    """Return the text without differences of case, width and spacing."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())

@@ -1,4 +1,4 @@
-"""The stub's RPC: capacity, latency, faults, answer, record."""
+"""The RPC of the stub: wait for capacity, simulate latency and faults, answer, and log the call."""
 
 import asyncio
 import random
@@ -20,7 +20,7 @@ _POISON_MESSAGE = "the model cannot judge a pair of this batch"
 
 
 class ModelStub(seniority_pb2_grpc.SeniorityModelServicer):
-    """Answers `InferSeniority` as the model would, within its capacity, with the faults it was told."""
+    """Answers `InferSeniority` as the model would, within its capacity and with the configured faults."""
 
     def __init__(
         self, *, capacity: Capacity, latency_seconds: float, max_batch: int, faults: Faults, log: CallLog

@@ -1,1 +1,1 @@
-"""What keeps generated files true: stubs and locks."""
+"""Tools that generate and check files of this repository."""

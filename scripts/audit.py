@@ -1,7 +1,7 @@
-"""What the locks hold (an SBOM of each, in CycloneDX), and what is known against it (pip-audit).
+"""Write an SBOM (CycloneDX) of each lock, and check its packages for known vulnerabilities (pip-audit).
 
-The SBOMs need nothing but the locks. Advisories are asked of a service; what it did not answer for counts as
-not audited, and fails, as a known vulnerability does: pip-audit itself passes what it could not look up.
+The SBOMs need nothing but the locks. Advisories come from a service. A package that it did not answer for
+counts as not audited and fails, as a vulnerable one does: pip-audit itself passes what it could not look up.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def find_problems(report: Any, *, expected: int) -> Iterable[str]:
-    """What is wrong by pip-audit's JSON; None: it gave none."""
+    """Yield the problems in a report of pip-audit (parsed JSON). None: there is no report."""
     found = [] if report is None else report["dependencies"]
     for one in found:
         for known in one.get("vulns", ()):
@@ -75,7 +75,7 @@ def _advisories(lock: Path) -> Any:
     try:
         return json.loads(ended.stdout)
     except ValueError:
-        print(f"  pip-audit: {(ended.stderr.strip() or 'said nothing').splitlines()[-1]}")
+        print(f"  pip-audit: {(ended.stderr.strip() or 'no output').splitlines()[-1]}")
         return None
 
 

@@ -1,6 +1,6 @@
-"""Build the images, or see that the main job runs in them as it would in a cluster.
+"""Build the images, or test that the main job runs in them as it would in a cluster.
 
-With podman or docker, whichever answers. `--base` names another base than the Dockerfile's.
+Uses podman or docker. `--base` replaces the base image of the Dockerfile.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _READY_SECONDS = 60
 
 
 class ImageTestError(Exception):
-    """Something did not run as it should."""
+    """A container did not run as expected."""
 
 
 def main() -> int:
@@ -44,17 +44,17 @@ def main() -> int:
     parser.add_argument("--tag", default="")
     parser.add_argument("--base", default="", help="base image: PYTHON_IMAGE of the Dockerfile")
     parser.add_argument("--build-args", default="", help="for the engine's build, parted by spaces")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     engine = _engine()
     if engine is None:
         print("Neither podman nor docker answers here (podman info, docker info): nothing was built.")
         return 1
-    tag = asked.tag or version("seniority-cache")
-    prefix = f"{asked.registry.rstrip('/')}/" if asked.registry else ""
+    tag = arguments.tag or version("seniority-cache")
+    prefix = f"{arguments.registry.rstrip('/')}/" if arguments.registry else ""
     names = {service: f"{prefix}{service}:{tag}" for service in _SERVICES}
     for service, name in names.items():
-        _build(engine, service, name, tag=tag, base=asked.base, more=asked.build_args.split())
-    if asked.command == "test":
+        _build(engine, service, name, tag=tag, base=arguments.base, more=arguments.build_args.split())
+    if arguments.command == "test":
         try:
             _ImageTest(engine, names).run()
         except ImageTestError as failed:
@@ -84,7 +84,7 @@ def _build(engine: str, service: str, name: str, *, tag: str, base: str, more: l
     args = {"VERSION": tag, "REVISION": head.stdout.strip() or "unknown"} | (
         {"PYTHON_IMAGE": base} if base else {}
     )
-    told = [part for key, value in args.items() for part in ("--build-arg", f"{key}={value}")]
+    build_args = [part for key, value in args.items() for part in ("--build-arg", f"{key}={value}")]
     command = [
         engine,
         "build",
@@ -96,12 +96,12 @@ def _build(engine: str, service: str, name: str, *, tag: str, base: str, more: l
         "--tag",
         name,
     ]
-    subprocess.run([*command, *told, *more, "."], cwd=_ROOT, check=True)
+    subprocess.run([*command, *build_args, *more, "."], cwd=_ROOT, check=True)
     print(f"built {name}", flush=True)
 
 
 class _ImageTest:
-    """The demo's path: postings in, levels out, and the second time from the cache."""
+    """Runs stub, proxy and augmenter as containers, as in the demo."""
 
     def __init__(self, engine: str, names: dict[str, str]) -> None:
         self._engine = engine
@@ -110,7 +110,7 @@ class _ImageTest:
         self._network = f"image-test-{self._suffix}"
 
     def run(self) -> None:
-        """Raises Failed."""
+        """Run the test. Raises ImageTestError."""
         self._do("network", "create", self._network)
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -151,15 +151,15 @@ class _ImageTest:
         )
         logs = [self._engine, "logs", "--follow", name]
         with subprocess.Popen(logs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as following:
-            assert following.stdout is not None  # noqa: S101 - it was asked for
-            said = []
+            assert following.stdout is not None  # noqa: S101 - a pipe
+            lines = []
             for line in following.stdout:
-                said.append(line)
+                lines.append(line)
                 if '"ready"' in line:
                     break
             following.terminate()
-        if not said or '"ready"' not in said[-1]:
-            raise ImageTestError(f"{service} did not start: {''.join(said)}")
+        if not lines or '"ready"' not in lines[-1]:
+            raise ImageTestError(f"{service} did not start: {''.join(lines)}")
         print(f"{service} runs, read-only, without capabilities, as 10001", flush=True)
 
     def _augment(self, folder: Path) -> None:

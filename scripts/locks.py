@@ -1,7 +1,7 @@
-"""Bring the locks in `requirements/` in line with `pyproject.toml`, or check that they are.
+"""Update the locks in `requirements/` to match `pyproject.toml`, or check that they do.
 
-A lock holds names, versions and hashes, and no index address. One file a service, one for development (it
-constrains the others, so all agree), and one for the tools that install.
+A lock holds names, versions and hashes, and no index address. There is one for each service, one for
+development (which constrains the others, so that all agree), and one for the tools that install.
 """
 
 import argparse
@@ -40,17 +40,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare only")
     parser.add_argument("--upgrade", action="store_true", help="to the newest versions")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     locks = _ROOT / "requirements"
     with tempfile.TemporaryDirectory() as made:
         for name, arguments in _LOCKS.items():
-            if (locks / name).exists():  # what is locked stays, as long as pyproject.toml allows it
+            if (locks / name).exists():
+                # Locked versions stay while pyproject.toml allows them.
                 shutil.copy(locks / name, Path(made) / name)
             dev = Path(made) / "dev.txt"
             command = [argument.format(dev=dev) for argument in arguments]
-            _compile(command + ["--upgrade"] * asked.upgrade, Path(made) / name)
+            _compile(command + ["--upgrade"] * options.upgrade, Path(made) / name)
         stale = [name for name in _LOCKS if not _same(Path(made) / name, locks / name)]
-        if not asked.check:
+        if not options.check:
             for name in stale:
                 shutil.copy(Path(made) / name, locks / name)
             return 0

@@ -1,4 +1,4 @@
-"""Make `docs/metrics.md` of the metrics in the code, or check that it is what they give."""
+"""Generate `docs/metrics.md` from the metrics in the code, or check that it is up to date."""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ histogram has `_bucket`, `_sum` and `_count`; the proxy has `process_*` and `pyt
 
 @dataclass(frozen=True, slots=True)
 class MetricDescription:
-    """A metric as a reader needs it; `labels` has the values seen."""
+    """What the page shows of a metric. `labels` holds the values of each label."""
 
     name: str
     kind: str
@@ -43,7 +43,7 @@ class MetricDescription:
 
 
 def describe_metrics() -> list[MetricDescription]:
-    """Every metric of both services."""
+    """Return every metric of both services."""
     registry = CollectorRegistry()
     proxy = ProxyMetrics(registry)
     proxy.store_duration.labels("get")
@@ -71,7 +71,7 @@ def _describe_families(registry: CollectorRegistry) -> Iterator[MetricDescriptio
 
 
 def render_page(metrics: list[MetricDescription]) -> str:
-    """The page."""
+    """Return the page."""
     parts = [_HEAD]
     for title, prefix in (("The proxy", "cache_proxy_"), ("The augmenter", "augmenter_")):
         rows = [_row(metric) for metric in metrics if metric.name.startswith(prefix)]

@@ -1,4 +1,4 @@
-"""Make the PrometheusRule of `deploy/k8s` of the plain rules, or check the committed one."""
+"""Generate the PrometheusRule of `deploy/k8s` from the plain rules, or check that it is up to date."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ def main(deploy: Path = _DEPLOY) -> int:
 
 
 def render(rules: str) -> str:
-    """The custom resource around the same groups."""
+    """Return the custom resource with the same groups."""
     resource = {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",

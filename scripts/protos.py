@@ -1,4 +1,4 @@
-"""Make the stubs of `protos/seniority.proto`, or check that the committed ones are what it gives."""
+"""Generate the stubs of `protos/seniority.proto`, or check that the committed ones are up to date."""
 
 import argparse
 import filecmp

@@ -1,7 +1,7 @@
-"""Takes the pictures of the status page in `docs/img/`: `make screenshots`.
+"""Take the screenshots of the status page in `docs/img/`: `make screenshots`.
 
-A Redis, a stand-in for the model, three replicas and their callers, all on this machine. The ten minutes
-before are written into Redis as replicas report them; what happens while the pictures are taken is real.
+Redis, a model stub, three replicas and their callers run on this machine. The reports of the ten minutes
+before are written to Redis as replicas write them; the traffic while the screenshots are taken is real.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ TRAFFIC_SECONDS = 4
 
 
 def main() -> int:
-    """Write them all."""
+    """Write all screenshots."""
     program = chromium_program()
     if program is None:
         print("chromium is not installed", file=sys.stderr)
@@ -113,7 +113,7 @@ async def _send(target: str, pairs: list[tuple[str, str]], caller: str, priority
 
 
 async def _take_screenshots(program: str, proxies: list[ServiceProcess]) -> None:
-    asked = [
+    calls = [
         asyncio.create_task(
             _send(
                 proxies[number % len(proxies)].target,
@@ -138,9 +138,9 @@ async def _take_screenshots(program: str, proxies: list[ServiceProcess]) -> None
             taken.convert("RGB").quantize(COLOURS).save(FOLDER / f"{name}.png", optimize=True)
             await page.close()
         await browser.close()
-    for call in asked:
+    for call in calls:
         call.cancel()
-    await asyncio.gather(*asked, return_exceptions=True)
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 if __name__ == "__main__":

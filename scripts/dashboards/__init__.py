@@ -1,1 +1,1 @@
-"""What `deploy/grafana/*.json` is made of."""
+"""The sources of `deploy/grafana/*.json`."""

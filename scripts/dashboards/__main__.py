@@ -1,4 +1,4 @@
-"""Make the dashboards in `deploy/grafana/`, or check that the committed ones are what this gives."""
+"""Generate the dashboards in `deploy/grafana/`, or check that the committed ones are up to date."""
 
 import argparse
 import json

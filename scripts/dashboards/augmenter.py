@@ -1,4 +1,4 @@
-"""For those who run the augmenter: does it keep up, and what was left out."""
+"""The dashboard for operators of the augmenter: throughput, backlog, and what was rejected."""
 
 from scripts.dashboards.expressions import increase, quantiles, rate, select, share
 from scripts.dashboards.panels import BAD, GOOD, WARN, Dashboard, Query, Row, Series, Stat

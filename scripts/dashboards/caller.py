@@ -1,4 +1,4 @@
-"""For teams that call the proxy: what became of our pairs, and how long we would wait."""
+"""The dashboard for teams that call the proxy: outcomes of their pairs, and the expected wait."""
 
 from scripts.dashboards.expressions import (
     expected_wait,

@@ -1,4 +1,4 @@
-"""PromQL that several panels need."""
+"""PromQL expressions that several panels use."""
 
 from scripts.dashboards.panels import SCOPE, Query
 
@@ -7,32 +7,32 @@ RANGE = "$__range"
 
 
 def select(name: str, *matchers: str) -> str:
-    """A metric of the chosen deployments."""
+    """Return a selector for a metric of the selected deployments."""
     return f"{name}{{{','.join((SCOPE, *matchers))}}}"
 
 
 def rate(name: str, *matchers: str, by: str = "") -> str:
-    """What a counter gains a second."""
+    """Return the per-second increase of a counter."""
     return f"{_sum(by)}(rate({select(name, *matchers)}[{RATE}]))"
 
 
 def increase(name: str, *matchers: str, by: str = "") -> str:
-    """What a counter gained in the time shown."""
+    """Return the increase of a counter over the displayed time range."""
     return f"{_sum(by)}(increase({select(name, *matchers)}[{RANGE}]))"
 
 
 def max_over_replicas(name: str, *matchers: str, by: str = "") -> str:
-    """What all replicas tell alike."""
+    """Return the maximum over all replicas, of a value that each of them reports for the fleet."""
     return f"max{f' by ({by}) ' if by else ''}({select(name, *matchers)})"
 
 
 def share(part: str, whole: str) -> str:
-    """No data, rather than a division by zero, while there is nothing to have a share of."""
+    """Return `part / whole`, which is no data while `whole` is 0."""
     return f"{part} / ({whole} > 0)"
 
 
 def quantiles(name: str, *matchers: str) -> list[Query]:
-    """Of a histogram: what half, most and nearly all stay below."""
+    """Return the queries of p50, p95 and p99 of a histogram."""
     buckets = rate(f"{name}_bucket", *matchers, by="le")
     return [
         Query(expr=f"histogram_quantile({quantile}, {buckets})", legend=f"p{quantile * 100:.0f}")
@@ -41,12 +41,12 @@ def quantiles(name: str, *matchers: str) -> list[Query]:
 
 
 def mean(name: str) -> str:
-    """A histogram's mean over the time shown."""
+    """Return the mean of a histogram over the displayed time range."""
     return share(increase(f"{name}_sum"), increase(f"{name}_count"))
 
 
 def expected_wait(*priorities: str) -> str:
-    """Until the last pair of these priorities that waits now goes out, at the rate that the limit allows."""
+    """Return the time until the last waiting pair of these priorities is sent, at the rate limit."""
     if priorities == ("interactive",):  # a tenth of every call is kept for bulk
         queued = f"{max_over_replicas('cache_proxy_queue_global_pairs', _priority(priorities))} / 0.9"
     else:

@@ -1,4 +1,7 @@
-"""For those who run the proxy: is it well, is the model's limit used and kept, and who waits."""
+"""The dashboard for operators of the proxy: health, use of the model's limit, queue and callers.
+
+It is one list of panels, which is easier to read in one piece; so the module is longer than usual.
+"""
 
 from scripts.dashboards.expressions import (
     expected_wait,

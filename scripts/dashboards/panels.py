@@ -1,4 +1,4 @@
-"""Panels, rows and dashboards as Grafana's JSON has them, with as little said of each as it takes."""
+"""Panels, rows and dashboards, and their JSON for Grafana."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 Json = dict[str, Any]
 
 SCOPE = 'namespace=~"$namespace",job=~"$job"'
-"""What every query is about: the deployments that the reader chose."""
+"""The matchers of every query: the deployments that the viewer selected."""
 
 GOOD, WARN, BAD = "green", "yellow", "red"
 _WIDTH = 24
@@ -24,7 +24,7 @@ _LINES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Query:
-    """An expression, and how its series are called."""
+    """An expression and the legend of its series."""
 
     expr: str
     legend: str = ""
@@ -32,7 +32,7 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """`steps`: from which value on it has which colour; the first has no value."""
+    """A panel. `steps`: the colour from each value on; the first step has no value."""
 
     title: str
     description: str
@@ -44,7 +44,7 @@ class Panel:
     max: float | None = None
 
     def base_json(self, kind: str, style: Json, height: int) -> Json:
-        """Without its place."""
+        """Return the JSON of the panel without its position."""
         defaults: Json = {
             "unit": self.unit,
             "min": 0,
@@ -86,7 +86,7 @@ class Stat(Panel):
     width: int = 4
 
     def to_json(self) -> Json:
-        """As Grafana has it."""
+        """Return the JSON of the panel."""
         text = "value_and_name" if any(query.legend for query in self.queries) else "value"
         options = {
             "colorMode": "value",
@@ -111,7 +111,7 @@ class Series(Panel):
     stacked: bool = False
 
     def to_json(self) -> Json:
-        """As Grafana has it."""
+        """Return the JSON of the panel."""
         custom: Json = dict(_LINES)
         if self.stacked:
             custom |= {"stacking": {"mode": "normal", "group": "A"}, "fillOpacity": 40}
@@ -145,7 +145,7 @@ class Dashboard:
     has_caller_variable: bool = False
 
     def to_json(self) -> Json:
-        """What Grafana imports. It has no uid: Grafana gives one, and the data source is asked for."""
+        """Return the JSON to import. It has no uid: Grafana assigns one, and prompts for the data source."""
         variables: list[Json] = [
             {"type": "datasource", "name": "datasource", "label": "Data source", "query": "prometheus"},
             _variable("namespace", "Namespace", f"label_values({self.discovery_metric}, namespace)"),
@@ -183,7 +183,7 @@ class Dashboard:
 
 
 def _variable(name: str, label: str, query: str) -> Json:
-    """Any of several; `.*` fits series without the label too."""
+    """Return a multi-value variable. Its `.*` also matches series without the label."""
     return {
         "type": "query",
         "name": name,
@@ -200,7 +200,7 @@ def _variable(name: str, label: str, query: str) -> Json:
 
 
 def _lay_out(rows: Sequence[Row]) -> list[Json]:
-    """Panels with ids and places: rows one below the other."""
+    """Return the panels with ids and positions, row by row."""
     placed: list[Json] = []
     y = 0
     for row in rows:

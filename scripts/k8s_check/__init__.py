@@ -1,1 +1,1 @@
-"""`make k8s-check`: what `deploy/k8s` builds, held against schemas, a policy, itself and the code."""
+"""`make k8s-check`: check the builds of `deploy/k8s` against schemas, a policy, each other and the code."""

@@ -1,4 +1,4 @@
-"""Run every check on every build; print what was found, and exit 1 if anything was."""
+"""Run every check on every build, print the findings, and exit 1 if there are any."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ _DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
 def main() -> int:
-    """Return 1 if anything does not fit."""
+    """Return 1 if there is a finding."""
     builds = build.all_builds(_DEPLOY)
     found = [
         *schemas.check(builds),

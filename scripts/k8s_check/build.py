@@ -1,4 +1,4 @@
-"""What Kustomize makes of `deploy/k8s`: every overlay, and prod with each component that it may be given."""
+"""Build `deploy/k8s` with Kustomize: every overlay, and prod with each of its optional components."""
 
 import shutil
 import subprocess
@@ -10,21 +10,21 @@ from typing import Any
 import yaml
 
 Manifest = dict[str, Any]
-"""One object, as the API would be given it."""
+"""One Kubernetes object."""
 
 Builds = dict[str, list[Manifest]]
-"""By name, such as `overlays/prod`."""
+"""The objects of each build by its name, such as `overlays/prod`."""
 
 MONITORED_BUILD = "overlays/dev with monitoring"
 """The build that has everything which can be watched: stub, Redis, proxies, sidecars and augmenters."""
 
 
 class KustomizeError(Exception):
-    """Kustomize refused a folder."""
+    """Kustomize rejected a folder."""
 
 
 def all_builds(deploy: Path) -> Builds:
-    """Raises BuildFailed with Kustomize's own words."""
+    """Return all builds. Raises KustomizeError with the message of Kustomize."""
     root = deploy / "k8s"
     builds = {f"overlays/{path.name}": kustomize(path) for path in sorted((root / "overlays").iterdir())}
     components = sorted(path.name for path in (root / "components").iterdir())
@@ -39,7 +39,7 @@ def all_builds(deploy: Path) -> Builds:
 
 
 def _with_components(deploy: Path, overlay: str, components: list[str]) -> list[Manifest]:
-    """An overlay whose `components` somebody has edited."""
+    """Return an overlay with these components."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "deploy"
         shutil.copytree(deploy, copy)
@@ -51,7 +51,7 @@ def _with_components(deploy: Path, overlay: str, components: list[str]) -> list[
 
 
 def kustomize(folder: Path) -> list[Manifest]:
-    """One folder's objects."""
+    """Return the objects of one folder."""
     command = [str(Path(sys.executable).parent / "kubectl"), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

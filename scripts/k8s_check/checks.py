@@ -1,4 +1,4 @@
-"""What no schema knows: that the objects of a build fit each other, and the code."""
+"""Run the checks that no schema has: the objects of a build must match each other and the code."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from scripts.k8s_check.objects import containers
 
 
 def check(builds: Builds) -> Iterator[str]:
-    """Findings, each with its build before it."""
+    """Yield the findings, each with the name of its build."""
     for build, manifests in builds.items():
         for module in (references, settings, scaling, network):
             for finding in module.check(manifests):
@@ -19,6 +19,6 @@ def check(builds: Builds) -> Iterator[str]:
 
 
 def external_secrets(manifests: Sequence[Manifest]) -> set[str]:
-    """What a build takes for granted: Secrets that are made by other means."""
+    """Return the Secrets that a build requires and does not contain."""
     found = settings.external_secrets(manifests)
     return found.union(*(environment(container, manifests).external for container in containers(manifests)))

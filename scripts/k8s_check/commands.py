@@ -1,4 +1,4 @@
-"""The project's own commands, as their own parsers have them: what arguments and variables come to."""
+"""Parse arguments and environment variables with the parsers of the project's commands."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,20 +30,20 @@ class SettingsRejectedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """What a command was told: all its values by their Python names, and which of them nobody gave."""
+    """The settings of a command by their Python names, and which of them are defaults."""
 
     values: Mapping[str, Any]
     defaults: frozenset[str]
 
 
 def variables(program: str) -> frozenset[str]:
-    """The environment variables that a program's commands read."""
+    """Return the environment variables that the commands of a program read."""
     commands = PROGRAMS[program].commands.values()
     return frozenset(str(option.envvar) for command in commands for option in command.params if option.envvar)
 
 
 def parse(program: str, args: Sequence[str], environment: Mapping[str, str]) -> Parsed:
-    """Raises Refused with what the command would say."""
+    """Parse a command line. Raises SettingsRejectedError with the message of the command."""
     command = PROGRAMS[program].commands.get(args[0]) if args else None
     if command is None:
         raise SettingsRejectedError(f"{program} has no command {' '.join(args[:1])!r}")
@@ -56,12 +56,12 @@ def parse(program: str, args: Sequence[str], environment: Mapping[str, str]) -> 
         except UsageError as error:
             raise SettingsRejectedError(str(error)) from error
     default = click.core.ParameterSource.DEFAULT
-    untold = {name for name in context.params if context.get_parameter_source(name) is default}
-    return Parsed(values=context.params, defaults=frozenset(untold))
+    defaults = {name for name in context.params if context.get_parameter_source(name) is default}
+    return Parsed(values=context.params, defaults=frozenset(defaults))
 
 
 def _build(program: str, values: dict[str, Any]) -> None:
-    """Have the settings check themselves, as a start would."""
+    """Create the settings, which validates them as a start would."""
     if program == "augmenter":
         options.read_settings(RunSettings, values)
     elif program == "model-stub":

@@ -1,4 +1,4 @@
-"""A container's variables, from wherever they come; and what it refers to that is not there."""
+"""Resolve the environment variables of a container, and find references to objects that do not exist."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,19 +13,19 @@ _SECRET = "(secret)"  # noqa: S105 - stands for one
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Variables by name; `missing`: references to nothing, as sentences; `outside`: Secrets of others."""
+    """Variables by name. `missing`: sentences about missing objects; `external`: Secrets made elsewhere."""
 
     variables: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     external: set[str] = field(default_factory=set)
 
     def expand(self, text: str) -> str:
-        """`$(NAME)`, as Kubernetes replaces it."""
+        """Replace `$(NAME)` as Kubernetes does."""
         return _REFERENCE.sub(lambda found: self.variables.get(found[1], found[0]), text)
 
 
 def environment(container: Container, manifests: Sequence[Manifest]) -> Environment:
-    """What the container would see."""
+    """Return the environment of a container."""
     maps = {name: found.get("data", {}) for name, found in by_name(manifests, "ConfigMap").items()}
     secrets = {name: found.get("data", {}) for name, found in by_name(manifests, "Secret").items()}
     made = Environment()
@@ -64,7 +64,7 @@ def _value(
 def missing_files(
     container: Container, manifests: Sequence[Manifest], path: str
 ) -> Iterator[tuple[str, bool]]:
-    """What is wrong with a file that a setting names; True with it: it is for somebody outside to make."""
+    """Yield the problems of a file that a setting names, and whether it is made elsewhere."""
     found = container.volume_at(path)
     if found is None:
         yield f"nothing is mounted that holds {path}", False

@@ -1,4 +1,4 @@
-"""Whether whoever is called is there, and may be reached."""
+"""Check that every called address exists and that network policies allow the call."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
@@ -13,7 +13,7 @@ _REDIS_PORT = 6379
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Findings of one build."""
+    """Yield the findings of one build."""
     for container, parsed in accepted_settings(manifests, "cache-proxy"):
         yield from _check_target(container, parsed.values["model_target"], manifests)
         yield from _check_target(container, parsed.values["cache_url"], manifests)
@@ -46,7 +46,7 @@ def _check_target(container: Container, target: str, manifests: Sequence[Manifes
 
 
 def _addresses(target: str) -> Iterator[tuple[str, int]]:
-    """Of a gRPC target (`dns:///host:port`, `host:port`) or a URL with one host or several."""
+    """Yield host and port of a gRPC target (`dns:///host:port`, `host:port`) or a URL with hosts."""
     scheme, slashes, rest = target.partition("://")
     places = (urlsplit(target).netloc if scheme != "dns" else rest.lstrip("/")) if slashes else target
     for place in places.rpartition("@")[2].split(","):
@@ -75,7 +75,7 @@ def _check_socket(container: Container, path: str, manifests: Sequence[Manifest]
 def _open_ports(
     manifests: Sequence[Manifest], direction: str, labels: Mapping[str, str]
 ) -> set[int | str] | None:
-    """The ports that policies open for these pods; None if no policy closes any."""
+    """Return the ports that policies open for these pods, or None if no policy applies."""
     opened: set[int | str] | None = None
     for policy in of_kind(manifests, "NetworkPolicy"):
         spec = policy["spec"]

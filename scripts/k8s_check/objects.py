@@ -19,7 +19,7 @@ class Pod:
     spec: Manifest
 
     def containers(self) -> "Iterator[Container]":
-        """All, sidecars too."""
+        """Yield all containers, including sidecars."""
         for spec in (*self.spec.get("initContainers", ()), *self.spec["containers"]):
             yield Container(pod=self, spec=spec)
 
@@ -33,28 +33,28 @@ class Container:
 
     @property
     def name(self) -> str:
-        """As a finding names it."""
+        """Return the name in findings."""
         return f"{self.pod.owner}/{self.spec['name']}"
 
     @property
     def program(self) -> str:
-        """What its image runs: the image's name without registry and tag."""
+        """Return the name of its image without registry and tag."""
         return str(self.spec["image"]).rpartition("/")[2].partition(":")[0].partition("@")[0]
 
     @property
     def is_sidecar(self) -> bool:
-        """Whether it goes on beside the containers that it starts before."""
+        """Whether it keeps running beside the containers that start after it."""
         return bool(self.spec.get("restartPolicy") == "Always")
 
     def port(self, wanted: str | int) -> int | None:
-        """The number of a port that is given by name or number, if the container has it."""
+        """Return the number of a port given by name or number, or None."""
         for port in self.spec.get("ports", ()):
             if wanted in {port.get("name"), port["containerPort"]}:
                 return int(port["containerPort"])
         return None
 
     def volume_at(self, path: str) -> tuple[Manifest, str] | None:
-        """The volume that holds `path`, and what the path is in it."""
+        """Return the volume that holds `path` and the path inside it, or None."""
         volumes = {volume["name"]: volume for volume in self.pod.spec.get("volumes", ())}
         for mount in self.spec.get("volumeMounts", ()):
             inside = path.removeprefix(mount["mountPath"].rstrip("/") + "/")
@@ -64,22 +64,22 @@ class Container:
 
 
 def name_of(manifest: Manifest) -> str:
-    """Kind and name."""
+    """Return kind and name."""
     return f"{manifest['kind']}/{manifest['metadata']['name']}"
 
 
 def of_kind(manifests: Sequence[Manifest], *kinds: str) -> Iterator[Manifest]:
-    """Those of some kinds."""
+    """Yield the objects of some kinds."""
     return (manifest for manifest in manifests if manifest["kind"] in kinds)
 
 
 def by_name(manifests: Sequence[Manifest], kind: str) -> dict[str, Manifest]:
-    """Those of a kind."""
+    """Return the objects of a kind by name."""
     return {manifest["metadata"]["name"]: manifest for manifest in of_kind(manifests, kind)}
 
 
 def pods(manifests: Sequence[Manifest]) -> Iterator[Pod]:
-    """The pods of every workload."""
+    """Yield the pods of every workload."""
     for workload in of_kind(manifests, *_WORKLOADS):
         spec = workload["spec"]
         template = (
@@ -90,20 +90,20 @@ def pods(manifests: Sequence[Manifest]) -> Iterator[Pod]:
 
 
 def containers(manifests: Sequence[Manifest]) -> Iterator[Container]:
-    """The containers of every workload."""
+    """Yield the containers of every workload."""
     for pod in pods(manifests):
         yield from pod.containers()
 
 
 def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Whether `matchLabels` and `matchExpressions` fit."""
+    """Return whether `matchLabels` and `matchExpressions` match the labels."""
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
         _holds(expression, labels) for expression in selector.get("matchExpressions", ())
     )
 
 
 def _holds(expression: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """One of the four operators; the schemas refuse any other."""
+    """Evaluate one of the four operators; the schemas reject any other."""
     found = labels.get(expression["key"])
     if expression["operator"] in {"Exists", "DoesNotExist"}:
         return (found is not None) is (expression["operator"] == "Exists")

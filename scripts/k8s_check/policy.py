@@ -1,4 +1,4 @@
-"""What trivy says of the builds: root, capabilities, writable roots, tokens and their like."""
+"""Check the builds with trivy: root user, capabilities, writable file systems, tokens."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from scripts.k8s_check.build import Builds
 
 
 def check(builds: Builds, *, ignored: Path) -> Iterator[str]:
-    """Findings of the checks that are inside the program; `ignored` has exceptions and reasons."""
+    """Yield the findings of trivy's built-in checks. `ignored` is the file of exceptions with reasons."""
     with tempfile.TemporaryDirectory() as folder:
         for build, manifests in builds.items():
             path = Path(folder) / f"{build.replace('/', '-')}.yaml"

@@ -1,4 +1,4 @@
-"""Names that lead somewhere: selectors, Services' ports, service accounts, volumes, images."""
+"""Check references by name: selectors, ports of Services, service accounts, volumes, images."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from scripts.k8s_check.objects import Container, Pod, by_name, containers, name_
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Findings of one build."""
+    """Yield the findings of one build."""
     for pod in pods(manifests):
         yield from _check_pod(pod, manifests)
         for container in pod.containers():

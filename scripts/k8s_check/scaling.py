@@ -1,4 +1,4 @@
-"""How many pods there can be, and who decides it."""
+"""Check the maximum number of pods and that one scaler decides it."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from scripts.k8s_check.settings import accepted_settings
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Findings of one build."""
+    """Yield the findings of one build."""
     scaled: Counter[str] = Counter()
     workloads = {pod.owner: pod.workload for pod in pods(manifests)}
     for scaler in of_kind(manifests, "HorizontalPodAutoscaler", "ScaledObject"):

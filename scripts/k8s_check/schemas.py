@@ -1,4 +1,4 @@
-"""Every object against the API's schema, of the oldest and the newest version; nothing unknown passes."""
+"""Validate every object against the oldest and the newest API schema. Unknown fields are findings."""
 
 import json
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _CUSTOM = {
 
 
 def check(builds: Builds) -> Iterator[str]:
-    """Findings; an object that several builds share is looked at once."""
+    """Yield the findings. An object that several builds share is checked once."""
     seen: set[str] = set()
     for build, manifests in builds.items():
         for manifest in manifests:
@@ -57,7 +57,7 @@ def _validator(model: Any) -> Any:
 
 
 def _forbid_unknown(schema: Any) -> Any:
-    """The schema, but what an object does not name it may not have."""
+    """Return the schema without additional properties."""
     if isinstance(schema, dict):
         closed = {key: _forbid_unknown(value) for key, value in schema.items()}
         if closed.get("type") == "object" and isinstance(closed.get("properties"), dict):

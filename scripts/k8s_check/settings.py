@@ -1,4 +1,4 @@
-"""What each of the project's containers is told, as the program itself understands it."""
+"""Check the settings of the project's containers with the parsers of the programs themselves."""
 
 from collections.abc import Iterator, Sequence
 from urllib.parse import parse_qs, urlsplit
@@ -25,14 +25,14 @@ _TRACING_VARIABLES = {
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Findings of one build."""
+    """Yield the findings of one build."""
     for container, parsed in _parse_all(manifests):
         problems = [parsed] if isinstance(parsed, str) else _problems(container, parsed, manifests)
         yield from (f"{container.name}: {problem}" for problem in problems)
 
 
 def external_secrets(manifests: Sequence[Manifest]) -> set[str]:
-    """The Secrets whose files the settings name, and that others make."""
+    """Return the Secrets that the settings name files of and that are made elsewhere."""
     return {
         needed
         for container, parsed in _parse_all(manifests)
@@ -44,7 +44,7 @@ def external_secrets(manifests: Sequence[Manifest]) -> set[str]:
 
 
 def accepted_settings(manifests: Sequence[Manifest], program: str) -> Iterator[tuple[Container, Parsed]]:
-    """The containers of a program whose settings it would take."""
+    """Yield the containers of a program whose settings are valid, with these settings."""
     for container, parsed in _parse_all(manifests):
         if container.program == program and not isinstance(parsed, str):
             yield container, parsed
@@ -91,11 +91,11 @@ def _files(parsed: Parsed) -> Iterator[str]:
 
 def _check_probes(container: Container, parsed: Parsed) -> Iterator[str]:
     for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
-        asked = container.spec.get(kind, {}).get("httpGet")
-        if asked and asked["path"] not in _PATHS.get(container.program, ()):
-            yield f"{kind}: {container.program} has no {asked['path']}"
-        if asked and container.port(asked["port"]) != _http_port(parsed):
-            yield f"{kind}: HTTP is not on port {asked['port']}"
+        http_get = container.spec.get(kind, {}).get("httpGet")
+        if http_get and http_get["path"] not in _PATHS.get(container.program, ()):
+            yield f"{kind}: {container.program} has no {http_get['path']}"
+        if http_get and container.port(http_get["port"]) != _http_port(parsed):
+            yield f"{kind}: HTTP is not on port {http_get['port']}"
 
 
 def _http_port(parsed: Parsed) -> int | None:
@@ -109,12 +109,12 @@ def _check_ports(container: Container, parsed: Parsed) -> Iterator[str]:
         path = address.removeprefix("unix:")
         if path != address and container.volume_at(path) is None:
             yield f"nothing is mounted that holds {path}"
-    really = {int(one.rpartition(":")[2]) for one in addresses if not one.startswith("unix:")}
-    really |= {port for port in (_http_port(parsed),) if port}
-    said = {port["containerPort"] for port in container.spec.get("ports", ())}
-    for port in sorted(said - really):
+    listening = {int(one.rpartition(":")[2]) for one in addresses if not one.startswith("unix:")}
+    listening |= {port for port in (_http_port(parsed),) if port}
+    declared = {port["containerPort"] for port in container.spec.get("ports", ())}
+    for port in sorted(declared - listening):
         yield f"it does not listen on port {port}"
-    for port in sorted(really - said):
+    for port in sorted(listening - declared):
         yield f"it listens on port {port}, which is not among its ports"
 
 

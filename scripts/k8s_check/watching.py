@@ -1,4 +1,4 @@
-"""What Prometheus is told to read, and whether the code has it."""
+"""Check that Prometheus scrapes existing ports and queries existing metrics."""
 
 import json
 import re
@@ -18,7 +18,7 @@ _SAMPLES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}
 
 
 def check(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Findings of one build."""
+    """Yield the findings of one build."""
     for monitor in of_kind(manifests, "PodMonitor", "ServiceMonitor"):
         yield from _check_monitor(monitor, manifests)
     known = metric_names()
@@ -28,7 +28,7 @@ def check(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 def metric_names() -> set[str]:
-    """All that a scrape of either service may have, by the names that queries use."""
+    """Return the names of all samples that a scrape of either service may return."""
     registry = CollectorRegistry()
     ProxyMetrics(registry)
     Metrics(registry)
@@ -58,7 +58,7 @@ def _check_monitor(monitor: Manifest, manifests: Sequence[Manifest]) -> Iterator
 
 
 def _queries(manifests: Sequence[Manifest]) -> Iterator[tuple[str, str]]:
-    """Every PromQL expression, with the object that it is in."""
+    """Yield every PromQL expression with the name of its object."""
     for rules in of_kind(manifests, "PrometheusRule"):
         for group in rules["spec"]["groups"]:
             yield from ((name_of(rules), str(rule["expr"])) for rule in group["rules"])
@@ -71,7 +71,7 @@ def _queries(manifests: Sequence[Manifest]) -> Iterator[tuple[str, str]]:
 
 
 def _expressions(value: Any) -> Iterator[str]:
-    """Of a dashboard: what its panels draw and what its variables are filled with."""
+    """Yield the queries of the panels and variables of a dashboard."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if key in {"expr", "query", "definition"} and isinstance(inner, str):

@@ -12,7 +12,7 @@ _SKIPPED = {"name": "c", "skip_reason": "Dependency not found on PyPI and could 
 
 
 @pytest.mark.parametrize(
-    ("report", "says"),
+    ("report", "expected"),
     [
         ({"dependencies": [_CLEAN, _CLEAN]}, []),
         ({"dependencies": [_CLEAN, _KNOWN]}, ["VULNERABLE b 2: CVE-1, mended in 3"]),
@@ -23,8 +23,8 @@ _SKIPPED = {"name": "c", "skip_reason": "Dependency not found on PyPI and could 
     ],
     ids=["clean", "known", "skipped", "both", "left out", "no report"],
 )
-def test_silence_is_not_a_pass(report: Any, says: list[str]) -> None:
+def test_silence_is_not_a_pass(report: Any, expected: list[str]) -> None:
     """What the service did not answer for is named as not audited, whatever pip-audit's exit code."""
     found = list(find_problems(report, expected=2))
-    assert len(found) == len(says)
-    assert all(line.startswith(start) for line, start in zip(found, says, strict=True))
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))

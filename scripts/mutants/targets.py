@@ -6,11 +6,16 @@ _QUEUE_TESTS = (
     "tests/contract/test_joined_pairs.py",
     "tests/contract/test_queue.py",
     "tests/unit/cache_proxy/queue/test_redis_queue_races.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_claim_scheduling.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_invalidation.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_load.py",
     "tests/unit/cache_proxy/queue/test_redis_queue_rate_limit.py",
     "tests/unit/cache_proxy/queue/test_redis_queue_liveness.py",
     "tests/unit/cache_proxy/queue/test_redis_queue_quotas.py",
     "tests/contract/test_quotas.py",
     "tests/unit/cache_proxy/queue/test_redis_queue_corruption.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_reset.py",
+    "tests/unit/cache_proxy/queue/test_redis_queue_membership_corruption.py",
 )
 _STORE_TESTS = (
     "tests/unit/cache_proxy/cache/test_redis_store.py",

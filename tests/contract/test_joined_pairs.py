@@ -1,4 +1,7 @@
-"""Tests of pairs for which several requests wait: the best priority and the latest deadline count."""
+"""Tests of pairs for which several requests wait: the best priority and the latest deadline count.
+
+More than 250 lines: all of them share the steps of a request that joins.
+"""
 
 import asyncio
 import random

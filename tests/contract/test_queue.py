@@ -1,4 +1,7 @@
-"""Contract of the queue, for the local one and the shared one."""
+"""Contract of the queue, for the local one and the shared one.
+
+More than 250 lines: one contract, which both implementations must pass.
+"""
 
 import asyncio
 import math

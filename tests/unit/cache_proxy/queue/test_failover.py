@@ -1,4 +1,7 @@
-"""Tests of failover and return, with a Redis that is killed, paused and restarted."""
+"""Tests of failover and return, with a Redis that is killed, paused and restarted.
+
+More than 250 lines: all of them share the fixtures that lose and return Redis.
+"""
 
 import asyncio
 import logging

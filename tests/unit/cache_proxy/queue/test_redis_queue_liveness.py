@@ -1,4 +1,7 @@
-"""Tests of replicas that crash, pause or lose Redis: their claims, their time slots, and missed messages."""
+"""Tests of replicas that crash, pause or lose Redis: their claims, their time slots, and missed messages.
+
+More than 250 lines: claims, slots and messages all depend on the same heartbeats.
+"""
 
 import asyncio
 import math

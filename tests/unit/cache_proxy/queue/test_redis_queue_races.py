@@ -1,4 +1,7 @@
-"""Tests of racing events in the shared queue, of a model that is down, and of the cost of script calls."""
+"""Tests of racing events in the shared queue, and of a model that is down.
+
+More than 250 lines: the events are the same few requests, cancellations and claims in other orders.
+"""
 
 import asyncio
 import time
@@ -6,8 +9,6 @@ import time
 import pytest
 from grpc import StatusCode
 
-from services.cache_proxy.cache.cache_scripts import ADD_TOMBSTONES
-from services.cache_proxy.cache.invalidation import InvalidationFollower, InvalidationLog
 from services.cache_proxy.domain import Pair
 from services.cache_proxy.errors import (
     InvalidModelResponseError,
@@ -15,8 +16,7 @@ from services.cache_proxy.errors import (
     PairRejectedError,
     QueueFullError,
 )
-from services.cache_proxy.queue.interface import Claim, ClaimDeferred
-from services.cache_proxy.redis_client.client_factory import backend_for, create_client
+from services.cache_proxy.queue.interface import Claim
 from tests.support.replicas import (
     QueueLocation,
     Replica,
@@ -29,6 +29,7 @@ from tests.support.replicas import (
 )
 
 REFUSED = PairRejectedError(StatusCode.INVALID_ARGUMENT, "bad")
+
 DOWN = ModelUnavailableError("down", retry_after_seconds=1.0)
 
 
@@ -227,313 +228,6 @@ async def test_pair_in_a_call_while_model_is_down_may_be_answered(
         await other.receive_messages()
         assert (numbered_pair(1).digest, 6) in other.resolved
         assert place.leftover_keys() == {}
-
-
-async def test_replica_with_failed_call_leaves_next_slot_to_another(
-    place: QueueLocation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It waits a little longer than its backoff, and a replica with no waiting pairs is woken."""
-    # This is longer than a slow test takes.
-    monkeypatch.setattr("services.cache_proxy.queue.call_deferral._CLAIM_DELAY_AFTER_FAILURE_SECONDS", 60)
-    async with replicas(place, 2) as (broken, sound):
-        await broken.enqueue(numbered_pairs([1]))
-        await sound.enqueue(numbered_pairs([1]))
-        claim = await broken.claim_batch()
-        await sound.receive_messages()
-        sound.queue._changed.clear()
-        assert not isinstance(await sound.queue.claim(), Claim)
-        await broken.queue.fail(claim, DOWN, retry_after_seconds=0)
-        await sound.receive_messages()
-        await asyncio.wait_for(sound.queue.wait_for_change(), 30)
-        assert isinstance(await broken.queue.claim(), ClaimDeferred)
-        assert pair_numbers(await sound.claim_batch()) == [1]
-
-
-async def test_assisting_replica_claims_when_next_slot_is_far_away(
-    place: QueueLocation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It claims for another replica whose call failed."""
-    monkeypatch.setattr("services.cache_proxy.queue.claims._ASSIST_SECONDS", 0.05)
-    monkeypatch.setattr("services.cache_proxy.queue.call_deferral._CLAIM_DELAY_AFTER_FAILURE_SECONDS", 60)
-    async with replicas(place, 2, queue_limits(calls_per_second=3)) as (broken, sound):
-        await broken.enqueue(numbered_pairs([1]))
-        claim = await broken.claim_batch()
-        await broken.queue.fail(claim, DOWN)
-        await sound.receive_messages()
-        assert pair_numbers(await sound.claim_batch()) == [1]
-
-
-async def test_replica_with_failed_call_leaves_slot_of_slow_limit_to_others(
-    place: QueueLocation,
-) -> None:
-    """Its backoff may end before the limit allows a call. It waits until another could have taken that."""
-    bounds = queue_limits(calls_per_second=0.01)
-    async with replicas(place, 1, bounds) as (broken,):
-        await broken.enqueue(numbered_pairs([1]))
-        with place.client() as client:
-            client.hset(
-                place.keys.limit,
-                mapping={"pairs_tat": 0, "calls_tat": 0, "run": broken.queue.claims.server_run_id},
-            )
-        claim = await broken.claim_batch()
-        await broken.queue.fail(claim, DOWN)
-        decision = await broken.queue.claim()
-        assert isinstance(decision, ClaimDeferred)
-        assert decision.wait_seconds > bounds.slot_seconds
-
-
-async def test_many_caller_names_take_bounded_memory(place: QueueLocation) -> None:
-    """Callers choose their names. Beyond a thousand they share one turn, and no pair is lost."""
-    async with replicas(place, 1, queue_limits(batch_pairs=500)) as (replica,):
-        await asyncio.gather(
-            *(
-                replica.enqueue([numbered_pair(number)], request_context(f"n{number}"))
-                for number in range(3000)
-            )
-        )
-        with place.client() as client:
-            assert client.hlen(f"{place.keys.base}fair:interactive") <= 1600
-        seen: list[int] = []
-        while isinstance(claim := await replica.queue.claim(), Claim):
-            seen += pair_numbers(claim)
-            await replica.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
-        assert sorted(seen) == list(range(3000))
-
-
-async def test_re_enqueue_of_many_callers_shares_script_calls(place: QueueLocation) -> None:
-    """A thousand callers with a pair each take a few calls."""
-    async with replicas(place, 1, queue_limits(batch_pairs=1000)) as (replica,):
-        await asyncio.gather(
-            *(
-                replica.enqueue([numbered_pair(number)], request_context(f"n{number}"))
-                for number in range(1000)
-            )
-        )
-        with place.client() as client:
-
-            def calls() -> int:
-                return int(client.info("commandstats")["cmdstat_evalsha"]["calls"])
-
-            client.delete(f"{place.keys.base}pairs", f"{place.keys.base}lane:interactive")
-            before = calls()
-            await replica.queue.re_enqueue()
-            assert calls() - before <= 5
-        assert len(pair_numbers(await replica.claim_batch())) == 1000
-
-
-async def test_long_texts_are_split_into_small_calls(place: QueueLocation) -> None:
-    """For one request or many, enqueued or enqueued again."""
-    wanted = [Pair(item.digest, item.company + "c" * 4000, "t" * 4000) for item in numbered_pairs(range(700))]
-    async with replicas(place, 1, queue_limits(batch_pairs=1000, batch_bytes=10**7)) as (replica,):
-        replica.client.max_command_bytes = 800_000
-        some = [wanted[at : at + 20] for at in range(300, 700, 20)]
-        await asyncio.gather(*map(replica.enqueue, [wanted[:300], *some]))
-        place.flush()
-        await replica.queue.re_enqueue()
-        assert _interest(place) == 700
-
-
-async def test_expired_pairs_are_removed_in_parts(place: QueueLocation) -> None:
-    """A replica died with 10000 waiting pairs. No script examines all of them."""
-    async with replicas(place, 2, queue_limits(batch_pairs=1000)) as (dead, other):
-        patience = 1.5
-        await dead.enqueue(numbered_pairs(range(10_000)), request_context(timeout=patience))
-        until = time.monotonic() + patience
-        await dead.crash()
-        await other.enqueue([numbered_pair(10**6)], request_context("late", "bulk"))
-        await asyncio.sleep(until - time.monotonic() + 0.01)
-        left = [_interest(place)]
-        while not isinstance(claim := await other.queue.claim(), Claim):
-            left.append(_interest(place))
-            assert left[-2] - left[-1] <= 3500
-        assert pair_numbers(claim) == [10**6]
-        await other.queue.complete(claim, {numbered_pair(10**6).digest: 1})
-        for turn in range(10):
-            await other.enqueue([numbered_pair(10**6 + 1 + turn)])
-            claim = await other.claim_batch()
-            await other.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
-        assert place.leftover_keys() == {}
-
-
-async def test_thousand_pairs_take_six_commands_and_do_not_block_redis(place: QueueLocation) -> None:
-    """Two commands enqueue, one claims and two complete."""
-    async with replicas(place, 1, queue_limits(batch_pairs=1000)) as (replica,):
-        with place.client() as client:
-            # CPU time of the server, which does not depend on other load of the machine.
-            def busy_seconds() -> float:
-                found = client.info("cpu")
-                return float(found["used_cpu_user"] + found["used_cpu_sys"])
-
-            before, busy_before = 0, 0.0
-            for warm in (range(5000, 5010), range(1000)):
-                before = client.info("commandstats")["cmdstat_evalsha"]["calls"]
-                busy_before = busy_seconds()
-                await replica.enqueue(numbered_pairs(warm, text="some title of a job"))
-                claim = await replica.claim_batch()
-                await replica.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
-            assert busy_seconds() - busy_before < 0.3
-            assert client.info("commandstats")["cmdstat_evalsha"]["calls"] - before <= 6
-
-
-@pytest.mark.parametrize("all_of_them", [False, True])
-async def test_answer_invalidated_in_a_call_is_not_remembered(shared_redis: str, all_of_them: bool) -> None:
-    """Its waiters get it, and later requests infer the pair again. Other answers are remembered."""
-    place = QueueLocation.create(shared_redis)
-    async with replicas(place, 1) as (one,):
-        await one.enqueue(numbered_pairs([0]))
-        await one.queue.complete(before := await one.claim_batch(), {pair.digest: 5 for pair in before.pairs})
-        wait, _ = await one.enqueue(numbered_pairs([1, 2]))
-        claim = await one.claim_batch()
-        with place.client() as client:
-            buried = b"" if all_of_them else numbered_pairs([1])[0].digest
-            client.eval(ADD_TOMBSTONES.text, 1, f"{place.keys.base}tombs", buried)
-        await one.queue.complete(claim, {pair.digest: 3 for pair in claim.pairs})
-        assert set(wait.outcomes.values()) == {3}
-        _, again = await one.enqueue(numbered_pairs([1, 2]))
-        known = [] if all_of_them else [numbered_pairs([2])[0].digest]
-        assert list(again.outcomes) == known
-        await one.claim_batch()
-
-
-async def test_answer_invalidated_in_a_call_is_logged_as_its_pair_ends(shared_redis: str) -> None:
-    """The claiming replica may crash before it stores the answer. Other caches that took it still drop it."""
-    place = QueueLocation.create(shared_redis)
-    async with replicas(place, 1) as (one,):
-        reached = backend_for(create_client(shared_redis, timeout_seconds=5))
-        forgotten: list[bytes] = []
-        follower = InvalidationFollower(
-            InvalidationLog(reached, place.keys.invalidation_log), remove=forgotten.append, clear=lambda: None
-        )
-        await follower.poll()
-        await one.enqueue(numbered_pairs([1, 2]))
-        claim = await one.claim_batch()
-        with place.client() as client:
-            client.eval(ADD_TOMBSTONES.text, 1, f"{place.keys.base}tombs", numbered_pair(1).digest)
-        # The pair is in a call from before the invalidation.
-        await one.enqueue(numbered_pairs([1]))
-        await one.queue.complete(claim, {item.digest: 3 for item in claim.pairs})
-        await follower.poll()
-        assert forgotten == [numbered_pair(1).digest]
-        await reached.close()
-
-
-async def test_late_answer_of_invalidated_pair_is_not_remembered(shared_redis: str) -> None:
-    """After the claim has ended its start is unknown, so any tombstone counts."""
-    place = QueueLocation.create(shared_redis)
-    async with replicas(place, 1) as (one,):
-        await one.enqueue(numbered_pairs([1, 2]))
-        claim = await one.claim_batch()
-        await one.queue.release(claim)
-        with place.client() as client:
-            client.eval(ADD_TOMBSTONES.text, 1, f"{place.keys.base}tombs", numbered_pairs([1])[0].digest)
-        await one.queue.complete(claim, {pair.digest: 3 for pair in claim.pairs})
-        _, again = await one.enqueue(numbered_pairs([1, 2]))
-        assert list(again.outcomes) == [numbered_pairs([2])[0].digest]
-
-
-async def test_joining_replica_leaves_next_claim_to_queueing_replica(place: QueueLocation) -> None:
-    """It claims later, since the other replica may be gone."""
-    async with replicas(place, 2) as (first, second):
-        await first.enqueue(numbered_pairs([1, 2]))
-        assert first.queue._changed._event.is_set()
-        second.queue._changed.clear()
-        await second.enqueue(numbered_pairs([1, 2]))
-        await second.enqueue(numbered_pairs([2]))
-        assert not second.queue._changed._event.is_set()
-        await asyncio.wait_for(second.queue.wait_for_change(), 30)
-        await second.enqueue(numbered_pairs([2, 3]))
-        assert second.queue._changed._event.is_set()
-
-
-@pytest.mark.parametrize(("before", "now"), [("bulk", "interactive"), ("refresh", "bulk")])
-async def test_replica_that_joins_with_better_priority_claims_at_once(
-    before: str, now: str, place: QueueLocation
-) -> None:
-    """The time of the next call may have changed, which the other replica does not know."""
-    async with replicas(place, 2) as (first, second):
-        await first.enqueue(numbered_pairs([1]), request_context(priority=before))
-        second.queue._changed.clear()
-        await second.enqueue(numbered_pairs([1]), request_context(priority=now))
-        assert second.queue._changed._event.is_set()
-
-
-async def test_answer_wakes_only_replica_with_waiting_pairs(place: QueueLocation) -> None:
-    """Of two replicas whose pair is answered, one waits for other pairs, too."""
-    async with replicas(place, 2) as (first, second):
-        await first.enqueue(numbered_pairs([1, 2]))
-        claim = await first.claim_batch()
-        await second.enqueue(numbered_pairs([1]))
-        await first.enqueue(numbered_pairs([3]))
-        for replica in (first, second):
-            replica.queue._changed.clear()
-        await first.queue.complete(claim, {item.digest: 1 for item in claim.pairs})
-        await second.receive_messages()
-        await first.receive_messages()
-        await asyncio.wait_for(first.queue.wait_for_change(), 30)
-        assert not second.queue._changed._event.is_set()
-
-
-async def test_joining_replica_is_woken_when_queueing_replica_has_no_pairs_left(
-    place: QueueLocation,
-) -> None:
-    """The other replica claims nothing from then on. Nothing is published while it waits for other pairs."""
-    async with replicas(place, 2) as (first, second):
-        one, _ = await first.enqueue(numbered_pairs([1]))
-        other, _ = await first.enqueue(numbered_pairs([2]))
-        await second.enqueue(numbered_pairs([1]))
-        assert second.queue._changed._timer
-        second.queue._changed._timer.cancel()
-        second.queue._changed.clear()
-        await second.receive_messages()
-        sequence = second.session.subscription.sequence
-        await first.cancel(one)
-        await second.receive_messages()
-        assert second.session.subscription.sequence == sequence
-        one, _ = await first.enqueue(numbered_pairs([1]))
-        await first.cancel(other)
-        await first.cancel(one)
-        await second.receive_messages()
-        await asyncio.wait_for(second.queue.wait_for_change(), 30)
-
-
-async def test_joining_replica_claims_at_once_while_calls_fail(place: QueueLocation) -> None:
-    """The replica that queued the pair may be the one that cannot reach the model."""
-    async with replicas(place, 2) as (first, second):
-        await first.enqueue(numbered_pairs([1]))
-        await first.queue.fail(await first.claim_batch(), DOWN, retry_after_seconds=0)
-        second.queue._changed.clear()
-        await second.enqueue(numbered_pairs([1]))
-        assert second.queue._changed._event.is_set()
-
-
-async def test_repeated_enqueue_after_lost_reply_counts_pairs_as_own(place: QueueLocation) -> None:
-    """A replica whose reply was lost joins what it has queued.
-
-    Pairs of a dead replica are claimed by those that join.
-    """
-    async with replicas(place, 2) as (first, second):
-        first.client.lost_replies = 1
-        await first.enqueue(numbered_pairs([1]))
-        assert first.queue._changed._event.is_set()
-        first.expire_heartbeat()
-        second.queue._changed.clear()
-        await second.enqueue(numbered_pairs([1]))
-        assert second.queue._changed._event.is_set()
-
-
-async def test_long_enqueue_wakes_dispatcher_after_first_batch(place: QueueLocation) -> None:
-    """Other replicas may have joined the batch, and leave the claim to this one."""
-    async with replicas(place, 1) as (replica,):
-        replica.queue._changed.clear()
-        replica.client.delays = (0, 60)
-        enqueueing = asyncio.create_task(replica.enqueue(numbered_pairs(range(600))))
-        await asyncio.wait_for(replica.queue.wait_for_change(), 20)
-        assert not enqueueing.done()
-        replica.queue._changed.clear()
-        enqueueing.cancel()
-        await asyncio.wait([enqueueing])
-        # The pairs that it sent may have been queued.
-        assert replica.queue._changed._event.is_set()
 
 
 async def test_unreadable_error_is_counted_and_retryable(place: QueueLocation) -> None:

@@ -1,4 +1,7 @@
-"""Tests of the rate limit on Redis's clock, as the claims of real scripts consume it."""
+"""Tests of the rate limit on Redis's clock, as the claims of real scripts consume it.
+
+More than 250 lines: all of them judge the same state of the limit.
+"""
 
 import asyncio
 import math

@@ -1,4 +1,7 @@
-"""Stateful test of several replicas of the shared queue against a simple model."""
+"""Stateful test of several replicas of the shared queue against a simple model.
+
+More than 250 lines: one model has all steps of the test.
+"""
 
 import asyncio
 import itertools

@@ -1,4 +1,4 @@
-"""The client of every bucket and queue: its settings."""
+"""Open clients of S3 and SQS with the settings that every client here has."""
 
 import os
 from collections.abc import AsyncIterator
@@ -14,8 +14,9 @@ from services.common.aws_errors import CONNECTION_ERRORS, error_reason
 from services.common.aws_reachability import EndpointMonitor
 from services.common.errors import CommandError
 
-# Throttling, 5xx and broken connections: eight tries, up to 1, 2, 4 … 64 s between them, a minute on average.
-# botocore's other modes share one allowance of a hundred retries among all requests: a burst uses it up.
+# For throttling, 5xx and broken connections: eight attempts, up to 1, 2, 4 … 64 s between them, a minute on
+# average. botocore's other modes share one allowance of a hundred retries among all requests: a burst uses
+# it up.
 _MAX_ATTEMPTS = 8
 _CONNECT_TIMEOUT_SECONDS = 10
 _READ_TIMEOUT_SECONDS = 60
@@ -25,9 +26,9 @@ _READ_TIMEOUT_SECONDS = 60
 async def open_client(
     service: str, *, endpoint_url: str | None = None, max_connections: int, region: str | None = None
 ) -> AsyncIterator[Any]:
-    """Open a client with the usual AWS credentials and settings. Raises CommandError.
+    """Open a client with the usual AWS credentials. Raises CommandError.
 
-    What environment and profile say is kept: endpoint, addressing style, checksums, retries.
+    Settings of environment and profile take precedence: endpoint, addressing style, checksums, retries.
     """
     session: Any = get_session()  # type: ignore[no-untyped-call]
     shorten_credential_logs()
@@ -60,7 +61,7 @@ def declares_checksums(client: Any) -> bool:
 
 
 def _retry_config(session: Any) -> dict[str, Any]:
-    """The mode is the environment's or the profile's (else `legacy`), and so is the number of attempts."""
+    """Return the retry settings. Mode and number of attempts may come from environment or profile."""
     try:
         given = session.get_config_variable("max_attempts")
     except ValueError as error:
@@ -70,7 +71,7 @@ def _retry_config(session: Any) -> dict[str, Any]:
 
 
 async def _load_credentials(session: Any) -> None:
-    """Load them before the client does, so that a failure is known to be theirs."""
+    """Load the credentials before the client does, so that an error can be reported as theirs."""
     try:
         await session.get_credentials()
     except Exception as error:
@@ -83,11 +84,11 @@ async def _load_credentials(session: Any) -> None:
 
 
 def _configure_checksums(session: Any, client: Any) -> None:
-    """Send no checksum unasked to a server that is not AWS's.
+    """Send checksums by default only to AWS.
 
-    By https, botocore sends it behind a body in `aws-chunked` framing. Some servers store the framing as the
-    object's content (boto/boto3#4435), others refuse the header. Which server it is, the client knows once it
-    is made: the endpoint may be in a flag, in variables, or in the profile.
+    Over https, botocore appends the checksum to the body in `aws-chunked` framing. Some servers store the
+    framing as the content of the object (boto/boto3#4435), others reject the header. The endpoint is known
+    only once the client exists: it may be in a flag, in variables, or in the profile.
     """
     if client.meta.service_model.service_name != "s3" or _is_aws_endpoint(session, client.meta.endpoint_url):
         return
@@ -106,9 +107,9 @@ def _is_aws_endpoint(session: Any, endpoint_url: str) -> bool:
 
 
 def _skip_checksum_of_ranges(params: dict[str, Any], model: Any, **_: object) -> None:
-    """Some servers send the whole object's checksum with a part of it (ceph/ceph#61901).
+    """Request no checksum with a range: some servers send that of the whole object (ceph/ceph#61901).
 
-    Behind botocore's own handler of this event, which asks for the checksum.
+    Runs after botocore's own handler of this event, which requests the checksum.
     """
     if model.name == "GetObject" and "Range" in params:
         params.pop("ChecksumMode", None)

@@ -1,4 +1,4 @@
-"""The library's own lines about credentials, shortened."""
+"""Shorten the log lines of botocore about credentials."""
 
 import logging
 import time
@@ -9,7 +9,7 @@ _REPEAT_INTERVAL_SECONDS = 600.0
 
 
 def shorten_credential_logs() -> None:
-    """Log why credentials could not be refreshed in one line, without the library's own stack, and once."""
+    """Log in one line, once and without a traceback, why credentials could not be refreshed."""
     for name in ("botocore", "aiobotocore"):
         for module in ("credentials", "tokens", "utils"):
             logger = logging.getLogger(f"{name}.{module}")
@@ -18,9 +18,9 @@ def shorten_credential_logs() -> None:
 
 
 class _CredentialErrorFilter(logging.Filter):
-    """State: `_last`, the last line, and `_again_at`, when it may be logged again.
+    """Suppresses repeated lines: a failed refresh is logged with every request for a quarter of an hour.
 
-    The library logs a failed refresh with every request, for a quarter of an hour before it is needed.
+    State: `_last_message`; `_repeat_at`, from when on it may be logged again.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class _CredentialErrorFilter(logging.Filter):
         self._repeat_at = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is to be logged."""
+        """Return whether to log the record."""
         error = record.exc_info[1] if record.exc_info else None
         if error is None:
             return True

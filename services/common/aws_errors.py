@@ -1,4 +1,4 @@
-"""Errors of botocore and of the connections below it, in one line each."""
+"""Describe errors of botocore and of its connections in one line each."""
 
 import os
 import re
@@ -85,5 +85,5 @@ def _cause_text(error: object) -> str:
 
 
 def _spell_out(name: str) -> str:
-    """`ReadTimeoutError` as `read timeout`."""
+    """Return a class name in words: `ReadTimeoutError` as `read timeout`."""
     return re.sub(r"(?<!^)(?=[A-Z])", " ", name.removesuffix("Error")).lower()

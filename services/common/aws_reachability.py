@@ -1,4 +1,4 @@
-"""A line in the log when an endpoint stops answering, and when it answers again."""
+"""Log when an endpoint stops responding, and when it responds again."""
 
 import asyncio
 import logging
@@ -10,19 +10,20 @@ from botocore.exceptions import ConnectionError  # noqa: A004 - botocore's own n
 from services.common.aws_errors import error_reason
 from services.common.redaction import strip_userinfo
 
-_FIRST_RESPONSE_SECONDS = 3.0  # with the start of the process, the line comes within 5 s
+# With the start of the process, the line is logged within 5 s.
+_FIRST_RESPONSE_SECONDS = 3.0
 _FAILURE_SECONDS = 3.0
 _SERVER_ERROR, _TOO_MANY_REQUESTS = 500, 429
 _log = logging.getLogger(__name__)
 
 
 class EndpointMonitor:
-    """Logs once when the endpoint stops answering, and once when it answers again.
+    """Logs once when the endpoint stops responding, and once when it responds again.
 
-    A request is tried for minutes; without this line nobody knows what a run is waiting for.
+    A request is retried for minutes. Without this line a user could not see what a run is waiting for.
 
-    State: `_sent` and `_answered` (ever), `_failing_since` (the first failure since the last answer),
-    `_is_down` (it was logged), `_timer` (until the very first answer).
+    State: `_has_sent` and `_has_response` (since the start), `_failing_since` (the first failure since the
+    last response), `_is_down` (was logged), `_timer` (until the first response).
     """
 
     def __init__(self, client: Any) -> None:
@@ -44,7 +45,7 @@ class EndpointMonitor:
             self._timer.cancel()
 
     def _on_request_created(self, **_: object) -> None:
-        """Before a request is signed, for which the credentials may have to be fetched first."""
+        """Start the timer before a request is signed, which may have to fetch credentials first."""
         if not self._has_response and self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_FIRST_RESPONSE_SECONDS, self._on_no_response)

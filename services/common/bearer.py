@@ -1,4 +1,4 @@
-"""The bearer token that says who asks: in a file, which may be written anew at any time."""
+"""The bearer token that authenticates calls. Its file may be replaced at any time."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _TOKEN = re.compile(rb"[\x21-\x7e]+")
 
 
 class Token:
-    """Read again whenever the file is another. Neither logs nor errors ever show what it holds."""
+    """A token that is read again when its file changes. Logs and errors never show it."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Token:
         warn_if_world_readable(Path(path), flag_name=flag_name)
 
     def metadata(self) -> tuple[str, str]:
-        """What to send with a call. While the file cannot be read, the last token is."""
+        """Return the metadata of a call. While the file cannot be read, the last token is used."""
         self.file.reload_if_changed()
         return ("authorization", f"Bearer {self.file.value}")
 
@@ -41,7 +41,7 @@ class Token:
 
 
 def require_encrypted(target: str, *, token_file: str | None, tls_ca: str | None, prefix: str = "--") -> None:
-    """Refuse to send a token in the clear to another machine. Raises UsageError."""
+    """Raise UsageError if a token would be sent unencrypted to another machine."""
     if token_file and not tls_ca and not is_local_target(target):
         message = (
             f"{prefix}token-file: {target} would get it in the clear; {prefix}tls-ca encrypts the way there"

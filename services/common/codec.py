@@ -1,6 +1,6 @@
-"""Formats by name, and their streaming codecs: bytes in, bytes out, memory bounded.
+"""File formats by name, and their streaming codecs with bounded memory.
 
-Compressed input is fed to the decompressor in small slices, because what comes out of one slice is held
+Compressed input is decompressed in small slices, because the output of one slice is held in memory as a
 whole: with deflate at most about a thousandfold, so 4 MiB; with zstd 128 KiB for every 4 bytes, so 8 MiB.
 """
 
@@ -15,32 +15,35 @@ from services.common.errors import CorruptInputError, WindowTooLargeError
 
 _GZIP_SLICE_BYTES = 4096
 _ZSTD_SLICE_BYTES = 256
-_GZIP_WINDOW_BITS: Final = 31  # zlib's way to say "gzip, with its header and checksum"
+# zlib's value for "gzip, with header and checksum".
+_GZIP_WINDOW_BITS: Final = 31
 _ZSTD_LEVEL = 3
-# Each file in work holds a window. RFC 8878 asks a reader for this; only `--long` and `--ultra` make larger.
+# Each file in progress holds a window. RFC 8878 recommends this size to readers; only `--long` and `--ultra`
+# produce larger windows.
 MAX_ZSTD_WINDOW_BYTES = 8 * 2**20
-_ZSTD_WINDOW_ERROR = "requires too much memory"  # zstd's own words: it has no code that tells it apart
+# Part of zstd's message; the error has no code.
+_ZSTD_WINDOW_ERROR = "requires too much memory"
 _BASE_SUFFIXES = (".jsonl", ".ndjson", ".jl", ".json")
 
 
 class Decoder(Protocol):
-    """Turns a file's bytes into its text's bytes."""
+    """Decodes the bytes of a file."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """Decode the next bytes."""
 
     def finish(self) -> Iterator[bytes]:
-        """Decode the last bytes. Raises CorruptInputError if that cannot be the end."""
+        """Decode the last bytes. Raises CorruptInputError if the file is incomplete."""
 
 
 class Encoder(Protocol):
-    """Turns text bytes into a file's bytes; `flush` gives the last ones."""
+    """Encodes text into the bytes of a file. `flush` returns the last ones."""
 
     def compress(self, data: bytes, /) -> bytes:
         """Encode the next bytes."""
 
     def flush(self) -> bytes:
-        """End the file."""
+        """Return the last bytes of the file."""
 
 
 class _PlainCodec:
@@ -58,7 +61,7 @@ class _PlainCodec:
 
 
 class _FrameDecoder:
-    """Compressed frames (gzip members, zstd frames), one after the other until the end of the file."""
+    """Decodes consecutive compressed frames (gzip members, zstd frames)."""
 
     def __init__(
         self,
@@ -73,10 +76,13 @@ class _FrameDecoder:
         self._max_window_bytes = max_window_bytes
         self._new_frame = new_frame
         self._slice_bytes = slice_bytes
-        self._padding = padding  # what may stand between and behind frames
+        # Bytes that may stand between and behind frames.
+        self._padding = padding
         self._has_frames = False
-        self._frame: Any = None  # None: between frames
-        self._pending = b""  # fewer bytes than tell whether another frame begins
+        # None between two frames.
+        self._frame: Any = None
+        # Bytes that are too few to decide whether another frame begins.
+        self._pending = b""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         for start in range(0, len(data), self._slice_bytes):
@@ -99,7 +105,7 @@ class _FrameDecoder:
                     rest, self._frame = self._frame.unused_data, None
 
     def _next_frame_start(self, rest: bytes) -> bytes:
-        """Return the bytes that the next frame begins with, none while they are too few."""
+        """Return the first bytes of the next frame, or none while they are too few to decide."""
         if self._has_frames and not self._pending:
             rest = rest.lstrip(self._padding) if self._padding else rest
         rest = self._pending + rest
@@ -129,7 +135,7 @@ class _FrameDecoder:
 
 @dataclass(frozen=True, eq=False)
 class Format:
-    """A way to store lines, known by its suffix. `compression` is its name, empty for plain text."""
+    """A file format with its suffix. `compression` is its name, empty for plain text."""
 
     suffix: str
     compression: str = ""
@@ -137,19 +143,19 @@ class Format:
 
     @property
     def suffix_help(self) -> str:
-        """What its files' names end in, for people."""
+        """Return the suffixes of its file names, for messages."""
         return ", ".join(base + self.suffix for base in _BASE_SUFFIXES)
 
     def matches(self, data: bytes) -> bool:
-        """Return whether a file of this format begins with these bytes."""
+        """Return whether the bytes are the beginning of this format."""
         return data.startswith(self.magics)
 
     def may_match(self, data: bytes) -> bool:
-        """Return whether more bytes are needed to know."""
+        """Return whether more bytes are needed to decide."""
         return any(len(data) < len(magic) and magic.startswith(data) for magic in self.magics)
 
     def decoder(self, *, max_zstd_window_bytes: int = MAX_ZSTD_WINDOW_BYTES) -> Decoder:
-        """Return a decoder that takes nothing but this format."""
+        """Return a decoder that accepts only this format."""
         if self is GZIP:
             return _FrameDecoder(
                 self,
@@ -177,7 +183,7 @@ class Format:
 
 PLAIN = Format("")
 GZIP = Format(".gz", "gzip", (b"\x1f\x8b",))
-# The last sixteen begin a frame that holds something else than text, and is skipped.
+# The last sixteen are the magic numbers of skippable frames, which hold no text.
 ZSTD = Format(
     ".zst",
     "zstd",
@@ -186,11 +192,11 @@ ZSTD = Format(
 FORMATS = (PLAIN, GZIP, ZSTD)
 SUFFIXES = tuple(base + known.suffix for base in _BASE_SUFFIXES for known in FORMATS)
 SUFFIX_HELP = f"{', '.join(_BASE_SUFFIXES)}, each also with {GZIP.suffix} or {ZSTD.suffix}, in any case"
-"""For people: what the name of a file of lines ends in."""
+"""The suffixes of input files, for messages."""
 
 
 def format_for_name(name: str) -> Format | None:
-    """Return the format that a file's name says, if it says one."""
+    """Return the format that the suffix of a name denotes, or None."""
     lower = name.lower()
     for known in FORMATS:
         if lower.endswith(known.suffix) and lower.removesuffix(known.suffix).endswith(_BASE_SUFFIXES):

@@ -1,7 +1,7 @@
-"""What a file holds by its first bytes, whatever its name says.
+"""Detect the format of a file by its first bytes, whatever its name is.
 
-What is certain is decoded: gzip and zstd, also one in the other, and the Unicode encodings that a byte order
-mark tells. What is certainly not lines of JSON is refused with its true name.
+gzip and zstd, also nested, and Unicode encodings with a byte order mark are decoded. Content that is
+certainly not lines of JSON is rejected with the name of its format.
 """
 
 import codecs
@@ -96,7 +96,7 @@ class DetectingDecoder:
 
     @property
     def hint(self) -> str | None:
-        """What the text is, if not lines of objects."""
+        """Return what the text probably is instead of lines of objects, or None."""
         return self._inner.hint if self._inner else self._hint
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -136,14 +136,14 @@ class DetectingDecoder:
                 yield from self._inner.feed(text)
 
     def _detect_compression(self, head: bytes) -> Format | None:
-        """Return the compression that the bytes begin as, or, cut short, could have begun as."""
+        """Return the compression of bytes that begin, or that truncated could begin, as such."""
         found = next((known for known in (GZIP, ZSTD) if known.matches(head)), None)
         if found is None and self._format_by_name is not PLAIN and self._format_by_name.may_match(head):
             return self._format_by_name
         return found
 
     def _detect(self, head: bytes) -> None:
-        """Decide what the bytes are. Raises FileError."""
+        """Choose the decoder for the first bytes. Raises FileError."""
         packed = self._detect_compression(head)
         if packed is not None:
             if self._layer == _MAX_LAYERS:
@@ -198,7 +198,7 @@ class DetectingDecoder:
 
 
 class _Transcoder:
-    """From a Unicode encoding to UTF-8. Lone surrogates go through: they cost their line, not the file."""
+    """Converts a Unicode encoding to UTF-8. A lone surrogate invalidates its line, not the file."""
 
     def __init__(self, encoding: str) -> None:
         self._name = encoding[:6].upper()
@@ -224,19 +224,19 @@ class _Transcoder:
 
 
 def _detect_encoding(head: bytes) -> str | None:
-    """Return the encoding that the bytes are certainly in, if it is not UTF-8."""
+    """Return the encoding that the bytes certainly have, or None for UTF-8."""
     marked = next((name for mark, name in _ENCODINGS if head.startswith(mark)), None)
     return marked or next((name for start, name in _ENCODINGS_WITHOUT_BOM if start.match(head)), None)
 
 
 def _skip_leading_whitespace(head: bytes) -> bytes:
-    """Return the head from its first character on that is no white space or byte order mark."""
+    """Return the head without leading white space and byte order marks."""
     found = _LEADING_WHITESPACE.match(head)
     return head[found.end() :] if found else head
 
 
 def _is_sufficient_head(head: bytes) -> bool:
-    """Return whether the head is large enough, and the second line has begun in it."""
+    """Return whether the head is large enough to detect its format, with the start of a second line."""
     if not _HEAD_BYTES <= len(head) < _MAX_HEAD_BYTES:
         return len(head) >= _MAX_HEAD_BYTES
     text = _skip_leading_whitespace(head)

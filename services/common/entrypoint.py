@@ -1,4 +1,4 @@
-"""The door of every command: standard library only, so that a missing extra is one clear line."""
+"""The entry point of every command. It imports only the standard library, to report a missing extra."""
 
 import importlib
 import os
@@ -7,11 +7,11 @@ from typing import NoReturn
 
 
 def run_main(module: str, *, program: str, extra: str) -> NoReturn:
-    """Run `main()` of `module`; exit 2 with the pip line when what the extra installs is missing."""
+    """Run `main()` of `module`. Exit with code 2 and the pip command if a package of the extra is missing."""
     # gRPC's core writes its own lines about what we report ourselves; an operator may still ask for them.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        importlib.import_module(module).main()  # which imports more, once it knows what it is asked for
+        importlib.import_module(module).main()
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in {"services", "protos"}:
             raise  # a broken installation, not a missing extra

@@ -1,34 +1,34 @@
-"""The base of every error that a command may show to its user."""
+"""Base classes of the errors that a command shows to its user."""
 
 from services.common.units import format_size
 
 
 class CommandError(Exception):
-    """Ends a command with one clear line on standard error; `exit_code` is the process's."""
+    """Ends a command with one line on standard error and `exit_code`."""
 
     exit_code = 1
 
 
 class UsageError(CommandError):
-    """What the user asked for cannot be meant: exit code 2."""
+    """The arguments of a command are invalid: exit code 2."""
 
     exit_code = 2
 
 
 class FileError(CommandError):
-    """One file cannot be done; the others go on."""
+    """One file cannot be processed. The others are not affected."""
 
 
 class CorruptInputError(FileError):
-    """The compressed input cannot be read to its end."""
+    """The compressed input cannot be decoded to its end."""
 
 
 class UnreadableFormatError(FileError):
-    """The file holds something else than lines of JSON."""
+    """The file does not hold lines of JSON."""
 
 
 class WindowTooLargeError(FileError):
-    """To read the compressed input takes more memory than one file may have."""
+    """Decompressing the input needs more memory than one file may use."""
 
     def __init__(self, *, limit_bytes: int) -> None:
         super().__init__(

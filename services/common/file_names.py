@@ -1,4 +1,4 @@
-"""Which files are read, by their names."""
+"""Decide by name which files are read."""
 
 from services.common.codec import format_for_name
 
@@ -7,7 +7,7 @@ REASONS_SUFFIX = ".reasons.jsonl"
 
 
 def is_input(name: str) -> bool:
-    """Return whether a file is read: a known format, not hidden, and neither rejected lines nor reasons.
+    """Return whether a file is an input: of a known format, not hidden, and not an output of rejects.
 
     The name is relative to the folder or prefix that is read, with "/".
     """
@@ -17,5 +17,5 @@ def is_input(name: str) -> bool:
 
 
 def is_excluded(name: str) -> bool:
-    """Return whether the name, or a folder in it, is hidden or one of rejected lines."""
+    """Return whether the file or one of its folders is hidden or holds rejects."""
     return any(part.startswith(".") or part == REJECTS_FOLDER for part in name.split("/"))

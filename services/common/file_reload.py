@@ -1,4 +1,4 @@
-"""What is read of files, and read again when they become others: certificates, tokens, lists of callers."""
+"""Read certificates, tokens and lists of callers from files, again whenever the files change."""
 
 import logging
 import os
@@ -10,14 +10,15 @@ from typing import Generic, TypeVar
 
 from services.common.errors import UsageError
 
-MAX_FILE_BYTES = 4 * 2**20  # the CAs of a whole system are a quarter of a megabyte
+# The CAs of a whole system have a quarter of a megabyte.
+MAX_FILE_BYTES = 4 * 2**20
 _INITIAL_ATTEMPTS = 3
 _Value = TypeVar("_Value")
 _log = logging.getLogger(__name__)
 
 
 class ReloadResult(Enum):
-    """What came of looking at the files again; a failure is told once, until they are others again."""
+    """The outcome of a check of the files. A failure is reported once for each change."""
 
     UNCHANGED = "unchanged"
     RELOADED = "done"
@@ -25,12 +26,12 @@ class ReloadResult(Enum):
 
 
 class ReloadingFile(Generic[_Value]):
-    """`value` is the last that could be read: what is broken, or gone, changes nothing.
+    """The value of one or more files. If they become invalid or are removed, the last valid value is kept.
 
-    `read` raises UsageError, whose words are logged, so they must not say what a secret is. `tell` hears of
-    every look that did not find all as it was.
+    `read` raises UsageError, whose text is logged, so it must not contain a secret. `on_reload` is called for
+    every check that found a change.
 
-    State: `value`, which other threads may read, and `_seen`, what the files were at the last look.
+    State: `value`, which other threads may read; `_last_state`, the files' state at the last check.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class ReloadingFile(Generic[_Value]):
         self.value = read()
 
     def reload_if_changed(self) -> ReloadResult:
-        """Read them if they are others. Kubernetes swaps symbolic links: what they lead to counts."""
+        """Read the files again if they changed. Symbolic links are followed, since Kubernetes swaps them."""
         now = self._current_state()
         if now == self._last_state:
             return ReloadResult.UNCHANGED
@@ -82,7 +83,7 @@ class ReloadingFile(Generic[_Value]):
 
 
 def read_file(path: str, *, flag_name: str) -> bytes:
-    """A file's content, within bounds. Raises UsageError, also where one could wait: a FIFO, a device."""
+    """Return the content of a regular file of at most MAX_FILE_BYTES. Raises UsageError."""
     try:
         with open(path, "rb", opener=_open_nonblocking) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -99,7 +100,7 @@ def read_file(path: str, *, flag_name: str) -> bytes:
 
 
 def _open_nonblocking(path: str, flags: int) -> int:
-    """Open a FIFO, too, whether or not anybody writes to it."""
+    """Open a file without waiting: a FIFO would block until a writer opens it."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

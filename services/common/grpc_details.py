@@ -1,4 +1,4 @@
-"""What may be told in a log of why a call failed."""
+"""Decide which status details of a failed call are safe to log."""
 
 import re
 
@@ -16,16 +16,16 @@ _MAX_CHARACTERS = 300
 
 
 def safe_details(details: str | None) -> str:
-    """A failed call's details if they are gRPC's own, cut short; of what a server says, nothing."""
+    """Return the details of a failed call if gRPC itself wrote them, truncated, else ""."""
     return (details or "")[:_MAX_CHARACTERS] if _CORE_MESSAGES.match(details or "") else ""
 
 
 def is_connection_failure(details: str | None) -> bool:
-    """Return whether gRPC itself says that there was no connection to send the call on."""
+    """Return whether gRPC itself reports that it had no connection to send the call."""
     return _CONNECTION_FAILURES.match(details or "") is not None
 
 
 def format_status(code: str, details: str | None) -> str:
-    """The status in a line of a log: its code, and gRPC's own words."""
+    """Return a status for a log line: its code, and gRPC's own details."""
     words = safe_details(details)
     return f"{code}: {words}" if words else code

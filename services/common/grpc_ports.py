@@ -1,4 +1,4 @@
-"""Have a gRPC server listen: the same spellings as elsewhere, and why an address cannot be had."""
+"""Bind a gRPC server to an address, and report why that fails."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ def add_ports(
     credentials: Callable[[], grpc.ServerCredentials] | None = None,
     mode: int | None = None,
 ) -> str:
-    """Have `server` listen on `text`, and return the address that it really has.
+    """Bind `server` to the address `text` and return the bound address.
 
-    `credentials` makes those of one listener; without it, and on Unix sockets, there is no TLS. `mode` is
-    that of a Unix socket, by umask if None. Raises CommandError.
+    `credentials` creates those of one listener. Without it, and on Unix sockets, there is no TLS. `mode` is
+    the mode of a Unix socket; None: by the umask. Raises CommandError.
     """
     if text.startswith("unix:"):
         return _add_unix(server, text, flag_name=flag_name, mode=mode)

@@ -1,4 +1,4 @@
-"""gRPC targets: whether what is sent there stays on this machine, and what follows for a channel."""
+"""Validate gRPC targets, and detect whether a target is on this machine."""
 
 import ipaddress
 import os
@@ -19,10 +19,10 @@ _HTTP_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's
 
 
 def check_target(target: str, *, flag_name: str, tls_flag: str) -> None:
-    """Refuse a target that gRPC can not read, or whose port it would guess. Raises UsageError.
+    """Raise UsageError for a target that gRPC cannot parse or whose port it would guess.
 
-    The core takes a URL for a host name, which no DNS server knows, and takes port 443 for a target that has
-    none. `tls_flag` is the flag that encrypts the calls.
+    The core treats a URL as a host name, which no DNS server knows, and uses port 443 for a target without
+    one. `tls_flag` is the flag that encrypts the calls.
     """
     reason = _target_fault(target, tls_flag)
     if reason is not None:
@@ -85,7 +85,7 @@ def _spelling_fault(address: str) -> str:
 
 
 def is_local_target(target: str) -> bool:
-    """Whether nobody else can listen in on the way to a target, encrypted or not."""
+    """Return whether traffic to the target stays on this machine, so that it needs no encryption."""
     if target.startswith(("unix:", "unix-abstract:")):
         return True
     found = _RESOLVER.match(target)

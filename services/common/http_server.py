@@ -1,4 +1,4 @@
-"""The HTTP endpoint of a service: `/metrics`, `/healthz`, and whatever else it adds."""
+"""The HTTP endpoint of a service: `/metrics`, `/healthz`, and handlers that the service adds."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,7 +15,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class HttpEndpoint:
-    """Serves on the event loop itself, so an answer from `/healthz` says that the loop runs."""
+    """Serves HTTP on the service's event loop, so a response from `/healthz` shows that the loop runs."""
 
     def __init__(self, *, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -26,11 +26,11 @@ class HttpEndpoint:
         self.add_handler("/healthz", self._handle_healthz)
 
     def add_handler(self, path: str, handler: Handler) -> None:
-        """Answer GET (and HEAD) on `path`; only before `start`."""
+        """Handle GET (and HEAD) on `path`. Must be called before `start`."""
         self._app.router.add_get(path, handler)
 
     async def start(self, address: str) -> str:
-        """Listen (see `listening.py`) and return the address really bound. Raises CommandError."""
+        """Listen on the address (see `listening.py`) and return the bound address. Raises CommandError."""
         sockets = bind_sockets(address, flag_name="--http-listen")
         port = sockets[0].getsockname()[1]
         await self._runner.setup()
@@ -45,9 +45,10 @@ class HttpEndpoint:
         return ListenAddress.parse(address).with_port(port)
 
     def _accept(self) -> asyncio.Protocol:
-        """One connection more. Answers take milliseconds: of many the oldest is one that says nothing,
-        or too slowly: it makes room.
-        """  # noqa: D205 - one thought
+        """Accept a connection; above the limit, close the oldest one.
+
+        Responses take milliseconds, so the oldest of many connections is idle or too slow.
+        """
         server = self._runner.server
         assert server is not None  # noqa: S101 - set up before it listens
         for oldest in server.connections[: 1 - _MAX_CONNECTIONS]:  # they go in the loop's next round

@@ -1,4 +1,4 @@
-"""How JSON lies in a text that should hold one object a line."""
+"""Detect JSON that is not laid out as one object per line."""
 
 import json
 import re

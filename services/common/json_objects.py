@@ -1,6 +1,6 @@
-"""JSON objects that follow one another on a line without a line end between them.
+"""Split JSON objects that follow one another on one line without a line feed between them.
 
-Delivery streams write files like that, and so does `cat` where a file's last line has no end.
+Delivery streams write such files, and so does `cat` if the last line of a file has no line feed.
 """
 
 import json

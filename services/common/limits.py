@@ -1,4 +1,4 @@
-"""The limits of what is read into memory: `--max-line-bytes` and `--max-zstd-window`."""
+"""Check the flags that limit memory for reading: `--max-line-bytes` and `--max-zstd-window`."""
 
 from services.common.errors import UsageError
 from services.common.units import format_size

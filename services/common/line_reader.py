@@ -1,6 +1,6 @@
-"""A stream of bytes cut into blocks of whole lines, in bounded memory.
+"""Split a stream of bytes into blocks of whole lines, in bounded memory.
 
-Of several JSON objects on one line each is a line.
+Several JSON objects on one line count as one line each.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -17,13 +17,13 @@ _BLOCK_BYTES = 2**17  # with what is parsed of it, what a processor's core has a
 
 @dataclass(frozen=True, slots=True)
 class LineBlock:
-    """Lines joined by their line feeds, and how many they are."""
+    """Consecutive lines joined by line feeds, and their number."""
 
     text: bytes
     line_count: int
 
     def split_in_half(self) -> tuple["LineBlock", "LineBlock"]:
-        """The same in two, if they are two lines at least; of about one size."""
+        """Return the block in two blocks of about the same size. It must have at least two lines."""
         cut = self.text.find(b"\n", len(self.text) // 2)
         if cut < 0:
             cut = self.text.rfind(b"\n")
@@ -34,7 +34,7 @@ class LineBlock:
 
 @dataclass(frozen=True, slots=True)
 class LongLinePart:
-    """A part of a line that is over the limit. The parts of a line follow one another."""
+    """A part of a line over the size limit. The parts of a line follow one another."""
 
     text: bytes
     is_last: bool
@@ -46,7 +46,7 @@ LineChunk: TypeAlias = list[LineBlock] | LongLinePart
 async def read_line_chunks(
     data: AsyncIterator[bytes], *, max_line_bytes: int | None = None
 ) -> AsyncGenerator[LineChunk]:
-    """Yield the lines in pieces, so many at a time. A line feed alone ends a line; the last may lack it."""
+    """Yield the lines in chunks of blocks. Only a line feed ends a line; the last line may have none."""
     cutter = _LineSplitter(MAX_LINE_BYTES if max_line_bytes is None else max_line_bytes)
     async for chunk in data:
         for block in cutter.feed(chunk):

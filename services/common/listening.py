@@ -1,4 +1,4 @@
-"""Addresses to listen on: one spelling means the same for gRPC and for HTTP.
+"""Parse and bind listen addresses, with the same meaning for gRPC and for HTTP.
 
 | spelling | meaning |
 |---|---|
@@ -6,7 +6,7 @@
 | `localhost:PORT` | 127.0.0.1 and ::1 |
 | `127.0.0.1:PORT`, `[::1]:PORT`, `NAME:PORT` | this address, or those of this name, alone |
 
-What this machine does not have of several (IPv6 may be turned off) is left out.
+Of several addresses those that this machine lacks are left out (IPv6 may be turned off).
 """
 
 import errno
@@ -53,7 +53,7 @@ class ListenAddress:
 
 
 def check_address(text: str, *, flag_name: str, allow_unix: bool = False) -> None:
-    """Refuse what is no address. Raises UsageError."""
+    """Raise UsageError for an invalid address."""
     if allow_unix and text.startswith("unix:") and text != "unix:":
         return
     try:
@@ -66,7 +66,7 @@ def check_address(text: str, *, flag_name: str, allow_unix: bool = False) -> Non
 def bind_sockets(text: str, *, flag_name: str) -> list[socket.socket]:
     """Return a bound socket for every address that `text` means; of port 0, all have the same port.
 
-    Raises CommandError, which says why it cannot be had.
+    Raises CommandError with the reason.
     """
     address = ListenAddress.parse(text)
     sockets: list[socket.socket] = []

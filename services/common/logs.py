@@ -1,8 +1,8 @@
 """Logs on standard error (JSON or text), and the one `ready` line on standard output.
 
-A line never holds what a caller, the model or a file sent, but at debug. So of an unexpected exception it has
-the type and the places, not the words: those may quote a company or a title. And in text a message is one
-line, whatever is in it.
+Above debug, a line never holds data of a caller, the model or a file. So an unexpected exception is logged
+with its type and its stack, but without its text, which may quote a company or a title. In text format a
+message is always one line.
 """
 
 import json
@@ -48,18 +48,18 @@ def configure(*, log_format: str, level: str) -> None:
 
 
 def set_trace_id_source(ids: Callable[[], tuple[str, str] | None] | None) -> None:
-    """Add to every line the ids, of trace and span, of what goes on; None: no more."""
+    """Add the current trace id and span id to every line, or stop adding them if `ids` is None."""
     _trace_id_sources.clear()
     if ids is not None:
         _trace_id_sources.append(ids)
 
 
 _trace_id_sources: list[Callable[[], tuple[str, str] | None]] = []
-"""Of the ids; at most one. Set at the start and at the end."""
+"""The source of the ids, at most one. Set when tracing starts, cleared when it ends."""
 
 
 def announce_ready(**fields: Any) -> None:
-    """Print the line that says where a server can be reached, now that it answers."""
+    """Print the `ready` line with the addresses of a server that accepts requests."""
     sys.stdout.write(json.dumps({"event": "ready", **fields}) + "\n")
     sys.stdout.flush()
 
@@ -69,10 +69,11 @@ def _debug_enabled() -> bool:
 
 
 def _drop_caller_noise(record: logging.LogRecord) -> bool:
-    """Not what callers do to their own requests, which libraries log with a stack: an answer that nobody
-    waits for any more, what is no message, metadata that are no text (gRPC), and what is no HTTP, or no body
-    of a request (aiohttp). Logged, it would be for callers to flood with.
-    """  # noqa: D205 - one thought
+    """Return false for errors that callers cause in their own requests, which libraries log with a traceback.
+
+    These are cancelled RPCs, invalid messages and metadata (gRPC), and invalid HTTP requests (aiohttp).
+    Otherwise callers could flood the log.
+    """
     kind = record.exc_info[0] if record.exc_info else None
     if kind is None:
         return True
@@ -91,14 +92,14 @@ def _add_trace_ids(record: logging.LogRecord) -> bool:
 
 
 def _keep_first_line(record: logging.LogRecord) -> bool:
-    """Of what asyncio says of a task that failed: behind it stands the exception, as it shows itself."""
+    """Keep the first line of asyncio's message about a failed task: the others quote the exception."""
     if not _debug_enabled():
         record.msg, record.args = record.getMessage().split("\n", 1)[0], ()
     return True
 
 
 def _format_trace(error: BaseException | None) -> str:
-    """Where an exception was raised, and what it is, and the same of what it came from."""
+    """Return the stack and the type of an exception and of its causes, without their texts."""
     lines: list[str] = []
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

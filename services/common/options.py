@@ -1,7 +1,7 @@
-"""Settings as frozen dataclasses whose fields are also a command's flags.
+"""Define the flags of a command as the fields of a frozen dataclass.
 
-A field made with `flag()` is declared once: the class is the command's options, their environment
-twins (`--model-target` of `cache-proxy` is `CACHE_PROXY_MODEL_TARGET`) and its help.
+A field that is defined by `flag()` is at once a setting, a flag with its help, and an environment variable
+(`--model-target` of `cache-proxy` is `CACHE_PROXY_MODEL_TARGET`).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ _Settings = TypeVar("_Settings")
 
 
 class _ParsedType(click.ParamType[Any]):
-    """A flag's type, from a parser that raises ValueError with a sentence about the value."""
+    """A flag type by a parser that raises ValueError with a sentence about the value."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -106,12 +106,12 @@ MODE = _ParsedType("mode", _parse_mode)
 
 
 def custom_type(name: str, parse: Callable[[str], Any]) -> click.ParamType[Any]:
-    """A type of a service's own, from a parser that raises ValueError with a sentence about the value."""
+    """Return a flag type by a parser that raises ValueError with a sentence about the value."""
     return _ParsedType(name, parse)
 
 
 def choice(*values: str) -> click.ParamType[Any]:
-    """One of a few words."""
+    """Return a flag type that accepts one of the values."""
     return click.Choice(values)
 
 
@@ -124,7 +124,7 @@ def flag(
     text: str,
     password_alternative: str = "",
 ) -> Any:
-    """A dataclass field that is also the flag `name`; `default` is written as a user would.
+    """Return a dataclass field that is also the flag `name`. `default` is written as a user would write it.
 
     `login_goes_to`, of a flag that is a URL: where a password goes instead. On a command line, which
     everybody on the machine may read, the URL may hold none.
@@ -146,7 +146,7 @@ def flag(
 
 
 def click_options(settings: type, *, prefix: str) -> list[click.Parameter]:
-    """The click options of a settings class; `prefix` begins their environment twins."""
+    """Return the click options of a settings class. `prefix` starts the names of their variables."""
     return [
         _option(field.metadata[_METADATA_KEY], field.name, prefix) for field in dataclasses.fields(settings)
     ]
@@ -212,10 +212,10 @@ def _flatten(default: tuple[str, ...]) -> Callable[[click.Context, click.Paramet
 
 
 class SettingsCommand(click.Command):
-    """A command whose booleans may be said as `--x`, `--x true` or `--x=false`."""
+    """A command whose booleans can be written as `--x`, `--x true` or `--x=false`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Give a bare boolean its `true`, so that it never swallows the argument behind it."""
+        """Add `true` behind a boolean flag without value, so that it does not consume the next argument."""
         booleans = {name for option in self.params if option.type is BOOL for name in option.opts}
         spelled: list[str] = []
         for place, token in enumerate(args):
@@ -227,13 +227,13 @@ class SettingsCommand(click.Command):
 
 
 def read_settings(settings: type[_Settings], values: dict[str, Any]) -> _Settings:
-    """The settings in a command's parsed values (the rest of `values` is left alone)."""
+    """Return the settings in the parsed values of a command. Other values are ignored."""
     names = {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
     return settings(**{name: value for name, value in values.items() if name in names})
 
 
 def run_command(command: click.Command, *, program: str, args: Sequence[str] | None = None) -> NoReturn:
-    """Run `command` and exit; every expected failure is one line on standard error."""
+    """Run `command` and exit. Every expected error is one line on standard error."""
     try:
         code = command.main(args=args, prog_name=program, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

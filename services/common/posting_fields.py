@@ -1,4 +1,4 @@
-"""Which members of a posting hold its company, its title and its level."""
+"""The members of a posting that hold its company, its title and its level."""
 
 import re
 from collections.abc import Mapping

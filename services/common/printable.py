@@ -1,4 +1,4 @@
-"""Text that others chose, such as names of files, as one line of a log or a terminal."""
+"""Escape text of unknown origin, such as file names, for a log line or a terminal."""
 
 
 def escape_unprintable(text: str) -> str:

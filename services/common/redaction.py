@@ -1,4 +1,4 @@
-"""What keeps secrets out of the process list, of errors, and of files that everybody reads."""
+"""Keep secrets out of the process list, error messages and world-readable files."""
 
 import logging
 import re
@@ -14,20 +14,20 @@ _log = logging.getLogger(__name__)
 
 
 def has_password(url: str) -> bool:
-    """Whether a URL (or a list of hosts after its scheme) tells a password."""
+    """Return whether a URL (or a list of hosts after its scheme) contains a password."""
     address, _, query = url.partition("?")
     user = address.partition("://")[2].rpartition("@")[0]
     return ":" in user or any(name.lower() in _SECRET_PARAMETERS for name, _ in parse_qsl(query))
 
 
 def strip_userinfo(text: str) -> str:
-    """A text, as of an error, whose URLs tell neither user nor password."""
+    """Return a text with user and password of its URLs replaced by `***`."""
     return _USERINFO.sub("***@", text)
 
 
 @cache
 def warn_if_world_readable(path: Path, *, flag_name: str) -> None:
-    """Warn, once, of a secret's file that everybody on the machine may read."""
+    """Log a warning, once, if the file of a secret is world-readable."""
     with suppress(OSError):  # gone since it was read: a renewal
         if not path.stat().st_mode & stat.S_IROTH:
             return

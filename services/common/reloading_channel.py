@@ -1,4 +1,4 @@
-"""A channel that follows its target: renewed certificates, and a name whose address changes."""
+"""A gRPC channel that follows reloaded certificates and changed addresses of its target."""
 
 import asyncio
 import logging
@@ -27,21 +27,20 @@ DNS_REFRESH_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-"""Channel arguments with which a server that moves to another address is found within seconds."""
+"""Channel arguments that find a server with a new address within seconds."""
 
 
 class ReloadingChannel:
-    """A channel to `target`: in the clear, or by the TLS that the files hold.
+    """A channel to `target`: plaintext, or with the TLS files in `tls`.
 
-    gRPC knows no other way to change a client's certificate than another channel. It takes over once it is
-    connected, so that no call waits for a handshake; a call on the one before may take `longest_call_seconds`
-    to end.
+    gRPC can change a client certificate only by a new channel. The new channel takes over once it is
+    connected, so that no call waits for a handshake. Calls on the old channel have `max_call_seconds` to end.
 
-    While a name has no address, core's resolver waits longer after each failure, up to two minutes. A channel
-    that has no connection is therefore replaced every two seconds: another resolver asks DNS at once.
+    While a name has no address, core's resolver waits longer after each failure, up to two minutes. So a
+    channel without a connection is replaced every two seconds: a new resolver queries DNS at once.
 
-    State: `_current`, opened at `_opened_at`; `_used`, what the files held that it is made with, or is to be;
-    `_changes`, the tasks that replace it and close what was replaced.
+    State: `_current`, opened at `_opened_at`; `_used_pem`, the content of the TLS files that it is made with,
+    or will be; `_background_tasks`, which replace channels and close old ones.
     """
 
     def __init__(
@@ -68,23 +67,22 @@ class ReloadingChannel:
         self._background_tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        """Nothing happens yet."""
+        """Return the channel."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close it."""
+        """Close the channel."""
         await self.close()
 
     @property
     def current(self) -> aio.Channel:
-        """For the next call, which must be made at once; it connects when it is first used."""
+        """Return the channel for a call that is made at once. It connects when it is first used."""
         return self._current
 
     def refresh(self) -> None:
-        """Follow the target: call it before an RPC, or every second.
+        """Replace the channel if its files changed or its connection is lost.
 
-        Read the files, and use what they hold now if it is something else. Resolve the name again if there is
-        no connection.
+        Call this before an RPC, or every second.
         """
         if self._tls is not None:
             self._tls.reload_if_changed()
@@ -101,7 +99,7 @@ class ReloadingChannel:
             self._run_in_background(lost.close(self._max_call_seconds))
 
     async def close(self) -> None:
-        """Close it, and what it replaced."""
+        """Close the channel and the channels that it replaced."""
         if self._background_tasks:
             await cancel_and_wait(self._background_tasks)
         await self._current.close()

@@ -1,4 +1,4 @@
-"""TLS from files in PEM, looked at before gRPC is given them: it does not say what is wrong with them."""
+"""Load TLS files in PEM and validate them, because gRPC does not report what is wrong with them."""
 
 import ssl
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from services.common.errors import UsageError
 from services.common.file_reload import ReloadingFile, ReloadResult, read_file
 from services.common.redaction import warn_if_world_readable
 
-# rsaEncryption, P-256, P-384, P-521, in DER. Of others gRPC says nothing, but no handshake succeeds.
+# rsaEncryption, P-256, P-384, P-521, in DER. With other keys gRPC reports nothing, but every handshake fails.
 _SUPPORTED_KEY_OIDS = tuple(
     map(bytes.fromhex, ("06092a864886f70d010101", "06082a8648ce3d030107", "06052b81040022", "06052b81040023"))
 )
@@ -19,20 +19,20 @@ _SUPPORTED_KEY_OIDS = tuple(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PemBundle:
-    """Whom one trusts (`roots`), and one's own certificate (`chain`) with its `key`; None: none."""
+    """Trusted CAs (`roots`), and the own certificate (`chain`) with its `key`. Each may be None."""
 
     roots: bytes | None
     chain: bytes | None
     key: bytes | None
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """For whoever calls."""
+        """Return the credentials of a client."""
         return grpc.ssl_channel_credentials(self.roots, self.key, self.chain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PemFiles:
-    """Their paths, and `flags`: how the user names the three of them, CA first."""
+    """Paths of CA, certificate and key. `flags` are the flags that name them, in this order."""
 
     ca: str | None
     cert: str | None
@@ -40,14 +40,14 @@ class PemFiles:
     flags: tuple[str, str, str] = ("--tls-ca", "--tls-cert", "--tls-key")
 
     def validate_pair(self) -> None:
-        """Refuse a certificate without its key. Raises UsageError."""
+        """Raise UsageError for a certificate without its key or a key without its certificate."""
         _, cert_flag, key_flag = self.flags
         if (self.cert is None) is not (self.key is None):
             message = f"{cert_flag} and {key_flag}: neither goes without the other"
             raise UsageError(message)
 
     def validate(self) -> None:
-        """Refuse also a certificate for a way in the clear, of whoever calls. Raises UsageError."""
+        """Raise UsageError also for a client certificate without a CA, since nothing would be encrypted."""
         self.validate_pair()
         ca_flag, cert_flag, _ = self.flags
         if self.cert is not None and self.ca is None:
@@ -57,7 +57,7 @@ class PemFiles:
     def watch(
         self, *, on_reload: Callable[[ReloadResult], None] = lambda _: None
     ) -> ReloadingFile[PemBundle]:
-        """What they hold, now and later. Raises UsageError."""
+        """Return the files' content, which is reloaded when they change. Raises UsageError."""
         paths = [path for path in (self.ca, self.cert, self.key) if path is not None]
         return ReloadingFile(paths, self._read, on_reload=on_reload)
 
@@ -91,7 +91,7 @@ class PemFiles:
 
 
 def _is_supported_key(chain: bytes) -> bool:
-    """Whether the first certificate's key is of a kind that gRPC knows; whatever cannot be told is."""
+    """Return whether gRPC supports the key of the first certificate; true if that cannot be decided."""
     first, end, _ = chain.decode(errors="replace").partition(ssl.PEM_FOOTER)
     try:
         der = ssl.PEM_cert_to_DER_cert(ssl.PEM_HEADER + first.rpartition(ssl.PEM_HEADER)[2] + end)

@@ -1,4 +1,4 @@
-"""Durations (`250ms`, `30s`, `5m`, `7d`) and sizes (`64MiB`) as people write them."""
+"""Parse and format durations (`250ms`, `30s`, `5m`, `7d`) and sizes (`64MiB`)."""
 
 import re
 
@@ -9,7 +9,7 @@ _QUANTITY = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)([A-Za-z]*)", re.ASCII)
 
 
 def parse_duration_seconds(text: str) -> float:
-    """Seconds in `text`; a bare `0` needs no unit. Raises ValueError."""
+    """Return the seconds of a duration. `0` needs no unit. Raises ValueError."""
     number, unit = _parse_quantity(text)
     if unit == "" and number == 0:
         return 0.0
@@ -20,7 +20,7 @@ def parse_duration_seconds(text: str) -> float:
 
 
 def parse_size_bytes(text: str) -> int:
-    """Bytes in `text`; a bare number is bytes. Raises ValueError."""
+    """Return the bytes of a size. A number without unit means bytes. Raises ValueError."""
     number, unit = _parse_quantity(text)
     if unit not in _BYTES or number * _BYTES[unit] != int(number * _BYTES[unit]):
         message = f"{text!r} is not a size such as 4096, 512KiB or 64MiB"
@@ -29,7 +29,7 @@ def parse_size_bytes(text: str) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """Return a size for people, in the largest unit that it is a whole number of."""
+    """Return a size as text, in the largest unit that gives a whole number."""
     for unit in ("TiB", "GiB", "MiB", "KiB"):
         if size_bytes and size_bytes % _BYTES[unit] == 0:
             return f"{size_bytes // _BYTES[unit]} {unit}"

@@ -74,7 +74,7 @@ _MULTILINE_JSON = (
 class DetectingDecoder:
     """Decodes a file by its first bytes.
 
-    State: `_head`, kept until it tells what the file is; from then on `_decoder`, and `_inner`
+    State: `_head`, kept until it shows what the file is; from then on `_decoder`, and `_inner`
     for what comes out of it, or neither if the bytes are the text. `hint`: what the text is rather than
     lines of objects, if that is likely.
     """

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 def run_main(module: str, *, program: str, extra: str) -> NoReturn:
     """Run `main()` of `module`. Exit with code 2 and the pip command if a package of the extra is missing."""
-    # gRPC's core writes its own lines about what we report ourselves; an operator may still ask for them.
+    # gRPC's core logs errors that are reported here as well. An operator can turn its log on.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         importlib.import_module(module).main()

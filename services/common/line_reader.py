@@ -141,17 +141,17 @@ class _LineSplitter:
     def _split_by_line_count(self, text: bytes) -> Iterator[LineChunk]:
         """Yield blocks of a bounded number of lines: very short lines cost more than their bytes."""
         block: list[LineBlock] = []
-        room = CHUNK_LINES
+        lines_left = CHUNK_LINES
         for piece in self._split_blocks(text):
-            if isinstance(piece, LongLinePart) or (piece.line_count > room and block):
+            if isinstance(piece, LongLinePart) or (piece.line_count > lines_left and block):
                 if block:
                     yield block
-                block, room = [], CHUNK_LINES
+                block, lines_left = [], CHUNK_LINES
             if isinstance(piece, LongLinePart):
                 yield piece
                 continue
             block.append(piece)
-            room -= piece.line_count
+            lines_left -= piece.line_count
         if block:
             yield block
 

@@ -31,7 +31,7 @@ _ABORT_SECONDS = 1.0
 
 
 def start_tracing(service: str) -> tuple[Tracing, Callable[[], None]]:
-    """Start tracing as the OTEL_ variables say; return it with the function that ends it in bounded time.
+    """Start tracing as the OTEL_ variables configure it; return it with the function that ends it in bounded time.
 
     Raises UsageError.
     """

@@ -20,9 +20,9 @@ _RECONNECT_AFTER_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
 DNS_REFRESH_OPTIONS = (
-    # Core asks DNS once in 30 s at most, however often it cannot connect.
+    # By default core queries DNS at most once in 30 s, however often it cannot connect.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-    # How long one attempt to connect may take, 20 s by default. Core asks DNS again only after it has failed.
+    # How long one attempt to connect may take, 20 s by default. Core queries DNS only after it has failed.
     ("grpc.min_reconnect_backoff_ms", 3_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
@@ -113,7 +113,7 @@ class ReloadingChannel:
         fresh = self._open_channel(pem)
         closing, grace_seconds = fresh, 0.0
         try:
-            # Whoever cannot be reached by then could not be reached by the old way either, before long.
+            # A server that cannot be reached by then will soon be unreachable by the old channel, too.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CONNECT_TIMEOUT_SECONDS):
                     await fresh.channel_ready()

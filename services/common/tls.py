@@ -76,7 +76,7 @@ class PemFiles:
             chain = read_file(self.cert, flag_name=cert_flag)
             private = read_file(self.key, flag_name=key_flag)
             try:
-                context.load_cert_chain(self.cert, self.key, password=lambda: b"")  # it would ask a terminal
+                context.load_cert_chain(self.cert, self.key, password=lambda: b"")
             except (OSError, ValueError) as error:
                 message = (
                     f"{cert_flag} {self.cert} and {key_flag} {self.key}: "

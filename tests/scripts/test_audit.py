@@ -23,7 +23,7 @@ _SKIPPED = {"name": "c", "skip_reason": "Dependency not found on PyPI and could 
     ],
     ids=["clean", "known", "skipped", "both", "left out", "no report"],
 )
-def test_silence_is_not_a_pass(report: Any, expected: list[str]) -> None:
+def test_package_without_advisory_lookup_fails_audit(report: Any, expected: list[str]) -> None:
     """What the service did not answer for is named as not audited, whatever pip-audit's exit code."""
     found = list(find_problems(report, expected=2))
     assert len(found) == len(expected)

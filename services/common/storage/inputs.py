@@ -30,7 +30,7 @@ class InputFile:
 
     @property
     def format(self) -> Format:
-        """Return the format that the name says."""
+        """Return the format that the name denotes."""
         found = format_for_name(self.info.name)
         # A listing yields no other names.
         assert found  # noqa: S101 - see above

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class StaleUploads:
     """The unfinished uploads under one store's prefix.
 
-    An upload does not say which process writes it, and another process may be writing the same key. So an
+    An upload does not name the process that writes it, and another process may be writing the same key. So an
     upload is aborted only if it was started, and its last part was received, hours ago.
 
     State: `_checked_at`, when the last check began; `_has_warned`, whether a failed check was logged.

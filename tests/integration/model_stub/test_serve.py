@@ -47,7 +47,7 @@ def stub_with(tmp_path: Path) -> Iterator[StubWith]:
         yield start
 
 
-def test_it_answers_by_uuid_and_logs_every_call(stub_with: StubWith) -> None:
+def test_stub_answers_by_uuid_and_logs_every_call(stub_with: StubWith) -> None:
     """Levels for each uuid; a line a call with its time, pairs and levels."""
     stub = stub_with(*FAST)
     pairs = [("Acme", "Ünicode\n"), ("", ""), ("Acme", "CEO")]
@@ -61,18 +61,18 @@ def test_it_answers_by_uuid_and_logs_every_call(stub_with: StubWith) -> None:
     assert call["pairs"] == [list(pair) for pair in pairs]
 
 
-def test_batches_queue_behind_the_capacity(stub_with: StubWith) -> None:
+def test_concurrent_batches_wait_for_capacity(stub_with: StubWith) -> None:
     """Five calls at once, each a slot of 100 ms: the last waits for four, one pair or many."""
     stub = stub_with("--rate", "10000", "--latency", "0s")
     started_at = time.monotonic()
-    asked = [stub.caller.start_infer(make_pairs("c", size)) for size in (1, 1000, 1, 500, 1)]
-    assert all(one.result().code is StatusCode.OK for one in asked)
+    requests = [stub.caller.start_infer(make_pairs("c", size)) for size in (1, 1000, 1, 500, 1)]
+    assert all(one.result().code is StatusCode.OK for one in requests)
     assert time.monotonic() - started_at >= 0.4
     waits = sorted(call["queued_seconds"] for call in stub.calls())
     assert all(wait <= 0.1 * ahead + 1e-6 for ahead, wait in enumerate(waits))
 
 
-def test_a_batch_over_a_thousand_is_invalid(stub_with: StubWith) -> None:
+def test_batch_over_limit_is_rejected(stub_with: StubWith) -> None:
     """As the model refuses it, naming the limit."""
     stub = stub_with(*FAST)
     reply = stub.caller.infer(make_pairs("c", 1001))
@@ -81,7 +81,7 @@ def test_a_batch_over_a_thousand_is_invalid(stub_with: StubWith) -> None:
     assert stub.caller.infer(make_pairs("c", 1000)).code is StatusCode.OK
 
 
-def test_each_fault_shows_and_is_logged(stub_with: StubWith) -> None:
+def test_each_fault_is_simulated_and_logged(stub_with: StubWith) -> None:
     """Poison refuses, named or not, in any spelling; scrambled answers still join; the log has the codes."""
     stub = stub_with(*FAST, "--fail", "scramble,poison=BAD,poison-named=WORSE")
     reply = stub.caller.infer([("fine", "t"), ("So Ｂａｄ", "t")])  # noqa: RUF001
@@ -98,7 +98,7 @@ def test_each_fault_shows_and_is_logged(stub_with: StubWith) -> None:
 
 
 @pytest.mark.parametrize("fault", ["missing@0.3", "range@0.3", "code=UNAVAILABLE@0.3"])
-def test_a_share_is_a_share(stub_with: StubWith, fault: str) -> None:
+def test_fault_share_applies_to_that_share_of_calls(stub_with: StubWith, fault: str) -> None:
     """Of many, about as many as told: answers for `missing` and `range`, calls for `code`."""
     stub = stub_with(*FAST, "--fail", fault)
     if fault.startswith("code"):
@@ -114,7 +114,7 @@ def test_a_share_is_a_share(stub_with: StubWith, fault: str) -> None:
     assert 150 < hit < 450
 
 
-def test_a_hanging_call_ends_with_its_caller(stub_with: StubWith) -> None:
+def test_hanging_call_ends_with_its_caller(stub_with: StubWith) -> None:
     """`hang`: never answered, and logged as cancelled once the caller is gone."""
     stub = stub_with(*FAST, "--fail", "hang")
     assert stub.caller.infer([("c", "t")], timeout_seconds=2).code is StatusCode.DEADLINE_EXCEEDED
@@ -141,7 +141,7 @@ def test_a_hanging_call_ends_with_its_caller(stub_with: StubWith) -> None:
     ],
     ids=" ".join,
 )
-def test_a_bad_value_is_exit_code_2_and_one_line(
+def test_invalid_value_is_exit_code_2_and_one_line(
     args: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Named by its flag."""
@@ -152,7 +152,7 @@ def test_a_bad_value_is_exit_code_2_and_one_line(
     assert args[0] in err
 
 
-def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_log_is_one_line(tmp_path: Path) -> None:
     """Exit code 1, before it listens."""
     ended = run_command("services.model_stub", "serve", "--log", str(tmp_path / "no" / "log"))
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)

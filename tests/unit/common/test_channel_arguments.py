@@ -47,7 +47,7 @@ def core() -> bytes:
     return Path(cygrpc.__file__).read_bytes()
 
 
-def test_the_search_finds_the_arguments() -> None:
+def test_search_finds_channel_arguments() -> None:
     """Those of the server, of the proxy's channel, of the augmenter's, and of an example in the docs."""
     places = {place for found in _ARGUMENTS.values() for place in found}
     assert places >= {
@@ -60,6 +60,6 @@ def test_the_search_finds_the_arguments() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(_ARGUMENTS))
-def test_a_channel_argument_is_known_to_the_core(name: str, core: bytes) -> None:
+def test_channel_argument_is_known_to_grpc_core(name: str, core: bytes) -> None:
     """It stands in the binary as a whole string."""
     assert f"{name}\0".encode() in core, f"unknown to gRPC, set in {', '.join(_ARGUMENTS[name])}"

@@ -33,14 +33,14 @@ def _encoded(name: str, text: bytes) -> bytes:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("text", [b"", _TEXT, random.Random(1).randbytes(50_000)])
-def test_what_is_encoded_is_decoded(suffix: str, text: bytes) -> None:
+def test_encoded_text_is_decoded_unchanged(suffix: str, text: bytes) -> None:
     """Each format gives back what went in, however the bytes are cut on their way."""
     data = _encoded(f"a{suffix}", text)
     assert _decoded(f"a{suffix}", data, piece=1 if len(data) < 1000 else 999) == text
 
 
 @pytest.mark.parametrize("piece", [1, 7, 2**20])
-def test_concatenated_parts_are_one_text(piece: int) -> None:
+def test_concatenated_frames_are_decoded_as_one_text(piece: int) -> None:
     """Gzip members (zero padding between too) and zstd frames follow one another, as their tools allow."""
     members = gzip.compress(b"a\n") + b"\0\0" + gzip.compress(b"") + gzip.compress(b"b\n") + b"\0" * 9
     frames = zstandard.compress(b"a\n") + zstandard.compress(b"") + zstandard.compress(b"b\n")
@@ -52,7 +52,7 @@ def test_concatenated_parts_are_one_text(piece: int) -> None:
     ("name", "whole"),
     [("x.jsonl.gz", gzip.compress(_TEXT)), ("x.jsonl.zst", zstandard.compress(_TEXT))],
 )
-def test_damaged_input_is_a_typed_error(name: str, whole: bytes) -> None:
+def test_damaged_input_raises_corrupt_input_error(name: str, whole: bytes) -> None:
     """Input that is cut short, not of its format, or followed by something else is said to be damaged."""
     for damaged, said in (
         (whole[:-1], "cut short"),
@@ -65,12 +65,12 @@ def test_damaged_input_is_a_typed_error(name: str, whole: bytes) -> None:
             _decoded(name, damaged, piece=64)
 
 
-def test_file_of_no_bytes_is_empty() -> None:
+def test_file_without_bytes_is_empty_text() -> None:
     """An empty file is an empty text, whatever its name says."""
     assert {_decoded(f"x{suffix}", b"", piece=1) for suffix in SUFFIXES} == {b""}
 
 
-def test_pieces_stay_small_whatever_the_ratio() -> None:
+def test_decoded_chunks_stay_small_at_any_compression_ratio() -> None:
     """A small input that holds a large text comes out in pieces, never at once."""
     known = format_for_name("x.jsonl.gz")
     assert known
@@ -82,7 +82,7 @@ def test_pieces_stay_small_whatever_the_ratio() -> None:
 @pytest.mark.parametrize(
     "name", ["a.csv", "jsonl", "a.jsonl.bz2", "a.gz", "a.jsonl.gz.gz", "ajson", "a.jsonl "]
 )
-def test_other_names_have_no_format(name: str) -> None:
+def test_unknown_suffix_has_no_format(name: str) -> None:
     """Only names of lines of JSON, plain or compressed, have a format."""
     assert format_for_name(name) is None
 
@@ -91,14 +91,14 @@ def test_other_names_have_no_format(name: str) -> None:
 @pytest.mark.parametrize(
     ("compression", "known"), [("", PLAIN), (".gz", GZIP), (".zst", ZSTD), (".GZ", GZIP), (".Zst", ZSTD)]
 )
-def test_names_of_lines_of_json(base: str, compression: str, known: Format) -> None:
+def test_json_lines_suffix_has_its_format(base: str, compression: str, known: Format) -> None:
     """Every usual suffix is known, in any case."""
     assert format_for_name(f"a/b.c{base}{compression}") is known
 
 
 @pytest.mark.parametrize("behind", [b"x", b"\n", b"PK", b"\x1f", b"\x28\xb5"])
 @pytest.mark.parametrize("piece", [1, 2**20])
-def test_bytes_behind_the_data_are_named(behind: bytes, piece: int) -> None:
+def test_trailing_bytes_are_reported(behind: bytes, piece: int) -> None:
     """Even one byte behind a gzip or a zstd is not called cut short: it is not part of the data."""
     for name, whole in (("x.jsonl.gz", gzip.compress(b"a")), ("x.jsonl.zst", zstandard.compress(b"a"))):
         with pytest.raises(CorruptInputError, match=r"bytes that are not .* follow"):
@@ -112,7 +112,7 @@ def test_skippable_zstd_frames_are_skipped() -> None:
     assert _decoded("x.jsonl.zst", whole, piece=1) == b"text"
 
 
-def test_file_of_zeros_is_no_gzip() -> None:
+def test_file_of_zeros_is_not_gzip() -> None:
     """What a crashed disk leaves is corrupt, not empty; padding counts only behind a member."""
     decoder = format_for_name("a.jsonl.gz")
     assert decoder
@@ -120,7 +120,7 @@ def test_file_of_zeros_is_no_gzip() -> None:
         list(decoder.decoder().feed(b"\0" * 5000))
 
 
-def test_small_zstd_does_not_become_large_at_once() -> None:
+def test_small_zstd_input_is_decoded_in_bounded_chunks() -> None:
     """128 MiB of line ends in 4 KiB come out in pieces that fit into memory."""
     bomb = zstandard.compress(b"\n" * 2**27)
     decoder = format_for_name("a.jsonl.zst")
@@ -142,7 +142,7 @@ def test_zstd_window_is_bounded(window_log: int, *, taken: bool) -> None:
 
 
 @pytest.mark.parametrize("level", [1, 3, 19])
-def test_what_zstd_makes_by_its_levels_is_read(level: int) -> None:
+def test_output_of_every_zstd_level_is_decoded(level: int) -> None:
     """Every level but the ultra ones stays within the window, also for a text of many times its size."""
     text = random.Random(1).randbytes(2**20) * 10
     assert _decoded("x.jsonl.zst", zstandard.compress(text, level), piece=2**20) == text

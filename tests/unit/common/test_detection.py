@@ -75,7 +75,7 @@ _PACKED: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("packed", _PACKED)
 @pytest.mark.parametrize("name", _NAMES)
 @pytest.mark.parametrize("text", [_TEXT, _TEXT[:120].rpartition(b"\n")[0]])
-def test_bytes_are_believed(packed: str, name: str, text: bytes) -> None:
+def test_content_takes_precedence_over_name(packed: str, name: str, text: bytes) -> None:
     """Whatever the name says, what the bytes say is decoded, however they arrive."""
     data = _PACKED[packed](text)
     for piece in (10_000, 2**20) if len(text) > 1000 else (1, 7):
@@ -100,7 +100,7 @@ def test_bytes_are_believed(packed: str, name: str, text: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("name", _NAMES)
-def test_other_formats_are_named(data: bytes, named: str, name: str) -> None:
+def test_unsupported_format_is_reported_by_name(data: bytes, named: str, name: str) -> None:
     """What is not read is refused by its true name, also inside a gzip."""
     for packed in (data, gzip.compress(data)):
         with pytest.raises(UnreadableFormatError, match=named):
@@ -113,7 +113,7 @@ _ITEMS = [{"company": "Acme", "title": "}\n{"}, {"company": "Acme", "title": "Cl
 @pytest.mark.parametrize("count", [1, 2, 500])
 @pytest.mark.parametrize("indent", [0, 1, 4, "\t"])
 @pytest.mark.parametrize("before", [b"", codecs.BOM_UTF8, b"\r\n \n"])
-def test_json_over_several_lines_is_named(count: int, indent: int | str, before: bytes) -> None:
+def test_json_over_several_lines_is_reported(count: int, indent: int | str, before: bytes) -> None:
     """Pretty-printed objects and arrays are refused as what they are, of any size, and with any line end."""
     items = (_ITEMS * count)[:count]
     objects = "\n".join(json.dumps(item, indent=indent) for item in items)
@@ -131,7 +131,7 @@ def test_json_over_several_lines_is_named(count: int, indent: int | str, before:
                 _decoded(before + written.encode())
 
 
-def test_one_huge_pretty_printed_object_is_named() -> None:
+def test_one_huge_pretty_printed_object_is_reported() -> None:
     """The first bytes suffice, also when a string in them does not end there."""
     text = json.dumps({"company": "Acme", "text": "x" * 2**20, "title": "Clerk"}, indent=1)
     with pytest.raises(UnreadableFormatError, match="pretty-printed"):
@@ -140,7 +140,7 @@ def test_one_huge_pretty_printed_object_is_named() -> None:
 
 @pytest.mark.parametrize("size", [2**16 - 30, 2**16, 10**5, 2**20 - 30, 3 * 2**20])
 @pytest.mark.parametrize("piece", [2**16, 2**20])
-def test_a_long_first_line_hides_nothing(size: int, piece: int) -> None:
+def test_long_first_line_does_not_prevent_detection(size: int, piece: int) -> None:
     """Of what begins with a long object on the first line, no later one is taken for a line of its own."""
     long, item = json.dumps({"company": "x" * size, "title": "y"}), json.dumps(_ITEMS[1])
     array = f"[{long},\n{item},\n{item}\n]\n"
@@ -181,13 +181,13 @@ def test_a_long_first_line_hides_nothing(size: int, piece: int) -> None:
         b"[",
     ],
 )
-def test_a_bad_first_line_costs_no_file(first: bytes) -> None:
+def test_invalid_first_line_does_not_reject_file(first: bytes) -> None:
     """Lines are lines if the first one does not go on, as JSON, on the second."""
     data = first + b"\n" + _TEXT
     assert _decoded(data) == data
 
 
-def test_an_array_on_one_line_is_hinted() -> None:
+def test_array_on_one_line_gives_hint() -> None:
     """Should no line of the file be augmented, this is why."""
     decoder = DetectingDecoder(codec.PLAIN)
     assert (
@@ -198,7 +198,7 @@ def test_an_array_on_one_line_is_hinted() -> None:
     assert "JSON array" in decoder.hint
 
 
-def test_commas_on_one_line_are_hinted() -> None:
+def test_commas_on_one_line_give_hint() -> None:
     """Should no line of the file be augmented, the commas between its objects are why."""
     for comma in (b",", b", ", b" ,"):
         data = comma.join(json.dumps(item).encode() for item in _ITEMS)
@@ -209,7 +209,7 @@ def test_commas_on_one_line_are_hinted() -> None:
 
 
 @pytest.mark.parametrize("before", [codecs.BOM_UTF8 * 2, b"\n" + codecs.BOM_UTF8, codecs.BOM_UTF8 + b" \r\n"])
-def test_marks_and_blank_lines_hide_no_array(before: bytes) -> None:
+def test_array_behind_marks_and_blank_lines_is_reported(before: bytes) -> None:
     """Concatenation leaves several byte order marks; the array behind them has no line of its own."""
     text = before + ("[\n" + ",\n".join(map(json.dumps, _ITEMS)) + "\n]\n").encode()
     with pytest.raises(UnreadableFormatError, match="JSON array"):
@@ -218,7 +218,7 @@ def test_marks_and_blank_lines_hide_no_array(before: bytes) -> None:
     assert _decoded(lines, name="a.jsonl.gz") == lines
 
 
-def test_commas_at_the_beginning_of_lines_are_named() -> None:
+def test_commas_at_line_starts_are_reported() -> None:
     """The first of such lines alone is an object: it is not to be augmented by itself."""
     items = list(map(json.dumps, [*_ITEMS, *_ITEMS]))
     for comma in ("\n,", "\r\n , "):
@@ -230,7 +230,7 @@ def test_commas_at_the_beginning_of_lines_are_named() -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("before", ["\n", " ", "\r\n"])
-def test_white_space_in_front_of_utf_16_without_a_mark(encoding: str, before: str) -> None:
+def test_utf_16_without_mark_behind_white_space_is_decoded(encoding: str, before: str) -> None:
     """Two characters of ASCII tell the encoding."""
     text = before + _TEXT.decode()
     assert _decoded(text.encode(encoding)) == text.encode()
@@ -240,7 +240,7 @@ def test_white_space_in_front_of_utf_16_without_a_mark(encoding: str, before: st
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
-def test_what_is_neither_compressed_nor_json_is_corrupt(name: str) -> None:
+def test_content_neither_compressed_nor_json_is_corrupt(name: str) -> None:
     """A compressed file's name, zeros or any other text in it: the one line says so."""
     for data in (b"\0" * 5000, b"company,title\nAcme,Clerk\n", b"\xff" * 10):
         with pytest.raises(CorruptInputError, match=r"begins neither as (gzip|zstd) nor as JSON"):
@@ -251,7 +251,7 @@ def test_what_is_neither_compressed_nor_json_is_corrupt(name: str) -> None:
 
 @pytest.mark.parametrize("packed", ["gzip", "zstd", "gzip twice", "zstd in gzip", "UTF-16", "UTF-32 BE"])
 @pytest.mark.parametrize("cut", [1, 2, 3, 5])
-def test_cut_short_is_named_whatever_the_name(packed: str, cut: int) -> None:
+def test_truncated_file_is_reported_for_any_name(packed: str, cut: int) -> None:
     """A file that ends too early says so, in every layer."""
     data = _PACKED[packed](_TEXT)[:-cut]
     if packed.startswith("UTF") and cut % (2 if "16" in packed else 4) == 0:
@@ -260,14 +260,14 @@ def test_cut_short_is_named_whatever_the_name(packed: str, cut: int) -> None:
         _decoded(data)
 
 
-def test_surrogate_alone_costs_its_line() -> None:
+def test_lone_surrogate_invalidates_only_its_line() -> None:
     """UTF-16 that holds half a character is text that is not valid on that line only."""
     text = '{"company":"\ud800","title":"a"}\n{"company":"b","title":"c"}\n'
     data = codecs.BOM_UTF16_LE + text.encode("utf-16-le", errors="surrogatepass")
     assert _decoded(data).removeprefix(codecs.BOM_UTF8) == text.encode(errors="surrogatepass")
 
 
-def test_layers_are_bounded() -> None:
+def test_too_many_compression_layers_are_rejected() -> None:
     """Nobody packs ten times over but to do harm."""
     data = _TEXT
     for _ in range(10):
@@ -276,7 +276,7 @@ def test_layers_are_bounded() -> None:
         _decoded(data)
 
 
-def test_window_limit_holds_in_every_layer() -> None:
+def test_window_limit_applies_to_every_layer() -> None:
     """The setting is that of the inner zstd too."""
     parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=22)
     encoder = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
@@ -288,7 +288,7 @@ def test_window_limit_holds_in_every_layer() -> None:
 
 
 @given(st.binary(max_size=300), st.sampled_from(_NAMES), st.integers(1, 64))
-def test_any_bytes_are_text_or_refused(data: bytes, name: str, piece: int) -> None:
+def test_any_bytes_are_decoded_or_rejected(data: bytes, name: str, piece: int) -> None:
     """Whatever the bytes: an error of its own kind, or a text; and cut anyhow, the same."""
     results: list[bytes | type[FileError]] = []
     for size in (piece, 1000):

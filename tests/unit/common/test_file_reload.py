@@ -31,14 +31,14 @@ def _watch(mounted: MountedSecret, results: list[ReloadResult]) -> ReloadingFile
     return paths.watch(on_reload=results.append)
 
 
-def test_a_secret_that_is_swapped_is_read_again(
+def test_swapped_secret_is_reloaded(
     mounted: tuple[MountedSecret, CertificateAuthority, CertificateAuthority],
 ) -> None:
     """Another pair by another CA, swapped as Kubernetes does: there at the next look, once."""
     place, one, two = mounted
     place.replace_certificate(one.sign("a"))
-    told: list[ReloadResult] = []
-    renewed = _watch(place, told)
+    results: list[ReloadResult] = []
+    renewed = _watch(place, results)
     assert renewed.reload_if_changed() is ReloadResult.UNCHANGED
     second = two.sign("b")
     place.replace_certificate(second)
@@ -47,10 +47,10 @@ def test_a_secret_that_is_swapped_is_read_again(
         ReloadResult.UNCHANGED,
     ]
     assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == second.pem
-    assert told == [ReloadResult.RELOADED]
+    assert results == [ReloadResult.RELOADED]
 
 
-def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
+def test_mismatched_key_pair_keeps_value_and_is_reported_once(
     mounted: tuple[MountedSecret, CertificateAuthority, CertificateAuthority],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -58,8 +58,8 @@ def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
     place, one, _ = mounted
     good, other = one.sign("a"), one.sign("b")
     place.replace_certificate(good)
-    told: list[ReloadResult] = []
-    renewed = _watch(place, told)
+    results: list[ReloadResult] = []
+    renewed = _watch(place, results)
     cut = good.certificate.read_bytes()[:300]
     for broken in (
         {"tls_crt": good.certificate, "tls_key": other.key, "ca_crt": good.ca},
@@ -75,7 +75,7 @@ def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
         assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == good.pem
     place.replace_certificate(good)
     assert renewed.reload_if_changed() is ReloadResult.RELOADED
-    assert told == [ReloadResult.FAILED] * 4 + [ReloadResult.RELOADED]
+    assert results == [ReloadResult.FAILED] * 4 + [ReloadResult.RELOADED]
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 4
     assert "not a pair" in warned[0]
@@ -83,24 +83,24 @@ def test_a_pair_that_is_none_changes_nothing_and_is_told_once(
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "ec -pkeyopt ec_paramgen_curve:secp256k1"])
-def test_a_kind_of_key_that_grpc_does_not_know_changes_nothing(
+def test_unsupported_key_keeps_value(
     mounted: tuple[MountedSecret, CertificateAuthority, CertificateAuthority], tmp_path: Path, kind: str
 ) -> None:
-    """OpenSSL takes such a pair; with gRPC every handshake by it fails, so it is refused by name."""
+    """OpenSSL accepts such a pair, but every handshake of gRPC with it fails, so it is rejected."""
     place, one, _ = mounted
     good = one.sign("a")
     place.replace_certificate(good)
-    told: list[ReloadResult] = []
-    renewed = _watch(place, told)
+    results: list[ReloadResult] = []
+    renewed = _watch(place, results)
     certificate, key = make_self_signed(tmp_path, "odd", kind=kind)
     place.replace_files(tls_crt=certificate, tls_key=key, ca_crt=good.ca)
     assert renewed.reload_if_changed() is ReloadResult.FAILED
     assert (renewed.value.roots, renewed.value.key, renewed.value.chain) == good.pem
     with pytest.raises(UsageError, match=r"--tls-cert .*: gRPC knows RSA and ECDSA \(P-256, P-384, P-521\)"):
-        _watch(place, told)
+        _watch(place, results)
 
 
-def test_what_changes_while_it_is_read_is_read_once_more(tmp_path: Path) -> None:
+def test_file_changed_during_read_is_read_again(tmp_path: Path) -> None:
     """A file that is replaced in the middle of a look is not believed: the next look has it whole."""
     path = tmp_path / "file"
     path.write_bytes(b"one")
@@ -119,7 +119,7 @@ def test_what_changes_while_it_is_read_is_read_once_more(tmp_path: Path) -> None
     assert (renewed.reload_if_changed(), renewed.value) == (ReloadResult.RELOADED, b"seven")
 
 
-def test_a_start_with_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unreadable_file_at_start_is_usage_error(tmp_path: Path) -> None:
     """There is no last one to go on with; and no file may take all memory."""
     with pytest.raises(UsageError, match=r"--x .*gone: No such file"):
         ReloadingFile([str(tmp_path / "gone")], lambda: read_file(str(tmp_path / "gone"), flag_name="--x"))
@@ -128,9 +128,7 @@ def test_a_start_with_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_file(str(tmp_path / "large"), flag_name="--x")
 
 
-def test_a_file_that_becomes_a_fifo_is_waited_for_by_nobody(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_fifo_instead_of_file_does_not_block(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nobody writes to it: a look that waited would hold the loop for ever."""
     path = tmp_path / "token"
     path.write_bytes(b"one")

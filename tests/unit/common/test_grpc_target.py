@@ -25,8 +25,8 @@ _NO_PROXY = [("grpc.enable_http_proxy", 0)]
 
 @pytest.fixture
 def http_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """Name an HTTP proxy in the environment that refuses everything; what it was asked."""
-    asked: list[bytes] = []
+    """Name an HTTP proxy in the environment that refuses everything; what it was requests."""
+    requests: list[bytes] = []
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -34,7 +34,7 @@ def http_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
             while True:
                 connection, _ = listener.accept()
                 with connection:
-                    asked.append(connection.recv(1000).partition(b"\r\n")[0])
+                    requests.append(connection.recv(1000).partition(b"\r\n")[0])
                     connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
 
     threading.Thread(target=serve, daemon=True).start()
@@ -42,7 +42,7 @@ def http_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
         monkeypatch.delenv(name, raising=False)
     for name in ("grpc_proxy", "https_proxy", "http_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{listener.getsockname()[1]}")
-    yield asked
+    yield requests
     listener.close()
 
 

@@ -53,7 +53,7 @@ def small() -> object:
     st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b"")), max_size=12),
     st.integers(1, 30),
 )
-async def test_every_line_comes_out_once(given_lines: list[bytes], size: int) -> None:
+async def test_every_line_is_yielded_once(given_lines: list[bytes], size: int) -> None:
     """However the bytes arrive, blocks hold the text's lines in order, each of bounded length and counted."""
     data = b"".join(line + b"\n" for line in given_lines)
     blocks = await _read_chunks(data, size)
@@ -73,7 +73,7 @@ async def test_every_line_comes_out_once(given_lines: list[bytes], size: int) ->
     ),
     st.integers(1, 50),
 )
-async def test_line_over_the_limit_comes_in_parts(given_lines: list[bytes], size: int) -> None:
+async def test_line_over_limit_is_yielded_in_parts(given_lines: list[bytes], size: int) -> None:
     """However the bytes arrive, exactly the lines over the limit come in parts, in their places, whole."""
     data = b"".join(line + b"\n" for line in given_lines)
     expected = [b"long:" + line if len(line) > 20 else line for line in given_lines]
@@ -83,7 +83,7 @@ async def test_line_over_the_limit_comes_in_parts(given_lines: list[bytes], size
 
 
 @given(st.integers(1, 9), st.integers(1, 200))
-async def test_parts_of_a_long_line_are_small(size: int, windows: int) -> None:
+async def test_parts_of_long_line_have_bounded_size(size: int, windows: int) -> None:
     """A line of any length is never held whole."""
     blocks = await _read_chunks(b"x" * 8 * windows, size)
     assert all(
@@ -100,7 +100,7 @@ _OBJECTS = st.dictionaries(
     st.lists(st.tuples(_OBJECTS, st.sampled_from([b"", b" ", b"\xef\xbb\xbf", b"\n", b"\r\n"])), max_size=9),
     st.integers(1, 60),
 )
-async def test_objects_without_a_line_end_between_are_lines(
+async def test_objects_without_line_feed_between_are_lines(
     given_objects: list[tuple[dict[str, object], bytes]], size: int
 ) -> None:
     """However the bytes arrive, whatever stands between: each object is a line, or in one to be split."""
@@ -111,9 +111,7 @@ async def test_objects_without_a_line_end_between_are_lines(
 
 
 @given(st.lists(_OBJECTS.map(json.dumps), min_size=1, max_size=9), st.integers(1, 60))
-async def test_an_object_over_the_limit_ends_where_the_next_begins(
-    given_objects: list[str], size: int
-) -> None:
+async def test_object_over_limit_ends_at_next_object(given_objects: list[str], size: int) -> None:
     """Of objects without line ends between them only those over the limit are long lines."""
     found = await _read_lines("".join(given_objects).encode(), size)
     parts = [[line] if line.startswith(b"long:") else json_objects.split_objects(line) for line in found]
@@ -139,7 +137,7 @@ async def test_only_line_feeds_end_lines(text: bytes, expected: list[bytes]) -> 
 
 @pytest.mark.parametrize("size", [1, 5, 8, 100])
 @pytest.mark.parametrize("end", [b"", b"\n", b"\nafter\n"])
-async def test_a_line_of_the_limit_is_no_long_one(size: int, end: bytes) -> None:
+async def test_line_of_exactly_the_limit_is_not_split(size: int, end: bytes) -> None:
     """One byte more makes the difference, wherever the bytes are cut."""
     after = end.split(b"\n")[1:-1]
     assert await _read_lines(b"a\n" + b"x" * 20 + end, size) == [b"a", b"x" * 20, *after]
@@ -147,7 +145,7 @@ async def test_a_line_of_the_limit_is_no_long_one(size: int, end: bytes) -> None
 
 
 @given(st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), min_size=2, max_size=9))
-def test_halves_are_the_lines(given_lines: list[bytes]) -> None:
+def test_split_in_half_keeps_all_lines(given_lines: list[bytes]) -> None:
     """Both have lines, together the same in order, and are counted."""
     halves = line_reader.LineBlock(b"\n".join(given_lines), len(given_lines)).split_in_half()
     assert [line for half in halves for line in half.text.split(b"\n")] == given_lines

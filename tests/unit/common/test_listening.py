@@ -38,7 +38,7 @@ from services.common.listening import ListenAddress, bind_sockets, check_address
         ("a b:80", False),
     ],
 )
-def test_an_address_has_a_host_and_a_port_that_exists(text: str, good: bool) -> None:
+def test_address_without_host_or_valid_port_is_rejected(text: str, good: bool) -> None:
     """A port beyond the last one is not quietly taken modulo 65536; an IPv6 address has brackets."""
     expected = (
         nullcontext() if good else pytest.raises(UsageError, match=re.escape(f"--listen {text!r} must "))
@@ -47,7 +47,7 @@ def test_an_address_has_a_host_and_a_port_that_exists(text: str, good: bool) -> 
         check_address(text, flag_name="--listen", allow_unix=True)
 
 
-def test_a_unix_socket_is_an_address_only_where_there_may_be_one() -> None:
+def test_unix_socket_is_accepted_only_where_allowed() -> None:
     """`--http-listen` has none."""
     with pytest.raises(UsageError):
         check_address("unix:/a", flag_name="--http-listen")
@@ -82,9 +82,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize(("host", "reached"), SPELLINGS)
-def test_each_spelling_is_reached_on_its_addresses_and_no_others(
-    stack: ExitStack, host: str, reached: set[str]
-) -> None:
+def test_each_spelling_listens_only_on_its_addresses(stack: ExitStack, host: str, reached: set[str]) -> None:
     """All on the same port, also where the system picks it."""
     if not has_ipv6():
         pytest.skip("this machine has no IPv6")
@@ -101,12 +99,12 @@ def test_each_spelling_is_reached_on_its_addresses_and_no_others(
     ("text", "ready"),
     [(":5", "0.0.0.0:7"), ("[::]:5", "[::]:7"), ("[::1]:5", "[::1]:7"), ("localhost:5", "localhost:7")],
 )
-def test_an_address_is_shown_as_a_client_writes_it(text: str, ready: str) -> None:
+def test_bound_address_is_reported_as_a_client_writes_it(text: str, ready: str) -> None:
     """With the port that it really has."""
     assert ListenAddress.parse(text).with_port(7) == ready
 
 
-def test_a_taken_port_a_foreign_address_and_an_unknown_name_have_reasons_of_their_own(
+def test_bind_failure_reports_specific_reason(
     stack: ExitStack,
 ) -> None:
     """Each says what to do, or what is wrong with the host."""

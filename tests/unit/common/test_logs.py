@@ -40,7 +40,7 @@ def _log_a_failure() -> None:
         _log.exception("a request failed unexpectedly")
 
 
-def test_a_text_message_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_message_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Line ends, escapes and direction marks of a caller's begin no line and paint no terminal."""
     logs.configure(log_format="text", level="info")
     _log.warning("refused: %s", "x\n2026-01-01 INFO fake: all is well\r\x1b[2J\u2028\u202ey")
@@ -51,10 +51,10 @@ def test_a_text_message_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_exceptions_tell_places_but_no_words(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """At info an exception and its cause have their types and where they came from; the words, which may
-    quote a pair, only at debug.
-    """  # noqa: D205 - one thought
+def test_exception_is_logged_with_stack_without_text(
+    log_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Type and stack of an exception and of its cause are logged at info. Texts are logged only at debug."""
     logs.configure(log_format=log_format, level="info")
     _log_a_failure()
     err = capsys.readouterr().err
@@ -65,7 +65,7 @@ def test_exceptions_tell_places_but_no_words(log_format: str, capsys: pytest.Cap
     assert "Canary & Co again" in capsys.readouterr().err
 
 
-def test_no_line_of_an_exception_looks_like_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exception_lines_are_indented(capsys: pytest.CaptureFixture[str]) -> None:
     """In text each of its lines is set in, at debug too, whatever is in its words."""
     logs.configure(log_format="text", level="debug")
     try:
@@ -78,19 +78,19 @@ def test_no_line_of_an_exception_looks_like_a_message(capsys: pytest.CaptureFixt
     assert all(line.startswith("    ") for line in others)
 
 
-async def test_a_task_that_failed_shows_no_words(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_failed_task_is_logged_without_exception_text(capsys: pytest.CaptureFixture[str]) -> None:
     """What asyncio says of a failure that nobody looked at has the task in it, and that the exception."""
 
     async def fail() -> None:
         raise ValueError(_SECRET)
 
-    def tell(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         loop.default_exception_handler(context)
         told.set()
 
     logs.configure(log_format="json", level="info")
     told = asyncio.Event()
-    asyncio.get_running_loop().set_exception_handler(tell)
+    asyncio.get_running_loop().set_exception_handler(handle)
     task = asyncio.create_task(fail())
     await asyncio.wait([task])
     del task
@@ -101,7 +101,7 @@ async def test_a_task_that_failed_shows_no_words(capsys: pytest.CaptureFixture[s
     assert "Canary" not in json.dumps(line)
 
 
-def test_the_ids_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def test_trace_ids_are_added_to_log_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """While something is traced each line has its ids, as fields or behind the message; else none."""
     logs.set_trace_id_source(lambda: ("0af7", "b7ad"))
     logs.configure(log_format="json", level="info")
@@ -117,7 +117,7 @@ def test_the_ids_of_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert without.endswith("hello")
 
 
-def test_only_grpc_s_own_words_are_told() -> None:
+def test_only_details_written_by_grpc_are_logged() -> None:
     """Why nothing could be reached is told; what a server says is not, whatever it begins with."""
     unreachable = "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: refused"
     assert format_status("UNAVAILABLE", unreachable) == f"UNAVAILABLE: {unreachable}"

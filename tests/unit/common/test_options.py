@@ -61,8 +61,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         (["--watch", "--rate", "3"], True, None),
     ],
 )
-def test_a_boolean_may_be_bare_or_said(run: Run, args: list[str], watch: bool, place: str | None) -> None:
-    """A bare one is true, and never swallows what stands behind it."""
+def test_boolean_flag_is_accepted_with_and_without_value(
+    run: Run, args: list[str], watch: bool, place: str | None
+) -> None:
+    """A flag without value is true, and does not consume the next argument."""
     read, code, _ = run(*args)
     assert code == 0
     assert isinstance(read, tuple)
@@ -70,14 +72,14 @@ def test_a_boolean_may_be_bare_or_said(run: Run, args: list[str], watch: bool, p
 
 
 @pytest.mark.parametrize("text", ["yes", "1", "", "truefalse"])
-def test_a_boolean_is_true_or_false(run: Run, text: str) -> None:
+def test_boolean_flag_with_other_value_is_rejected(run: Run, text: str) -> None:
     """Nothing else is guessed at."""
     _, code, error = run(f"--watch={text}")
     assert code == 2
     assert "--watch" in error
 
 
-def test_every_flag_has_a_variable_and_a_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_flag_has_variable_and_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The flag wins, then the variable, then what the class says."""
     read, _, _ = run()
     assert isinstance(read, tuple)
@@ -94,9 +96,7 @@ def test_every_flag_has_a_variable_and_a_default(run: Run, monkeypatch: pytest.M
     ("error", "code"),
     [(CommandError("it\nbroke"), 1), (UsageError("meant\nwrong"), 2), (KeyboardInterrupt(), 130)],
 )
-def test_an_expected_failure_is_one_line_with_its_exit_code(
-    run: Run, error: BaseException, code: int
-) -> None:
+def test_expected_error_is_one_line_with_its_exit_code(run: Run, error: BaseException, code: int) -> None:
     """Whatever line breaks its message has."""
 
     def fail(_thing: Thing) -> None:
@@ -109,13 +109,13 @@ def test_an_expected_failure_is_one_line_with_its_exit_code(
 
 
 @pytest.mark.parametrize("text", ["0660", "660", "0o660"])
-def test_a_mode_is_octal(text: str) -> None:
+def test_octal_mode_is_parsed(text: str) -> None:
     """However that is written."""
     assert options.MODE.convert(text, None, None) == 0o660
 
 
 @pytest.mark.parametrize("text", ["888", "rw", "1777", "0x1b0", "-660", "6", "", "06600"])
-def test_what_is_no_octal_mode_is_refused(text: str) -> None:
+def test_invalid_octal_mode_is_rejected(text: str) -> None:
     """Nor what has more than owner, group and others."""
     with pytest.raises(click.BadParameter, match="is not an octal mode such as 0660"):
         options.MODE.convert(text, None, None)

@@ -16,7 +16,7 @@ def _fields(company: str = "company", title: str = "title", level: str = "senior
     return PostingFields.parse(company=company, title=title, level=level)
 
 
-def test_paths_are_dotted() -> None:
+def test_dotted_path_is_parsed() -> None:
     """A path is one name or several; the standard names are the default."""
     assert _fields() == DEFAULT_FIELDS
     assert _fields("content.company", "content.role.name", "niveau") == PostingFields(
@@ -42,7 +42,7 @@ def test_paths_are_dotted() -> None:
         ("comp\udcff", "title", "seniority", "--company-field"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(company: str, title: str, level: str, named: str) -> None:
+def test_contradictory_fields_are_rejected(company: str, title: str, level: str, named: str) -> None:
     """One line names the flag, its value and what is wrong."""
     with pytest.raises(UsageError) as refused:
         _fields(company, title, level)
@@ -67,7 +67,7 @@ def _at(value: Any, path: str) -> Any:
 
 
 @given(st.dictionaries(_NAMES, _VALUES, max_size=4), _PATHS, _PATHS)
-def test_both_readers_find_what_is_at_the_paths(posting: dict[str, Any], company: str, title: str) -> None:
+def test_both_readers_find_values_at_paths(posting: dict[str, Any], company: str, title: str) -> None:
     """The fast reader takes only what `json` finds there, and finds the same."""
     try:
         fields = _fields(company, title, "level")
@@ -90,7 +90,7 @@ def test_both_readers_find_what_is_at_the_paths(posting: dict[str, Any], company
 
 
 @pytest.mark.parametrize(
-    ("posting", "said"),
+    ("posting", "message"),
     [
         ({}, "a is missing"),
         ({"a": {}}, "a.b is missing"),
@@ -99,7 +99,7 @@ def test_both_readers_find_what_is_at_the_paths(posting: dict[str, Any], company
         ({"a": {"b": {"c": None}}}, "a.b.c is not a string"),
     ],
 )
-def test_reason_names_the_path(posting: Any, said: str) -> None:
+def test_reason_names_the_path(posting: Any, message: str) -> None:
     """As far as it leads."""
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         text_at(posting, ("a", "b", "c"))

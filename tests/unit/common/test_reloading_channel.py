@@ -35,8 +35,8 @@ class _IdentityServer:
 
 @contextmanager
 def _identity_server(own: SignedCertificate, *, clients: SignedCertificate) -> Iterator[_IdentityServer]:
-    door = _IdentityServer()
-    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(door.answer)
+    running = _IdentityServer()
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(running.answer)
     server = grpc.server(ThreadPoolExecutor(4))
     server.add_registered_method_handlers("Who", {"Am": handler})
     credentials = grpc.ssl_server_credentials(
@@ -44,25 +44,25 @@ def _identity_server(own: SignedCertificate, *, clients: SignedCertificate) -> I
         root_certificates=clients.ca.read_bytes(),
         require_client_auth=True,
     )
-    door.target = f"localhost:{server.add_secure_port('localhost:0', credentials)}"
+    running.target = f"localhost:{server.add_secure_port('localhost:0', credentials)}"
     server.start()
     try:
-        yield door
+        yield running
     finally:
-        door.opened.set()
+        running.opened.set()
         server.stop(grace=None).wait()
 
 
 @pytest.mark.slow
-async def test_a_renewed_certificate_is_shown_from_then_on(tmp_path: Path) -> None:
+async def test_renewed_certificate_is_used_for_new_calls(tmp_path: Path) -> None:
     """New calls are made with it, the one under way ends well; a renewal that is broken changes nothing."""
     authority, mounted = CertificateAuthority(tmp_path), MountedSecret(tmp_path / "mounted")
     first, second = authority.sign("first", "DNS:first"), authority.sign("second", "DNS:second")
     mounted.replace_certificate(first)
     files = mounted.paths
     tls = PemFiles(ca=str(files.ca), cert=str(files.certificate), key=str(files.key)).watch()
-    with _identity_server(authority.sign("server"), clients=first) as door:
-        async with ReloadingChannel(door.target, tls=tls, options=(), max_call_seconds=60) as channel:
+    with _identity_server(authority.sign("server"), clients=first) as running:
+        async with ReloadingChannel(running.target, tls=tls, options=(), max_call_seconds=60) as channel:
 
             async def who(request: bytes = b"") -> bytes:
                 channel.refresh()
@@ -70,7 +70,7 @@ async def test_a_renewed_certificate_is_shown_from_then_on(tmp_path: Path) -> No
                 return await ask(request, timeout=60)
 
             under_way = asyncio.create_task(who(b"wait"))
-            assert await asyncio.to_thread(door.held.wait, 60)
+            assert await asyncio.to_thread(running.held.wait, 60)
             mounted.replace_files(tls_crt=second.certificate, tls_key=first.key, ca_crt=first.ca)
             assert await who() == b"first"
             mounted.replace_certificate(second)
@@ -78,11 +78,11 @@ async def test_a_renewed_certificate_is_shown_from_then_on(tmp_path: Path) -> No
                 while await who() != b"second":
                     pass
             assert not under_way.done()
-            door.opened.set()
+            running.opened.set()
             assert await under_way == b"first"
 
 
-async def test_a_channel_is_closed_with_what_it_replaces(tmp_path: Path) -> None:
+async def test_close_also_closes_replaced_channels(tmp_path: Path) -> None:
     """While a renewed certificate leads nowhere yet, closing neither waits for it nor leaves a task."""
     authority, mounted = CertificateAuthority(tmp_path), MountedSecret(tmp_path / "mounted")
     mounted.replace_certificate(authority.sign("first"))

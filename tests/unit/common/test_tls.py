@@ -9,9 +9,7 @@ from services.common.errors import UsageError
 from services.common.file_reload import read_file
 
 
-def test_a_file_that_goes_as_it_is_read_is_an_error_like_any_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_removed_during_read_is_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gone between the two looks that are taken at it: refused by name, so that a renewal keeps the last."""
     path = tmp_path / "ca.pem"
     path.write_bytes(b"whatever")

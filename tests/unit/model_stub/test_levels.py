@@ -16,13 +16,13 @@ texts = st.text(max_size=20)
 
 
 @given(texts, texts)
-def test_any_pair_has_a_level_in_range(company: str, title: str) -> None:
+def test_any_pair_has_level_in_range(company: str, title: str) -> None:
     """From entry to senior executive, whatever the text."""
     assert MIN_LEVEL <= infer_level(company, title) <= MAX_LEVEL
 
 
 @given(texts, texts)
-def test_spelling_never_matters(company: str, title: str) -> None:
+def test_case_and_white_space_do_not_change_level(company: str, title: str) -> None:
     """Neither case nor outer or repeated white space changes a level; folding is idempotent."""
     level = infer_level(company, title)
     assert infer_level(company.casefold(), title.casefold()) == level
@@ -33,12 +33,12 @@ def test_spelling_never_matters(company: str, title: str) -> None:
 @pytest.mark.parametrize(
     "spelled", ["SENIOR clerk", "Ｓｅｎｉｏｒ　Clerk", " senior\tclerk ", "Senior-Clerk"]
 )
-def test_width_and_punctuation_do_not_matter(spelled: str) -> None:
+def test_width_and_punctuation_do_not_change_level(spelled: str) -> None:
     """A title's words count, however they are written."""
     assert infer_level("Acme", spelled) == infer_level("Acme", "senior clerk")
 
 
-def test_words_rank_and_companies_shift() -> None:
+def test_highest_ranking_word_and_company_determine_level() -> None:
     """The highest-ranking word decides, and companies differ by one either way."""
     companies = [f"Company {number}" for number in range(60)]
     levels = {
@@ -48,7 +48,7 @@ def test_words_rank_and_companies_shift() -> None:
     assert all(infer_level(one, "junior director") == infer_level(one, "director") for one in companies)
 
 
-def test_another_process_gives_the_same_levels() -> None:
+def test_levels_are_the_same_in_another_process() -> None:
     """No hash seed, no state: two stubs are one model."""
     code = (
         "from services.model_stub.levels import *; print([infer_level(f'c{n}', 'clerk') for n in range(50)])"

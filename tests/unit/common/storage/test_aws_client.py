@@ -42,7 +42,7 @@ async def test_checksums_are_sent_to_aws_only(endpoint_url: str | None, is_aws: 
 
 @pytest.mark.parametrize("value", ["when_supported", "when_required", "WHEN_SUPPORTED"])
 @pytest.mark.parametrize("endpoint_url", [None, "http://minio:9000"])
-async def test_checksums_are_as_the_environment_says(
+async def test_environment_setting_of_checksums_is_kept(
     endpoint_url: str | None, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the client goes."""

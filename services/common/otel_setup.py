@@ -31,9 +31,9 @@ _ABORT_SECONDS = 1.0
 
 
 def start_tracing(service: str) -> tuple[Tracing, Callable[[], None]]:
-    """Start tracing as the OTEL_ variables configure it; return it with the function that ends it in bounded time.
+    """Start tracing as the OTEL_ variables configure it.
 
-    Raises UsageError.
+    Return it with the function that ends it in bounded time. Raises UsageError.
     """
     error_filter = _silence_otel_logs()
     try:

@@ -76,6 +76,7 @@ class PemFiles:
             chain = read_file(self.cert, flag_name=cert_flag)
             private = read_file(self.key, flag_name=key_flag)
             try:
+                # Without a password callback OpenSSL would prompt on the terminal.
                 context.load_cert_chain(self.cert, self.key, password=lambda: b"")
             except (OSError, ValueError) as error:
                 message = (

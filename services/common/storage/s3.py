@@ -77,7 +77,7 @@ class S3Store(Storage):
         return _to_file_info(name, head, size="ContentLength", uri=self.uri(name))
 
     async def _check_bucket(self) -> None:
-        """Raise ClientError if the bucket does not exist: the response to a HEAD has no body with the reason."""
+        """Raise ClientError if the bucket does not exist: a response to HEAD has no body with the reason."""
         try:
             await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         except ClientError as error:

@@ -41,7 +41,8 @@ def main() -> None:
         proxy_and_model(_WORK, latency=latency, limited=True) as (proxy, _),
     ):
         os.environ.update(s3.environment)
-        postings.generate(_WORK / "known", files=1, lines=_LINES - _NEW)  # the files draw the same
+        # Both files draw the same known pairs.
+        postings.generate(_WORK / "known", files=1, lines=_LINES - _NEW)
         run(str(_WORK / "known"), str(_WORK / "out"), "--target", proxy.target)
         client = _client(s3)
         client.create_bucket(Bucket=_BUCKET)

@@ -47,7 +47,8 @@ def show(name: str, figures: Sequence[Figure]) -> None:
             one.note,
         )
     console = Console(highlight=False)
-    if not console.is_terminal:  # a file is as wide as it has to be
+    # In a file the table is not limited by a terminal's width.
+    if not console.is_terminal:
         console = Console(highlight=False, width=_FILE_WIDTH)
     console.print(table)
     _FOLDER.mkdir(exist_ok=True)

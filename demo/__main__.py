@@ -21,7 +21,8 @@ from services.model_stub.levels import infer_level
 
 _FOLDER = Path(".demo")
 _FILES, _LINES_PER_FILE, _DISTINCT_PAIRS = 10, 4_000, 8_000
-_EXIT_WITH_REJECTS = 3  # the augmenter's exit code: done, some lines rejected
+# The augmenter's exit code: done, some lines rejected.
+_EXIT_WITH_REJECTS = 3
 
 _console = Console(highlight=False, soft_wrap=True)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import zstandard
 
-POISON = "Poison Taster"  # the stub refuses a batch in which a title holds this
+# The stub rejects a batch in which a title contains this.
+POISON = "Poison Taster"
 _FIRST_MINUTE = 1_714_605_540
 _SUFFIXES = (".jsonl", ".jsonl", ".jsonl.gz", ".jsonl", ".jsonl.zst")
 _ZIPF_EXPONENT = 1.1

@@ -48,7 +48,8 @@ def running_server(module: str, args: Sequence[str], *, log: Path) -> Iterator[S
             stderr=errors,
             text=True,
             env=environment(),
-            start_new_session=True,  # a Ctrl-C is ours to handle: they are stopped once, by us
+            # Ctrl-C reaches only this process, which then stops the servers.
+            start_new_session=True,
         )
     try:
         yield Server(process, _wait_ready(process, module, log))

@@ -47,7 +47,8 @@ def mean(name: str) -> str:
 
 def expected_wait(*priorities: str) -> str:
     """Return the time until the last waiting pair of these priorities is sent, at the rate limit."""
-    if priorities == ("interactive",):  # a tenth of every call is kept for bulk
+    # A tenth of every call is reserved for bulk.
+    if priorities == ("interactive",):
         queued = f"{max_over_replicas('cache_proxy_queue_global_pairs', _priority(priorities))} / 0.9"
     else:
         by_priority = max_over_replicas(

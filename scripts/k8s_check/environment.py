@@ -58,7 +58,8 @@ def _value(
         if wanted["key"] not in maps.get(wanted["name"], {}):
             made.missing.append(f"ConfigMap {wanted['name']} has no {wanted['key']}")
         return str(maps.get(wanted["name"], {}).get(wanted["key"], ""))
-    return "0"  # a field of the pod's own
+    # A reference to a field of the pod.
+    return "0"
 
 
 def missing_files(

@@ -39,7 +39,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     custom = _CUSTOM.get((manifest["apiVersion"], manifest["kind"]))
     if custom is not None:
         for anywhere in _validator(custom).iter_errors(manifest):
-            error = best_match([anywhere])  # what is optional may also be null: look into the other choice
+            # An optional field may also be null: report the error of the other alternative.
+            error = best_match([anywhere])
             yield f"{error.json_path}: {error.message[:200]}"
         return
     for version in _VERSIONS:

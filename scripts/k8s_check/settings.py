@@ -13,8 +13,10 @@ from scripts.k8s_check.objects import Container, containers
 from services.augmenter.app import GRACE_SECONDS
 
 _MIB = 2**20
-_CLOSING_SECONDS = 10  # to close connections and write what is left, after the drain
-_BASE_MEMORY_BYTES = 256 * _MIB  # of a proxy: Python, gRPC, requests on their way
+# Time after the drain to close connections and write remaining data.
+_CLOSING_SECONDS = 10
+# Memory of a proxy besides caches: Python, gRPC, requests in progress.
+_BASE_MEMORY_BYTES = 256 * _MIB
 _PATHS = {"cache-proxy": {"/healthz", "/readyz"}, "augmenter": {"/healthz"}}
 _UNITS = {"Mi": _MIB, "Gi": 1024 * _MIB}
 _DEFAULT_GRACE_SECONDS = 30

@@ -76,10 +76,12 @@ def _cause_text(error: object) -> str:
         error = error.certificate_error
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message} (AWS_CA_BUNDLE names another CA)"
-    if isinstance(error, ssl.SSLError):  # its number is none of the operating system's
+    # Its errno is not one of the operating system.
+    if isinstance(error, ssl.SSLError):
         return f"TLS failed: {error.reason or error}"
     if isinstance(error, OSError) and error.errno:
-        known = os.strerror(error.errno) if error.errno > 0 else None  # negative: of a look-up of a name
+        # A negative number is an error of a name lookup.
+        known = os.strerror(error.errno) if error.errno > 0 else None
         return known or str(error.strerror)
     return str(error) if error else ""
 

@@ -13,11 +13,14 @@ from services.common.codec import GZIP, MAX_ZSTD_WINDOW_BYTES, PLAIN, ZSTD, Deco
 from services.common.errors import CorruptInputError, UnreadableFormatError
 from services.common.json_objects import BOM
 
-_MAX_LAYERS = 3  # a format in a format, and the one that the store or a proxy put around it
+# A nested format, and the compression that a store or a proxy may have added.
+_MAX_LAYERS = 3
 _MAGIC_BYTES = 16
 _HEAD_BYTES = 64 * 2**10
-_MAX_HEAD_BYTES = 2**20  # of a text whose first line is longer
-_ENCODINGS = (  # a mark of four bytes begins with one of two
+# For a text whose first line is longer.
+_MAX_HEAD_BYTES = 2**20
+# Longer marks come first, since a mark of four bytes begins with one of two.
+_ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
@@ -52,11 +55,13 @@ _UNSUPPORTED_FORMATS = (
     (b"\x89PNG\r\n", "a PNG image"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document"),
 )
-_TAR_MAGIC = (257, b"ustar")  # where a tar archive has its magic
+# Offset and value of the magic number of a tar archive.
+_TAR_MAGIC = (257, b"ustar")
 _UNFINISHED_OBJECT_ARRAY = re.compile(
     r"\[\s*\{[^\n]*\Z"
 )  # an array of objects, of which the first line is not known whole
-_LEADING_WHITESPACE = re.compile(rb"(?:\s|%b)*" % BOM)  # concatenated files may begin with several marks
+# Concatenated files may begin with several byte order marks.
+_LEADING_WHITESPACE = re.compile(rb"(?:\s|%b)*" % BOM)
 # UTF-16 without a mark whose first character is not `{`: white space or `[`, and one more of ASCII.
 _ENCODINGS_WITHOUT_BOM = (
     (re.compile(rb"[ \t\r\n[]\0[^\0]\0"), "utf-16-le"),

@@ -14,7 +14,8 @@ def run_main(module: str, *, program: str, extra: str) -> NoReturn:
         importlib.import_module(module).main()
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in {"services", "protos"}:
-            raise  # a broken installation, not a missing extra
+            # A broken installation, not a missing extra.
+            raise
         sys.stderr.write(f"{program}: {error.name} is not installed; run: pip install '.[{extra}]'\n")
         sys.exit(2)
     sys.exit(0)

@@ -44,7 +44,8 @@ class ReloadingFile(Generic[_Value]):
         self._paths = paths
         self._read = read
         self._on_reload = on_reload
-        for _ in range(_INITIAL_ATTEMPTS):  # they may be replaced one after the other just now
+        # The files may be in the middle of being replaced one after the other.
+        for _ in range(_INITIAL_ATTEMPTS):
             self._last_state = self._current_state()
             try:
                 self.value = read()
@@ -66,7 +67,8 @@ class ReloadingFile(Generic[_Value]):
             value, failure = self._read(), None
         except UsageError as error:
             value, failure = self.value, error
-        if self._current_state() != now:  # half of it may be of yesterday: the next look finds it whole
+        # Some of the files may be old ones. The next check reads all of them again.
+        if self._current_state() != now:
             self._last_state = ()
             return ReloadResult.UNCHANGED
         if failure is not None:
@@ -109,4 +111,5 @@ def _file_state(path: str) -> tuple[int, ...] | None:
         status = Path(path).stat()
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size  # ctime: rights count as well
+    # ctime, so that a change of permissions counts as well.
+    return status.st_dev, status.st_ino, status.st_ctime_ns, status.st_size

@@ -52,7 +52,8 @@ def _add_unix(server: aio.Server, text: str, *, flag_name: str, mode: int | None
         message = f"{flag_name} {text}: the path has more than {_MAX_UNIX_PATH_BYTES} bytes"
         raise CommandError(message)
     try:
-        with _umask(None if mode is None else _OWNER_ONLY_UMASK):  # no one connects before the mode is set
+        # No one connects before the mode is set.
+        with _umask(None if mode is None else _OWNER_ONLY_UMASK):
             server.add_insecure_port(text)
         if mode is not None:
             Path(path).chmod(mode)

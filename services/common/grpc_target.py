@@ -15,7 +15,8 @@ _ADDRESS = re.compile(
 _TARGET_FORMS = "HOST:PORT, dns:///HOST:PORT or unix:PATH"
 _MAX_PORT = 65_535
 
-_HTTP_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in gRPC's order; in lower case only
+# In the order in which gRPC reads them; lower case only.
+_HTTP_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
 def check_target(target: str, *, flag_name: str, tls_flag: str) -> None:
@@ -26,7 +27,8 @@ def check_target(target: str, *, flag_name: str, tls_flag: str) -> None:
     """
     reason = _target_fault(target, tls_flag)
     if reason is not None:
-        shown = "" if "@" in target else f" {target!r}"  # a login may stand before the @
+        # Before the @ there may be a password.
+        shown = "" if "@" in target else f" {target!r}"
         message = f"{flag_name}{shown}: {reason}"
         raise UsageError(message)
 

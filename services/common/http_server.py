@@ -38,7 +38,8 @@ class HttpEndpoint:
         try:
             for one in sockets:
                 self._servers.append(await loop.create_server(self._accept, sock=one))
-        except OSError as error:  # another process took it just now
+        except OSError as error:
+            # Another process has bound the address meanwhile.
             await self.close()
             message = f"--http-listen {address}: {error.strerror}"
             raise CommandError(message) from error
@@ -51,7 +52,8 @@ class HttpEndpoint:
         """
         server = self._runner.server
         assert server is not None  # noqa: S101 - set up before it listens
-        for oldest in server.connections[: 1 - _MAX_CONNECTIONS]:  # they go in the loop's next round
+        # They are closed in the next iteration of the loop.
+        for oldest in server.connections[: 1 - _MAX_CONNECTIONS]:
             oldest.force_close()
         return server()
 
@@ -64,7 +66,8 @@ class HttpEndpoint:
     async def _handle_metrics(self, request: web.Request) -> web.Response:
         try:
             encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        except (ValueError, TypeError):  # it takes a version that is no number for one
+        except (ValueError, TypeError):
+            # prometheus_client fails on a version that is not a number.
             encode, content_type = choose_encoder("")
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
 

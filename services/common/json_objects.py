@@ -47,7 +47,8 @@ def split_leading(text: bytes) -> tuple[list[bytes], bytes]:
     parts: list[bytes] = []
     if not has_object_boundary(text):
         return parts, text
-    decoded = text.decode(errors="surrogateescape")  # bytes that are not UTF-8 are another check's
+    # Invalid UTF-8 is detected elsewhere.
+    decoded = text.decode(errors="surrogateescape")
     start, position = 0, _skip_separator(decoded)
     while decoded.startswith("{", position):
         try:

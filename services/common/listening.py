@@ -81,7 +81,8 @@ def bind_sockets(text: str, *, flag_name: str) -> list[socket.socket]:
                     raise
                 absent = error
             else:
-                if not address.host:  # the first of the two wildcards takes IPv4 and IPv6
+                # The first of the two wildcards covers IPv4 and IPv6.
+                if not address.host:
                     break
         if absent is not None and not sockets:
             raise absent
@@ -107,7 +108,8 @@ def resolve_bindable_hosts(text: str, *, flag_name: str) -> list[str]:
 def _resolve(address: ListenAddress) -> list[tuple[socket.AddressFamily, _SocketAddress]]:
     if not address.host:
         return [(socket.AF_INET6, ("::", 0)), (socket.AF_INET, ("0.0.0.0", 0))]  # noqa: S104 - meant
-    if address.host == "localhost":  # whatever /etc/hosts contains
+    # Independent of /etc/hosts.
+    if address.host == "localhost":
         return [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0))]
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return list(dict.fromkeys((family, name) for family, _, _, _, name in found))

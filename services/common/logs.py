@@ -23,7 +23,8 @@ _ExcInfo: TypeAlias = (
     tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 )
 _CALLER_ERRORS = {"ExecuteBatchError", "HttpProcessingError", "RequestPayloadError"}
-_INVALID_METADATA = "Invalid encoding on %s"  # gRPC's, with the metadata itself: a token, or a model's words
+# gRPC's message, which quotes the metadata: a token, or text of the model.
+_INVALID_METADATA = "Invalid encoding on %s"
 
 
 def configure(*, log_format: str, level: str) -> None:

@@ -21,7 +21,8 @@ from services.common.units import parse_duration_seconds, parse_size_bytes
 
 _METADATA_KEY = "flag"
 _MODE = re.compile(r"(?:0o)?0?[0-7]{3}")
-_MIN_RATE, _MAX_RATE = 1e-6, 1e9  # one in eleven days; at a rate of almost nothing a wait is no number
+# The minimum is one in eleven days: near zero, a wait would not be a finite number.
+_MIN_RATE, _MAX_RATE = 1e-6, 1e9
 _Settings = TypeVar("_Settings")
 
 
@@ -57,7 +58,8 @@ def _parse_rate(text: str) -> float:
         rate = float(text)
     except ValueError:
         rate = math.nan
-    if not _MIN_RATE <= rate <= _MAX_RATE:  # false for nan too
+    # Also false for nan.
+    if not _MIN_RATE <= rate <= _MAX_RATE:
         message = f"{text!r} is not a number from {_MIN_RATE:f} to {_MAX_RATE:.0f}"
         raise ValueError(message)
     return rate
@@ -75,7 +77,8 @@ def _parse_http_url(text: str) -> str:
     try:
         url = urlsplit(text)
         is_one = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
-    except ValueError:  # of a port, or of an address in brackets
+    except ValueError:
+        # An invalid port, or an invalid address in brackets.
         is_one = False
     if not is_one:
         shown = f"***@{text.rpartition('@')[2]}" if "@" in text else text
@@ -160,7 +163,8 @@ def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
         "show_envvar": True,
         "metavar": kind.name.upper() if isinstance(kind, _ParsedType) else None,
     }
-    if kind is LIST:  # repeatable, and each value may be a list by comma
+    # The flag can be repeated, and each value may be a comma-separated list.
+    if kind is LIST:
         shown = spec["default"]
         return click.Option(
             [name, field_name],
@@ -170,7 +174,8 @@ def _option(spec: dict[str, Any], field_name: str, prefix: str) -> click.Option:
             callback=_flatten(_parse_list(shown or "")),
             **common,
         )
-    if spec["default"] is not None:  # to click, a default of None is one, and nothing is missing
+    # click treats None as a default as well, and would not report a missing flag.
+    if spec["default"] is not None:
         common["default"] = spec["default"]
     if spec["login_goes_to"]:
         common["callback"] = _reject_password(name, common["envvar"], spec["login_goes_to"])
@@ -246,7 +251,8 @@ def run_command(command: click.Command, *, program: str, args: Sequence[str] | N
         _exit_with_error(f"{program}: {error.format_message()}", error.exit_code)
     except CommandError as error:
         _exit_with_error(f"{program}: {error}", error.exit_code)
-    except OSError as error:  # standard output may be a full disk
+    except OSError as error:
+        # Standard output may be on a full disk.
         _exit_with_error(f"{program}: {error.strerror or error}", 1)
     except (click.Abort, KeyboardInterrupt):
         _exit_with_error(f"{program}: interrupted", 130)

@@ -11,7 +11,8 @@ import msgspec
 from services.common.errors import UsageError
 
 Path: TypeAlias = tuple[str, ...]
-_NO_LEVEL = "\x7f"  # a name that no posting has
+# A name that no posting contains.
+_NO_LEVEL = "\x7f"
 _FORBIDDEN_CHARACTERS = re.compile('["\\\\\0-\x1f\ud800-\udfff]')
 
 

@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-_USERINFO = re.compile(r"(?<=://)[^\s'\"]*@")  # up to the last @: a password may hold others, and slashes
+# Up to the last @: a password may contain others, and slashes.
+_USERINFO = re.compile(r"(?<=://)[^\s'\"]*@")
 _SECRET_PARAMETERS = {"password", "passwd", "secret", "token"}
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ def strip_userinfo(text: str) -> str:
 @cache
 def warn_if_world_readable(path: Path, *, flag_name: str) -> None:
     """Log a warning, once, if the file of a secret is world-readable."""
-    with suppress(OSError):  # gone since it was read: a renewal
+    # The file may have been replaced since it was read.
+    with suppress(OSError):
         if not path.stat().st_mode & stat.S_IROTH:
             return
         _log.warning("%s %s: everybody on this machine may read it; chmod o-r", flag_name, path)

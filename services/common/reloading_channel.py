@@ -117,7 +117,8 @@ class ReloadingChannel:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CONNECT_TIMEOUT_SECONDS):
                     await fresh.channel_ready()
-            if pem == self._used_pem:  # else they were renewed once more meanwhile
+            # Otherwise the files have changed once more meanwhile.
+            if pem == self._used_pem:
                 closing, grace_seconds = self._current, self._max_call_seconds
                 self._current = fresh
                 self._opened_at = time.monotonic()

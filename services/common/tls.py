@@ -96,6 +96,7 @@ def _is_supported_key(chain: bytes) -> bool:
     first, end, _ = chain.decode(errors="replace").partition(ssl.PEM_FOOTER)
     try:
         der = ssl.PEM_cert_to_DER_cert(ssl.PEM_HEADER + first.rpartition(ssl.PEM_HEADER)[2] + end)
-    except ValueError:  # OpenSSL knows other headers than the usual one
+    except ValueError:
+        # OpenSSL also accepts other headers than the usual one.
         return True
     return any(kind in der for kind in _SUPPORTED_KEY_OIDS)

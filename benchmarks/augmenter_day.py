@@ -14,7 +14,9 @@ from benchmarks.report import Figure, show
 from benchmarks.store_server import fill_buckets, redis_process
 
 _WORK = Path(".bench/day")
-_FILES, _LINES, _NEW = int(1_440 * SCALE), int(8_000_000 * SCALE), int(55_000 * SCALE)
+_FILES = int(1_440 * SCALE)
+_LINES = int(8_000_000 * SCALE)
+_NEW = int(55_000 * SCALE)
 _KNOWN = int(postings.KNOWN * SCALE)
 _MAX_SECONDS = 60 * SCALE
 _FILL_BATCH_PAIRS = 1_000_000

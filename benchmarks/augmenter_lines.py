@@ -20,9 +20,11 @@ from services.common.storage.s3 import S3Store
 from tests.support.s3_server import S3Server, s3_server
 
 _WORK = Path(".bench/augmenter")
-_LINES, _FILES = int(1_000_000 * SCALE), 8
+_LINES = int(1_000_000 * SCALE)
+_FILES = 8
 _SMALL_FILES = 1000
-_ROUNDS, _CONCURRENCY = 3, 4
+_ROUNDS = 3
+_CONCURRENCY = 4
 _BUCKET = "bench"
 _MAX_MIB = 300
 

@@ -22,7 +22,8 @@ from demo.processes import environment
 from tests.support.s3_server import S3Server, s3_server
 
 _WORK = Path(".bench/minute")
-_LINES, _NEW = 5_600, 40
+_LINES = 5_600
+_NEW = 40
 _ROUNDS = 7
 _MODEL_SECONDS = 0.2
 _MAX_SECONDS = 0.150

@@ -15,7 +15,8 @@ from tests.support.s3_server import S3Server, s3_server
 from tests.support.sqs_server import SqsServer, object_created_event, sqs_server
 
 _WORK = Path(".bench/workers")
-_FILES, _LINES = max(4, int(240 * SCALE)), int(240 * 5_600 * SCALE)
+_FILES = max(4, int(240 * SCALE))
+_LINES = int(240 * 5_600 * SCALE)
 _WORKERS = (1, 2, 4)
 _BUCKET = "bench"
 

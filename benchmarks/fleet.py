@@ -24,7 +24,8 @@ from tests.support.redis_server import PROGRAMS
 
 _STUB_SECONDS = 0.2
 _LINGER_SECONDS = 0.02
-_BACKLOG_SECONDS, _BACKLOG_BATCH = 60, 300
+_BACKLOG_SECONDS = 60
+_BACKLOG_BATCH = 300
 
 
 @contextmanager

@@ -23,7 +23,8 @@ _MEMORY_PAIRS = 1_000_000
 _L1_BYTES = 256 * 2**20
 _ALLOWED_BYTES = 100 * 2**20
 _BATCH = 1000
-_ROUNDS, _SECONDS = 11, 1.5
+_ROUNDS = 11
+_SECONDS = 1.5
 _PACE = ("--model-calls-per-second", "0", "--model-rate", "20000", "--linger", "1ms")
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from benchmarks.store_server import pair
 
 KNOWN = 20_000_000
-_EXPONENT, _SEED = 1.1, 1
+_EXPONENT = 1.1
+_SEED = 1
 _FIRST_MINUTE = 1_714_521_600
 
 

@@ -13,9 +13,13 @@ from benchmarks.store_server import RedisProcess, fill_buckets, fill_strings, pa
 from demo.processes import Server, running_server
 
 _WORK = Path(".bench/store")
-_SMALL, _MIDDLE, _LARGE = 100_000, 1_000_000, 20_000_000
-_BATCH, _TASKS = 1000, 4
-_ROUNDS, _SECONDS = 5, 3.0
+_SMALL = 100_000
+_MIDDLE = 1_000_000
+_LARGE = 20_000_000
+_BATCH = 1000
+_TASKS = 4
+_ROUNDS = 5
+_SECONDS = 3.0
 _MAX_MS = 5
 
 

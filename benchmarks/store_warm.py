@@ -12,7 +12,8 @@ from benchmarks.report import Figure, show
 from benchmarks.store_server import pair, redis_process
 
 _WORK = Path(".bench/store_warm")
-_PAIRS, _ROUNDS = 1_000_000, 3
+_PAIRS = 1_000_000
+_ROUNDS = 3
 _MIN_PAIRS_PER_SECOND = 100_000
 
 

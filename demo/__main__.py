@@ -20,7 +20,9 @@ from demo.processes import Server, ServerFailedError, environment, running_serve
 from services.model_stub.levels import infer_level
 
 _FOLDER = Path(".demo")
-_FILES, _LINES_PER_FILE, _DISTINCT_PAIRS = 10, 4_000, 8_000
+_FILES = 10
+_LINES_PER_FILE = 4_000
+_DISTINCT_PAIRS = 8_000
 # The augmenter's exit code: done, some lines rejected.
 _EXIT_WITH_REJECTS = 3
 

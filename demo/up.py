@@ -8,7 +8,9 @@ from pathlib import Path
 from demo.processes import ServerFailedError, running_server
 
 _FOLDER = Path(".demo/up")
-_STUB, _PROXY, _HTTP = "127.0.0.1:50052", "127.0.0.1:50051", "127.0.0.1:9464"
+_STUB = "127.0.0.1:50052"
+_PROXY = "127.0.0.1:50051"
+_HTTP = "127.0.0.1:9464"
 
 _HELP = f"""\
 A stand-in for the model is at {_STUB}, the proxy at {_PROXY} (Ctrl-C stops both).

@@ -35,12 +35,15 @@ FOLDER = Path(__file__).parents[1] / "docs" / "img"
 PICTURES = {"status-light": ("light", 1100), "status-dark": ("dark", 1100), "status-phone": ("light", 360)}
 """Colour scheme and width, by the name of the file."""
 
-SCALE, COLOURS = 1.5, 128
+SCALE = 1.5
+COLOURS = 128
 PREFIX = "seniority"
 SEED = 1
-PAST_MINUTES, BUSY_MINUTES_AGO = 10, range(3, 6)
+PAST_MINUTES = 10
+BUSY_MINUTES_AGO = range(3, 6)
 REPLICAS = 3
-CALLERS, NEW_PAIRS = 6, 4000
+CALLERS = 6
+NEW_PAIRS = 4000
 TRAFFIC_SECONDS = 4
 
 

@@ -3,7 +3,8 @@
 from scripts.dashboards.expressions import increase, quantiles, rate, select, share
 from scripts.dashboards.panels import BAD, GOOD, WARN, Dashboard, Query, Row, Series, Stat
 
-_FILES, _LINES = "augmenter_files_total", "augmenter_lines_total"
+_FILES = "augmenter_files_total"
+_LINES = "augmenter_lines_total"
 _NOT_BLANK = 'outcome=~"augmented|rejected"'
 
 _HEADLINES = (

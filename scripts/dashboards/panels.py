@@ -9,7 +9,9 @@ Json = dict[str, Any]
 SCOPE = 'namespace=~"$namespace",job=~"$job"'
 """The matchers of every query: the deployments that the viewer selected."""
 
-GOOD, WARN, BAD = "green", "yellow", "red"
+GOOD = "green"
+WARN = "yellow"
+BAD = "red"
 _WIDTH = 24
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _LINES = {

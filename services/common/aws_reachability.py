@@ -13,7 +13,8 @@ from services.common.redaction import strip_userinfo
 # With the start of the process, the line is logged within 5 s.
 _FIRST_RESPONSE_SECONDS = 3.0
 _FAILURE_SECONDS = 3.0
-_SERVER_ERROR, _TOO_MANY_REQUESTS = 500, 429
+_SERVER_ERROR = 500
+_TOO_MANY_REQUESTS = 429
 _log = logging.getLogger(__name__)
 
 

@@ -8,7 +8,8 @@ import re
 
 BOM = b"\xef\xbb\xbf"
 _SEPARATOR_BYTES = b" \t\r" + BOM
-_OUTSIDE, _INSIDE = re.compile(rb'["{}\[\]]'), re.compile(rb'["\\]')
+_OUTSIDE = re.compile(rb'["{}\[\]]')
+_INSIDE = re.compile(rb'["\\]')
 _OBJECT_BOUNDARY = re.compile(rb"\}[ \t\r]*(?:\xef\xbb\xbf[ \t\r]*)*\{")
 # The same in text, behind the closing brace. A byte order mark is a character there.
 _SEPARATOR = re.compile("[ \t\r\ufeff]*(?=\\{)")

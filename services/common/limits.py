@@ -3,9 +3,11 @@
 from services.common.errors import UsageError
 from services.common.units import format_size
 
-_MIN_LINE_BYTES, _MAX_LINE_BYTES = 2**10, 2**30
+_MIN_LINE_BYTES = 2**10
+_MAX_LINE_BYTES = 2**30
 # The limits of zstd itself.
-_MIN_WINDOW_BYTES, _MAX_WINDOW_BYTES = 2**10, 2**31
+_MIN_WINDOW_BYTES = 2**10
+_MAX_WINDOW_BYTES = 2**31
 
 
 def check_limits(max_line_bytes: int, max_zstd_window_bytes: int) -> None:

@@ -22,7 +22,8 @@ from services.common.units import parse_duration_seconds, parse_size_bytes
 _METADATA_KEY = "flag"
 _MODE = re.compile(r"(?:0o)?0?[0-7]{3}")
 # The minimum is one in eleven days: near zero, a wait would not be a finite number.
-_MIN_RATE, _MAX_RATE = 1e-6, 1e9
+_MIN_RATE = 1e-6
+_MAX_RATE = 1e9
 _Settings = TypeVar("_Settings")
 
 

@@ -15,7 +15,8 @@ import pytest
 from tests.support.processes import ROOT, clean_environment
 from tests.support.redis_server import wait_for
 
-_KEY, _SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMI"
+_KEY = "AKIDEXAMPLE"
+_SECRET = "wJalrXUtnFEMI"
 
 
 @pytest.fixture(params=[("elasticache", ()), ("memorydb", ()), ("elasticache", ("serverless",))])

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.integration.cache_proxy.conftest import UNLIMITED_RATE_FLAGS
-from tests.support.caller import make_pairs, open_caller, read_metrics
-from tests.support.model_server import scripted_level, scripted_model
+from tests.support.caller import open_caller, read_metrics
+from tests.support.model_server import scripted_model
 from tests.support.processes import ServiceProcess, cache_proxy
 from tests.support.redis_cluster import redis_cluster
 from tests.support.redis_sentinel import sentinel_servers
 from tests.support.redis_server import RedisServer, redis_process, wait_for
+from tests.support.store_checks import infer_new_pairs
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
@@ -150,15 +151,8 @@ def _start_proxy(url: str, model: str) -> Iterator[_StartedProxy]:
 
 
 def _miss_seconds(proxy: ServiceProcess, name: str) -> float:
-    """Request new pairs, check their levels, and return the seconds that it took."""
-    pairs = make_pairs(name, 20)
     with open_caller(proxy.target) as caller:
-        started_at = time.monotonic()
-        result = caller.infer(pairs, timeout_seconds=30)
-        seconds = time.monotonic() - started_at
-    assert result.levels == [scripted_level(*pair) for pair in pairs], (result.code, result.message)
-    assert result.misses == len(pairs)
-    return seconds
+        return infer_new_pairs(caller, name)
 
 
 def _stop_seconds(proxy: ServiceProcess) -> float:

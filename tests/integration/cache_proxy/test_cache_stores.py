@@ -1,7 +1,6 @@
 """The proxy with each kind of store: shared, after restarts, unavailable, slow and embedded."""
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,13 @@ from grpc import StatusCode
 
 from tests.integration.cache_proxy.conftest import (
     UNLIMITED_RATE_FLAGS,
-    ProxyEnvironment,
     StartProxyEnvironment,
 )
 from tests.support.caller import make_pairs, open_caller, read_metrics
 from tests.support.model_server import scripted_level, scripted_model
-from tests.support.processes import ServiceProcess, cache_proxy
+from tests.support.processes import cache_proxy
 from tests.support.redis_server import RedisServer, wait_for
+from tests.support.store_checks import has_stored_answers, infer_new_pairs, is_store_up
 
 # For tests of the content of Redis: a busy machine must not make Redis count as lost.
 LONG_TIMEOUT_FLAGS = ("--cache-timeout", "10s")
@@ -37,7 +36,7 @@ def test_proxies_on_one_redis_share_answers_of_one_model_version(
     pairs = make_pairs("shared", 30)
     first = stage_with(*flags)
     assert first.caller.infer(pairs).misses == 30
-    _wait_until_saved(first)
+    wait_for(lambda: has_stored_answers(first.proxy), description="the answers are stored")
     second = stage_with(*flags, "--model-version", "1", model=first.model)
     assert second.caller.infer(pairs).hits == 30
     samples = read_metrics(second.proxy.http_url)
@@ -45,20 +44,6 @@ def test_proxies_on_one_redis_share_answers_of_one_model_version(
     assert samples["cache_proxy_store_duration_seconds_count", "get"] >= 1
     other = stage_with(*flags, "--model-version", "2", model=first.model)
     assert other.caller.infer(pairs).misses == 30
-
-
-def _wait_until_saved(stage: ProxyEnvironment) -> None:
-    """Wait for the first write: answers are returned before they are stored."""
-    puts = "cache_proxy_store_duration_seconds_count", "put"
-    wait_for(lambda: read_metrics(stage.proxy.http_url).get(puts), description="the answers are written")
-
-
-def _infer_new_pairs(stage: ProxyEnvironment, company: str, *, count: int = 20) -> float:
-    """Request new pairs, check their levels, and return the seconds that it took."""
-    started_at = time.monotonic()
-    result = stage.caller.infer(make_pairs(company, count), timeout_seconds=30)
-    assert result.levels == [scripted_level(*pair) for pair in make_pairs(company, count)]
-    return time.monotonic() - started_at
 
 
 @pytest.mark.slow
@@ -73,9 +58,9 @@ def test_callers_are_answered_during_every_outage_of_redis(
     """
     own_redis.kill()
     stage = stage_with("--cache-url", own_redis.url, "--cache-timeout", "1s", *UNLIMITED_RATE_FLAGS)
-    _infer_new_pairs(stage, "down at start")
+    infer_new_pairs(stage.caller, "down at start")
     own_redis.start()
-    wait_for(lambda: _is_store_up(stage.proxy), description="the store is back")
+    wait_for(lambda: is_store_up(stage.proxy), description="the store is back")
 
     stop = threading.Event()
     failed = []
@@ -93,23 +78,23 @@ def test_callers_are_answered_during_every_outage_of_redis(
     for thread in threads:
         thread.start()
     own_redis.kill()
-    wait_for(lambda: not _is_store_up(stage.proxy), description="the loss is noticed")
-    _infer_new_pairs(stage, "while killed")
+    wait_for(lambda: not is_store_up(stage.proxy), description="the loss is noticed")
+    infer_new_pairs(stage.caller, "while killed")
     own_redis.start()
-    wait_for(lambda: _is_store_up(stage.proxy), description="the store is back again")
+    wait_for(lambda: is_store_up(stage.proxy), description="the store is back again")
     own_redis.pause()
     # Store and queue each wait for a timeout.
-    assert _infer_new_pairs(stage, "while paused") < 15
-    wait_for(lambda: not _is_store_up(stage.proxy), description="the pause is noticed")
+    assert infer_new_pairs(stage.caller, "while paused") < 15
+    wait_for(lambda: not is_store_up(stage.proxy), description="the pause is noticed")
     stop.set()
     for thread in threads:
         thread.join(60)
     assert not failed
-    seconds = _infer_new_pairs(stage, "while down") + _infer_new_pairs(stage, "while still down")
+    seconds = infer_new_pairs(stage.caller, "while down") + infer_new_pairs(stage.caller, "while still down")
     # A second wait for the silent server would take two more timeouts.
     assert seconds < 2
     own_redis.resume()
-    wait_for(lambda: _is_store_up(stage.proxy), description="the store is back a third time")
+    wait_for(lambda: is_store_up(stage.proxy), description="the store is back a third time")
     assert stage.proxy.stop() == 0
     assert stage.proxy.log.count("the store is down") == 3
     assert stage.proxy.log.count("the store is back") == 3
@@ -122,10 +107,6 @@ def test_callers_are_answered_during_every_outage_of_redis(
     ):
         for company in ("down at start", "while killed", "while paused", "while down", "while still down"):
             assert caller.infer(make_pairs(company, 20)).hits == 20
-
-
-def _is_store_up(proxy: ServiceProcess) -> bool:
-    return read_metrics(proxy.http_url)["cache_proxy_store_up",] == 1
 
 
 @pytest.mark.slow
@@ -146,7 +127,7 @@ def test_key_secret_separates_answers(
     plain = stage_with(*flags)
     pairs = make_pairs("secret", 5)
     plain.caller.infer(pairs)
-    _wait_until_saved(plain)
+    wait_for(lambda: has_stored_answers(plain.proxy), description="the answers are stored")
     for misses in (5, 0):
         keyed = stage_with(*flags, "--key-secret-file", str(secret), model=plain.model)
         assert keyed.caller.infer(pairs).misses == misses
@@ -201,7 +182,7 @@ def test_wrong_password_makes_store_unavailable_and_is_not_shown(
     ):
         assert caller.infer([("password", "t")]).code is StatusCode.OK
         assert "s3cret" not in proxy.log
-        assert _is_store_up(proxy)
+        assert is_store_up(proxy)
         with redis.Redis(port=own_redis.port, password="s3cret") as client:
             wait_for(lambda: any(b":c2:" in key for key in client.scan_iter()), description="it is written")
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -11,25 +10,12 @@ from grpc import StatusCode
 
 from tests.integration.cache_proxy.conftest import (
     UNLIMITED_RATE_FLAGS,
-    ProxyEnvironment,
     StartProxyEnvironment,
 )
-from tests.support.caller import make_pairs, read_metrics
-from tests.support.model_server import scripted_level
-from tests.support.processes import ServiceProcess, run_command
+from tests.support.caller import make_pairs
+from tests.support.processes import run_command
 from tests.support.redis_server import wait_for
-
-
-def _infer_new_pairs(stage: ProxyEnvironment, company: str, *, count: int = 20) -> float:
-    """Request new pairs, check their levels, and return the seconds that it took."""
-    started_at = time.monotonic()
-    result = stage.caller.infer(make_pairs(company, count), timeout_seconds=30)
-    assert result.levels == [scripted_level(*pair) for pair in make_pairs(company, count)]
-    return time.monotonic() - started_at
-
-
-def _is_store_up(proxy: ServiceProcess) -> bool:
-    return read_metrics(proxy.http_url)["cache_proxy_store_up",] == 1
+from tests.support.store_checks import infer_new_pairs, is_store_up
 
 
 def _server_pids(folder: Path) -> list[int]:
@@ -76,15 +62,15 @@ def _is_saved(folder: Path, pairs: int) -> bool:
 def test_killed_embedded_server_is_restarted(stage_with: StartProxyEnvironment, tmp_path: Path) -> None:
     """Callers are answered during the restart, and the answers are stored afterwards."""
     stage = stage_with("--cache-url", f"embedded:{tmp_path}", *UNLIMITED_RATE_FLAGS)
-    _infer_new_pairs(stage, "before")
+    infer_new_pairs(stage.caller, "before")
     [pid] = _server_pids(tmp_path)
     os.kill(pid, signal.SIGKILL)
     wait_for(
         lambda: pid not in _server_pids(tmp_path) and _server_pids(tmp_path),
         description="there is a new server",
     )
-    _infer_new_pairs(stage, "after")
-    wait_for(lambda: _is_store_up(stage.proxy), description="the store is back")
+    infer_new_pairs(stage.caller, "after")
+    wait_for(lambda: is_store_up(stage.proxy), description="the store is back")
     stage.proxy.stop()
     later = stage_with("--cache-url", f"embedded:{tmp_path}", model=stage.model)
     assert later.caller.infer([*make_pairs("before", 20), *make_pairs("after", 20)]).hits == 40
@@ -98,7 +84,7 @@ def test_second_proxy_on_embedded_folder_fails(stage_with: StartProxyEnvironment
     assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (1, "", 1)
     assert str(tmp_path) in finished.stderr
     assert str(stage.proxy.process.pid) in finished.stderr
-    _infer_new_pairs(stage, "continues")
+    infer_new_pairs(stage.caller, "continues")
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "/proc/nowhere"])

@@ -8,13 +8,13 @@ import redis
 
 from tests.integration.cache_proxy.conftest import (
     UNLIMITED_RATE_FLAGS,
-    ProxyEnvironment,
     StartProxyEnvironment,
 )
 from tests.support.caller import make_pairs, open_caller, read_metrics
 from tests.support.model_server import Answers, ReceivedCall, answer_all
 from tests.support.processes import ROOT, cache_proxy
 from tests.support.redis_server import RedisServer, wait_for
+from tests.support.store_checks import has_stored_answers
 
 _prefixes = (f"versions{number}" for number in count())
 
@@ -30,10 +30,6 @@ def _answer_next_levels(call: ReceivedCall) -> Answers:
     return [(uuid, level % 7 + 1) for uuid, level in answer_all(call)]
 
 
-def _is_written(stage: ProxyEnvironment) -> bool:
-    return read_metrics(stage.proxy.http_url).get(("cache_proxy_store_duration_seconds_count", "put"), 0) > 0
-
-
 @pytest.mark.slow
 def test_answers_of_previous_version_are_served_and_refreshed(
     stage_with: StartProxyEnvironment, flags: tuple[str, ...]
@@ -45,7 +41,7 @@ def test_answers_of_previous_version_are_served_and_refreshed(
     pairs = make_pairs("versioned", 40)
     old = stage_with(*flags, "--model-version", "1")
     before = old.caller.infer(pairs).levels
-    wait_for(lambda: _is_written(old), description="the answers are stored")
+    wait_for(lambda: has_stored_answers(old.proxy), description="the answers are stored")
     old.model.behaviour = _answer_next_levels
     new = stage_with(*flags, "--model-version", "2", "--previous-model-version", "1", model=old.model)
     first = new.caller.infer(pairs)
@@ -127,12 +123,12 @@ def test_proxy_with_wrong_clock_serves_and_infers_as_others_do(
     right = stage_with(*flags)
     old, fresh, new = (make_pairs(name, 10) for name in ("old", "fresh", "new"))
     right.caller.infer(old)
-    wait_for(lambda: _is_written(right), description="the answers are stored")
+    wait_for(lambda: has_stored_answers(right.proxy), description="the answers are stored")
     right.proxy.stop()
     _age(own_redis, days=31)
     right = stage_with(*flags, model=right.model)
     right.caller.infer(fresh)
-    wait_for(lambda: _is_written(right), description="the answers are stored")
+    wait_for(lambda: has_stored_answers(right.proxy), description="the answers are stored")
     # The core of gRPC reads the system clock itself, so only the clock of this project's modules is changed.
     (tmp_path / "sitecustomize.py").write_text(
         "import time, types\n"

@@ -20,9 +20,12 @@ class MicroBatcher(Generic[_Item, _Result]):
     `process_batch` returns a result for each item by position. If it raises, every item that is waiting then
     gets the error.
 
-    State (event loop only): `_pending`, items that are not in a batch yet, each with its caller's future;
-    `_task`, the one task that processes batches. A caller that is cancelled takes its item out of `_pending`;
-    other callers are not affected.
+    State (event loop only):
+
+    - `_pending`: items that are not in a batch yet, each with its caller's future.
+    - `_task`: the one task that processes batches.
+
+    A caller that is cancelled takes its item out of `_pending`. Other callers are not affected.
     """
 
     def __init__(

@@ -23,7 +23,10 @@ _MAX_PENDING_PAIRS = 20_000
 class Refresher:
     """Enqueues stale pairs and waits for their new answers.
 
-    State (event loop only): `_pending`, the digests that are being refreshed; `_tasks`, which wait for them.
+    State (event loop only):
+
+    - `_pending`: the digests that are being refreshed.
+    - `_tasks`: the tasks that wait for their answers.
     """
 
     def __init__(self, *, queue: Queue, waiters: WaiterRegistry) -> None:

@@ -40,9 +40,13 @@ _RECHECK_TIMEOUT_SECONDS = 0.010
 class Dispatcher:
     """Runs one loop that claims batches, and one task for each in-flight call.
 
-    State (event loop only): `_calls`, the tasks of claimed batches; `_call_slots`, how many more may run;
-    `_lookups`, lookups of the store that took too long and go on in the background; the number of calls that
-    failed in a row, and when the last failure was noticed.
+    State (event loop only):
+
+    - `_calls`: the tasks of claimed batches.
+    - `_call_slots`: how many more may run.
+    - `_lookups`: lookups of the store that took too long and go on in the background.
+    - `_consecutive_failures` and `_last_failure_at`: how many calls failed in a row, and when the last
+      failure was noticed.
     """
 
     def __init__(

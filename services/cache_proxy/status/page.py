@@ -40,8 +40,11 @@ _READ_TIMEOUT_SECONDS = 0.3
 class StatusPage:
     """The handlers of the status page. Until `run` is called they respond that the proxy is starting.
 
-    State (event loop only): `_report` and `_report_at`, the report of the last second and when it was made;
-    `_refresh_task`, which makes the next one; `_rendered`, the responses rendered from `_report`.
+    State (event loop only):
+
+    - `_report` and `_report_at`: the report of the last second and when it was made.
+    - `_refresh_task`: the task that makes the next report.
+    - `_rendered`: the responses rendered from `_report`.
     """
 
     def __init__(self, http: HttpEndpoint, *, metrics: ProxyMetrics, replica: str, cache_url: str) -> None:

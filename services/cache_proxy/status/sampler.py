@@ -55,9 +55,13 @@ class _MinuteInProgress:
 class MetricsSampler(ReportSource):
     """Counts the last ten minutes of this replica.
 
-    State (event loop only): `_minutes`, by number since 1970; `_last_sample`, the metrics when they were last
-    read; `_reported`, the report of each minute that Redis has; `_last_pending_at`, when `pending_reports`
-    last returned any; `_clock_offset_seconds`, the clock of Redis less `time.monotonic`.
+    State (event loop only):
+
+    - `_minutes`: the counts of each minute, by its number since 1970.
+    - `_last_sample`: the metrics when they were last read.
+    - `_reported`: the report of each minute that Redis has.
+    - `_last_pending_at`: when `pending_reports` last returned any.
+    - `_clock_offset_seconds`: the clock of Redis less `time.monotonic`.
 
     Minutes are those of Redis's clock as soon as it is known, so they are the same for all replicas.
     """

@@ -25,9 +25,12 @@ _Group = dict[_Entry, None]
 class BatchBisector(Generic[_Entry]):
     """Holds the groups of suspects.
 
-    State: `_groups`, which wait to be probed, oldest first; `_unsent_halves`, the other half of each probe
-    that was sent. An entry is in at most one of them. An entry that was sent is in neither, only in its
-    claim.
+    State:
+
+    - `_groups`: groups that wait to be probed, oldest first.
+    - `_unsent_halves`: the other half of each probe that was sent.
+
+    An entry is in at most one of them. An entry that was sent is in neither, only in its claim.
     """
 
     def __init__(self, caller_of: Callable[[_Entry], str]) -> None:

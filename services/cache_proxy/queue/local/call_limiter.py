@@ -35,8 +35,13 @@ class CallLimiter(Protocol):
 class RateLimiter(CallLimiter):
     """Two limits that hold together, on pairs and on calls.
 
-    State: the two limits; `_not_before`, the end of a backoff; `_postponed_seconds`, by how much the last
-    call was postponed. All times are on the caller's clock.
+    State:
+
+    - `_pair_limit` and `_call_limit`: the two limits.
+    - `_not_before`: the end of a backoff.
+    - `_postponed_seconds`: by how much the last call was postponed.
+
+    All times are on the caller's clock.
     """
 
     def __init__(self, *, pairs_per_second: float, calls_per_second: float, burst: int, now: float) -> None:

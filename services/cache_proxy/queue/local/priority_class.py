@@ -26,8 +26,11 @@ class _Flow:
 class PriorityClass:
     """All positions of one priority.
 
-    State: `default_queue`, positions without a quota; `account_queues`, by account, of those with positions;
-    `_finish_tags`, by account, of the position that was last taken.
+    State:
+
+    - `default_queue`: positions without a quota.
+    - `account_queues`: positions by account, for accounts that have any.
+    - `_finish_tags`: by account, the finish tag of the position that was last taken.
 
     Within an account, positions have tags of the account's own queue. Among all queues of the priority they
     get tags only when they are taken: pairs that a quota held back have no precedence afterwards.

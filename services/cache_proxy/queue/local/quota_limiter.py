@@ -22,8 +22,11 @@ QuotaConsumption = Mapping[str, tuple[float, float]]
 class QuotaLimiter:
     """Limits the pairs per second of accounts.
 
-    State: `_tat`, the theoretical arrival time of each account whose quota is partly used; `_history_start`,
-    before which consumption is unknown: all quotas may have been used up just then.
+    State:
+
+    - `_tat`: the theoretical arrival time of each account whose quota is partly used.
+    - `_history_start`: the time before which consumption is unknown. All quotas may have been used up just
+      then.
 
     `replicas` returns how many replicas share the quotas. Each has an equal part.
     """

@@ -45,8 +45,10 @@ class RecentOutcomes:
     sent again. A pair with repeated invalid responses is remembered each time twice as long. Otherwise it
     would be in every batch.
 
-    State: `_answers` and `_rejections`; `_invalid_responses`, by digest: how many there were in a row, the
-    error of the last, and when it came.
+    State:
+
+    - `_answers` and `_rejections`: outcomes by digest.
+    - `_invalid_responses`: by digest, how many there were in a row, and the error and time of the last one.
     """
 
     def __init__(self) -> None:

@@ -31,8 +31,11 @@ class ExpectedTurn:
 class BatchScheduler:
     """Holds the waiting pairs, and takes batches that are fair between callers and within all quotas.
 
-    State: `_classes`, the positions by priority; `_waiting`, the entries that have these positions;
-    `size_bytes`, the size of all waiting pairs.
+    State:
+
+    - `_classes`: the positions by priority.
+    - `_waiting`: the entries that have these positions.
+    - `size_bytes`: the size of all waiting pairs.
     """
 
     def __init__(self, quota_limiter: QuotaLimiter, quotas: QuotaProvider = no_quotas) -> None:
